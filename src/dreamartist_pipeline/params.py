@@ -1,0 +1,314 @@
+"""The only schema of the configuration: every parameter of every pipeline, with its bounds and its source.
+
+Values live in conf/; the models here say what is allowed. Unknown keys are errors, models are frozen, and checks that
+span several fields run before any base model is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+_GUIDANCE = re.compile(r"^(?P<low>\d+(\.\d+)?)(-(?P<high>\d+(\.\d+)?)(:(?P<curve>[a-z0-9]+))?)?$")
+GUIDANCE_CURVES = ("ln", "cos", "cos2")
+
+
+class Params(BaseModel):
+    """Base of all parameter models: misspelt keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ------------------------------------------------------------------------------------------------- shared
+
+
+class DeviceParams(Params):
+    """Where and in which precision the frozen base model runs; adapters and words always train in float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class SamplerParams(Params):
+    """How images are sampled."""
+
+    scheduler: Literal["ddim", "dpmsolver++", "euler", "euler_a", "unipc"] = "dpmsolver++"
+    num_inference_steps: Count = 20
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.0
+    batch_size: Count = 8
+
+
+class StrengthParams(Params):
+    """How strongly each branch's adapter acts when generating; the reference toolkit's preset is 0.8 / 0.65."""
+
+    positive: NonNegative = 1.0
+    negative: NonNegative = 1.0
+
+
+# ------------------------------------------------------------------------------------------------- ingestion
+
+
+class BucketParams(Params):
+    """The size the reference image is brought to.
+
+    With `keep_aspect` the sides follow the image's aspect ratio at the area `side_px`², in multiples of `multiple_px`.
+    """
+
+    side_px: Annotated[int, Field(ge=8, le=4096)]
+    multiple_px: Literal[8, 16, 32, 64] = 64
+    keep_aspect: bool = False
+
+    @model_validator(mode="after")
+    def _side_is_a_multiple(self) -> BucketParams:
+        if self.side_px % self.multiple_px:
+            raise ValueError(f"side_px {self.side_px} is not a multiple of multiple_px {self.multiple_px}")
+        return self
+
+
+class IngestionParams(Params):
+    """How the one reference image becomes training data."""
+
+    bucket: BucketParams
+    fit: Literal["crop", "pad"] = "crop"
+    background_color: str = "white"  # any PIL colour: behind transparent pixels and around padded ones
+    caption: str | None = None  # fills '{caption}' in templates
+    max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+
+
+# ------------------------------------------------------------------------------------------------- prompts, regularization
+
+
+class PromptsParams(Params):
+    """Which prompts are drawn from the prompt database."""
+
+    column: str | int = 0
+    num_prompts: Count
+    seed: Seed = 0
+
+
+class RegularizationParams(Params):
+    """How the base model draws the regularization set."""
+
+    sampler: SamplerParams
+    negative_prompt: str = ""
+    seed: Seed = 0
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+class LoRAGroup(Params):
+    """One item of `lora_unet` / `lora_text_encoder`, as the reference tutorial writes it.
+
+    A float rank is a fraction of the layer's out_features (rounded, at least 1). Without `branch`, both halves share it.
+    """
+
+    lr: Positive
+    rank: int | float
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    branch: Literal["p", "n"] | None = None
+    alpha: Positive = 1.0
+    dropout: Probability = 0.0
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_usable(cls, rank: int | float) -> int | float:
+        if isinstance(rank, int) and rank < 1:
+            raise ValueError(f"an integer rank is at least 1, got {rank}")
+        if isinstance(rank, float) and not 0 < rank < 1:
+            raise ValueError(f"a float rank is a fraction of out_features between 0 and 1, got {rank}")
+        return rank
+
+    @field_validator("layers")
+    @classmethod
+    def _patterns_compile(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
+        for selector in layers:
+            if "re:" in selector:
+                try:
+                    re.compile(selector.split("re:", 1)[1])
+                except re.error as error:
+                    raise ValueError(f"layer selector {selector!r} is not a regular expression: {error}") from error
+        return layers
+
+
+class WordsParams(Params):
+    """The trigger words and their embeddings: (positive, negative) everywhere."""
+
+    names: dict[str, tuple[str, str]] = Field(default_factory=dict)  # slot -> trigger words
+    num_vectors: tuple[Count, Count] = (3, 6)
+    init_text: tuple[str, str] = ("*[0.017]", "*[0.017]")  # text, "*[std]", or "text, *[std]"
+    lr: Positive = 2.5e-3
+    weight_decay: NonNegative = 0.0
+
+    @field_validator("names")
+    @classmethod
+    def _branches_differ(cls, names: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+        for slot, (positive, negative) in names.items():
+            if not positive or not negative:
+                raise ValueError(f"slot {slot!r} needs a trigger word per branch, got {[positive, negative]}")
+            if positive == negative:
+                raise ValueError(f"slot {slot!r} has the same trigger word {positive!r} in both branches; they must differ")
+            for word in (positive, negative):
+                if re.search(r"\s", word):
+                    raise ValueError(f"trigger word {word!r} contains a space; use a hyphen")
+        return names
+
+
+class ScheduleParams(Params):
+    """A learning-rate schedule as a factor of the peak rate."""
+
+    kind: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class LossParams(Params):
+    """SNR weighting of the loss: min-SNR (Hang et al. 2023), its soft form, or none."""
+
+    weighting: Literal["none", "min_snr", "soft_min_snr"] = "min_snr"
+    snr_gamma: Positive = 2.0
+    regularization_weight: NonNegative = 1.0
+
+
+class PreviewParams(Params):
+    """Images drawn while training; `every` 0 draws none."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    prompts: tuple[str, ...] = ()
+    sampler: SamplerParams = SamplerParams()
+    seed: Seed = 0
+
+
+class TrainingParams(Params):
+    """One training of a concept."""
+
+    seed: Seed = 0
+    num_steps: Annotated[int, Field(ge=0)]
+    batch_size: Count = 4  # rows of the reference image
+    regularization_batch_size: Annotated[int, Field(ge=0)] = 1
+    guidance_scale: str = "3.0"  # "3.0", or "low-high:curve" with curve ln, cos or cos2
+    lora_unet: tuple[LoRAGroup, ...] = ()
+    lora_text_encoder: tuple[LoRAGroup, ...] = ()
+    words: WordsParams = WordsParams()
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("a photo of a {pt1}",)
+    class_word: str = ""
+    scale_lr: bool = False  # multiply every lr by the total batch size, as the reference toolkit does
+    weight_decay: NonNegative = 1e-3  # of the adapters
+    schedule: ScheduleParams = ScheduleParams()
+    words_schedule: ScheduleParams = ScheduleParams()
+    max_grad_norm: Positive = 1.0
+    loss: LossParams = LossParams()
+    preview: PreviewParams = PreviewParams()
+
+    @field_validator("guidance_scale", mode="before")
+    @classmethod
+    def _guidance_parses(cls, value: object) -> str:
+        text = str(value)
+        match = _GUIDANCE.match(text)
+        if not match:
+            raise ValueError(f"guidance_scale is a number or 'low-high:curve', got {text!r}")
+        if match["high"] and (match["curve"] or "ln") not in GUIDANCE_CURVES:
+            raise ValueError(f"guidance curve is one of {', '.join(GUIDANCE_CURVES)}, got {match['curve']!r}")
+        if float(match["low"]) < 1 or (match["high"] and float(match["high"]) < 1):
+            raise ValueError(f"guidance_scale is at least 1, got {text!r}")
+        return text
+
+    @property
+    def num_branches(self) -> int:
+        """2, or 1 when the guidance scale is constantly 1 (plain training, positive branch only)."""
+        match = _GUIDANCE.match(self.guidance_scale)
+        assert match is not None
+        return 1 if {float(match["low"]), float(match["high"] or match["low"])} == {1.0} else 2
+
+    @model_validator(mode="after")
+    def _something_trains_in_every_branch(self) -> TrainingParams:
+        groups = self.lora_unet + self.lora_text_encoder
+        if not groups and not self.words.names:
+            raise ValueError("nothing to train: give lora_unet, lora_text_encoder or words.names")
+        if self.num_branches == 1 and any(group.branch == "n" for group in groups):
+            raise ValueError("guidance_scale is 1, so there is no negative branch, but a LoRA group has branch: n")
+        if self.num_branches == 2 and groups and not self.words.names:
+            for branch, name in (("p", "positive"), ("n", "negative")):
+                if not any(group.branch in (branch, None) for group in groups):
+                    raise ValueError(f"no LoRA group trains the {name} branch (branch: {branch}) and there are no words")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, generation
+
+
+class EvaluationParams(Params):
+    """What is drawn and measured after training."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]  # with '{pt1}' where the subject goes
+    prior_prompts: Annotated[tuple[str, ...], Field(min_length=1)]  # without it: what must not change
+    class_word: str = ""
+    images_per_prompt: Count = 4
+    seed: Seed = 1000
+    negative_prompt: str = ""
+    sampler: SamplerParams = SamplerParams()
+    strength: StrengthParams = StrengthParams()
+    evaluators: tuple[str, ...] = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
+
+
+class GenerateParams(Params):
+    """What the generate pipeline draws."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    negative_prompt: str = ""
+    images_per_prompt: Count = 4
+    seed: Seed = 0
+    sampler: SamplerParams = SamplerParams()
+    strength: StrengthParams = StrengthParams()
+
+
+# ------------------------------------------------------------------------------------------------- pretraining
+
+
+class EmbeddedModelSize(Params):
+    """The architecture of the embedded base model."""
+
+    image_px: Count = 64
+    latent_channels: Count = 16
+    autoencoder_channels: tuple[Count, ...] = (16, 32, 64, 128)
+    unet_channels: tuple[Count, ...] = (128, 192)
+    text_width: Count = 192
+    text_layers: Count = 3
+    norm_groups: Count = 16
+    max_tokens: Count = 40
+
+
+class StageParams(Params):
+    """One stage of pretraining."""
+
+    num_steps: Count
+    batch_size: Count  # per process
+    lr: Positive
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    ema_decay: Probability = 0.999
+    weight_decay: NonNegative = 0.0
+    checkpoint_every: Count = 250
+    num_scenes: Count = 24_000  # distinct captioned scenes drawn for the stage
+
+
+class PretrainParams(Params):
+    """The recipe of the embedded base model."""
+
+    seed: Seed = 0
+    num_processes: Count = 2  # on CPU: one thread each; ignored on a GPU
+    sprite_px: Count = 96
+    size: EmbeddedModelSize = EmbeddedModelSize()
+    styles: dict[str, str]  # sprite package -> its word in captions
+    autoencoder_only_packages: tuple[str, ...] = ()
+    held_out_styles: dict[str, str] = Field(default_factory=dict)
+    objects: dict[str, str]  # word in captions -> code point
+    held_out_objects: dict[str, str] = Field(default_factory=dict)
+    autoencoder: StageParams
+    denoiser: StageParams
