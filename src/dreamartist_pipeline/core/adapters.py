@@ -1,0 +1,504 @@
+"""LoRA with one adapter per branch, in a single pass over the stacked batch (Hu et al. 2021; DreamArtist++).
+
+Every adapted layer computes, for the rows x_b of each branch b,
+
+    y_b = W x_b + bias + Σ_g (alpha_g / rank_g) · up_g (down_g x_b)
+
+where g runs over the groups that act on branch b. The frozen product is one call for all rows. The updates of all
+groups are one batched product over [num_branches, rows, ·], so a row cannot feel, or send a gradient to, another
+branch's adapter: there is no switch to set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches, split
+from dreamartist_pipeline.core.errors import InputError
+
+SHARED = "shared"  # the name of a group without branch
+
+# ------------------------------------------------------------------------------------------------- layer selectors
+
+_SELECTOR = re.compile(r"(?:cls\((?P<class>\w+)\):)?(?P<regex>re:)?(?P<name>.*)", re.DOTALL)
+
+
+def select_layers(model: nn.Module, selectors: Sequence[str]) -> list[str]:
+    r"""Return the sorted names of every Linear and Conv2d at or under a module that a selector matches.
+
+    A selector is a module's name, or 're:' and a regular expression for `re.match`; 'cls(Name):' in front keeps only
+    matched modules of that class. 're:.*\.attn.?$' thus takes to_q, to_k, to_v and to_out.0 of attn1 and attn2.
+
+    Raises:
+        InputError: a selector yields no layer; the message lists near names.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    selected: set[str] = set()
+    for selector in selectors:
+        matched = _matching_modules(modules, selector)
+        layers = {
+            name
+            for parent in matched
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | nn.Conv2d) and f"{name}.".startswith(f"{parent}.")
+        }
+        if not layers:
+            raise InputError(_nothing_selected(modules, selector, matched))
+        selected |= layers
+    return sorted(selected)
+
+
+def _matching_modules(modules: Mapping[str, nn.Module], selector: str) -> list[str]:
+    match = _SELECTOR.fullmatch(selector)
+    assert match is not None  # every part is optional
+    if match["regex"]:
+        pattern = re.compile(match["name"])
+        names = [name for name in modules if pattern.match(name)]
+    else:
+        names = [name for name in modules if name == match["name"]]
+    return [name for name in names if match["class"] in (None, type(modules[name]).__name__)]
+
+
+def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: Sequence[str]) -> str:
+    """Say why a selector yields nothing: it matches no module, or none that has a Linear or Conv2d."""
+    if matched:
+        came = f"which matches {', '.join(matched[:3])} without any such layer inside; select another module"
+        return f"expected a selector that finds Linear or Conv2d layers, got {selector!r}, {came}"
+    parts = {part for name in modules for part in name.split(".") if not part.isdigit()}
+    known = {*modules, *parts, *(type(module).__name__ for module in modules.values())}
+    wanted = [selector.rpartition(":")[2], *re.findall(r"[A-Za-z_]\w+", selector)]
+    near = [name for word in wanted for name in difflib.get_close_matches(word, sorted(known), n=3)]
+    names = near or sorted(parts)[:8]
+    return (
+        f"expected a selector that matches a module, got {selector!r}, which matches none; "
+        f"correct it: near names are {', '.join(dict.fromkeys(names))}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- one group's update
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASpec:
+    """One LoRA group, independent of the layers it will find.
+
+    Attributes:
+        name: shown to users, e.g. "unet[0]".
+        rank: an integer, or a float: the fraction of a layer's out_features, rounded, at least 1.
+        layers: selectors, see `select_layers`.
+        lr: learning rate; nothing here reads it.
+        branch: NEGATIVE, POSITIVE, or None for a group that acts on all rows.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability with which a rank activation is dropped while training.
+    """
+
+    name: str
+    rank: int | float
+    layers: tuple[str, ...]
+    lr: float
+    branch: int | None = None
+    alpha: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def branch_name(self) -> str:
+        """The branch by name: "negative", "positive" or "shared"."""
+        return SHARED if self.branch is None else BRANCH_NAMES[self.branch]
+
+    def rank_for(self, out_features: int) -> int:
+        """Return the rank in a layer of so many outputs: 0.01875 gives 6 for 320."""
+        return self.rank if isinstance(self.rank, int) else max(1, round(self.rank * out_features))
+
+
+class LowRankUpdate(nn.Module):
+    """ΔW = (alpha / rank) · up · down of one group in one layer.
+
+    Attributes:
+        group: the group's index among the specs.
+        down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution.
+        up: `[out, rank]`, or `[out, rank, 1, 1]`.
+    """
+
+    def __init__(self, group: int, spec: LoRASpec, down: torch.Tensor, up: torch.Tensor) -> None:
+        super().__init__()
+        self.group, self.spec = group, spec
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of down."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank."""
+        return self.spec.alpha / self.rank
+
+    @property
+    def key(self) -> str:
+        """The update's name inside its layer, "<group index>.<branch>"."""
+        return f"{self.group}.{self.spec.branch_name}"
+
+
+def _new_update(layer: nn.Linear | nn.Conv2d, group: int, spec: LoRASpec, generator: torch.Generator) -> LowRankUpdate:
+    """Start an update at zero: down as a fresh nn.Linear, up zeros. Drawn on the CPU, so that devices agree."""
+    rank = spec.rank_for(layer.weight.shape[0])
+    down = torch.empty(rank, *layer.weight.shape[1:])
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    up = torch.zeros(layer.weight.shape[0], rank, *[1] * (layer.weight.dim() - 2))
+    return LowRankUpdate(group, spec, down, up)
+
+
+# ------------------------------------------------------------------------------------------------- adapted layers
+
+
+class BranchLoRALayer(nn.Module):
+    """A frozen layer and the updates that act on it.
+
+    Attributes:
+        base: the frozen layer, untouched.
+        updates: those of all groups, float32 (float64 under a float64 layer), cast to the rows' dtype where used.
+        rows: for each branch of the stacked batch, the indices of the updates that act on its rows.
+        missing_ranks: how many ranks a branch has less than the one with most, R.
+        scale: alpha / rank times the branch's strength for each rank, `[num_branches, R, 1]`.
+        keep: 1 − dropout for each rank, `[num_branches, 1, R]`.
+    """
+
+    base: nn.Linear | nn.Conv2d
+
+    def __init__(
+        self,
+        base: nn.Linear | nn.Conv2d,
+        updates: Sequence[LowRankUpdate],
+        num_branches: int,
+        strengths: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        """Freeze `base` and put the updates on its device.
+
+        Args:
+            base: the layer to adapt.
+            updates: at least one.
+            num_branches: of the batches to come.
+            strengths: (negative, positive), a factor on the updates of a branch's rows.
+        """
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.updates: Sequence[LowRankUpdate] = nn.ModuleList(updates).to(base.weight.device, dtype)  # type: ignore[assignment]
+        self.num_branches = num_branches
+        self.rows = [
+            [i for i, update in enumerate(updates) if update.spec.branch in (branch, None)]
+            for branch in branches(num_branches)
+        ]
+        totals = [sum(updates[i].rank for i in row) for row in self.rows]
+        self.missing_ranks = [max(totals) - total for total in totals]
+        scales = [
+            [updates[i].scale * strengths[branch] for i in row]
+            for branch, row in zip(branches(num_branches), self.rows, strict=True)
+        ]
+        keeps = [[1 - updates[i].spec.dropout for i in row] for row in self.rows]
+        self.scale = nn.Buffer(self._per_rank(scales)[:, :, None], persistent=False)
+        self.keep = nn.Buffer(self._per_rank(keeps)[:, None, :], persistent=False)
+        self.has_dropout = any(update.spec.dropout for update in updates)
+        self.train(base.training)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight, for code that asks a layer for its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
+        return self.base.bias
+
+    def _per_rank(self, values: Sequence[Sequence[float]]) -> torch.Tensor:
+        """Repeat one value an update for each of its ranks: `[num_branches, R]`, 1 where zeros fill up."""
+        repeated = [
+            [value for i, value in zip(row, row_values, strict=True) for _ in range(self.updates[i].rank)]
+            + [1.0] * missing
+            for row, row_values, missing in zip(self.rows, values, self.missing_ranks, strict=True)
+        ]
+        return torch.tensor(repeated, device=self.weight.device, dtype=self.updates[0].up.dtype)
+
+    def _drop(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Drop rank activations, each with its group's probability, and scale up the others; only while training.
+
+        Dropping between down and up follows kohya's `network_dropout`. The mask comes from torch's global generator,
+        the only one that gradient checkpointing restores when it computes a layer for the second time.
+        """
+        if not (self.training and self.has_dropout):
+            return hidden
+        keep = keep.expand_as(hidden)
+        return hidden * (torch.bernoulli(keep) / keep).to(hidden.dtype)
+
+
+class BranchLoRALinear(BranchLoRALayer):
+    """y_b = W x_b + bias + up_b (down_b x_b): the stacked form, one batched product for all branches.
+
+    The updates of one branch are concatenated along the rank, which adds them up. Branches of unequal total rank are
+    filled up with zeros, which are no parameters.
+    """
+
+    base: nn.Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[num_branches·B, ..., in]` to `[num_branches·B, ..., out]`.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the branches.
+        """
+        if x.shape[0] % self.num_branches:
+            raise ValueError(f"expected the rows of {self.num_branches} branches, got {x.shape[0]} rows")
+        y = self.base(x)
+        rows = x.reshape(self.num_branches, -1, x.shape[-1])  # [nb, N, in]
+        down = self._stacked([update.down for update in self.updates])  # [nb, R, in]
+        up = self._stacked([update.up.mT for update in self.updates]) * self.scale  # [nb, R, out]
+        hidden = self._drop(torch.bmm(rows, down.mT.to(x.dtype)), self.keep)  # [nb, N, R]
+        updated = torch.baddbmm(y.reshape(self.num_branches, -1, y.shape[-1]), hidden, up.to(x.dtype))
+        return updated.reshape(y.shape)
+
+    def _stacked(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Stack factors `[rank, width]` by branch: `[num_branches, R, width]`, zeros where a branch has fewer ranks."""
+        parts: list[torch.Tensor] = []
+        for row, missing in zip(self.rows, self.missing_ranks, strict=True):
+            parts += [factors[i] for i in row]
+            if missing:
+                parts.append(factors[0].new_zeros(missing, factors[0].shape[-1]))
+        return torch.cat(parts).view(self.num_branches, -1, factors[0].shape[-1])
+
+
+class BranchLoRAConv2d(BranchLoRALayer):
+    """The same for a convolution: down has its kernel, stride and padding, up is 1 × 1; one branch after the other."""
+
+    base: nn.Conv2d
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[num_branches·B, in, H, W]` to `[num_branches·B, out, h, w]`.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the branches.
+        """
+        branch_rows = zip(split(x, self.num_branches), split(self.base(x), self.num_branches), strict=True)
+        outputs = [
+            y + self._update(branch, rows) if self.rows[branch] else y for branch, (rows, y) in enumerate(branch_rows)
+        ]
+        return torch.cat(outputs)
+
+    def _update(self, row: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the update of one branch's rows, `[B, in, H, W]` to `[B, out, h, w]`."""
+        updates = [self.updates[i] for i in self.rows[row]]
+        down = torch.cat([update.down for update in updates])  # [R, in, kh, kw]
+        scale, keep = self.scale[row, : len(down), :, None], self.keep[row, 0, : len(down), None, None]  # [R, 1, 1]
+        up = torch.cat([update.up for update in updates], dim=1) * scale  # [out, R, 1, 1]
+        base = self.base
+        hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation)  # [B, R, h, w]
+        return F.conv2d(self._drop(hidden, keep), up.to(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------- the stack
+
+
+@dataclass(frozen=True)
+class BranchCount:
+    """How much one branch trains."""
+
+    num_layers: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterStack:
+    """The adapters of one model: its adapted layers by name, and the groups they belong to.
+
+    `parameters_by_group` and `parameters_by_branch` list parameters by layer name, then group.
+    """
+
+    layers: dict[str, BranchLoRALayer]
+    specs: tuple[LoRASpec, ...]
+
+    def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of each group, by the spec's name."""
+        found: dict[str, list[nn.Parameter]] = {spec.name: [] for spec in self.specs}
+        for _, update in self._updates():
+            found[update.spec.name] += [update.down, update.up]
+        return found
+
+    def parameters_by_branch(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of "negative", "positive" and "shared" groups."""
+        found: dict[str, list[nn.Parameter]] = {name: [] for name in (*BRANCH_NAMES, SHARED)}
+        for _, update in self._updates():
+            found[update.spec.branch_name] += [update.down, update.up]
+        return found
+
+    def describe(self) -> dict[str, BranchCount]:
+        """Count the layers and parameters of "negative", "positive" and "shared" groups."""
+        layers: dict[str, set[str]] = {name: set() for name in (*BRANCH_NAMES, SHARED)}
+        for layer, update in self._updates():
+            layers[update.spec.branch_name].add(layer)
+        return {
+            name: BranchCount(len(layers[name]), sum(parameter.numel() for parameter in parameters))
+            for name, parameters in self.parameters_by_branch().items()
+        }
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copy all adapters: "<layer>.<group index>.<branch>.<down|up>" -> float32, contiguous, on the CPU.
+
+        alpha is not folded in; it belongs into the metadata.
+        """
+        return {
+            f"{layer}.{update.key}.{factor}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for layer, update in self._updates()
+            for factor, tensor in (("down", update.down), ("up", update.up))
+        }
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off; the frozen layers keep their mode."""
+        for layer in self.layers.values():
+            layer.training = mode
+
+    def remove_from(self, model: nn.Module) -> None:
+        """Put the frozen layers back into the model."""
+        for name, layer in self.layers.items():
+            model.set_submodule(name, layer.base)
+
+    def _updates(self) -> list[tuple[str, LowRankUpdate]]:
+        return [(name, update) for name, layer in self.layers.items() for update in layer.updates]
+
+
+def inject(model: nn.Module, specs: Sequence[LoRASpec], num_branches: int, generator: torch.Generator) -> AdapterStack:
+    """Replace the layers that the specs select by adapted ones, in place; the model's outputs stay the same.
+
+    New layers are in the mode (training or not) of the ones they replace; see `AdapterStack.train` for dropout.
+
+    Args:
+        model: frozen base model without adapters.
+        specs: LoRA groups; several may select one layer, their updates add up.
+        num_branches: of the batches to come; with 1, all rows are the positive branch's.
+        generator: CPU generator of the initial values.
+
+    Raises:
+        InputError: a selector yields no layer, a convolution is grouped, or a group's branch does not exist.
+    """
+    planned: dict[str, list[LowRankUpdate]] = {}
+    for group, spec in enumerate(specs):
+        _check_branch(spec, num_branches)
+        for name in select_layers(model, spec.layers):
+            layer = _plain_layer(model, name)
+            planned.setdefault(name, []).append(_new_update(layer, group, spec, generator))
+    return _install(model, planned, specs, num_branches, (1.0, 1.0))
+
+
+def load_adapters(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    specs: Sequence[LoRASpec],
+    num_branches: int,
+    strengths: tuple[float, float] = (1.0, 1.0),
+) -> AdapterStack:
+    """Inject adapters that `AdapterStack.state_dict` saved. Layers and ranks are those of the tensors.
+
+    Args:
+        model: frozen base model without adapters.
+        tensors: as saved; they are copied.
+        specs: the groups they were trained as, for alpha and branch.
+        num_branches: of the batches to come.
+        strengths: (negative, positive), a factor on the updates of a branch's rows; a shared group feels both.
+
+    Raises:
+        InputError: a key, shape or group that does not belong to this model and these specs.
+    """
+    planned: dict[str, list[LowRankUpdate]] = {}
+    for (layer_name, group, branch), factors in sorted(_factors_by_update(tensors).items()):
+        if group >= len(specs) or specs[group].branch_name != branch or set(factors) != {"down", "up"}:
+            raise InputError(
+                f"expected both factors of one of {len(specs)} LoRA groups, got {sorted(factors)} of {branch} group "
+                f"{group} in {layer_name}; load a file that belongs to these groups"
+            )
+        _check_branch(specs[group], num_branches)
+        layer = _plain_layer(model, layer_name)
+        _check_shapes(layer_name, layer, factors["down"], factors["up"])
+        down, up = (factors[name].detach().clone() for name in ("down", "up"))
+        planned.setdefault(layer_name, []).append(LowRankUpdate(group, specs[group], down, up))
+    return _install(model, planned, specs, num_branches, strengths)
+
+
+_KEY = re.compile(
+    rf"(?P<layer>.+)\.(?P<group>\d+)\.(?P<branch>{'|'.join((*BRANCH_NAMES, SHARED))})\.(?P<factor>down|up)"
+)
+
+
+def _factors_by_update(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, int, str], dict[str, torch.Tensor]]:
+    """Gather down and up of each (layer, group, branch)."""
+    found: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise InputError(
+                f"expected adapter tensors named '<layer>.<group>.<branch>.<down|up>', got {key!r}; "
+                "load a concept that this project saved"
+            )
+        found.setdefault((match["layer"], int(match["group"]), match["branch"]), {})[match["factor"]] = tensor
+    return found
+
+
+def _install(
+    model: nn.Module,
+    planned: Mapping[str, Sequence[LowRankUpdate]],
+    specs: Sequence[LoRASpec],
+    num_branches: int,
+    strengths: tuple[float, float],
+) -> AdapterStack:
+    layers: dict[str, BranchLoRALayer] = {}
+    for name in sorted(planned):
+        base = _plain_layer(model, name)
+        kind = BranchLoRALinear if isinstance(base, nn.Linear) else BranchLoRAConv2d
+        layers[name] = kind(base, planned[name], num_branches, strengths)
+        model.set_submodule(name, layers[name])
+    return AdapterStack(layers, tuple(specs))
+
+
+def _check_branch(spec: LoRASpec, num_branches: int) -> None:
+    if spec.branch is not None and spec.branch not in branches(num_branches):
+        raise InputError(
+            f"expected LoRA groups of the positive branch only, because guidance_scale is 1, got {spec.name} of the "
+            f"{spec.branch_name} branch; leave it out or raise guidance_scale"
+        )
+
+
+def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    """Return a layer that can be adapted.
+
+    Raises:
+        InputError: there is none of that name, it is adapted already, or its convolution is grouped.
+    """
+    layer = dict(model.named_modules()).get(name)
+    parent = model.get_submodule(name.rpartition(".")[0]) if layer is not None else None
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(parent, BranchLoRALayer):
+        came = "one that has adapters already" if parent is not None else "no such layer"
+        raise InputError(f"expected a plain Linear or Conv2d {name!r}, got {came}; start from the base model")
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+        raise InputError(
+            f"expected an ordinary convolution {name!r}, got groups={layer.groups} and padding_mode="
+            f"{layer.padding_mode!r}; leave it out of the LoRA layers"
+        )
+    return layer
+
+
+def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, down: torch.Tensor, up: torch.Tensor) -> None:
+    rank = down.shape[0]
+    expected_down = (rank, *layer.weight.shape[1:])
+    expected_up = (layer.weight.shape[0], rank, *[1] * (layer.weight.dim() - 2))
+    if tuple(down.shape) != expected_down or tuple(up.shape) != expected_up:
+        raise InputError(
+            f"expected adapters of shapes {expected_down} and {expected_up} for {name}, got {tuple(down.shape)} and "
+            f"{tuple(up.shape)}; load a concept that was trained on this base model"
+        )

@@ -1,0 +1,113 @@
+"""The [negative | positive] batch: this is the only place that knows in which order the branches are stacked.
+
+Both branches see the same noisy latents and timesteps, so a batch of `B` images becomes `num_branches · B` rows: first
+the negative branch's, then the positive branch's. With one branch (plain training) all rows are the positive branch's.
+Their predictions are combined as in classifier-free guidance, `neg + s · (pos − neg)`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dreamartist_pipeline.core.errors import InputError
+
+NEGATIVE, POSITIVE = 0, 1
+BRANCH_NAMES = ("negative", "positive")
+
+_CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ln": lambda r: r,
+    "cos": lambda r: torch.cos((r - 1) * math.pi / 2),
+    "cos2": lambda r: 1 - torch.cos(r * math.pi / 2),
+}
+_GUIDANCE = re.compile(r"(?P<low>\d+(?:\.\d+)?)(?:-(?P<high>\d+(?:\.\d+)?)(?::(?P<curve>\w+))?)?")
+
+
+def branches(num_branches: int) -> tuple[int, ...]:
+    """Return the branches of a stacked batch in row order: (NEGATIVE, POSITIVE), or (POSITIVE,) when there is one.
+
+    Raises:
+        ValueError: `num_branches` is neither 1 nor 2.
+    """
+    if num_branches not in (1, 2):
+        raise ValueError(f"expected 1 or 2 branches, got {num_branches}")
+    return (NEGATIVE, POSITIVE)[-num_branches:]
+
+
+def stack(negative: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    """Stack what differs between the branches: two `[B, ...]` give `[2·B, ...]`."""
+    return torch.cat([negative, positive])
+
+
+def repeat(x: torch.Tensor, num_branches: int) -> torch.Tensor:
+    """Give every branch the same rows: `[B, ...]` becomes `[num_branches·B, ...]`."""
+    return torch.cat([x] * num_branches)
+
+
+def split(x: torch.Tensor, num_branches: int) -> tuple[torch.Tensor, ...]:
+    """Take a stacked batch apart: `[num_branches·B, ...]` becomes one `[B, ...]` a branch, in row order.
+
+    Raises:
+        ValueError: the rows cannot be shared out equally.
+    """
+    if x.shape[0] % num_branches:
+        raise ValueError(f"expected a batch of {num_branches} branches of equal length, got {x.shape[0]} rows")
+    return x.chunk(num_branches)
+
+
+def combine(prediction: torch.Tensor, guidance: torch.Tensor, num_branches: int) -> torch.Tensor:
+    """Combine the branches' predictions, `neg + s · (pos − neg)`; one branch is returned as it is.
+
+    Args:
+        prediction: `[num_branches·B, ...]`, stacked.
+        guidance: `[B]`, the guidance scale s of every image.
+        num_branches: 1 or 2.
+
+    Returns:
+        `[B, ...]` in the wider of the two dtypes.
+    """
+    if num_branches == 1:
+        return prediction
+    dtype = torch.promote_types(prediction.dtype, guidance.dtype)
+    negative, positive = split(prediction.to(dtype), num_branches)
+    scale = guidance.to(dtype).reshape(-1, *[1] * (prediction.dim() - 1))  # [B, 1, ...]
+    return negative + scale * (positive - negative)
+
+
+@dataclass(frozen=True)
+class GuidanceScale:
+    """The guidance scale as a function of the timestep: `low` without noise, `high` at full noise."""
+
+    low: float
+    high: float
+    curve: str = "ln"
+
+    @classmethod
+    def parse(cls, text: str) -> GuidanceScale:
+        """Read "3.0", "1.5-4.0" or "1.5-4.0:cos"; the curve is ln (linear, the default), cos or cos2.
+
+        Raises:
+            InputError: the text has another form, or names an unknown curve.
+        """
+        match = _GUIDANCE.fullmatch(text.strip())
+        curve = (match["curve"] or "ln") if match else "ln"
+        if match is None or curve not in _CURVES:
+            raise InputError(
+                f"expected a guidance scale like '3.0' or '1.5-4.0:cos' with one of the curves {', '.join(_CURVES)}, "
+                f"got {text!r}; correct guidance_scale"
+            )
+        return cls(float(match["low"]), float(match["high"] or match["low"]), curve)
+
+    @property
+    def num_branches(self) -> int:
+        """1 when the scale is constantly 1, so that the negative branch would cancel out; otherwise 2."""
+        return 1 if self.low == self.high == 1 else 2
+
+    def at(self, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+        """Return `low + (high − low) · curve(t / (T − 1))` as float32 `[B]` for integer timesteps `[B]`."""
+        noise_level = timesteps.to(torch.float32) / (num_train_timesteps - 1)
+        return self.low + (self.high - self.low) * _CURVES[self.curve](noise_level)

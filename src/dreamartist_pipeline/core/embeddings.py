@@ -1,0 +1,243 @@
+"""Trigger words: new vocabulary entries that stand for learned vectors, a pair for every slot.
+
+A trigger word is one entry of the prompt and `num_vectors` vectors of the text encoder's input. Its vectors have ids
+from the end of the base vocabulary on, so the frozen token embedding is never copied or resized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, branches
+from dreamartist_pipeline.core.errors import InputError
+
+# ------------------------------------------------------------------------------------------------- vocabulary
+
+
+@dataclass(frozen=True)
+class Word:
+    """One trigger word: its vectors have the ids `first_id` to `first_id + num_vectors − 1`."""
+
+    name: str
+    slot: str
+    branch: int  # NEGATIVE or POSITIVE
+    first_id: int
+    num_vectors: int
+
+    @property
+    def key(self) -> str:
+        """The word's name in a concept file, "<branch>.<slot>"."""
+        return f"{BRANCH_NAMES[self.branch]}.{self.slot}"
+
+    @property
+    def ids(self) -> range:
+        """The ids of its vectors."""
+        return range(self.first_id, self.first_id + self.num_vectors)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All trigger words of a concept, their ids following on each other without a gap."""
+
+    words: tuple[Word, ...]
+
+    @classmethod
+    def build(
+        cls,
+        names: Mapping[str, tuple[str, str]],
+        num_vectors: tuple[int, int],
+        first_id: int,
+        num_branches: int = 2,
+    ) -> Vocabulary:
+        """Number the vectors of all trigger words.
+
+        Args:
+            names: slot -> (positive, negative) trigger word.
+            num_vectors: how many vectors a (positive, negative) word has.
+            first_id: the size of the base vocabulary.
+            num_branches: with 1, there are no negative words.
+
+        Raises:
+            InputError: one word fills two places, upper and lower case being the same.
+        """
+        words: list[Word] = []
+        for slot, (positive, negative) in names.items():
+            for branch in branches(num_branches):
+                name = negative if branch == NEGATIVE else positive
+                count = num_vectors[1] if branch == NEGATIVE else num_vectors[0]
+                if any(word.name.lower() == name.lower() for word in words):
+                    raise InputError(
+                        f"expected every trigger word once, got {name!r} twice; give slot {slot!r} another one"
+                    )
+                words.append(Word(name, slot, branch, first_id, count))
+                first_id += count
+        return cls(tuple(words))
+
+    @property
+    def num_vectors(self) -> int:
+        """How many learned vectors there are, of all words and branches."""
+        return sum(word.num_vectors for word in self.words)
+
+    def split_prompt(self, prompt: str) -> list[str | Word]:
+        """Cut a prompt into plain text and trigger words, in order; upper and lower case are the same.
+
+        A trigger word counts only when it stands alone: "my-cat" is found in "my-cat, sitting", not in "my-cat-neg".
+        """
+        by_name = {word.name.lower(): word for word in self.words}
+        return [by_name.get(part.lower(), part) for part in self._pattern.split(prompt) if part.strip()]
+
+    def expand(self, ids: Sequence[int]) -> list[int]:
+        """Replace each word's marker, which is its `first_id`, by the ids of all its vectors."""
+        expanded: list[int] = []
+        by_marker = {word.first_id: word for word in self.words}
+        for token_id in ids:
+            word = by_marker.get(token_id)
+            expanded += [token_id] if word is None else word.ids
+        return expanded
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        names = sorted((re.escape(word.name) for word in self.words), key=len, reverse=True)
+        return re.compile(rf"(?<![\w-])({'|'.join(names) or '(?!)'})(?![\w-])", re.IGNORECASE)
+
+
+# ------------------------------------------------------------------------------------------------- learned vectors
+
+
+class WordEmbedding(nn.Module):
+    """A frozen token embedding, extended by the learned vectors of both branches' trigger words.
+
+    Takes the place of the text encoder's token embedding. The learned vectors stay in float32 and are cast to the
+    dtype of the token embedding where they are used.
+
+    Attributes:
+        vectors: one Parameter `[num_vectors, dim]` for each word, in the order of `vocabulary.words`.
+    """
+
+    def __init__(self, base: nn.Embedding, vocabulary: Vocabulary, initial: Sequence[torch.Tensor]) -> None:
+        """Freeze `base` and copy the initial vectors, one tensor `[num_vectors, dim]` for each word.
+
+        Raises:
+            ValueError: no words, ids that do not follow on the base vocabulary, or vectors of another shape.
+        """
+        super().__init__()
+        if not vocabulary.words or vocabulary.words[0].first_id != base.num_embeddings:
+            raise ValueError(f"expected words whose ids start at {base.num_embeddings}, got {vocabulary.words}")
+        expected = [(word.num_vectors, base.embedding_dim) for word in vocabulary.words]
+        if (came := [tuple(vectors.shape) for vectors in initial]) != expected:
+            raise ValueError(f"expected initial vectors of shapes {expected}, got {came}")
+        self.base = base.requires_grad_(False)
+        self.vocabulary = vocabulary
+        device = base.weight.device
+        self.vectors = nn.ParameterList(
+            nn.Parameter(vectors.detach().to(device, torch.float32, copy=True)) for vectors in initial
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up ids `[...]`, giving `[..., dim]`: from the vocabulary's size on they name learned vectors."""
+        vocab_size = self.base.num_embeddings
+        is_learned = ids >= vocab_size
+        tokens = self.base(torch.where(is_learned, 0, ids))
+        learned = F.embedding(torch.where(is_learned, ids - vocab_size, 0), torch.cat(list(self.vectors)))
+        return torch.where(is_learned[..., None], learned.to(tokens.dtype), tokens)
+
+    def parameters_by_branch(self) -> dict[str, list[nn.Parameter]]:
+        """Return the learned vectors of each branch, {"negative": [...], "positive": [...]}."""
+        found: dict[str, list[nn.Parameter]] = {name: [] for name in BRANCH_NAMES}
+        for word, vectors in zip(self.vocabulary.words, self.vectors, strict=True):
+            found[BRANCH_NAMES[word.branch]].append(vectors)
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the learned vectors for a concept file: "<branch>.<slot>" -> float32 on the CPU."""
+        return {
+            word.key: vectors.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for word, vectors in zip(self.vocabulary.words, self.vectors, strict=True)
+        }
+
+
+# ------------------------------------------------------------------------------------------------- initial vectors
+
+_RANDOM = re.compile(r"\*\[\s*(?P<std>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(?:,\s*(?P<count>\d+)\s*)?\]$")
+
+
+@dataclass(frozen=True)
+class InitText:
+    """How a word's vectors start: from a text's tokens, from noise of a standard deviation, or the one then the other.
+
+    `num_random` says how many of the vectors are noise; None leaves to noise what the text's tokens do not fill.
+    """
+
+    text: str | None
+    std: float | None
+    num_random: int | None = None
+
+
+def parse_init(text: str) -> InitText:
+    """Read "cat", "*[0.017]", "*[0.017, 3]" or "cat, *[0.017, 2]".
+
+    Raises:
+        InputError: the text is empty or its random part has another form.
+    """
+    match = _RANDOM.search(text.strip())
+    words = text.strip()[: match.start()].rstrip(" ,") if match else text.strip()
+    if "*[" in words or not (words or match):
+        raise InputError(
+            f"expected an init text like 'cat', '*[0.017]' or 'cat, *[0.017, 2]', got {text!r}; correct init_text"
+        )
+    if match is None:
+        return InitText(words, None)
+    return InitText(words or None, float(match["std"]), int(match["count"]) if match["count"] else None)
+
+
+def initial_vectors(
+    init: InitText,
+    num_vectors: int,
+    token_vectors: torch.Tensor | None,
+    dim: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Return a word's vectors before training, float32 `[num_vectors, dim]`: those of the text, then the random ones.
+
+    When the text has more or fewer tokens than vectors to fill, they are spread evenly (vector i of n takes token
+    ⌊i·k/n⌋ of k), as textual inversion tools do.
+
+    Args:
+        init: what they start from.
+        num_vectors: n.
+        token_vectors: the token embedding of `init.text`, `[k, dim]`; None without a text.
+        dim: the text encoder's width.
+        generator: draws the random vectors, on the CPU.
+
+    Raises:
+        InputError: the text has no token, or the numbers of vectors contradict each other.
+    """
+    num_text = _num_text_vectors(init, num_vectors, 0 if token_vectors is None else len(token_vectors))
+    random = torch.randn(num_vectors - num_text, dim, generator=generator) * (init.std or 0.0)
+    if not num_text or token_vectors is None:
+        return random
+    tokens = [i * len(token_vectors) // num_text for i in range(num_text)]
+    return torch.cat([token_vectors[tokens].detach().float().cpu(), random])
+
+
+def _num_text_vectors(init: InitText, num_vectors: int, num_tokens: int) -> int:
+    if init.text is not None and num_tokens == 0:
+        raise InputError(f"expected an init text that the tokenizer knows, got {init.text!r}; choose another init_text")
+    if init.std is None:
+        return num_vectors
+    if init.num_random is None:
+        return min(num_tokens, num_vectors)
+    num_text = num_vectors - init.num_random
+    if num_text < 0 or (num_text > 0) != (init.text is not None):
+        raise InputError(
+            f"expected init_text to fill {num_vectors} vectors, got {init.num_random} random ones and "
+            f"{'a' if init.text else 'no'} text; correct init_text or num_vectors"
+        )
+    return num_text
