@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreamartist_pipeline.params import EmbeddedModelSize
+
+_WORD_END = "</w>"  # how CLIP's byte-pair tokens mark the end of a word
 
 
 def build_autoencoder(size: EmbeddedModelSize) -> AutoencoderKL:
@@ -67,3 +75,38 @@ def build_text_encoder(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLI
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def build_tokenizer(captions: Sequence[str], folder: Path, max_tokens: int) -> CLIPTokenizer:
+    """Train a byte-pair vocabulary on captions and write it to `folder` in the layout CLIPTokenizer reads.
+
+    As in CLIP, the alphabet holds every byte, alone and at a word's end, so any text can be tokenised; the merges make
+    each word of the captions one token. Training is deterministic.
+    """
+    model = _train_byte_pairs(captions)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    tokens = [*alphabet, *(letter + _WORD_END for letter in alphabet), *(pair.replace(" ", "") for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    config = {"model_max_length": max_tokens, "tokenizer_class": "CLIPTokenizer", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _train_byte_pairs(captions: Sequence[str]) -> dict[str, Any]:
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix=_WORD_END))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=2, end_of_word_suffix=_WORD_END, special_tokens=[], show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return dict(json.loads(tokenizer.to_str())["model"])

@@ -71,8 +71,14 @@ class Scenes:
     captions: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Scenes:
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "captions"}
-        return Scenes(**tensors, captions=self.captions)
+        return Scenes(**{name: tensor.to(device) for name, tensor in self._tensors().items()}, captions=self.captions)
+
+    def rows(self, chosen: torch.Tensor) -> Scenes:
+        """Return the chosen scenes, to be composed; captions are left behind."""
+        return Scenes(**{name: tensor[chosen] for name, tensor in self._tensors().items()}, captions=())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "captions"}
 
 
 @dataclass(frozen=True)

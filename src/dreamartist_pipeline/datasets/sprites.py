@@ -1,0 +1,182 @@
+"""Datasets of the pretrain pipeline: sprite packages as they are published, the rendered sprite set, checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from kedro.io import AbstractDataset, DatasetError
+
+if TYPE_CHECKING:
+    from dreamartist_pipeline.core.sprites import SpriteSet
+
+SpritePackages = dict[str, dict[str, Any]]  # package -> JSON file's stem -> its content
+
+
+class SpritePackagesDataset(AbstractDataset[None, SpritePackages]):
+    """Published icon packages (npm tarballs), verified against their SHA-256 before a byte is parsed.
+
+    Args:
+        path: folder of the tarballs.
+        packages: name -> {"file": tarball name, "sha256": its hash, "members": JSON files to read}.
+    """
+
+    def __init__(
+        self, *, path: str, packages: dict[str, dict[str, Any]], metadata: dict[str, Any] | None = None
+    ) -> None:
+        self._path = Path(path)
+        self._packages = packages
+        self.metadata = metadata
+
+    def load(self) -> SpritePackages:
+        return {name: self._read(spec) for name, spec in self._packages.items()}
+
+    def _read(self, spec: dict[str, Any]) -> dict[str, Any]:
+        tarball = self._path / spec["file"]
+        if not tarball.exists():
+            raise DatasetError(f"expected the sprite package {tarball}, found none; run `make sprite-packages` once")
+        digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
+        if digest != spec["sha256"]:
+            raise DatasetError(
+                f"expected {tarball} with SHA-256 {spec['sha256']}, got {digest}; "
+                "delete it and run `make sprite-packages`"
+            )
+        with tarfile.open(tarball) as archive:
+            return {PurePosixPath(member).stem: _read_json(archive, member) for member in spec["members"]}
+
+    def save(self, data: None) -> None:
+        raise DatasetError("sprite packages are published by others; they are only read")
+
+    def _exists(self) -> bool:
+        return all((self._path / spec["file"]).exists() for spec in self._packages.values())
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": self._path.as_posix(), "packages": list(self._packages)}
+
+
+def _read_json(archive: tarfile.TarFile, member: str) -> Any:
+    file = archive.extractfile(f"package/{member}")
+    if file is None:
+        raise DatasetError(f"expected {member} in {archive.name}, found none")
+    return json.load(file)
+
+
+class SpriteSetDataset(AbstractDataset["SpriteSet", "SpriteSet"]):
+    """A rendered SpriteSet as one safetensors file, names in its header."""
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> SpriteSet:
+        from safetensors import safe_open
+
+        from dreamartist_pipeline.core.sprites import SpriteSet
+
+        with safe_open(self._filepath, framework="pt") as file:
+            names = file.metadata()
+            return SpriteSet(
+                file.get_tensor("images"), tuple(json.loads(names["objects"])), tuple(json.loads(names["styles"]))
+            )
+
+    def save(self, data: SpriteSet) -> None:
+        from safetensors.torch import save_file
+
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._filepath.with_suffix(".tmp")
+        names = {"objects": json.dumps(data.objects), "styles": json.dumps(data.styles)}
+        save_file({"images": data.images.contiguous()}, temporary, metadata=names)
+        os.replace(temporary, self._filepath)
+
+    def _exists(self) -> bool:
+        return self._filepath.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath.as_posix()}
+
+
+class CheckpointStore:
+    """Named training checkpoints in a folder; each is replaced whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def of_recipe(self, recipe: str) -> CheckpointStore:
+        """Return the store of one recipe, a folder of its own."""
+        return CheckpointStore(self.path / recipe)
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """Return the latest checkpoint of that name, or None when there is none."""
+        import torch
+
+        file = self._file(name)
+        return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        import torch
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self._file(name).with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.pt"
+
+
+class CheckpointStoreDataset(AbstractDataset[None, CheckpointStore]):
+    """Loads to a CheckpointStore over a folder."""
+
+    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
+        self._path = Path(path)
+        self.metadata = metadata
+
+    def load(self) -> CheckpointStore:
+        return CheckpointStore(self._path)
+
+    def save(self, data: None) -> None:
+        raise DatasetError("a checkpoint store is filled by the training that uses it, not saved as a whole")
+
+    def _exists(self) -> bool:
+        return True
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": self._path.as_posix()}
+
+
+class PretrainedFolderDataset(AbstractDataset[Any, str]):
+    """A diffusers folder: saves any object that has `save_pretrained`, in one rename; loads to the folder's path."""
+
+    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
+        self._path = Path(path)
+        self.metadata = metadata
+
+    def load(self) -> str:
+        return self._path.as_posix()
+
+    def save(self, data: Any) -> None:
+        temporary, replaced = self._path.with_name(self._path.name + ".tmp"), self._path.with_name(self._path.name + ".old")
+        _remove_folder(temporary)
+        _remove_folder(replaced)
+        data.save_pretrained(temporary)
+        if self._path.exists():
+            os.replace(self._path, replaced)
+        os.replace(temporary, self._path)
+        _remove_folder(replaced)
+
+    def _exists(self) -> bool:
+        return self._path.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": self._path.as_posix()}
+
+
+def _remove_folder(path: Path) -> None:
+    import shutil
+
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,257 @@
+"""The two training stages as each process runs them: build the parts, draw the scenes, fit, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_unet
+from dreamartist_pipeline.core.pretraining import (
+    Checkpoint,
+    StageSettings,
+    StepReport,
+    autoencoder_loss,
+    averaged_weights,
+    denoiser_loss,
+    fit_stage,
+    normalize_latents,
+    psnr,
+)
+from dreamartist_pipeline.core.sprites import Scenes, SpriteSet, compose, draw_scenes
+from dreamartist_pipeline.params import PretrainParams, StageParams
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+    from dreamartist_pipeline.datasets.sprites import CheckpointStore
+
+_VALIDATION_SCENES = 256
+_REPORT_EVERY = 25
+
+
+@dataclass
+class StageReporter:
+    """Progress bar and live metrics of rank 0; averages the loss between two reports."""
+
+    name: str
+    num_steps: int
+    start: int
+    tracker: Any
+
+    def __post_init__(self) -> None:
+        self._bar = tqdm(total=self.num_steps, initial=self.start, desc=self.name, unit="step")
+        self._losses: list[float] = []
+
+    def __call__(self, report: StepReport) -> None:
+        self._bar.update()
+        self._losses.append(report.loss)
+        if report.step % _REPORT_EVERY and report.step != self.num_steps:
+            return
+        loss = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}")
+        values = {"loss": loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        self.tracker.log_metrics({f"{self.name}/{key}": value for key, value in values.items()}, step=report.step)
+
+
+def fit_autoencoder(sprites: SpriteSet, params: PretrainParams, store: CheckpointStore, tracker: Any) -> AutoencoderKL:
+    """Train the autoencoder and fold its latent statistics in; on every rank."""
+    device, stage = _device(), params.autoencoder
+    torch.manual_seed(params.seed)
+    autoencoder = build_autoencoder(params.size).to(device)
+    images = sprites.images.to(device)
+    scenes = draw_scenes(sprites, stage.num_scenes, params.seed + 1, _half_named_half_any(sprites)).to(device)
+    paint = partial(_paint, images, scenes, params.size.image_px)
+    num_training = stage.num_scenes - min(_VALIDATION_SCENES, stage.num_scenes // 4)
+    held_back = paint(torch.arange(num_training, stage.num_scenes, device=device))
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(num_training, (stage.batch_size,), device=device, generator=generator)
+        torch.manual_seed(generator.initial_seed())  # the posterior's sample
+        with torch.autocast(device.type, enabled=False):
+            batch = paint(chosen)
+        return autoencoder_loss(autoencoder, batch)
+
+    parameters = list(autoencoder.parameters())
+
+    def save(checkpoint: Checkpoint) -> None:
+        store.save("autoencoder", checkpoint)
+        with averaged_weights(parameters, checkpoint), torch.no_grad():
+            restored = autoencoder.decode(autoencoder.encode(held_back).latent_dist.mode()).sample
+        quality = psnr(restored, held_back).mean().item()
+        tqdm.write(f"autoencoder after {checkpoint['step']} steps: {quality:.2f} dB on scenes it did not see")
+        tracker.log_metrics({"autoencoder/psnr_db": quality}, step=checkpoint["step"])
+        tracker.log_image("autoencoder", _side_by_side(held_back[:8], restored[:8]), checkpoint["step"])
+
+    _fit("autoencoder", parameters, loss_of, stage, params.seed, store, tracker, save)
+    with torch.no_grad():
+        latents = torch.cat([autoencoder.encode(batch).latent_dist.mode() for batch in held_back.split(64)])
+    normalize_latents(autoencoder, latents)
+    return autoencoder.cpu().requires_grad_(False)
+
+
+def fit_denoiser(
+    autoencoder_path: str,
+    tokenizer_path: str,
+    latents: torch.Tensor,
+    token_ids: torch.Tensor,
+    params: PretrainParams,
+    store: CheckpointStore,
+    tracker: Any,
+) -> StableDiffusionPipeline:
+    """Train UNet and text encoder on cached latents; on every rank, each with modules of its own.
+
+    Args:
+        latents: `[N, C, h, w]` of the scenes, float32.
+        token_ids: `[N, L]` of their captions, int64.
+    """
+    device, stage = _device(), params.denoiser
+    pipeline = assemble_untrained(autoencoder_path, tokenizer_path, params).to(device)
+    unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    empty_ids = token_ids_of(pipeline.tokenizer, [""]).to(device)
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
+    latents, token_ids = latents.to(device), token_ids.to(device)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(latents), (stage.batch_size,), device=device, generator=generator)
+        return denoiser_loss(
+            unet, text_encoder, latents[chosen], token_ids[chosen], empty_ids, alphas_cumprod, generator
+        )
+
+    def save(checkpoint: Checkpoint) -> None:
+        store.save("denoiser", checkpoint)
+        with averaged_weights(parameters, checkpoint):
+            tracker.log_image("samples", sample_grid(pipeline), checkpoint["step"])
+
+    _fit("denoiser", parameters, loss_of, stage, params.seed, store, tracker, save)
+    return pipeline.to("cpu")
+
+
+def _fit(
+    name: str,
+    parameters: list[torch.nn.Parameter],
+    loss_of: Any,
+    stage: StageParams,
+    seed: int,
+    store: CheckpointStore,
+    tracker: Any,
+    save: Any,
+) -> None:
+    checkpoint = store.load(name)
+    settings = StageSettings(
+        num_steps=stage.num_steps,
+        batch_size=stage.batch_size,
+        lr=stage.lr,
+        warmup_steps=stage.warmup_steps,
+        ema_decay=stage.ema_decay,
+        seed=seed,
+        checkpoint_every=stage.checkpoint_every,
+        weight_decay=stage.weight_decay,
+    )
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    reporter = StageReporter(name, stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) if first else None
+    fit_stage(parameters, loss_of, settings, checkpoint=checkpoint, save_checkpoint=save, on_step=reporter)
+
+
+def assemble_untrained(autoencoder_path: str, tokenizer_path: str, params: PretrainParams) -> StableDiffusionPipeline:
+    """Put a new UNet and text encoder beside a trained autoencoder, with Stable Diffusion's noise schedule."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    torch.manual_seed(params.seed)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True),
+        text_encoder=build_text_encoder(params.size, tokenizer),
+        tokenizer=tokenizer,
+        unet=build_unet(params.size),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def encode_scenes(
+    autoencoder: AutoencoderKL, sprites: SpriteSet, scenes: Scenes, size_px: int, batch_size: int = 64
+) -> torch.Tensor:
+    """Return the latent means of all scenes, `[N, C, h, w]` on the CPU, in order."""
+    device = _device()
+    autoencoder, images, scenes = autoencoder.to(device), sprites.images.to(device), scenes.to(device)
+    batches = torch.arange(len(scenes.captions), device=device).split(batch_size)
+    progress = tqdm(batches, desc="scenes to latents", unit="batch")
+    encoded = [autoencoder.encode(_paint(images, scenes, size_px, batch)).latent_dist.mode().cpu() for batch in progress]
+    autoencoder.cpu()
+    return torch.cat(encoded)
+
+
+def _paint(images: torch.Tensor, scenes: Scenes, size_px: int, chosen: torch.Tensor) -> torch.Tensor:
+    return compose(images, scenes.rows(chosen), size_px)
+
+
+def token_ids_of(tokenizer: Any, captions: list[str]) -> torch.Tensor:
+    return torch.tensor(tokenizer(captions, padding="max_length", truncation=True).input_ids)
+
+
+SAMPLE_PROMPTS = (
+    "a cat, flat style, blue background",
+    "a red butterfly, noto style, yellow background",
+    "a hamburger, twemoji style, green background",
+    "a blue car, blob style, white background",
+    "a house, noto style, pink and white striped background",
+    "a small frog, flat style, purple background",
+    "a dog on the left and a yellow star on the right, noto style, teal background",
+    "two apples, twemoji style, gray background",
+)
+
+
+@torch.no_grad()
+def sample_grid(pipeline: StableDiffusionPipeline, images_per_prompt: int = 2, num_inference_steps: int = 20) -> Any:
+    """Draw every sample prompt, one column per prompt, with fixed seeds."""
+    from dreamartist_pipeline.core.images import image_grid
+
+    pipeline.set_progress_bar_config(disable=True)
+    images = [
+        image
+        for seed in range(images_per_prompt)
+        for image in pipeline(
+            list(SAMPLE_PROMPTS),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=4.0,
+            generator=[torch.Generator().manual_seed(seed * 100 + i) for i in range(len(SAMPLE_PROMPTS))],
+        ).images
+    ]
+    return image_grid(images, columns=len(SAMPLE_PROMPTS))
+
+
+def _half_named_half_any(sprites: SpriteSet) -> list[int]:
+    """Draw named sprites as often as all the others together: they are what will be generated."""
+    named = sprites.named()
+    others = [index for index, name in enumerate(sprites.objects) if not name]
+    return named * max(1, len(others) // len(named)) + others
+
+
+def _side_by_side(images: torch.Tensor, restored: torch.Tensor) -> Any:
+    from dreamartist_pipeline.core.images import image_grid, to_images
+
+    return image_grid([*to_images(images), *to_images(restored)], columns=len(images))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
