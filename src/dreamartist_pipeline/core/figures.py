@@ -1,0 +1,217 @@
+"""The contact sheet: one picture that shows what a concept learned, and what it left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+CELL_PX = (144, 256)  # smallest and largest longer side of a picture on the sheet
+
+_PAPER = "#ffffff"
+_INK = "#1c1c22"
+_SOFT_INK = "#6d6d78"
+_RULE = "#d9d9e0"
+_BLOCK = "#f4f4f7"
+_ACCENT = "#3457d5"
+_MARGIN = 36
+_GAP = 8
+_BLOCK_PAD = 14
+_BLOCK_GAP = 24
+_LABEL_PX = 250
+_HEADING_PX, _LABEL_TEXT_PX, _SMALL_PX, _TITLE_PX = 20, 17, 14, 34
+_HEAD_ROOM = 62  # of a block: its heading and the seeds above its columns
+
+Row = Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class SheetSection:
+    """Rows of prompts in two blocks side by side: the same prompts and seeds on the left and on the right.
+
+    prompts: one label per row. left, right: one picture per row and seed. seeds: the columns of either block.
+    """
+
+    title: str
+    left_heading: str
+    right_heading: str
+    prompts: Sequence[str]
+    left: Sequence[Row]
+    right: Sequence[Row]
+    seeds: Sequence[int]
+
+
+def contact_sheet(
+    reference: Image.Image, title: str, lines: Sequence[str], sections: Sequence[SheetSection]
+) -> Image.Image:
+    """Lay out a contact sheet: the reference image in the corner, a title with a few lines, then the sections.
+
+    Small pictures are enlarged to 144 px, large ones are shrunk to 256 px, so that a sheet is always readable.
+
+    Args:
+        reference: the picture that was learned.
+        title: the subject.
+        lines: what stands under the title, e.g. trigger word and scores.
+        sections: at least one, with as many pictures in a row as it has seeds.
+
+    Raises:
+        ValueError: there is no section, or a section's rows do not fit its prompts and seeds.
+    """
+    if not sections:
+        raise ValueError("expected at least one section on the contact sheet, got none; give prompts to draw")
+    for section in sections:
+        _check_section(section)
+    cell = _cell_size(sections[0].left[0][0])
+    height = _header_height(lines, cell) + sum(_section_height(section, cell) for section in sections) + _MARGIN
+    width = max(_section_width(section, cell) for section in sections) + 2 * _MARGIN
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    _draw_header(sheet, reference, title, lines, cell)
+    y = _header_height(lines, cell)
+    for section in sections:
+        _draw_section(sheet, section, y, cell)
+        y += _section_height(section, cell)
+    return sheet
+
+
+def fit_cell(image: Image.Image, cell: tuple[int, int]) -> Image.Image:
+    """Bring a picture into a cell (width, height) without stretching it."""
+    return ImageOps.pad(image.convert("RGB"), cell, Image.Resampling.LANCZOS, color=_PAPER)
+
+
+def _check_section(section: SheetSection) -> None:
+    for side, rows in (("left", section.left), ("right", section.right)):
+        columns = {len(row) for row in rows}
+        if len(rows) != len(section.prompts) or columns != {len(section.seeds)}:
+            raise ValueError(
+                f"expected {len(section.prompts)} rows of {len(section.seeds)} pictures on the {side} of section "
+                f"{section.title!r}, got {len(rows)} rows of {sorted(columns)}; give one picture per prompt and seed"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def _cell_size(image: Image.Image) -> tuple[int, int]:
+    longer = max(image.size)
+    scale = min(max(longer, CELL_PX[0]), CELL_PX[1]) / longer
+    return round(image.width * scale), round(image.height * scale)
+
+
+def _block_width(section: SheetSection, cell: tuple[int, int]) -> int:
+    columns = len(section.seeds)
+    return max(columns * cell[0] + (columns - 1) * _GAP, 260) + 2 * _BLOCK_PAD
+
+
+def _section_width(section: SheetSection, cell: tuple[int, int]) -> int:
+    return _LABEL_PX + 2 * _block_width(section, cell) + _BLOCK_GAP
+
+
+def _block_height(section: SheetSection, cell: tuple[int, int]) -> int:
+    rows = len(section.prompts)
+    return _HEAD_ROOM + rows * cell[1] + (rows - 1) * _GAP + _BLOCK_PAD
+
+
+def _section_height(section: SheetSection, cell: tuple[int, int]) -> int:
+    return _HEADING_PX + 26 + _block_height(section, cell) + 30
+
+
+def _header_height(lines: Sequence[str], cell: tuple[int, int]) -> int:
+    return _MARGIN + max(cell[1] + 28, _TITLE_PX + 20 + 26 * len(lines)) + 18
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def _draw_header(
+    sheet: Image.Image, reference: Image.Image, title: str, lines: Sequence[str], cell: tuple[int, int]
+) -> None:
+    draw = ImageDraw.Draw(sheet)
+    sheet.paste(fit_cell(reference, cell), (_MARGIN, _MARGIN))
+    _frame(draw, (_MARGIN, _MARGIN), cell, _ACCENT, width=2)
+    draw.text((_MARGIN, _MARGIN + cell[1] + 8), "reference image", fill=_SOFT_INK, font=_font(_SMALL_PX))
+    x = _MARGIN + max(cell[0] + 32, _LABEL_PX)
+    draw.text((x, _MARGIN - 6), title, fill=_INK, font=_font(_TITLE_PX))
+    for index, line in enumerate(lines):
+        draw.text((x, _MARGIN + _TITLE_PX + 14 + 26 * index), line, fill=_SOFT_INK, font=_font(_LABEL_TEXT_PX))
+
+
+def _draw_section(sheet: Image.Image, section: SheetSection, y: int, cell: tuple[int, int]) -> None:
+    draw = ImageDraw.Draw(sheet)
+    draw.line((_MARGIN, y, sheet.width - _MARGIN, y), fill=_RULE, width=1)
+    draw.text((_MARGIN, y + 12), section.title, fill=_INK, font=_font(_HEADING_PX))
+    top = y + _HEADING_PX + 26
+    first_row = top + _HEAD_ROOM
+    for index, prompt in enumerate(section.prompts):
+        _draw_label(draw, prompt, first_row + index * (cell[1] + _GAP), cell[1])
+    left = _MARGIN + _LABEL_PX
+    right = left + _block_width(section, cell) + _BLOCK_GAP
+    _draw_block(sheet, section, (left, top), cell, heading=section.left_heading, rows=section.left, color=_SOFT_INK)
+    _draw_block(sheet, section, (right, top), cell, heading=section.right_heading, rows=section.right, color=_ACCENT)
+
+
+def _draw_block(
+    sheet: Image.Image,
+    section: SheetSection,
+    corner: tuple[int, int],
+    cell: tuple[int, int],
+    *,
+    heading: str,
+    rows: Sequence[Row],
+    color: str,
+) -> None:
+    draw = ImageDraw.Draw(sheet)
+    x, y = corner
+    width, height = _block_width(section, cell), _block_height(section, cell)
+    draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), radius=10, fill=_BLOCK)
+    _draw_fitting(draw, (x + _BLOCK_PAD, y + 10), heading, color, width - 2 * _BLOCK_PAD)
+    for column, seed in enumerate(section.seeds):
+        left = x + _BLOCK_PAD + column * (cell[0] + _GAP)
+        draw.text((left, y + _HEAD_ROOM - 21), f"seed {seed}", fill=_SOFT_INK, font=_font(_SMALL_PX))
+        for row, images in enumerate(rows):
+            place = (left, y + _HEAD_ROOM + row * (cell[1] + _GAP))
+            sheet.paste(fit_cell(images[column], cell), place)
+            _frame(draw, place, cell, _RULE)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, text: str, y: int, height: int) -> None:
+    """Write a prompt beside its row, wrapped, centred in the row's height."""
+    font = _font(_LABEL_TEXT_PX)
+    wrapped = "\n".join(wrap(text, font, _LABEL_PX - 24))
+    draw.multiline_text((_MARGIN, y + height / 2), wrapped, fill=_INK, font=font, spacing=6, anchor="lm")
+
+
+def _draw_fitting(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, color: str, width_px: int) -> None:
+    font = _font(_LABEL_TEXT_PX)
+    first = wrap(text, font, width_px)
+    draw.text(place, first[0] + (" …" if len(first) > 1 else ""), fill=color, font=font)
+
+
+def _frame(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], cell: tuple[int, int], color: str, width: int = 1
+) -> None:
+    draw.rectangle((place[0], place[1], place[0] + cell[0] - 1, place[1] + cell[1] - 1), outline=color, width=width)
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
+    """Break a text into lines of at most `width_px`; a single word that is longer stays whole."""
+    lines: list[str] = []
+    for word in text.split() or [""]:
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width_px:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _font(size_px: int) -> ImageFont.FreeTypeFont:
+    """Return Pillow's own scalable font."""
+    font = ImageFont.load_default(size_px)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError(
+            "expected Pillow with FreeType, which has a scalable font; got one without; install Pillow from its wheel"
+        )
+    return font

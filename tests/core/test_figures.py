@@ -1,0 +1,100 @@
+"""The contact sheet: every picture is there, readable, and in its place."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image, ImageFont
+
+from dreamartist_pipeline.core.figures import CELL_PX, SheetSection, contact_sheet, fit_cell, wrap
+
+_COLORS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "gray")
+
+
+def _plain(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+def _section(**changes: object) -> SheetSection:
+    fields = {
+        "title": "With the trigger word",
+        "left_heading": "base model",
+        "right_heading": "with the trigger word",
+        "prompts": ["a my-fox, blue background", "a my-fox, red background"],
+        "left": [[_plain("red"), _plain("lime")], [_plain("blue"), _plain("yellow")]],
+        "right": [[_plain("cyan"), _plain("magenta")], [_plain("black"), _plain("gray")]],
+        "seeds": [1, 2],
+    }
+    return SheetSection(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def _places(sheet: Image.Image, color: str) -> tuple[int, int, int]:
+    """Return (left, top, count) of the pixels that have exactly this colour."""
+    wanted = Image.new("RGB", (1, 1), color).getpixel((0, 0))
+    mask = [index for index, value in enumerate(sheet.get_flattened_data()) if value == wanted]
+    return min(i % sheet.width for i in mask), min(i // sheet.width for i in mask), len(mask)
+
+
+def test_every_picture_is_on_the_sheet_enlarged() -> None:
+    sheet = contact_sheet(_plain("orange"), "fox", ["one line"], [_section()])
+    for color in (*_COLORS, "orange"):
+        assert _places(sheet, color)[2] >= (CELL_PX[0] - 4) ** 2, color
+
+
+def test_rows_are_prompts_columns_are_seeds_and_blocks_lie_side_by_side() -> None:
+    sheet = contact_sheet(_plain("orange"), "fox", [], [_section()])
+    left = {color: _places(sheet, color)[:2] for color in _COLORS}
+    assert left["red"][0] == left["blue"][0] < left["lime"][0] < left["cyan"][0] < left["magenta"][0]
+    assert left["red"][1] == left["lime"][1] == left["cyan"][1] < left["blue"][1] == left["yellow"][1]
+
+
+def test_sections_follow_one_another_downwards() -> None:
+    second = _section(
+        title="Without the trigger word",
+        prompts=["a cat"],
+        left=[[_plain("navy")]],
+        right=[[_plain("maroon")]],
+        seeds=[1],
+    )
+    sheet = contact_sheet(_plain("orange"), "fox", [], [_section(), second])
+    assert _places(sheet, "navy")[1] > _places(sheet, "blue")[1] + CELL_PX[0]
+    assert _places(sheet, "maroon")[0] > _places(sheet, "navy")[0]
+
+
+def test_large_pictures_are_shrunk_and_keep_their_shape() -> None:
+    wide = (1024, 512)
+    pictures = [[_plain("red", wide)]]
+    section = _section(prompts=["a"], seeds=[1], left=pictures, right=pictures)
+    sheet = contact_sheet(_plain("orange", wide), "fox", [], [section])
+    assert _places(sheet, "orange")[2] == pytest.approx(CELL_PX[1] * CELL_PX[1] // 2, rel=0.05)
+
+
+def test_the_same_pictures_make_the_same_sheet() -> None:
+    first, second = (contact_sheet(_plain("orange"), "fox", ["x"], [_section()]) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_fit_cell_pads_instead_of_stretching() -> None:
+    cell = fit_cell(_plain("red", (50, 100)), (100, 100))
+    assert cell.getpixel((50, 50)) == (255, 0, 0)
+    assert cell.getpixel((5, 50)) == (255, 255, 255)
+
+
+def test_wrap_breaks_between_words_and_keeps_long_words_whole() -> None:
+    font = ImageFont.load_default(16)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    lines = wrap("a small fox on a very green background", font, 100)
+    assert " ".join(lines) == "a small fox on a very green background"
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert wrap("Donaudampfschifffahrtsgesellschaft", font, 40) == ["Donaudampfschifffahrtsgesellschaft"]
+
+
+def test_a_missing_picture_is_reported_with_its_section() -> None:
+    section = _section(right=[[_plain("cyan")], [_plain("black")]])
+    message = r"expected 2 rows of 2 pictures on the right of section 'With the trigger word', got 2 rows of \[1\]"
+    with pytest.raises(ValueError, match=message):
+        contact_sheet(_plain("orange"), "fox", [], [section])
+
+
+def test_a_sheet_needs_a_section() -> None:
+    with pytest.raises(ValueError, match="expected at least one section"):
+        contact_sheet(_plain("orange"), "fox", [], [])
