@@ -1,0 +1,153 @@
+"""Datasets of single pictures: the user's own as bytes, the project's as Pillow images saved whole or not at all.
+
+Annotations here are evaluated (no `from __future__ import annotations`): kedro-viz reads the return type of `preview`.
+"""
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedro.io import AbstractDataset, DatasetError
+from kedro_datasets._typing import ImagePreview
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_PREVIEW_SIDE_PX = 512
+
+
+class ReferenceImageDataset(AbstractDataset[None, bytes]):
+    """The reference image as the user's file holds it; decoding it, and judging it, is ingestion's step.
+
+    Args:
+        filepath: an image file.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> bytes:
+        """Read the file's bytes."""
+        return _read(self._filepath, "the reference image", "give its path as --params image=PATH")
+
+    def save(self, data: None) -> None:
+        """Refuse: it is input."""
+        raise DatasetError(f"{self._filepath} is the user's own picture; it is only read")
+
+    def preview(self) -> ImagePreview:
+        """Show the picture, scaled down."""
+        return _preview(self.load())
+
+    def _exists(self) -> bool:
+        return self._filepath.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath.as_posix()}
+
+
+class OptionalImageDataset(AbstractDataset[None, bytes | None]):
+    """A picture that may be left out: loads to None without a filepath; a filepath without a file is an error."""
+
+    def __init__(self, *, filepath: str | None = None, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath = Path(filepath) if filepath else None
+        self.metadata = metadata
+
+    def load(self) -> bytes | None:
+        """Read the file's bytes, if there is a file to read."""
+        if self._filepath is None:
+            return None
+        return _read(self._filepath, "the attention mask", "correct --params mask=PATH, or leave it out")
+
+    def save(self, data: None) -> None:
+        """Refuse: it is input."""
+        raise DatasetError("the attention mask is the user's own picture; it is only read")
+
+    def preview(self) -> ImagePreview:
+        """Show the picture, scaled down; nothing when there is none."""
+        data = self.load()
+        return ImagePreview("") if data is None else _preview(data)
+
+    def _exists(self) -> bool:
+        return self._filepath is None or self._filepath.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath and self._filepath.as_posix()}
+
+
+class ImageDataset(AbstractDataset["Image", "Image"]):
+    """A Pillow image in a lossless file; a save replaces the old file in one step.
+
+    Args:
+        filepath: where; the suffix names the format.
+        save_args: what Pillow's `Image.save` takes besides.
+    """
+
+    def __init__(
+        self, *, filepath: str, save_args: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None
+    ) -> None:
+        self._filepath = Path(filepath)
+        self._save_args = save_args or {}
+        self.metadata = metadata
+
+    def load(self) -> "Image":
+        """Read the image in its own mode."""
+        from PIL import Image
+
+        data = _read(self._filepath, "an image", "run the pipeline that makes it")
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return image.copy()
+
+    def save(self, data: "Image") -> None:
+        """Write the image, whole or not at all."""
+        save_image(data, self._filepath, **self._save_args)
+
+    def preview(self) -> ImagePreview:
+        """Show the image, scaled down."""
+        return _preview(_read(self._filepath, "an image", "run the pipeline that makes it"))
+
+    def _exists(self) -> bool:
+        return self._filepath.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath.as_posix(), "save_args": self._save_args}
+
+
+def save_image(image: "Image", file: Path, **save_args: Any) -> None:
+    """Write an image under a temporary name beside it, then rename: readers see the old file or the whole new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        image.save(temporary, **save_args)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path, what: str, remedy: str) -> bytes:
+    if file.is_file():
+        return file.read_bytes()
+    came = "a folder" if file.is_dir() else "no such file"
+    raise DatasetError(f"expected {what} at {file}; got {came}; {remedy}{_neighbours(file)}")
+
+
+def _neighbours(file: Path) -> str:
+    """Name the pictures that lie where this one was expected."""
+    folder = file if file.is_dir() else file.parent
+    if not folder.is_dir():
+        return ""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    return f" (in {folder}: {', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
+
+
+def _preview(data: bytes) -> ImagePreview:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    small.thumbnail((_PREVIEW_SIDE_PX, _PREVIEW_SIDE_PX))
+    png = io.BytesIO()
+    small.save(png, "PNG")
+    return ImagePreview(base64.b64encode(png.getvalue()).decode())
