@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Several texts; a single one may stand alone, as in `--params generate.prompts=a red fox`."""
 
 _GUIDANCE = re.compile(r"^(?P<low>\d+(\.\d+)?)(-(?P<high>\d+(\.\d+)?)(:(?P<curve>[a-z0-9]+))?)?$")
 GUIDANCE_CURVES = ("ln", "cos", "cos2")
@@ -90,7 +92,7 @@ class PromptsParams(Params):
     """Which prompts are drawn from the prompt database."""
 
     column: str | int = 0
-    num_prompts: Count
+    num_prompts: Annotated[int, Field(ge=0)]  # 0: no regularization set
     seed: Seed = 0
 
 
@@ -181,7 +183,7 @@ class PreviewParams(Params):
     """Images drawn while training; `every` 0 draws none."""
 
     every: Annotated[int, Field(ge=0)] = 0
-    prompts: tuple[str, ...] = ()
+    prompts: Texts = ()
     sampler: SamplerParams = SamplerParams()
     seed: Seed = 0
 
@@ -197,7 +199,7 @@ class TrainingParams(Params):
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
     words: WordsParams = WordsParams()
-    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("a photo of a {pt1}",)
+    templates: Annotated[Texts, Field(min_length=1)] = ("a photo of a {pt1}",)
     class_word: str = ""
     scale_lr: bool = False  # multiply every lr by the total batch size, as the reference toolkit does
     weight_decay: NonNegative = 1e-3  # of the adapters
@@ -247,21 +249,21 @@ class TrainingParams(Params):
 class EvaluationParams(Params):
     """What is drawn and measured after training."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]  # with '{pt1}' where the subject goes
-    prior_prompts: Annotated[tuple[str, ...], Field(min_length=1)]  # without it: what must not change
+    prompts: Annotated[Texts, Field(min_length=1)]  # with '{pt1}' where the subject goes
+    prior_prompts: Annotated[Texts, Field(min_length=1)]  # without it: what must not change
     class_word: str = ""
     images_per_prompt: Count = 4
     seed: Seed = 1000
     negative_prompt: str = ""
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
-    evaluators: tuple[str, ...] = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
+    evaluators: Texts = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
 
 
 class GenerateParams(Params):
     """What the generate pipeline draws."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    prompts: Annotated[Texts, Field(min_length=1)]
     negative_prompt: str = ""
     images_per_prompt: Count = 4
     seed: Seed = 0

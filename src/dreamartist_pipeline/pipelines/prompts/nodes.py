@@ -1,0 +1,58 @@
+"""Draw the prompts of the regularization set."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import PromptsParams
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def draw_regularization_prompts(prompt_database: pd.DataFrame, params: PromptsParams) -> list[str]:
+    """Draw distinct prompts at random, without replacement; the same seed draws the same ones in the same order.
+
+    Raises:
+        InputError: no such column, a column without text, or fewer distinct prompts than asked for.
+    """
+    column = _select_column(prompt_database, params.column)
+    prompts = distinct_prompts(column)
+    if len(prompts) < params.num_prompts:
+        raise InputError(
+            f"expected at least {params.num_prompts:,} different prompts in column {column.name!r} of the prompt "
+            f"database; got {len(prompts):,} (from {len(column):,} rows, without blanks and duplicates); "
+            "lower prompts.num_prompts or give a larger prompt database"
+        )
+    return random.Random(params.seed).sample(prompts, params.num_prompts)
+
+
+def distinct_prompts(column: pd.Series) -> list[str]:
+    """Strip the prompts, drop missing, blank and repeated ones, keep the order of first appearance.
+
+    Raises:
+        InputError: something other than text is in the column.
+    """
+    values = column.dropna()
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(
+                f"expected text in column {column.name!r} of the prompt database; got {value!r} "
+                f"({type(value).__name__}); set prompts.column to the column that holds the prompts"
+            )
+    stripped = (value.strip() for value in values)
+    return list(dict.fromkeys(prompt for prompt in stripped if prompt))
+
+
+def _select_column(database: pd.DataFrame, column: str | int) -> pd.Series:
+    names = [str(name) for name in database.columns]
+    if isinstance(column, int) and 0 <= column < len(names):
+        return database.iloc[:, column]
+    if isinstance(column, str) and column in names:
+        return database.iloc[:, names.index(column)]
+    raise InputError(
+        f"expected prompts.column to be one of {', '.join(map(repr, names)) or 'no columns at all'}"
+        f"{f' (or 0 to {len(names) - 1})' if names else ''}; got {column!r}; name a column that the prompt database has"
+    )
