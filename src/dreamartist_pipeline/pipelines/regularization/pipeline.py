@@ -1,0 +1,28 @@
+"""Wiring of the regularization stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node
+
+from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
+
+
+def create_pipeline() -> Pipeline:
+    """The regularization set, drawn by the base model from the regularization prompts."""
+    return Pipeline(
+        [
+            node(
+                make_regularization_set,
+                inputs={
+                    "base_model": "base_model",
+                    "regularization_prompts": "regularization_prompts",
+                    "image_store": "image_store",
+                    "params": "params:regularization",
+                    "device": "params:device",
+                },
+                outputs="regularization_set",
+                name="make_regularization_set",
+                tags="regularization",
+            )
+        ]
+    )
