@@ -1,0 +1,114 @@
+"""The pretraining loop: schedules, resuming, latent normalisation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dreamartist_pipeline.core.pretraining import (
+    StageSettings,
+    averaged_weights,
+    denoiser_loss,
+    fit_stage,
+    normalize_latents,
+    psnr,
+    warmup_cosine,
+)
+
+
+def settings(num_steps: int = 6, **changes: object) -> StageSettings:
+    values = {"batch_size": 4, "lr": 0.1, "warmup_steps": 1, "ema_decay": 0.5, "seed": 0, "checkpoint_every": 2}
+    return StageSettings(num_steps=num_steps, bf16=False, **{**values, **changes})
+
+
+def run(weight: nn.Parameter, **kwargs: object) -> list[dict]:
+    saved: list[dict] = []
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        return (weight - torch.randn(3, generator=generator)).pow(2).mean()
+
+    fit_stage([weight], loss_of, settings(), save_checkpoint=lambda state: saved.append(copy.deepcopy(state)), **kwargs)
+    return saved
+
+
+def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one():
+    whole, resumed = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    saved = run(whole)
+    assert [state["step"] for state in saved] == [2, 4, 6]
+    run(resumed, checkpoint=saved[0])
+    assert torch.equal(whole, resumed)
+
+
+def test_training_ends_with_the_moving_average_and_not_the_last_weights():
+    weight = nn.Parameter(torch.zeros(3))
+    last = run(weight)[-1]
+    assert torch.equal(weight, last["averages"][0])
+    assert not torch.equal(weight, last["parameters"][0])
+
+
+def test_averaged_weights_are_put_back_afterwards():
+    weight = nn.Parameter(torch.zeros(2))
+    with averaged_weights([weight], {"averages": [torch.ones(2)]}):
+        assert weight.tolist() == [1.0, 1.0]
+    assert weight.tolist() == [0.0, 0.0]
+
+
+def test_warm_up_is_linear_and_the_end_is_low():
+    assert warmup_cosine(0, 100, 10) == pytest.approx(0.1)
+    assert warmup_cosine(50, 100, 10) == pytest.approx(0.5)
+    assert warmup_cosine(99, 100, 10) == pytest.approx(0.02)
+
+
+def test_psnr_of_an_error_of_a_tenth_of_the_range_is_twenty_db():
+    images = torch.zeros(1, 3, 4, 4)
+    assert psnr(images + 0.2, images).item() == pytest.approx(20.0, abs=1e-4)  # range 2, error 0.2
+
+
+def test_normalised_latents_have_zero_mean_and_unit_deviation_and_decode_to_the_same_image():
+    from dreamartist_pipeline.backbones.embedded import build_autoencoder
+    from dreamartist_pipeline.params import EmbeddedModelSize
+
+    torch.manual_seed(0)
+    size = EmbeddedModelSize(image_px=16, latent_channels=4, autoencoder_channels=(8, 8), norm_groups=4)
+    autoencoder = build_autoencoder(size).eval()
+    images = torch.rand(32, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        before = autoencoder.encode(images).latent_dist
+        decoded = autoencoder.decode(before.mean).sample
+        normalize_latents(autoencoder, before.mean)
+        after = autoencoder.encode(images).latent_dist
+        again = autoencoder.decode(after.mean).sample
+    assert after.mean.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (after.mean.std((0, 2, 3)) - 1).abs().max() < 1e-4
+    ratio = before.mean.std((0, 2, 3), keepdim=True)
+    assert torch.allclose(after.std * ratio, before.std, rtol=1e-3)
+    assert torch.allclose(decoded, again, atol=1e-4)
+
+
+class ExactDenoiser(nn.Module):
+    """Knows the clean latents and so predicts v exactly, up to an offset."""
+
+    def __init__(self, latents: torch.Tensor, alphas_cumprod: torch.Tensor, offset: float) -> None:
+        super().__init__()
+        self.latents, self.alphas_cumprod, self.offset = latents, alphas_cumprod, offset
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor):
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = (noisy - alpha.sqrt() * self.latents) / (1 - alpha).sqrt()
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * self.latents
+        return type("Output", (), {"sample": velocity + self.offset})
+
+
+def test_the_denoiser_loss_is_the_weighted_squared_error_of_v():
+    latents, alphas_cumprod = torch.randn(4, 2, 3, 3), torch.tensor([0.5])  # snr 1
+    ids = torch.zeros(4, 5, dtype=torch.long)
+    for offset, expected in ((0.0, 0.0), (2.0, 4.0)):  # weight (min(1, 5) + 1) / (1 + 1) = 1
+        denoiser = ExactDenoiser(latents, alphas_cumprod, offset)
+        text_encoder = lambda token_ids: (token_ids.float(),)  # noqa: E731
+        loss = denoiser_loss(
+            denoiser, text_encoder, latents, ids, ids[:1], alphas_cumprod, torch.Generator().manual_seed(0)
+        )
+        assert loss.item() == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,127 @@
+"""The pretrain pipeline on a world of four hand-drawn sprites: from SVG to a folder that diffusers loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.sprites import CheckpointStore, PretrainedFolderDataset
+from dreamartist_pipeline.params import PretrainParams
+from dreamartist_pipeline.pipelines.pretrain.nodes import (
+    draw_samples,
+    render_sprites,
+    train_autoencoder,
+    train_denoiser,
+)
+from dreamartist_pipeline.pipelines.pretrain.rendering import choose_sprites, icon_svg
+
+CIRCLE = '<circle cx="8" cy="8" r="7" fill="#d02020"/>'
+SQUARE = '<rect x="2" y="2" width="12" height="12" fill="#2040d0"/>'
+
+
+class RecordingTracker:
+    def __init__(self) -> None:
+        self.metrics: list[tuple[dict[str, float], int]] = []
+        self.images: list[tuple[str, int]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics.append((metrics, step))
+
+    def log_image(self, key: str, image: Any, step: int) -> None:
+        self.images.append((key, step))
+
+
+@pytest.fixture
+def packages() -> dict[str, Any]:
+    icons = {"icons": {"apple": {"body": CIRCLE}, "box": {"body": SQUARE}, "fox": {"body": SQUARE}}, "width": 16}
+    chars = {"1f34e": "apple", "1f4e6": "box", "1f98a": "fox"}
+    emoji = [{"hexcode": code.upper(), "group": 3} for code in chars]
+    return {
+        "emojibase-data": {"data": emoji},
+        "noto": {"icons": icons, "chars": chars},
+        "noto-v1": {"icons": icons},
+        "extra": {"icons": icons, "chars": chars},
+    }
+
+
+@pytest.fixture
+def params() -> PretrainParams:
+    stage = {"num_steps": 2, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 1, "num_scenes": 16}
+    size = {
+        "image_px": 16,
+        "latent_channels": 4,
+        "autoencoder_channels": [8, 8],
+        "unet_channels": [16, 16],
+        "text_width": 32,
+        "text_layers": 1,
+        "norm_groups": 4,
+    }
+    return PretrainParams(
+        num_processes=1,
+        sprite_px=16,
+        size=size,
+        styles={"noto": "noto", "noto-v1": "blob"},
+        autoencoder_only_packages=["extra"],
+        objects={"apple": "1f34e"},
+        held_out_objects={"fox": "1f98a"},
+        autoencoder=stage,
+        denoiser=stage,
+    )
+
+
+def test_only_named_objects_in_named_styles_get_a_word(packages, params):
+    chosen = [(word, style) for _, word, style in choose_sprites(packages, params)]
+    assert chosen == [("apple", "noto"), ("", "noto"), ("apple", "blob"), ("", "blob"), ("", ""), ("", "")]
+
+
+def test_a_held_out_object_is_in_no_sprite(packages, params):
+    allowed = params.model_copy(update={"held_out_objects": {}})
+    assert len(list(choose_sprites(packages, allowed))) - len(list(choose_sprites(packages, params))) == 3
+
+
+def test_an_object_that_a_style_lacks_is_an_error(packages, params):
+    packages["noto"]["chars"].pop("1f34e")
+    with pytest.raises(InputError, match="expected 'apple' .* in the sprite package 'noto'"):
+        list(choose_sprites(packages, params))
+
+
+def test_an_icon_keeps_its_own_view_box_over_its_collections():
+    collection = {"width": 16, "height": 16, "icons": {"wide": {"body": "", "width": 32, "left": 4}}}
+    assert 'viewBox="4 0 32 16"' in icon_svg(collection, "wide")
+
+
+def test_sprites_are_rendered_with_their_colour_and_transparency(packages, params):
+    sprites = render_sprites(packages, params)
+    apple = sprites.images[sprites.objects.index("apple")]
+    assert apple[:, 8, 8].tolist() == [0xD0, 0x20, 0x20, 255]
+    assert apple[3, 0, 0] == 0
+
+
+def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_to_the_same_weights(
+    packages, params, tmp_path
+):
+    def train(folder: str, interrupted: bool) -> dict[str, torch.Tensor]:
+        store = CheckpointStore(tmp_path / folder / "checkpoints")
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                train_autoencoder(sprites, params, store, InterruptingTracker())
+        autoencoder = PretrainedFolderDataset(path=str(tmp_path / folder / "autoencoder"))
+        autoencoder.save(train_autoencoder(sprites, params, store, tracker))
+        model = PretrainedFolderDataset(path=str(tmp_path / folder / "model"))
+        pipeline = train_denoiser(sprites, autoencoder.load(), params, store, tracker)
+        model.save(pipeline)
+        return {**pipeline.unet.state_dict(), **{f"vae.{k}": v for k, v in pipeline.vae.state_dict().items()}}
+
+    class InterruptingTracker(RecordingTracker):
+        def log_image(self, key: str, image: Any, step: int) -> None:
+            raise KeyboardInterrupt
+
+    sprites, tracker = render_sprites(packages, params), RecordingTracker()
+    whole, resumed = train("whole", interrupted=False), train("resumed", interrupted=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert ("samples", 2) in tracker.images
+    assert any("autoencoder/psnr_db" in metrics for metrics, _ in tracker.metrics)
+    assert draw_samples(str(tmp_path / "whole" / "model")).width > 8 * 16
