@@ -480,10 +480,13 @@ def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     Raises:
         InputError: there is none of that name, it is adapted already, or its convolution is grouped.
     """
-    layer = dict(model.named_modules()).get(name)
-    parent = model.get_submodule(name.rpartition(".")[0]) if layer is not None else None
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(parent, BranchLoRALayer):
-        came = "one that has adapters already" if parent is not None else "no such layer"
+    try:
+        layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        layer, parent = None, None
+    adapted = isinstance(layer, BranchLoRALayer) or isinstance(parent, BranchLoRALayer)
+    if adapted or not isinstance(layer, nn.Linear | nn.Conv2d):
+        came = "one that has adapters already" if adapted else "no such layer"
         raise InputError(f"expected a plain Linear or Conv2d {name!r}, got {came}; start from the base model")
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise InputError(

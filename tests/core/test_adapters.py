@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dreamartist_pipeline.core.adapters import (
+    AdapterStack,
+    BranchCount,
+    LoRASpec,
+    inject,
+    load_adapters,
+    select_layers,
+)
+from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE, combine, split
+from dreamartist_pipeline.core.errors import InputError
+
+
+class Attention(nn.Module):
+    """Names and shapes of a diffusers attention block, small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 6, bias=False)
+        self.to_k = nn.Linear(8, 6)
+        self.to_out = nn.ModuleList([nn.Linear(6, 8), nn.Dropout(0.0)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_out[0](torch.tanh(self.to_q(x)) * self.to_k(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = Attention(), Attention()
+        self.ff = nn.Linear(8, 8)
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, 5, 8]` to `[B, 5, 8]`."""
+        return self.norm(self.ff(self.attn2(self.attn1(x))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor, checkpointing: str = "none") -> torch.Tensor:
+        for block in self.blocks:
+            x = (
+                block(x)
+                if checkpointing == "none"
+                else checkpoint(block, x, use_reentrant=checkpointing == "reentrant")
+            )
+        return x
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _spec(branch: int | None = None, **changes: object) -> LoRASpec:
+    values: dict[str, object] = {"name": f"unet[{branch}]", "rank": 2, "layers": (r"re:.*\.attn.?$",), "lr": 1e-4}
+    return LoRASpec(**(values | {"branch": branch} | changes))  # type: ignore[arg-type]
+
+
+def _randomize(stack: AdapterStack) -> AdapterStack:
+    """Leave the zero start, as training does."""
+    generator = _generator(7)
+    for parameters in stack.parameters_by_group().values():
+        for parameter in parameters:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter)
+    return stack
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield Model().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 5, 8, generator=_generator(1))  # two branches of two rows
+
+
+# ------------------------------------------------------------------------------------------------- selectors
+
+
+def test_a_regular_expression_takes_every_layer_at_or_under_its_matches(model: Model) -> None:
+    assert select_layers(model, [r"re:blocks\.0\.attn.?$"]) == [
+        f"blocks.0.{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_k", "to_out.0", "to_q")
+    ]
+    assert select_layers(model, [r"re:.*\.to_k$"])[0] == "blocks.0.attn1.to_k"
+
+
+def test_a_name_is_matched_whole_and_selectors_add_up_once(model: Model) -> None:
+    assert select_layers(model, ["blocks.1.ff"]) == ["blocks.1.ff"]
+    assert select_layers(model, ["blocks.1.ff", r"re:.*\.(ff|conv)$"]) == [
+        "blocks.0.conv", "blocks.0.ff", "blocks.1.conv", "blocks.1.ff",
+    ]  # fmt: skip
+
+
+def test_a_name_does_not_take_its_longer_neighbours() -> None:
+    model = nn.ModuleDict({"key": nn.Linear(1, 1), "key_norm": nn.Linear(1, 1)})
+    assert select_layers(model, ["key"]) == ["key"]
+
+
+def test_a_class_filters_the_matched_modules(model: Model) -> None:
+    assert select_layers(model, ["cls(Conv2d):re:.*"]) == ["blocks.0.conv", "blocks.1.conv"]
+    assert select_layers(model, [r"cls(Attention):re:blocks\.1"])[0] == "blocks.1.attn1.to_k"
+
+
+@pytest.mark.parametrize(
+    ("selector", "near"),
+    [
+        (r"re:.*\.atn.?$", "attn1"),
+        ("blocks.0.attn1.to_w", "blocks.0.attn1.to_q"),
+        ("cls(Atention):re:.*", "Attention"),
+    ],
+)
+def test_a_selector_that_matches_nothing_lists_near_names(model: Model, selector: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"matches none; correct it: near names are .*{near}") as error:
+        select_layers(model, ["blocks.0.ff", selector])
+    assert repr(selector) in str(error.value)
+
+
+def test_a_selector_of_modules_without_layers_is_refused(model: Model) -> None:
+    with pytest.raises(InputError, match=r"which matches blocks.0.norm, blocks.1.norm without any such layer inside"):
+        select_layers(model, [r"re:.*norm$"])
+
+
+# ------------------------------------------------------------------------------------------------- injection
+
+
+@pytest.mark.parametrize(("out_features", "rank"), [(320, 6), (640, 12), (1280, 24), (8, 1)])
+def test_a_float_rank_is_a_fraction_of_the_outputs(out_features: int, rank: int) -> None:
+    assert _spec(rank=0.01875).rank_for(out_features) == rank
+
+
+def test_new_adapters_leave_the_outputs_bit_equal(model: Model, x: torch.Tensor) -> None:
+    image = torch.randn(4, 2, 6, 6)
+    before, before_conv = model(x), model.blocks[0].conv(image)
+    inject(model, [_spec(POSITIVE), _spec(NEGATIVE, rank=3), _spec(layers=("re:.*",))], 2, _generator())
+    assert torch.equal(model(x), before)
+    assert torch.equal(model.blocks[0].conv(image), before_conv)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_a_half_precision_model_adapters_are_float32_and_change_nothing(model: Model, dtype: torch.dtype) -> None:
+    model = model.to(dtype)
+    rows = torch.randn(4, 5, 8, generator=_generator()).to(dtype)
+    before = model(rows)
+    stack = inject(model, [_spec(POSITIVE), _spec(NEGATIVE)], 2, _generator())
+    assert torch.equal(model(rows), before)
+    assert {p.dtype for parameters in stack.parameters_by_group().values() for p in parameters} == {torch.float32}
+
+
+def test_down_starts_like_a_linear_layer_and_up_at_zero(model: Model) -> None:
+    stack = inject(model, [_spec(POSITIVE, rank=64)], 2, _generator())
+    down, up = (stack.state_dict()[f"blocks.0.attn1.to_q.0.positive.{factor}"] for factor in ("down", "up"))
+    assert down.shape == (64, 8)
+    assert 0.9 / math.sqrt(8) < down.abs().max() <= 1 / math.sqrt(8)  # uniform within ±1/√in
+    assert torch.equal(up, torch.zeros(6, 64))
+
+
+def test_the_same_seed_gives_the_same_adapters_whatever_the_global_generator_does(model: Model) -> None:
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        torch.rand(seed + 1)
+        stack = inject(model, [_spec(POSITIVE), _spec(NEGATIVE)], 2, _generator(seed))
+        stack.remove_from(model)
+        return stack.state_dict()
+
+    first, again, other = start(0), start(0), start(1)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not any(torch.equal(first[key], other[key]) for key in first if key.endswith("down"))
+
+
+def test_removing_adapters_puts_the_same_layers_back(model: Model, x: torch.Tensor) -> None:
+    before, modules = model(x), dict(model.named_modules())
+    stack = _randomize(inject(model, [_spec(POSITIVE)], 2, _generator()))
+    assert not torch.equal(model(x), before)
+    stack.remove_from(model)
+    assert torch.equal(model(x), before)
+    assert all(module is modules[name] for name, module in model.named_modules())
+
+
+def test_a_model_with_adapters_takes_no_others(model: Model) -> None:
+    inject(model, [_spec(POSITIVE)], 2, _generator())
+    with pytest.raises(InputError, match="got one that has adapters already; start from the base model"):
+        inject(model, [_spec(POSITIVE)], 2, _generator())
+
+
+def test_one_branch_has_no_place_for_a_negative_group(model: Model) -> None:
+    with pytest.raises(
+        InputError, match=r"positive branch only, because guidance_scale is 1, got unet\[0\] of the neg"
+    ):
+        inject(model, [_spec(NEGATIVE)], 1, _generator())
+
+
+def test_a_grouped_convolution_is_refused() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
+    with pytest.raises(InputError, match="expected an ordinary convolution 'conv', got groups=2"):
+        inject(model, [_spec(layers=("conv",))], 2, _generator())
+
+
+def test_the_stack_says_what_each_branch_trains(model: Model) -> None:
+    specs = [_spec(POSITIVE, layers=("blocks.0.ff",)), _spec(NEGATIVE, layers=("blocks.0.ff", "blocks.1.ff"), rank=1)]
+    stack = inject(model, [*specs, _spec(layers=("blocks.0.conv",), rank=1)], 2, _generator())
+    assert stack.describe() == {
+        "negative": BranchCount(num_layers=2, num_parameters=2 * (8 + 8)),
+        "positive": BranchCount(num_layers=1, num_parameters=2 * (8 + 8)),
+        "shared": BranchCount(num_layers=1, num_parameters=2 * 3 * 3 + 4),
+    }
+    assert [len(parameters) for parameters in stack.parameters_by_group().values()] == [2, 4, 2]
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+
+MIXED = [
+    [_spec(POSITIVE, rank=3), _spec(NEGATIVE, rank=3)],
+    [_spec(POSITIVE, rank=3, alpha=2.0), _spec(NEGATIVE, rank=1)],
+    [_spec(POSITIVE, rank=4)],
+    [_spec(NEGATIVE, rank=5, alpha=0.7)],
+    [_spec(rank=2)],
+    [_spec(rank=2, alpha=3.0), _spec(POSITIVE, rank=1), _spec(POSITIVE, rank=0.5), _spec(NEGATIVE, rank=7)],
+]
+
+
+def _dense_update(stack: AdapterStack, layer: str, branch: int) -> torch.Tensor | float:
+    """Σ_g alpha / rank · up · down of the groups that act on a branch, as one matrix over flattened kernels."""
+    total: torch.Tensor | float = 0.0
+    for update in stack.layers[layer].updates:
+        if update.spec.branch in (branch, None):
+            total = total + update.spec.alpha / update.rank * update.up.flatten(1) @ update.down.flatten(1)
+    return total
+
+
+@pytest.mark.parametrize("specs", MIXED)
+@pytest.mark.parametrize("shape", [(6, 8), (6, 5, 8), (6, 2, 3, 8)])
+def test_a_linear_layer_equals_w_plus_ba_of_each_branch(specs: list[LoRASpec], shape: tuple[int, ...]) -> None:
+    specs = [LoRASpec(**(vars(spec) | {"layers": ("layer",)})) for spec in specs]
+    model = nn.ModuleDict({"layer": nn.Linear(8, 6)}).double()
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    layer, x = stack.layers["layer"], torch.randn(shape, dtype=torch.float64, generator=_generator(2))
+    naive = [
+        F.linear(rows, layer.weight + _dense_update(stack, "layer", branch), layer.bias)
+        for branch, rows in enumerate(split(x, 2))
+    ]
+    torch.testing.assert_close(layer(x), torch.cat(naive), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("specs", MIXED)
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (3, 1), "padding": "same", "bias": False},
+        {"kernel_size": 3, "padding": 2, "dilation": 2},
+    ],
+)
+def test_a_convolution_equals_w_plus_ba_of_each_branch(specs: list[LoRASpec], convolution: dict[str, object]) -> None:
+    specs = [LoRASpec(**(vars(spec) | {"layers": ("layer",)})) for spec in specs]
+    model = nn.ModuleDict({"layer": nn.Conv2d(3, 6, **convolution)}).double()  # type: ignore[arg-type]
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    layer, x = stack.layers["layer"], torch.randn(4, 3, 8, 7, dtype=torch.float64, generator=_generator(2))
+    base = layer.base
+    naive = []
+    for branch, rows in enumerate(split(x, 2)):
+        update = _dense_update(stack, "layer", branch)
+        weight = base.weight + (update.reshape(base.weight.shape) if isinstance(update, torch.Tensor) else 0)
+        naive.append(F.conv2d(rows, weight, base.bias, base.stride, base.padding, base.dilation))
+    torch.testing.assert_close(layer(x), torch.cat(naive), rtol=0, atol=1e-12)
+
+
+def test_with_one_branch_all_rows_are_positive(model: Model, x: torch.Tensor) -> None:
+    both = _randomize(inject(model, [_spec(POSITIVE), _spec()], 2, _generator()))
+    positive_rows = split(model(torch.cat([x, x])), 2)[POSITIVE]
+    saved = both.state_dict()
+    both.remove_from(model)
+    load_adapters(model, saved, both.specs, num_branches=1)
+    torch.testing.assert_close(model(x), positive_rows, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["ff", "conv"])
+def test_rows_that_cannot_be_shared_out_are_refused(model: Model, layer: str) -> None:
+    stack = inject(model, [_spec(POSITIVE, layers=("blocks.0.ff", "blocks.0.conv"))], 2, _generator())
+    with pytest.raises(ValueError, match=r"expected .* branches.* got 3 rows"):
+        stack.layers[f"blocks.0.{layer}"](torch.zeros(3, 2, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+
+
+def _gradients(stack: AdapterStack) -> dict[str, list[torch.Tensor]]:
+    return {
+        branch: [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        for branch, parameters in stack.parameters_by_branch().items()
+    }
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant"])
+def test_a_branch_gets_no_gradient_from_the_other_ones_rows(model: Model, x: torch.Tensor, checkpointing: str) -> None:
+    specs = [_spec(POSITIVE, rank=3), _spec(NEGATIVE, rank=1), _spec(layers=("re:.*ff$",))]
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    for branch, mine, other in ((NEGATIVE, "negative", "positive"), (POSITIVE, "positive", "negative")):
+        model.zero_grad()
+        split(model(x.requires_grad_(), checkpointing), 2)[branch].square().sum().backward()
+        gradients = _gradients(stack)
+        assert all(gradient.abs().max() > 0 for gradient in gradients[mine] + gradients["shared"])
+        assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients[other])
+
+
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
+def test_checkpointing_changes_no_gradient(model: Model, x: torch.Tensor, checkpointing: str) -> None:
+    stack = _randomize(inject(model, [_spec(POSITIVE, dropout=0.3), _spec(NEGATIVE, rank=1)], 2, _generator()))
+    stack.train()
+
+    def gradients(how: str) -> dict[str, list[torch.Tensor]]:
+        model.zero_grad()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)  # the same dropout
+            combine(model(x.requires_grad_(), how), torch.full((2,), 3.0), 2).square().sum().backward()
+        return _gradients(stack)
+
+    plain, recomputed = gradients("none"), gradients(checkpointing)
+    for branch, expected in plain.items():
+        assert all(torch.equal(a, b) for a, b in zip(expected, recomputed[branch], strict=True))
+
+
+def test_a_branch_alone_gets_the_gradient_it_gets_in_the_stack(model: Model) -> None:
+    """Positive and negative adapters in one pass of both branches, against each branch's own model."""
+    model = model.double()
+    rows = torch.randn(4, 5, 8, dtype=torch.float64, generator=_generator(3))
+    specs = [_spec(POSITIVE, rank=3), _spec(NEGATIVE, rank=1)]
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    combine(model(rows), torch.tensor([3.0, 2.0]), 2).square().sum().backward()
+    stacked = _gradients(stack)
+    layers, parameters = stack.layers, {id(p) for ps in stack.parameters_by_group().values() for p in ps}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in parameters)
+    stack.remove_from(model)
+
+    def naive(branch: int) -> torch.Tensor:
+        weights = {
+            f"{name}.weight": layer.weight + _dense_update(stack, name, branch) for name, layer in layers.items()
+        }
+        return torch.func.functional_call(model, weights, (split(rows, 2)[branch],))
+
+    for parameter_list in stack.parameters_by_group().values():
+        for parameter in parameter_list:
+            parameter.grad = None
+    combine(torch.cat([naive(NEGATIVE), naive(POSITIVE)]), torch.tensor([3.0, 2.0]), 2).square().sum().backward()
+    for branch, expected in _gradients(stack).items():
+        for a, b in zip(stacked[branch], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_training_steps_leave_frozen_weights_bit_equal(model: Model, x: torch.Tensor) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stack = inject(model, [_spec(POSITIVE), _spec(NEGATIVE), _spec(layers=("re:.*ff$",))], 2, _generator())
+    start = stack.state_dict()
+    groups = [{"params": parameters} for parameters in stack.parameters_by_group().values()]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
+    for _ in range(2):  # in the first step, only up moves
+        optimizer.zero_grad()
+        combine(model(x), torch.full((2,), 3.0), 2).square().mean().backward()
+        optimizer.step()
+    assert not any(torch.equal(start[key], tensor) for key, tensor in stack.state_dict().items())
+    stack.remove_from(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_dropout_acts_on_the_update_only_and_only_in_training(kind: str) -> None:
+    base: nn.Module = nn.Linear(8, 6) if kind == "linear" else nn.Conv2d(8, 6, 1)
+    x = torch.randn((200, 8) if kind == "linear" else (200, 8, 2, 2), generator=_generator())
+    model = nn.ModuleDict({"layer": base}).eval()
+    specs = [_spec(POSITIVE, layers=("layer",), rank=1, dropout=0.25), _spec(NEGATIVE, layers=("layer",), rank=1)]
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    layer = stack.layers["layer"]
+    whole = layer(x) - base(x)
+    assert torch.equal(layer(x) - base(x), whole)  # not training: no randomness
+    stack.train()
+    assert not base.training
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dropped = layer(x) - base(x)
+    negative, positive = split(dropped, 2)
+    torch.testing.assert_close(negative, split(whole, 2)[NEGATIVE])  # its group has no dropout
+    ratio = (positive / split(whole, 2)[POSITIVE]).movedim(1, -1)  # a single rank: whole vectors are dropped or kept
+    kept = ratio.abs().amax(-1) > 0.5
+    torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.75), rtol=1e-3, atol=1e-3)
+    assert ratio[~kept].abs().max() < 1e-3
+    assert 0.6 < kept.float().mean() < 0.9
+    stack.train(False)
+    assert torch.equal(layer(x) - base(x), whole)
+
+
+def test_adapters_start_in_the_mode_of_their_layer(model: Model, x: torch.Tensor) -> None:
+    _randomize(inject(model, [_spec(POSITIVE, dropout=0.5)], 2, _generator()))
+    assert torch.equal(model(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------- save and load
+
+SAVED = [_spec(POSITIVE, rank=3, alpha=2.0), _spec(NEGATIVE, rank=0.3), _spec(layers=("re:.*(ff|conv)$",), rank=1)]
+
+
+def test_keys_name_layer_group_branch_and_factor(model: Model) -> None:
+    state = inject(model, SAVED, 2, _generator()).state_dict()
+    assert {key for key in state if key.startswith(("blocks.0.attn1.to_q", "blocks.1.conv"))} == {
+        "blocks.0.attn1.to_q.0.positive.down",
+        "blocks.0.attn1.to_q.0.positive.up",
+        "blocks.0.attn1.to_q.1.negative.down",
+        "blocks.0.attn1.to_q.1.negative.up",
+        "blocks.1.conv.2.shared.down",
+        "blocks.1.conv.2.shared.up",
+    }
+    assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state.values())
+
+
+def test_loaded_adapters_give_the_same_outputs_and_save_the_same_tensors(model: Model, x: torch.Tensor) -> None:
+    image = torch.randn(4, 2, 6, 6)
+    stack = _randomize(inject(model, SAVED, 2, _generator()))
+    saved, expected, expected_conv = stack.state_dict(), model(x), model.blocks[0].conv(image)
+    stack.remove_from(model)
+    again = load_adapters(model, saved, SAVED, 2)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model.blocks[0].conv(image), expected_conv)
+    assert list(again.state_dict()) == list(saved)
+    assert all(torch.equal(again.state_dict()[key], saved[key]) for key in saved)
+
+
+def test_loading_copies_the_tensors(model: Model, x: torch.Tensor) -> None:
+    stack = _randomize(inject(model, SAVED, 2, _generator()))
+    saved = stack.state_dict()
+    stack.remove_from(model)
+    load_adapters(model, saved, SAVED, 2)
+    expected = model(x)
+    for tensor in saved.values():
+        tensor.zero_()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("layer", ["ff", "conv"])
+def test_a_strength_scales_the_update_of_its_branch(model: Model, layer: str) -> None:
+    specs = [_spec(branch, layers=(f"blocks.0.{layer}",)) for branch in (POSITIVE, NEGATIVE, None)]
+    rows = torch.randn(4, 2, 8, 8, generator=_generator())
+    before = split(getattr(model.blocks[0], layer)(rows), 2)
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    whole = split(getattr(model.blocks[0], layer)(rows), 2)
+    saved = stack.state_dict()
+    stack.remove_from(model)
+    load_adapters(model, saved, specs, 2, strengths=(0.5, 0.25))
+    scaled = split(getattr(model.blocks[0], layer)(rows), 2)
+    for branch, strength in ((NEGATIVE, 0.5), (POSITIVE, 0.25)):
+        update = (whole[branch] - before[branch]) * strength
+        torch.testing.assert_close(scaled[branch] - before[branch], update, rtol=0, atol=1e-5)
+
+
+def test_strength_zero_is_the_base_model(model: Model, x: torch.Tensor) -> None:
+    before = model(x)
+    stack = _randomize(inject(model, SAVED, 2, _generator()))
+    saved = stack.state_dict()
+    stack.remove_from(model)
+    load_adapters(model, saved, SAVED, 2, strengths=(0.0, 0.0))
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_up.weight": torch.zeros(1)}, "named '<layer>.<group>.<branch>.<down|up>', got 'lora_up.weight'"),
+        (
+            {"blocks.0.ff.5.positive.down": torch.zeros(1, 8)},
+            r"one of 3 LoRA groups, got \['down'\] of positive group 5",
+        ),
+        ({"blocks.0.ff.0.positive.down": torch.zeros(1, 8)}, r"expected both factors .* got \['down'\]"),
+        ({"blocks.0.ff.0.negative.up": torch.zeros(1, 8)}, "of negative group 0 in blocks.0.ff"),
+        (
+            {"blocks.0.ff.2.shared.up": torch.zeros(9, 1)},
+            r"shapes \(1, 8\) and \(8, 1\) for blocks.0.ff, got \(1, 8\) and",
+        ),
+        (
+            {"block.2.shared.up": torch.zeros(8, 1), "block.2.shared.down": torch.zeros(1, 8)},
+            "expected a plain Linear or Conv2d 'block', got no such layer",
+        ),
+        (
+            {"blocks.2.shared.up": torch.zeros(8, 1), "blocks.2.shared.down": torch.zeros(1, 8)},
+            "expected a plain Linear or Conv2d 'blocks', got no such layer",
+        ),
+    ],
+)
+def test_tensors_that_do_not_belong_are_refused_and_leave_the_model_as_it_was(
+    model: Model, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    stack = inject(model, SAVED, 2, _generator())
+    saved = stack.state_dict() | changes
+    stack.remove_from(model)
+    modules = dict(model.named_modules())
+    with pytest.raises(InputError, match=message):
+        load_adapters(model, saved, SAVED, 2)
+    assert dict(model.named_modules()) == modules

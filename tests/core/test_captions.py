@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from dreamartist_pipeline.core.captions import branch_prompts, fill_template
+
+
+@pytest.mark.parametrize(
+    ("template", "slots", "prompt"),
+    [
+        ("a photo of a {pt1}", {"pt1": "my-cat"}, "a photo of a my-cat"),
+        ("a photo of a {pt1}", {}, "a photo of a"),
+        ("a {pt1} {class}, {caption}, oil painting", {"pt1": "my-cat"}, "a my-cat, oil painting"),
+        ("{caption}, {pt1}", {"pt1": "my-cat"}, "my-cat"),
+        ("{caption}", {"caption": "1,000 cats,at night"}, "1,000 cats,at night"),
+        ("a  {pt1} ,, {pt1}", {"pt1": "x"}, "a x, x"),
+        ("{caption}", {"caption": "a {pt1} in braces", "pt1": "x"}, "a {pt1} in braces"),
+        ("{pt1.__class__} {0} {", {"pt1": "x"}, "{pt1.__class__} {"),
+    ],
+)
+def test_slots_are_filled_and_gaps_are_closed(template: str, slots: dict[str, str], prompt: str) -> None:
+    assert fill_template(template, slots) == prompt
+
+
+def test_both_branches_share_the_template_and_differ_in_the_word() -> None:
+    negative, positive = branch_prompts(
+        "a {pt1} {class}, {caption}", {"pt1": ("my-cat", "my-cat-neg")}, class_word="cat", caption="on a sofa"
+    )
+    assert negative == "a my-cat-neg cat, on a sofa"
+    assert positive == "a my-cat cat, on a sofa"
+
+
+def test_empty_words_give_both_branches_the_same_prompt() -> None:
+    negative, positive = branch_prompts("{caption} {pt1}", {"pt1": ("", "")}, caption="a dog")
+    assert negative == positive == "a dog"
+
+
+def test_every_slot_has_its_own_pair() -> None:
+    names = {"pt1": ("cat-p", "cat-n"), "pt2": ("style-p", "style-n")}
+    assert branch_prompts("{pt1} in {pt2}", names) == ("cat-n in style-n", "cat-p in style-p")

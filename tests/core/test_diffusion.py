@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.errors import InputError
+
+ALPHAS = torch.tensor([0.96, 0.64, 0.36])  # √ᾱ = 0.98, 0.8, 0.6; √(1 − ᾱ) = 0.2, 0.6, 0.8
+
+
+def test_noisy_latents_mix_signal_and_noise_by_the_timestep() -> None:
+    latents, noise = torch.full((2, 1, 1, 1), 10.0), torch.full((2, 1, 1, 1), 5.0)
+    noisy = NoiseSchedule(ALPHAS, "epsilon").add_noise(latents, noise, torch.tensor([1, 2]))
+    torch.testing.assert_close(noisy.flatten(), torch.tensor([0.8 * 10 + 0.6 * 5, 0.6 * 10 + 0.8 * 5]))
+
+
+def test_the_ratio_of_signal_to_noise_is_that_of_the_variances() -> None:
+    snr = NoiseSchedule(ALPHAS, "epsilon").snr(torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(snr, torch.tensor([24.0, 16 / 9, 9 / 16]))
+
+
+def test_epsilon_models_predict_the_noise() -> None:
+    noise = torch.randn(2, 4, 3, 3)
+    assert torch.equal(
+        NoiseSchedule(ALPHAS, "epsilon").target(torch.randn(2, 4, 3, 3), noise, torch.tensor([0, 1])), noise
+    )
+
+
+def test_v_models_predict_noise_minus_signal() -> None:
+    latents, noise = torch.full((2, 1, 1, 1), 10.0), torch.full((2, 1, 1, 1), 5.0)
+    target = NoiseSchedule(ALPHAS, "v_prediction").target(latents, noise, torch.tensor([1, 2]))
+    torch.testing.assert_close(target.flatten(), torch.tensor([0.8 * 5 - 0.6 * 10, 0.6 * 5 - 0.8 * 10]))
+
+
+def test_latents_and_noise_follow_from_the_noisy_latents_and_v() -> None:
+    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 50, dtype=torch.float64), "v_prediction")
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 5, 4, 3, 3, dtype=torch.float64, generator=generator)
+    timesteps = torch.randint(50, (5,), generator=generator)
+    noisy, v = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+    alpha = schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(alpha.sqrt() * noisy - (1 - alpha).sqrt() * v, latents, rtol=0, atol=1e-12)
+    torch.testing.assert_close((1 - alpha).sqrt() * noisy + alpha.sqrt() * v, noise, rtol=0, atol=1e-12)
+
+
+def test_noising_keeps_the_dtype_and_the_inputs() -> None:
+    latents, noise = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    assert NoiseSchedule(ALPHAS, "epsilon").add_noise(latents, noise, torch.tensor([2])).dtype == torch.bfloat16
+    assert latents.item() == noise.item() == 1
+
+
+def test_the_number_of_timesteps_is_the_length_of_the_schedule() -> None:
+    assert NoiseSchedule(ALPHAS, "epsilon").num_train_timesteps == 3
+
+
+def test_other_prediction_types_are_refused() -> None:
+    with pytest.raises(InputError, match="predicts epsilon or v_prediction, got 'sample'; choose another base model"):
+        NoiseSchedule(ALPHAS, "sample")
