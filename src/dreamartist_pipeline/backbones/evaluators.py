@@ -7,6 +7,7 @@ folder or a Hugging Face Hub id for those who have them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Evaluator:
     def label(self) -> str:
         """The name without folders, fit for a metric or a column: "clip:/models/ViT-B-32" is "clip-ViT-B-32"."""
         kind, _, source = self.name.partition(":")
-        return f"{kind}-{Path(source).name}" if source else kind
+        return re.sub(r"[^\w.-]", "_", f"{kind}-{Path(source).name}" if source else kind)
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -1,0 +1,219 @@
+"""Evaluation: measured numbers on hand-made pictures, and the whole node on a tiny base model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.sprites import COLORS
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
+from dreamartist_pipeline.pipelines.evaluation import create_pipeline
+from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
+from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
+
+CPU = DeviceParams(device="cpu")
+
+
+def _picture(background: str, inside: str) -> Image.Image:
+    image = Image.new("RGB", (32, 32), COLORS[background])
+    ImageDraw.Draw(image).rectangle((8, 8, 23, 23), fill=COLORS[inside])
+    return image
+
+
+class MeanColor:
+    """An evaluator whose embedding is the picture's mean colour."""
+
+    label = "mean-color"
+
+    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        rows = [torch.tensor(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))).float() for image in images]
+        return torch.nn.functional.normalize(torch.stack(rows) + 1e-3, dim=1)
+
+
+class RecordingTracker:
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.images: dict[str, Image.Image] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics |= metrics
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        self.images[key] = image
+
+
+@pytest.fixture
+def evidence() -> Evidence:
+    """Two prompts, two seeds: the base misses half of the backgrounds and the red, the concept none of them."""
+    templates = ("a {pt1}, blue background", "a red {pt1}, green background")
+    base = [[_picture("blue", "orange"), _picture("pink", "orange")], [_picture("green", "yellow")] * 2]
+    ours = [[_picture("blue", "orange"), _picture("blue", "yellow")], [_picture("green", "red")] * 2]
+    prior = [[Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32), "black")]]
+    drifted = [[Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32), (51, 51, 51))]]
+    return Evidence(
+        reference=_picture("white", "orange"),
+        reconstruction=_picture("white", "orange"),
+        subject={
+            BASE: Drawings(templates, ["a fox, blue background", "a red fox, green background"], (7, 8), base),
+            CONCEPT: Drawings(templates, ["a my-fox, blue background", "a red my-fox, green background"], (7, 8), ours),
+        },
+        prior={
+            BASE: Drawings(["a cat"], ["a cat"], (7, 8), prior),
+            CONCEPT: Drawings(["a cat"], ["a cat"], (7, 8), drifted),
+        },
+    )
+
+
+def test_agreement_is_the_share_of_images_that_follow_the_prompt(evidence: Evidence) -> None:
+    metrics = measure(evidence, []).metrics
+    assert metrics["background_agreement/base"] == 0.75
+    assert metrics["background_agreement/concept"] == 1.0
+    assert metrics["color_agreement/base"] == 0.0
+    assert metrics["color_agreement/concept"] == 1.0
+
+
+def test_prior_drift_is_the_mean_distance_of_both_models_images(evidence: Evidence) -> None:
+    assert measure(evidence, []).metrics["prior_drift_pixels"] == pytest.approx((0 + 51 / 255) / 2)
+
+
+def test_similarity_is_that_of_the_object_whatever_the_background(evidence: Evidence) -> None:
+    measured = measure(evidence, [MeanColor()])
+    first = next(row for row in measured.rows if row["group"] == CONCEPT and row["seed"] == 7)
+    assert first["mean-color/similarity"] == pytest.approx(1.0, abs=1e-6)  # orange on blue, against orange on white
+    assert measured.metrics["mean-color/similarity/ceiling"] == pytest.approx(1.0, abs=1e-6)
+    values = [
+        row["mean-color/similarity"] for row in measured.rows if row["group"] == CONCEPT and row["kind"] == "subject"
+    ]
+    assert measured.metrics["mean-color/similarity/concept"] == pytest.approx(sum(values) / 4, abs=1e-6)
+
+
+def test_copying_counts_the_nearest_image_background_included(evidence: Evidence) -> None:
+    copied = Drawings(("a {pt1}",), ["a my-fox"], (7, 8), [[evidence.reference, _picture("black", "teal")]])
+    subject = {BASE: evidence.subject[BASE], CONCEPT: copied}
+    measured = measure(Evidence(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()])
+    assert measured.metrics["copying_pixels/concept"] == 1.0
+    assert measured.metrics["mean-color/copying/concept"] == pytest.approx(1.0, abs=1e-6)
+    assert measured.metrics["copying_pixels/base"] < 0.9
+
+
+def test_diversity_is_zero_where_all_seeds_give_one_image(evidence: Evidence) -> None:
+    same = [[_picture("blue", "red")] * 2] * 2
+    drawings = Drawings(evidence.subject[BASE].templates, ["x", "y"], (7, 8), same)
+    subject = {BASE: evidence.subject[BASE], CONCEPT: drawings}
+    metrics = measure(Evidence(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()]).metrics
+    assert metrics["mean-color/diversity/concept"] == pytest.approx(0, abs=1e-6)
+    assert metrics["mean-color/diversity/base"] > 0.001
+
+
+def test_what_nothing_asks_for_is_left_out(evidence: Evidence) -> None:
+    one = {group: Drawings(("a {pt1}",), ["a fox"], (7,), [[_picture("blue", "red")]]) for group in (BASE, CONCEPT)}
+    metrics = measure(Evidence(evidence.reference, evidence.reference, one, evidence.prior), [MeanColor()]).metrics
+    assert not [name for name in metrics if "agreement" in name or "diversity" in name]
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def _params(**changes: object) -> EvaluationParams:
+    values = {
+        "prompts": ("a {pt1}, blue background", "a {pt1} on the left and a cat on the right"),
+        "prior_prompts": ("a red cat",),
+        "class_word": "fox",
+        "images_per_prompt": 2,
+        "sampler": SamplerParams(num_inference_steps=2, batch_size=4),
+    }
+    return EvaluationParams(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def zero_step_concept(tiny_base_model: Path) -> Concept:
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+
+    params = TrainingParams(
+        num_steps=0,
+        words={"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (1, 2), "init_text": ("fox", "fox")},
+        lora_unet=[{"lr": 1e-3, "rank": 2, "branch": b, "layers": [r"re:.*\.attn.?$"]} for b in "pn"],
+    )
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    return start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
+
+
+def test_the_node_returns_sheet_metrics_and_table_and_tracks_them(
+    tiny_base_model: Path, zero_step_concept: Concept
+) -> None:
+    tracker = RecordingTracker()
+    reference = _picture("white", "orange")
+    sheet, metrics, table = evaluate_concept(
+        str(tiny_base_model), zero_step_concept, reference, params=_params(), device=CPU, tracker=tracker
+    )
+    assert isinstance(sheet, Image.Image)
+    assert tracker.metrics == metrics == json.loads(json.dumps(metrics))
+    assert tracker.images == {"contact_sheet": sheet}
+    assert isinstance(table, pd.DataFrame)
+    assert table.groupby(["kind", "group"]).size().to_dict() == {
+        ("subject", BASE): 4,
+        ("subject", CONCEPT): 4,
+        ("prior", CONCEPT): 2,
+    }
+    assert table["prompt"].iloc[0] == "a fox, blue background"
+    assert "a my-fox, blue background" in set(table["prompt"])
+    assert {"efficientnet-lite0/similarity/concept", "efficientnet-lite0/prior_drift"} <= set(metrics)
+
+
+def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
+    tiny_base_model: Path, zero_step_concept: Concept
+) -> None:
+    params = _params(evaluators=())
+    _, metrics, table = evaluate_concept(
+        str(tiny_base_model),
+        zero_step_concept,
+        _picture("white", "red"),
+        params=params,
+        device=CPU,
+        tracker=RecordingTracker(),
+    )
+    assert metrics["prior_drift_pixels"] == 0
+    assert (table.query("kind == 'prior'")["drift_pixels"] == 0).all()
+
+
+def test_an_unknown_evaluator_is_refused_before_anything_is_drawn(
+    tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.backbones.concepts.generate", pytest.fail)
+    with pytest.raises(InputError, match="expected an evaluator among"):
+        evaluate_concept(
+            str(tiny_base_model),
+            zero_step_concept,
+            _picture("white", "red"),
+            params=_params(evaluators=("vgg16",)),
+            device=CPU,
+            tracker=RecordingTracker(),
+        )
+
+
+def test_the_pipeline_reads_and_writes_the_named_data() -> None:
+    pipeline = create_pipeline()
+    assert pipeline.inputs() == {
+        "base_model",
+        "concept",
+        "prepared_image",
+        "params:evaluation",
+        "params:device",
+        "tracker",
+    }
+    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_table"}
+
+
+def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:
+    from kedro.validation.type_extractor import TypeExtractor
+
+    types = TypeExtractor({"evaluation": create_pipeline()}).extract_types_from_pipelines()
+    assert types == {"evaluation": EvaluationParams, "device": DeviceParams}

@@ -1,0 +1,64 @@
+"""The training figure: four panels, every series in its own."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from dreamartist_pipeline.pipelines.training.figures import training_figure
+
+
+def _history(num_steps: int) -> pd.DataFrame:
+    rows = [
+        {
+            "step": step,
+            "loss": 1.5,
+            "loss_reference": 1.0 / step,
+            "loss_regularization": 0.5,
+            "guidance_scale": 3.0,
+            "lr/unet[0]": 1e-3,
+            "lr/pt1 positive": 5e-3,
+            "grad_norm/negative/adapters": 0.1,
+            "grad_norm/positive/adapters": 0.2,
+            "grad_norm/positive/words": 0.3,
+            "seconds": 0.1,
+        }
+        for step in range(1, num_steps + 1)
+    ]
+    columns = ["step", "loss", "loss_reference", "guidance_scale", "seconds"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+
+
+def test_every_series_has_a_trace_in_its_panel() -> None:
+    figure = training_figure(_history(40))
+    panels = {(trace.name, trace.yaxis) for trace in figure.data if trace.name}
+    assert panels == {
+        ("reference", "y"),
+        ("regularization", "y"),
+        ("unet[0]", "y2"),
+        ("pt1 positive", "y2"),
+        ("negative adapters", "y3"),
+        ("positive adapters", "y3"),
+        ("positive words", "y3"),
+        ("mean over rows", "y4"),
+    }
+
+
+def test_the_loss_is_smoothed_over_a_twentieth_of_the_steps() -> None:
+    figure = training_figure(_history(40))
+    smooth = next(trace for trace in figure.data if trace.name == "reference")
+    assert list(smooth.y[:3]) == pytest.approx([1.0, (1 + 1 / 2) / 2, (1 / 2 + 1 / 3) / 2])
+
+
+def test_a_training_without_regularization_has_no_such_curve() -> None:
+    figure = training_figure(_history(3).drop(columns="loss_regularization"))
+    assert "regularization" not in {trace.name for trace in figure.data}
+
+
+def test_a_training_of_no_steps_still_gives_a_figure() -> None:
+    assert len(training_figure(_history(0)).data) > 0
+
+
+def test_branches_keep_their_colours() -> None:
+    colors = {trace.name: trace.line.color for trace in training_figure(_history(3)).data}
+    assert colors["positive adapters"] == colors["positive words"] != colors["negative adapters"]
