@@ -1,0 +1,265 @@
+"""The frozen base model: finding it, loading it, and its way between pixels and latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import DeviceParams, SamplerParams
+
+HUB = "hub:"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_FINGERPRINT_SUFFIXES = (".json", ".txt", *_WEIGHT_SUFFIXES)
+_PARTS = {  # part -> the file that describes it
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+_PARTS_WITH_WEIGHTS = ("unet", "vae", "text_encoder")
+_VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either spelling of a tokenizer
+
+
+@dataclass(frozen=True)
+class BaseModelFiles:
+    """Where the base model is: a folder in diffusers' layout, or `hub:owner/name`. Cheap to make, loads nothing."""
+
+    path: Path | str
+
+    @property
+    def hub_id(self) -> str | None:
+        """The Hugging Face id, or None for a folder."""
+        return str(self.path).removeprefix(HUB) if str(self.path).startswith(HUB) else None
+
+    @property
+    def name(self) -> str:
+        """A name without a path: the folder's own name, or the hub id."""
+        return self.hub_id or Path(self.path).resolve().name
+
+    @property
+    def source(self) -> str:
+        """What diffusers' `from_pretrained` takes."""
+        return self.hub_id or str(self.path)
+
+    def check(self) -> None:
+        """Confirm that the folder is complete and of a kind that can be trained.
+
+        Raises:
+            InputError: there is no folder, a part or file is missing, or the model is an SDXL one.
+        """
+        if self.hub_id is not None:
+            return
+        folder = Path(self.path)
+        if not folder.is_dir():
+            raise InputError(
+                f"expected the base model's folder at {folder}; there is none; "
+                f"set base_model to a folder in diffusers' layout, or to {HUB}owner/name"
+            )
+        if _is_sdxl(folder):
+            raise InputError(
+                f"expected a Stable Diffusion 1.x / 2.x model; {folder} is an SDXL model with a second text encoder, "
+                "which is not supported yet; choose another base model"
+            )
+        if missing := list(_missing_files(folder)):
+            raise InputError(
+                f"expected a complete base model in {folder}; it lacks {', '.join(missing)}; "
+                "copy what is missing, or download the model again"
+            )
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a SHA-256 over names and bytes of all configuration and weight files."""
+        if self.hub_id is not None:
+            return f"{HUB}{self.hub_id}"
+        folder = Path(self.path)
+        digest = hashlib.sha256()
+        for file in sorted(_model_files(folder), key=lambda f: f.relative_to(folder).as_posix()):
+            digest.update(f"{file.relative_to(folder).as_posix()}\n{file.stat().st_size}\n".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()[:16]
+
+
+@dataclass
+class Backbone:
+    """The base model in memory, frozen; adapters and words are put into `unet` and `text_encoder` in place.
+
+    image_px: the side the model was made for. latent_scale: pixels per latent along a side.
+    """
+
+    unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    scheduler_config: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+    name: str
+    image_px: int
+    latent_scale: int
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the frozen half-precision layers and float32 adapters meet."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the UNet's prediction `[N, C, h, w]` for `latents`, timesteps `[N]` and text states `[N, L, D]`."""
+        with self.autocast():
+            prediction: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, hidden, return_dict=False)[0]
+        return prediction
+
+
+def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
+    """Load every part of the base model, frozen and in eval mode; the autoencoder stays in float32.
+
+    Raises:
+        InputError: the folder is incomplete, the device is not there, or the prediction type is unknown.
+    """
+    files.check()
+    target, dtype = pick_device(device), getattr(torch, device.dtype)
+    options: dict[str, Any] = {"local_files_only": files.hub_id is None}
+    scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options)
+    unet = UNet2DConditionModel.from_pretrained(files.source, subfolder="unet", torch_dtype=dtype, **options)
+    autoencoder = AutoencoderKL.from_pretrained(files.source, subfolder="vae", torch_dtype=torch.float32, **options)
+    text_encoder = CLIPTextModel.from_pretrained(files.source, subfolder="text_encoder", dtype=dtype, **options)
+    latent_scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return Backbone(
+        unet=_freeze(unet, target),
+        autoencoder=_freeze(autoencoder, target),
+        text_encoder=_freeze(text_encoder, target),
+        tokenizer=CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options),
+        schedule=NoiseSchedule(scheduler.alphas_cumprod.float().to(target), scheduler.config.prediction_type),
+        scheduler_config=dict(scheduler.config),
+        device=target,
+        dtype=dtype,
+        fingerprint=files.fingerprint(),
+        name=files.name,
+        image_px=int(unet.config.sample_size) * latent_scale,
+        latent_scale=latent_scale,
+    )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The base model without weights, on the meta device: enough to check a plan against."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+
+def load_outline(files: BaseModelFiles) -> Outline:
+    """Read the base model's configuration and tokenizer; no weight is loaded.
+
+    Raises:
+        InputError: the folder is incomplete.
+    """
+    files.check()
+    options: dict[str, Any] = {"local_files_only": files.hub_id is None}
+    unet_config = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
+    text_config = CLIPTextConfig.from_pretrained(files.source, subfolder="text_encoder", **options)
+    tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
+    with torch.device("meta"):
+        return Outline(UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config), tokenizer)
+
+
+def pick_device(params: DeviceParams) -> torch.device:
+    """Return the device to run on; `auto` is the GPU where there is one.
+
+    Raises:
+        InputError: a GPU was asked for by name and there is none.
+    """
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("expected a CUDA GPU (device: cuda); torch sees none; set device to cpu or auto")
+    if params.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(params.device)
+
+
+@torch.no_grad()
+def encode_images(backbone: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation `[B, C, h, w]` of the latents of `images` `[B, 3, H, W]` in [-1, 1].
+
+    Both are float32 and already times the model's scaling factor: latents are `mean + std · noise`.
+    """
+    posterior = backbone.autoencoder.encode(images.to(backbone.device, torch.float32)).latent_dist
+    scale = float(backbone.autoencoder.config.scaling_factor)
+    return posterior.mean * scale, posterior.std * scale
+
+
+@torch.no_grad()
+def decode_latents(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:
+    """Return the images `[B, 3, H, W]`, float32 in [-1, 1], of latents `[B, C, h, w]`."""
+    scale = float(backbone.autoencoder.config.scaling_factor)
+    decoded: torch.Tensor = backbone.autoencoder.decode(latents.float() / scale, return_dict=False)[0]
+    return decoded.clamp(-1, 1)
+
+
+def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
+    """Return a fresh diffusers scheduler with the base model's own noise schedule and prediction type."""
+    config = backbone.scheduler_config
+    match sampler.scheduler:
+        case "dpmsolver++":
+            return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", use_karras_sigmas=True)
+        case "ddim":
+            return DDIMScheduler.from_config(config, clip_sample=False)
+        case "euler":
+            return EulerDiscreteScheduler.from_config(config)
+        case "euler_a":
+            return EulerAncestralDiscreteScheduler.from_config(config)
+        case "unipc":
+            return UniPCMultistepScheduler.from_config(config)
+
+
+def _freeze(module: Any, device: torch.device) -> Any:
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _is_sdxl(folder: Path) -> bool:
+    index = folder / "model_index.json"
+    named = index.is_file() and "XL" in json.loads(index.read_text()).get("_class_name", "")
+    return named or (folder / "text_encoder_2").exists()
+
+
+def _missing_files(folder: Path) -> Iterator[str]:
+    if not (folder / "model_index.json").is_file():
+        yield "model_index.json"
+    for part, config in _PARTS.items():
+        if not (folder / part).is_dir():
+            yield f"{part}/"
+            continue
+        names = {file.name for file in (folder / part).iterdir()}
+        if config not in names:
+            yield f"{part}/{config}"
+        if part in _PARTS_WITH_WEIGHTS and not any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names):
+            yield f"{part}'s weights (a .safetensors file)"
+        if part == "tokenizer" and not any(files <= names for files in _VOCABULARY_FILES):
+            yield "tokenizer/tokenizer.json (or vocab.json and merges.txt)"
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    yield folder / "model_index.json"
+    for part in _PARTS:
+        yield from (f for f in (folder / part).rglob("*") if f.is_file() and f.suffix in _FINGERPRINT_SUFFIXES)

@@ -1,0 +1,316 @@
+"""Concepts on a base model: starting a new one, attaching a trained one, and drawing with it.
+
+A base model stays as it is: adapters and words go into a copy of UNet and text encoder that shares all weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from dreamartist_pipeline.backbones.base_model import Backbone, decode_latents, make_scheduler
+from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
+from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, stack
+from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.images import to_images
+from dreamartist_pipeline.core.sampling import image_generators, initial_noise, sample_latents
+from dreamartist_pipeline.params import LoRAGroup, SamplerParams, StrengthParams, TrainingParams
+
+_NUM_BRANCHES = 2  # when drawing, the negative rows are always there
+_VERSIONED = ("torch", "diffusers", "transformers")
+_BRANCH_OF_LETTER = {"n": NEGATIVE, "p": POSITIVE}
+
+
+# ------------------------------------------------------------------------------------------------- a new concept
+
+
+@dataclass(frozen=True)
+class NewConcept:
+    """A concept that trains: adapters and words in place in a copy of the base model.
+
+    stacks: network (`unet`, `text_encoder`) -> its adapters; networks without adapters are left out.
+    words: the learned vectors, or None without trigger words.
+    """
+
+    backbone: Backbone
+    prompts: PromptEncoder
+    stacks: dict[str, AdapterStack]
+    words: WordEmbedding | None
+    num_branches: int
+
+    def snapshot(self, metadata: Mapping[str, str]) -> Concept:
+        """Return a copy of what has been learned so far."""
+        tensors = {
+            f"{network}.{name}": tensor
+            for network, adapters in self.stacks.items()
+            for name, tensor in adapters.state_dict().items()
+        }
+        if self.words is not None:
+            tensors |= {f"{WORDS}.{key}": tensor for key, tensor in self.words.tensors().items()}
+        return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
+
+
+def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, seed: int) -> NewConcept:
+    """Put fresh adapters and words into a copy of the base model; its outputs do not change yet.
+
+    Raises:
+        InputError: a layer selector finds nothing, or an init text does not fit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = share_weights(backbone)
+    networks = {"unet": own.unet, "text_encoder": own.text_encoder}
+    stacks = inject_adapters(networks, params, lr_factor, generator)
+    for adapters in stacks.values():
+        adapters.train()
+    vocabulary, words = None, None
+    if params.words.names:
+        embedding = own.text_encoder.get_input_embeddings()
+        vocabulary = build_vocabulary(params, embedding.num_embeddings)
+        initial = initial_word_vectors(params.words, vocabulary, own.tokenizer, embedding, generator)
+        words = _put_words(own, vocabulary, initial)
+    return NewConcept(own, PromptEncoder(own, vocabulary), stacks, words, params.num_branches)
+
+
+def inject_adapters(
+    networks: Mapping[str, nn.Module], params: TrainingParams, lr_factor: float, generator: torch.Generator
+) -> dict[str, AdapterStack]:
+    """Put the configured LoRA groups into UNet and text encoder, in place; also works on the meta device.
+
+    Raises:
+        InputError: a layer selector finds nothing.
+    """
+    specs = lora_specs(params, lr_factor)
+    return {
+        network: inject(networks[network], specs[network], params.num_branches, generator)
+        for network in NETWORKS
+        if specs[network]
+    }
+
+
+def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRASpec, ...]]:
+    """Return the LoRA groups of every network, with the learning rates as applied.
+
+    Without a negative branch, a group for both branches is one for the positive branch.
+    """
+    groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
+    return {
+        network: tuple(
+            _spec(group, f"{network}[{index}]", lr_factor, params.num_branches) for index, group in enumerate(members)
+        )
+        for network, members in groups.items()
+    }
+
+
+def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> LoRASpec:
+    branch = _BRANCH_OF_LETTER[group.branch] if group.branch else None
+    return LoRASpec(
+        name=name,
+        rank=group.rank,
+        layers=group.layers,
+        lr=group.lr * lr_factor,
+        branch=POSITIVE if num_branches == 1 else branch,
+        alpha=group.alpha,
+        dropout=group.dropout,
+    )
+
+
+def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary:
+    """Return the trigger words, numbered from the end of the base vocabulary."""
+    return Vocabulary.build(params.words.names, params.words.num_vectors, vocabulary_size, params.num_branches)
+
+
+def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: float) -> dict[str, str]:
+    """Return what a concept needs to be used again, and what made it; neither times nor paths."""
+    specs = lora_specs(params, lr_factor)
+    return {
+        "format": FORMAT,
+        "base_model": backbone.name,
+        "base_model_fingerprint": backbone.fingerprint,
+        "prediction_type": backbone.schedule.prediction_type,
+        "guidance_scale": params.guidance_scale,
+        "class_word": params.class_word,
+        "num_branches": to_json(params.num_branches),
+        "num_steps": to_json(params.num_steps),
+        "seed": to_json(params.seed),
+        "templates": to_json(params.templates),
+        "words": to_json(params.words.names),  # slot -> (positive, negative)
+        "num_vectors": to_json(params.words.num_vectors),  # (positive, negative)
+        "init_text": to_json(params.words.init_text),
+        **{f"lora_{network}": to_json([_spec_fields(spec) for spec in specs[network]]) for network in NETWORKS},
+        "config_sha256": hashlib.sha256(to_json(params.model_dump(mode="json")).encode()).hexdigest(),
+        "versions": to_json({name: version(name) for name in _VERSIONED}),
+    }
+
+
+def _spec_fields(spec: LoRASpec) -> dict[str, Any]:
+    return dataclasses.asdict(spec) | {"branch": spec.branch_name}
+
+
+def _read_spec(fields: Mapping[str, Any]) -> LoRASpec:
+    branch = BRANCH_NAMES.index(fields["branch"]) if fields["branch"] in BRANCH_NAMES else None
+    return LoRASpec(**{**fields, "branch": branch, "layers": tuple(fields["layers"])})
+
+
+# ------------------------------------------------------------------------------------------------- a trained concept
+
+
+@dataclass(frozen=True)
+class LoadedConcept:
+    """A concept ready to draw with; without a concept, the base model itself.
+
+    trigger_words: slot -> (positive, negative).
+    """
+
+    backbone: Backbone
+    prompts: PromptEncoder
+    vocabulary: Vocabulary | None
+    trigger_words: dict[str, tuple[str, str]]
+    num_branches: int = _NUM_BRANCHES
+
+
+def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
+    """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.
+
+    Raises:
+        InputError: the concept was trained on another base model, or its tensors do not belong to this one.
+    """
+    if concept is None:
+        return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
+    _check_base_model(concept, backbone)
+    own = share_weights(backbone)
+    networks = {"unet": own.unet, "text_encoder": own.text_encoder}
+    strengths = (strength.negative, strength.positive)
+    for network in NETWORKS:
+        specs = [_read_spec(fields) for fields in concept.value(f"lora_{network}")]
+        if tensors := concept.part(network):
+            load_adapters(networks[network], tensors, specs, _NUM_BRANCHES, strengths)
+    trigger_words = {slot: (names[0], names[1]) for slot, names in concept.value("words").items()}
+    vocabulary = _load_words(own, concept, trigger_words) if trigger_words else None
+    return LoadedConcept(own, PromptEncoder(own, vocabulary), vocabulary, trigger_words)
+
+
+def _check_base_model(concept: Concept, backbone: Backbone) -> None:
+    concept.value("num_branches")  # is it a concept at all
+    expected = concept.metadata.get("base_model_fingerprint")
+    if expected != backbone.fingerprint:
+        raise InputError(
+            f"expected the base model that the concept was trained on, {concept.metadata.get('base_model')!r} with "
+            f"fingerprint {expected}; got {backbone.name!r} with fingerprint {backbone.fingerprint}; "
+            "set base_model to the former, or train the concept again"
+        )
+
+
+def _load_words(own: Backbone, concept: Concept, trigger_words: dict[str, tuple[str, str]]) -> Vocabulary:
+    embedding = own.text_encoder.get_input_embeddings()
+    positive, negative = concept.value("num_vectors")
+    num_branches = concept.value("num_branches")
+    vocabulary = Vocabulary.build(trigger_words, (positive, negative), embedding.num_embeddings, num_branches)
+    vectors = concept.part(WORDS)
+    if missing := [word.key for word in vocabulary.words if word.key not in vectors]:
+        raise InputError(
+            f"expected the vectors of every trigger word in the concept; {', '.join(missing)} are missing; "
+            "the file is incomplete: train the concept again"
+        )
+    _put_words(own, vocabulary, [vectors[word.key] for word in vocabulary.words])
+    return vocabulary
+
+
+def _put_words(own: Backbone, vocabulary: Vocabulary, vectors: Sequence[torch.Tensor]) -> WordEmbedding:
+    words = WordEmbedding(own.text_encoder.get_input_embeddings(), vocabulary, vectors)
+    own.text_encoder.set_input_embeddings(words)
+    return words
+
+
+def share_weights(backbone: Backbone) -> Backbone:
+    """Return a backbone whose UNet and text encoder are other modules over the same tensors."""
+    return dataclasses.replace(
+        backbone, unet=_copy_module(backbone.unet), text_encoder=_copy_module(backbone.text_encoder)
+    )
+
+
+def _copy_module(module: Any) -> Any:
+    """Copy the modules, but not the parameters and buffers they hold."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+# ------------------------------------------------------------------------------------------------- drawing
+
+
+def generate(
+    backbone: Backbone,
+    loaded: LoadedConcept,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    seeds: Sequence[int],
+    sampler: SamplerParams,
+    progress: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """Draw one image per prompt; image i takes prompt i and seed i.
+
+    Positive rows: the prompt, the positive adapter. Negative rows: the user's negative prompt without a trigger word,
+    the negative adapter. Without a concept exactly the base model draws.
+
+    Args:
+        backbone: the base model that `loaded` was attached to.
+        progress: called with the number of new images after each batch.
+
+    Raises:
+        ValueError: not one seed per prompt.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), sampler.batch_size):
+        rows = slice(start, start + sampler.batch_size)
+        images += _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler)
+        if progress:
+            progress(len(prompts[rows]))
+    return images
+
+
+@torch.no_grad()
+def _draw_batch(
+    backbone: Backbone,
+    loaded: LoadedConcept,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    seeds: Sequence[int],
+    sampler: SamplerParams,
+) -> list[Image.Image]:
+    hidden = _text_states(loaded.prompts, prompts, negative_prompt)
+    side = backbone.image_px // backbone.latent_scale
+    generators = image_generators(seeds)
+    noise = initial_noise((backbone.unet.config.in_channels, side, side), generators).to(backbone.device)
+    latents = sample_latents(
+        lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, hidden),
+        make_scheduler(backbone, sampler),
+        noise,
+        sampler.guidance_scale,
+        sampler.num_inference_steps,
+        generators=generators,
+    )
+    return to_images(decode_latents(backbone, latents))
+
+
+def _text_states(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> torch.Tensor:
+    """Return `[2B, L, D]`, negative rows first; equal prompts are encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    ids = encoder.token_ids(distinct)
+    negative_ids = encoder.token_ids([negative_prompt]).expand(len(distinct), -1)
+    states = encoder.encode(stack(negative_ids, ids))
+    states = states.view(_NUM_BRANCHES, len(distinct), *states.shape[1:])  # [2, D, L, width]
+    row = torch.tensor([distinct.index(prompt) for prompt in prompts], device=ids.device)
+    return states[:, row].flatten(0, 1)

@@ -1,0 +1,537 @@
+"""Training a concept: one step of the method, and the loop around it.
+
+A step draws rows of the reference image and of the regularization set, runs both branches in one pass of 2·B rows,
+combines them as classifier-free guidance does, and asks that combination to explain the noise. Nothing here knows
+diffusers: the base model comes as two callables.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from dreamartist_pipeline.core.adapters import AdapterStack
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat
+from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.embeddings import WordEmbedding
+from dreamartist_pipeline.core.losses import masked_mse, snr_weight
+from dreamartist_pipeline.params import ScheduleParams, TrainingParams
+
+ADAPTERS, WORDS = "adapters", "words"
+_READ_EVERY_ON_GPU = 10  # steps between reads of the loss; every read waits for the device
+_ONE_CYCLE_START, _ONE_CYCLE_END = 1 / 25, 1 / 25e4  # of the peak; torch.optim.lr_scheduler.OneCycleLR's defaults
+
+HistoryRow = dict[str, float]
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate: one LoRA group, or one trigger word.
+
+    name: as shown and logged, e.g. `unet[0]` or `words.positive.pt1`.
+    kind: `adapters` or `words`; each kind has its own optimizer.
+    branch: `negative`, `positive` or `shared`.
+    lr: the peak learning rate, as applied.
+    num_layers: layers an adapter group sits on; 0 for words.
+    """
+
+    name: str
+    kind: str
+    branch: str
+    lr: float
+    parameters: tuple[nn.Parameter, ...] = field(repr=False)
+    num_layers: int = 0
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that train."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def parameter_groups(
+    stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, words_lr: float
+) -> tuple[ParameterGroup, ...]:
+    """Return everything that trains: one group per LoRA group of every network, one per trigger word.
+
+    Args:
+        stacks: network -> its adapters.
+        words_lr: the words' peak learning rate, as applied.
+    """
+    groups = []
+    for adapters in stacks.values():
+        for spec in adapters.specs:
+            parameters = tuple(adapters.parameters_by_group()[spec.name])
+            num_layers = len(parameters) // 2  # down and up
+            groups.append(ParameterGroup(spec.name, ADAPTERS, spec.branch_name, spec.lr, parameters, num_layers))
+    if words is not None:
+        for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
+            branch = BRANCH_NAMES[word.branch]
+            groups.append(ParameterGroup(f"{WORDS}.{word.key}", WORDS, branch, words_lr, (vectors,)))
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The base model with adapters and words in place, as the loop sees it.
+
+    denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
+    encode: token ids `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
+    num_branches: nb, 2 (negative, positive) or 1 (positive alone).
+    """
+
+    denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    schedule: NoiseSchedule
+    groups: tuple[ParameterGroup, ...]
+    num_branches: int
+    half_precision: bool = False  # float16 base: small gradients need a scaled loss
+
+
+@dataclass(frozen=True)
+class LatentImages:
+    """Images as the autoencoder's posterior, with their prompts.
+
+    mean, std: `[N, C, h, w]` float32; a latent is `mean + std · noise`.
+    token_ids: `[P, nb, L]`, one entry per prompt, branches in order.
+    paired: prompt i belongs to image i (N = P); otherwise every image may meet every prompt.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    token_ids: torch.Tensor
+    paired: bool
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The reference image, its loss mask `[1, 1, h, w]` at latent size, and the regularization set (or None)."""
+
+    reference: LatentImages
+    regularization: LatentImages | None = None
+    mask: torch.Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The random choices of one step; rows are reference rows first, then regularization rows.
+
+    latents, noise: `[B, C, h, w]`. timesteps: `[B]`. token_ids: `[P, nb, L]`, the distinct prompts.
+    prompt_of_row: `[B]` into them. row_weight: `[B]`, such that the step's loss is Σ weight · row loss.
+    mask: `[B, 1, h, w]` or None.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    token_ids: torch.Tensor
+    prompt_of_row: torch.Tensor
+    row_weight: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class BatchSource:
+    """Draws batches; all of its randomness comes from one seed."""
+
+    def __init__(self, data: TrainingData, params: TrainingParams, num_train_timesteps: int) -> None:
+        self._data = data
+        self._num_reference = params.batch_size
+        self._num_regularization = params.regularization_batch_size if data.regularization else 0
+        self._num_timesteps = num_train_timesteps
+        self._choices = torch.Generator().manual_seed(derived_seed(params.seed, "choices"))
+        device = data.reference.mean.device
+        self._noises = torch.Generator(device).manual_seed(derived_seed(params.seed, "noises"))
+        self._prompts = data.reference.token_ids
+        if data.regularization:
+            self._prompts = torch.cat([self._prompts, data.regularization.token_ids])  # [P + N, nb, L]
+        self._row_weight = self._weights(params.loss.regularization_weight).to(device)
+        self._mask = self._row_masks()
+
+    def draw(self) -> Batch:
+        """Return the next batch."""
+        device = self._data.reference.mean.device
+        mean, std, prompts = self._rows()
+        noises = torch.randn((2, *mean.shape), generator=self._noises, device=device)
+        rows = (len(mean),)
+        timesteps = torch.randint(self._num_timesteps, rows, generator=self._noises, device=device)
+        distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
+        return Batch(
+            latents=mean + std * noises[0],
+            noise=noises[1],
+            timesteps=timesteps,
+            token_ids=self._prompts[distinct.to(device)],
+            prompt_of_row=prompt_of_row.to(device),
+            row_weight=self._row_weight,
+            mask=self._mask,
+        )
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose images and prompts: mean and std `[B, C, h, w]`, prompt index `[B]` on the CPU."""
+        reference = self._data.reference
+        image, prompt = self._pick(reference, self._num_reference)
+        mean, std = reference.mean[image], reference.std[image]
+        if self._num_regularization:
+            regularization = self._data.regularization
+            assert regularization is not None
+            image, other = self._pick(regularization, self._num_regularization)
+            mean = torch.cat([mean, regularization.mean[image]])
+            std = torch.cat([std, regularization.std[image]])
+            prompt = torch.cat([prompt, other + len(reference.token_ids)])
+        return mean, std, prompt
+
+    def _pick(self, images: LatentImages, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = torch.randint(len(images.token_ids), (num_rows,), generator=self._choices)
+        if images.paired:
+            return prompt, prompt
+        return torch.randint(len(images.mean), (num_rows,), generator=self._choices), prompt
+
+    def _weights(self, regularization_weight: float) -> torch.Tensor:
+        weights = [1 / self._num_reference] * self._num_reference
+        weights += [regularization_weight / max(1, self._num_regularization)] * self._num_regularization
+        return torch.tensor(weights)
+
+    def _row_masks(self) -> torch.Tensor | None:
+        mask = self._data.mask
+        if mask is None:
+            return None
+        unmasked = torch.ones_like(mask).expand(self._num_regularization, -1, -1, -1)
+        return torch.cat([mask.expand(self._num_reference, -1, -1, -1), unmasked])  # [B, 1, h, w]
+
+
+def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
+    """Return `neg + s · (pos − neg)` for every row, float32 `[B, C, h, w]`.
+
+    The text encoder runs on the distinct prompts only.
+
+    Args:
+        guidance: s per row, `[B]`.
+    """
+    branches = trainee.num_branches
+    num_prompts, _, length = batch.token_ids.shape
+    ids = batch.token_ids.transpose(0, 1).reshape(branches * num_prompts, length)
+    states = trainee.encode(ids)
+    states = states.view(branches, num_prompts, *states.shape[1:])  # [nb, P, L, D]
+    hidden = states[:, batch.prompt_of_row].flatten(0, 1)  # [nb·B, L, D]
+    noisy_latents = trainee.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), hidden)
+    return combine(prediction.float(), guidance, branches)
+
+
+def row_losses(
+    prediction: torch.Tensor, batch: Batch, schedule: NoiseSchedule, weighting: str, snr_gamma: float
+) -> torch.Tensor:
+    """Return each row's SNR-weighted, masked squared error against its target, float32 `[B]`."""
+    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
+    weight = snr_weight(weighting, schedule.snr(batch.timesteps), snr_gamma, schedule.prediction_type)
+    return masked_mse(prediction, target, weight, batch.mask)
+
+
+# ------------------------------------------------------------------------------------------------- optimisation
+
+
+class FlatOptimizer:
+    """AdamW over one kind of parameters, laid end to end in one tensor per group.
+
+    Hundreds of small tensors cost more to update than to train; the parameters become views of a few flat ones, and
+    so do their gradients.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        weight_decay: float,
+        schedule: ScheduleParams,
+        num_steps: int,
+        max_grad_norm: float,
+    ) -> None:
+        self._groups = tuple(groups)
+        self._flat = [_flatten(group.parameters) for group in groups]
+        self._schedule, self._num_steps, self._max_grad_norm = schedule, num_steps, max_grad_norm
+        self._adamw = torch.optim.AdamW(
+            [{"params": [flat], "lr": group.lr} for flat, group in zip(self._flat, groups, strict=True)],
+            weight_decay=weight_decay,
+            fused=True,
+        )
+
+    def set_step(self, step: int) -> dict[str, float]:
+        """Set every group's learning rate for `step` (from 0), clear gradients, and return the rates by group name."""
+        factor = schedule_factor(self._schedule, step, self._num_steps)
+        for target, group, flat in zip(self._adamw.param_groups, self._groups, self._flat, strict=True):
+            target["lr"] = group.lr * factor
+            assert flat.grad is not None
+            flat.grad.zero_()
+        return {group.name: group.lr * factor for group in self._groups}
+
+    def grad_norms(self) -> dict[str, torch.Tensor]:
+        """Return the gradient's norm per branch, scalars on the device."""
+        norms: dict[str, list[torch.Tensor]] = {}
+        for group, flat in zip(self._groups, self._flat, strict=True):
+            assert flat.grad is not None
+            norms.setdefault(group.branch, []).append(flat.grad.norm())
+        return {branch: torch.stack(values).norm() for branch, values in norms.items()}
+
+    def update(self, total_norm: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
+        """Clip the gradient of all groups together to `max_grad_norm` and take one step, without reading back."""
+        factor = (self._max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
+        for flat in self._flat:
+            assert flat.grad is not None
+            flat.grad.mul_(factor)
+        scaler.step(self._adamw)
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Undo the loss scale in the gradients."""
+        scaler.unscale_(self._adamw)
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Move parameters into one flat tensor; they and their gradients become views of it and of its gradient."""
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [parameter.numel() for parameter in parameters]
+    views = zip(parameters, torch.split(flat.data, sizes), torch.split(flat.grad, sizes), strict=True)
+    for parameter, values, gradient in views:
+        parameter.data = values.view(parameter.shape)
+        parameter.grad = gradient.view(parameter.shape)
+    return flat
+
+
+def schedule_factor(schedule: ScheduleParams, step: int, num_steps: int) -> float:
+    """Return the learning rate at `step` (from 0) as a fraction of its peak.
+
+    constant: linear warm-up, then 1. cosine: linear warm-up, then half a cosine to 0. one_cycle: half a cosine from
+    1/25 to 1 over the warm-up, then another down to 1/250000 (Smith & Topin 2018, with torch's OneCycleLR defaults).
+    """
+    warmup = min(schedule.warmup_steps, num_steps)
+    progress = (step - warmup) / max(1, num_steps - warmup - 1)
+    match schedule.kind:
+        case "constant":
+            return min(1.0, (step + 1) / (warmup + 1))
+        case "cosine":
+            return min(1.0, (step + 1) / (warmup + 1)) * _cosine(1.0, 0.0, max(0.0, progress))
+        case "one_cycle":
+            if step < warmup:
+                return _cosine(_ONE_CYCLE_START, 1.0, step / warmup)
+            return _cosine(1.0, _ONE_CYCLE_END, progress)
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def lr_factor(params: TrainingParams) -> int:
+    """Return what `scale_lr` multiplies every learning rate by: the rows of a batch, or 1."""
+    return params.batch_size + params.regularization_batch_size if params.scale_lr else 1
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Return a seed for one purpose, so that no two streams of one training are the same."""
+    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did.
+
+    Losses are means over rows; `lr` goes by group, `grad_norm` by `<branch>/<kind>` and is that before clipping.
+    """
+
+    step: int  # from 1
+    loss: float
+    loss_reference: float
+    loss_regularization: float | None
+    guidance_scale: float
+    lr: dict[str, float]
+    grad_norm: dict[str, float]
+    seconds: float
+
+    def row(self) -> HistoryRow:
+        """Return the record as one flat row: `lr/<group>`, `grad_norm/<branch>/<kind>`."""
+        regularization = {} if self.loss_regularization is None else {"loss_regularization": self.loss_regularization}
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "loss_reference": self.loss_reference,
+            **regularization,
+            "guidance_scale": self.guidance_scale,
+            **{f"lr/{name}": value for name, value in self.lr.items()},
+            **{f"grad_norm/{name}": value for name, value in self.grad_norm.items()},
+            "seconds": self.seconds,
+        }
+
+
+def fit(
+    trainee: Trainee,
+    data: TrainingData,
+    params: TrainingParams,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_preview: Callable[[int], None] | None = None,
+) -> list[HistoryRow]:
+    """Train the trainee's parameters in place and return one history row per step.
+
+    Args:
+        on_step: called once per step, in order; on a GPU in bursts, because reading the loss waits for the device.
+        on_preview: called after every `params.preview.every`-th step with its number, the weights as they then are.
+
+    Raises:
+        RuntimeError: some branch has received no gradient in the first step, or the loss is no longer finite.
+    """
+    device = data.reference.mean.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derived_seed(params.seed, "dropout"))
+        history: list[HistoryRow] = []
+        for record in _records(trainee, data, params, on_preview):
+            if not math.isfinite(record.loss):
+                raise RuntimeError(
+                    f"expected a finite loss; got {record.loss} at step {record.step}; lower the learning rates, "
+                    "or run the base model in float32"
+                )
+            history.append(record.row())
+            if on_step:
+                on_step(record)
+        return history
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A finished step whose numbers are still on the device."""
+
+    step: int
+    values: torch.Tensor  # loss, reference, regularization, guidance, then one gradient norm per name
+    lr: dict[str, float]
+
+
+def _records(
+    trainee: Trainee, data: TrainingData, params: TrainingParams, on_preview: Callable[[int], None] | None
+) -> Iterator[StepRecord]:
+    device = data.reference.mean.device
+    read_every = _READ_EVERY_ON_GPU if device.type == "cuda" else 1
+    scaler = torch.amp.GradScaler(device.type, enabled=trainee.half_precision)
+    optimizers = _optimizers(trainee.groups, params)
+    batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
+    guidance_scale = GuidanceScale.parse(params.guidance_scale)
+    names = [f"{branch}/{kind}" for kind in optimizers for branch in _branches(trainee.groups, kind)]
+    pending: list[_Pending] = []
+    begun = time.perf_counter()
+    for step in range(params.num_steps):
+        lr = {n: v for optimizer in optimizers.values() for n, v in optimizer.set_step(step).items()}
+        batch = batches.draw()
+        guidance = guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        prediction = combined_prediction(trainee, batch, guidance)
+        losses = row_losses(prediction, batch, trainee.schedule, params.loss.weighting, params.loss.snr_gamma)
+        loss = (batch.row_weight * losses).sum()
+        torch.autograd.backward(scaler.scale(loss))
+        norms = _update(optimizers, scaler, check=step == 0)
+        pending.append(_Pending(step + 1, _measured(loss, losses, guidance, norms, params.batch_size), lr))
+        preview_due = bool(params.preview.every) and (step + 1) % params.preview.every == 0
+        if preview_due or (step + 1) % read_every == 0 or step + 1 == params.num_steps:
+            yield from _read(pending, names, begun)
+            pending.clear()
+            if preview_due and on_preview:
+                on_preview(step + 1)
+            begun = time.perf_counter()
+
+
+def _optimizers(groups: Sequence[ParameterGroup], params: TrainingParams) -> dict[str, FlatOptimizer]:
+    """Return the adapters' and the words' optimizer, as far as there is something to train."""
+    settings = {
+        ADAPTERS: (params.weight_decay, params.schedule),
+        WORDS: (params.words.weight_decay, params.words_schedule),
+    }
+    by_kind = {kind: [group for group in groups if group.kind == kind] for kind in settings}
+    return {
+        kind: FlatOptimizer(members, *settings[kind], params.num_steps, params.max_grad_norm)
+        for kind, members in by_kind.items()
+        if members
+    }
+
+
+def _branches(groups: Sequence[ParameterGroup], kind: str) -> list[str]:
+    return list(dict.fromkeys(group.branch for group in groups if group.kind == kind))
+
+
+def _update(optimizers: dict[str, FlatOptimizer], scaler: torch.amp.GradScaler, check: bool) -> list[torch.Tensor]:
+    """Take one step with every optimizer and return all gradient norms, in the order of `names`."""
+    for optimizer in optimizers.values():
+        optimizer.unscale(scaler)
+    norms = {kind: optimizer.grad_norms() for kind, optimizer in optimizers.items()}
+    if check:
+        check_gradients(norms)
+    for kind, optimizer in optimizers.items():
+        optimizer.update(torch.stack(list(norms[kind].values())).norm(), scaler)
+    scaler.update()
+    return [norm for by_branch in norms.values() for norm in by_branch.values()]
+
+
+def check_gradients(norms: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Confirm that every branch's adapters and words received a gradient.
+
+    Args:
+        norms: kind -> branch -> gradient norm.
+
+    Raises:
+        RuntimeError: one of them is zero; the message names branch and kind.
+    """
+    for kind, by_branch in norms.items():
+        for branch, norm in by_branch.items():
+            if not norm.item() > 0 and not math.isinf(norm.item()):
+                raise RuntimeError(
+                    f"expected a gradient for the {kind} of the {branch} branch in the first step; got one of norm "
+                    f"{norm.item()}; check that every template holds a slot and that the base model is a trained one"
+                )
+
+
+def _measured(
+    loss: torch.Tensor, losses: torch.Tensor, guidance: torch.Tensor, norms: list[torch.Tensor], num_reference: int
+) -> torch.Tensor:
+    rows = losses.detach()
+    regularization = rows[num_reference:].mean() if len(rows) > num_reference else rows.new_tensor(math.nan)
+    return torch.stack([loss.detach(), rows[:num_reference].mean(), regularization, guidance.mean(), *norms])
+
+
+def _read(pending: Sequence[_Pending], names: Sequence[str], begun: float) -> Iterator[StepRecord]:
+    """Read finished steps from the device in one go."""
+    if not pending:
+        return
+    values = torch.stack([done.values for done in pending]).tolist()
+    seconds = (time.perf_counter() - begun) / len(pending)
+    for done, (loss, reference, regularization, guidance, *norms) in zip(pending, values, strict=True):
+        yield StepRecord(
+            step=done.step,
+            loss=loss,
+            loss_reference=reference,
+            loss_regularization=None if math.isnan(regularization) else regularization,
+            guidance_scale=guidance,
+            lr=done.lr,
+            grad_norm=dict(zip(names, norms, strict=True)),
+            seconds=seconds,
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def branch_table(groups: Sequence[ParameterGroup]) -> str:
+    """Return what each branch trains, as lines of text: layers, LoRA parameters, word vectors, learning rates."""
+    head = f"{'branch':<10}{'group':<24}{'layers':>8}{'parameters':>12}{'vectors':>9}{'lr':>11}"
+    lines = [head, "-" * len(head)]
+    for group in sorted(groups, key=lambda g: g.branch):
+        layers = str(group.num_layers) if group.kind == ADAPTERS else "-"
+        vectors = str(sum(len(p) for p in group.parameters)) if group.kind == WORDS else "-"
+        lines.append(
+            f"{group.branch:<10}{group.name:<24}{layers:>8}{group.num_parameters:>12,}{vectors:>9}{group.lr:>11.2e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""Draw images of a trained concept, one adapter per branch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dreamartist_pipeline.params import DeviceParams, GenerateParams
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dreamartist_pipeline.backbones.concepts import LoadedConcept
+    from dreamartist_pipeline.core.concept import Concept
+
+
+def generate_images(
+    base_model: str, concept: Concept, params: GenerateParams, device: DeviceParams
+) -> tuple[dict[str, Image], Image]:
+    """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
+
+    A slot such as '{pt1}' in a prompt becomes the concept's positive trigger word.
+
+    Returns:
+        The images, named `<prompt number>_<seed>`, and a sheet with one row per prompt.
+
+    Raises:
+        InputError: the concept was trained on another base model.
+    """
+    from tqdm import tqdm
+
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.concepts import attach, generate
+    from dreamartist_pipeline.core.images import image_grid
+
+    backbone = load_backbone(BaseModelFiles(base_model), device)
+    loaded = attach(backbone, concept, params.strength)
+    filled = [fill_prompt(prompt, loaded, concept.metadata["class_word"]) for prompt in params.prompts]
+    seeds = range(params.seed, params.seed + params.images_per_prompt)
+    rows = [(index, prompt, seed) for index, prompt in enumerate(filled) for seed in seeds]
+    with tqdm(total=len(rows), desc="generating", unit="image", delay=2.0) as bar:
+        images = generate(
+            backbone,
+            loaded,
+            [prompt for _, prompt, _ in rows],
+            params.negative_prompt,
+            [seed for _, _, seed in rows],
+            params.sampler,
+            bar.update,
+        )
+    named = {f"{index:03d}_{seed}": image for (index, _, seed), image in zip(rows, images, strict=True)}
+    grid = image_grid(images, columns=params.images_per_prompt, labels=[prompt for _, prompt, _ in rows])
+    return named, grid
+
+
+def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str) -> str:
+    """Fill a prompt's slots with the concept's positive trigger words and its class word."""
+    from dreamartist_pipeline.core.captions import branch_prompts
+
+    return branch_prompts(prompt, loaded.trigger_words, class_word)[1]

@@ -1,0 +1,27 @@
+"""Wiring of the generate stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node
+
+from dreamartist_pipeline.pipelines.generate.nodes import generate_images
+
+
+def create_pipeline() -> Pipeline:
+    """Images of the concept, and one sheet of all of them."""
+    return Pipeline(
+        [
+            node(
+                generate_images,
+                inputs={
+                    "base_model": "base_model",
+                    "concept": "concept",
+                    "params": "params:generate",
+                    "device": "params:device",
+                },
+                outputs=["generated_images", "generated_grid"],
+                name="generate_images",
+                tags="generate",
+            )
+        ]
+    )

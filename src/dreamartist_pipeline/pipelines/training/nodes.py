@@ -1,0 +1,408 @@
+"""Train a concept from one image: check the plan, train, plot what happened."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dreamartist_pipeline.params import DeviceParams, IngestionParams, StrengthParams, TrainingParams
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    import torch
+    from PIL.Image import Image
+
+    from dreamartist_pipeline.backbones.base_model import Backbone
+    from dreamartist_pipeline.backbones.concepts import NewConcept
+    from dreamartist_pipeline.backbones.prompts import PromptEncoder
+    from dreamartist_pipeline.core.concept import Concept
+    from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, TrainingData
+
+_SLOT = re.compile(r"\{(\w+)\}")
+_GENERAL_SLOTS = ("class", "caption")
+_CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
+_SMOOTHING = 20  # a plotted curve is a running mean over 1/20 of the steps
+_ENCODE_BATCH = 8
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where live curves and previews go."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+    def log_image(self, image: Image, key: str, step: int) -> None: ...
+
+
+class ImageStore(Protocol):
+    """Where the regularization set is."""
+
+    def captions(self, key: str) -> Mapping[str, str]: ...
+    def images(self, key: str) -> Any: ...
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+def check_training(base_model: str, params: TrainingParams, ingestion: IngestionParams) -> dict[str, Any]:
+    """Check the whole plan against the base model, before any long work and without loading its weights.
+
+    Returns:
+        The plan: branches, steps, rows and, per group, its layers, parameters, vectors and effective learning rate.
+
+    Raises:
+        InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
+            something, a template without its slot, or words that do not fit into the prompt.
+    """
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.core.training import branch_table, lr_factor
+
+    check_templates(params)
+    outline = load_outline(BaseModelFiles(base_model))
+    groups = _planned_groups(outline, params, ingestion)
+    _check_branches_train(groups, params)
+    log.info("What each branch will train:\n%s", branch_table(groups))
+    return {
+        "num_branches": params.num_branches,
+        "num_steps": params.num_steps,
+        "guidance_scale": params.guidance_scale,
+        "rows": {"reference": params.batch_size, "regularization": params.regularization_batch_size},
+        "lr_factor": lr_factor(params),
+        "groups": _describe(groups),
+    }
+
+
+def check_templates(params: TrainingParams) -> None:
+    """Confirm that every template holds a trigger word's slot, that every slot is used, and that none is unknown.
+
+    Without trigger words any template will do; its word slots stay empty.
+
+    Raises:
+        InputError: naming the template or slot.
+    """
+    from dreamartist_pipeline.core.errors import InputError
+
+    names = set(params.words.names)
+    if not names:
+        return
+    wanted = " or ".join(f"{{{name}}}" for name in sorted(names))
+    used: set[str] = set()
+    for template in params.templates:
+        slots = set(_SLOT.findall(template))
+        if not slots & names:
+            raise InputError(
+                f"expected the slot {wanted} in every template; got {template!r}; write it where it belongs"
+            )
+        if unknown := sorted(slots - names - set(_GENERAL_SLOTS)):
+            raise InputError(
+                f"expected only the slots {wanted}, {{class}} and {{caption}} in templates; got {{{unknown[0]}}} in "
+                f"{template!r}; correct it, or give its trigger words in words.names"
+            )
+        used |= slots
+    if unused := sorted(names - used):
+        raise InputError(
+            f"expected every slot of words.names in some template; got none with {{{unused[0]}}}; "
+            "add it to a template, or remove its trigger words"
+        )
+
+
+def _planned_groups(outline: Any, params: TrainingParams, ingestion: IngestionParams) -> tuple[ParameterGroup, ...]:
+    """Put adapters and words into the weightless base model and return what would train."""
+    import torch
+
+    from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters
+    from dreamartist_pipeline.backbones.prompts import PromptTokenizer, check_trigger_word, initial_word_vectors
+    from dreamartist_pipeline.core.embeddings import WordEmbedding
+    from dreamartist_pipeline.core.training import lr_factor, parameter_groups
+
+    factor, generator = lr_factor(params), torch.Generator()
+    networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
+    stacks = inject_adapters(networks, params, factor, generator)
+    words = None
+    if params.words.names:
+        embedding = outline.text_encoder.get_input_embeddings()
+        vocabulary = build_vocabulary(params, embedding.num_embeddings)
+        for word in vocabulary.words:
+            check_trigger_word(outline.tokenizer, word.name)
+        shape = (embedding.num_embeddings, embedding.embedding_dim)
+        blank = torch.nn.Embedding(*shape, _weight=torch.zeros(shape))  # stands in for the weights not loaded
+        initial = initial_word_vectors(params.words, vocabulary, outline.tokenizer, blank, generator)
+        words = WordEmbedding(embedding, vocabulary, initial)
+        max_positions = outline.text_encoder.config.max_position_embeddings
+        tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
+        for pair in _template_prompts(params, ingestion):
+            for prompt in pair:
+                tokenizer.check_fits(prompt)
+    return parameter_groups(stacks, words, params.words.lr * factor)
+
+
+def _check_branches_train(groups: Sequence[ParameterGroup], params: TrainingParams) -> None:
+    from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
+    from dreamartist_pipeline.core.errors import InputError
+
+    trained = {group.branch for group in groups}
+    for branch in branches(params.num_branches):
+        name = BRANCH_NAMES[branch]
+        if not trained & {name, "shared"}:
+            raise InputError(
+                f"expected something to train in the {name} branch; got groups for {sorted(trained)} only; "
+                f"add a LoRA group with branch: {name[0]}, or trigger words"
+            )
+
+
+def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group.name,
+            "kind": group.kind,
+            "branch": group.branch,
+            "num_layers": group.num_layers,
+            "num_parameters": group.num_parameters,
+            "num_vectors": sum(len(p) for p in group.parameters) if group.kind == "words" else 0,
+            "lr": group.lr,
+        }
+        for group in groups
+    ]
+
+
+def _template_prompts(params: TrainingParams, ingestion: IngestionParams) -> list[tuple[str, str]]:
+    """Return (negative, positive) of every template."""
+    from dreamartist_pipeline.core.captions import branch_prompts
+
+    names, caption = params.words.names, ingestion.caption or ""
+    return [branch_prompts(template, names, params.class_word, caption) for template in params.templates]
+
+
+# ------------------------------------------------------------------------------------------------- the training
+
+
+def train_concept(
+    base_model: str,
+    prepared_image: Image,
+    prepared_mask: Image,
+    regularization_set: dict[str, Any],
+    image_store: ImageStore,
+    training_plan: dict[str, Any],
+    params: TrainingParams,
+    ingestion: IngestionParams,
+    device: DeviceParams,
+    tracker: Tracker,
+) -> tuple[Concept, pd.DataFrame]:
+    """Train both branches on the prepared image.
+
+    Returns:
+        The concept, and the history: one row per step.
+
+    Raises:
+        InputError: the plan was made for other parameters or another base model.
+        RuntimeError: a branch receives no gradient, or the loss is no longer finite.
+    """
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+    from dreamartist_pipeline.core.training import branch_table, derived_seed, fit, lr_factor, parameter_groups
+
+    backbone = load_backbone(BaseModelFiles(base_model), device)
+    factor = lr_factor(params)
+    new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
+    groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
+    _check_plan(training_plan, groups)
+    log.info("What each branch trains:\n%s", branch_table(groups))
+    metadata = concept_metadata(backbone, params, factor)
+    images = _regularization_images(regularization_set, image_store, params)
+    data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, ingestion)
+    with _StepReport(params.num_steps, tracker) as report:
+        preview = _preview(backbone, new, metadata, params, tracker)
+        history = fit(trainee(new, groups), data, params, report, preview)
+    return new.snapshot(metadata), history_table(history)
+
+
+def _check_plan(training_plan: Mapping[str, Any], groups: Sequence[ParameterGroup]) -> None:
+    from dreamartist_pipeline.core.errors import InputError
+
+    if training_plan["groups"] != _describe(groups):
+        raise InputError(
+            "expected the plan of these parameters and this base model; got another one, from an earlier run; "
+            "run the node check_training again"
+        )
+
+
+def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Any:
+    """Return the new concept as the training loop sees it (a `core.training.Trainee`)."""
+    import torch
+
+    from dreamartist_pipeline.core.training import Trainee
+
+    return Trainee(
+        denoise=new.backbone.denoise,
+        encode=new.prompts.encode,
+        schedule=new.backbone.schedule,
+        groups=groups,
+        num_branches=new.num_branches,
+        half_precision=new.backbone.dtype == torch.float16,
+    )
+
+
+def training_data(
+    backbone: Backbone,
+    prompts: PromptEncoder,
+    image: Image,
+    mask: Image,
+    regularization: Sequence[tuple[str, Image]],
+    params: TrainingParams,
+    ingestion: IngestionParams,
+) -> TrainingData:
+    """Encode the prepared image and the regularization set once, and tokenize every prompt.
+
+    Args:
+        mask: L, 127 where a pixel counts once.
+        regularization: (caption, image) pairs; brought to the prepared image's size where theirs differs.
+    """
+    from dreamartist_pipeline.core.images import fit_to_size
+    from dreamartist_pipeline.core.training import TrainingData
+
+    reference = _latent_images(backbone, [image], _stacked_ids(prompts, _template_prompts(params, ingestion), params))
+    others = None
+    if regularization:
+        captions = [(caption, caption) for caption, _ in regularization]  # no trigger word in either branch
+        fitted = [
+            other if other.size == image.size else fit_to_size(other, image.size, "crop", "white")
+            for _, other in regularization
+        ]
+        others = _latent_images(backbone, fitted, _stacked_ids(prompts, captions, params), paired=True)
+    return TrainingData(reference, others, _latent_mask(mask, reference.mean))
+
+
+def _stacked_ids(prompts: PromptEncoder, pairs: Sequence[tuple[str, str]], params: TrainingParams) -> torch.Tensor:
+    """Tokenize (negative, positive) pairs: `[P, num_branches, L]`."""
+    import torch
+
+    from dreamartist_pipeline.core.branches import branches
+
+    by_branch = [prompts.token_ids([pair[branch] for pair in pairs]) for branch in branches(params.num_branches)]
+    return torch.stack(by_branch, dim=1)
+
+
+def _latent_images(
+    backbone: Backbone, images: Sequence[Image], token_ids: torch.Tensor, paired: bool = False
+) -> LatentImages:
+    import torch
+    from tqdm import tqdm
+
+    from dreamartist_pipeline.backbones.base_model import encode_images
+    from dreamartist_pipeline.core.images import to_tensor
+    from dreamartist_pipeline.core.training import LatentImages
+
+    starts = tqdm(range(0, len(images), _ENCODE_BATCH), desc="images to latents", unit="batch", delay=2.0)
+    encoded = [encode_images(backbone, to_tensor(images[start : start + _ENCODE_BATCH])) for start in starts]
+    mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    return LatentImages(mean, std, token_ids, paired)
+
+
+def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
+    """Return the loss mask `[1, 1, h, w]` at the latents' size, or None when every pixel counts once."""
+    from dreamartist_pipeline.core.images import attention_mask
+
+    height, width = latents.shape[-2:]
+    weights = attention_mask(mask, (width, height)).to(latents.device)
+    return None if bool((weights == 1).all()) else weights[None]
+
+
+def _regularization_images(
+    regularization_set: Mapping[str, Any], image_store: ImageStore, params: TrainingParams
+) -> list[tuple[str, Image]]:
+    """Return (caption, image) of the regularization set; nothing when the training takes no rows from it."""
+    if not params.regularization_batch_size:
+        return []
+    key = regularization_set["key"]
+    return list(zip(image_store.captions(key).values(), image_store.images(key), strict=True))
+
+
+def history_table(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """Return the history as a table; without a step it has its columns still."""
+    import pandas as pd
+
+    return pd.DataFrame(list(history), columns=None if history else ["step", "loss", "loss_reference"])
+
+
+# ------------------------------------------------------------------------------------------------- while it trains
+
+
+class _StepReport:
+    """Shows each step on a progress bar and sends averaged values to the tracker, about 200 times a training."""
+
+    def __init__(self, num_steps: int, tracker: Tracker) -> None:
+        self._tracker, self._every = tracker, max(1, num_steps // _CURVE_POINTS)
+        self._num_steps = num_steps
+        self._rows: list[dict[str, float]] = []
+
+    def __enter__(self) -> _StepReport:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=self._num_steps, desc="training", unit="step", mininterval=0.5)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, record: StepRecord) -> None:
+        if record.step == 1:
+            norms = ", ".join(f"{name} {norm:.2e}" for name, norm in record.grad_norm.items())
+            log.info("Every branch received gradients in the first step: %s.", norms)
+        self._rows.append({name: value for name, value in record.row().items() if name not in ("step", "seconds")})
+        if record.step % self._every == 0 or record.step == self._num_steps:
+            means = {name: sum(row[name] for row in self._rows) / len(self._rows) for name in self._rows[0]}
+            self._tracker.log_metrics(means, step=record.step)
+            self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+            self._rows.clear()
+        self._bar.update()
+
+
+def _preview(
+    backbone: Backbone, new: NewConcept, metadata: Mapping[str, str], params: TrainingParams, tracker: Tracker
+) -> Callable[[int], None] | None:
+    """Return what draws the preview prompts with the concept so far, always from the same seeds."""
+    from dreamartist_pipeline.backbones.concepts import attach, generate
+    from dreamartist_pipeline.core.images import image_grid
+
+    prompts = [fill_prompt(prompt, params) for prompt in params.preview.prompts]
+    if not prompts:
+        return None
+    seeds = range(params.preview.seed, params.preview.seed + len(prompts))
+
+    def draw(step: int) -> None:
+        loaded = attach(backbone, new.snapshot(metadata), StrengthParams())
+        images = generate(backbone, loaded, prompts, "", seeds, params.preview.sampler)
+        tracker.log_image(image_grid(images, columns=min(4, len(images)), labels=prompts), key="preview", step=step)
+
+    return draw
+
+
+def fill_prompt(prompt: str, params: TrainingParams) -> str:
+    """Fill the slots of a preview prompt with the positive trigger words and the class word."""
+    from dreamartist_pipeline.core.captions import branch_prompts
+
+    return branch_prompts(prompt, params.words.names, params.class_word)[1]
+
+
+# ------------------------------------------------------------------------------------------------- afterwards
+
+
+def plot_history(training_history: pd.DataFrame) -> go.Figure:
+    """Plot loss, gradient norms and learning rates over the steps."""
+    from plotly.subplots import make_subplots
+
+    window = max(1, len(training_history) // _SMOOTHING)
+    panels = {"loss": "loss", "gradient norm": "grad_norm/", "learning rate": "lr/"}
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, subplot_titles=list(panels))
+    for row, (title, prefix) in enumerate(panels.items(), start=1):
+        for column in (name for name in training_history.columns if name.startswith(prefix)):
+            values = training_history[column]
+            smooth = values if prefix == "lr/" else values.rolling(window, min_periods=1).mean()
+            figure.add_scatter(x=training_history["step"], y=smooth, name=column, legendgroup=title, row=row, col=1)
+    figure.update_xaxes(title_text="step", row=len(panels), col=1)
+    figure.update_yaxes(type="log", row=2, col=1)
+    figure.update_layout(height=800, title=f"Training (running mean over {window} steps)", template="plotly_white")
+    return figure

@@ -1,0 +1,47 @@
+"""Wiring of the training stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node
+
+from dreamartist_pipeline.pipelines.training.nodes import check_training, plot_history, train_concept
+
+
+def create_pipeline() -> Pipeline:
+    """The plan, checked before any long work; the concept; the curves of its training."""
+    return Pipeline(
+        [
+            node(
+                check_training,
+                inputs={"base_model": "base_model", "params": "params:training", "ingestion": "params:ingestion"},
+                outputs="training_plan",
+                name="check_training",
+                tags="training",
+            ),
+            node(
+                train_concept,
+                inputs={
+                    "base_model": "base_model",
+                    "prepared_image": "prepared_image",
+                    "prepared_mask": "prepared_mask",
+                    "regularization_set": "regularization_set",
+                    "image_store": "image_store",
+                    "training_plan": "training_plan",
+                    "params": "params:training",
+                    "ingestion": "params:ingestion",
+                    "device": "params:device",
+                    "tracker": "tracker",
+                },
+                outputs=["concept", "training_history"],
+                name="train_concept",
+                tags="training",
+            ),
+            node(
+                plot_history,
+                inputs="training_history",
+                outputs="training_curves",
+                name="plot_history",
+                tags="training",
+            ),
+        ]
+    )

@@ -1,0 +1,77 @@
+"""Fixtures for all tests: one tiny, random, but complete base model in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamartist_pipeline.params import EmbeddedModelSize
+
+TINY_SIZE = EmbeddedModelSize(
+    image_px=32,
+    latent_channels=4,
+    autoencoder_channels=(8, 8, 8),  # two halvings: latents are 8 × 8
+    unet_channels=(16, 32),
+    text_width=32,
+    text_layers=2,
+    norm_groups=8,
+    max_tokens=24,
+)
+_CORPUS = ("a red cat", "a blue dog", "a photo of a green bird", "background", "style", "fox", "the yellow house")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Run tests in one thread: the models are tiny and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a complete base model with random weights, v-prediction, 32 px images.
+
+    Do not write into it; copy it first.
+    """
+    return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "tiny", seed=0)
+
+
+def build_tiny_base_model(folder: Path, seed: int) -> Path:
+    """Write a tiny base model to `folder` and return it; another seed gives other weights."""
+    from diffusers import DDIMScheduler
+
+    from dreamartist_pipeline.backbones import embedded
+
+    tokenizer = embedded.build_tokenizer(_CORPUS * 2, folder / "tokenizer", TINY_SIZE.max_tokens)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet, autoencoder = embedded.build_unet(TINY_SIZE), embedded.build_autoencoder(TINY_SIZE)
+        text_encoder = embedded.build_text_encoder(TINY_SIZE, tokenizer)
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # an untrained UNet predicts zero: nothing to learn from
+        for module in (*autoencoder.modules(), *text_encoder.modules()):
+            if type(module).__name__ == "ResnetBlock2D":
+                torch.nn.init.normal_(module.conv2.weight, std=0.1)
+            if isinstance(module, torch.nn.Embedding):
+                torch.nn.init.normal_(module.weight, std=0.5)  # the default 0.02 drowns words in their positions
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = {"unet": unet, "vae": autoencoder, "text_encoder": text_encoder, "scheduler": scheduler}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+    return folder
