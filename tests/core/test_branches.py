@@ -16,6 +16,7 @@ from dreamartist_pipeline.core.branches import (
     stack,
 )
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import TrainingParams
 
 
 def test_the_negative_branch_comes_first() -> None:
@@ -103,3 +104,9 @@ def test_other_scales_are_refused(text: str) -> None:
         InputError, match=r"expected a guidance scale like '3.0' or '1.5-4.0:cos'.* correct guidance_scale"
     ):
         GuidanceScale.parse(text)
+
+
+@pytest.mark.parametrize("text", ["1", "3.0", "1-1", "1-3", "1.5-4.5:ln", "1.5-4.5:cos", "1.5-4.5:cos2"])
+def test_what_the_parameters_accept_is_read_with_the_same_number_of_branches(text: str) -> None:
+    params = TrainingParams(num_steps=1, guidance_scale=text, words={"names": {"pt1": ("my-cat", "my-cat-neg")}})
+    assert GuidanceScale.parse(params.guidance_scale).num_branches == params.num_branches
