@@ -68,10 +68,7 @@ def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"expected {name} to have at most {max_pixels:,} pixels; got more ({error})") from error
     except _DAMAGE as error:
-        raise InputError(
-            f"expected a whole picture as {name}; got a damaged or truncated {image.format} file ({error}); "
-            "download or export it again"
-        ) from error
+        raise _damaged(name, f"{image.format} file", error) from error
     if orientation in _TRANSPOSE_OF_ORIENTATION:
         image = image.transpose(_TRANSPOSE_OF_ORIENTATION[orientation])
     return _to_rgb_or_rgba(image, name)
@@ -99,7 +96,13 @@ def _open(data: bytes, name: str) -> Image.Image:
             f"(they begin with {data[:8]!r}); export it as PNG or JPEG"
         ) from error
     except _DAMAGE as error:
-        raise InputError(f"expected a picture as {name}; got a damaged file ({error}); export it again") from error
+        raise _damaged(name, "file", error) from error
+
+
+def _damaged(name: str, what: str, error: Exception) -> InputError:
+    return InputError(
+        f"expected a whole picture as {name}; got a damaged or truncated {what} ({error}); download or export it again"
+    )
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -186,17 +189,17 @@ def parse_color(text: str) -> tuple[int, int, int]:
 def bucket_size(size_px: tuple[int, int], bucket: BucketParams) -> tuple[int, int]:
     """Choose the (width, height) that a picture of `size_px` (width, height) is brought to.
 
-    With `keep_aspect`, of all sizes in multiples of `multiple_px` and of at most `side_px`² pixels (a row of them grown
-    until it is full), the one nearest in aspect ratio; the larger of two equally near ones.
+    With `keep_aspect`: for every length of the long side, in multiples of `multiple_px`, the short side is the longest
+    that keeps the area within `side_px`²; of these sizes, the one nearest in aspect ratio (the larger of equal ones).
     """
     if not bucket.keep_aspect:
         return bucket.side_px, bucket.side_px
-    unit = bucket.multiple_px
-    area = (bucket.side_px // unit) ** 2  # in cells of unit × unit pixels
-    wanted = np.log(size_px[0] / size_px[1])
-    sizes = [(columns, area // columns) for columns in range(1, area + 1)]
-    columns, rows = min(sizes, key=lambda s: (round(abs(np.log(s[0] / s[1]) - wanted), 6), -s[0] * s[1]))
-    return columns * unit, rows * unit
+    area = (bucket.side_px // bucket.multiple_px) ** 2  # in cells of multiple_px × multiple_px
+    wanted = max(size_px) / min(size_px)
+    sizes = [(long, area // long) for long in range(bucket.side_px // bucket.multiple_px, area + 1)]
+    best = min(sizes, key=lambda size: (round(abs(np.log(size[0] / size[1] / wanted)), 6), -size[0] * size[1]))
+    long_px, short_px = best[0] * bucket.multiple_px, best[1] * bucket.multiple_px
+    return (long_px, short_px) if size_px[0] >= size_px[1] else (short_px, long_px)
 
 
 def to_bucket(image: Image.Image, bucket: BucketParams, fit: str, background_color: str) -> Image.Image:

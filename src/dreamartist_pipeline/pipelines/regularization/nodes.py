@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -110,18 +111,19 @@ def _progress_bar(num_images: int) -> tqdm:
 def _base_model_draws(
     files: BaseModelFiles, prompts: Sequence[str], params: RegularizationParams, device: DeviceParams, bar: tqdm
 ) -> DrawBatch:
-    """Load the base model and return what draws the images of some prompt indices with it."""
+    """Return what draws the images of some prompt indices; the base model is loaded when the first are asked for."""
     from dreamartist_pipeline.backbones.base_model import load_backbone
-    from dreamartist_pipeline.backbones.concepts import attach, generate
+    from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
 
-    backbone = load_backbone(files, device)
-    loaded = attach(backbone, None, StrengthParams())
+    @functools.cache
+    def load() -> LoadedConcept:
+        return attach(load_backbone(files, device), None, StrengthParams())
 
     def draw_batch(indices: Sequence[int]) -> Iterator[Image]:
         bar.update(indices[0] - bar.n)  # images of an earlier, interrupted run
-        chosen = [prompts[i] for i in indices]
-        seeds = [params.seed + i for i in indices]
-        for image in generate(backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler, None):
+        chosen, seeds = [prompts[i] for i in indices], [params.seed + i for i in indices]
+        loaded = load()
+        for image in generate(loaded.backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler):
             yield image
             bar.update()
 

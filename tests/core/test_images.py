@@ -1,0 +1,337 @@
+"""Any picture in, an upright RGB or RGBA image out, or one clear message."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamartist_pipeline.core import images
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import BucketParams
+
+MAX_PIXELS = 1_000_000
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    data = io.BytesIO()
+    image.save(data, file_format, **options)
+    return data.getvalue()
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    return images.decode_image(data, "the picture", max_pixels)
+
+
+def two_colored(left: object = RED, right: object = BLUE, mode: str = "RGB") -> Image.Image:
+    """16 × 8 px: the left half in one colour, the right in another."""
+    image = Image.new(mode, (16, 8), left)
+    image.paste(right, (8, 0, 16, 8))
+    return image
+
+
+# --------------------------------------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format"), [("RGB", "PNG"), ("P", "PNG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF"), ("RGBX", "TIFF")]
+)
+def test_color_modes_become_rgb_with_their_colors(mode: str, file_format: str) -> None:
+    decoded = decode(encode(Image.new("RGB", (16, 8), RED).convert(mode), file_format))
+
+    assert decoded.mode == "RGB"
+    assert np.allclose(decoded.getpixel((3, 3)), RED, atol=2)
+
+
+def test_lab_becomes_srgb() -> None:
+    decoded = decode(encode(Image.new("LAB", (16, 8), (255, 128, 128)), "TIFF"))  # L* = 100, a* = b* = 0
+
+    assert decoded.mode == "RGB"
+    assert np.allclose(decoded.getpixel((3, 3)), WHITE, atol=3)
+
+
+def test_a_cmyk_jpeg_keeps_its_color() -> None:
+    decoded = decode(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
+
+    assert decoded.mode == "RGB"
+    assert np.allclose(decoded.getpixel((8, 8)), RED, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "grey"),
+    [("1", 1, 255), ("L", 77, 77), ("I;16", 65535, 255), ("I;16", 257 * 100, 100), ("I", 257 * 30, 30)],
+)
+def test_grey_modes_become_rgb_with_the_same_brightness(mode: str, value: int, grey: int) -> None:
+    decoded = decode(encode(Image.new(mode, (9, 9), value), "TIFF" if mode == "I" else "PNG"))
+
+    assert decoded.mode == "RGB"
+    assert decoded.getpixel((4, 4)) == (grey, grey, grey)
+
+
+@pytest.mark.parametrize(("value", "grey"), [(0.2, 51), (200.0, 200)])
+def test_float_grey_is_read_as_0_to_1_or_0_to_255(value: float, grey: int) -> None:
+    decoded = decode(encode(Image.new("F", (9, 9), value), "TIFF"))
+
+    assert decoded.getpixel((4, 4)) == (grey, grey, grey)
+
+
+@pytest.mark.parametrize("value", [-1.0, 300.0, math.nan])
+def test_float_grey_beyond_its_range_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match=r"grey values 0….*mode F.*8 bits per channel"):
+        decode(encode(Image.new("F", (9, 9), value), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_modes_with_alpha_become_rgba(mode: str) -> None:
+    decoded = decode(encode(Image.new("RGBA", (16, 8), (255, 255, 255, 0)).convert(mode)))
+
+    assert decoded.mode == "RGBA"
+    assert decoded.getpixel((0, 0)) == (255, 255, 255, 0)
+
+
+def test_a_palette_with_a_transparent_entry_becomes_rgba() -> None:
+    image = two_colored().convert("P", palette=Image.Palette.ADAPTIVE)
+    transparent = image.getpixel((0, 0))
+
+    decoded = decode(encode(image, transparency=transparent))
+
+    assert decoded.mode == "RGBA"
+    assert decoded.getpixel((0, 0))[3] == 0
+    assert decoded.getpixel((12, 4)) == (*BLUE, 255)
+
+
+def test_transparency_shows_the_background_color() -> None:
+    image = Image.new("RGBA", (8, 8), (*RED, 0))
+    image.putpixel((0, 0), (0, 0, 0, 128))
+
+    flat = images.flatten_alpha(image, "lime")
+
+    assert flat.mode == "RGB"
+    assert flat.getpixel((4, 4)) == GREEN
+    assert flat.getpixel((0, 0)) == (0, 127, 0)  # 255 · (1 − 128/255)
+
+
+def test_an_unknown_background_color_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"expected a colour name .* got 'whiteish'"):
+        images.flatten_alpha(Image.new("RGBA", (8, 8)), "whiteish")
+
+
+# --------------------------------------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "red_at"),
+    [
+        (1, (16, 8), (2, 4)),
+        (2, (16, 8), (13, 4)),
+        (3, (16, 8), (13, 4)),
+        (4, (16, 8), (2, 4)),
+        (5, (8, 16), (4, 2)),
+        (6, (8, 16), (4, 2)),
+        (7, (8, 16), (4, 13)),
+        (8, (8, 16), (4, 13)),
+    ],
+)
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied_once(
+    orientation: int, size: tuple[int, int], red_at: tuple[int, int], file_format: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    decoded = decode(
+        encode(two_colored(), file_format, exif=exif, **({"lossless": True} if file_format == "WEBP" else {}))
+    )
+
+    assert decoded.size == size
+    assert decoded.getpixel(red_at) == RED
+
+
+# --------------------------------------------------------------------------------------------- bad files
+
+
+def test_an_empty_file_is_refused() -> None:
+    with pytest.raises(InputError, match="expected a picture as the picture; got an empty file"):
+        decode(b"")
+
+
+def test_a_file_that_is_no_image_is_refused_with_its_first_bytes() -> None:
+    with pytest.raises(InputError, match=r"got 12 bytes in no image format .*%PDF-1\.7"):
+        decode(b"%PDF-1.7 abc")
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
+def test_a_truncated_file_is_refused(file_format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, file_format)
+
+    with pytest.raises(InputError, match=r"got a damaged or truncated (\w+ )?file|in no image format"):
+        decode(data[: len(data) // 2])
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(encode(two_colored()))
+    data[45] ^= 0xFF  # inside the compressed pixels
+
+    with pytest.raises(InputError, match="damaged or truncated PNG file"):
+        decode(bytes(data))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])
+def test_a_picture_below_8_px_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=rf"at least 8 px wide and high; got {size[0]} × {size[1]} px"):
+        decode(encode(Image.new("RGB", size)))
+
+
+def test_a_huge_picture_is_refused_before_its_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("1", (20_000, 20_000)))  # 50 kB on disk, 1.2 GB as RGB
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+
+    with pytest.raises(InputError, match=r"at most 100,000,000 pixels; got 20000 × 20000 px; .*ingestion.max_pixels"):
+        decode(data, max_pixels=100_000_000)
+
+
+def test_pillows_own_pixel_limit_is_left_as_it_was() -> None:
+    before = Image.MAX_IMAGE_PIXELS
+
+    decode(encode(two_colored()))
+
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_several_frames_are_refused(file_format: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, GREEN, BLUE)]
+
+    with pytest.raises(InputError, match=r"one still picture .* got 3 frames .*; export one frame as PNG"):
+        decode(encode(frames[0], file_format, save_all=True, append_images=frames[1:]))
+
+
+def test_a_gif_of_one_frame_is_a_picture() -> None:
+    assert decode(encode(Image.new("RGB", (16, 16), RED), "GIF")).getpixel((0, 0)) == RED
+
+
+def test_a_phone_photo_with_a_second_picture_inside_gives_the_first() -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, BLUE)]
+
+    decoded = decode(encode(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+
+    assert np.allclose(decoded.getpixel((8, 8)), RED, atol=4)
+
+
+# --------------------------------------------------------------------------------------------- buckets
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((500, 500), (64, 64)), ((600, 300), (88, 40)), ((300, 600), (40, 88)), ((10, 1000), (8, 512))],
+)
+def test_keep_aspect_picks_the_nearest_size_of_at_most_the_area(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    # 2 : 1 in 64 cells of 8 × 8: 11 × 5 = 2.2 is nearer than 10 × 6 = 1.67 and 12 × 5 = 2.4
+    assert images.bucket_size(size, BucketParams(side_px=64, multiple_px=8, keep_aspect=True)) == expected
+
+
+def test_a_fixed_bucket_is_square_whatever_comes() -> None:
+    assert images.bucket_size((600, 300), BucketParams(side_px=512)) == (512, 512)
+
+
+def test_crop_keeps_the_middle() -> None:
+    image = Image.new("RGB", (32, 8), RED)
+    image.paste(GREEN, (12, 0, 20, 8))
+
+    cropped = images.to_bucket(image, BucketParams(side_px=8, multiple_px=8), "crop", "white")
+
+    assert cropped.size == (8, 8)
+    assert cropped.getcolors() == [(64, GREEN)]
+
+
+def test_pad_keeps_everything_and_fills_with_the_background() -> None:
+    padded = images.to_bucket(Image.new("RGB", (16, 8), RED), BucketParams(side_px=16, multiple_px=16), "pad", "blue")
+
+    assert padded.size == (16, 16)
+    assert padded.getpixel((8, 8)) == RED
+    assert padded.getpixel((8, 1)) == padded.getpixel((8, 14)) == BLUE
+
+
+def test_a_small_picture_is_enlarged() -> None:
+    assert images.to_bucket(Image.new("RGB", (8, 8)), BucketParams(side_px=64), "crop", "white").size == (64, 64)
+
+
+# --------------------------------------------------------------------------------------------- attention mask
+
+
+@pytest.mark.parametrize(("grey", "weight"), [(0, 0.0), (127, 1.0), (191, 3.0), (255, 5.0)])
+def test_attention_is_0_to_1_up_to_the_middle_and_1_to_5_above(grey: int, weight: float) -> None:
+    mask = images.attention_mask(Image.new("L", (8, 8), grey), (4, 2))
+
+    assert mask.shape == (1, 2, 4)
+    assert mask.dtype == torch.float32
+    assert torch.allclose(mask, torch.full((1, 2, 4), weight))
+
+
+def test_attention_averages_weights_and_not_greys() -> None:
+    image = Image.new("L", (2, 1))
+    image.putpixel((1, 0), 255)
+
+    assert images.attention_mask(image, (1, 1)).item() == 2.5  # (0 + 5) / 2; grey 127.5 would weigh about 1
+
+
+def test_a_mask_of_other_proportions_is_refused() -> None:
+    images.check_mask_proportions((101, 50), (2000, 1000))
+    with pytest.raises(InputError, match=r"proportions of the reference image \(200 × 100 px\); got 100 × 100 px"):
+        images.check_mask_proportions((100, 100), (200, 100))
+
+
+# --------------------------------------------------------------------------------------------- tensors, grids
+
+
+def test_images_become_tensors_between_minus_one_and_one() -> None:
+    image = Image.new("RGB", (3, 2), (0, 255, 51))
+
+    tensor = images.to_tensor([image, image])
+
+    assert tensor.shape == (2, 3, 2, 3)
+    assert torch.allclose(tensor[1, :, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+def test_all_256_levels_survive_the_way_through_a_tensor() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([levels, levels.T, levels[::-1]], axis=-1))
+
+    assert images.to_images(images.to_tensor([image]))[0].tobytes() == image.tobytes()
+
+
+def test_values_beyond_the_range_are_clipped() -> None:
+    image = images.to_images(torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1))[0]
+
+    assert image.getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_a_grid_lays_images_out_row_by_row() -> None:
+    colors = [RED, GREEN, BLUE]
+    grid = images.image_grid([Image.new("RGB", (10, 10), c) for c in colors], columns=2, gap_px=2)
+
+    assert grid.size == (2 + 2 * 12, 2 + 2 * 12)
+    assert [grid.getpixel(at) for at in ((7, 7), (19, 7), (7, 19), (19, 19))] == [*colors, WHITE]
+
+
+def test_labels_stand_under_their_images() -> None:
+    cells = [Image.new("RGB", (64, 64), RED)] * 2
+    grid = images.image_grid(cells, columns=2, labels=["a long label over lines", ""])
+    bare = images.image_grid(cells, columns=2)
+    strip = np.asarray(grid)[4 + 64 + 2 :]
+
+    assert grid.width == bare.width
+    assert strip[:, : 4 + 64].min() < 100  # dark letters
+    assert strip[:, 4 + 64 + 4 :].min() == 255
+
+
+def test_a_grid_needs_a_label_per_image() -> None:
+    with pytest.raises(ValueError, match="a label per image, got 1 for 2"):
+        images.image_grid([Image.new("RGB", (8, 8))] * 2, columns=2, labels=["one"])

@@ -1,0 +1,124 @@
+"""Pictures on disk: the user's are read as they are, the project's are saved whole or not at all."""
+
+import base64
+import inspect
+import io
+from pathlib import Path
+
+import pytest
+from kedro.io import DatasetError
+from PIL import Image
+
+from dreamartist_pipeline.datasets.image import ImageDataset, OptionalImageDataset, ReferenceImageDataset, save_image
+
+PREVIEWED = (ReferenceImageDataset, OptionalImageDataset, ImageDataset)
+
+
+def shown(preview: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(preview)))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "fox.png"
+    Image.new("RGB", (1200, 600), "red").save(file)
+    return file
+
+
+# --------------------------------------------------------------------------------------------- reference image
+
+
+def test_a_reference_image_is_read_as_its_bytes(picture: Path) -> None:
+    assert ReferenceImageDataset(filepath=str(picture)).load() == picture.read_bytes()
+
+
+def test_a_missing_reference_image_names_the_pictures_beside_it(picture: Path) -> None:
+    dataset = ReferenceImageDataset(filepath=str(picture.with_name("focks.png")))
+
+    assert not dataset.exists()
+    with pytest.raises(DatasetError, match=r"expected the reference image at .*focks.png; got no such file.*fox\.png"):
+        dataset.load()
+
+
+def test_a_folder_is_no_reference_image(picture: Path) -> None:
+    with pytest.raises(DatasetError, match=r"got a folder; give its path as --params image=PATH.*fox\.png"):
+        ReferenceImageDataset(filepath=str(picture.parent)).load()
+
+
+def test_the_users_pictures_are_never_written(picture: Path) -> None:
+    for dataset in (ReferenceImageDataset(filepath=str(picture)), OptionalImageDataset(filepath=str(picture))):
+        with pytest.raises(DatasetError, match="it is only read"):
+            dataset.save(b"other")
+
+
+# --------------------------------------------------------------------------------------------- optional image
+
+
+@pytest.mark.parametrize("filepath", [None, ""])
+def test_an_optional_image_without_a_path_is_none(filepath: str | None) -> None:
+    dataset = OptionalImageDataset(filepath=filepath)
+
+    assert dataset.exists()
+    assert dataset.load() is None
+    assert dataset.preview() == ""
+
+
+def test_an_optional_image_with_a_path_is_read(picture: Path) -> None:
+    assert OptionalImageDataset(filepath=str(picture)).load() == picture.read_bytes()
+
+
+def test_an_optional_image_whose_file_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match=r"expected the attention mask at .*; got no such file; correct --params mask"
+    ):
+        OptionalImageDataset(filepath=str(tmp_path / "mask.png")).load()
+
+
+# --------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_comes_back_as_it_was_saved(tmp_path: Path, mode: str) -> None:
+    dataset = ImageDataset(filepath=str(tmp_path / "deep" / "image.png"))
+    image = Image.effect_noise((16, 8), 60).convert(mode)
+
+    dataset.save(image)
+
+    assert dataset.exists()
+    assert dataset.load().mode == mode
+    assert dataset.load().tobytes() == image.tobytes()
+
+
+def test_a_missing_image_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"got no such file; run the pipeline that makes it"):
+        ImageDataset(filepath=str(tmp_path / "image.png")).load()
+
+
+def test_a_failing_save_leaves_the_earlier_image_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "image.png"
+    save_image(Image.new("RGB", (8, 8), "red"), file)
+    before = file.read_bytes()
+
+    def half_saved(self: Image.Image, temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", half_saved)
+    with pytest.raises(DatasetError, match="disk full"):
+        ImageDataset(filepath=str(file)).save(Image.new("RGB", (8, 8), "blue"))
+
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+
+
+@pytest.mark.parametrize("dataset_class", PREVIEWED)
+def test_previews_are_small_pngs(picture: Path, dataset_class: type[ImageDataset]) -> None:
+    preview = shown(dataset_class(filepath=str(picture)).preview())
+
+    assert preview.format == "PNG"
+    assert preview.size == (512, 256)
+
+
+@pytest.mark.parametrize("dataset_class", PREVIEWED)
+def test_kedro_viz_recognises_the_previews_by_their_type(dataset_class: type[ImageDataset]) -> None:
+    assert inspect.signature(dataset_class.preview).return_annotation.__name__ == "ImagePreview"

@@ -1,0 +1,82 @@
+"""The prompt database on disk."""
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from kedro.io import DatasetError
+
+from dreamartist_pipeline.datasets.prompts import PromptDatabaseDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+BUNDLED = ROOT / "data" / "01_raw" / "prompts" / "embedded_world.parquet"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.parquet"
+    pd.DataFrame({"prompt": [f"prompt {i}" for i in range(20)], "id": range(20)}).to_parquet(file)
+    return file
+
+
+def test_a_database_is_read_whole(database: Path) -> None:
+    table = PromptDatabaseDataset(filepath=str(database)).load()
+
+    assert list(table.columns) == ["prompt", "id"]
+    assert len(table) == 20
+
+
+def test_a_preview_shows_the_first_rows(database: Path) -> None:
+    preview = PromptDatabaseDataset(filepath=str(database)).preview(nrows=2)
+
+    assert preview == {"index": [0, 1], "columns": ["prompt", "id"], "data": [["prompt 0", 0], ["prompt 1", 1]]}
+    assert inspect.signature(PromptDatabaseDataset.preview).return_annotation.__name__ == "TablePreview"
+
+
+def test_a_missing_database_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    dataset = PromptDatabaseDataset(filepath=str(tmp_path / "none.parquet"))
+
+    assert not dataset.exists()
+    with pytest.raises(
+        DatasetError, match=r"expected a prompt database \(parquet\) at .*none.parquet; got no such file"
+    ):
+        dataset.load()
+
+
+@pytest.mark.parametrize("content", [b"", b"prompt,id\na cat,1\n", b"PAR1 and then nothing PAR1"])
+def test_a_file_that_is_not_parquet_says_how_to_convert_it(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "prompts.parquet"
+    file.write_bytes(content)
+
+    with pytest.raises(DatasetError, match=r"expected a parquet file .*; got something else .*convert it"):
+        PromptDatabaseDataset(filepath=str(file)).load()
+
+
+def test_a_database_is_only_read(database: Path) -> None:
+    with pytest.raises(DatasetError, match="it is only read"):
+        PromptDatabaseDataset(filepath=str(database)).save(pd.DataFrame())
+
+
+def test_the_bundled_database_is_what_its_script_makes() -> None:
+    spec = importlib.util.spec_from_file_location("make_embedded_world", BUNDLED.with_name("make_embedded_world.py"))
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    recipe = yaml.safe_load(script.RECIPE.read_text(encoding="utf-8"))["pretrain"]
+
+    made = script.make_table(list(recipe["objects"]), list(recipe["styles"].values()))
+
+    pd.testing.assert_frame_equal(PromptDatabaseDataset(filepath=str(BUNDLED)).load(), made)
+
+
+def test_the_bundled_database_names_no_held_out_object() -> None:
+    recipe = yaml.safe_load((ROOT / "conf" / "base" / "parameters_pretrain.yml").read_text(encoding="utf-8"))[
+        "pretrain"
+    ]
+    prompts = PromptDatabaseDataset(filepath=str(BUNDLED)).load()["prompt"]
+
+    assert prompts.is_unique
+    assert not prompts.str.contains("|".join(recipe["held_out_objects"])).any()

@@ -1,0 +1,169 @@
+"""From a user's file to the prepared image and mask."""
+
+import io
+from pathlib import Path
+
+import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+from PIL import Image
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import BucketParams, IngestionParams
+from dreamartist_pipeline.pipelines.ingestion import create_pipeline
+from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
+
+BUCKET = BucketParams(side_px=16, multiple_px=8)
+
+
+def png(image: Image.Image, **options: object) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG", **options)
+    return data.getvalue()
+
+
+def half_white_mask(size: tuple[int, int]) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def test_without_a_mask_everything_weighs_one() -> None:
+    image, mask = prepare_reference(png(Image.new("RGB", (40, 20), "red")), None, IngestionParams(bucket=BUCKET))
+
+    assert (image.mode, image.size) == ("RGB", (16, 16))
+    assert (mask.mode, mask.size) == ("L", (16, 16))
+    assert mask.getextrema() == (127, 127)
+
+
+def test_padding_weighs_nothing() -> None:
+    params = IngestionParams(bucket=BUCKET, fit="pad", background_color="blue")
+
+    image, mask = prepare_reference(png(Image.new("RGB", (32, 16), "red")), None, params)
+
+    assert image.getpixel((8, 1)) == (0, 0, 255)
+    assert mask.getpixel((8, 1)) == 0
+    assert mask.getpixel((8, 8)) == 127
+
+
+def test_transparent_pixels_take_the_background_color() -> None:
+    params = IngestionParams(bucket=BUCKET, background_color="#102030")
+
+    image, _ = prepare_reference(png(Image.new("RGBA", (16, 16), (255, 0, 0, 0))), None, params)
+
+    assert image.getcolors() == [(256, (0x10, 0x20, 0x30))]
+
+
+def test_the_mask_is_cropped_like_the_image() -> None:
+    picture = Image.new("RGB", (64, 16), "red")
+    picture.paste("blue", (0, 0, 32, 16))
+
+    image, mask = prepare_reference(png(picture), png(half_white_mask((64, 16))), IngestionParams(bucket=BUCKET))
+
+    assert image.getpixel((2, 8)) == (0, 0, 255)
+    assert image.getpixel((13, 8)) == (255, 0, 0)
+    assert mask.getpixel((2, 8)) == 255
+    assert mask.getpixel((13, 8)) == 0
+
+
+def test_the_mask_of_a_turned_photo_follows_what_the_user_saw() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, shown upright
+    photo = png(Image.new("RGB", (64, 32), "red"), exif=exif)
+    params = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8, keep_aspect=True))
+
+    image, mask = prepare_reference(photo, png(half_white_mask((32, 64))), params)
+
+    assert image.size == mask.size
+    assert image.width < image.height
+    assert mask.getpixel((2, 20)) == 255
+
+
+def test_a_smaller_mask_of_the_same_proportions_is_scaled() -> None:
+    _, mask = prepare_reference(
+        png(Image.new("RGB", (64, 64))), png(half_white_mask((16, 16))), IngestionParams(bucket=BUCKET)
+    )
+
+    assert mask.getpixel((2, 8)) == 255
+    assert mask.getpixel((13, 8)) == 0
+
+
+def test_transparent_parts_of_a_mask_weigh_nothing() -> None:
+    mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 16))
+
+    _, prepared = prepare_reference(png(Image.new("RGB", (16, 16))), png(mask), IngestionParams(bucket=BUCKET))
+
+    assert prepared.getpixel((2, 8)) == 255
+    assert prepared.getpixel((13, 8)) == 0
+
+
+def test_a_mask_of_other_proportions_is_refused() -> None:
+    with pytest.raises(InputError, match="an attention mask with the proportions of the reference image"):
+        prepare_reference(
+            png(Image.new("RGB", (64, 32))), png(half_white_mask((32, 64))), IngestionParams(bucket=BUCKET)
+        )
+
+
+def test_a_black_mask_is_refused() -> None:
+    with pytest.raises(InputError, match="got black everywhere"):
+        prepare_reference(
+            png(Image.new("RGB", (16, 16))), png(Image.new("L", (16, 16), 0)), IngestionParams(bucket=BUCKET)
+        )
+
+
+@pytest.mark.parametrize(
+    ("picture", "mask", "message"),
+    [
+        (b"nonsense", None, "as the reference image"),
+        (png(Image.new("L", (16, 16))), b"nonsense", "as the attention mask"),
+    ],
+)
+def test_a_message_says_which_of_the_two_files_is_bad(picture: bytes, mask: bytes | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare_reference(picture, mask, IngestionParams(bucket=BUCKET))
+
+
+def test_the_stage_goes_from_the_users_files_to_prepared_image_and_mask() -> None:
+    stage = create_pipeline()
+
+    assert stage.inputs() == {"reference_image", "attention_mask_image", "params:ingestion"}
+    assert stage.outputs() == {"prepared_image", "prepared_mask"}
+
+
+# --------------------------------------------------------------------------------------------- with its datasets
+
+
+def catalog_of(folder: Path, mask: str | None = None) -> DataCatalog:
+    datasets = "dreamartist_pipeline.datasets.image"
+    config = {
+        "reference_image": {"type": f"{datasets}.ReferenceImageDataset", "filepath": f"{folder}/fox.png"},
+        "attention_mask_image": {"type": f"{datasets}.OptionalImageDataset", "filepath": mask},
+        "prepared_image": {"type": f"{datasets}.ImageDataset", "filepath": f"{folder}/prepared_image.png"},
+        "prepared_mask": {"type": f"{datasets}.ImageDataset", "filepath": f"{folder}/prepared_mask.png"},
+    }
+    catalog = DataCatalog.from_config(config)
+    catalog["params:ingestion"] = MemoryDataset(IngestionParams(bucket=BUCKET))
+    return catalog
+
+
+def test_a_run_saves_both_pictures(tmp_path: Path) -> None:
+    (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "red")))
+
+    SequentialRunner().run(create_pipeline(), catalog_of(tmp_path))
+
+    assert Image.open(tmp_path / "prepared_image.png").size == (16, 16)
+    assert Image.open(tmp_path / "prepared_mask.png").mode == "L"
+
+
+def test_a_bad_mask_leaves_the_earlier_results_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "red")))
+    SequentialRunner().run(create_pipeline(), catalog_of(tmp_path))
+    before = (tmp_path / "prepared_image.png").read_bytes()
+    (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "blue")))
+    (tmp_path / "mask.png").write_bytes(b"nonsense")
+
+    with pytest.raises(InputError, match="as the attention mask"):
+        SequentialRunner().run(create_pipeline(), catalog_of(tmp_path, f"{tmp_path}/mask.png"))
+
+    assert (tmp_path / "prepared_image.png").read_bytes() == before

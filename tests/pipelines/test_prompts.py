@@ -1,0 +1,79 @@
+"""Drawing regularization prompts from a prompt database."""
+
+import pandas as pd
+import pytest
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import PromptsParams
+from dreamartist_pipeline.pipelines.prompts import create_pipeline
+from dreamartist_pipeline.pipelines.prompts.nodes import distinct_prompts, draw_regularization_prompts
+
+DATABASE = pd.DataFrame({"id": range(100), "prompt": [f"prompt {i}" for i in range(100)]})
+
+
+def draw(database: pd.DataFrame = DATABASE, **params: object) -> list[str]:
+    return draw_regularization_prompts(database, PromptsParams.model_validate({"column": "prompt", **params}))
+
+
+def test_prompts_are_stripped_and_blanks_and_repetitions_dropped() -> None:
+    column = pd.Series([" a cat", "a cat ", "", "  ", None, "a dog", "a cat"])
+
+    assert distinct_prompts(column) == ["a cat", "a dog"]
+
+
+def test_the_same_seed_draws_the_same_prompts() -> None:
+    assert draw(num_prompts=10, seed=3) == draw(num_prompts=10, seed=3)
+
+
+def test_another_seed_draws_others() -> None:
+    assert draw(num_prompts=10, seed=3) != draw(num_prompts=10, seed=4)
+
+
+def test_the_draw_is_without_replacement_and_not_in_file_order() -> None:
+    drawn = draw(num_prompts=100)
+
+    assert sorted(drawn) == sorted(DATABASE["prompt"])
+    assert drawn != list(DATABASE["prompt"])
+
+
+def test_a_column_is_chosen_by_name_or_number() -> None:
+    assert draw(num_prompts=5, column=1) == draw(num_prompts=5, column="prompt")
+
+
+def test_no_prompts_may_be_asked_for() -> None:
+    assert draw(num_prompts=0) == []
+
+
+def test_asking_for_more_than_there_are_says_how_many_there_are() -> None:
+    database = pd.DataFrame({"prompt": ["a", "a ", "b", " "]})
+
+    with pytest.raises(InputError, match=r"at least 3 different prompts in column 'prompt'.*got 2 \(from 4 rows"):
+        draw(database, num_prompts=3)
+
+
+def test_an_empty_database_says_so() -> None:
+    with pytest.raises(InputError, match=r"got 0 \(from 0 rows"):
+        draw(DATABASE.head(0), num_prompts=1)
+
+
+@pytest.mark.parametrize("column", ["caption", 2, -1])
+def test_a_missing_column_lists_the_columns(column: str | int) -> None:
+    with pytest.raises(InputError, match=rf"one of 'id', 'prompt' \(or 0 to 1\); got {column!r}"):
+        draw(num_prompts=1, column=column)
+
+
+def test_a_database_without_columns_says_so() -> None:
+    with pytest.raises(InputError, match="no columns at all; got 0"):
+        draw(pd.DataFrame(), num_prompts=1, column=0)
+
+
+def test_a_column_of_numbers_is_refused_with_a_value() -> None:
+    with pytest.raises(InputError, match=r"expected text in column 'id'.*got 0 \(int"):
+        draw(num_prompts=1, column="id")
+
+
+def test_the_stage_goes_from_the_database_to_the_prompts() -> None:
+    stage = create_pipeline()
+
+    assert stage.inputs() == {"prompt_database", "params:prompts"}
+    assert stage.outputs() == {"regularization_prompts"}

@@ -1,0 +1,185 @@
+"""The regularization set: drawn once by the base model, known again, continued when interrupted."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreamartist_pipeline.backbones import base_model as base_model_module
+from dreamartist_pipeline.backbones import concepts
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.image_store import ImageStore
+from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.pipelines.regularization import create_pipeline
+from dreamartist_pipeline.pipelines.regularization.nodes import describe_set, make_regularization_set
+
+PROMPTS = ["a red cat", "a blue dog", "a green bird"]
+PARAMS = RegularizationParams(sampler=SamplerParams(num_inference_steps=2, batch_size=2), seed=5)
+CPU = DeviceParams(device="cpu")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore(tmp_path / "regularization")
+
+
+def make(base_model: Path, store: ImageStore, params: RegularizationParams = PARAMS) -> dict[str, Any]:
+    return make_regularization_set(base_model.as_posix(), PROMPTS, store, params, CPU)
+
+
+def files_of(store: ImageStore, key: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.folder(key).iterdir()}
+
+
+# --------------------------------------------------------------------------------------------- drawing
+
+
+def test_the_base_model_draws_one_image_per_prompt(tiny_base_model: Path, store: ImageStore) -> None:
+    made = make(tiny_base_model, store)
+
+    assert made["num_images"] == 3
+    assert made["base_model_fingerprint"] == BaseModelFiles(tiny_base_model).fingerprint()
+    assert list(store.captions(made["key"]).values()) == PROMPTS
+    assert [image.size for image in store.images(made["key"])] == [(32, 32)] * 3
+    assert store.manifest(made["key"]) == made == json.loads(json.dumps(made))
+
+
+def test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i(tiny_base_model: Path, store: ImageStore) -> None:
+    made = make(tiny_base_model, store)
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    loaded = concepts.attach(backbone, None, StrengthParams())
+    expected = concepts.generate(backbone, loaded, PROMPTS, "", [5, 6, 7], PARAMS.sampler)
+
+    drawn = list(store.images(made["key"]))
+
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
+
+
+def test_a_complete_set_is_used_again_without_loading_the_base_model(
+    tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(tiny_base_model, store)
+    monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+
+    with caplog.at_level(logging.INFO):
+        again = make(tiny_base_model, store)
+
+    assert again == made
+    assert f"The regularization set {made['key']} (3 images) is complete and is used again." in caplog.text
+
+
+def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
+    tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+
+    made = make_regularization_set(tiny_base_model.as_posix(), [], store, PARAMS, CPU)
+
+    assert made["num_images"] == 0
+    assert store.has(made["key"])
+
+
+def test_an_interrupted_set_is_continued_to_the_same_bytes(
+    tiny_base_model: Path, store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = concepts.generate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if args[2] == PROMPTS[2:]:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(concepts, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tiny_base_model, store)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(concepts, "generate", lambda *args: asked.append(args[2]) or generate(*args))
+
+    made = make(tiny_base_model, store)
+
+    assert asked == [PROMPTS[2:]]
+    monkeypatch.undo()
+    at_once = ImageStore(tmp_path / "at_once")
+    make(tiny_base_model, at_once)
+    assert files_of(store, made["key"]) == files_of(at_once, made["key"])
+
+
+def test_other_parameters_make_another_set_and_leave_the_first(tiny_base_model: Path, store: ImageStore) -> None:
+    first = make(tiny_base_model, store)
+    before = files_of(store, first["key"])
+
+    second = make(tiny_base_model, store, PARAMS.model_copy(update={"seed": 6}))
+
+    assert second["key"] != first["key"]
+    assert files_of(store, first["key"]) == before
+    assert store.has(second["key"])
+
+
+def test_an_incomplete_base_model_is_refused_before_anything_is_written(
+    tiny_base_model: Path, store: ImageStore, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny_base_model, tmp_path / "broken")
+    shutil.rmtree(broken / "vae")
+
+    with pytest.raises(InputError, match="vae"):
+        make(broken, store)
+
+    assert not store.root.exists()
+
+
+# --------------------------------------------------------------------------------------------- the key
+
+
+def key_of(
+    fingerprint: str = "f00d",
+    prompts: tuple[str, ...] = ("a cat", "a dog"),
+    params: RegularizationParams = PARAMS,
+    device: DeviceParams = CPU,
+) -> str:
+    key: str = describe_set(fingerprint, prompts, params, device)["key"]
+    return key
+
+
+def with_sampler(**changes: Any) -> RegularizationParams:
+    return PARAMS.model_copy(update={"sampler": PARAMS.sampler.model_copy(update=changes)})
+
+
+def test_equal_ingredients_give_equal_keys() -> None:
+    assert key_of() == key_of(params=RegularizationParams.model_validate(PARAMS.model_dump()))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"fingerprint": "beef"},
+        {"prompts": ("a cat", "a bee")},
+        {"prompts": ("a dog", "a cat")},
+        {"prompts": ("a cat",)},
+        {"params": PARAMS.model_copy(update={"seed": 6})},
+        {"params": PARAMS.model_copy(update={"negative_prompt": "blurry"})},
+        {"params": with_sampler(num_inference_steps=3)},
+        {"params": with_sampler(guidance_scale=5.0)},
+        {"params": with_sampler(scheduler="ddim")},
+        {"params": with_sampler(batch_size=4)},
+        {"device": DeviceParams(device="cpu", dtype="bfloat16")},
+    ],
+)
+def test_every_ingredient_changes_the_key(other: dict[str, Any]) -> None:
+    assert key_of(**other) != key_of()
+
+
+def test_the_stage_goes_from_base_model_and_prompts_to_the_set() -> None:
+    stage = create_pipeline()
+
+    assert stage.inputs() == {
+        "base_model",
+        "regularization_prompts",
+        "image_store",
+        "params:regularization",
+        "params:device",
+    }
+    assert stage.outputs() == {"regularization_set"}
