@@ -314,3 +314,16 @@ class PretrainParams(Params):
     held_out_objects: dict[str, str] = Field(default_factory=dict)
     autoencoder: StageParams
     denoiser: StageParams
+
+
+SECTIONS: dict[str, type[Params]] = {
+    "device": DeviceParams,
+    "ingestion": IngestionParams,
+    "prompts": PromptsParams,
+    "regularization": RegularizationParams,
+    "training": TrainingParams,
+    "evaluation": EvaluationParams,
+    "generate": GenerateParams,
+    "pretrain": PretrainParams,
+}
+"""Every top-level section of the configuration; nodes get them as `params:<section>`."""

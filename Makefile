@@ -1,0 +1,77 @@
+# `make train` and `make test` set everything up by themselves; a second run goes straight to work.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PRETRAIN_READY := $(VENV)/.ready-pretrain
+ARGS ?=
+
+SPRITE_FOLDER := data/01_raw/sprite_packages
+SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
+	emojibase-data-17.0.0.tgz \
+	iconify-json-emojione-1.2.3.tgz \
+	iconify-json-fluent-emoji-1.2.7.tgz \
+	iconify-json-fluent-emoji-flat-1.2.6.tgz \
+	iconify-json-fxemoji-1.2.2.tgz \
+	iconify-json-noto-1.2.9.tgz \
+	iconify-json-noto-v1-1.2.5.tgz \
+	iconify-json-streamline-emojis-1.2.4.tgz \
+	iconify-json-twemoji-1.2.5.tgz)
+
+.PHONY: help setup train evaluate generate test lint format bench pretrain viz ui
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(READY) ## make the environment
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "expected Python 3.11 or newer; got " + sys.version.split()[0] + "; run make with PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+$(PRETRAIN_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,pretrain]'
+	touch $(PRETRAIN_READY)
+
+train: $(READY) ## train a concept from the bundled picture (ARGS="--params subject=cat,image=cat.jpg" for another)
+	$(BIN)/kedro run --pipeline train $(ARGS)
+
+evaluate: $(READY) ## draw and measure the trained concept
+	$(BIN)/kedro run --pipeline evaluate $(ARGS)
+
+generate: $(READY) ## draw new images with the trained concept
+	$(BIN)/kedro run --pipeline generate $(ARGS)
+
+test: $(READY) ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## put the code into the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## print speed and quality tables
+	set -e; for table in benchmarks/bench_*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
+
+pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)
+	$(BIN)/kedro run --pipeline pretrain $(ARGS)
+
+viz: $(READY) ## show the pipelines in a browser
+	$(BIN)/kedro viz run
+
+ui: $(READY) ## show the runs in a browser
+	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///data/09_tracking/mlflow.db}
+
+# Published drawings, at the versions named above; catalog_pretrain.yml checks their hashes.
+$(SPRITE_FOLDER)/iconify-json-%.tgz:
+	npm pack --silent --pack-destination $(SPRITE_FOLDER) "@iconify-json/$$(echo '$*' | sed -E 's/-([0-9.]+)$$/@\1/')"
+
+$(SPRITE_FOLDER)/emojibase-data-%.tgz:
+	npm pack --silent --pack-destination $(SPRITE_FOLDER) emojibase-data@$*

@@ -1,0 +1,83 @@
+"""`kedro run`, with two things made easier: values that contain commas, and errors that end in one readable message."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+import click
+from kedro.framework.cli.project import run as kedro_run
+from kedro.io import DatasetError
+from kedro.validation.exceptions import ParameterValidationError
+from omegaconf import OmegaConf
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.hooks import input_error_in
+
+_NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
+_READABLE = (InputError, ParameterValidationError, DatasetError)
+
+
+def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[str, Any]) -> dict[str, Any]:
+    """Read `key=value,key=value`; a comma starts a new parameter only where a `key=` follows it.
+
+    Kedro splits at every comma, so that neither a prompt ("a red fox, blue background") nor a list could be given.
+    """
+    if isinstance(value, dict):
+        return value
+    items = [item.strip() for item in _NEXT_PARAMETER.split(value) if item.strip()]
+    for item in items:
+        if "=" not in item:
+            raise click.BadParameter(f"expected key=value; got '{item}'; separate several by commas", ctx, param)
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(items)))
+
+
+def readable_message(error: BaseException) -> str:
+    """Return what a user needs of an error: the innermost InputError, else the error's own text."""
+    if (cause := input_error_in(error)) is not None:
+        return str(cause)
+    lines = str(error).splitlines()
+    return "\n".join(line for line in lines if not line.strip().startswith("For further information visit"))
+
+
+def _report(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def reported(*args: Any, traceback: bool, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except _READABLE as error:
+            if traceback:
+                raise
+            click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
+            click.echo("(--traceback shows where it was raised)", err=True)
+            raise click.exceptions.Exit(1) from error
+
+    return reported
+
+
+def _build_run_command() -> click.Command:
+    callback = kedro_run.callback
+    assert callback is not None
+    params = [param for param in kedro_run.params if param.name != "params"]
+    params.append(
+        click.Option(
+            ["--params"],
+            type=click.UNPROCESSED,
+            default="",
+            callback=parse_params,
+            help="Parameters for this run: KEY=VALUE,KEY=VALUE; values may contain commas.",
+        )
+    )
+    params.append(click.Option(["--traceback"], is_flag=True, help="On an error, show where it was raised."))
+    return click.Command("run", params=params, callback=_report(callback), help=kedro_run.help)
+
+
+@click.group(name="dreamartist_pipeline")
+def cli() -> None:
+    """Collect this project's own commands."""
+
+
+run = _build_run_command()
+cli.add_command(run)

@@ -1,0 +1,36 @@
+"""Every pipeline by name."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline
+
+from dreamartist_pipeline.pipelines import (
+    evaluation,
+    generate,
+    ingestion,
+    pretrain,
+    prompts,
+    regularization,
+    training,
+)
+
+
+def register_pipelines() -> dict[str, Pipeline]:
+    """Return the pipelines that `kedro run --pipeline NAME` knows."""
+    stages = {
+        "ingestion": ingestion.create_pipeline(),
+        "prompts": prompts.create_pipeline(),
+        "regularization": regularization.create_pipeline(),
+        "training": training.create_pipeline(),
+    }
+    train = sum(stages.values(), Pipeline([]))
+    evaluate = evaluation.create_pipeline()
+    return {
+        **stages,
+        "evaluation": evaluate,
+        "evaluate": evaluate,
+        "generate": generate.create_pipeline(),
+        "pretrain": pretrain.create_pipeline(),
+        "train": train,
+        "__default__": train + evaluate,
+    }

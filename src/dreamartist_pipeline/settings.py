@@ -1,0 +1,47 @@
+"""Kedro settings: how configuration is found and merged, and which hooks take part in a run."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from typing import Any
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, RunRecordHooks
+
+# omegaconf 2.4 deprecates a function that Kedro 1.7 calls; users can do nothing about it.
+warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
+# Runs work offline and report to nobody.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def environment(name: str, default: str = "") -> str:
+    """Return an environment variable; `${env:NAME, default}` in configuration files."""
+    return os.environ.get(name, default)
+
+
+def choose(options: str, name: str, *, _root_: Any) -> Any:
+    """Return one entry of a table in the same configuration; `${choose:TABLE, NAME}` in configuration files.
+
+    Raises:
+        InputError: the table has no such entry.
+    """
+    table = _root_[options]
+    if name not in table:
+        known = ", ".join(sorted(map(str, table)))
+        near = difflib.get_close_matches(str(name), list(map(str, table)), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "choose one of them"
+        raise InputError(f"expected a {options.strip('_').rstrip('s')} out of {known}; got '{name}'; {hint}")
+    return table[name]
+
+
+HOOKS = (ConfigurationHooks(), RunRecordHooks(), ConsoleHooks())
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
+CONFIG_LOADER_ARGS = {
+    "base_env": "base",
+    "default_run_env": "local",
+    "merge_strategy": {"parameters": "soft"},  # an overlay names only what differs
+    "config_patterns": {"mlflow": ["mlflow*", "mlflow*/**"]},
+    "custom_resolvers": {"env": environment, "choose": choose},
+}
