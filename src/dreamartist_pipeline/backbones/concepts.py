@@ -100,14 +100,14 @@ def inject_adapters(
 
 
 def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRASpec, ...]]:
-    """Return the LoRA groups of every network, with the learning rates as applied.
+    """Return the LoRA groups of every network, with the learning rates as applied, named as `unet.0.positive`.
 
     Without a negative branch, a group for both branches is one for the positive branch.
     """
     groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
     return {
         network: tuple(
-            _spec(group, f"{network}[{index}]", lr_factor, params.num_branches) for index, group in enumerate(members)
+            _spec(group, f"{network}.{index}", lr_factor, params.num_branches) for index, group in enumerate(members)
         )
         for network, members in groups.items()
     }
@@ -115,7 +115,7 @@ def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRA
 
 def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> LoRASpec:
     branch = _BRANCH_OF_LETTER[group.branch] if group.branch else None
-    return LoRASpec(
+    spec = LoRASpec(
         name=name,
         rank=group.rank,
         layers=group.layers,
@@ -124,6 +124,7 @@ def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> L
         alpha=group.alpha,
         dropout=group.dropout,
     )
+    return dataclasses.replace(spec, name=f"{name}.{spec.branch_name}")
 
 
 def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary:
@@ -265,6 +266,11 @@ def generate(
 
     Args:
         backbone: the base model that `loaded` was attached to.
+        loaded: the concept, or the base model alone.
+        prompts: one per image, trigger words in them.
+        negative_prompt: for all images.
+        seeds: one per image.
+        sampler: scheduler, steps, guidance scale and batch size.
         progress: called with the number of new images after each batch.
 
     Raises:

@@ -22,9 +22,14 @@ class Scheduler(Protocol):
     timesteps: torch.Tensor
     init_noise_sigma: Any
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None: ...
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor: ...
-    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any: ...
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        """Choose the timesteps."""
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return what the model gets to see."""
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
+        """Take one denoising step; the result has `prev_sample`."""
 
 
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -55,6 +60,7 @@ def sample_latents(
         scheduler: a fresh diffusers scheduler; its timesteps are set here.
         latents: `[B, C, h, w]` standard normal, float32, on the device of the model.
         guidance_scale: s; 1 is the positive branch alone.
+        num_inference_steps: how many denoising steps.
         progress: called with the number of finished denoising steps.
         generators: one per image, for schedulers that add noise on the way.
     """

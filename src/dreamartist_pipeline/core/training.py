@@ -37,7 +37,7 @@ HistoryRow = dict[str, float]
 class ParameterGroup:
     """Parameters that share a learning rate: one LoRA group, or one trigger word.
 
-    name: as shown and logged, e.g. `unet[0]` or `words.positive.pt1`.
+    name: as shown and logged, e.g. `unet.0.positive` or `words.positive.pt1`.
     kind: `adapters` or `words`; each kind has its own optimizer.
     branch: `negative`, `positive` or `shared`.
     lr: the peak learning rate, as applied.
@@ -64,6 +64,7 @@ def parameter_groups(
 
     Args:
         stacks: network -> its adapters.
+        words: the learned words, or None.
         words_lr: the words' peak learning rate, as applied.
     """
     groups = []
@@ -212,10 +213,7 @@ class BatchSource:
 def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
     """Return `neg + s · (pos − neg)` for every row, float32 `[B, C, h, w]`.
 
-    The text encoder runs on the distinct prompts only.
-
-    Args:
-        guidance: s per row, `[B]`.
+    `guidance` is s per row, `[B]`. The text encoder runs on the distinct prompts only.
     """
     branches = trainee.num_branches
     num_prompts, _, length = batch.token_ids.shape
@@ -383,6 +381,9 @@ def fit(
     """Train the trainee's parameters in place and return one history row per step.
 
     Args:
+        trainee: base model, adapters and words.
+        data: images as latents, and prompts as tokens.
+        params: steps, rows, rates, guidance and loss.
         on_step: called once per step, in order; on a GPU in bursts, because reading the loss waits for the device.
         on_preview: called after every `params.preview.every`-th step with its number, the weights as they then are.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
 
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dreamartist_pipeline.backbones.concepts import LoadedConcept
     from dreamartist_pipeline.core.concept import Concept
+else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
+    Concept = Any
 
 
 def generate_images(

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from PIL.Image import Image
+
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.pipelines.training.figures import training_figure
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
     import torch
-    from PIL.Image import Image
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
 
     from dreamartist_pipeline.backbones.base_model import Backbone
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
     from dreamartist_pipeline.core.concept import Concept
-    from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, TrainingData
+    from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
+else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
+    Concept = DataFrame = Figure = Any
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _GENERAL_SLOTS = ("class", "caption")
 _CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
-_SMOOTHING = 20  # a plotted curve is a running mean over 1/20 of the steps
 _ENCODE_BATCH = 8
+_COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +37,21 @@ log = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Where live curves and previews go."""
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
-    def log_image(self, image: Image, key: str, step: int) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log numbers."""
+
+    def log_image(self, image: Image, key: str, step: int) -> None:
+        """Log a picture."""
 
 
 class ImageStore(Protocol):
     """Where the regularization set is."""
 
-    def captions(self, key: str) -> Mapping[str, str]: ...
-    def images(self, key: str) -> Any: ...
+    def captions(self, key: str) -> Mapping[str, str]:
+        """File name -> caption."""
+
+    def images(self, key: str) -> Iterator[Image]:
+        """Yield the images in the order of the captions."""
 
 
 # ------------------------------------------------------------------------------------------------- the plan
@@ -190,7 +200,7 @@ def train_concept(
     ingestion: IngestionParams,
     device: DeviceParams,
     tracker: Tracker,
-) -> tuple[Concept, pd.DataFrame]:
+) -> tuple[Concept, DataFrame]:
     """Train both branches on the prepared image.
 
     Returns:
@@ -229,8 +239,8 @@ def _check_plan(training_plan: Mapping[str, Any], groups: Sequence[ParameterGrou
         )
 
 
-def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Any:
-    """Return the new concept as the training loop sees it (a `core.training.Trainee`)."""
+def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
+    """Return the new concept as the training loop sees it."""
     import torch
 
     from dreamartist_pipeline.core.training import Trainee
@@ -256,9 +266,8 @@ def training_data(
 ) -> TrainingData:
     """Encode the prepared image and the regularization set once, and tokenize every prompt.
 
-    Args:
-        mask: L, 127 where a pixel counts once.
-        regularization: (caption, image) pairs; brought to the prepared image's size where theirs differs.
+    `mask` is L, 127 where a pixel counts once. `regularization` holds (caption, image) pairs; images are brought to the
+    prepared image's size where theirs differs.
     """
     from dreamartist_pipeline.core.images import fit_to_size
     from dreamartist_pipeline.core.training import TrainingData
@@ -320,11 +329,11 @@ def _regularization_images(
     return list(zip(image_store.captions(key).values(), image_store.images(key), strict=True))
 
 
-def history_table(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+def history_table(history: Sequence[Mapping[str, float]]) -> DataFrame:
     """Return the history as a table; without a step it has its columns still."""
     import pandas as pd
 
-    return pd.DataFrame(list(history), columns=None if history else ["step", "loss", "loss_reference"])
+    return pd.DataFrame(list(history), columns=None if history else list(_COLUMNS))
 
 
 # ------------------------------------------------------------------------------------------------- while it trains
@@ -390,19 +399,6 @@ def fill_prompt(prompt: str, params: TrainingParams) -> str:
 # ------------------------------------------------------------------------------------------------- afterwards
 
 
-def plot_history(training_history: pd.DataFrame) -> go.Figure:
-    """Plot loss, gradient norms and learning rates over the steps."""
-    from plotly.subplots import make_subplots
-
-    window = max(1, len(training_history) // _SMOOTHING)
-    panels = {"loss": "loss", "gradient norm": "grad_norm/", "learning rate": "lr/"}
-    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, subplot_titles=list(panels))
-    for row, (title, prefix) in enumerate(panels.items(), start=1):
-        for column in (name for name in training_history.columns if name.startswith(prefix)):
-            values = training_history[column]
-            smooth = values if prefix == "lr/" else values.rolling(window, min_periods=1).mean()
-            figure.add_scatter(x=training_history["step"], y=smooth, name=column, legendgroup=title, row=row, col=1)
-    figure.update_xaxes(title_text="step", row=len(panels), col=1)
-    figure.update_yaxes(type="log", row=2, col=1)
-    figure.update_layout(height=800, title=f"Training (running mean over {window} steps)", template="plotly_white")
-    return figure
+def plot_history(training_history: DataFrame) -> Figure:
+    """Plot losses, learning rates, gradient norms and guidance scale over the steps."""
+    return training_figure(training_history)
