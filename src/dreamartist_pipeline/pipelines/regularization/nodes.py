@@ -117,14 +117,16 @@ def _base_model_draws(
 
     @functools.cache
     def load() -> LoadedConcept:
-        return attach(load_backbone(files, device), None, StrengthParams())
+        loaded = attach(load_backbone(files, device), None, StrengthParams())
+        bar.unpause()  # its rate is that of drawing, without the loading
+        return loaded
 
     def draw_batch(indices: Sequence[int]) -> Iterator[Image]:
         bar.update(indices[0] - bar.n)  # images of an earlier, interrupted run
         chosen, seeds = [prompts[i] for i in indices], [params.seed + i for i in indices]
         loaded = load()
         for image in generate(loaded.backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler):
-            yield image
             bar.update()
+            yield image
 
     return draw_batch
