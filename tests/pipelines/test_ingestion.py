@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
@@ -122,6 +123,10 @@ def test_a_black_mask_is_refused() -> None:
 def test_a_message_says_which_of_the_two_files_is_bad(picture: bytes, mask: bytes | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prepare_reference(picture, mask, IngestionParams(bucket=BUCKET))
+
+
+def test_kedro_can_resolve_the_hints_of_the_node_and_validate_its_parameters() -> None:
+    assert get_type_hints(prepare_reference)["params"] is IngestionParams
 
 
 def test_the_stage_goes_from_the_users_files_to_prepared_image_and_mask() -> None:

@@ -1,5 +1,7 @@
 """Drawing regularization prompts from a prompt database."""
 
+from typing import get_type_hints
+
 import pandas as pd
 import pytest
 
@@ -70,6 +72,10 @@ def test_a_database_without_columns_says_so() -> None:
 def test_a_column_of_numbers_is_refused_with_a_value() -> None:
     with pytest.raises(InputError, match=r"expected text in column 'id'.*got 0 \(int"):
         draw(num_prompts=1, column="id")
+
+
+def test_kedro_can_resolve_the_hints_of_the_node_and_validate_its_parameters() -> None:
+    assert get_type_hints(draw_regularization_prompts)["params"] is PromptsParams
 
 
 def test_the_stage_goes_from_the_database_to_the_prompts() -> None:

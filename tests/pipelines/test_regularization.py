@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -170,6 +170,10 @@ def test_equal_ingredients_give_equal_keys() -> None:
 )
 def test_every_ingredient_changes_the_key(other: dict[str, Any]) -> None:
     assert key_of(**other) != key_of()
+
+
+def test_kedro_can_resolve_the_hints_of_the_node_and_validate_its_parameters() -> None:
+    assert get_type_hints(make_regularization_set)["params"] is RegularizationParams
 
 
 def test_the_stage_goes_from_base_model_and_prompts_to_the_set() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from PIL import Image
 
+from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import IngestionParams
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def prepare_reference(
     reference_image: bytes, attention_mask_image: bytes | None, params: IngestionParams
-) -> tuple[Image, Image]:
+) -> tuple[Image.Image, Image.Image]:
     """Decode the reference image and bring it, and its attention mask the same way, to the bucket.
 
     Both are one node, so that a bad mask is found before anything of the picture is saved.
@@ -39,22 +37,18 @@ def prepare_reference(
     return prepared_image, prepared_mask
 
 
-def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: IngestionParams) -> Image:
+def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: IngestionParams) -> Image.Image:
     """Decode the mask at the picture's size; transparent parts weigh nothing. Without one, everything weighs 1."""
-    from PIL import Image as PillowImage
-
     from dreamartist_pipeline.core import images
 
     if data is None:
-        return PillowImage.new("L", image_size_px, images.NEUTRAL_GREY)
+        return Image.new("L", image_size_px, images.NEUTRAL_GREY)
     mask = images.decode_image(data, "the attention mask", params.max_pixels)
     images.check_mask_proportions(mask.size, image_size_px)
-    return images.flatten_alpha(mask, "black").convert("L").resize(image_size_px, PillowImage.Resampling.BILINEAR)
+    return images.flatten_alpha(mask, "black").convert("L").resize(image_size_px, Image.Resampling.BILINEAR)
 
 
-def _check_something_is_seen(mask: Image) -> None:
-    from dreamartist_pipeline.core.errors import InputError
-
+def _check_something_is_seen(mask: Image.Image) -> None:
     if mask.getextrema() == (0, 0):
         raise InputError(
             "expected an attention mask with something brighter than black inside the bucket; got black everywhere; "

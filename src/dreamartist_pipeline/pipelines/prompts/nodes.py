@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import PromptsParams
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from pandas import DataFrame, Series
+else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing pandas
+    DataFrame = Series = Any
 
 
-def draw_regularization_prompts(prompt_database: pd.DataFrame, params: PromptsParams) -> list[str]:
+def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParams) -> list[str]:
     """Draw distinct prompts at random, without replacement; the same seed draws the same ones in the same order.
 
     Raises:
@@ -29,7 +31,7 @@ def draw_regularization_prompts(prompt_database: pd.DataFrame, params: PromptsPa
     return random.Random(params.seed).sample(prompts, params.num_prompts)
 
 
-def distinct_prompts(column: pd.Series) -> list[str]:
+def distinct_prompts(column: Series) -> list[str]:
     """Strip the prompts, drop missing, blank and repeated ones, keep the order of first appearance.
 
     Raises:
@@ -46,7 +48,7 @@ def distinct_prompts(column: pd.Series) -> list[str]:
     return list(dict.fromkeys(prompt for prompt in stripped if prompt))
 
 
-def _select_column(database: pd.DataFrame, column: str | int) -> pd.Series:
+def _select_column(database: DataFrame, column: str | int) -> Series:
     names = [str(name) for name in database.columns]
     if isinstance(column, int) and 0 <= column < len(names):
         return database.iloc[:, column]
