@@ -30,7 +30,7 @@ class RecordingTracker:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics.append((metrics, step))
 
-    def log_image(self, key: str, image: Any, step: int) -> None:
+    def log_image(self, image: Any, key: str, step: int) -> None:
         self.images.append((key, step))
 
 
@@ -116,7 +116,7 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
         return {**pipeline.unet.state_dict(), **{f"vae.{k}": v for k, v in pipeline.vae.state_dict().items()}}
 
     class InterruptingTracker(RecordingTracker):
-        def log_image(self, key: str, image: Any, step: int) -> None:
+        def log_image(self, image: Any, key: str, step: int) -> None:
             raise KeyboardInterrupt
 
     sprites, tracker = render_sprites(packages, params), RecordingTracker()

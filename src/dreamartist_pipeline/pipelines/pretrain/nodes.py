@@ -84,7 +84,7 @@ def draw_samples(base_model_path: str) -> Image.Image:
     from dreamartist_pipeline.pipelines.pretrain.stages import sample_grid
 
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base_model_path, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+        base_model_path, dtype=torch.float32, safety_checker=None, local_files_only=True
     )
     return sample_grid(pipeline, images_per_prompt=4)
 

@@ -86,7 +86,7 @@ def fit_autoencoder(sprites: SpriteSet, params: PretrainParams, store: Checkpoin
         quality = psnr(restored, held_back).mean().item()
         tqdm.write(f"autoencoder after {checkpoint['step']} steps: {quality:.2f} dB on scenes it did not see")
         tracker.log_metrics({"autoencoder/psnr_db": quality}, step=checkpoint["step"])
-        tracker.log_image("autoencoder", _side_by_side(held_back[:8], restored[:8]), checkpoint["step"])
+        tracker.log_image(_side_by_side(held_back[:8], restored[:8]), key="autoencoder", step=checkpoint["step"])
 
     _fit("autoencoder", parameters, loss_of, stage, params.seed, store, tracker, save)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def fit_denoiser(
     def save(checkpoint: Checkpoint) -> None:
         store.save("denoiser", checkpoint)
         with averaged_weights(parameters, checkpoint):
-            tracker.log_image("samples", sample_grid(pipeline), checkpoint["step"])
+            tracker.log_image(sample_grid(pipeline), key="samples", step=checkpoint["step"])
 
     _fit("denoiser", parameters, loss_of, stage, params.seed, store, tracker, save)
     return pipeline.to("cpu")
