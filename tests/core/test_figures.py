@@ -68,6 +68,15 @@ def test_large_pictures_are_shrunk_and_keep_their_shape() -> None:
     assert _places(sheet, "orange")[2] == pytest.approx(CELL_PX[1] * CELL_PX[1] // 2, rel=0.05)
 
 
+def test_long_lines_under_the_title_are_wrapped_and_make_room() -> None:
+    short = contact_sheet(_plain("orange"), "fox", ["word"] * 5, [_section()])
+    long = contact_sheet(_plain("orange"), "fox", ["word " * 60] * 5, [_section()])
+    assert long.width == short.width
+    assert long.height > short.height
+    right_edge = long.crop((long.width - 30, 0, long.width, 200))
+    assert right_edge.getcolors() == [(30 * 200, (255, 255, 255))]
+
+
 def test_the_same_pictures_make_the_same_sheet() -> None:
     first, second = (contact_sheet(_plain("orange"), "fox", ["x"], [_section()]) for _ in range(2))
     assert first.tobytes() == second.tobytes()
@@ -79,12 +88,13 @@ def test_fit_cell_pads_instead_of_stretching() -> None:
     assert cell.getpixel((5, 50)) == (255, 255, 255)
 
 
-def test_wrap_breaks_between_words_and_keeps_long_words_whole() -> None:
+def test_wrap_breaks_between_words_and_long_words_at_hyphens_only() -> None:
     font = ImageFont.load_default(16)
     assert isinstance(font, ImageFont.FreeTypeFont)
     lines = wrap("a small fox on a very green background", font, 100)
     assert " ".join(lines) == "a small fox on a very green background"
     assert all(font.getlength(line) <= 100 for line in lines)
+    assert wrap("a my-fox-on-a-hill", font, 60) == ["a", "my-fox-", "on-a-hill"]
     assert wrap("Donaudampfschifffahrtsgesellschaft", font, 40) == ["Donaudampfschifffahrtsgesellschaft"]
 
 

@@ -16,8 +16,8 @@ def _history(num_steps: int) -> pd.DataFrame:
             "loss_reference": 1.0 / step,
             "loss_regularization": 0.5,
             "guidance_scale": 3.0,
-            "lr/unet[0]": 1e-3,
-            "lr/pt1 positive": 5e-3,
+            "lr/unet.0.positive": 1e-3,
+            "lr/words.positive.pt1": 5e-3,
             "grad_norm/negative/adapters": 0.1,
             "grad_norm/positive/adapters": 0.2,
             "grad_norm/positive/words": 0.3,
@@ -35,8 +35,8 @@ def test_every_series_has_a_trace_in_its_panel() -> None:
     assert panels == {
         ("reference", "y"),
         ("regularization", "y"),
-        ("unet[0]", "y2"),
-        ("pt1 positive", "y2"),
+        ("unet.0.positive", "y2"),
+        ("words.positive.pt1", "y2"),
         ("negative adapters", "y3"),
         ("positive adapters", "y3"),
         ("positive words", "y3"),
@@ -59,6 +59,8 @@ def test_a_training_of_no_steps_still_gives_a_figure() -> None:
     assert len(training_figure(_history(0)).data) > 0
 
 
-def test_branches_keep_their_colours() -> None:
-    colors = {trace.name: trace.line.color for trace in training_figure(_history(3)).data}
-    assert colors["positive adapters"] == colors["positive words"] != colors["negative adapters"]
+def test_branches_keep_their_colours_and_words_are_dotted() -> None:
+    lines = {trace.name: trace.line for trace in training_figure(_history(3)).data}
+    assert lines["positive adapters"].color == lines["positive words"].color == lines["unet.0.positive"].color
+    assert lines["positive adapters"].color != lines["negative adapters"].color
+    assert lines["positive words"].dash == lines["words.positive.pt1"].dash == "dot"

@@ -63,8 +63,10 @@ def contact_sheet(
     for section in sections:
         _check_section(section)
     cell = _cell_size(sections[0].left[0][0])
-    height = _header_height(lines, cell) + sum(_section_height(section, cell) for section in sections) + _MARGIN
     width = max(_section_width(section, cell) for section in sections) + 2 * _MARGIN
+    room = width - _header_left(cell) - _MARGIN
+    lines = [part for line in lines for part in wrap(line, _font(_LABEL_TEXT_PX), room)]
+    height = _header_height(lines, cell) + sum(_section_height(section, cell) for section in sections) + _MARGIN
     sheet = Image.new("RGB", (width, height), _PAPER)
     _draw_header(sheet, reference, title, lines, cell)
     y = _header_height(lines, cell)
@@ -116,6 +118,10 @@ def _section_height(section: SheetSection, cell: tuple[int, int]) -> int:
     return _HEADING_PX + 26 + _block_height(section, cell) + 30
 
 
+def _header_left(cell: tuple[int, int]) -> int:
+    return _MARGIN + max(cell[0] + 32, _LABEL_PX)
+
+
 def _header_height(lines: Sequence[str], cell: tuple[int, int]) -> int:
     return _MARGIN + max(cell[1] + 28, _TITLE_PX + 20 + 26 * len(lines)) + 18
 
@@ -130,7 +136,7 @@ def _draw_header(
     sheet.paste(fit_cell(reference, cell), (_MARGIN, _MARGIN))
     _frame(draw, (_MARGIN, _MARGIN), cell, _ACCENT, width=2)
     draw.text((_MARGIN, _MARGIN + cell[1] + 8), "reference image", fill=_SOFT_INK, font=_font(_SMALL_PX))
-    x = _MARGIN + max(cell[0] + 32, _LABEL_PX)
+    x = _header_left(cell)
     draw.text((x, _MARGIN - 6), title, fill=_INK, font=_font(_TITLE_PX))
     for index, line in enumerate(lines):
         draw.text((x, _MARGIN + _TITLE_PX + 14 + 26 * index), line, fill=_SOFT_INK, font=_font(_LABEL_TEXT_PX))
@@ -197,14 +203,25 @@ def _frame(
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    """Break a text into lines of at most `width_px`; a single word that is longer stays whole."""
+    """Break a text into lines of at most `width_px`, between words, and at hyphens where a word alone is too long."""
     lines: list[str] = []
     for word in text.split() or [""]:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width_px:
             lines[-1] += f" {word}"
         else:
-            lines.append(word)
+            lines += _break_word(word, font, width_px)
     return lines
+
+
+def _break_word(word: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
+    """Break a word that is too long after its hyphens; what has none stays whole."""
+    pieces = [""]
+    for part in word.replace("-", "-\n").split("\n") if font.getlength(word) > width_px else [word]:
+        if pieces[-1] and font.getlength(pieces[-1] + part) > width_px:
+            pieces.append(part)
+        else:
+            pieces[-1] += part
+    return pieces
 
 
 def _font(size_px: int) -> ImageFont.FreeTypeFont:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
 else:  # Kedro resolves a node's hints when it registers the pipelines, without importing either
     DataFrame = Figure = Any
 
-_COLORS = ("#3457d5", "#e0662b", "#2a9d8f", "#a23b72", "#8a8a94", "#c9a227")
+_COLORS = ("#2a9d8f", "#a23b72")  # of reference and regularization
 _BRANCH_COLORS = {"positive": "#3457d5", "negative": "#e0662b", "shared": "#8a8a94"}
+_DASHES = {"text_encoder": "dash", "words": "dot"}
 _SMOOTHING_SHARE = 1 / 20  # of all steps, the window of the running mean
 _FONT = "Inter, Helvetica, Arial, sans-serif"
 
@@ -59,21 +61,28 @@ def _add_lines(figure: Figure, history: DataFrame, prefix: str, panel: tuple[int
     import plotly.graph_objects as go
 
     columns = [name for name in history.columns if name.startswith(prefix)]
-    for index, name in enumerate(columns):
+    for name in columns:
         label = name.removeprefix(prefix)
-        branch, _, kind = label.partition("/")
-        color = _BRANCH_COLORS.get(branch, _COLORS[index % len(_COLORS)])
-        line = {"color": color, "width": 2, "dash": "dot" if kind == "words" else "solid"}
         legend = "legend2" if panel == (1, 2) else "legend3"
-        trace = go.Scatter(x=history["step"], y=history[name], line=line, name=label.replace("/", " "), legend=legend)
+        trace = go.Scatter(
+            x=history["step"], y=history[name], line=_line(label), name=label.replace("/", " "), legend=legend
+        )
         figure.add_trace(trace, row=panel[0], col=panel[1])
     figure.update_yaxes(type="log", exponentformat="power", row=panel[0], col=panel[1])
+
+
+def _line(label: str) -> dict[str, Any]:
+    """Return the line of a series such as `unet.0.positive` or `negative/words`: colour by branch, dash by network."""
+    parts = re.split(r"[./]", label)
+    color = next((_BRANCH_COLORS[part] for part in parts if part in _BRANCH_COLORS), _BRANCH_COLORS["shared"])
+    dash = next((_DASHES[part] for part in parts if part in _DASHES), "solid")
+    return {"color": color, "width": 2, "dash": dash}
 
 
 def _add_guidance(figure: Figure, history: DataFrame) -> None:
     import plotly.graph_objects as go
 
-    line = {"color": _COLORS[2], "width": 2}
+    line = {"color": _COLORS[0], "width": 2}
     trace = go.Scatter(
         x=history["step"], y=history["guidance_scale"], line=line, name="mean over rows", showlegend=False
     )
