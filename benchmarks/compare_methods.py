@@ -1,0 +1,275 @@
+"""Compare methods on the same subjects, prompts and seeds, by running the real pipelines; print one table.
+
+    python benchmarks/compare_methods.py                                 # fox, octopus, strawberry; four methods
+    python benchmarks/compare_methods.py --subjects owl --params training.num_steps=500
+
+Each pair of subject and method is one `kedro run` (train, then evaluate) with a folder of its own under data/. A pair
+that was already run with the same configuration, base model and picture is read instead of run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+EVALUATOR = "efficientnet-lite0"
+METHODS = {  # method in conf/base/parameters_training.yml -> row of the table
+    "textual-inversion": "textual inversion",
+    "lora": "LoRA, no negative branch",
+    "dreamartist-plus-plus": "DreamArtist++",
+}
+BASE_ROW, CEILING_ROW = "base model, class word", "autoencoder's reconstruction (ceiling)"
+COLUMNS = {
+    "similarity": "similarity to the reference",
+    "background": "background as asked",
+    "color": "object colour as asked",
+    "diversity": "diversity",
+    "copying": "copying",
+    "prior_drift_pixels": "prior drift, pixels",
+    "prior_drift": "prior drift, embedding",
+    "seconds": "training, s",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One subject trained by one method: a Kedro run whose outputs are named after both."""
+
+    subject: str
+    method: str
+    image: Path
+    base_model: Path
+    overrides: tuple[str, ...]
+    env: str
+
+    @property
+    def name(self) -> str:
+        """The run's `subject`, which names its folders."""
+        return f"{self.subject}-{self.method}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its reports are."""
+        return ROOT / "data/08_reporting" / self.name
+
+    def parameters(self) -> list[str]:
+        """Return the runtime parameters of `kedro run`."""
+        own = {
+            "subject": self.name,
+            "class_word": self.subject,
+            "method": self.method,
+            "image": self.image,
+            "base_model": self.base_model,
+        }
+        return [*(f"{key}={value}" for key, value in own.items()), *self.overrides]
+
+    def request(self) -> dict[str, Any]:
+        """Return everything that decides the outcome; a finished run is kept only under the same request."""
+        return {
+            "parameters": self.parameters(),
+            "env": self.env,
+            "configuration": _digest([*_yaml_files("base"), *_yaml_files(self.env)]),
+            "image": _digest([self.image]),
+            "base_model": _digest(sorted(self.base_model.rglob("*.safetensors"))),
+        }
+
+
+def _yaml_files(env: str) -> list[Path]:
+    return sorted((ROOT / "conf" / env).glob("*.yml"))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of some files' names and contents."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def run_if_needed(run: Run, again: bool) -> None:
+    """Train and evaluate, unless the same request was already fulfilled.
+
+    Raises:
+        SystemExit: the Kedro run failed; its own message stands above.
+    """
+    record = run.folder / "comparison_request.json"
+    request = run.request()
+    if not again and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == request:
+        print(f"{run.name}: already there")
+        return
+    print(f"{run.name}: training and evaluating")
+    record.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "kedro", "run", "--pipeline", "__default__", "--env", run.env]
+    outcome = subprocess.run([*command, "--params", ",".join(run.parameters())], cwd=ROOT, check=False)
+    if outcome.returncode:
+        raise SystemExit(f"{run.name}: the run failed with exit status {outcome.returncode}; see its message above")
+    record.write_text(json.dumps(request, indent=1), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one run left: metrics by name, one row per image, and the seconds that training took."""
+
+    metrics: dict[str, float]
+    images: pd.DataFrame
+    seconds: float
+
+
+def read(run: Run) -> Results:
+    """Read one run's reports."""
+    metrics = json.loads((run.folder / "evaluation_metrics.json").read_text(encoding="utf-8"))
+    seconds = pd.read_csv(run.folder / "training_history.csv")["seconds"].sum()
+    return Results(metrics, pd.read_csv(run.folder / "evaluation_table.csv"), float(seconds))
+
+
+def check_same_base(results: dict[str, dict[str, Results]]) -> None:
+    """Confirm that all methods of a subject were compared with the same images of the base model.
+
+    Raises:
+        SystemExit: they were not, so the rows of the table would not be comparable.
+    """
+    name = f"{EVALUATOR}/similarity/base"
+    for subject, by_method in results.items():
+        values = {method: round(result.metrics[name], 6) for method, result in by_method.items()}
+        if len(set(values.values())) > 1:
+            raise SystemExit(f"{subject}: expected the same base images for all methods, got {values}; use --again")
+
+
+# ---------------------------------------------------------------------------------------------- tabulating
+
+
+def row(results: Sequence[Results], group: str) -> dict[str, float]:
+    """Return one row: means over subjects, prompts and seeds; `similarity_std` is the spread over all images."""
+    images = pd.concat([result.images for result in results])
+    images = images[(images["kind"] == "subject") & (images["group"] == group)]
+    similarities = images[f"{EVALUATOR}/similarity"]
+    values = {
+        "similarity": similarities.mean(),
+        "similarity_std": similarities.std(ddof=0),
+        "background": _share(images["background_agrees"]),
+        "color": _share(images["color_agrees"]),
+        "diversity": _mean(results, f"{EVALUATOR}/diversity/{group}"),
+        "copying": _mean(results, f"{EVALUATOR}/copying/{group}"),
+    }
+    if group == "concept":
+        values |= {
+            "prior_drift_pixels": _mean(results, "prior_drift_pixels"),
+            "prior_drift": _mean(results, f"{EVALUATOR}/prior_drift"),
+            "seconds": sum(result.seconds for result in results) / len(results),
+        }
+    return values
+
+
+def _share(answers: pd.Series[Any]) -> float:
+    """Return the share of True among the images of which something was asked."""
+    known = answers.dropna()
+    return float((known.astype(str) == "True").mean()) if len(known) else float("nan")
+
+
+def _mean(results: Sequence[Results], name: str) -> float:
+    values = [result.metrics[name] for result in results if name in result.metrics]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def tabulate(results: dict[str, dict[str, Results]], methods: Sequence[str]) -> pd.DataFrame:
+    """Return the table: base model, one row per method, and the ceiling."""
+    any_method = [by_method[methods[-1]] for by_method in results.values()]
+    rows = {BASE_ROW: row(any_method, "base")}
+    for method in methods:
+        rows[METHODS.get(method, method)] = row([by_method[method] for by_method in results.values()], "concept")
+    ceilings = pd.Series([result.metrics[f"{EVALUATOR}/similarity/ceiling"] for result in any_method])
+    rows[CEILING_ROW] = {"similarity": ceilings.mean(), "similarity_std": ceilings.std(ddof=0)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["similarity", "similarity_std", *list(COLUMNS)[1:]])
+
+
+_FORMATS = {"background": ".0%", "color": ".0%", "prior_drift_pixels": ".2%", "seconds": ".0f"}
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Return the table for people; what does not apply is an em dash."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for name, values in table.iterrows():
+        cells = [_cell(column, values) for column in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, values: pd.Series[Any]) -> str:
+    value = values[column]
+    if pd.isna(value):
+        return "—"
+    if column == "similarity":
+        return f"{value:.3f} ± {values['similarity_std']:.3f}"
+    return format(value, _FORMATS.get(column, ".3f"))
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then print and write the table."""
+    options = _parse(arguments)
+    for subject in options.subjects:
+        if not _image(options, subject).is_file():
+            raise SystemExit(f"expected the picture of {subject!r} at {_image(options, subject)}; there is none")
+    results: dict[str, dict[str, Results]] = {}
+    for subject in options.subjects:
+        for method in options.methods:
+            overrides = tuple(options.params)
+            run = Run(subject, method, _image(options, subject), options.base_model.resolve(), overrides, options.env)
+            run_if_needed(run, options.again)
+            results.setdefault(subject, {})[method] = read(run)
+    check_same_base(results)
+    table = tabulate(results, options.methods)
+    report = f"Subjects: {', '.join(options.subjects)}. {_legend(results)}\n\n{to_markdown(table)}\n"
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "comparison.md").write_text(report, encoding="utf-8")
+    table.to_csv(options.output / "comparison.csv", index_label="method")
+    print(f"\n{report}\nwritten to {options.output}/comparison.md and comparison.csv")
+
+
+def _legend(results: dict[str, dict[str, Results]]) -> str:
+    images = next(iter(next(iter(results.values())).values())).images
+    subject_images = images[(images["kind"] == "subject") & (images["group"] == "concept")]
+    return (
+        f"{subject_images['prompt'].nunique()} prompts × {subject_images['seed'].nunique()} seeds each; similarity, "
+        f"diversity, copying and drift by {EVALUATOR}; ± is the standard deviation over all images."
+    )
+
+
+def _image(options: argparse.Namespace, subject: str) -> Path:
+    return Path(options.images).resolve() / f"{subject}.png"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", default=["fox", "octopus", "strawberry"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of conf/base/parameters_training.yml")
+    parser.add_argument("--images", type=Path, default=ROOT / "data/01_raw/reference_images")
+    parser.add_argument("--base-model", type=Path, default=ROOT / "data/01_raw/base_model")
+    parser.add_argument("--params", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters of every run")
+    parser.add_argument("--env", default="local")
+    parser.add_argument("--again", action="store_true", help="run everything again")
+    parser.add_argument("--output", type=Path, default=ROOT / "data/08_reporting/comparison")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
