@@ -2,8 +2,8 @@
 
 Everything here is arithmetic on images and on embeddings `[N, D]` whose rows have length 1; which network makes the
 embeddings is not decided here. Colours are named by their nearest neighbour in CIELAB among the words of the embedded
-model's captions; on composed scenes, whose colours are known, the background is named right in 100 % and the tint of
-an object in 97 % of the pictures.
+model's captions; on composed scenes, whose colours are known, plain backgrounds are named right in 100 % of 1,179
+pictures, patterned ones in 91 % of 243, and an object's tint in 95 % of 237.
 """
 
 from __future__ import annotations
