@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dreamartist_pipeline.params import EmbeddedModelSize
+from dreamartist_pipeline.params import EmbeddedModelSize, TrainingParams
 
 TINY_SIZE = EmbeddedModelSize(
     image_px=32,
@@ -75,3 +76,35 @@ def build_tiny_base_model(folder: Path, seed: int) -> Path:
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def other_tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a base model of the same shape with other weights."""
+    return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def make_training_params() -> Callable[..., TrainingParams]:
+    """Return what makes parameters of a short DreamArtist++ training; keywords replace single values."""
+
+    def make(**changes: Any) -> TrainingParams:
+        attention, text = (r"re:.*\.attn.?$",), (r"re:.*self_attn$", r"re:.*mlp$")
+        values: dict[str, Any] = {
+            "num_steps": 3,
+            "batch_size": 2,
+            "regularization_batch_size": 1,
+            "templates": ("a photo of a {pt1}", "the {pt1}"),
+            "words": {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3)},
+            "lora_unet": [
+                {"lr": 1e-3, "rank": 2, "branch": "p", "layers": attention},
+                {"lr": 4e-4, "rank": 1, "branch": "n", "layers": attention},
+            ],
+            "lora_text_encoder": [
+                {"lr": 1e-3, "rank": 1, "branch": "p", "layers": text},
+                {"lr": 1e-3, "rank": 1, "branch": "n", "layers": text},
+            ],
+        }
+        return TrainingParams(**{**values, **changes})
+
+    return make

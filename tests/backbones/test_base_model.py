@@ -1,0 +1,163 @@
+"""The base model's door: complete or refused, frozen, and drawing what diffusers' own pipeline draws."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dreamartist_pipeline.backbones.base_model import (
+    Backbone,
+    BaseModelFiles,
+    decode_latents,
+    encode_images,
+    load_backbone,
+    load_outline,
+    make_scheduler,
+)
+from dreamartist_pipeline.backbones.concepts import attach, generate
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
+
+CPU = DeviceParams(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return load_backbone(BaseModelFiles(tiny_base_model), CPU)
+
+
+@pytest.fixture
+def copied_model(tiny_base_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_base_model, tmp_path / "copy"))
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named(copied_model: Path, part: str) -> None:
+    shutil.rmtree(copied_model / part)
+    with pytest.raises(InputError, match=f"expected a complete base model .* lacks {part}/; copy"):
+        load_backbone(BaseModelFiles(copied_model), CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model_index.json", "lacks model_index.json"),
+        ("unet/config.json", "lacks unet/config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "lacks unet's weights"),
+        ("tokenizer/vocab.json", "lacks tokenizer/tokenizer.json"),
+    ],
+)
+def test_a_missing_file_is_named(copied_model: Path, file: str, message: str) -> None:
+    (copied_model / file).unlink()
+    with pytest.raises(InputError, match=message):
+        BaseModelFiles(copied_model).check()
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected the base model's folder at .*nowhere; there is none"):
+        BaseModelFiles(tmp_path / "nowhere").check()
+
+
+def test_sdxl_is_not_supported_yet(copied_model: Path) -> None:
+    (copied_model / "text_encoder_2").mkdir()
+    with pytest.raises(InputError, match=r"SDXL .* not supported yet"):
+        BaseModelFiles(copied_model).check()
+
+
+def test_the_fingerprint_follows_the_files_that_matter(tiny_base_model: Path, copied_model: Path) -> None:
+    fingerprint = BaseModelFiles(copied_model).fingerprint()
+    assert fingerprint == BaseModelFiles(str(tiny_base_model)).fingerprint()  # wherever it lies
+    assert len(fingerprint) == 16
+    (copied_model / "README.md").write_text("words")
+    assert BaseModelFiles(copied_model).fingerprint() == fingerprint
+    weights = copied_model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert BaseModelFiles(copied_model).fingerprint() != fingerprint
+
+
+def test_a_hub_id_is_its_own_fingerprint_and_needs_no_folder() -> None:
+    files = BaseModelFiles("hub:owner/name")
+    files.check()
+    assert (files.fingerprint(), files.source, files.name) == ("hub:owner/name", "owner/name", "owner/name")
+
+
+def test_an_unknown_prediction_type_is_refused(copied_model: Path) -> None:
+    config = copied_model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
+    with pytest.raises(InputError, match="predicts epsilon or v_prediction, got 'sample'"):
+        load_backbone(BaseModelFiles(copied_model), CPU)
+
+
+# --------------------------------------------------------------------------------------------- in memory
+
+
+def test_every_part_is_loaded_frozen_and_in_eval_mode(backbone: Backbone) -> None:
+    for part in (backbone.unet, backbone.autoencoder, backbone.text_encoder):
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+    assert backbone.schedule.prediction_type == "v_prediction"
+    assert (backbone.image_px, backbone.latent_scale) == (32, 4)
+
+
+def test_an_outline_has_the_names_and_no_weights(tiny_base_model: Path, backbone: Backbone) -> None:
+    outline = load_outline(BaseModelFiles(tiny_base_model))
+    assert [name for name, _ in outline.unet.named_modules()] == [name for name, _ in backbone.unet.named_modules()]
+    assert {p.device.type for p in (*outline.unet.parameters(), *outline.text_encoder.parameters())} == {"meta"}
+
+
+def test_latents_are_those_of_the_autoencoder_times_its_scale(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        posterior = backbone.autoencoder.encode(image).latent_dist
+        decoded = backbone.autoencoder.decode(posterior.mean).sample
+    backbone.autoencoder.register_to_config(scaling_factor=0.5)
+    try:
+        mean, std = encode_images(backbone, image)
+        torch.testing.assert_close(mean, posterior.mean / 2)
+        torch.testing.assert_close(std, posterior.std / 2)
+        torch.testing.assert_close(decode_latents(backbone, mean), decoded.clamp(-1, 1))
+    finally:
+        backbone.autoencoder.register_to_config(scaling_factor=1.0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "euler_a", "unipc"])
+def test_every_scheduler_keeps_the_prediction_type_and_draws_by_seed(backbone: Backbone, name: str) -> None:
+    sampler = SamplerParams(scheduler=name, num_inference_steps=3)
+    scheduler = make_scheduler(backbone, sampler)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert torch.equal(scheduler.alphas_cumprod, backbone.schedule.alphas_cumprod)
+    base = attach(backbone, None, StrengthParams())
+    first, again, other = (generate(backbone, base, ["a red cat"], "", [seed], sampler)[0] for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_the_base_model_draws_what_diffusers_draws(tiny_base_model: Path, backbone: Backbone) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base_model, safety_checker=None, feature_extractor=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, seeds = ["a red cat", "a blue dog"], [5, 6]
+    expected = pipeline(
+        prompts,
+        negative_prompt=["background"] * 2,
+        latents=initial_noise((4, 8, 8), seeds),
+        guidance_scale=4.0,
+        num_inference_steps=4,
+        output_type="np",
+    ).images
+    sampler = SamplerParams(scheduler="ddim", num_inference_steps=4, guidance_scale=4.0)
+    images = generate(backbone, attach(backbone, None, StrengthParams()), prompts, "background", seeds, sampler)
+    ours = np.stack([np.asarray(image) for image in images]) / 255
+    assert np.abs(ours - expected).max() <= 1 / 255  # rounding to 8 bits

@@ -1,0 +1,375 @@
+"""Concepts on a real (tiny) base model: gradients by branch, exactness, saving, and what must not change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.concepts import (
+    NewConcept,
+    attach,
+    concept_metadata,
+    generate,
+    start_concept,
+)
+from dreamartist_pipeline.core.adapters import LowRankUpdate
+from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE, branches
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.embeddings import Word
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.training import (
+    Batch,
+    BatchSource,
+    LatentImages,
+    Trainee,
+    TrainingData,
+    combined_prediction,
+    fit,
+    parameter_groups,
+    row_losses,
+)
+from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
+
+MakeParams = Callable[..., TrainingParams]
+FULL = StrengthParams()
+SAMPLER = SamplerParams(num_inference_steps=2, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
+
+
+def make_data(new: NewConcept, params: TrainingParams) -> TrainingData:
+    """Random latents with the real prompts of both branches."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = [("a photo of a my-fox-neg", "a photo of a my-fox"), ("the my-fox-neg", "the my-fox")]
+    plain = [("a red cat", "a red cat"), ("a blue dog", "a blue dog")]
+
+    def ids(prompts: list[tuple[str, str]]) -> torch.Tensor:
+        by_branch = [new.prompts.token_ids([p[b] for p in prompts]) for b in branches(params.num_branches)]
+        return torch.stack(by_branch, dim=1)
+
+    reference = LatentImages(
+        torch.randn(1, 4, 8, 8, generator=generator), torch.full((1, 4, 8, 8), 0.1), ids(pairs), False
+    )
+    means = torch.randn(2, 4, 8, 8, generator=generator)
+    regularization = LatentImages(means, torch.full_like(means, 0.1), ids(plain), True)
+    mask = torch.rand(1, 1, 8, 8, generator=generator) * 2
+    return TrainingData(reference, regularization, mask)
+
+
+def make_trainee(new: NewConcept, params: TrainingParams) -> Trainee:
+    groups = parameter_groups(new.stacks, new.words, params.words.lr)
+    return Trainee(new.backbone.denoise, new.prompts.encode, new.backbone.schedule, groups, new.num_branches)
+
+
+def train(backbone: Backbone, params: TrainingParams) -> tuple[Concept, NewConcept]:
+    new = start_concept(backbone, params, 1, params.seed)
+    fit(make_trainee(new, params), make_data(new, params), params)
+    return new.snapshot(concept_metadata(backbone, params, 1)), new
+
+
+def stir(new: NewConcept) -> None:
+    """Move every trained parameter away from its start, so that no product is zero."""
+    generator = torch.Generator().manual_seed(1)
+    for group in parameter_groups(new.stacks, new.words, 1.0):
+        for parameter in group.parameters:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+
+
+def draw(
+    backbone: Backbone, concept: Concept | None, prompt: str = "a red cat", strength: StrengthParams = FULL
+) -> bytes:
+    loaded = attach(backbone, concept, strength)
+    images = generate(backbone, loaded, [prompt, "a blue dog"], "background", [1, 2], SAMPLER)
+    return b"".join(image.tobytes() for image in images)
+
+
+# --------------------------------------------------------------------------------------------- the step, independently
+
+
+def updates_of(new: NewConcept, network: str) -> Iterator[tuple[str, LowRankUpdate]]:
+    for name, layer in new.stacks[network].layers.items():
+        for update in layer.updates:
+            yield name, update
+
+
+def merged_weights(backbone: Backbone, new: NewConcept, network: str, branch: int) -> dict[str, torch.Tensor]:
+    """Return the base network's parameters with one branch's W + (alpha / rank) · up · down merged in."""
+    module = backbone.unet if network == "unet" else backbone.text_encoder
+    weights = dict(module.named_parameters())
+    for layer, update in updates_of(new, network):
+        if update.spec.branch == branch:
+            delta = update.up @ update.down.flatten(1) * (update.spec.alpha / update.down.shape[0])
+            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + delta.view_as(weights[f"{layer}.weight"])
+    return weights
+
+
+def one_branch(backbone: Backbone, new: NewConcept, batch: Batch, branch: int) -> torch.Tensor:
+    """Run one branch through the plain base model: merged weights, words looked up by hand."""
+    assert new.words is not None
+    text = merged_weights(backbone, new, "text_encoder", branch)
+    table = torch.cat([text.pop("embeddings.token_embedding.weight"), *new.words.vectors])
+    text["embeddings.token_embedding.weight"] = table
+    ids = batch.token_ids[batch.prompt_of_row, branch]
+    hidden = functional_call(backbone.text_encoder, text, (ids,)).last_hidden_state
+    alpha = backbone.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
+    unet = merged_weights(backbone, new, "unet", branch)
+    return functional_call(backbone.unet, unet, (noisy, batch.timesteps, hidden)).sample
+
+
+def independent_loss(batch: Batch, prediction: torch.Tensor, schedule: torch.Tensor) -> torch.Tensor:
+    """v-prediction, min-SNR with γ = 2, the mask, and the rows' weights, written out."""
+    alpha = schedule[batch.timesteps]
+    sqrt_alpha, sqrt_rest = (level.sqrt().view(-1, 1, 1, 1) for level in (alpha, 1 - alpha))
+    target = sqrt_alpha * batch.noise - sqrt_rest * batch.latents
+    snr = alpha / (1 - alpha)
+    weight = torch.minimum(snr, torch.tensor(2.0)) / (snr + 1)
+    assert batch.mask is not None
+    rows = weight * ((prediction - target) ** 2 * batch.mask).mean((1, 2, 3))
+    return (batch.row_weight * rows).sum()
+
+
+@pytest.fixture
+def stirred(backbone: Backbone, make_training_params: MakeParams) -> tuple[NewConcept, TrainingParams, Batch]:
+    params = make_training_params()
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    return new, params, BatchSource(make_data(new, params), params, 1000).draw()
+
+
+def test_a_step_equals_plain_diffusers_with_merged_weights(
+    backbone: Backbone, stirred: tuple[NewConcept, TrainingParams, Batch]
+) -> None:
+    new, params, batch = stirred
+    guidance = torch.tensor([3.0, 2.0, 4.0])
+    negative, positive = (one_branch(backbone, new, batch, branch) for branch in (NEGATIVE, POSITIVE))
+    expected = negative + guidance.view(-1, 1, 1, 1) * (positive - negative)
+    ours = combined_prediction(make_trainee(new, params), batch, guidance)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    losses = row_losses(ours, batch, backbone.schedule, "min_snr", 2.0)
+    loss = (batch.row_weight * losses).sum()
+    torch.testing.assert_close(
+        loss, independent_loss(batch, expected, backbone.schedule.alphas_cumprod), rtol=1e-5, atol=0
+    )
+
+
+def test_each_branch_gets_exactly_its_own_gradient(
+    backbone: Backbone, stirred: tuple[NewConcept, TrainingParams, Batch]
+) -> None:
+    new, params, batch = stirred
+    guidance = torch.full((3,), 3.0)
+    groups = parameter_groups(new.stacks, new.words, 1.0)
+    predictions = {b: one_branch(backbone, new, batch, b) for b in (NEGATIVE, POSITIVE)}
+    ours = combined_prediction(make_trainee(new, params), batch, guidance)
+    independent_loss(batch, ours, backbone.schedule.alphas_cumprod).backward()
+    for branch, name in ((NEGATIVE, "negative"), (POSITIVE, "positive")):
+        own = [p for group in groups if group.branch == name for p in group.parameters]
+        others = [p for group in groups if group.branch != name for p in group.parameters]
+        fixed = {b: p if b == branch else p.detach() for b, p in predictions.items()}  # only this branch may be felt
+        combined = fixed[NEGATIVE] + 3.0 * (fixed[POSITIVE] - fixed[NEGATIVE])
+        loss = independent_loss(batch, combined, backbone.schedule.alphas_cumprod)
+        gradients = torch.autograd.grad(loss, own + others, allow_unused=True, retain_graph=True)
+        for parameter, gradient in zip(own, gradients, strict=False):
+            assert gradient is not None
+            assert parameter.grad is not None
+            scale = gradient.abs().max()
+            assert scale > 0
+            torch.testing.assert_close(parameter.grad / scale, gradient / scale, rtol=1e-3, atol=1e-4)
+        assert all(g is None or not g.any() for g in gradients[len(own) :])
+
+
+def test_guidance_one_equals_the_positive_branch(
+    backbone: Backbone, stirred: tuple[NewConcept, TrainingParams, Batch]
+) -> None:
+    new, params, batch = stirred
+    ours = combined_prediction(make_trainee(new, params), batch, torch.ones(3))
+    torch.testing.assert_close(ours, one_branch(backbone, new, batch, POSITIVE), rtol=1e-5, atol=1e-5)
+
+
+def test_training_lowers_the_loss_on_batches_it_did_not_see(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    groups = [{"lr": 1e-2, "rank": 4, "branch": branch, "layers": (r"re:.*\.attn.?$",)} for branch in "pn"]
+    params = make_training_params(num_steps=40, lora_unet=groups, batch_size=4)
+    new = start_concept(backbone, params, 1, 0)
+    trainee, data = make_trainee(new, params), make_data(new, params)
+
+    def loss() -> float:
+        source = BatchSource(data, make_training_params(seed=99, batch_size=16), 1000)
+        batch = source.draw()
+        with torch.no_grad():
+            prediction = combined_prediction(trainee, batch, torch.full((17,), 3.0))
+            losses = row_losses(prediction, batch, backbone.schedule, "min_snr", 2.0)
+        return float((batch.row_weight * losses).sum())
+
+    before = loss()
+    fit(trainee, data, params)
+    assert loss() < 0.8 * before
+
+
+# --------------------------------------------------------------------------------------------- what must not change
+
+
+def test_a_new_concept_does_not_change_the_model_yet(backbone: Backbone, make_training_params: MakeParams) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=0))
+    assert draw(backbone, concept) == draw(backbone, None)
+
+
+def test_training_and_attaching_leave_the_base_model_bit_equal(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    parts = (backbone.unet, backbone.text_encoder, backbone.autoencoder)
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
+    images = draw(backbone, None)
+    concept, new = train(backbone, make_training_params())
+    draw(backbone, concept)
+    for part, values in zip(parts, before, strict=True):
+        assert part.state_dict().keys() == values.keys()  # no adapter in it
+        assert all(torch.equal(value, values[name]) for name, value in part.state_dict().items())
+    assert draw(backbone, None) == images
+    shared = dict(new.backbone.unet.named_parameters())["conv_in.weight"]
+    assert shared.data_ptr() == dict(backbone.unet.named_parameters())["conv_in.weight"].data_ptr()
+
+
+def test_strength_zero_of_both_branches_is_the_base_model(backbone: Backbone, make_training_params: MakeParams) -> None:
+    concept, _ = train(backbone, make_training_params())
+    assert draw(backbone, concept, strength=StrengthParams(positive=0, negative=0)) == draw(backbone, None)
+    assert draw(backbone, concept) != draw(backbone, None)
+
+
+# --------------------------------------------------------------------------------------------- concepts
+
+
+def test_a_saved_concept_draws_the_same_images(
+    backbone: Backbone, make_training_params: MakeParams, tmp_path: Path
+) -> None:
+    concept, _ = train(backbone, make_training_params())
+    dataset = ConceptDataset(filepath=str(tmp_path / "concept.safetensors"))
+    dataset.save(concept)
+    assert draw(backbone, dataset.load(), "a my-fox") == draw(backbone, concept, "a my-fox")
+
+
+def test_an_attached_concept_predicts_as_the_trained_one(backbone: Backbone, make_training_params: MakeParams) -> None:
+    params = make_training_params()
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    loaded = attach(backbone, new.snapshot(concept_metadata(backbone, params, 1)), FULL)
+    prompts = ["the my-fox-neg", "the my-fox"]
+    with torch.no_grad():
+        trained, attached = (p.encode(p.token_ids(prompts)) for p in (new.prompts, loaded.prompts))
+        torch.testing.assert_close(attached, trained, rtol=0, atol=1e-6)
+        latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
+        torch.testing.assert_close(
+            loaded.backbone.denoise(latents, timesteps, attached),
+            new.backbone.denoise(latents, timesteps, trained),
+            rtol=0,
+            atol=1e-5,
+        )
+
+
+def test_strengths_act_on_their_own_branch(backbone: Backbone, make_training_params: MakeParams) -> None:
+    params = make_training_params()
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    concept = new.snapshot(concept_metadata(backbone, params, 1))
+    latents, hidden = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        base = backbone.denoise(latents, torch.tensor([500, 500]), hidden)
+        positive_only = attach(backbone, concept, StrengthParams(positive=1, negative=0)).backbone
+        prediction = positive_only.denoise(latents, torch.tensor([500, 500]), hidden)
+    assert torch.equal(prediction[NEGATIVE], base[NEGATIVE])
+    assert not torch.allclose(prediction[POSITIVE], base[POSITIVE])
+
+
+def test_a_concept_of_another_base_model_is_refused(
+    backbone: Backbone, other_tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=0))
+    other = load_backbone(BaseModelFiles(other_tiny_base_model), DeviceParams(device="cpu"))
+    message = f"trained on, 'tiny' with fingerprint {backbone.fingerprint}; got 'other' with .* {other.fingerprint}"
+    with pytest.raises(InputError, match=message):
+        attach(other, concept, FULL)
+
+
+def test_a_file_that_is_no_concept_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(InputError, match="expected a concept file of format"):
+        attach(backbone, Concept({}, {"title": "another tool's LoRA"}), FULL)
+
+
+def test_a_concept_without_a_words_vectors_is_refused(backbone: Backbone, make_training_params: MakeParams) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=0))
+    tensors = {name: t for name, t in concept.tensors.items() if name != "words.negative.pt1"}
+    with pytest.raises(InputError, match=r"negative\.pt1 are missing"):
+        attach(backbone, dataclasses.replace(concept, tensors=tensors), FULL)
+
+
+def test_the_metadata_holds_neither_paths_nor_times(
+    backbone: Backbone, tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    metadata = concept_metadata(backbone, make_training_params(), 1)
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert str(tiny_base_model.parent) not in "".join(metadata.values())
+    assert metadata == concept_metadata(backbone, make_training_params(), 1)
+    assert metadata["base_model_fingerprint"] == backbone.fingerprint
+
+
+# --------------------------------------------------------------------------------------------- other methods
+
+
+def test_a_single_branch_concept_leaves_the_negative_rows_to_the_base_model(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    groups = [{"lr": 1e-2, "rank": 2, "layers": (r"re:.*\.attn.?$",)}]
+    params = make_training_params(guidance_scale="1.0", lora_unet=groups, lora_text_encoder=())
+    concept, new = train(backbone, params)
+    assert {name.split(".")[-2] for name in concept.part("unet")} == {"positive"}
+    assert list(concept.part("words")) == ["positive.pt1"]
+    loaded = attach(backbone, concept, FULL)
+    latents, hidden = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        prediction = loaded.backbone.denoise(latents, torch.tensor([500, 500]), hidden)
+        base = backbone.denoise(latents, torch.tensor([500, 500]), hidden)
+        alone = new.backbone.denoise(latents[1:], torch.tensor([500]), hidden[1:])
+    assert torch.equal(prediction[NEGATIVE], base[NEGATIVE])
+    torch.testing.assert_close(prediction[1:], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(prediction[POSITIVE], base[POSITIVE], atol=1e-4)
+
+
+def test_words_alone_change_only_prompts_that_use_them(backbone: Backbone, make_training_params: MakeParams) -> None:
+    params = make_training_params(lora_unet=(), lora_text_encoder=(), guidance_scale="1.0")
+    concept, new = train(backbone, params)
+    assert concept.tensors.keys() == {"words.positive.pt1"}
+    assert draw(backbone, concept) == draw(backbone, None)
+    assert draw(backbone, concept, "a my-fox") != draw(backbone, None, "a my-fox")
+    assert new.prompts.vocabulary is not None
+    assert all(isinstance(word, Word) for word in new.prompts.vocabulary.words)
+
+
+def test_adapters_alone_need_no_words(backbone: Backbone, make_training_params: MakeParams) -> None:
+    groups = [{"lr": 1e-2, "rank": 2, "layers": (r"re:.*\.attn.?$", "conv_in")}]
+    params = make_training_params(guidance_scale="1.0", words={}, lora_unet=groups, lora_text_encoder=())
+    concept, _ = train(backbone, params)
+    assert concept.part("words") == {}
+    assert draw(backbone, concept) != draw(backbone, None)
+
+
+def test_a_half_precision_base_trains_float32_adapters(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    device = DeviceParams(device="cpu", dtype="bfloat16")
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), device)
+    params = make_training_params()
+    concept, new = train(backbone, params)
+    assert {tensor.dtype for tensor in concept.tensors.values()} == {torch.float32}
+    ups = [tensor for name, tensor in concept.tensors.items() if name.endswith(".up")]
+    assert all(up.any() for up in ups)
+    assert new.backbone.unet.conv_in.weight.dtype == torch.bfloat16
+    assert len(draw(backbone, concept, "a my-fox")) == 2 * 32 * 32 * 3

@@ -1,0 +1,295 @@
+"""The training loop on a toy model: what is drawn, what is optimised, what is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dreamartist_pipeline.core.adapters import LoRASpec, inject
+from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE
+from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.training import (
+    BatchSource,
+    FlatOptimizer,
+    LatentImages,
+    ParameterGroup,
+    StepRecord,
+    Trainee,
+    TrainingData,
+    branch_table,
+    derived_seed,
+    fit,
+    parameter_groups,
+    schedule_factor,
+)
+from dreamartist_pipeline.params import LossParams, PreviewParams, ScheduleParams, TrainingParams
+
+MakeParams = Callable[..., TrainingParams]
+_VOCABULARY = 10
+_SCHEDULE = NoiseSchedule(torch.linspace(0.99, 0.01, 20), "epsilon")
+
+
+class ToyModel(nn.Module):
+    """Two Linears that predict latents `[N, 2, 2, 2]` from themselves and a text of 3 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_VOCABULARY, 4)
+        self.image, self.text = nn.Linear(8, 8), nn.Linear(4, 8)
+        self.requires_grad_(False)
+
+    def encode(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding(token_ids)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return (self.image(latents.flatten(1)) + self.text(hidden.mean(1))).view_as(latents)
+
+
+def make_trainee(num_branches: int = 2, untrained: int | None = None) -> Trainee:
+    """Return a toy trainee with LoRA and a word in every branch, but no LoRA gradient in branch `untrained`."""
+    torch.manual_seed(0)
+    model = ToyModel()
+    specs = [
+        LoRASpec(name=f"toy.{branch}", rank=2, layers=("image", "text"), lr=1e-2, branch=branch)
+        for branch in (NEGATIVE, POSITIVE)[-num_branches:]
+    ]
+    stack = inject(model, specs, num_branches, torch.Generator().manual_seed(0))
+    if untrained is not None:
+        for layer in stack.layers.values():
+            for update in layer.updates:
+                if update.spec.branch == untrained:
+                    update.down.data.zero_()
+    vocabulary = Vocabulary.build({"pt1": ("pos", "neg")}, (1, 1), _VOCABULARY, num_branches)
+    words = WordEmbedding(model.embedding, vocabulary, [torch.full((1, 4), 0.1) for _ in vocabulary.words])
+    model.embedding = words  # type: ignore[assignment]
+    return Trainee(model.denoise, model.encode, _SCHEDULE, parameter_groups({"toy": stack}, words, 1e-2), num_branches)
+
+
+def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> TrainingData:
+    """One reference image with one prompt, three regularization images with their own."""
+    learned = [[1, _VOCABULARY, 2], [1, _VOCABULARY + 1, 2]][-num_branches:]
+    if num_branches == 1:
+        learned = [[1, _VOCABULARY, 2]]
+    reference = LatentImages(torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.1), torch.tensor([learned]), False)
+    plain = torch.tensor([[[3, 4, 5]] * num_branches, [[4, 5, 6]] * num_branches, [[5, 6, 7]] * num_branches])
+    means = torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1, 1).expand(3, 2, 2, 2)
+    return TrainingData(reference, LatentImages(means, torch.zeros(3, 2, 2, 2), plain, True), mask)
+
+
+def trained_values(trainee: Trainee) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for group in trainee.groups for parameter in group.parameters]
+
+
+# --------------------------------------------------------------------------------------------- batches
+
+
+def test_a_regularization_image_meets_only_its_own_prompt(make_training_params: MakeParams) -> None:
+    source = BatchSource(make_data(), make_training_params(regularization_batch_size=2), 20)
+    for _ in range(10):
+        batch = source.draw()
+        first_tokens = batch.token_ids[batch.prompt_of_row[2:], 0, 0]  # 3, 4, 5 for the means 10, 20, 30
+        assert torch.equal(batch.latents[2:, 0, 0, 0], (first_tokens - 2) * 10.0)
+
+
+def test_reference_latents_are_sampled_afresh_from_the_posterior(make_training_params: MakeParams) -> None:
+    source = BatchSource(make_data(), make_training_params(batch_size=1000), 20)
+    first, second = source.draw().latents[:1000], source.draw().latents[:1000]
+    assert not torch.equal(first, second)
+    assert first.mean().item() == pytest.approx(1, abs=0.01)
+    assert first.std().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the_regularization(
+    make_training_params: MakeParams,
+) -> None:
+    params = make_training_params(batch_size=4, regularization_batch_size=2, loss=LossParams(regularization_weight=0.5))
+    weights = BatchSource(make_data(), params, 20).draw().row_weight
+    assert weights.tolist() == [0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_the_mask_holds_for_reference_rows_only(make_training_params: MakeParams) -> None:
+    mask = torch.tensor([[0.0, 1.0], [2.0, 5.0]]).view(1, 1, 2, 2)
+    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), 20).draw()
+    assert batch.mask is not None
+    assert batch.mask[0, 0].tolist() == [[0.0, 1.0], [2.0, 5.0]]
+    assert batch.mask[1, 0].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_each_distinct_prompt_of_a_batch_is_encoded_once(make_training_params: MakeParams) -> None:
+    batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw()
+    assert len(batch.token_ids) == 2  # the one template, one caption
+    assert batch.prompt_of_row.tolist() == [0] * 6 + [1]
+
+
+# --------------------------------------------------------------------------------------------- optimisation
+
+
+def test_one_cycle_follows_torch() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=51, pct_start=11 / 51, cycle_momentum=False
+    )
+    for step in range(50):  # torch's phase ends at pct_start · 51 − 1 = step 10
+        expected = reference.get_last_lr()[0]
+        assert schedule_factor(ScheduleParams(kind="one_cycle", warmup_steps=10), step, 51) == pytest.approx(expected)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("constant", [1 / 3, 2 / 3, 1, 1, 1]), ("cosine", [1 / 3, 2 / 3, 1, 0.5, 0])],
+)
+def test_a_schedule_warms_up_and_then_holds_or_falls(kind: str, expected: list[float]) -> None:
+    schedule = ScheduleParams(kind=kind, warmup_steps=2)
+    assert [schedule_factor(schedule, step, 5) for step in range(5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "one_cycle"])
+@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 5), (2, 2), (3, 1)])
+def test_a_schedule_holds_for_the_shortest_trainings(kind: str, num_steps: int, warmup_steps: int) -> None:
+    factors = [
+        schedule_factor(ScheduleParams(kind=kind, warmup_steps=warmup_steps), step, num_steps)
+        for step in range(num_steps)
+    ]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert max(factors) > 0
+
+
+def test_flat_updates_equal_adamw_on_single_tensors_with_clipping() -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 2), (4,), (2, 2, 1)]
+    flat = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    plain = [nn.Parameter(p.detach().clone()) for p in flat]
+    groups = [
+        ParameterGroup("a", "adapters", "negative", 1e-2, (flat[0], flat[1])),
+        ParameterGroup("b", "adapters", "positive", 3e-2, (flat[2],)),
+    ]
+    optimizer = FlatOptimizer(groups, 0.1, ScheduleParams(kind="constant"), 3, max_grad_norm=0.5)
+    reference = torch.optim.AdamW(
+        [{"params": plain[:2], "lr": 1e-2}, {"params": plain[2:], "lr": 3e-2}], weight_decay=0.1
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for step in range(3):
+        optimizer.set_step(step)
+        reference.zero_grad()
+        for parameters in (flat, plain):
+            sum((p**3).sum() for p in parameters).backward()  # type: ignore[union-attr]
+        total = torch.stack(list(optimizer.grad_norms().values())).norm()
+        assert total.item() == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
+        optimizer.update(total, scaler)
+        reference.step()
+    for ours, theirs in zip(flat, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_purposes_have_seeds_of_their_own() -> None:
+    assert len({derived_seed(seed, purpose) for seed in range(3) for purpose in ("choices", "noises")}) == 6
+    assert derived_seed(5, "noises") == derived_seed(5, "noises")
+
+
+# --------------------------------------------------------------------------------------------- the loop
+
+
+def test_training_lowers_the_loss(make_training_params: MakeParams) -> None:
+    params = make_training_params(num_steps=150, batch_size=8, regularization_batch_size=0)
+    history = fit(make_trainee(), make_data(), params)
+    losses = [row["loss"] for row in history]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+def test_the_same_seed_trains_the_same_bits_and_another_seed_others(make_training_params: MakeParams) -> None:
+    results = []
+    for seed in (3, 3, 4):
+        trainee = make_trainee()
+        fit(trainee, make_data(), make_training_params(num_steps=4, seed=seed))
+        results.append(trained_values(trainee))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+
+
+def test_training_leaves_the_global_random_state_alone(make_training_params: MakeParams) -> None:
+    trainee = make_trainee()
+    before = torch.get_rng_state()
+    fit(trainee, make_data(), make_training_params())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_zero_steps_change_nothing(make_training_params: MakeParams) -> None:
+    trainee = make_trainee()
+    before = trained_values(trainee)
+    assert fit(trainee, make_data(), make_training_params(num_steps=0)) == []
+    assert all(torch.equal(a, b) for a, b in zip(before, trained_values(trainee), strict=True))
+
+
+def test_one_branch_trains_too(make_training_params: MakeParams) -> None:
+    groups = [{"lr": 1e-3, "rank": 1, "branch": "p", "layers": ("image",)}]
+    params = make_training_params(guidance_scale="1.0", lora_unet=groups, lora_text_encoder=())
+    history = fit(make_trainee(num_branches=1), make_data(num_branches=1), params)
+    assert history[0].keys() >= {"grad_norm/positive/adapters", "grad_norm/positive/words"}
+    assert not any("negative" in name for name in history[0])
+
+
+def test_a_branch_without_gradient_is_refused_by_name(make_training_params: MakeParams) -> None:
+    trainee = make_trainee(untrained=NEGATIVE)  # up is zero and so is down: nothing can ever move
+    with pytest.raises(RuntimeError, match="gradient for the adapters of the negative branch in the first step"):
+        fit(trainee, make_data(), make_training_params())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(make_training_params: MakeParams) -> None:
+    data = make_data()
+    assert data.regularization is not None
+    broken = TrainingData(data.reference, LatentImages(*_infinite(data.regularization)))
+    with pytest.raises(RuntimeError, match="finite"):
+        fit(make_trainee(), broken, make_training_params())
+
+
+def _infinite(images: LatentImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    return torch.full_like(images.mean, math.inf), images.std, images.token_ids, images.paired
+
+
+def test_every_step_is_reported_with_rates_and_norms(make_training_params: MakeParams) -> None:
+    records: list[StepRecord] = []
+    params = make_training_params(
+        guidance_scale="2.0-4.0:ln",
+        schedule=ScheduleParams(kind="constant"),
+        words_schedule=ScheduleParams(kind="cosine"),
+    )
+    history = fit(make_trainee(), make_data(), params, records.append)
+    assert [record.step for record in records] == [1, 2, 3]
+    assert [record.row() for record in records] == history
+    assert records[0].loss == pytest.approx(records[0].loss_reference + (records[0].loss_regularization or 0), rel=1e-5)
+    assert all(2 <= record.guidance_scale <= 4 for record in records)
+    assert [record.lr["toy.0"] for record in records] == [1e-2] * 3
+    assert records[-1].lr["words.positive.pt1"] == 0
+    norms = {"negative/adapters", "positive/adapters", "negative/words", "positive/words"}
+    assert records[0].grad_norm.keys() == norms
+
+
+def test_previews_come_at_their_steps_with_the_weights_of_that_step(make_training_params: MakeParams) -> None:
+    trainee = make_trainee()
+    seen: dict[int, list[torch.Tensor]] = {}
+    params = make_training_params(num_steps=5, preview=PreviewParams(every=2))
+    fit(trainee, make_data(), params, on_preview=lambda step: seen.update({step: trained_values(trainee)}))
+    assert list(seen) == [2, 4]
+    shorter = make_trainee()
+    constant = {"schedule": ScheduleParams(kind="constant"), "words_schedule": ScheduleParams(kind="constant")}
+    longer = make_trainee()
+    at_two: list[list[torch.Tensor]] = []
+    fit(shorter, make_data(), make_training_params(num_steps=2, **constant))
+    params = make_training_params(num_steps=4, preview=PreviewParams(every=2), **constant)
+    fit(longer, make_data(), params, on_preview=lambda step: at_two.append(trained_values(longer)))
+    assert all(torch.equal(a, b) for a, b in zip(at_two[0], trained_values(shorter), strict=True))
+
+
+def test_the_table_says_what_each_branch_trains() -> None:
+    lines = branch_table(make_trainee().groups).splitlines()
+    by_group = {line.split()[1]: line.split() for line in lines[2:]}
+    # image 8 -> 8 and text 4 -> 8 at rank 2: 2·(8 + 8) + 2·(4 + 8) = 56
+    assert by_group["toy.0"] == ["negative", "toy.0", "2", "56", "-", "1.00e-02"]
+    assert by_group["words.positive.pt1"] == ["positive", "words.positive.pt1", "-", "4", "1", "1.00e-02"]

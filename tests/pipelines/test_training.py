@@ -1,0 +1,301 @@
+"""The training nodes: a plan checked first, a concept that is the same every time, live curves and previews."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.concepts import start_concept
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.params import BucketParams, DeviceParams, IngestionParams, SamplerParams, TrainingParams
+from dreamartist_pipeline.pipelines.training import create_pipeline
+from dreamartist_pipeline.pipelines.training.nodes import (
+    check_training,
+    fill_prompt,
+    history_table,
+    plot_history,
+    train_concept,
+    training_data,
+)
+
+MakeParams = Callable[..., TrainingParams]
+CPU = DeviceParams(device="cpu")
+INGESTION = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
+MASK = Image.new("L", (32, 32), 127)
+
+
+class RecordingTracker:
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.images: dict[int, Image.Image] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics[step] = metrics
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        assert key == "preview"
+        self.images[step] = image
+
+
+class TwoImages:
+    """An image store with two captioned images of another size than the reference."""
+
+    def captions(self, key: str) -> dict[str, str]:
+        assert key == "the-set"
+        return {"000000.png": "a red cat", "000001.png": "a blue dog"}
+
+    def images(self, key: str) -> Iterator[Image.Image]:
+        yield from (Image.new("RGB", (48, 40), color) for color in ("red", "blue"))
+
+
+def picture() -> Image.Image:
+    """Vertical stripes."""
+    image = Image.new("RGB", (32, 32), "orange")
+    image.paste("purple", (8, 0, 16, 32))
+    return image
+
+
+def train(
+    base_model: Path, params: TrainingParams, tracker: RecordingTracker | None = None, **changes: Any
+) -> tuple[Concept, Any]:
+    plan = changes.pop("plan", None) or check_training(str(base_model), params, INGESTION)
+    return train_concept(
+        base_model=str(base_model),
+        prepared_image=picture(),
+        prepared_mask=changes.pop("mask", MASK),
+        regularization_set={"key": "the-set"},
+        image_store=TwoImages(),
+        training_plan=plan,
+        params=params,
+        ingestion=INGESTION,
+        device=CPU,
+        tracker=tracker or RecordingTracker(),
+    )
+
+
+# --------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_counts_what_each_branch_trains(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), INGESTION)
+    assert json.loads(json.dumps(plan)) == plan
+    groups = {group["name"]: group for group in plan["groups"]}
+    assert list(groups) == [
+        "unet.0.positive",
+        "unet.1.negative",
+        "text_encoder.0.positive",
+        "text_encoder.1.negative",
+        "words.negative.pt1",
+        "words.positive.pt1",
+    ]
+    assert plan["lr_factor"] == 3  # 2 reference rows + 1 regularization row
+    assert groups["unet.0.positive"]["lr"] == pytest.approx(3e-3)
+    assert groups["words.positive.pt1"]["lr"] == pytest.approx(7.5e-3)
+    assert groups["words.positive.pt1"]["num_vectors"] == 2
+    # two layers, each q, k, v, out (32 -> 32) and fc1, fc2 (32 -> 96 -> 32), rank 1
+    assert groups["text_encoder.0.positive"]["num_layers"] == 12
+    assert groups["text_encoder.0.positive"]["num_parameters"] == 2 * (4 * 64 + 2 * 128)
+
+
+def test_the_plan_is_shown_per_branch(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        check_training(str(tiny_base_model), make_training_params(), INGESTION)
+    assert "negative  unet.1.negative" in caplog.text
+    assert "positive  words.positive.pt1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"templates": ("a photo",)}, r"the slot \{pt1\} in every template; got 'a photo'"),
+        ({"templates": ("a {pt1} {pt2}",)}, r"only the slots .* got \{pt2\} in 'a \{pt1\} \{pt2\}'"),
+        (
+            {"words": {"names": {"pt1": ("my-fox", "my-neg"), "pt2": ("my-hat", "my-hat-neg")}}},
+            r"got none with \{pt2\}",
+        ),
+        ({"words": {"names": {"pt1": ("cat", "my-cat-neg")}}}, "'cat' is already a single token"),
+        ({"words": {"names": {"pt1": ("my-cat", "My-Cat")}}}, "every trigger word once"),
+        ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "num_vectors": (30, 2)}}, "shorten the template"),
+        ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "init_text": ("*[0.1, 9]", "*[0.1]")}}, "init_text"),
+        ({"lora_unet": [{"lr": 1e-3, "rank": 1, "layers": ["re:.*atn1$"]}]}, "near names are .*attn1"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_any_weight_is_loaded(
+    tiny_base_model: Path,
+    make_training_params: MakeParams,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
+    with pytest.raises(InputError, match=message):
+        check_training(str(tiny_base_model), make_training_params(**changes), INGESTION)
+
+
+def test_a_branch_with_nothing_to_train_is_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    groups = [{"lr": 1e-3, "rank": 1, "branch": "p", "layers": [r"re:.*\.attn.?$"]}]
+    params = make_training_params(lora_unet=groups, lora_text_encoder=())  # valid: words train both branches
+    check_training(str(tiny_base_model), params, INGESTION)
+    without_words = params.model_copy(update={"words": params.words.model_copy(update={"names": {}})})
+    with pytest.raises(InputError, match="something to train in the negative branch"):
+        check_training(str(tiny_base_model), without_words, INGESTION)
+
+
+def test_an_incomplete_base_model_is_refused(tmp_path: Path, make_training_params: MakeParams) -> None:
+    with pytest.raises(InputError, match="expected the base model's folder"):
+        check_training(str(tmp_path / "none"), make_training_params(), INGESTION)
+
+
+# --------------------------------------------------------------------------------------------- the concept
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(
+    tiny_base_model: Path, make_training_params: MakeParams, tmp_path: Path
+) -> None:
+    dropout = [{"lr": 1e-3, "rank": 4, "layers": [r"re:.*\.attn.?$"], "dropout": 0.3}]
+    files = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(files))  # whatever the process did before
+        concept, _ = train(tiny_base_model, make_training_params(seed=seed, lora_unet=dropout))
+        dataset = ConceptDataset(filepath=str(tmp_path / f"{len(files)}.safetensors"))
+        dataset.save(concept)
+        files.append((tmp_path / f"{len(files)}.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_previews_do_not_change_what_is_learned(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    sampler = SamplerParams(scheduler="euler_a", num_inference_steps=2)
+    preview = {"every": 1, "prompts": ("a {pt1}", "a my-fox, blue"), "sampler": sampler}
+    tracker = RecordingTracker()
+    with_previews, _ = train(tiny_base_model, make_training_params(preview=preview), tracker)
+    without, _ = train(tiny_base_model, make_training_params())
+    assert all(torch.equal(with_previews.tensors[name], tensor) for name, tensor in without.tensors.items())
+    assert list(tracker.images) == [1, 2, 3]
+    assert tracker.images[1].width > 2 * 32
+    assert tracker.images[1].tobytes() != tracker.images[3].tobytes()
+
+
+def test_the_history_has_one_row_per_step_and_the_tracker_live_curves(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    tracker = RecordingTracker()
+    _, history = train(tiny_base_model, make_training_params(), tracker)
+    assert history["step"].tolist() == [1, 2, 3]
+    curves = {
+        "loss",
+        "loss_reference",
+        "loss_regularization",
+        "guidance_scale",
+        "lr/unet.0.positive",
+        "lr/words.negative.pt1",
+        "grad_norm/negative/adapters",
+        "grad_norm/positive/words",
+    }
+    assert curves <= set(history.columns)
+    assert curves <= tracker.metrics[1].keys()
+    assert tracker.metrics[3]["loss"] == pytest.approx(history["loss"].iloc[-1])
+    assert len(plot_history(history).data) > 0
+
+
+def test_zero_steps_give_a_concept_and_an_empty_history(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    concept, history = train(tiny_base_model, make_training_params(num_steps=0))
+    assert len(history) == 0
+    assert "loss" in history.columns
+    assert not any(t.any() for name, t in concept.tensors.items() if name.endswith(".up"))
+    plot_history(history)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": "1.0", "lora_unet": (), "lora_text_encoder": (), "regularization_batch_size": 0},
+        {
+            "guidance_scale": "1.0",
+            "words": {},
+            "templates": ("a {class}",),
+            "class_word": "fox",
+            "lora_unet": [{"lr": 1e-3, "rank": 2, "layers": ["re:.*attn.?$"]}],
+            "lora_text_encoder": (),
+        },
+        {"lora_unet": (), "lora_text_encoder": ()},
+        {"guidance_scale": "1.5-4.0:cos"},
+    ],
+    ids=["textual inversion", "plain LoRA", "pairs of words", "dynamic guidance"],
+)
+def test_other_methods_are_configurations(
+    tiny_base_model: Path, make_training_params: MakeParams, changes: dict[str, Any]
+) -> None:
+    before, _ = train(tiny_base_model, make_training_params(**changes, num_steps=0))
+    after, history = train(tiny_base_model, make_training_params(**changes))
+    assert len(history) == 3
+    moved = {name for name, tensor in after.tensors.items() if not torch.equal(tensor, before.tensors[name])}
+    assert moved >= {name for name in after.tensors if name.startswith("words") or name.endswith(".up")}
+
+
+def test_a_plan_of_other_parameters_is_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), INGESTION)
+    with pytest.raises(InputError, match="run the node check_training again"):
+        train(tiny_base_model, make_training_params(), plan=plan)
+
+
+# --------------------------------------------------------------------------------------------- the data
+
+
+def test_the_mask_weighs_the_reference_at_latent_size(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    mask = Image.new("L", (32, 32), 127)
+    mask.paste(255, (0, 0, 16, 32))  # the left half counts five times
+    params = make_training_params()
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    prompts = start_concept(backbone, params, 1, 0).prompts
+    data = training_data(backbone, prompts, picture(), mask, [], params, INGESTION)
+    assert data.mask is not None
+    assert data.mask.shape == (1, 1, 8, 8)
+    assert data.mask[0, 0, 3].tolist() == [5.0] * 4 + [1.0] * 4
+    assert training_data(backbone, prompts, picture(), MASK, [], params, INGESTION).mask is None
+
+
+def test_templates_become_prompts_of_both_branches_and_captions_stay_alike(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    params = make_training_params(templates=("a {class} {pt1}, {caption}",), class_word="red")
+    ingestion = INGESTION.model_copy(update={"caption": "blue background"})
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    prompts = start_concept(backbone, params, 1, 0).prompts
+    images = [("a red cat", picture())]
+    data = training_data(backbone, prompts, picture(), MASK, images, params, ingestion)
+    expected = prompts.token_ids(["a red my-fox-neg, blue background", "a red my-fox, blue background"])
+    assert torch.equal(data.reference.token_ids, expected[None])
+    assert data.regularization is not None
+    assert torch.equal(data.regularization.token_ids, prompts.token_ids(["a red cat", "a red cat"])[None])
+    assert data.regularization.mean.shape == data.reference.mean.shape == (1, 4, 8, 8)
+
+
+def test_preview_prompts_speak_of_the_positive_word(make_training_params: MakeParams) -> None:
+    assert fill_prompt("a {pt1}, blue background", make_training_params()) == "a my-fox, blue background"
+    assert fill_prompt("one {class}", make_training_params(class_word="fox")) == "one fox"
+
+
+def test_an_empty_history_keeps_its_columns() -> None:
+    assert list(history_table([]).columns) == ["step", "loss", "loss_reference", "guidance_scale", "seconds"]
+
+
+def test_the_plan_depends_on_raw_inputs_only() -> None:
+    first = create_pipeline().grouped_nodes[0]
+    assert [node.name for node in first] == ["check_training"]
+    assert set(first[0].inputs) == {"base_model", "params:training", "params:ingestion"}
