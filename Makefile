@@ -58,7 +58,7 @@ format: $(READY) ## put the code into the house's style
 	$(BIN)/ruff format .
 
 bench: $(READY) ## print speed and quality tables
-	set -e; for table in benchmarks/bench_*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
+	set -e; for table in benchmarks/*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
 
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)

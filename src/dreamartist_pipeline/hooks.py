@@ -48,7 +48,7 @@ class ConfigurationHooks:
         """Register what configuration files may ask about this project, then check the parameters of all pipelines.
 
         Kedro would take a parameter's type from the annotation of the node that reads it, and silently pass a plain
-        dictionary where another annotation of that node cannot be evaluated; here the schema decides, for every section.
+        dictionary where another annotation of that node cannot be evaluated; here the schema decides.
 
         Raises:
             InputError: an unknown key, method or subject, or values outside their bounds, all at once.
@@ -57,6 +57,17 @@ class ConfigurationHooks:
         check_names(context.config_loader.runtime_params or {}, origin="--params")
         check_subject(settings_of(context)["subject"])
         context.config_loader["parameters"] = build_parameters(load_parameters(context))
+
+    @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
+    def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Look for everything the pipeline starts from, so that a missing file is not found after minutes of work.
+
+        Raises:
+            DatasetError: what is missing, in its dataset's own words.
+        """
+        for name in sorted(pipeline.inputs()):
+            if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
+                catalog.load(name)
 
 
 def register_resolvers(project_path: Path) -> None:
@@ -135,7 +146,7 @@ def check_subject(subject: object) -> None:
     Raises:
         InputError: other characters than letters, digits, dot, hyphen and underscore.
     """
-    if not _SUBJECT.match(str(subject)):
+    if subject is None or not _SUBJECT.match(str(subject)):
         raise InputError(
             f"expected a subject's name of letters, digits, '.', '-' and '_' (it names folders and the trigger word); "
             f"got '{subject}'; use for example '{re.sub(r'[^A-Za-z0-9]+', '-', str(subject)).strip('-') or 'my-cat'}'"

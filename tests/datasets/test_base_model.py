@@ -1,0 +1,32 @@
+"""The base model by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kedro.io import DatasetError
+
+from dreamartist_pipeline.datasets.base_model import BaseModelDataset
+
+
+def test_a_folder_loads_to_its_path(tmp_path: Path) -> None:
+    assert BaseModelDataset(path=str(tmp_path)).load() == str(tmp_path)
+
+
+def test_a_hub_id_loads_as_it_is() -> None:
+    dataset = BaseModelDataset(path="hub:owner/name")
+    assert dataset.exists()
+    assert dataset.load() == "hub:owner/name"
+
+
+def test_a_missing_folder_is_refused_before_any_library_is_loaded(tmp_path: Path) -> None:
+    dataset = BaseModelDataset(path=str(tmp_path / "none"))
+    assert not dataset.exists()
+    with pytest.raises(DatasetError, match="expected a base model at .*none; got no such folder; set --params"):
+        dataset.load()
+
+
+def test_a_base_model_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="only read"):
+        BaseModelDataset(path=str(tmp_path)).save(object())  # type: ignore[arg-type]

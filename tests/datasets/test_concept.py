@@ -1,0 +1,72 @@
+"""The concept's file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from kedro.io import DatasetError
+
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.datasets.concept import ConceptDataset
+
+
+@pytest.fixture
+def concept() -> Concept:
+    tensors = {"unet.a.0.positive.up": torch.arange(6.0).reshape(2, 3), "words.negative.pt1": torch.ones(6, 4)}
+    return Concept(tensors=tensors, metadata={"format": "dreamartist-concept-1", "b": "2", "a": "1"})
+
+
+def dataset(folder: Path) -> ConceptDataset:
+    return ConceptDataset(filepath=str(folder / "new" / "concept.safetensors"))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path, concept: Concept) -> None:
+    dataset(tmp_path).save(concept)
+    loaded = dataset(tmp_path).load()
+    assert loaded.metadata == concept.metadata
+    assert loaded.tensors.keys() == concept.tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in concept.tensors.items())
+
+
+def test_equal_concepts_give_equal_bytes_whatever_the_order_of_their_names(tmp_path: Path, concept: Concept) -> None:
+    reversed_concept = Concept(
+        tensors=dict(reversed(concept.tensors.items())), metadata=dict(reversed(concept.metadata.items()))
+    )
+    dataset(tmp_path / "1").save(concept)
+    dataset(tmp_path / "2").save(reversed_concept)
+    files = [tmp_path / name / "new" / "concept.safetensors" for name in "12"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_failed_save_leaves_the_earlier_concept_as_it_was(tmp_path: Path, concept: Concept) -> None:
+    dataset(tmp_path).save(concept)
+    unsavable = Concept(tensors={"x": "no tensor"}, metadata={})  # type: ignore[dict-item]
+    with pytest.raises(DatasetError):
+        dataset(tmp_path).save(unsavable)
+    assert dataset(tmp_path).load().metadata == concept.metadata
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["concept.safetensors"]
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    assert not dataset(tmp_path).exists()
+    with pytest.raises(DatasetError, match="expected a concept at .*; got no such file; train it first"):
+        dataset(tmp_path).load()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\xff" * 64])
+def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "concept.safetensors").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"expected a concept \(safetensors\) at .*; got something else"):
+        dataset(tmp_path).load()
+
+
+def test_the_preview_shows_metadata_and_shapes(tmp_path: Path, concept: Concept) -> None:
+    dataset(tmp_path).save(concept)
+    assert json.loads(dataset(tmp_path).preview()) == {
+        "metadata": {"a": "1", "b": "2", "format": "dreamartist-concept-1"},
+        "tensors": {"unet.a.0.positive.up": [2, 3], "words.negative.pt1": [6, 4]},
+    }

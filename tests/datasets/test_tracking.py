@@ -1,0 +1,71 @@
+"""Live curves in the active MLflow run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kedro.io import DatasetError
+from PIL import Image
+
+from dreamartist_pipeline.datasets.tracking import TrackerDataset, metric_name
+
+
+@pytest.fixture
+def run_id(tmp_path: Path) -> Iterator[str]:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
+    with mlflow.start_run(experiment_id=experiment) as run:
+        yield run.info.run_id
+    mlflow.set_tracking_uri(before)
+
+
+def test_metrics_of_every_step_reach_the_active_run(run_id: str) -> None:
+    import mlflow
+
+    tracker = TrackerDataset().load()
+    for step in range(3):
+        tracker.log_metrics({"loss": 1.0 / (step + 1), "lr/unet[0]": 0.5}, step=step)
+    tracker.log_params({"effective_lr": 0.1})
+    mlflow.flush_async_logging()
+    client = mlflow.MlflowClient()
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+    assert len(client.get_metric_history(run_id, "lr/unet.0")) == 3
+    assert client.get_run(run_id).data.params == {"effective_lr": "0.1"}
+
+
+def test_images_reach_the_active_run(run_id: str) -> None:
+    import mlflow
+
+    TrackerDataset().load().log_image(Image.new("RGB", (4, 4)), key="preview", step=2)
+    mlflow.flush_artifact_async_logging()
+    files = [file.path for file in mlflow.MlflowClient().list_artifacts(run_id, "images")]
+    assert any("preview" in file and file.endswith(".png") for file in files)
+
+
+def test_without_an_active_run_nothing_is_written() -> None:
+    import mlflow
+
+    assert mlflow.active_run() is None
+    tracker = TrackerDataset().load()
+    tracker.log_metrics({"loss": 1.0}, step=0)
+    tracker.log_image(Image.new("RGB", (4, 4)), key="preview", step=0)
+    tracker.log_params({"a": 1})
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("loss", "loss"), ("lr/unet[0]", "lr/unet.0"), ("lr/unet[0].positive", "lr/unet.0.positive"), ("a(b)", "a_b_")],
+)
+def test_names_that_mlflow_refuses_are_spelt_otherwise(name: str, accepted: str) -> None:
+    assert metric_name(name) == accepted
+
+
+def test_a_tracker_is_not_saved() -> None:
+    with pytest.raises(DatasetError, match="it is not saved"):
+        TrackerDataset().save(object())  # type: ignore[arg-type]

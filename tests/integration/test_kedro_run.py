@@ -1,0 +1,148 @@
+"""Whole runs of a copy of the project, with a tiny base model, as users start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+SUBJECT = "button"
+
+
+def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `kedro run --env test` in the project, on one thread."""
+    command = [sys.executable, "-m", "kedro", "run", "--env", "test", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def settings(project: Path, **others: str) -> str:
+    """Return the --params that every run of this test needs."""
+    given = {"subject": SUBJECT, "image": "button.png", "base_model": "tiny", "prompt_database": "prompts.parquet"}
+    sizes = {"ingestion.bucket.side_px": "32", "ingestion.bucket.multiple_px": "8"}
+    return ",".join(f"{name}={value}" for name, value in (given | sizes | others).items())
+
+
+def last_run(project: Path) -> Any:
+    """Return the newest MLflow run."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
+    experiment = client.get_experiment_by_name("dreamartist")
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])[0]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
+    """Return a copy of the project with a picture, prompts and a tiny base model of its own."""
+    import pandas as pd
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("conf", "src"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.rmtree(folder / "conf" / "local")
+    (folder / "conf" / "local").mkdir()
+    for name in ("pyproject.toml", ".telemetry"):
+        shutil.copy(PROJECT / name, folder)
+    (folder / "data" / "09_tracking").mkdir(parents=True)
+    shutil.copytree(tiny_base_model, folder / "tiny")
+    picture = Image.new("RGB", (48, 40), "white")
+    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
+    picture.save(folder / "button.png")
+    pd.DataFrame({"prompt": ["a red cat", "a blue dog", "a green bird"]}).to_parquet(folder / "prompts.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> subprocess.CompletedProcess[str]:
+    """Train and evaluate once (the default pipeline), for all tests that look at the results."""
+    result = kedro_run(project, "--params", settings(project))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.mark.usefixtures("trained")
+def test_training_and_evaluation_leave_every_result_in_the_subjects_folders(project: Path) -> None:
+    data = project / "data"
+    for file in (
+        f"02_intermediate/{SUBJECT}/prepared_image.png",
+        f"02_intermediate/{SUBJECT}/prepared_mask.png",
+        f"06_models/{SUBJECT}/concept.safetensors",
+        f"06_models/{SUBJECT}/training_plan.json",
+        f"08_reporting/{SUBJECT}/training_history.csv",
+        f"08_reporting/{SUBJECT}/training_curves.json",
+        f"08_reporting/{SUBJECT}/contact_sheet.png",
+        f"08_reporting/{SUBJECT}/evaluation_metrics.json",
+        f"08_reporting/{SUBJECT}/evaluation_table.csv",
+    ):
+        assert (data / file).is_file(), file
+    made = json.loads((data / "05_model_input" / SUBJECT / "regularization_set.json").read_text())
+    assert len(list((data / "05_model_input" / "regularization" / made["key"]).glob("*.png"))) == 2
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: Path) -> None:
+    import mlflow
+
+    run = last_run(project)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name.startswith(f"{SUBJECT} · default · dreamartist-plus-plus · ingestion.bucket.side_px=32")
+    assert run.data.params["training.lora_unet.1.branch"] == "n"
+    assert run.data.params["training.words.names.pt1"] == f"['my-{SUBJECT}', 'my-{SUBJECT}-neg']"
+    assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
+    assert run.data.tags["command_line"].endswith(settings(project))
+    client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
+    assert {"concept", "evaluation", "training"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_the_closing_summary_says_where_everything_is_and_how_to_look(
+    trained: subprocess.CompletedProcess[str],
+) -> None:
+    assert f"data/06_models/{SUBJECT}/concept.safetensors" in trained.stdout
+    assert "mlflow ui --backend-store-uri sqlite:///data/09_tracking/mlflow.db" in trained.stdout
+    assert "kedro viz run" in trained.stdout
+    assert "kedro run --pipeline generate" in trained.stdout
+
+
+@pytest.mark.usefixtures("trained")
+def test_every_generate_run_has_a_folder_of_its_own(project: Path) -> None:
+    prompt = f"a my-{SUBJECT}, blue background"
+    result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **{"generate.prompts": prompt}))
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder,) = [path for path in (project / "data" / "07_model_output" / SUBJECT).iterdir() if path.is_dir()]
+    assert len(list(folder.rglob("*.png"))) == 2
+    assert last_run(project).data.params["generate.prompts"] == f"['{prompt}']"
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone(project: Path) -> None:
+    concept = project / "data" / "06_models" / SUBJECT / "concept.safetensors"
+    before = concept.read_bytes()
+    layers = "[{lr: 1e-3, rank: 4, branch: p, layers: ['re:.*nowhere']}]"
+    result = kedro_run(project, "--params", settings(project, **{"training.lora_unet": layers}))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    message, hint = result.stderr.splitlines()[-2:]
+    assert message.startswith("Error: expected a selector that matches")
+    assert hint == "(--traceback shows where it was raised)"
+    run = last_run(project)
+    assert (run.info.status, run.data.tags["error"].split(":")[0]) == ("FAILED", "InputError")
+    assert concept.read_bytes() == before
+
+
+def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
+    result = kedro_run(project, "--pipeline", "train", "--params", "trainign.num_steps=1")
+    assert result.returncode == 1
+    assert "got 'trainign' from --params; did you mean 'training'?" in result.stderr
+    assert "Traceback" not in result.stderr

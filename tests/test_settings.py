@@ -1,0 +1,109 @@
+"""Configuration: presets, overlays, and where a run's settings come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kedro.config import OmegaConfigLoader
+from omegaconf.errors import OmegaConfBaseException
+
+from dreamartist_pipeline import settings
+from dreamartist_pipeline.hooks import build_parameters, input_error_in, register_resolvers
+from dreamartist_pipeline.params import SECTIONS, TrainingParams
+
+PROJECT = Path(__file__).resolve().parents[1]
+METHODS = ("dreamartist-plus-plus", "tutorial", "toolkit", "textual-inversion", "lora")
+
+
+def load(key: str, env: str = "local", **runtime_params: Any) -> dict[str, Any]:
+    register_resolvers(PROJECT)
+    loader = OmegaConfigLoader(
+        conf_source=str(PROJECT / "conf"), env=env, runtime_params=runtime_params, **settings.CONFIG_LOADER_ARGS
+    )
+    return loader[key]
+
+
+def training(env: str = "base", **runtime_params: Any) -> TrainingParams:
+    return build_parameters(load("parameters", env, **runtime_params))["training"]
+
+
+@pytest.mark.parametrize("env", ["base", "sd15", "test"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_valid_in_every_environment(method: str, env: str) -> None:
+    parameters = build_parameters(load("parameters", env, method=method))
+    assert {name for name, value in parameters.items() if isinstance(value, SECTIONS.get(name, str))} >= set(SECTIONS)
+
+
+def test_a_single_value_of_a_method_can_be_changed_for_one_run() -> None:
+    changed = training(training={"num_steps": 10, "loss": {"snr_gamma": 3.0}})
+    assert (changed.num_steps, changed.loss.snr_gamma, changed.loss.weighting) == (10, 3.0, "min_snr")
+    assert len(changed.lora_unet) == 2
+
+
+def test_a_single_value_can_be_changed_together_with_the_method() -> None:
+    changed = training(method="lora", training={"num_steps": 10})
+    assert (changed.num_steps, changed.num_branches, changed.words.names) == (10, 1, {})
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(OmegaConfBaseException) as raised:
+        load("parameters", method="lorra")
+    error = input_error_in(raised.value)
+    assert error is not None
+    assert "out of dreamartist-plus-plus, lora," in str(error)
+    assert "got 'lorra'; did you mean 'lora'?" in str(error)
+
+
+def test_the_tutorial_preset_is_the_reference_tutorials() -> None:
+    preset = training(method="tutorial")
+    assert [(g.branch, g.rank, g.lr) for g in preset.lora_unet] == [("p", 3, 1e-4), ("n", 3, 2e-5)]
+    assert [(g.branch, g.rank, g.lr) for g in preset.lora_text_encoder] == [("p", 1, 1e-5), ("n", 1, 1e-5)]
+    assert preset.lora_unet[0].layers == (r"re:.*\.attn.?$",)
+
+
+def test_the_toolkit_preset_is_the_reference_toolkits() -> None:
+    preset = training(method="toolkit")
+    assert [(g.branch, g.rank, g.lr, g.dropout) for g in preset.lora_unet] == [
+        ("p", 0.01875, 1e-4, 0.1),
+        ("n", 0.01875, 4e-5, 0.1),
+    ]
+    assert {(g.rank, g.lr) for g in preset.lora_text_encoder} == {(2, 2e-5)}
+    assert (preset.words.lr, preset.guidance_scale, preset.loss.snr_gamma) == (2.5e-3, "3.0", 2.0)
+    assert (preset.num_steps, preset.schedule.kind, preset.schedule.warmup_steps) == (1000, "one_cycle", 200)
+    assert (preset.batch_size, preset.regularization_batch_size, preset.scale_lr) == (4, 1, True)
+
+
+def test_the_subject_names_trigger_words_files_and_run_alike() -> None:
+    assert training(subject="cat").words.names == {"pt1": ("my-cat", "my-cat-neg")}
+    catalog = load("catalog", subject="cat")
+    assert catalog["concept"]["dataset"]["filepath"] == "data/06_models/cat/concept.safetensors"
+    assert catalog["reference_image"]["filepath"] == "data/01_raw/reference_images/cat.png"
+    assert load("mlflow", subject="cat")["tracking"]["run"]["name"] == "cat"
+
+
+def test_the_class_word_is_the_subject_unless_given() -> None:
+    assert training(subject="owl").class_word == "owl"
+    assert training(subject="mia", class_word="owl").class_word == "owl"
+
+
+def test_a_picture_given_for_one_run_takes_the_place_of_the_subjects_own() -> None:
+    assert load("catalog", image="/pictures/x.jpg")["reference_image"]["filepath"] == "/pictures/x.jpg"
+
+
+def test_the_sd15_overlay_changes_only_what_differs() -> None:
+    parameters = load("parameters", "sd15")
+    assert parameters["ingestion"]["bucket"] == {"side_px": 512, "multiple_px": 64, "keep_aspect": False}
+    assert (parameters["device"]["dtype"], parameters["training"]["num_steps"]) == ("bfloat16", 1000)
+
+
+def test_runs_go_to_a_database_inside_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = load("mlflow")["server"]["mlflow_tracking_uri"]
+    assert uri == f"sqlite:///{PROJECT.as_posix()}/data/09_tracking/mlflow.db"
+
+
+def test_runs_go_to_the_server_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://runs.example:5000")
+    assert load("mlflow")["server"]["mlflow_tracking_uri"] == "http://runs.example:5000"
