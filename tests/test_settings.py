@@ -10,7 +10,7 @@ from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline import settings
-from dreamartist_pipeline.hooks import build_parameters, input_error_in, register_resolvers
+from dreamartist_pipeline.hooks import build_parameters, input_error_in, register_project_root
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -18,7 +18,7 @@ METHODS = ("dreamartist-plus-plus", "tutorial", "toolkit", "textual-inversion", 
 
 
 def load(key: str, env: str = "local", **runtime_params: Any) -> dict[str, Any]:
-    register_resolvers(PROJECT)
+    register_project_root(PROJECT)
     loader = OmegaConfigLoader(
         conf_source=str(PROJECT / "conf"), env=env, runtime_params=runtime_params, **settings.CONFIG_LOADER_ARGS
     )

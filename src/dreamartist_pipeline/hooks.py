@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -45,7 +44,7 @@ class ConfigurationHooks:
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
-        """Register what configuration files may ask about this project, then check the parameters of all pipelines.
+        """Tell configuration files where the project is, then check the parameters of all pipelines.
 
         Kedro would take a parameter's type from the annotation of the node that reads it, and silently pass a plain
         dictionary where another annotation of that node cannot be evaluated; here the schema decides.
@@ -53,7 +52,7 @@ class ConfigurationHooks:
         Raises:
             InputError: an unknown key, method or subject, or values outside their bounds, all at once.
         """
-        register_resolvers(context.project_path)
+        register_project_root(context.project_path)
         check_names(context.config_loader.runtime_params or {}, origin="--params")
         check_subject(settings_of(context)["subject"])
         context.config_loader["parameters"] = build_parameters(load_parameters(context))
@@ -70,11 +69,9 @@ class ConfigurationHooks:
                 catalog.load(name)
 
 
-def register_resolvers(project_path: Path) -> None:
-    """Let configuration files ask for `${project_root:}` and `${started:}`, the time at which this session began."""
-    started = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+def register_project_root(project_path: Path) -> None:
+    """Let configuration files ask for `${project_root:}`; the package may lie elsewhere than the project."""
     OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
-    OmegaConf.register_new_resolver("started", lambda: started, replace=True)
 
 
 def check_names(names: Collection[str], origin: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
+from datetime import datetime
 from typing import Any
 
 from dreamartist_pipeline.core.errors import InputError
@@ -19,6 +20,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 def environment(name: str, default: str = "") -> str:
     """Return an environment variable; `${env:NAME, default}` in configuration files."""
     return os.environ.get(name, default)
+
+
+def now() -> str:
+    """Return the time as a folder's name; `${now:}` in configuration files."""
+    return datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 def choose(options: str, name: str, *, _root_: Any) -> Any:
@@ -43,5 +49,5 @@ CONFIG_LOADER_ARGS = {
     "default_run_env": "local",
     "merge_strategy": {"parameters": "soft"},  # an overlay names only what differs
     "config_patterns": {"mlflow": ["mlflow*", "mlflow*/**"]},
-    "custom_resolvers": {"env": environment, "choose": choose},
+    "custom_resolvers": {"env": environment, "choose": choose, "now": now},
 }
