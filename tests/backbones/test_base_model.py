@@ -62,6 +62,14 @@ def test_a_missing_file_is_named(copied_model: Path, file: str, message: str) ->
         BaseModelFiles(copied_model).check()
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"", None])
+def test_truncated_weights_are_named(copied_model: Path, content: bytes | None) -> None:
+    weights = copied_model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(InputError, match=r"truncated .* as unet/diffusion_pytorch_model\.safetensors; download"):
+        BaseModelFiles(copied_model).check()
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected the base model's folder at .*nowhere; there is none"):
         BaseModelFiles(tmp_path / "nowhere").check()

@@ -65,7 +65,7 @@ class BaseModelFiles:
         """Confirm that the folder is complete and of a kind that can be trained.
 
         Raises:
-            InputError: there is no folder, a part or file is missing, or the model is an SDXL one.
+            InputError: there is no folder, a part or file is missing or truncated, or the model is an SDXL one.
         """
         if self.hub_id is not None:
             return
@@ -84,6 +84,11 @@ class BaseModelFiles:
             raise InputError(
                 f"expected a complete base model in {folder}; it lacks {', '.join(missing)}; "
                 "copy what is missing, or download the model again"
+            )
+        if damaged := [f"{f.parent.name}/{f.name}" for f in _model_files(folder) if not _is_whole(f)]:
+            raise InputError(
+                f"expected whole weight files in {folder}; got a truncated one, or a Git LFS pointer, as "
+                f"{', '.join(damaged)}; download the model again"
             )
 
     def fingerprint(self) -> str:
@@ -257,6 +262,20 @@ def _missing_files(folder: Path) -> Iterator[str]:
             yield f"{part}'s weights (a .safetensors file)"
         if part == "tokenizer" and not any(files <= names for files in _VOCABULARY_FILES):
             yield "tokenizer/tokenizer.json (or vocab.json and merges.txt)"
+
+
+def _is_whole(file: Path) -> bool:
+    """Say whether a safetensors file is as long as its header says; other files are taken as they are."""
+    if file.suffix != ".safetensors":
+        return True
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length < size - 8:
+            return False
+        header = json.loads(stream.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
