@@ -17,6 +17,7 @@ from dreamartist_pipeline.hooks import (
     RunRecordHooks,
     build_parameters,
     check_names,
+    check_picture_is_named,
     check_subject,
     flatten,
     git_tags,
@@ -86,6 +87,12 @@ def test_a_subject_that_cannot_name_a_folder_is_refused(subject: object) -> None
 @pytest.mark.parametrize("subject", ["fox", "my-cat_2.b", 42])
 def test_an_ordinary_subject_is_accepted(subject: object) -> None:
     check_subject(subject)
+
+
+def test_a_picture_without_a_subject_is_refused() -> None:
+    with pytest.raises(InputError, match="got only image=cat.jpg; add subject=NAME"):
+        check_picture_is_named({"image": "cat.jpg"})
+    check_picture_is_named({"image": "cat.jpg", "subject": "cat"})
 
 
 def test_a_missing_input_is_found_before_the_run(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ class ConfigurationHooks:
             InputError: an unknown key, method or subject, or values outside their bounds, all at once.
         """
         register_project_root(context.project_path)
-        check_names(context.config_loader.runtime_params or {}, origin="--params")
+        given = context.config_loader.runtime_params or {}
+        check_names(given, origin="--params")
+        check_picture_is_named(given)
         check_subject(settings_of(context)["subject"])
         context.config_loader["parameters"] = build_parameters(load_parameters(context))
 
@@ -147,6 +149,19 @@ def check_subject(subject: object) -> None:
         raise InputError(
             f"expected a subject's name of letters, digits, '.', '-' and '_' (it names folders and the trigger word); "
             f"got '{subject}'; use for example '{re.sub(r'[^A-Za-z0-9]+', '-', str(subject)).strip('-') or 'my-cat'}'"
+        )
+
+
+def check_picture_is_named(given: Mapping[str, Any]) -> None:
+    """Refuse a picture for one run without a subject for it: its results would replace those of another subject.
+
+    Raises:
+        InputError: `image` without `subject`.
+    """
+    if "image" in given and "subject" not in given:
+        raise InputError(
+            f"expected a subject's name beside the picture; got only image={given['image']}; "
+            "add subject=NAME, which names its folders and trigger word"
         )
 
 

@@ -85,7 +85,7 @@ class IngestionParams(Params):
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
 
 
-# ------------------------------------------------------------------------------------------------- prompts, regularization
+# ------------------------------------------------------------------------------------------- prompts, regularization
 
 
 class PromptsParams(Params):
@@ -110,7 +110,8 @@ class RegularizationParams(Params):
 class LoRAGroup(Params):
     """One item of `lora_unet` / `lora_text_encoder`, as the reference tutorial writes it.
 
-    A float rank is a fraction of the layer's out_features (rounded, at least 1). Without `branch`, both halves share it.
+    A float rank is a fraction of the layer's out_features (rounded, at least 1). Without `branch`, both halves share
+    it.
     """
 
     lr: Positive
@@ -157,7 +158,9 @@ class WordsParams(Params):
             if not positive or not negative:
                 raise ValueError(f"slot {slot!r} needs a trigger word per branch, got {[positive, negative]}")
             if positive == negative:
-                raise ValueError(f"slot {slot!r} has the same trigger word {positive!r} in both branches; they must differ")
+                raise ValueError(
+                    f"slot {slot!r} has the same trigger word {positive!r} in both branches; they must differ"
+                )
             for word in (positive, negative):
                 if re.search(r"\s", word):
                     raise ValueError(f"trigger word {word!r} contains a space; use a hyphen")
@@ -239,11 +242,13 @@ class TrainingParams(Params):
         if self.num_branches == 2 and groups and not self.words.names:
             for branch, name in (("p", "positive"), ("n", "negative")):
                 if not any(group.branch in (branch, None) for group in groups):
-                    raise ValueError(f"no LoRA group trains the {name} branch (branch: {branch}) and there are no words")
+                    raise ValueError(
+                        f"no LoRA group trains the {name} branch (branch: {branch}) and there are no words"
+                    )
         return self
 
 
-# ------------------------------------------------------------------------------------------------- evaluation, generation
+# ------------------------------------------------------------------------------------------- evaluation, generation
 
 
 class EvaluationParams(Params):

@@ -1,0 +1,1 @@
+"""The method itself: plain torch, numpy and PIL."""

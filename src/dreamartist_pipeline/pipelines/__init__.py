@@ -1,0 +1,1 @@
+"""One folder a stage: nodes and their wiring."""
