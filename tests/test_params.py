@@ -1,0 +1,110 @@
+"""The schema: what the configuration may say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dreamartist_pipeline.params import (
+    SECTIONS,
+    BucketParams,
+    GenerateParams,
+    LoRAGroup,
+    TrainingParams,
+    WordsParams,
+)
+
+GROUP = {"lr": 1e-4, "rank": 3, "layers": ["re:.*attn"]}
+WORDS = {"names": {"pt1": ["my-cat", "my-cat-neg"]}}
+
+
+def training(**values: Any) -> TrainingParams:
+    return TrainingParams(**({"num_steps": 2, "words": WORDS} | values))
+
+
+@pytest.mark.parametrize("section", sorted(SECTIONS))
+def test_every_section_refuses_unknown_keys(section: str) -> None:
+    with pytest.raises(ValidationError, match=r"no_such_key\s+Extra inputs are not permitted"):
+        SECTIONS[section].model_validate({"no_such_key": 1})
+
+
+def test_parameters_never_change_after_validation() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        training().num_steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "an integer rank is at least 1, got 0"),
+        ({"rank": 1.5}, "a float rank is a fraction of out_features between 0 and 1, got 1.5"),
+        ({"lr": -1e-4}, "greater than 0"),
+        ({"branch": "pos"}, "'p' or 'n'"),
+        ({"layers": []}, "at least 1 item"),
+        ({"layers": ["re:(unclosed"]}, "is not a regular expression"),
+        ({"dropout": 1.0}, "less than 1"),
+    ],
+)
+def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LoRAGroup(**(GROUP | change))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"pt1": ["my-cat", "my-cat"]}, "same trigger word 'my-cat' in both branches"),
+        ({"pt1": ["my-cat", ""]}, "needs a trigger word per branch"),
+        ({"pt1": ["my cat", "my-cat-neg"]}, "contains a space; use a hyphen"),
+    ],
+)
+def test_a_pair_of_trigger_words_that_cannot_work_is_refused(names: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        WordsParams(names=names)
+
+
+@pytest.mark.parametrize(
+    ("scale", "num_branches"), [("1.0", 1), (1, 1), ("1-1", 1), ("3.0", 2), (3, 2), ("1-3:cos", 2), ("1.5-7:ln", 2)]
+)
+def test_only_a_guidance_scale_of_constantly_one_has_a_single_branch(scale: object, num_branches: int) -> None:
+    assert training(guidance_scale=scale).num_branches == num_branches
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ("high", "is a number or 'low-high:curve', got 'high'"),
+        ("1-3:sin", "one of ln, cos, cos2, got 'sin'"),
+        ("0.5", "at least 1"),
+        ("__import__('os')", "is a number or"),
+    ],
+)
+def test_a_guidance_scale_that_says_nothing_is_refused(scale: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        training(guidance_scale=scale)
+
+
+def test_a_training_of_nothing_is_refused() -> None:
+    with pytest.raises(ValidationError, match="nothing to train"):
+        training(words={})
+
+
+def test_a_negative_group_without_a_negative_branch_is_refused() -> None:
+    with pytest.raises(ValidationError, match="there is no negative branch, but a LoRA group has branch: n"):
+        training(guidance_scale="1.0", lora_unet=[GROUP | {"branch": "n"}])
+
+
+def test_a_branch_that_nothing_trains_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no LoRA group trains the negative branch"):
+        training(words={}, lora_unet=[GROUP | {"branch": "p"}])
+
+
+def test_a_side_off_the_grid_is_refused() -> None:
+    with pytest.raises(ValidationError, match="side_px 100 is not a multiple of multiple_px 64"):
+        BucketParams(side_px=100)
+
+
+def test_a_single_prompt_may_stand_alone() -> None:
+    assert GenerateParams(prompts="a red fox, blue background").prompts == ("a red fox, blue background",)  # type: ignore[arg-type]
