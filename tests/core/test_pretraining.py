@@ -78,7 +78,7 @@ def test_normalised_latents_have_zero_mean_and_unit_deviation_and_decode_to_the_
     with torch.no_grad():
         before = autoencoder.encode(images).latent_dist
         decoded = autoencoder.decode(before.mean).sample
-        normalize_latents(autoencoder, before.mean)
+        normalize_latents(autoencoder.quant_conv, autoencoder.post_quant_conv, before.mean)
         after = autoencoder.encode(images).latent_dist
         again = autoencoder.decode(after.mean).sample
     assert after.mean.mean((0, 2, 3)).abs().max() < 1e-4

@@ -39,9 +39,7 @@ def test_a_sprite_covers_its_place_and_nothing_else():
 
 
 def test_left_and_right_sprites_stand_left_and_right():
-    scene = make_scene(
-        sprite=torch.tensor([[0.0, 1.0]]), place=torch.tensor([[[0.25, 0.5, 0.4], [0.75, 0.5, 0.4]]])
-    )
+    scene = make_scene(sprite=torch.tensor([[0.0, 1.0]]), place=torch.tensor([[[0.25, 0.5, 0.4], [0.75, 0.5, 0.4]]]))
     image = compose(make_sprites().images, scene, SIZE_PX)[0]
     assert image[:, 16, 8].tolist() == [1.0, -1.0, -1.0]
     assert image[:, 16, 24].tolist() == [-1.0, -1.0, 1.0]

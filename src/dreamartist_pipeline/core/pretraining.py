@@ -24,8 +24,11 @@ Checkpoint = dict[str, Any]
 class Autoencoder(Protocol):
     """What the autoencoder stage needs of a diffusers AutoencoderKL."""
 
-    def encode(self, x: torch.Tensor) -> Any: ...
-    def decode(self, z: torch.Tensor) -> Any: ...
+    def encode(self, x: torch.Tensor) -> Any:
+        """Return something whose `latent_dist` is the posterior of images `[B, 3, H, W]`."""
+
+    def decode(self, z: torch.Tensor) -> Any:
+        """Return something whose `sample` are the images of latents `[B, C, h, w]`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class StepReport:
+    """What one step did; the gradient's norm is the one before clipping."""
+
     step: int
     loss: float
     lr: float
@@ -94,11 +99,7 @@ def fit_stage(
         done = step + 1
         if _rank() == 0 and on_step:
             on_step(StepReport(done, loss.item(), lr, float(grad_norm)))
-        if (
-            _rank() == 0
-            and save_checkpoint
-            and (done % settings.checkpoint_every == 0 or done == settings.num_steps)
-        ):
+        if _rank() == 0 and save_checkpoint and (done % settings.checkpoint_every == 0 or done == settings.num_steps):
             save_checkpoint(_snapshot(done, parameters, averages, optimizer))
     for parameter, average in zip(parameters, averages, strict=True):
         parameter.data.copy_(average)
@@ -179,10 +180,11 @@ def autoencoder_loss(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Te
     The edge term is what keeps outlines crisp without an adversary. `images` is `[B, 3, H, W]` in [-1, 1].
     """
     posterior = autoencoder.encode(images).latent_dist
-    reconstruction = autoencoder.decode(posterior.sample()).sample.float()
+    reconstruction: torch.Tensor = autoencoder.decode(posterior.sample()).sample.float()
     error = reconstruction - images
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
-    return error.abs().mean() + 0.5 * error.pow(2).mean() + 0.3 * edges + 1e-6 * posterior.kl().float().mean()
+    divergence: torch.Tensor = posterior.kl().float().mean()
+    return error.abs().mean() + 0.5 * error.pow(2).mean() + 0.3 * edges + 1e-6 * divergence
 
 
 def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -191,18 +193,18 @@ def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def normalize_latents(autoencoder: nn.Module, latents: torch.Tensor) -> None:
+def normalize_latents(quant: nn.Conv2d, post_quant: nn.Conv2d, latents: torch.Tensor) -> None:
     """Fold the latents' per-channel mean and deviation into the 1×1 quantisation convolutions, exactly.
 
     Afterwards latents have zero mean and unit deviation per channel and `scaling_factor` is 1.
 
     Args:
-        autoencoder: an AutoencoderKL with quant_conv and post_quant_conv; changed in place.
+        quant, post_quant: the autoencoder's `quant_conv` and `post_quant_conv`, with biases; changed in place.
         latents: `[N, C, h, w]` posterior means of typical images under the unchanged autoencoder.
     """
     channels = latents.shape[1]
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    quant, post_quant = autoencoder.quant_conv, autoencoder.post_quant_conv
+    assert quant.bias is not None and post_quant.bias is not None
     quant.weight[:channels] /= std.view(-1, 1, 1, 1)
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
     quant.bias[channels:] -= 2 * std.log()  # log-variance rows

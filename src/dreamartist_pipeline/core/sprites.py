@@ -71,6 +71,7 @@ class Scenes:
     captions: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Scenes:
+        """Return the scenes on a device."""
         return Scenes(**{name: tensor.to(device) for name, tensor in self._tensors().items()}, captions=self.captions)
 
     def rows(self, chosen: torch.Tensor) -> Scenes:

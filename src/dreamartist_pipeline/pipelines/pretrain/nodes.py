@@ -86,7 +86,8 @@ def draw_samples(base_model_path: str) -> Image.Image:
     pipeline = StableDiffusionPipeline.from_pretrained(
         base_model_path, dtype=torch.float32, safety_checker=None, local_files_only=True
     )
-    return sample_grid(pipeline, images_per_prompt=4)
+    grid: Image.Image = sample_grid(pipeline, images_per_prompt=4)
+    return grid
 
 
 def _recipe(params: PretrainParams, *stages: str) -> str:

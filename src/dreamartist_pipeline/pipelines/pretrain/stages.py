@@ -48,6 +48,7 @@ class StageReporter:
         self._losses: list[float] = []
 
     def __call__(self, report: StepReport) -> None:
+        """Take note of one step."""
         self._bar.update()
         self._losses.append(report.loss)
         if report.step % _REPORT_EVERY and report.step != self.num_steps:
@@ -91,7 +92,7 @@ def fit_autoencoder(sprites: SpriteSet, params: PretrainParams, store: Checkpoin
     _fit("autoencoder", parameters, loss_of, stage, params.seed, store, tracker, save)
     with torch.no_grad():
         latents = torch.cat([autoencoder.encode(batch).latent_dist.mode() for batch in held_back.split(64)])
-    normalize_latents(autoencoder, latents)
+    normalize_latents(autoencoder.quant_conv, autoencoder.post_quant_conv, latents)
     return autoencoder.cpu().requires_grad_(False)
 
 
@@ -196,7 +197,8 @@ def encode_scenes(
     autoencoder, images, scenes = autoencoder.to(device), sprites.images.to(device), scenes.to(device)
     batches = torch.arange(len(scenes.captions), device=device).split(batch_size)
     progress = tqdm(batches, desc="scenes to latents", unit="batch")
-    encoded = [autoencoder.encode(_paint(images, scenes, size_px, batch)).latent_dist.mode().cpu() for batch in progress]
+    painted = (_paint(images, scenes, size_px, batch) for batch in progress)
+    encoded = [autoencoder.encode(batch).latent_dist.mode().cpu() for batch in painted]
     autoencoder.cpu()
     return torch.cat(encoded)
 
@@ -206,6 +208,7 @@ def _paint(images: torch.Tensor, scenes: Scenes, size_px: int, chosen: torch.Ten
 
 
 def token_ids_of(tokenizer: Any, captions: list[str]) -> torch.Tensor:
+    """Tokenize captions, padded to the tokenizer's length: `[N, L]` int64."""
     return torch.tensor(tokenizer(captions, padding="max_length", truncation=True).input_ids)
 
 
