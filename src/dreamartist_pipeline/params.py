@@ -81,7 +81,6 @@ class IngestionParams(Params):
     bucket: BucketParams
     fit: Literal["crop", "pad"] = "crop"
     background_color: str = "white"  # any PIL colour: behind transparent pixels and around padded ones
-    caption: str | None = None  # fills '{caption}' in templates
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
 
 

@@ -9,7 +9,7 @@ import pytest
 from kedro.io import DatasetError
 from PIL import Image
 
-from dreamartist_pipeline.datasets.image import ImageDataset, OptionalImageDataset, ReferenceImageDataset, save_image
+from dreamartist_pipeline.datasets.image import CaptionDataset, ImageDataset, OptionalImageDataset, ReferenceImageDataset, save_image
 
 PREVIEWED = (ReferenceImageDataset, OptionalImageDataset, ImageDataset)
 
@@ -122,3 +122,17 @@ def test_previews_are_small_pngs(picture: Path, dataset_class: type[ImageDataset
 @pytest.mark.parametrize("dataset_class", PREVIEWED)
 def test_kedro_viz_recognises_the_previews_by_their_type(dataset_class: type[ImageDataset]) -> None:
     assert inspect.signature(dataset_class.preview).return_annotation.__name__ == "ImagePreview"
+
+
+def test_the_caption_is_the_text_beside_the_picture_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_text("white background,\n noto style\n", encoding="utf-8")
+    assert CaptionDataset(image=str(tmp_path / "cat.png")).load() == "white background, noto style"
+
+
+def test_a_caption_that_is_given_takes_precedence_over_the_text_file(tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_text("white background", encoding="utf-8")
+    assert CaptionDataset(image=str(tmp_path / "cat.png"), caption=" blue sky ").load() == "blue sky"
+
+
+def test_a_picture_without_a_caption_has_an_empty_one(tmp_path: Path) -> None:
+    assert CaptionDataset(image=str(tmp_path / "cat.png")).load() == ""

@@ -30,7 +30,7 @@ from dreamartist_pipeline.pipelines.training.nodes import (
 
 MakeParams = Callable[..., TrainingParams]
 CPU = DeviceParams(device="cpu")
-INGESTION = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
+CAPTION = "white background"
 MASK = Image.new("L", (32, 32), 127)
 
 
@@ -68,7 +68,7 @@ def picture() -> Image.Image:
 def train(
     base_model: Path, params: TrainingParams, tracker: RecordingTracker | None = None, **changes: Any
 ) -> tuple[Concept, Any]:
-    plan = changes.pop("plan", None) or check_training(str(base_model), params, INGESTION)
+    plan = changes.pop("plan", None) or check_training(str(base_model), params, CAPTION)
     return train_concept(
         base_model=str(base_model),
         prepared_image=picture(),
@@ -77,7 +77,7 @@ def train(
         image_store=TwoImages(),
         training_plan=plan,
         params=params,
-        ingestion=INGESTION,
+        caption=CAPTION,
         device=CPU,
         tracker=tracker or RecordingTracker(),
     )
@@ -87,7 +87,7 @@ def train(
 
 
 def test_the_plan_counts_what_each_branch_trains(tiny_base_model: Path, make_training_params: MakeParams) -> None:
-    plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), INGESTION)
+    plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), CAPTION)
     assert json.loads(json.dumps(plan)) == plan
     groups = {group["name"]: group for group in plan["groups"]}
     assert list(groups) == [
@@ -111,7 +111,7 @@ def test_the_plan_is_shown_per_branch(
     tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        check_training(str(tiny_base_model), make_training_params(), INGESTION)
+        check_training(str(tiny_base_model), make_training_params(), CAPTION)
     assert "negative  unet.1.negative" in caplog.text
     assert "positive  words.positive.pt1" in caplog.text
 
@@ -143,21 +143,21 @@ def test_a_plan_that_cannot_work_is_refused_before_any_weight_is_loaded(
 
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
     with pytest.raises(InputError, match=message):
-        check_training(str(tiny_base_model), make_training_params(**changes), INGESTION)
+        check_training(str(tiny_base_model), make_training_params(**changes), CAPTION)
 
 
 def test_a_branch_with_nothing_to_train_is_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
     groups = [{"lr": 1e-3, "rank": 1, "branch": "p", "layers": [r"re:.*\.attn.?$"]}]
     params = make_training_params(lora_unet=groups, lora_text_encoder=())  # valid: words train both branches
-    check_training(str(tiny_base_model), params, INGESTION)
+    check_training(str(tiny_base_model), params, CAPTION)
     without_words = params.model_copy(update={"words": params.words.model_copy(update={"names": {}})})
     with pytest.raises(InputError, match="something to train in the negative branch"):
-        check_training(str(tiny_base_model), without_words, INGESTION)
+        check_training(str(tiny_base_model), without_words, CAPTION)
 
 
 def test_an_incomplete_base_model_is_refused(tmp_path: Path, make_training_params: MakeParams) -> None:
     with pytest.raises(InputError, match="expected the base model's folder"):
-        check_training(str(tmp_path / "none"), make_training_params(), INGESTION)
+        check_training(str(tmp_path / "none"), make_training_params(), CAPTION)
 
 
 # --------------------------------------------------------------------------------------------- the concept
@@ -249,7 +249,7 @@ def test_other_methods_are_configurations(
 
 
 def test_a_plan_of_other_parameters_is_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
-    plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), INGESTION)
+    plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), CAPTION)
     with pytest.raises(InputError, match="run the node check_training again"):
         train(tiny_base_model, make_training_params(), plan=plan)
 
@@ -263,22 +263,21 @@ def test_the_mask_weighs_the_reference_at_latent_size(tiny_base_model: Path, mak
     params = make_training_params()
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     prompts = start_concept(backbone, params, 1, 0).prompts
-    data = training_data(backbone, prompts, picture(), mask, [], params, INGESTION)
+    data = training_data(backbone, prompts, picture(), mask, [], params, CAPTION)
     assert data.mask is not None
     assert data.mask.shape == (1, 1, 8, 8)
     assert data.mask[0, 0, 3].tolist() == [5.0] * 4 + [1.0] * 4
-    assert training_data(backbone, prompts, picture(), MASK, [], params, INGESTION).mask is None
+    assert training_data(backbone, prompts, picture(), MASK, [], params, CAPTION).mask is None
 
 
 def test_templates_become_prompts_of_both_branches_and_captions_stay_alike(
     tiny_base_model: Path, make_training_params: MakeParams
 ) -> None:
     params = make_training_params(templates=("a {class} {pt1}, {caption}",), class_word="red")
-    ingestion = INGESTION.model_copy(update={"caption": "blue background"})
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     prompts = start_concept(backbone, params, 1, 0).prompts
     images = [("a red cat", picture())]
-    data = training_data(backbone, prompts, picture(), MASK, images, params, ingestion)
+    data = training_data(backbone, prompts, picture(), MASK, images, params, "blue background")
     expected = prompts.token_ids(["a red my-fox-neg, blue background", "a red my-fox, blue background"])
     assert torch.equal(data.reference.token_ids, expected[None])
     assert data.regularization is not None
@@ -298,4 +297,4 @@ def test_an_empty_history_keeps_its_columns() -> None:
 def test_the_plan_depends_on_raw_inputs_only() -> None:
     first = create_pipeline().grouped_nodes[0]
     assert [node.name for node in first] == ["check_training"]
-    assert set(first[0].inputs) == {"base_model", "params:training", "params:ingestion"}
+    assert set(first[0].inputs) == {"base_model", "params:training", "reference_caption"}

@@ -19,7 +19,7 @@ from dreamartist_pipeline.pipelines.pretrain.rendering import icon_svg, rasteriz
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 SIDE_PX, MARGIN_PX = 256, 20
-WHITE, PALE_BLUE = "#ffffff", "#dcebfa"
+BACKGROUND, CAPTION = "#ffffff", "white background"
 HELD_OUT_PACKAGES = {  # never read by the pretrain pipeline
     "streamline-emojis": {
         "file": "iconify-json-streamline-emojis-1.2.4.tgz",
@@ -27,29 +27,29 @@ HELD_OUT_PACKAGES = {  # never read by the pretrain pipeline
         "members": ["icons.json"],
     }
 }
-SUBJECTS = {  # file name -> sprite package, icon, background
-    "fox": ("noto", "fox", WHITE),
-    "octopus": ("twemoji", "octopus", WHITE),
-    "strawberry": ("noto", "strawberry", PALE_BLUE),
-    "owl": ("twemoji", "owl", PALE_BLUE),
-    "robot": ("noto", "robot", WHITE),
-    "rocket": ("twemoji", "rocket", WHITE),
-    "mushroom": ("noto", "mushroom", PALE_BLUE),
-    "penguin": ("twemoji", "penguin", PALE_BLUE),
-    "snail": ("noto", "snail", WHITE),
-    "umbrella": ("twemoji", "umbrella", WHITE),
-    "mushroom-outline": ("streamline-emojis", "mushroom", WHITE),
+SUBJECTS = {  # file name -> sprite package, icon
+    "fox": ("noto", "fox"),
+    "octopus": ("twemoji", "octopus"),
+    "strawberry": ("noto", "strawberry"),
+    "owl": ("twemoji", "owl"),
+    "robot": ("noto", "robot"),
+    "rocket": ("twemoji", "rocket"),
+    "mushroom": ("noto", "mushroom"),
+    "penguin": ("twemoji", "penguin"),
+    "snail": ("noto", "snail"),
+    "umbrella": ("twemoji", "umbrella"),
+    "mushroom-outline": ("streamline-emojis", "mushroom"),
 }
 
 
-def render(collection: dict, icon: str, background: str) -> Image.Image:
+def render(collection: dict, icon: str) -> Image.Image:
     """Draw one icon in the middle of a plain square."""
     name = collection.get("aliases", {}).get(icon, {}).get("parent", icon)
     pixels = rasterize(icon_svg(collection, name), SIDE_PX - 2 * MARGIN_PX)
     if pixels is None:
         raise ValueError(f"expected a drawing in the icon {icon!r}, got an empty one")
     sprite = Image.fromarray(pixels.transpose(1, 2, 0), "RGBA")
-    image = Image.new("RGBA", (SIDE_PX, SIDE_PX), background)
+    image = Image.new("RGBA", (SIDE_PX, SIDE_PX), BACKGROUND)
     image.alpha_composite(sprite, (MARGIN_PX, MARGIN_PX))
     return image.convert("RGB")
 
@@ -58,11 +58,12 @@ def main() -> None:
     catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog_pretrain.yml").read_text(encoding="utf-8"))
     entry = catalog["sprite_packages"]
     specs = {**entry["packages"], **HELD_OUT_PACKAGES}
-    wanted = {package: specs[package] for package, _, _ in SUBJECTS.values()}
+    wanted = {package: specs[package] for package, _ in SUBJECTS.values()}
     packages = SpritePackagesDataset(path=str(ROOT / entry["path"]), packages=wanted).load()
-    for file_name, (package, icon, background) in SUBJECTS.items():
-        image = render(packages[package]["icons"], icon, background)
+    for file_name, (package, icon) in SUBJECTS.items():
+        image = render(packages[package]["icons"], icon)
         image.save(FOLDER / f"{file_name}.png", optimize=True)
+        (FOLDER / f"{file_name}.txt").write_text(f"{CAPTION}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

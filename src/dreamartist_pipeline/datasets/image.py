@@ -76,6 +76,38 @@ class OptionalImageDataset(AbstractDataset[None, bytes | None]):
         return {"filepath": self._filepath and self._filepath.as_posix()}
 
 
+class CaptionDataset(AbstractDataset[None, str]):
+    """What the reference image shows beside the subject: a caption given, or the text file beside the image, or "".
+
+    The text file has the image's name with the suffix .txt, as LoRA training tools expect it.
+
+    Args:
+        image: the reference image's file.
+        caption: takes precedence over the text file.
+    """
+
+    def __init__(self, *, image: str, caption: str | None = None, metadata: dict[str, Any] | None = None) -> None:
+        self._file = Path(image).with_suffix(".txt")
+        self._caption = caption
+        self.metadata = metadata
+
+    def load(self) -> str:
+        """Return the caption in one line; "" when there is none."""
+        if self._caption is not None:
+            return str(self._caption).strip()
+        return " ".join(self._file.read_text(encoding="utf-8").split()) if self._file.is_file() else ""
+
+    def save(self, data: None) -> None:
+        """Refuse: it is input."""
+        raise DatasetError("the caption is the user's own text; it is only read")
+
+    def _exists(self) -> bool:
+        return True
+
+    def _describe(self) -> dict[str, Any]:
+        return {"file": self._file.as_posix(), "caption": self._caption}
+
+
 class ImageDataset(AbstractDataset["Image", "Image"]):
     """A Pillow image in a lossless file; a save replaces the old file in one step.
 

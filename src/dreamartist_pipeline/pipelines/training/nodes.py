@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL.Image import Image
 
-from dreamartist_pipeline.params import DeviceParams, IngestionParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.figures import training_figure
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ImageStore(Protocol):
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def check_training(base_model: str, params: TrainingParams, ingestion: IngestionParams) -> dict[str, Any]:
+def check_training(base_model: str, params: TrainingParams, caption: str) -> dict[str, Any]:
     """Check the whole plan against the base model, before any long work and without loading its weights.
 
     Returns:
@@ -72,7 +72,7 @@ def check_training(base_model: str, params: TrainingParams, ingestion: Ingestion
 
     check_templates(params)
     outline = load_outline(BaseModelFiles(base_model))
-    groups = _planned_groups(outline, params, ingestion)
+    groups = _planned_groups(outline, params, caption)
     _check_branches_train(groups, params)
     log.info("What each branch will train:\n%s", branch_table(groups))
     return {
@@ -119,7 +119,7 @@ def check_templates(params: TrainingParams) -> None:
         )
 
 
-def _planned_groups(outline: Any, params: TrainingParams, ingestion: IngestionParams) -> tuple[ParameterGroup, ...]:
+def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple[ParameterGroup, ...]:
     """Put adapters and words into the weightless base model and return what would train."""
     import torch
 
@@ -143,7 +143,7 @@ def _planned_groups(outline: Any, params: TrainingParams, ingestion: IngestionPa
         words = WordEmbedding(embedding, vocabulary, initial)
         max_positions = outline.text_encoder.config.max_position_embeddings
         tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
-        for pair in _template_prompts(params, ingestion):
+        for pair in _template_prompts(params, caption):
             for prompt in pair:
                 tokenizer.check_fits(prompt)
     return parameter_groups(stacks, words, params.words.lr * factor)
@@ -178,12 +178,11 @@ def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
     ]
 
 
-def _template_prompts(params: TrainingParams, ingestion: IngestionParams) -> list[tuple[str, str]]:
+def _template_prompts(params: TrainingParams, caption: str) -> list[tuple[str, str]]:
     """Return (negative, positive) of every template."""
     from dreamartist_pipeline.core.captions import branch_prompts
 
-    names, caption = params.words.names, ingestion.caption or ""
-    return [branch_prompts(template, names, params.class_word, caption) for template in params.templates]
+    return [branch_prompts(template, params.words.names, params.class_word, caption) for template in params.templates]
 
 
 # ------------------------------------------------------------------------------------------------- the training
@@ -197,7 +196,7 @@ def train_concept(
     image_store: ImageStore,
     training_plan: dict[str, Any],
     params: TrainingParams,
-    ingestion: IngestionParams,
+    caption: str,
     device: DeviceParams,
     tracker: Tracker,
 ) -> tuple[Concept, DataFrame]:
@@ -222,7 +221,7 @@ def train_concept(
     log.info("What each branch trains:\n%s", branch_table(groups))
     metadata = concept_metadata(backbone, params, factor)
     images = _regularization_images(regularization_set, image_store, params)
-    data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, ingestion)
+    data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with _StepReport(params.num_steps, tracker) as report:
         preview = _preview(backbone, new, metadata, params, tracker)
         history = fit(trainee(new, groups), data, params, report, preview)
@@ -262,7 +261,7 @@ def training_data(
     mask: Image,
     regularization: Sequence[tuple[str, Image]],
     params: TrainingParams,
-    ingestion: IngestionParams,
+    caption: str,
 ) -> TrainingData:
     """Encode the prepared image and the regularization set once, and tokenize every prompt.
 
@@ -272,7 +271,7 @@ def training_data(
     from dreamartist_pipeline.core.images import fit_to_size
     from dreamartist_pipeline.core.training import TrainingData
 
-    reference = _latent_images(backbone, [image], _stacked_ids(prompts, _template_prompts(params, ingestion), params))
+    reference = _latent_images(backbone, [image], _stacked_ids(prompts, _template_prompts(params, caption), params))
     others = None
     if regularization:
         captions = [(caption, caption) for caption, _ in regularization]  # no trigger word in either branch

@@ -13,7 +13,7 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 check_training,
-                inputs={"base_model": "base_model", "params": "params:training", "ingestion": "params:ingestion"},
+                inputs={"base_model": "base_model", "params": "params:training", "caption": "reference_caption"},
                 outputs="training_plan",
                 name="check_training",
                 tags="training",
@@ -28,7 +28,7 @@ def create_pipeline() -> Pipeline:
                     "image_store": "image_store",
                     "training_plan": "training_plan",
                     "params": "params:training",
-                    "ingestion": "params:ingestion",
+                    "caption": "reference_caption",
                     "device": "params:device",
                     "tracker": "tracker",
                 },
