@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
-RUN_SETTINGS = ("subject", "image", "mask", "base_model", "class_word", "caption", "method", "prompt_database", "mlflow_run_id")
+RUN_SETTINGS = (
+    "subject",
+    "image",
+    "mask",
+    "base_model",
+    "class_word",
+    "caption",
+    "method",
+    "prompt_database",
+    "mlflow_run_id",
+)
 _SUBJECT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 

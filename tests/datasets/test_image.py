@@ -9,7 +9,13 @@ import pytest
 from kedro.io import DatasetError
 from PIL import Image
 
-from dreamartist_pipeline.datasets.image import CaptionDataset, ImageDataset, OptionalImageDataset, ReferenceImageDataset, save_image
+from dreamartist_pipeline.datasets.image import (
+    CaptionDataset,
+    ImageDataset,
+    OptionalImageDataset,
+    ReferenceImageDataset,
+    save_image,
+)
 
 PREVIEWED = (ReferenceImageDataset, OptionalImageDataset, ImageDataset)
 

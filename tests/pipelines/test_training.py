@@ -17,7 +17,7 @@ from dreamartist_pipeline.backbones.concepts import start_concept
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
-from dreamartist_pipeline.params import BucketParams, DeviceParams, IngestionParams, SamplerParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
 from dreamartist_pipeline.pipelines.training.nodes import (
     check_training,
