@@ -132,13 +132,19 @@ def test_kedro_viz_recognises_the_previews_by_their_type(dataset_class: type[Ima
 
 def test_the_caption_is_the_text_beside_the_picture_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "cat.txt").write_text("white background,\n noto style\n", encoding="utf-8")
-    assert CaptionDataset(image=str(tmp_path / "cat.png")).load() == "white background, noto style"
+    assert CaptionDataset(filepath=str(tmp_path / "cat.png")).load() == "white background, noto style"
 
 
 def test_a_caption_that_is_given_takes_precedence_over_the_text_file(tmp_path: Path) -> None:
     (tmp_path / "cat.txt").write_text("white background", encoding="utf-8")
-    assert CaptionDataset(image=str(tmp_path / "cat.png"), caption=" blue sky ").load() == "blue sky"
+    assert CaptionDataset(filepath=str(tmp_path / "cat.png"), caption=" blue sky ").load() == "blue sky"
 
 
 def test_a_picture_without_a_caption_has_an_empty_one(tmp_path: Path) -> None:
-    assert CaptionDataset(image=str(tmp_path / "cat.png")).load() == ""
+    assert CaptionDataset(filepath=str(tmp_path / "cat.png")).load() == ""
+
+
+def test_a_text_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_bytes(b"\xff\xfe\x00caption")
+    with pytest.raises(DatasetError, match=r"caption as UTF-8 text in .*cat\.txt; .*; save it as UTF-8"):
+        CaptionDataset(filepath=str(tmp_path / "cat.png")).load()

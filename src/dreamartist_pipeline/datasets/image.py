@@ -82,20 +82,32 @@ class CaptionDataset(AbstractDataset[None, str]):
     The text file has the image's name with the suffix .txt, as LoRA training tools expect it.
 
     Args:
-        image: the reference image's file.
+        filepath: the reference image's file; under this name Kedro makes it absolute.
         caption: takes precedence over the text file.
     """
 
-    def __init__(self, *, image: str, caption: str | None = None, metadata: dict[str, Any] | None = None) -> None:
-        self._file = Path(image).with_suffix(".txt")
+    def __init__(self, *, filepath: str, caption: str | None = None, metadata: dict[str, Any] | None = None) -> None:
+        self._file = Path(filepath).with_suffix(".txt")
         self._caption = caption
         self.metadata = metadata
 
     def load(self) -> str:
-        """Return the caption in one line; "" when there is none."""
+        """Return the caption in one line; "" when there is none.
+
+        Raises:
+            DatasetError: the text file is not text in UTF-8.
+        """
         if self._caption is not None:
             return str(self._caption).strip()
-        return " ".join(self._file.read_text(encoding="utf-8").split()) if self._file.is_file() else ""
+        if not self._file.is_file():
+            return ""
+        try:
+            return " ".join(self._file.read_text(encoding="utf-8").split())
+        except UnicodeDecodeError as error:
+            raise DatasetError(
+                f"expected the picture's caption as UTF-8 text in {self._file}; got something else ({error}); "
+                'save it as UTF-8, rename it, or give --params caption="…"'
+            ) from error
 
     def save(self, data: None) -> None:
         """Refuse: it is input."""
