@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,19 +11,23 @@ from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline import settings
-from dreamartist_pipeline.hooks import build_parameters, input_error_in, register_project_root
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_parameters, register_project_root
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 
 PROJECT = Path(__file__).resolve().parents[1]
 METHODS = ("dreamartist-plus-plus", "tutorial", "toolkit", "textual-inversion", "lora")
 
 
-def load(key: str, env: str = "local", **runtime_params: Any) -> dict[str, Any]:
+def config_loader(env: str = "local", **runtime_params: Any) -> OmegaConfigLoader:
     register_project_root(PROJECT)
-    loader = OmegaConfigLoader(
+    return OmegaConfigLoader(
         conf_source=str(PROJECT / "conf"), env=env, runtime_params=runtime_params, **settings.CONFIG_LOADER_ARGS
     )
-    return loader[key]
+
+
+def load(key: str, env: str = "local", **runtime_params: Any) -> dict[str, Any]:
+    return config_loader(env, **runtime_params)[key]
 
 
 def training(env: str = "base", **runtime_params: Any) -> TrainingParams:
@@ -45,6 +50,12 @@ def test_a_single_value_of_a_method_can_be_changed_for_one_run() -> None:
 def test_a_single_value_can_be_changed_together_with_the_method() -> None:
     changed = training(method="lora", training={"num_steps": 10})
     assert (changed.num_steps, changed.num_branches, changed.words.names) == (10, 1, {})
+
+
+def test_one_entry_of_a_list_cannot_be_changed_alone() -> None:
+    loader = config_loader(training={"lora_unet": {"0": {"rank": 2}}})
+    with pytest.raises(InputError, match=r"give a list as a whole, such as training\.lora_unet="):
+        load_parameters(SimpleNamespace(config_loader=loader))  # type: ignore[arg-type]
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -14,7 +15,7 @@ from kedro.validation.exceptions import ParameterValidationError
 from omegaconf import OmegaConf
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.hooks import input_error_in
+from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, input_error_in
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
 _READABLE = (InputError, ParameterValidationError, DatasetError)
@@ -24,6 +25,7 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     """Read `key=value,key=value`; a comma starts a new parameter only where a `key=` follows it.
 
     Kedro splits at every comma, so that neither a prompt ("a red fox, blue background") nor a list could be given.
+    The settings of a run are text as it stands, whatever it looks like: `subject=007` is not the number 7.
     """
     if isinstance(value, dict):
         return value
@@ -31,7 +33,15 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     for item in items:
         if "=" not in item:
             raise click.BadParameter(f"expected key=value; got '{item}'; separate several by commas", ctx, param)
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(items)))
+    pairs = [tuple(part.strip() for part in item.split("=", 1)) for item in items]
+    texts = {name: _home(text) for name, text in pairs if name in RUN_SETTINGS and text != "null"}
+    others = [f"{name}={text}" for name, text in pairs if name not in texts]
+    return cast(dict[str, Any], texts | OmegaConf.to_container(OmegaConf.from_dotlist(others)))
+
+
+def _home(text: str) -> str:
+    """Expand a leading `~`, which the shell leaves alone inside `image=~/cat.jpg`."""
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def readable_message(error: BaseException) -> str:
@@ -53,6 +63,9 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
             click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
             click.echo("(--traceback shows where it was raised)", err=True)
             raise click.exceptions.Exit(1) from error
+        except KeyboardInterrupt:
+            close_interrupted_run()
+            raise
 
     return reported
 

@@ -179,7 +179,7 @@ def load_parameters(context: KedroContext) -> dict[str, Any]:
     """Return the merged configuration, with an InputError that a resolver raised as it is.
 
     Raises:
-        InputError: for example an unknown method.
+        InputError: for example an unknown method, or one entry of a list without the others.
     """
     try:
         return dict(context.config_loader["parameters"])
@@ -187,6 +187,11 @@ def load_parameters(context: KedroContext) -> dict[str, Any]:
         if (cause := input_error_in(error)) is not None:
             raise cause from None
         raise
+    except TypeError as error:  # OmegaConf's for a mapping that meets a list
+        raise InputError(
+            f"expected parameters of the same shape as in conf/; got {context.config_loader.runtime_params} ({error}); "
+            "give a list as a whole, such as training.lora_unet=[{lr: 1e-4, rank: 4, branch: p, layers: ['re:.*attn']}]"
+        ) from error
 
 
 def input_error_in(error: BaseException) -> InputError | None:
@@ -258,6 +263,18 @@ class RunRecordHooks:
         if mlflow.active_run() is not None:
             mlflow.flush_async_logging()
             mlflow.set_tag("error", f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
+
+
+def close_interrupted_run() -> None:
+    """Mark the active MLflow run, if any, as KILLED: Kedro tells no hook of Ctrl-C, and MLflow would call it FINISHED."""
+    if "mlflow" not in sys.modules:
+        return
+    import mlflow
+
+    if mlflow.active_run() is not None:
+        mlflow.flush_async_logging()
+        mlflow.set_tag("error", "interrupted")
+        mlflow.end_run("KILLED")
 
 
 def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_params: Mapping[str, Any]) -> str:
