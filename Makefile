@@ -70,8 +70,11 @@ ui: $(READY) ## show the runs in a browser
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///data/09_tracking/mlflow.db}
 
 # Published drawings, at the versions named above; catalog_pretrain.yml checks their hashes.
-$(SPRITE_FOLDER)/iconify-json-%.tgz:
+$(SPRITE_FOLDER):
+	mkdir -p $@
+
+$(SPRITE_FOLDER)/iconify-json-%.tgz: | $(SPRITE_FOLDER)
 	npm pack --silent --pack-destination $(SPRITE_FOLDER) "@iconify-json/$$(echo '$*' | sed -E 's/-([0-9.]+)$$/@\1/')"
 
-$(SPRITE_FOLDER)/emojibase-data-%.tgz:
+$(SPRITE_FOLDER)/emojibase-data-%.tgz: | $(SPRITE_FOLDER)
 	npm pack --silent --pack-destination $(SPRITE_FOLDER) emojibase-data@$*
