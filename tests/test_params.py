@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from dreamartist_pipeline.params import (
     SECTIONS,
     BucketParams,
+    EvaluationParams,
     GenerateParams,
     LoRAGroup,
     TrainingParams,
@@ -108,3 +109,8 @@ def test_a_side_off_the_grid_is_refused() -> None:
 
 def test_a_single_prompt_may_stand_alone() -> None:
     assert GenerateParams(prompts="a red fox, blue background").prompts == ("a red fox, blue background",)  # type: ignore[arg-type]
+
+
+def test_an_unknown_evaluator_is_refused_before_a_training_that_ends_with_it() -> None:
+    with pytest.raises(ValidationError, match="an evaluator is efficientnet-lite0, clip:… or dinov2:…, got 'vgg16'"):
+        EvaluationParams(prompts=("a",), prior_prompts=("b",), evaluators=("vgg16",))

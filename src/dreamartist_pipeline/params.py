@@ -263,6 +263,14 @@ class EvaluationParams(Params):
     strength: StrengthParams = StrengthParams()
     evaluators: Texts = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
 
+    @field_validator("evaluators")
+    @classmethod
+    def _evaluators_are_known(cls, evaluators: tuple[str, ...]) -> tuple[str, ...]:
+        for name in evaluators:
+            if not re.fullmatch(r"efficientnet-lite0|(clip|dinov2):.+", name):
+                raise ValueError(f"an evaluator is efficientnet-lite0, clip:… or dinov2:…, got {name!r}")
+        return evaluators
+
 
 class GenerateParams(Params):
     """What the generate pipeline draws."""

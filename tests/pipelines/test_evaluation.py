@@ -184,16 +184,16 @@ def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
     assert (table.query("kind == 'prior'")["drift_pixels"] == 0).all()
 
 
-def test_an_unknown_evaluator_is_refused_before_anything_is_drawn(
+def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dreamartist_pipeline.backbones.concepts.generate", pytest.fail)
-    with pytest.raises(InputError, match="expected an evaluator among"):
+    with pytest.raises(InputError, match="expected a folder with a clip model"):
         evaluate_concept(
             str(tiny_base_model),
             zero_step_concept,
             _picture("white", "red"),
-            params=_params(evaluators=("vgg16",)),
+            params=_params(evaluators=("clip:/no/such/folder",)),
             device=CPU,
             tracker=RecordingTracker(),
         )
