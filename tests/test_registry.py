@@ -29,9 +29,10 @@ def test_train_is_the_four_stages_and_the_default_evaluates_as_well() -> None:
     assert set(pipelines["__default__"].nodes) == {*pipelines["train"].nodes, *pipelines["evaluate"].nodes}
 
 
-def test_the_plan_of_a_training_is_checked_before_images_are_drawn() -> None:
+@pytest.mark.parametrize("check", ["check_training", "prepare_reference", "draw_regularization_prompts"])
+def test_everything_a_user_gives_is_checked_before_images_are_drawn(check: str) -> None:
     names = [node.name for node in register_pipelines()["train"].nodes]
-    assert names.index("check_training") < names.index("make_regularization_set")
+    assert names.index(check) < names.index("make_regularization_set")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "generate", "pretrain"])
