@@ -248,6 +248,22 @@ def test_strength_zero_of_both_branches_is_the_base_model(backbone: Backbone, ma
     assert draw(backbone, concept) != draw(backbone, None)
 
 
+def test_negative_rows_hear_the_users_negative_prompt_and_no_trigger_word(
+    backbone: Backbone, make_training_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=0))
+    loaded = attach(backbone, concept, FULL)
+    encode, heard = loaded.prompts.encode, []
+    monkeypatch.setattr(loaded.prompts, "encode", lambda ids: (heard.append(ids), encode(ids))[1])
+    generate(backbone, loaded, ["a my-fox", "the my-fox"], "a red cat", [1, 2], SAMPLER)
+    (ids,) = heard
+    plain = attach(backbone, None, FULL).prompts.token_ids(["a red cat"] * 2)
+    assert torch.equal(ids[:2], plain)
+    assert loaded.vocabulary is not None
+    positive = next(word for word in loaded.vocabulary.words if word.branch == POSITIVE)
+    assert all(set(positive.ids) <= set(row.tolist()) for row in ids[2:])
+
+
 # --------------------------------------------------------------------------------------------- concepts
 
 
