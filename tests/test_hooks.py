@@ -21,6 +21,7 @@ from dreamartist_pipeline.hooks import (
     check_subject,
     flatten,
     git_tags,
+    look_at_it,
     number_lists,
     run_name,
     written_files,
@@ -149,6 +150,19 @@ def test_a_run_knows_its_commit_and_whether_files_differ_from_it(tmp_path: Path)
 def test_a_project_outside_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_tags(tmp_path) == {}
+
+
+def test_the_summary_repeats_the_base_model_that_was_given() -> None:
+    settings = {"subject": "cat", "base_model": "/models/x"}
+
+    def generating(**given: str) -> str:
+        return look_at_it(settings, {"env": "sd15", "runtime_params": given}, Path("/project"))[-1]
+
+    assert generating(base_model="/models/x").endswith(
+        'kedro run --pipeline generate --env sd15 --params "subject=cat,base_model=/models/x,'
+        'generate.prompts=a {pt1}, blue background"'
+    )
+    assert "base_model" not in generating()
 
 
 def test_the_summary_lists_files_relative_to_the_project(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ class RunRecordHooks:
 
 
 def close_interrupted_run() -> None:
-    """Mark the active MLflow run, if any, as KILLED: Kedro tells no hook of Ctrl-C, and MLflow would call it FINISHED."""
+    """Mark the active MLflow run, if any, as KILLED: Kedro tells no hook of Ctrl-C, MLflow would say FINISHED."""
     if "mlflow" not in sys.modules:
         return
     import mlflow
@@ -356,7 +356,7 @@ class ConsoleHooks:
         elapsed_s = time.monotonic() - self._pipeline_started_s
         files = written_files(pipeline, catalog, self._project_path)
         lines = [f"Done in {elapsed_s:.0f} s. What this run wrote:", *(f"  {n:<24} {path}" for n, path in files)]
-        lines += ["", "Look at it:", *look_at_it(self._settings, run_params["env"], self._project_path)]
+        lines += ["", "Look at it:", *look_at_it(self._settings, run_params, self._project_path)]
         click.echo("\n" + "\n".join(lines))
 
 
@@ -371,7 +371,7 @@ def written_files(pipeline: Pipeline, catalog: DataCatalog, project_path: Path) 
     return files
 
 
-def look_at_it(settings: Mapping[str, Any], env: str | None, project_path: Path) -> list[str]:
+def look_at_it(settings: Mapping[str, Any], run_params: Mapping[str, Any], project_path: Path) -> list[str]:
     """Return the commands with which a user looks at the results, as lines of text."""
     import mlflow
 
@@ -383,9 +383,10 @@ def look_at_it(settings: Mapping[str, Any], env: str | None, project_path: Path)
     is_server = uri.startswith("http")
     command = "open in a browser:" if is_server else f"mlflow ui --backend-store-uri {store}"
     server = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    env, given = run_params["env"], run_params["runtime_params"] or {}
     option = f" --env {env}" if env and env != "local" else ""
-    subject = settings["subject"]
-    prompt = f"subject={subject},generate.prompts=a my-{subject}, blue background"
+    same_base_model = f",base_model={given['base_model']}" if "base_model" in given else ""
+    prompt = f"subject={settings['subject']}{same_base_model},generate.prompts=a {{pt1}}, blue background"
     return [
         f"  curves and previews      {command}",
         f"                           {server}/{experiment}",
