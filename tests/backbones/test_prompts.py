@@ -72,6 +72,13 @@ def test_words_beyond_the_context_are_refused(tokenizer: CLIPTokenizer, vocabula
         prompts.check_fits("cat " * 21 + "my-fox")
 
 
+def test_a_word_that_grows_together_with_its_neighbour_is_refused(
+    tokenizer: CLIPTokenizer, vocabulary: Vocabulary
+) -> None:
+    with pytest.raises(InputError, match="expected a trigger word that stands by itself in every prompt; got 'two my"):
+        PromptTokenizer(tokenizer, 24, vocabulary).check_fits("two my-foxes")
+
+
 def test_states_are_those_of_the_text_encoder(backbone: Backbone, tokenizer: CLIPTokenizer) -> None:
     encoder = PromptEncoder(backbone)
     ids = tokenizer(["a red cat"], padding="max_length", max_length=24, return_tensors="pt").input_ids

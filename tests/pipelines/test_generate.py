@@ -14,7 +14,7 @@ from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.generate import create_pipeline
-from dreamartist_pipeline.pipelines.generate.nodes import generate_images
+from dreamartist_pipeline.pipelines.generate.nodes import fill_prompt, generate_images
 
 CPU = DeviceParams(device="cpu")
 SAMPLER = SamplerParams(num_inference_steps=2, batch_size=3)
@@ -51,6 +51,16 @@ def test_a_slot_becomes_the_positive_trigger_word(tiny_base_model: Path, concept
 
     assert draw("a {pt1}, blue background") == draw("a my-fox, blue background")
     assert draw("a {pt1}, blue background") != draw("a my-fox-neg, blue background")
+
+
+def test_a_concept_without_a_trigger_word_is_asked_for_by_its_class_word(
+    backbone: Backbone, make_training_params: Callable[..., TrainingParams]
+) -> None:
+    params = make_training_params(words={}, templates=("a {class}",), class_word="fox")
+    without_words = start_concept(backbone, params, 1, 0).snapshot(concept_metadata(backbone, params, 1))
+    loaded = attach(backbone, without_words, StrengthParams())
+    assert fill_prompt("a {pt1}, blue background", loaded, "fox") == "a fox, blue background"
+    assert fill_prompt("a {class}", loaded, "fox") == "a fox"
 
 
 def test_strengths_reach_the_adapters(tiny_base_model: Path, backbone: Backbone, concept: Concept) -> None:

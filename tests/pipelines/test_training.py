@@ -74,7 +74,7 @@ def train(
         prepared_image=picture(),
         prepared_mask=changes.pop("mask", MASK),
         regularization_set={"key": "the-set"},
-        image_store=TwoImages(),
+        image_store=changes.pop("image_store", TwoImages()),
         training_plan=plan,
         params=params,
         caption=CAPTION,
@@ -119,6 +119,7 @@ def test_the_plan_is_shown_per_branch(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"templates": ("two {pt1}s",)}, "stands by itself in every prompt; got 'two my-fox-negs'"),
         ({"templates": ("a photo",)}, r"the slot \{pt1\} in every template; got 'a photo'"),
         ({"templates": ("a {pt1} {pt2}",)}, r"only the slots .* got \{pt2\} in 'a \{pt1\} \{pt2\}'"),
         (
@@ -252,6 +253,21 @@ def test_a_plan_of_other_parameters_is_refused(tiny_base_model: Path, make_train
     plan = check_training(str(tiny_base_model), make_training_params(scale_lr=True), CAPTION)
     with pytest.raises(InputError, match="run the node check_training again"):
         train(tiny_base_model, make_training_params(), plan=plan)
+
+
+def test_rows_from_an_empty_regularization_set_are_refused(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    class NoImages(TwoImages):
+        def captions(self, key: str) -> dict[str, str]:
+            return {}
+
+        def images(self, key: str) -> Iterator[Image.Image]:
+            return iter(())
+
+    with pytest.raises(InputError, match=r"regularization_batch_size=1; got an empty set; set it to 0"):
+        train(tiny_base_model, make_training_params(), image_store=NoImages())
+    train(tiny_base_model, make_training_params(regularization_batch_size=0, num_steps=0), image_store=NoImages())
 
 
 # --------------------------------------------------------------------------------------------- the data

@@ -42,13 +42,19 @@ class PromptTokenizer:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.max_tokens)
 
     def check_fits(self, prompt: str) -> None:
-        """Confirm that no vector of a trigger word is cut off.
+        """Confirm that a trigger word is found in the prompt, and that no vector of one is cut off.
 
         Raises:
-            InputError: the prompt with its words is longer than the text encoder's context.
+            InputError: no word stands by itself, or the prompt with its words is longer than the text encoder's
+                context.
         """
         inner = self._inner_ids(prompt)
         learned = {i for word in (self._vocabulary.words if self._vocabulary else ()) for i in word.ids}
+        if not learned & set(inner):
+            raise InputError(
+                f"expected a trigger word that stands by itself in every prompt; got {prompt!r}; put spaces or commas "
+                "around the template's slot"
+            )
         if learned & set(inner[self.max_tokens - 2 :]):
             raise InputError(
                 f"expected the trigger words within the first {self.max_tokens - 2} tokens of every prompt; "

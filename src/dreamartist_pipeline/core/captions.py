@@ -17,6 +17,11 @@ def fill_template(template: str, slots: Mapping[str, str]) -> str:
     return _tidy(_SLOT.sub(lambda match: slots.get(match[1], ""), template))
 
 
+def slot_names(template: str) -> list[str]:
+    """Return the names of a template's slots, in order."""
+    return _SLOT.findall(template)
+
+
 def branch_prompts(
     template: str, names: Mapping[str, tuple[str, str]], class_word: str = "", caption: str = ""
 ) -> tuple[str, str]:

@@ -134,9 +134,9 @@ def _draw(draw: Draw, templates: Sequence[str], words: dict[str, str], params: E
 
 def _slots(templates: Sequence[str]) -> list[str]:
     """Return the names of all slots: a slot that has no trigger word is filled with the class word."""
-    from string import Formatter
+    from dreamartist_pipeline.core.captions import slot_names
 
-    return [name for template in templates for _, name, _, _ in Formatter().parse(template) if name]
+    return [name for template in templates for name in slot_names(template)]
 
 
 def _progress_bar(num_images: int) -> Any:

@@ -20,7 +20,7 @@ def generate_images(
 ) -> tuple[dict[str, Image], Image]:
     """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
 
-    A slot such as '{pt1}' in a prompt becomes the concept's positive trigger word.
+    A slot such as '{pt1}' in a prompt becomes the concept's positive trigger word, or its class word if it has none.
 
     Returns:
         The images, named `<prompt number>_<seed>`, and a sheet with one row per prompt.
@@ -55,7 +55,8 @@ def generate_images(
 
 
 def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str) -> str:
-    """Fill a prompt's slots with the concept's positive trigger words and its class word."""
-    from dreamartist_pipeline.core.captions import branch_prompts
+    """Fill a prompt's slots with the concept's positive trigger words, all others with its class word."""
+    from dreamartist_pipeline.core.captions import fill_template, slot_names
 
-    return branch_prompts(prompt, loaded.trigger_words, class_word)[1]
+    words = {slot: positive for slot, (positive, _) in loaded.trigger_words.items()}
+    return fill_template(prompt, dict.fromkeys(slot_names(prompt), class_word) | words)

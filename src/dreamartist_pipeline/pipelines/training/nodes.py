@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
     Concept = DataFrame = Figure = Any
 
-_SLOT = re.compile(r"\{(\w+)\}")
 _GENERAL_SLOTS = ("class", "caption")
 _CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
 _ENCODE_BATCH = 8
@@ -93,6 +91,7 @@ def check_templates(params: TrainingParams) -> None:
     Raises:
         InputError: naming the template or slot.
     """
+    from dreamartist_pipeline.core.captions import slot_names
     from dreamartist_pipeline.core.errors import InputError
 
     names = set(params.words.names)
@@ -101,7 +100,7 @@ def check_templates(params: TrainingParams) -> None:
     wanted = " or ".join(f"{{{name}}}" for name in sorted(names))
     used: set[str] = set()
     for template in params.templates:
-        slots = set(_SLOT.findall(template))
+        slots = set(slot_names(template))
         if not slots & names:
             raise InputError(
                 f"expected the slot {wanted} in every template; got {template!r}; write it where it belongs"
@@ -321,11 +320,23 @@ def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
 def _regularization_images(
     regularization_set: Mapping[str, Any], image_store: ImageStore, params: TrainingParams
 ) -> list[tuple[str, Image]]:
-    """Return (caption, image) of the regularization set; nothing when the training takes no rows from it."""
+    """Return (caption, image) of the regularization set; nothing when the training takes no rows from it.
+
+    Raises:
+        InputError: rows are to be taken from a set without images.
+    """
+    from dreamartist_pipeline.core.errors import InputError
+
     if not params.regularization_batch_size:
         return []
     key = regularization_set["key"]
-    return list(zip(image_store.captions(key).values(), image_store.images(key), strict=True))
+    captioned = list(zip(image_store.captions(key).values(), image_store.images(key), strict=True))
+    if not captioned:
+        raise InputError(
+            "expected regularization images, because training.regularization_batch_size="
+            f"{params.regularization_batch_size}; got an empty set; set it to 0, or prompts.num_prompts to more than 0"
+        )
+    return captioned
 
 
 def history_table(history: Sequence[Mapping[str, float]]) -> DataFrame:
