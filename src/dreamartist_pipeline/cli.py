@@ -33,10 +33,15 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     for item in items:
         if "=" not in item:
             raise click.BadParameter(f"expected key=value; got '{item}'; separate several by commas", ctx, param)
-    pairs = [tuple(part.strip() for part in item.split("=", 1)) for item in items]
-    texts = {name: _home(text) for name, text in pairs if name in RUN_SETTINGS and text != "null"}
-    others = [f"{name}={text}" for name, text in pairs if name not in texts]
-    return cast(dict[str, Any], texts | OmegaConf.to_container(OmegaConf.from_dotlist(others)))
+    texts: dict[str, Any] = {}
+    others: list[str] = []
+    for item in items:
+        name, _, text = (part.strip() for part in item.partition("="))
+        if name in RUN_SETTINGS and text != "null":
+            texts[name] = _home(text)
+        else:
+            others.append(item)
+    return texts | cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(others)))
 
 
 def _home(text: str) -> str:
