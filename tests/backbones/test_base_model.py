@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from dreamartist_pipeline.backbones.base_model import (
     Backbone,
@@ -96,6 +99,24 @@ def test_a_hub_id_is_its_own_fingerprint_and_needs_no_folder() -> None:
     files = BaseModelFiles("hub:owner/name")
     files.check()
     assert (files.fingerprint(), files.source, files.name) == ("hub:owner/name", "owner/name", "owner/name")
+
+
+@pytest.mark.parametrize("load", [load_outline, lambda files: load_backbone(files, CPU)], ids=["outline", "weights"])
+def test_a_damaged_configuration_is_refused(copied_model: Path, load: Callable[[BaseModelFiles], Any]) -> None:
+    (copied_model / "unet" / "config.json").write_text("{")
+    with pytest.raises(
+        InputError, match=r"expected to read a base model from .*; got: .*config\.json.*; correct base_m"
+    ):
+        load(BaseModelFiles(copied_model))
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(UNet2DConditionModel, "load_config", unreachable)
+    with pytest.raises(InputError, match="from the Hugging Face hub as owner/name; got: no connection; correct base_m"):
+        load_outline(BaseModelFiles("hub:owner/name"))
 
 
 def test_an_unknown_prediction_type_is_refused(copied_model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,21 +141,24 @@ def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
     """Load every part of the base model, frozen and in eval mode; the autoencoder stays in float32.
 
     Raises:
-        InputError: the folder is incomplete, the device is not there, or the prediction type is unknown.
+        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, the device is not there, or
+            the prediction type is unknown.
     """
     files.check()
     target, dtype = pick_device(device), getattr(torch, device.dtype)
     options: dict[str, Any] = {"local_files_only": files.hub_id is None}
-    scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options)
-    unet = UNet2DConditionModel.from_pretrained(files.source, subfolder="unet", torch_dtype=dtype, **options)
-    autoencoder = AutoencoderKL.from_pretrained(files.source, subfolder="vae", torch_dtype=torch.float32, **options)
-    text_encoder = CLIPTextModel.from_pretrained(files.source, subfolder="text_encoder", dtype=dtype, **options)
+    with _readable(files):
+        scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options)
+        unet = UNet2DConditionModel.from_pretrained(files.source, subfolder="unet", torch_dtype=dtype, **options)
+        autoencoder = AutoencoderKL.from_pretrained(files.source, subfolder="vae", torch_dtype=torch.float32, **options)
+        text_encoder = CLIPTextModel.from_pretrained(files.source, subfolder="text_encoder", dtype=dtype, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
     latent_scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     return Backbone(
         unet=_freeze(unet, target),
         autoencoder=_freeze(autoencoder, target),
         text_encoder=_freeze(text_encoder, target),
-        tokenizer=CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options),
+        tokenizer=tokenizer,
         schedule=NoiseSchedule(scheduler.alphas_cumprod.float().to(target), scheduler.config.prediction_type),
         scheduler_config=dict(scheduler.config),
         device=target,
@@ -179,13 +183,14 @@ def load_outline(files: BaseModelFiles) -> Outline:
     """Read the base model's configuration and tokenizer; no weight is loaded.
 
     Raises:
-        InputError: the folder is incomplete.
+        InputError: the folder is incomplete or cannot be read, or the hub cannot be reached.
     """
     files.check()
     options: dict[str, Any] = {"local_files_only": files.hub_id is None}
-    unet_config = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
-    text_config = CLIPTextConfig.from_pretrained(files.source, subfolder="text_encoder", **options)
-    tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
+    with _readable(files):
+        unet_config = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
+        text_config = CLIPTextConfig.from_pretrained(files.source, subfolder="text_encoder", **options)
+        tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
     with torch.device("meta"):
         return Outline(UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config), tokenizer)
 
@@ -236,6 +241,19 @@ def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
             return EulerAncestralDiscreteScheduler.from_config(config)
         case "unipc":
             return UniPCMultistepScheduler.from_config(config)
+
+
+@contextmanager
+def _readable(files: BaseModelFiles) -> Iterator[None]:
+    """Turn what diffusers and transformers raise for files that they cannot get or read into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"the Hugging Face hub as {files.hub_id}" if files.hub_id else str(files.path)
+        raise InputError(
+            f"expected to read a base model from {where}; got: {error}; "
+            "correct base_model, or download the model again (a hub id needs the network, or its files in the cache)"
+        ) from error
 
 
 def _freeze(module: Any, device: torch.device) -> Any:
