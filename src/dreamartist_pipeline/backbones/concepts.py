@@ -178,7 +178,6 @@ class LoadedConcept:
     prompts: PromptEncoder
     vocabulary: Vocabulary | None
     trigger_words: dict[str, tuple[str, str]]
-    num_branches: int = _NUM_BRANCHES
 
 
 def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
