@@ -35,8 +35,9 @@ $(PRETRAIN_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,pretrain]'
 	touch $(PRETRAIN_READY)
 
-train: $(READY) ## train a concept from the bundled picture (ARGS="--params subject=cat,image=cat.jpg" for another)
+train: $(READY) ## train a concept from the bundled picture and show it (ARGS="--params subject=cat,image=cat.jpg" for another)
 	$(BIN)/kedro run --pipeline train $(ARGS)
+	$(BIN)/kedro run --pipeline evaluate $(ARGS)
 
 evaluate: $(READY) ## draw and measure the trained concept
 	$(BIN)/kedro run --pipeline evaluate $(ARGS)

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dreamartist_pipeline.core.adapters import (
     AdapterStack,
-    BranchCount,
     LoRASpec,
     inject,
     load_adapters,
@@ -212,14 +211,9 @@ def test_a_grouped_convolution_is_refused() -> None:
         inject(model, [_spec(layers=("conv",))], 2, _generator())
 
 
-def test_the_stack_says_what_each_branch_trains(model: Model) -> None:
+def test_the_stack_lists_the_parameters_of_each_group(model: Model) -> None:
     specs = [_spec(POSITIVE, layers=("blocks.0.ff",)), _spec(NEGATIVE, layers=("blocks.0.ff", "blocks.1.ff"), rank=1)]
     stack = inject(model, [*specs, _spec(layers=("blocks.0.conv",), rank=1)], 2, _generator())
-    assert stack.describe() == {
-        "negative": BranchCount(num_layers=2, num_parameters=2 * (8 + 8)),
-        "positive": BranchCount(num_layers=1, num_parameters=2 * (8 + 8)),
-        "shared": BranchCount(num_layers=1, num_parameters=2 * 3 * 3 + 4),
-    }
     assert [len(parameters) for parameters in stack.parameters_by_group().values()] == [2, 4, 2]
 
 

@@ -102,7 +102,8 @@ def inject_adapters(
 def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRASpec, ...]]:
     """Return the LoRA groups of every network, with the learning rates as applied, named as `unet.0.positive`.
 
-    Without a negative branch, a group for both branches is one for the positive branch.
+    Without a negative branch every group is one for all rows, so that drawing applies it to the negative rows too, as
+    other tools apply a plain LoRA.
     """
     groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
     return {
@@ -120,7 +121,7 @@ def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> L
         rank=group.rank,
         layers=group.layers,
         lr=group.lr * lr_factor,
-        branch=POSITIVE if num_branches == 1 else branch,
+        branch=None if num_branches == 1 else branch,
         alpha=group.alpha,
         dropout=group.dropout,
     )

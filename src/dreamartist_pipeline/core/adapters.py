@@ -308,14 +308,6 @@ class BranchLoRAConv2d(BranchLoRALayer):
 
 
 @dataclass(frozen=True)
-class BranchCount:
-    """How much one branch trains."""
-
-    num_layers: int
-    num_parameters: int
-
-
-@dataclass(frozen=True)
 class AdapterStack:
     """The adapters of one model: its adapted layers by name, and the groups they belong to.
 
@@ -338,16 +330,6 @@ class AdapterStack:
         for _, update in self._updates():
             found[update.spec.branch_name] += [update.down, update.up]
         return found
-
-    def describe(self) -> dict[str, BranchCount]:
-        """Count the layers and parameters of "negative", "positive" and "shared" groups."""
-        layers: dict[str, set[str]] = {name: set() for name in (*BRANCH_NAMES, SHARED)}
-        for layer, update in self._updates():
-            layers[update.spec.branch_name].add(layer)
-        return {
-            name: BranchCount(len(layers[name]), sum(parameter.numel() for parameter in parameters))
-            for name, parameters in self.parameters_by_branch().items()
-        }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copy all adapters: "<layer>.<group index>.<branch>.<down|up>" -> float32, contiguous, on the CPU.

@@ -30,13 +30,6 @@ class Tracker:
         if mlflow.active_run() is not None:
             mlflow.log_image(image, key=key, step=step or 0, synchronous=False)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log values that are known only while the node runs, such as effective learning rates."""
-        import mlflow
-
-        if mlflow.active_run() is not None:
-            mlflow.log_params(dict(params))
-
 
 def metric_name(name: str) -> str:
     """Return the name as MLflow accepts it: `lr/unet[0]` becomes `lr/unet.0`, other signs become `_`.

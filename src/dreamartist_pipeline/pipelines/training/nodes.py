@@ -210,14 +210,13 @@ def train_concept(
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
-    from dreamartist_pipeline.core.training import branch_table, derived_seed, fit, lr_factor, parameter_groups
+    from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
 
     backbone = load_backbone(BaseModelFiles(base_model), device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     _check_plan(training_plan, groups)
-    log.info("What each branch trains:\n%s", branch_table(groups))
     metadata = concept_metadata(backbone, params, factor)
     images = _regularization_images(regularization_set, image_store, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
