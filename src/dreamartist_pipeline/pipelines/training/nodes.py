@@ -124,6 +124,7 @@ def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple
 
     from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters
     from dreamartist_pipeline.backbones.prompts import PromptTokenizer, check_trigger_word, initial_word_vectors
+    from dreamartist_pipeline.core.branches import branches
     from dreamartist_pipeline.core.embeddings import WordEmbedding
     from dreamartist_pipeline.core.training import lr_factor, parameter_groups
 
@@ -143,8 +144,8 @@ def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple
         max_positions = outline.text_encoder.config.max_position_embeddings
         tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
         for pair in _template_prompts(params, caption):
-            for prompt in pair:
-                tokenizer.check_fits(prompt)
+            for branch in branches(params.num_branches):
+                tokenizer.check_fits(pair[branch])
     return parameter_groups(stacks, words, params.words.lr * factor)
 
 
