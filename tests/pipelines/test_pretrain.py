@@ -125,3 +125,5 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
     assert ("samples", 2) in tracker.images
     assert any("autoencoder/psnr_db" in metrics for metrics, _ in tracker.metrics)
     assert draw_samples(str(tmp_path / "whole" / "model")).width > 8 * 16
+    written = "".join(path.read_text() for path in (tmp_path / "whole" / "model").rglob("*.json"))
+    assert str(tmp_path) not in written

@@ -166,6 +166,8 @@ def assemble_untrained(autoencoder_path: str, tokenizer_path: str, params: Pretr
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    autoencoder = build_autoencoder(params.size)  # and not the loaded one, whose configuration names its folder
+    autoencoder.load_state_dict(AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True).state_dict())
     torch.manual_seed(params.seed)
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -177,7 +179,7 @@ def assemble_untrained(autoencoder_path: str, tokenizer_path: str, params: Pretr
         prediction_type="v_prediction",
     )
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True),
+        vae=autoencoder,
         text_encoder=build_text_encoder(params.size, tokenizer),
         tokenizer=tokenizer,
         unet=build_unet(params.size),
