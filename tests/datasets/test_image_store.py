@@ -1,6 +1,8 @@
 """Sets of captioned images: streamed, resumable, published whole."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def test_a_set_is_written_in_batches_and_read_back_in_order(store: ImageStore) -
 def test_the_folder_holds_images_captions_and_manifest_and_nothing_else(store: ImageStore) -> None:
     write(store, Artist())
 
-    assert [path.name for path in store.root.iterdir()] == [KEY]
+    assert {path.name for path in store.root.iterdir()} == {KEY, f".{KEY}.lock"}
     assert sorted(path.name for path in store.folder(KEY).iterdir()) == [*NAMES, "image_captions.json", "manifest.json"]
     assert json.loads((store.folder(KEY) / "image_captions.json").read_text())["000001.png"] == "a blue dog"
 
@@ -138,3 +140,21 @@ def test_the_dataset_loads_to_a_store_and_cannot_be_saved(tmp_path: Path) -> Non
     assert not (tmp_path / "none_yet").exists()
     with pytest.raises(DatasetError, match="filled set by set"):
         dataset.save(ImageStore(tmp_path))
+
+
+def test_of_two_runs_that_want_the_same_set_one_makes_it_and_the_other_waits(tmp_path: Path) -> None:
+    store, started, drawn = ImageStore(tmp_path), threading.Event(), []
+
+    def slow_draw(indices: Sequence[int]) -> list[Image.Image]:
+        started.set()
+        time.sleep(0.2)
+        drawn.append(list(indices))
+        return [Image.new("RGB", (8, 8)) for _ in indices]
+
+    first = threading.Thread(target=store.write, args=(KEY, ["a", "b"], slow_draw, 2, {}))
+    first.start()
+    started.wait()
+    store.write(KEY, ["a", "b"], slow_draw, 2, {})
+    first.join()
+    assert drawn == [[0, 1]]
+    assert store.has(KEY)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from kedro.io import AbstractDataset, DatasetError
 
 from dreamartist_pipeline.datasets.image import save_image
@@ -63,7 +64,7 @@ class ImageStore:
         """Make a set batch by batch, each image on disk as soon as it is drawn, and publish it by one rename.
 
         An interrupted set goes on at the first batch that lacks an image; batches are cut alike every time, so that the
-        set holds the same bytes whether or not it was interrupted.
+        set holds the same bytes whether or not it was interrupted. Runs that want the same set wait for one of them.
 
         Args:
             key: the set's name; must stand for everything that shapes the images.
@@ -75,6 +76,13 @@ class ImageStore:
         Raises:
             RuntimeError: `draw_batch` gave another number of images than it was asked for.
         """
+        with FileLock(self._lock_file(key)):
+            if not self.has(key):  # another run may have made it while this one waited
+                self._write(key, captions, draw_batch, batch_size, manifest)
+
+    def _write(
+        self, key: str, captions: Sequence[str], draw_batch: DrawBatch, batch_size: int, manifest: Mapping[str, Any]
+    ) -> None:
         partial = self._open_partial(key)
         named = {f"{index:06d}.png": caption for index, caption in enumerate(captions)}
         files = [partial / name for name in named]
@@ -98,6 +106,10 @@ class ImageStore:
 
     def _partial(self, key: str) -> Path:
         return self.folder(key).with_name(f"{key}.partial")
+
+    def _lock_file(self, key: str) -> Path:
+        self.root.mkdir(parents=True, exist_ok=True)
+        return self.folder(key).with_name(f".{key}.lock")
 
     def _open_partial(self, key: str) -> Path:
         """Return the folder to go on in; a published set that lost files is taken back and completed."""
