@@ -15,8 +15,6 @@ from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, RunReco
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
 # Runs work offline and report to nobody.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# Idle OpenMP threads sleep and do not spin, which slows small models on shared cores; read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def environment(name: str, default: str = "") -> str:
