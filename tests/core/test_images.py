@@ -321,9 +321,15 @@ def test_a_grid_lays_images_out_row_by_row() -> None:
     assert [grid.getpixel(at) for at in ((7, 7), (19, 7), (7, 19), (19, 19))] == [*colors, WHITE]
 
 
+def test_small_images_are_enlarged_until_their_labels_can_be_read() -> None:
+    cells = [Image.new("RGB", (64, 64), RED)] * 2
+    assert images.image_grid(cells, columns=2, labels=["a label", ""]).width == 4 + 2 * (192 + 4)
+    assert images.image_grid(cells, columns=2).width == 4 + 2 * (64 + 4)
+
+
 def test_labels_stand_under_their_images() -> None:
     cells = [Image.new("RGB", (64, 64), RED)] * 2
-    grid = images.image_grid(cells, columns=2, labels=["a long label over lines", ""])
+    grid = images.image_grid(cells, columns=2, labels=["a long label over lines", ""], cell_px=64)
     bare = images.image_grid(cells, columns=2)
     strip = np.asarray(grid)[4 + 64 + 2 :]
 

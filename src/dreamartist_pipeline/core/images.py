@@ -271,6 +271,9 @@ def to_images(tensor: torch.Tensor) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------------- grids
 
 
+_LABELLED_CELL_PX = 192
+
+
 def image_grid(
     images: Sequence[Image.Image],
     columns: int,
@@ -284,7 +287,8 @@ def image_grid(
         images: at least one; fitted into square cells where their size differs.
         columns: images per row; the last row may be shorter.
         labels: a text under each image ('' for none), wrapped to the cell's width.
-        cell_px: side of a cell; by default the largest side among the images.
+        cell_px: side of a cell; by default the largest side among the images, and wide enough to read under when there
+            are labels.
         gap_px: white space around every cell.
 
     Raises:
@@ -294,7 +298,7 @@ def image_grid(
         raise ValueError(f"expected at least one image and one column, got {len(images)} and {columns}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"expected a label per image, got {len(labels)} for {len(images)}")
-    side = cell_px or max(max(image.size) for image in images)
+    side = cell_px or max(*(max(image.size) for image in images), _LABELLED_CELL_PX if labels else 0)
     font = ImageFont.load_default(size=max(10, side // 14))
     texts = [_wrap(label, font, side) for label in labels or []]
     text_px = max((_text_height(text, font) for text in texts), default=0)
