@@ -16,10 +16,12 @@ TINY_SIZE = EmbeddedModelSize(
     image_px=32,
     latent_channels=4,
     autoencoder_channels=(8, 8, 8),  # two halvings: latents are 8 × 8
+    autoencoder_norm_groups=8,
     unet_channels=(16, 32),
+    unet_attention=(True, True),
+    unet_norm_groups=8,
     text_width=32,
     text_layers=2,
-    norm_groups=8,
     max_tokens=24,
 )
 _CORPUS = ("a red cat", "a blue dog", "a photo of a green bird", "background", "style", "fox", "the yellow house")

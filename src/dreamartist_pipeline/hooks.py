@@ -39,6 +39,7 @@ RUN_SETTINGS = (
     "class_word",
     "caption",
     "method",
+    "recipe",
     "prompt_database",
     "mlflow_run_id",
 )

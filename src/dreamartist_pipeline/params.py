@@ -290,13 +290,28 @@ class EmbeddedModelSize(Params):
     """The architecture of the embedded base model."""
 
     image_px: Count = 64
-    latent_channels: Count = 16
-    autoencoder_channels: tuple[Count, ...] = (16, 32, 64, 128)
-    unet_channels: tuple[Count, ...] = (128, 192)
+    latent_channels: Count = 12
+    autoencoder_channels: tuple[Count, ...] = (16, 32, 64)
+    autoencoder_norm_groups: Count = 4  # several channels a group: alone, each channel would lose its mean
+    unet_channels: tuple[Count, ...] = (64, 128, 192)
+    unet_attention: tuple[bool, ...] = (False, True, True)  # cross-attention by level
+    unet_norm_groups: Count = 16
     text_width: Count = 192
     text_layers: Count = 3
-    norm_groups: Count = 16
     max_tokens: Count = 40
+    vision_width: Count = 128
+    vision_layers: Count = 4
+    vision_patch_px: Count = 8
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> EmbeddedModelSize:
+        if len(self.unet_attention) != len(self.unet_channels):
+            raise ValueError(
+                f"unet_attention has {len(self.unet_attention)} entries for {len(self.unet_channels)} unet_channels"
+            )
+        if self.image_px % self.vision_patch_px:
+            raise ValueError(f"vision_patch_px {self.vision_patch_px} does not divide image_px {self.image_px}")
+        return self
 
 
 class StageParams(Params):
@@ -304,7 +319,8 @@ class StageParams(Params):
 
     num_steps: Count
     batch_size: Count  # per process
-    lr: Positive
+    lr: Positive  # AdamW's: of embeddings, norms, biases and the outermost layers
+    matrix_lr: Positive | None = None  # Muon's: of the matrices and kernels between them; None: AdamW's too
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     ema_decay: Probability = 0.999
     weight_decay: NonNegative = 0.0
@@ -323,9 +339,24 @@ class PretrainParams(Params):
     autoencoder_only_packages: tuple[str, ...] = ()
     held_out_styles: dict[str, str] = Field(default_factory=dict)
     objects: dict[str, str]  # word in captions -> code point
+    all_objects: bool = False  # beside these, whatever every style draws, by its published label
     held_out_objects: dict[str, str] = Field(default_factory=dict)
     autoencoder: StageParams
+    towers: StageParams
     denoiser: StageParams
+
+
+# ------------------------------------------------------------------------------------------------- the judge
+
+
+class JudgeParams(Params):
+    """The recipe of the judge of the embedded base model's pictures."""
+
+    seed: Seed = 1
+    sprite_px: Count = 128  # another size than the base model's sprites
+    channels: Annotated[tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...], Field(min_length=1, max_length=5)]
+    training: StageParams
+    num_test_scenes: Count = 4000
 
 
 SECTIONS: dict[str, type[Params]] = {
@@ -337,5 +368,6 @@ SECTIONS: dict[str, type[Params]] = {
     "evaluation": EvaluationParams,
     "generate": GenerateParams,
     "pretrain": PretrainParams,
+    "judge": JudgeParams,
 }
 """Every top-level section of the configuration; nodes get them as `params:<section>`."""

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core.pretraining import (
+    Muon,
     StageSettings,
     averaged_weights,
     denoiser_loss,
     fit_stage,
+    hidden_matrices,
     normalize_latents,
+    orthogonalized,
     psnr,
     warmup_cosine,
 )
@@ -21,7 +24,7 @@ from dreamartist_pipeline.core.pretraining import (
 
 def settings(num_steps: int = 6, **changes: object) -> StageSettings:
     values = {"batch_size": 4, "lr": 0.1, "warmup_steps": 1, "ema_decay": 0.5, "seed": 0, "checkpoint_every": 2}
-    return StageSettings(num_steps=num_steps, bf16=False, **{**values, **changes})
+    return StageSettings(num_steps=num_steps, **{**values, **changes})
 
 
 def run(weight: nn.Parameter, **kwargs: object) -> list[dict]:
@@ -40,6 +43,60 @@ def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one():
     assert [state["step"] for state in saved] == [2, 4, 6]
     run(resumed, checkpoint=saved[0])
     assert torch.equal(whole, resumed)
+
+
+def test_a_resumed_run_of_matrices_ends_in_the_same_weights_too():
+    def run_matrix(matrix: nn.Parameter, checkpoint: dict | None = None) -> list[dict]:
+        saved: list[dict] = []
+        fit_stage(
+            [matrix],
+            lambda generator: (matrix - torch.randn(16, 16, generator=generator)).pow(2).mean(),
+            settings(matrix_lr=0.1),
+            matrices=[matrix],
+            checkpoint=checkpoint,
+            save_checkpoint=lambda state: saved.append(copy.deepcopy(state)),
+        )
+        return saved
+
+    whole, resumed = nn.Parameter(torch.zeros(16, 16)), nn.Parameter(torch.zeros(16, 16))
+    run_matrix(resumed, run_matrix(whole)[0])
+    assert torch.equal(whole, resumed)
+
+
+def test_hidden_matrices_are_kernels_and_linear_weights_but_no_narrow_ends_embeddings_or_biases():
+    kernel, linear = nn.Conv2d(16, 16, 3), nn.Linear(32, 16)
+    others = nn.ModuleList([nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 3), nn.Embedding(32, 16), nn.GroupNorm(1, 16)])
+    found = hidden_matrices(nn.ModuleList([kernel, linear]), others)
+    assert [id(weight) for weight in found] == [id(kernel.weight), id(linear.weight)]
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_orthogonalizing_keeps_directions_and_makes_singular_values_roughly_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = (left.T @ orthogonalized(matrix) @ right.T).diagonal()
+    assert ((values > 0.6) & (values < 1.3)).all()
+    assert torch.allclose(left * values @ right, orthogonalized(matrix), atol=1e-4)
+
+
+def test_muon_steps_by_an_orthogonal_matrix_of_the_size_of_adams_update():
+    kernel = nn.Parameter(torch.zeros(16, 4, 2, 2))
+    kernel.grad = torch.randn(16, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    gradient = kernel.grad.reshape(16, 16)
+    Muon([kernel], lr=0.5, momentum=0.0).step()
+    expected = -0.5 * 0.2 * 4 * orthogonalized(gradient)
+    assert torch.allclose(kernel.detach().reshape(16, 16), expected, atol=1e-6)
+
+
+def test_muon_learns_a_matrix():
+    target = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    matrix = nn.Parameter(torch.zeros(16, 16))
+    optimizer = Muon([matrix], lr=0.1)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+        matrix.grad = (matrix - target).detach()
+        optimizer.step()
+    assert (matrix - target).abs().max() < 0.1
 
 
 def test_training_ends_with_the_moving_average_and_not_the_last_weights():
@@ -72,7 +129,7 @@ def test_normalised_latents_have_zero_mean_and_unit_deviation_and_decode_to_the_
     from dreamartist_pipeline.params import EmbeddedModelSize
 
     torch.manual_seed(0)
-    size = EmbeddedModelSize(image_px=16, latent_channels=4, autoencoder_channels=(8, 8), norm_groups=4)
+    size = EmbeddedModelSize(image_px=16, latent_channels=4, autoencoder_channels=(8, 8))
     autoencoder = build_autoencoder(size).eval()
     images = torch.rand(32, 3, 16, 16) * 2 - 1
     with torch.no_grad():

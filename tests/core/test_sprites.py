@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dreamartist_pipeline.core.sprites import COLORS, Scenes, SpriteSet, compose, draw_scenes, tinted
+from dreamartist_pipeline.core.sprites import (
+    COLORS,
+    LAYOUTS,
+    TINTS,
+    Scenes,
+    SpriteSet,
+    all_tints,
+    compose,
+    draw_scenes,
+    seen_tints,
+    tinted,
+    unseen_tints,
+)
 
 SIZE_PX = 32
 
@@ -27,7 +40,7 @@ def make_scene(**changes: torch.Tensor) -> Scenes:
         "colors": torch.tensor([[[255.0, 255.0, 255.0], [0.0, 0.0, 0.0]]]),
         "shift": torch.zeros(1, 2),
     }
-    return Scenes(**{**values, **changes}, captions=("",))
+    return Scenes(**{**values, **changes})
 
 
 def test_a_sprite_covers_its_place_and_nothing_else():
@@ -75,6 +88,45 @@ def test_captions_name_the_object_and_the_background_that_is_painted():
         if named:
             painted = scenes.colors[index, 0]
             assert (painted - torch.tensor(COLORS[named[0]])).abs().max() <= 12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_scene_shows_is_where_its_caption_says(layout):
+    scenes = draw_scenes(make_sprites(), 600, seed=1)
+    drawn = [(i, shown) for i, shown in enumerate(scenes.shown) if shown.layout == layout]
+    assert drawn
+    for index, shown in drawn:
+        sprites = scenes.sprite[index].tolist()
+        (x, y, side), (second_x, second_y, _) = scenes.place[index].tolist()
+        assert [("apple", "whale")[int(sprite)] for sprite in sprites if sprite >= 0] == list(shown.objects)
+        assert all(word in shown.caption for word in shown.objects)
+        if layout in ("one", "small"):
+            assert (side > 0.6) == (layout == "one")
+        else:
+            assert (second_x > x, second_y > y) == ((False, True) if layout == "stacked" else (True, False))
+        if layout == "twins":
+            assert ("two" in shown.caption or "a pair of" in shown.caption) and sprites[0] == sprites[1]
+
+
+def test_every_layout_has_two_wordings():
+    captions = draw_scenes(make_sprites(), 3000, seed=2).captions
+    for words in ("a small ", "a tiny ", "two ", "a pair of ", " on the right", " left of ", " above ", " below "):
+        assert any(words in caption for caption in captions), words
+
+
+def test_an_object_is_never_drawn_with_its_two_unseen_tints_in_training():
+    shown = draw_scenes(make_sprites(), 2000, seed=3).shown
+    tints = {(word, tint) for one in shown for word, tint in zip(one.objects, one.tints, strict=True) if tint}
+    for word in ("apple", "whale"):
+        assert {tint for name, tint in tints if name == word} == set(seen_tints(word))
+        assert set(all_tints(word)) - set(seen_tints(word)) == set(unseen_tints(word))
+        assert len(seen_tints(word)) == len(TINTS) - 2
+
+
+def test_unseen_combinations_can_be_asked_for():
+    shown = draw_scenes(make_sprites(), 500, seed=4, tints_of=unseen_tints).shown
+    tints = {(word, tint) for one in shown for word, tint in zip(one.objects, one.tints, strict=True) if tint}
+    assert tints == {(word, tint) for word in ("apple", "whale") for tint in unseen_tints(word)}
 
 
 def test_scenes_with_unnamed_sprites_can_be_drawn_for_the_autoencoder():

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreamartist_pipeline.params import EmbeddedModelSize
 
@@ -29,7 +29,7 @@ def build_autoencoder(size: EmbeddedModelSize) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=size.autoencoder_channels,
         layers_per_block=1,
-        norm_num_groups=size.norm_groups,
+        norm_num_groups=size.autoencoder_norm_groups,
         sample_size=size.image_px,
         mid_block_add_attention=False,
         scaling_factor=1.0,
@@ -41,19 +41,20 @@ def build_autoencoder(size: EmbeddedModelSize) -> AutoencoderKL:
 
 
 def build_unet(size: EmbeddedModelSize) -> UNet2DConditionModel:
-    """Return an untrained UNet with cross-attention at every level and a zero output layer."""
-    levels = len(size.unet_channels)
+    """Return an untrained UNet with cross-attention at the chosen levels and a zero output layer."""
+    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in size.unet_attention)
+    up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(size.unet_attention))
     unet = UNet2DConditionModel(
         sample_size=size.image_px // 2 ** (len(size.autoencoder_channels) - 1),
         in_channels=size.latent_channels,
         out_channels=size.latent_channels,
         block_out_channels=size.unet_channels,
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=down,
+        up_block_types=up,
         cross_attention_dim=size.text_width,
         attention_head_dim=4,
-        norm_num_groups=size.norm_groups,
+        norm_num_groups=size.unet_norm_groups,
     )
     nn.init.zeros_(unet.conv_out.weight)
     return unet
@@ -61,19 +62,40 @@ def build_unet(size: EmbeddedModelSize) -> UNet2DConditionModel:
 
 def build_text_encoder(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Return an untrained CLIP text encoder for the tokenizer's vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size.text_width,
-            intermediate_size=3 * size.text_width,
-            num_hidden_layers=size.text_layers,
-            num_attention_heads=size.text_width // 32,
-            max_position_embeddings=tokenizer.model_max_length,
+    return CLIPTextModel(_text_config(size, tokenizer))
+
+
+def build_towers(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Return an untrained CLIP: the text encoder and an image tower, with projections to one space."""
+    return CLIPModel(
+        CLIPConfig(
+            text_config=_text_config(size, tokenizer).to_dict(),
+            vision_config={
+                "hidden_size": size.vision_width,
+                "intermediate_size": 4 * size.vision_width,
+                "num_hidden_layers": size.vision_layers,
+                "num_attention_heads": max(1, size.vision_width // 32),
+                "image_size": size.image_px,
+                "patch_size": size.vision_patch_px,
+                "projection_dim": size.text_width,
+            },
             projection_dim=size.text_width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
+    )
+
+
+def _text_config(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=3 * size.text_width,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=max(1, size.text_width // 32),
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=size.text_width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from dreamartist_pipeline.core.errors import InputError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _INPUT_PX = 224
 _BATCH_SIZE = 16
 
@@ -122,7 +122,7 @@ def _clip(name: str, source: str, device: torch.device) -> Evaluator:
         projected: torch.Tensor = network.visual_projection(network.vision_model(pixel_values=images).pooler_output)
         return projected
 
-    return Evaluator(name, features, *_CLIP, device, int(network.config.vision_config.image_size))
+    return Evaluator(name, features, *CLIP_NORMALIZATION, device, int(network.config.vision_config.image_size))
 
 
 def _dinov2(name: str, source: str, device: torch.device) -> Evaluator:

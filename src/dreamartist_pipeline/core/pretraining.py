@@ -1,8 +1,9 @@
-"""Training the embedded base model from scratch: autoencoder first, then UNet and text encoder together.
+"""Training the embedded base model from scratch: autoencoder, text and image towers, then UNet and text encoder.
 
-Both stages share one loop (`fit_stage`): AdamW with warm-up and cosine decay, gradient clipping, an exponential moving
-average of the weights, and a checkpoint that restores all of it. Every step draws its randomness from
-(seed, rank, step), so an interrupted run that resumes ends in the same weights as one that was never interrupted.
+All stages share one loop (`fit_stage`): Muon for the hidden matrices and AdamW for the rest, warm-up and cosine decay,
+gradient clipping, an exponential moving average of the weights, and a checkpoint that restores all of it. Every step
+draws its randomness from (seed, rank, step), so an interrupted run that resumes ends in the same weights as one that
+was never interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -42,9 +43,10 @@ class StageSettings:
     ema_decay: float
     seed: int
     checkpoint_every: int
+    matrix_lr: float | None = None  # of the parameters handed over as matrices; None: they are AdamW's too
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    bf16: bool = True
+    bf16: bool = False  # autocast; on a CPU without native bfloat16 it is several times slower than float32
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def fit_stage(
     loss_of: Callable[[torch.Generator], torch.Tensor],
     settings: StageSettings,
     *,
+    matrices: Sequence[nn.Parameter] = (),
     checkpoint: Checkpoint | None = None,
     save_checkpoint: Callable[[Checkpoint], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
@@ -72,35 +75,37 @@ def fit_stage(
         parameters: what is trained, in a fixed order; a checkpoint stores them by that order.
         loss_of: draws a batch with the generator and returns its scalar loss.
         settings: the stage's schedule.
+        matrices: those of `parameters` that Muon optimises (see `hidden_matrices`); AdamW optimises the others.
         checkpoint: state to resume from, as `save_checkpoint` received it.
         save_checkpoint: called every `checkpoint_every` steps and at the end, on rank 0 only.
         on_step: called after every step, on rank 0 only.
     """
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
-    )
+    optimizers = _build_optimizers(parameters, matrices, settings)
     averages = [p.detach().clone() for p in parameters]
-    start = _restore(checkpoint, parameters, averages, optimizer) if checkpoint else 0
+    start = _restore(checkpoint, parameters, averages, optimizers) if checkpoint else 0
     for step in range(start, settings.num_steps):
-        lr = settings.lr * warmup_cosine(step, settings.num_steps, settings.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        factor = warmup_cosine(step, settings.num_steps, settings.warmup_steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * factor
         generator = step_generator(settings.seed, _rank(), step, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             loss = loss_of(generator)
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         loss.backward()
         average_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(settings.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
         done = step + 1
         if _rank() == 0 and on_step:
-            on_step(StepReport(done, loss.item(), lr, float(grad_norm)))
+            on_step(StepReport(done, loss.item(), settings.lr * factor, float(grad_norm)))
         if _rank() == 0 and save_checkpoint and (done % settings.checkpoint_every == 0 or done == settings.num_steps):
-            save_checkpoint(_snapshot(done, parameters, averages, optimizer))
+            save_checkpoint(_snapshot(done, parameters, averages, optimizers))
     for parameter, average in zip(parameters, averages, strict=True):
         parameter.data.copy_(average)
 
@@ -146,13 +151,16 @@ def _rank() -> int:
 
 
 def _snapshot(
-    step: int, parameters: Sequence[nn.Parameter], averages: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
+    step: int,
+    parameters: Sequence[nn.Parameter],
+    averages: Sequence[torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> Checkpoint:
     return {
         "step": step,
         "parameters": [p.detach().clone() for p in parameters],
         "averages": [a.clone() for a in averages],
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
 
 
@@ -160,15 +168,118 @@ def _restore(
     checkpoint: Checkpoint,
     parameters: Sequence[nn.Parameter],
     averages: Sequence[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
     for parameter, average, value, mean in zip(
         parameters, averages, checkpoint["parameters"], checkpoint["averages"], strict=True
     ):
         parameter.data.copy_(value)
         average.copy_(mean)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
     return int(checkpoint["step"])
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+
+_MIN_MATRIX_SIDE = 16  # below it a weight reads or writes pixels, latents or an embedding: AdamW's work
+
+
+def hidden_matrices(*networks: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of all linear and convolution layers inside the networks, but not their narrow ends."""
+    layers = [m for network in networks for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    weights = [cast(nn.Parameter, layer.weight) for layer in layers]
+    return [w for w in weights if min(len(w), w[0].numel()) >= _MIN_MATRIX_SIDE]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made orthogonal (Jordan et al. 2024), for matrices and convolution kernels.
+
+    A kernel `[out, in, h, w]` is the matrix `[out, in·h·w]`. Updates have the size that AdamW's would have (Liu et al.
+    2025: times 0.2·sqrt(longest side)), so learning rates carry over. In a process group every rank makes the updates
+    of some matrices and hands them to the others. PyTorch's own takes no kernels and computes in bfloat16 only, which
+    many a CPU cannot do fast.
+
+    Args:
+        matrices: what is optimised; all need gradients at every step.
+        lr: learning rate.
+        momentum: decay of the gradients' average; Nesterov's variant.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, matrices: Sequence[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all matrices."""
+        for group in self.param_groups:
+            matrices: list[nn.Parameter] = group["params"]
+            updates = [self._direction(matrix, group["momentum"]) for matrix in matrices]
+            _orthogonalize_all(updates)
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(update.shape) ** 0.5
+                matrix.sub_(update.view_as(matrix), alpha=group["lr"] * size)
+
+    def _direction(self, matrix: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Return the gradient with momentum as a matrix `[out, rest]`."""
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(matrix)
+        state["momentum"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(state["momentum"], momentum).reshape(len(matrix), -1)
+
+
+def _orthogonalize_all(updates: list[torch.Tensor]) -> None:
+    """Make all updates orthogonal in place; the ranks of a process group share the work."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    owners = _share_out([min(u.shape) * u.numel() for u in updates], world)
+    for update, owner in zip(updates, owners, strict=True):
+        update.copy_(orthogonalized(update)) if owner == _rank() else update.zero_()
+    if world > 1:
+        flat = torch.cat([update.flatten() for update in updates])
+        dist.all_reduce(flat)
+        for update, whole in zip(updates, flat.split([u.numel() for u in updates]), strict=True):
+            update.copy_(whole.view_as(update))
+
+
+def _share_out(costs: Sequence[int], num_owners: int) -> list[int]:
+    """Give each piece of work, largest first, to the owner with the least so far; return the owner of each."""
+    totals, owners = [0] * num_owners, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[index] = totals.index(min(totals))
+        totals[owners[index]] += costs[index]
+    return owners
+
+
+def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
+    """Return about U·Vᵀ of a matrix U·S·Vᵀ: all singular values become roughly 1 (Newton-Schulz, Jordan et al. 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x: torch.Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(num_iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
+def _build_optimizers(
+    parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], settings: StageSettings
+) -> list[torch.optim.Optimizer]:
+    chosen = {id(matrix) for matrix in matrices} if settings.matrix_lr else set()
+    others = [p for p in parameters if id(p) not in chosen]
+    decay = settings.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        optimizers.append(torch.optim.AdamW(others, settings.lr, betas=(0.9, 0.99), weight_decay=decay, fused=True))
+    if chosen and settings.matrix_lr:
+        optimizers.append(Muon(matrices, settings.matrix_lr, weight_decay=decay))
+    return optimizers
 
 
 # ---------------------------------------------------------------------------------------------- autoencoder

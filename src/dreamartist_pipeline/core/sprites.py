@@ -8,8 +8,10 @@ Drawing a scene (cheap, random) is kept apart from composing its pixels (batched
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +32,16 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 TINTS: tuple[str, ...] = tuple(name for name in COLORS if name not in ("black", "white"))
 PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted", "checkered")
+LAYOUTS: tuple[str, ...] = ("one", "small", "twins", "beside", "stacked")
 
 _COLOR_JITTER = 12  # ± levels of 255, so that a colour word means a small region and not one value
 _MID_LUMINANCE = 0.55  # luminance that a tint maps onto its pure colour
+_TINTED_SHARE = 0.25  # of objects
+_USUAL_WORDING = 0.8  # share of the first wording of each part of a caption
+_NO_TINT = [0.0, 0.0, 0.0, 0.0]
+
+_Place = tuple[float, float, float]  # centre x, centre y, side
+_NOWHERE: _Place = (0.5, 0.5, 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,24 @@ class SpriteSet:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What one scene shows, in words: the truth behind its caption.
+
+    objects, tints: one entry per object, left or top first; a tint is "" where the object keeps its own colours.
+    layout: one of LAYOUTS. background, second_color: colour words; the second one only shows in a pattern.
+    """
+
+    objects: tuple[str, ...]
+    tints: tuple[str, ...]
+    style: str
+    layout: str
+    pattern: str
+    background: str
+    second_color: str
+    caption: str
+
+
+@dataclass(frozen=True)
 class Scenes:
     """A batch of drawn scenes; every tensor is float32 with the batch first.
 
@@ -68,32 +95,58 @@ class Scenes:
     pattern: torch.Tensor
     colors: torch.Tensor
     shift: torch.Tensor
-    captions: tuple[str, ...]
+    shown: tuple[Shown, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.sprite)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """What describes each scene."""
+        return tuple(shown.caption for shown in self.shown)
 
     def to(self, device: torch.device | str) -> Scenes:
         """Return the scenes on a device."""
-        return Scenes(**{name: tensor.to(device) for name, tensor in self._tensors().items()}, captions=self.captions)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def rows(self, chosen: torch.Tensor) -> Scenes:
-        """Return the chosen scenes, to be composed; captions are left behind."""
-        return Scenes(**{name: tensor[chosen] for name, tensor in self._tensors().items()}, captions=())
+        """Return the chosen scenes, to be composed; the words are left behind."""
+        return replace(self, **{name: tensor[chosen] for name, tensor in self._tensors().items()}, shown=())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "captions"}
-
-
-@dataclass(frozen=True)
-class _Scene:
-    sprites: tuple[int, int]
-    places: tuple[tuple[float, float, float], tuple[float, float, float]]
-    tints: tuple[str, str]
-    pattern: str
-    background: str
-    second_color: str
-    caption: str
+    def _tensors(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shown"}
 
 
-def draw_scenes(sprites: SpriteSet, num_scenes: int, seed: int, choices: Sequence[int] | None = None) -> Scenes:
+# ---------------------------------------------------------------------------------------------- drawing scenes
+
+
+TintRule = Callable[[str], Sequence[str]]
+"""Object word -> the tints it may be drawn with."""
+
+
+def unseen_tints(word: str) -> tuple[str, ...]:
+    """Return the two tints that an object never has in training: whether words combine is tested with them."""
+    first = zlib.crc32(word.encode()) % len(TINTS)
+    return TINTS[first], TINTS[(first + 3) % len(TINTS)]
+
+
+def seen_tints(word: str) -> tuple[str, ...]:
+    """Return the tints that an object has in training."""
+    return tuple(tint for tint in TINTS if tint not in unseen_tints(word))
+
+
+def all_tints(word: str) -> tuple[str, ...]:
+    """Return every tint, whatever the object."""
+    return TINTS
+
+
+def draw_scenes(
+    sprites: SpriteSet,
+    num_scenes: int,
+    seed: int,
+    choices: Sequence[int] | None = None,
+    tints_of: TintRule = seen_tints,
+) -> Scenes:
     """Draw random scenes with captions.
 
     Args:
@@ -101,55 +154,87 @@ def draw_scenes(sprites: SpriteSet, num_scenes: int, seed: int, choices: Sequenc
         num_scenes: how many.
         seed: the same seed draws the same scenes.
         choices: sprite indices to draw from; by default all that have a name.
+        tints_of: which tints an object may have.
     """
     rng = random.Random(seed)
     pool = list(choices) if choices is not None else sprites.named()
     by_style: dict[str, list[int]] = {}
     for index in pool:
         by_style.setdefault(sprites.styles[index], []).append(index)
-    drawn = [_draw_scene(sprites, pool, by_style, rng) for _ in range(num_scenes)]
+    painter = _Painter(sprites, pool, by_style, tints_of, rng)
+    drawn = [painter.draw() for _ in range(num_scenes)]
     return _stack(drawn, rng)
 
 
-def _draw_scene(sprites: SpriteSet, pool: Sequence[int], by_style: dict[str, list[int]], rng: random.Random) -> _Scene:
-    first = rng.choice(pool)
-    style = sprites.styles[first]
-    background = "white" if rng.random() < 0.08 else rng.choice(list(COLORS))
-    second_color = rng.choice([name for name in COLORS if name != background])
-    pattern = rng.choices(PATTERNS, weights=(0.82, 0.07, 0.055, 0.055))[0]
-    tints = [_draw_tint(background, rng), ""]
-    name = _colored(sprites.objects[first], tints[0])
-    second, places = -1, [(0.5, 0.5, 0.0), (0.5, 0.5, 0.0)]
-    layout = rng.choices(("one", "small", "pair", "twins"), weights=(0.76, 0.07, 0.12, 0.05))[0]
+@dataclass(frozen=True)
+class _Scene:
+    sprites: tuple[int, int]
+    places: tuple[_Place, _Place]
+    shown: Shown
+
+
+@dataclass(frozen=True)
+class _Painter:
+    """Draws one scene after the other from one source of randomness."""
+
+    sprites: SpriteSet
+    pool: Sequence[int]
+    by_style: dict[str, list[int]]
+    tints_of: TintRule
+    rng: random.Random
+
+    def draw(self) -> _Scene:
+        rng = self.rng
+        first = rng.choice(self.pool)
+        style = self.sprites.styles[first]
+        background = "white" if rng.random() < 0.08 else rng.choice(list(COLORS))
+        second_color = rng.choice([name for name in COLORS if name != background])
+        pattern = rng.choices(PATTERNS, weights=(0.82, 0.07, 0.055, 0.055))[0]
+        layout = rng.choices(LAYOUTS, weights=(0.66, 0.07, 0.07, 0.12, 0.08))[0]
+        indices, tints = [first], [self._tint(first, background)]
+        if layout == "twins":
+            indices, tints = indices * 2, tints * 2
+        elif layout in ("beside", "stacked"):
+            other = rng.choice(self.by_style[style])
+            indices, tints = [*indices, other], [*tints, self._tint(other, background)]
+        objects = tuple(self.sprites.objects[index] for index in indices)
+        names = [f"{tint} {name}" if tint else name for name, tint in zip(objects, tints, strict=True)]
+        caption = _caption(_what(layout, names, rng), style, _background_phrase(pattern, background, second_color), rng)
+        return _Scene(
+            (first, indices[1] if len(indices) > 1 else -1),
+            _places(layout, rng),
+            Shown(objects, tuple(tints), style, layout, pattern, background, second_color, caption),
+        )
+
+    def _tint(self, index: int, background: str) -> str:
+        allowed = [tint for tint in self.tints_of(self.sprites.objects[index]) if tint != background]
+        return self.rng.choice(allowed) if self.rng.random() < _TINTED_SHARE else ""
+
+
+def _places(layout: str, rng: random.Random) -> tuple[_Place, _Place]:
     if layout == "one":
         side = rng.uniform(0.8, 0.95)
         slack = 0.5 * (1 - side) * 0.6
-        places[0] = (0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack), side)
-        what = _with_article(name)
-    elif layout == "small":
-        places[0] = (0.5 + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.04, 0.04), rng.uniform(0.4, 0.5))
-        what = f"a small {name}"
-    else:
-        side = rng.uniform(0.45, 0.5)
-        places = [(0.26, 0.5, side), (0.75, 0.5, side)]
-        if layout == "twins":
-            second, tints[1], what = first, tints[0], f"two {name}s"
-        else:
-            second, tints[1] = rng.choice(by_style[style]), _draw_tint(background, rng)
-            other = _colored(sprites.objects[second], tints[1])
-            what = f"{_with_article(name)} on the left and {_with_article(other)} on the right"
-    caption = _caption(what, style, _background_phrase(pattern, background, second_color), rng)
-    return _Scene(
-        (first, second), (places[0], places[1]), (tints[0], tints[1]), pattern, background, second_color, caption
-    )
+        return (0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack), side), _NOWHERE
+    if layout == "small":
+        return (0.5 + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.04, 0.04), rng.uniform(0.4, 0.5)), _NOWHERE
+    side = rng.uniform(0.45, 0.5)
+    if layout == "stacked":
+        return (0.5, 0.26, side), (0.5, 0.75, side)
+    return (0.26, 0.5, side), (0.75, 0.5, side)
 
 
-def _draw_tint(background: str, rng: random.Random) -> str:
-    return rng.choice([name for name in TINTS if name != background]) if rng.random() < 0.22 else ""
-
-
-def _colored(name: str, tint: str) -> str:
-    return f"{tint} {name}" if tint else name
+def _what(layout: str, names: Sequence[str], rng: random.Random) -> str:
+    """Say what is where, mostly in the first of two wordings."""
+    first, second = _with_article(names[0]), _with_article(names[-1])
+    usual, other = {
+        "one": (first, f"one {names[0]}"),
+        "small": (f"a small {names[0]}", f"a tiny {names[0]}"),
+        "twins": (f"two {names[0]}s", f"a pair of {names[0]}s"),
+        "beside": (f"{first} on the left and {second} on the right", f"{first} left of {second}"),
+        "stacked": (f"{first} above {second}", f"{second} below {first}"),
+    }[layout]
+    return usual if rng.random() < _USUAL_WORDING else other
 
 
 def _with_article(name: str) -> str:
@@ -166,12 +251,12 @@ def _background_phrase(pattern: str, background: str, second_color: str) -> str:
 
 
 def _caption(what: str, style: str, background: str, rng: random.Random) -> str:
-    """Compose a caption whose parts are sometimes missing and sometimes reordered, as people write them."""
+    """Compose a caption whose parts are sometimes missing, reordered or worded otherwise, as people write them."""
     parts = [what]
     if rng.random() < 0.9:
-        parts.append(f"{style} style")
+        parts.append(f"{style} style" if rng.random() < _USUAL_WORDING else f"in {style} style")
     if rng.random() < 0.93:
-        parts.append(background)
+        parts.append(background if rng.random() < _USUAL_WORDING else f"on a {background}")
     if len(parts) == 3 and rng.random() < 0.2:
         parts = [parts[0], parts[2], parts[1]]
     return ", ".join(parts)
@@ -181,18 +266,23 @@ def _stack(drawn: Sequence[_Scene], rng: random.Random) -> Scenes:
     def jittered(name: str) -> list[float]:
         return [min(255.0, max(0.0, level + rng.uniform(-_COLOR_JITTER, _COLOR_JITTER))) for level in COLORS[name]]
 
-    def tint(name: str) -> list[float]:
-        return [1.0, *jittered(name)] if name else [0.0, 0.0, 0.0, 0.0]
+    def tints(names: Sequence[str]) -> list[list[float]]:
+        rows = [[1.0, *jittered(name)] if name else _NO_TINT for name in names]
+        return [*rows, _NO_TINT][:2]
 
+    shown = tuple(scene.shown for scene in drawn)
     return Scenes(
         sprite=torch.tensor([scene.sprites for scene in drawn], dtype=torch.float32),
         place=torch.tensor([scene.places for scene in drawn], dtype=torch.float32),
-        tint=torch.tensor([[tint(name) for name in scene.tints] for scene in drawn]),
-        pattern=torch.tensor([PATTERNS.index(scene.pattern) for scene in drawn], dtype=torch.float32),
-        colors=torch.tensor([[jittered(scene.background), jittered(scene.second_color)] for scene in drawn]),
+        tint=torch.tensor([tints(one.tints) for one in shown]),
+        pattern=torch.tensor([PATTERNS.index(one.pattern) for one in shown], dtype=torch.float32),
+        colors=torch.tensor([[jittered(one.background), jittered(one.second_color)] for one in shown]),
         shift=torch.tensor([[rng.randrange(16), rng.randrange(16)] for _ in drawn], dtype=torch.float32),
-        captions=tuple(scene.caption for scene in drawn),
+        shown=shown,
     )
+
+
+# ---------------------------------------------------------------------------------------------- painting them
 
 
 def compose(sprite_images: torch.Tensor, scenes: Scenes, size_px: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Nodes of the pretrain pipeline: sprites, autoencoder, denoiser, a look at what it draws."""
+"""Nodes of the pretrain pipeline: sprites, autoencoder, towers, denoiser, a look at what it draws."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dreamartist_pipeline.params import PretrainParams
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from PIL import Image
+    from transformers import CLIPModel, CLIPTokenizer
 
     from dreamartist_pipeline.core.sprites import SpriteSet
     from dreamartist_pipeline.datasets.sprites import CheckpointStore, SpritePackages
@@ -17,48 +18,77 @@ if TYPE_CHECKING:
 
 def render_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
     """Rasterise every drawing that the model may see."""
-    import numpy as np
-    import torch
     from tqdm.auto import tqdm
 
-    from dreamartist_pipeline.core.sprites import SpriteSet
-    from dreamartist_pipeline.pipelines.pretrain.rendering import choose_sprites, rasterize
+    from dreamartist_pipeline.interop.sprite_packages import choose_sprites, draw_sprites
 
-    rendered = [
-        (image, word, style)
-        for svg, word, style in tqdm(list(choose_sprites(packages, params)), desc="sprites", unit="drawing")
-        if (image := rasterize(svg, params.sprite_px)) is not None
-    ]
-    images, words, styles = zip(*rendered, strict=True)
-    return SpriteSet(torch.from_numpy(np.stack(images)), words, styles)
+    drawings = tqdm(list(choose_sprites(packages, params)), desc="sprites", unit="drawing")
+    return draw_sprites(drawings, params.sprite_px)
+
+
+def render_held_out_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
+    """Rasterise the objects that no stage sees: the autoencoder is measured on them."""
+    from dreamartist_pipeline.interop.sprite_packages import choose_held_out_sprites, draw_sprites
+
+    return draw_sprites(choose_held_out_sprites(packages, params), params.sprite_px)
 
 
 def train_autoencoder(
-    sprites: SpriteSet, params: PretrainParams, checkpoints: CheckpointStore, tracker: Any
+    sprites: SpriteSet,
+    held_out_sprites: SpriteSet,
+    params: PretrainParams,
+    checkpoints: CheckpointStore,
+    tracker: Any,
 ) -> AutoencoderKL:
     """Train the autoencoder on scenes of all sprites; resumes from its last checkpoint."""
     from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
     from dreamartist_pipeline.pipelines.pretrain.stages import fit_autoencoder
 
     store = checkpoints.of_recipe(_recipe(params, "autoencoder"))
-    return run_on_processes(fit_autoencoder, _num_processes(params), sprites, params, store, tracker)
+    return run_on_processes(fit_autoencoder, _num_processes(params), sprites, held_out_sprites, params, store, tracker)
+
+
+def train_towers(
+    sprites: SpriteSet, params: PretrainParams, checkpoints: CheckpointStore, tracker: Any
+) -> tuple[CLIPTokenizer, CLIPModel]:
+    """Build the vocabulary of the captions, then train text and image tower; resumes from its last checkpoint."""
+    from dreamartist_pipeline.backbones.embedded import build_tokenizer
+    from dreamartist_pipeline.core.sprites import draw_scenes
+    from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
+    from dreamartist_pipeline.pipelines.pretrain.stages import fit_towers, token_ids_of
+
+    store = checkpoints.of_recipe(_recipe(params, "towers"))
+    scenes = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3)
+    folder = store.path / "tokenizer"
+    tokenizer = build_tokenizer(scenes.captions, folder, params.size.max_tokens)
+    token_ids = token_ids_of(tokenizer, list(scenes.captions))
+    towers = run_on_processes(
+        fit_towers, _num_processes(params), sprites, scenes, token_ids, str(folder), params, store, tracker
+    )
+    return tokenizer, towers.half()
 
 
 def train_denoiser(
-    sprites: SpriteSet, autoencoder_path: str, params: PretrainParams, checkpoints: CheckpointStore, tracker: Any
+    sprites: SpriteSet,
+    autoencoder_path: str,
+    tokenizer_path: str,
+    towers_path: str,
+    params: PretrainParams,
+    checkpoints: CheckpointStore,
+    tracker: Any,
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder on captioned scenes; resumes from its last checkpoint."""
     import torch
     from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
 
-    from dreamartist_pipeline.backbones.embedded import build_tokenizer
     from dreamartist_pipeline.core.sprites import draw_scenes
     from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
     from dreamartist_pipeline.pipelines.pretrain.stages import encode_scenes, fit_denoiser, token_ids_of
 
-    store = checkpoints.of_recipe(_recipe(params, "autoencoder", "denoiser"))
+    store = checkpoints.of_recipe(_recipe(params, "autoencoder", "towers", "denoiser"))
     scenes = draw_scenes(sprites, params.denoiser.num_scenes, params.seed + 2)
-    tokenizer = build_tokenizer(scenes.captions, store.path / "tokenizer", params.size.max_tokens)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True)
     latents = encode_scenes(autoencoder, sprites, scenes, params.size.image_px)
     token_ids = token_ids_of(tokenizer, list(scenes.captions))
@@ -66,7 +96,8 @@ def train_denoiser(
         fit_denoiser,
         _num_processes(params),
         autoencoder_path,
-        str(store.path / "tokenizer"),
+        towers_path,
+        tokenizer_path,
         latents,
         token_ids,
         params,
@@ -92,7 +123,7 @@ def draw_samples(base_model_path: str) -> Image.Image:
 
 def _recipe(params: PretrainParams, *stages: str) -> str:
     """Hash what decides a stage's result, so that a checkpoint never continues another recipe."""
-    ignored = {"num_processes", *({"autoencoder", "denoiser"} - set(stages))}
+    ignored = {"num_processes", *({"autoencoder", "towers", "denoiser"} - set(stages))}
     return hashlib.sha256(params.model_dump_json(exclude=ignored).encode()).hexdigest()[:12]
 
 

@@ -6,27 +6,51 @@ from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
     draw_samples,
+    render_held_out_sprites,
     render_sprites,
     train_autoencoder,
     train_denoiser,
+    train_towers,
 )
 
 
 def create_pipeline() -> Pipeline:
-    """Published drawings → sprites → autoencoder → denoiser → base model."""
+    """Published drawings → sprites → autoencoder, towers → denoiser → base model."""
     return Pipeline(
         [
-            node(render_sprites, ["sprite_packages", "params:pretrain"], "sprites"),
+            node(render_sprites, ["sprite_packages", "params:pretrain"], "sprites", name="render_sprites"),
+            node(
+                render_held_out_sprites,
+                ["sprite_packages", "params:pretrain"],
+                "held_out_sprites",
+                name="render_held_out_sprites",
+            ),
             node(
                 train_autoencoder,
-                ["sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                ["sprites", "held_out_sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
                 "pretrained_autoencoder",
+                name="train_autoencoder",
+            ),
+            node(
+                train_towers,
+                ["sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                ["pretrained_tokenizer", "pretrained_towers"],
+                name="train_towers",
             ),
             node(
                 train_denoiser,
-                ["sprites", "pretrained_autoencoder", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                [
+                    "sprites",
+                    "pretrained_autoencoder",
+                    "pretrained_tokenizer",
+                    "pretrained_towers",
+                    "params:pretrain",
+                    "pretrain_checkpoints",
+                    "tracker",
+                ],
                 "pretrained_base_model",
+                name="train_denoiser",
             ),
-            node(draw_samples, "pretrained_base_model", "pretrained_samples"),
+            node(draw_samples, "pretrained_base_model", "pretrained_samples", name="draw_samples"),
         ]
     )

@@ -1,4 +1,4 @@
-"""The two training stages as each process runs them: build the parts, draw the scenes, fit, report."""
+"""The training stages as each process runs them: build the parts, draw the scenes, fit, report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_unet
+from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_towers, build_unet
+from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
 from dreamartist_pipeline.core.pretraining import (
     Checkpoint,
     StageSettings,
@@ -19,6 +20,7 @@ from dreamartist_pipeline.core.pretraining import (
     averaged_weights,
     denoiser_loss,
     fit_stage,
+    hidden_matrices,
     normalize_latents,
     psnr,
 )
@@ -27,6 +29,7 @@ from dreamartist_pipeline.params import PretrainParams, StageParams
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPModel
 
     from dreamartist_pipeline.datasets.sprites import CheckpointStore
 
@@ -60,19 +63,24 @@ class StageReporter:
         self.tracker.log_metrics({f"{self.name}/{key}": value for key, value in values.items()}, step=report.step)
 
 
-def fit_autoencoder(sprites: SpriteSet, params: PretrainParams, store: CheckpointStore, tracker: Any) -> AutoencoderKL:
-    """Train the autoencoder and fold its latent statistics in; on every rank."""
+def fit_autoencoder(
+    sprites: SpriteSet, held_out: SpriteSet, params: PretrainParams, store: CheckpointStore, tracker: Any
+) -> AutoencoderKL:
+    """Train the autoencoder and fold its latent statistics in; on every rank.
+
+    Its quality is measured on scenes of the held-out sprites.
+    """
     device, stage = _device(), params.autoencoder
     torch.manual_seed(params.seed)
-    autoencoder = build_autoencoder(params.size).to(device)
+    autoencoder = build_autoencoder(params.size).to(device, memory_format=torch.channels_last)
     images = sprites.images.to(device)
     scenes = draw_scenes(sprites, stage.num_scenes, params.seed + 1, _half_named_half_any(sprites)).to(device)
     paint = partial(_paint, images, scenes, params.size.image_px)
-    num_training = stage.num_scenes - min(_VALIDATION_SCENES, stage.num_scenes // 4)
-    held_back = paint(torch.arange(num_training, stage.num_scenes, device=device))
+    unseen_scenes = draw_scenes(held_out, _VALIDATION_SCENES, params.seed + 1).to(device)
+    unseen = compose(held_out.images.to(device), unseen_scenes, params.size.image_px)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(num_training, (stage.batch_size,), device=device, generator=generator)
+        chosen = torch.randint(len(scenes), (stage.batch_size,), device=device, generator=generator)
         torch.manual_seed(generator.initial_seed())  # the posterior's sample
         with torch.autocast(device.type, enabled=False):
             batch = paint(chosen)
@@ -83,21 +91,77 @@ def fit_autoencoder(sprites: SpriteSet, params: PretrainParams, store: Checkpoin
     def save(checkpoint: Checkpoint) -> None:
         store.save("autoencoder", checkpoint)
         with averaged_weights(parameters, checkpoint), torch.no_grad():
-            restored = autoencoder.decode(autoencoder.encode(held_back).latent_dist.mode()).sample
-        quality = psnr(restored, held_back).mean().item()
-        tqdm.write(f"autoencoder after {checkpoint['step']} steps: {quality:.2f} dB on scenes it did not see")
+            restored = torch.cat(
+                [autoencoder.decode(autoencoder.encode(batch).latent_dist.mode()).sample for batch in unseen.split(64)]
+            )
+        quality = psnr(restored, unseen).mean().item()
+        tqdm.write(f"autoencoder after {checkpoint['step']} steps: {quality:.2f} dB on held-out sprites")
         tracker.log_metrics({"autoencoder/psnr_db": quality}, step=checkpoint["step"])
-        tracker.log_image(_side_by_side(held_back[:8], restored[:8]), key="autoencoder", step=checkpoint["step"])
+        tracker.log_image(_side_by_side(unseen[:8], restored[:8]), key="autoencoder", step=checkpoint["step"])
 
-    _fit("autoencoder", parameters, loss_of, stage, params.seed, store, tracker, save)
+    _fit("autoencoder", [autoencoder], loss_of, stage, params.seed, store, tracker, save)
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(batch).latent_dist.mode() for batch in held_back.split(64)])
+        typical = [paint(batch) for batch in torch.arange(min(len(scenes), 1024), device=device).split(64)]
+        latents = torch.cat([autoencoder.encode(batch).latent_dist.mode() for batch in typical])
     normalize_latents(autoencoder.quant_conv, autoencoder.post_quant_conv, latents)
     return autoencoder.cpu().requires_grad_(False)
 
 
+def fit_towers(
+    sprites: SpriteSet,
+    scenes: Scenes,
+    token_ids: torch.Tensor,
+    tokenizer_path: str,
+    params: PretrainParams,
+    store: CheckpointStore,
+    tracker: Any,
+) -> CLIPModel:
+    """Train text and image tower to find each other's match (Radford et al. 2021); on every rank.
+
+    Args:
+        scenes: what is painted, anew each time it is drawn.
+        token_ids: `[N, L]` of their captions, int64.
+    """
+    from transformers import CLIPTokenizer
+
+    device, stage = _device(), params.towers
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    torch.manual_seed(params.seed)
+    towers = build_towers(params.size, tokenizer).to(device).train()
+    images, scenes, token_ids = sprites.images.to(device), scenes.to(device), token_ids.to(device)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in CLIP_NORMALIZATION)
+
+    def compare(chosen: torch.Tensor) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            pixels = (_paint(images, scenes, params.size.image_px, chosen) / 2 + 0.5 - mean) / std
+        return towers(input_ids=token_ids[chosen], pixel_values=pixels, return_loss=True)
+
+    num_training = len(scenes) - min(_VALIDATION_SCENES, len(scenes) // 4)
+    held_back = torch.arange(num_training, len(scenes), device=device)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        loss: torch.Tensor = compare(
+            torch.randint(num_training, (stage.batch_size,), device=device, generator=generator)
+        ).loss
+        return loss
+
+    parameters = list(towers.parameters())
+
+    def save(checkpoint: Checkpoint) -> None:
+        store.save("towers", checkpoint)
+        with averaged_weights(parameters, checkpoint), torch.no_grad():
+            matches = compare(held_back).logits_per_image.argmax(dim=1) == torch.arange(len(held_back), device=device)
+        found = matches.float().mean().item()
+        tqdm.write(f"towers after {checkpoint['step']} steps: {found:.0%} of {len(matches)} unseen captions found")
+        tracker.log_metrics({"towers/captions_found": found}, step=checkpoint["step"])
+
+    _fit("towers", [towers], loss_of, stage, params.seed, store, tracker, save)
+    return towers.cpu().eval()
+
+
 def fit_denoiser(
     autoencoder_path: str,
+    towers_path: str,
     tokenizer_path: str,
     latents: torch.Tensor,
     token_ids: torch.Tensor,
@@ -107,13 +171,16 @@ def fit_denoiser(
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder on cached latents; on every rank, each with modules of its own.
 
+    The text encoder starts as the text tower and goes on learning, which a model of this size needs.
+
     Args:
         latents: `[N, C, h, w]` of the scenes, float32.
         token_ids: `[N, L]` of their captions, int64.
     """
     device, stage = _device(), params.denoiser
-    pipeline = assemble_untrained(autoencoder_path, tokenizer_path, params).to(device)
-    unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
+    pipeline = assemble_untrained(autoencoder_path, towers_path, tokenizer_path, params).to(device)
+    unet = pipeline.unet.to(memory_format=torch.channels_last).train()
+    text_encoder = pipeline.text_encoder.train()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     empty_ids = token_ids_of(pipeline.tokenizer, [""]).to(device)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
@@ -130,13 +197,13 @@ def fit_denoiser(
         with averaged_weights(parameters, checkpoint):
             tracker.log_image(sample_grid(pipeline), key="samples", step=checkpoint["step"])
 
-    _fit("denoiser", parameters, loss_of, stage, params.seed, store, tracker, save)
+    _fit("denoiser", [unet, text_encoder], loss_of, stage, params.seed, store, tracker, save)
     return pipeline.to("cpu")
 
 
 def _fit(
     name: str,
-    parameters: list[torch.nn.Parameter],
+    networks: list[torch.nn.Module],
     loss_of: Any,
     stage: StageParams,
     seed: int,
@@ -149,25 +216,40 @@ def _fit(
         num_steps=stage.num_steps,
         batch_size=stage.batch_size,
         lr=stage.lr,
+        matrix_lr=stage.matrix_lr,
         warmup_steps=stage.warmup_steps,
         ema_decay=stage.ema_decay,
         seed=seed,
         checkpoint_every=stage.checkpoint_every,
         weight_decay=stage.weight_decay,
+        bf16=_device().type == "cuda",
     )
     first = not dist.is_initialized() or dist.get_rank() == 0
     reporter = StageReporter(name, stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) if first else None
-    fit_stage(parameters, loss_of, settings, checkpoint=checkpoint, save_checkpoint=save, on_step=reporter)
+    fit_stage(
+        [parameter for network in networks for parameter in network.parameters()],
+        loss_of,
+        settings,
+        matrices=hidden_matrices(*networks),
+        checkpoint=checkpoint,
+        save_checkpoint=save,
+        on_step=reporter,
+    )
 
 
-def assemble_untrained(autoencoder_path: str, tokenizer_path: str, params: PretrainParams) -> StableDiffusionPipeline:
-    """Put a new UNet and text encoder beside a trained autoencoder, with Stable Diffusion's noise schedule."""
+def assemble_untrained(
+    autoencoder_path: str, towers_path: str, tokenizer_path: str, params: PretrainParams
+) -> StableDiffusionPipeline:
+    """Put a new UNet beside a trained autoencoder and a trained text tower, with Stable Diffusion's noise schedule."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    from transformers import CLIPModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
     autoencoder = build_autoencoder(params.size)  # and not the loaded one, whose configuration names its folder
     autoencoder.load_state_dict(AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True).state_dict())
+    text_encoder = build_text_encoder(params.size, tokenizer)
+    towers = CLIPModel.from_pretrained(towers_path, local_files_only=True)
+    text_encoder.load_state_dict(towers.text_model.state_dict())
     torch.manual_seed(params.seed)
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -180,7 +262,7 @@ def assemble_untrained(autoencoder_path: str, tokenizer_path: str, params: Pretr
     )
     return StableDiffusionPipeline(
         vae=autoencoder,
-        text_encoder=build_text_encoder(params.size, tokenizer),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=build_unet(params.size),
         scheduler=scheduler,
@@ -197,7 +279,7 @@ def encode_scenes(
     """Return the latent means of all scenes, `[N, C, h, w]` on the CPU, in order."""
     device = _device()
     autoencoder, images, scenes = autoencoder.to(device), sprites.images.to(device), scenes.to(device)
-    batches = torch.arange(len(scenes.captions), device=device).split(batch_size)
+    batches = torch.arange(len(scenes), device=device).split(batch_size)
     progress = tqdm(batches, desc="scenes to latents", unit="batch")
     painted = (_paint(images, scenes, size_px, batch) for batch in progress)
     encoded = [autoencoder.encode(batch).latent_dist.mode().cpu() for batch in painted]
