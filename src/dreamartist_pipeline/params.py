@@ -290,7 +290,7 @@ class EmbeddedModelSize(Params):
     """The architecture of the embedded base model."""
 
     image_px: Count = 64
-    latent_channels: Count = 12
+    latent_channels: Count = 8
     autoencoder_channels: tuple[Count, ...] = (16, 32, 64)
     autoencoder_norm_groups: Count = 4  # several channels a group: alone, each channel would lose its mean
     unet_channels: tuple[Count, ...] = (64, 128, 192)

@@ -141,6 +141,28 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
     assert concept.read_bytes() == before
 
 
+def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(project: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPModel
+
+    shutil.copytree(PROJECT / "data/01_raw/sprite_samples", project / "data/01_raw/sprite_samples")
+    result = kedro_run(project, "--pipeline", "pretrain")
+    assert result.returncode == 0, result.stderr[-3000:]
+    made = project / "data/06_models/pretrain"
+    pipeline = StableDiffusionPipeline.from_pretrained(made / "base_model", local_files_only=True)
+    towers = CLIPModel.from_pretrained(made / "towers", local_files_only=True)
+    assert pipeline.text_encoder.config.hidden_size == towers.config.text_config.hidden_size
+    assert (project / "data/08_reporting/pretrain/samples.png").is_file()
+    metrics = last_run(project).data.metrics
+    assert {"autoencoder/psnr_db", "towers/captions_found", "denoiser/loss"} <= metrics.keys()
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones(project: Path) -> None:
+    result = kedro_run(project, "--pipeline", "pretrain", "--params", "recipe=ful")
+    assert result.returncode == 1
+    assert "expected a recipe out of cpu, full, sample; got 'ful'; did you mean 'full'?" in result.stderr
+
+
 def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
     result = kedro_run(project, "--pipeline", "train", "--params", "trainign.num_steps=1")
     assert result.returncode == 1

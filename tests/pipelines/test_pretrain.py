@@ -151,6 +151,8 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
     assert ("samples", 2) in tracker.images
     logged = {name for metrics, _ in tracker.metrics for name in metrics}
     assert {"autoencoder/psnr_db", "towers/captions_found", "towers/loss", "denoiser/loss"} <= logged
-    assert draw_samples(str(tmp_path / "whole" / "model")).width > 8 * 16
+    samples, objects = draw_samples(str(tmp_path / "whole" / "model"), params)
+    assert samples.width > 8 * 16
+    assert objects.height > 16  # one picture and its word
     written = "".join(path.read_text() for path in (tmp_path / "whole" / "model").rglob("*.json"))
     assert str(tmp_path) not in written

@@ -10,14 +10,13 @@ colour as named in the prompt, or '').
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 
 import pandas as pd
 import torch
 import yaml
 
-from dreamartist_pipeline.core.sprites import COLORS, Scenes, SpriteSet, draw_scenes
+from dreamartist_pipeline.core.sprites import Shown, SpriteSet, draw_scenes
 
 FOLDER = Path(__file__).resolve().parent
 RECIPE = FOLDER.parents[2] / "conf" / "base" / "parameters_pretrain.yml"
@@ -34,26 +33,22 @@ def make_table(objects: list[str], styles: list[str]) -> pd.DataFrame:
         styles=tuple(style for _, style in pairs),
     )
     scenes = draw_scenes(sprites, num_scenes=2 * NUM_PROMPTS, seed=SEED)
-    rows = [describe(scenes, index, sprites) for index in range(len(scenes.captions))]
+    rows = [describe(shown) for shown in scenes.shown]
     return pd.DataFrame(rows).drop_duplicates("prompt").head(NUM_PROMPTS).reset_index(drop=True)
 
 
-def describe(scenes: Scenes, index: int, sprites: SpriteSet) -> dict[str, str]:
+def describe(shown: Shown) -> dict[str, str]:
     """Say what the caption of one scene names."""
-    caption = scenes.captions[index]
-    shown = dict.fromkeys(sprites.objects[int(sprite)] for sprite in scenes.sprite[index] if sprite >= 0)
-    style = re.search(r", (\w+) style", caption)
-    background = re.search(rf", ({'|'.join(COLORS)}) [^,]*background", caption)
     return {
-        "prompt": caption,
-        "objects": ", ".join(shown),
-        "style": style[1] if style else "",
-        "background": background[1] if background else "",
+        "prompt": shown.caption,
+        "objects": ", ".join(dict.fromkeys(shown.objects)),
+        "style": shown.style if "style" in shown.caption else "",
+        "background": shown.background if "background" in shown.caption else "",
     }
 
 
 def main() -> None:
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["pretrain"]
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["_recipes"]["cpu"]
     table = make_table(list(recipe["objects"]), list(recipe["styles"].values()))
     table.to_parquet(FOLDER / "embedded_world.parquet", index=False)
     print(f"{len(table)} prompts in {FOLDER / 'embedded_world.parquet'}")

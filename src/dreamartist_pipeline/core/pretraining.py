@@ -234,17 +234,24 @@ class Muon(torch.optim.Optimizer):
         return matrix.grad.lerp(state["momentum"], momentum).reshape(len(matrix), -1)
 
 
-def _orthogonalize_all(updates: list[torch.Tensor]) -> None:
+def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
     """Make all updates orthogonal in place; the ranks of a process group share the work."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     owners = _share_out([min(u.shape) * u.numel() for u in updates], world)
-    for update, owner in zip(updates, owners, strict=True):
-        update.copy_(orthogonalized(update)) if owner == _rank() else update.zero_()
+    by_owner = [[u for u, its_owner in zip(updates, owners, strict=True) if its_owner == o] for o in range(world)]
+    for update in by_owner[_rank()]:
+        update.copy_(orthogonalized(update))
     if world > 1:
-        flat = torch.cat([update.flatten() for update in updates])
-        dist.all_reduce(flat)
-        for update, whole in zip(updates, flat.split([u.numel() for u in updates]), strict=True):
-            update.copy_(whole.view_as(update))
+        for owner, owned in enumerate(by_owner):
+            _hand_out(owned, owner)
+
+
+def _hand_out(tensors: Sequence[torch.Tensor], owner: int) -> None:
+    """Give every rank the owner's tensors, in place and as one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.broadcast(flat, owner)
+    for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
 
 
 def _share_out(costs: Sequence[int], num_owners: int) -> list[int]:
@@ -257,7 +264,7 @@ def _share_out(costs: Sequence[int], num_owners: int) -> list[int]:
 
 
 def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
-    """Return about U·Vᵀ of a matrix U·S·Vᵀ: all singular values become roughly 1 (Newton-Schulz, Jordan et al. 2024)."""
+    """Return about U·Vᵀ of a matrix U·S·Vᵀ: all singular values become about 1 (Newton-Schulz, Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x: torch.Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
     x = x.T if len(matrix) > matrix.shape[1] else x

@@ -107,18 +107,21 @@ def train_denoiser(
     return pipeline.to(torch.float16)
 
 
-def draw_samples(base_model_path: str) -> Image.Image:
-    """Draw a grid with the finished model as everyone else will load it."""
+def draw_samples(base_model_path: str, params: PretrainParams) -> tuple[Image.Image, Image.Image]:
+    """Draw with the finished model as everyone else will load it.
+
+    Returns:
+        The sample prompts from several seeds, and the first objects of the vocabulary once each.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from dreamartist_pipeline.pipelines.pretrain.stages import sample_grid
+    from dreamartist_pipeline.pipelines.pretrain.stages import object_grid, sample_grid
 
     pipeline = StableDiffusionPipeline.from_pretrained(
         base_model_path, dtype=torch.float32, safety_checker=None, local_files_only=True
     )
-    grid: Image.Image = sample_grid(pipeline, images_per_prompt=4)
-    return grid
+    return sample_grid(pipeline, images_per_prompt=4), object_grid(pipeline, params)
 
 
 def _recipe(params: PretrainParams, *stages: str) -> str:

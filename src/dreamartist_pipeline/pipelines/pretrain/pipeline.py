@@ -51,6 +51,11 @@ def create_pipeline() -> Pipeline:
                 "pretrained_base_model",
                 name="train_denoiser",
             ),
-            node(draw_samples, "pretrained_base_model", "pretrained_samples", name="draw_samples"),
+            node(
+                draw_samples,
+                ["pretrained_base_model", "params:pretrain"],
+                ["pretrained_samples", "pretrained_objects"],
+                name="draw_samples",
+            ),
         ]
     )

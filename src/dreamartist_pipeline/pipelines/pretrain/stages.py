@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_towers, build_unet
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 _VALIDATION_SCENES = 256
 _REPORT_EVERY = 25
+_NUM_SHOWN_OBJECTS = 64
+_DRAWN_AT_ONCE = 16
 
 
 @dataclass
@@ -304,27 +308,43 @@ SAMPLE_PROMPTS = (
     "a house, noto style, pink and white striped background",
     "a small frog, flat style, purple background",
     "a dog on the left and a yellow star on the right, noto style, teal background",
-    "two apples, twemoji style, gray background",
+    "a green apple above an orange fish, twemoji style, gray background",
 )
 
 
-@torch.no_grad()
-def sample_grid(pipeline: StableDiffusionPipeline, images_per_prompt: int = 2, num_inference_steps: int = 20) -> Any:
+def sample_grid(pipeline: StableDiffusionPipeline, images_per_prompt: int = 2) -> Image.Image:
     """Draw every sample prompt, one column per prompt, with fixed seeds."""
     from dreamartist_pipeline.core.images import image_grid
 
-    pipeline.set_progress_bar_config(disable=True)
-    images = [
-        image
-        for seed in range(images_per_prompt)
-        for image in pipeline(
-            list(SAMPLE_PROMPTS),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=4.0,
-            generator=[torch.Generator().manual_seed(seed * 100 + i) for i in range(len(SAMPLE_PROMPTS))],
-        ).images
-    ]
+    images = []
+    for seed in range(images_per_prompt):
+        images += _draw(pipeline, SAMPLE_PROMPTS, [seed * 100 + i for i in range(len(SAMPLE_PROMPTS))])
     return image_grid(images, columns=len(SAMPLE_PROMPTS))
+
+
+def object_grid(pipeline: StableDiffusionPipeline, params: PretrainParams) -> Image.Image:
+    """Draw the first objects of the vocabulary, styles in turn, each with its word under it."""
+    from dreamartist_pipeline.core.images import image_grid
+
+    words, styles = list(params.objects)[:_NUM_SHOWN_OBJECTS], list(params.styles.values())
+    named = [(word, styles[i % len(styles)]) for i, word in enumerate(words)]
+    images = _draw(pipeline, [f"a {word}, {style} style, white background" for word, style in named], range(len(words)))
+    return image_grid(images, columns=8, labels=[f"{word}, {style}" for word, style in named])
+
+
+@torch.no_grad()
+def _draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    pipeline.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), _DRAWN_AT_ONCE):
+        rows = slice(start, start + _DRAWN_AT_ONCE)
+        images += pipeline(
+            list(prompts[rows]),
+            num_inference_steps=20,
+            guidance_scale=4.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
+        ).images
+    return images
 
 
 def _half_named_half_any(sprites: SpriteSet) -> list[int]:
