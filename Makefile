@@ -18,7 +18,7 @@ SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	iconify-json-streamline-emojis-1.2.4.tgz \
 	iconify-json-twemoji-1.2.5.tgz)
 
-.PHONY: help setup train evaluate generate test lint format bench pretrain viz ui
+.PHONY: help setup train evaluate generate test lint format bench pretrain judge viz ui
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -63,6 +63,9 @@ bench: $(READY) ## print speed and quality tables
 
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)
+
+judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that scores the base model's pictures (a quarter of an hour on a CPU; resumes)
+	$(BIN)/kedro run --pipeline judge $(ARGS)
 
 viz: $(READY) ## show the pipelines in a browser
 	$(BIN)/kedro viz run

@@ -8,6 +8,7 @@ from dreamartist_pipeline.pipelines import (
     evaluation,
     generate,
     ingestion,
+    judge,
     pretrain,
     prompts,
     regularization,
@@ -31,6 +32,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         "evaluate": evaluate,
         "generate": generate.create_pipeline(),
         "pretrain": pretrain.create_pipeline(),
+        "judge": judge.create_pipeline(),
         "train": train,
         "__default__": train + evaluate,
     }

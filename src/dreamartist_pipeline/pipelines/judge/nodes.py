@@ -1,0 +1,145 @@
+"""Nodes of the judge pipeline: named sprites, training, a test on pictures never trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dreamartist_pipeline.params import JudgeParams, PretrainParams
+
+if TYPE_CHECKING:
+    from dreamartist_pipeline.core.judge import Judge
+    from dreamartist_pipeline.core.pretraining import StepReport
+    from dreamartist_pipeline.core.sprites import SpriteSet
+    from dreamartist_pipeline.datasets.sprites import CheckpointStore, SpritePackages
+
+_REPORT_EVERY = 25
+
+
+class Tracker(Protocol):
+    """What this pipeline needs of the run's tracker."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Record values at a step."""
+
+
+def render_training_sprites(packages: SpritePackages, pretrain: PretrainParams, params: JudgeParams) -> SpriteSet:
+    """Rasterise the drawings that captions name, at the judge's own size."""
+    return _render_named(packages, pretrain, params.sprite_px)
+
+
+def render_test_sprites(packages: SpritePackages, pretrain: PretrainParams) -> SpriteSet:
+    """Rasterise the drawings that captions name, at the size that the base model learns from."""
+    return _render_named(packages, pretrain, pretrain.sprite_px)
+
+
+def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: CheckpointStore, tracker: Tracker) -> Judge:
+    """Train the judge on disturbed scenes with every tint; resumes from its last checkpoint."""
+    import torch
+
+    from dreamartist_pipeline.core.judge import IMAGE_PX, Judge, JudgeVocabulary, augment, draw_hard_scenes, judge_loss
+    from dreamartist_pipeline.core.pretraining import StageSettings, fit_stage, hidden_matrices
+    from dreamartist_pipeline.core.sprites import compose
+
+    vocabulary = JudgeVocabulary(tuple(dict.fromkeys(sprites.objects)), tuple(dict.fromkeys(sprites.styles)))
+    torch.manual_seed(params.seed)
+    judge, stage = Judge(vocabulary, params.channels), params.training
+    scenes = draw_hard_scenes(sprites, stage.num_scenes, params.seed + 1)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(scenes), (stage.batch_size,), generator=generator)
+        images = augment(compose(sprites.images, scenes.rows(chosen), IMAGE_PX), generator)
+        return judge_loss(judge, images, [scenes.shown[index] for index in chosen.tolist()])
+
+    store = checkpoints.of_recipe(_recipe(params, vocabulary))
+    checkpoint = store.load("judge")
+    settings = StageSettings(
+        num_steps=stage.num_steps,
+        batch_size=stage.batch_size,
+        lr=stage.lr,
+        matrix_lr=stage.matrix_lr,
+        warmup_steps=stage.warmup_steps,
+        ema_decay=stage.ema_decay,
+        seed=params.seed,
+        checkpoint_every=stage.checkpoint_every,
+        weight_decay=stage.weight_decay,
+    )
+    with _StepReport(stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) as report:
+        fit_stage(
+            list(judge.parameters()),
+            loss_of,
+            settings,
+            matrices=hidden_matrices(judge),
+            checkpoint=checkpoint,
+            save_checkpoint=lambda state: store.save("judge", state),
+            on_step=report,
+        )
+    return judge.eval().requires_grad_(False)
+
+
+def measure_judge(judge: Judge, sprites: SpriteSet, params: JudgeParams, tracker: Tracker) -> dict[str, Any]:
+    """Measure how often the judge is right about scenes that it was not trained on, drawn from the test sprites."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from dreamartist_pipeline.core.judge import IMAGE_PX, judge_images
+    from dreamartist_pipeline.core.sprites import all_tints, compose, draw_scenes
+    from dreamartist_pipeline.pipelines.judge.measuring import accuracy_report
+
+    scenes = draw_scenes(sprites, params.num_test_scenes, params.seed + 2, tints_of=all_tints)
+    batches = torch.arange(len(scenes)).split(128)
+    verdicts = [
+        verdict
+        for chosen in tqdm(batches, desc="judging", unit="batch")
+        for verdict in judge_images(judge, compose(sprites.images, scenes.rows(chosen), IMAGE_PX))
+    ]
+    report = accuracy_report(verdicts, scenes.shown)
+    flat = {
+        f"judge/{group}/{attribute}": share
+        for group, shares in report["accuracy"].items()
+        for attribute, share in shares.items()
+    }
+    tracker.log_metrics(flat, step=0)
+    return report
+
+
+def _render_named(packages: SpritePackages, pretrain: PretrainParams, side_px: int) -> SpriteSet:
+    from tqdm.auto import tqdm
+
+    from dreamartist_pipeline.interop.sprite_packages import choose_sprites, draw_sprites
+
+    named = [drawing for drawing in choose_sprites(packages, pretrain) if drawing[1]]
+    return draw_sprites(tqdm(named, desc=f"sprites of {side_px} px", unit="drawing"), side_px)
+
+
+def _recipe(params: JudgeParams, vocabulary: object) -> str:
+    """Hash what decides the weights, so that a checkpoint never continues another recipe."""
+    decisive = params.model_dump_json(exclude={"num_test_scenes"}) + repr(vocabulary)
+    return hashlib.sha256(decisive.encode()).hexdigest()[:12]
+
+
+class _StepReport:
+    """Shows each step on a progress bar and sends averaged losses to the tracker."""
+
+    def __init__(self, num_steps: int, start: int, tracker: Tracker) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=num_steps, initial=start, desc="judge", unit="step")
+        self._num_steps, self._tracker = num_steps, tracker
+        self._losses: list[float] = []
+
+    def __enter__(self) -> _StepReport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, report: StepReport) -> None:
+        self._bar.update()
+        self._losses.append(report.loss)
+        if report.step % _REPORT_EVERY and report.step != self._num_steps:
+            return
+        loss = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}")
+        self._tracker.log_metrics({"judge/loss": loss, "judge/lr": report.lr}, step=report.step)
