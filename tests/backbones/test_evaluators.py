@@ -121,3 +121,27 @@ def test_a_model_without_some_of_its_weights_is_refused(dinov2_folder: Path, tmp
         InputError, match=r"expected a whole dinov2 model .* got one without a fitting layernorm.weight"
     ):
         load_evaluator(f"dinov2:{tmp_path}")
+
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def test_the_bundled_towers_are_an_evaluator_and_find_the_background_in_a_picture() -> None:
+    from transformers import CLIPTokenizer
+
+    from dreamartist_pipeline.core.sprites import COLORS
+
+    towers = PROJECT / "data/01_raw/towers"
+    tokenizer = CLIPTokenizer.from_pretrained(PROJECT / "data/01_raw/base_model/tokenizer", local_files_only=True)
+    pictures = []
+    for color in COLORS.values():
+        pictures.append(Image.new("RGB", (64, 64), color))
+        ImageDraw.Draw(pictures[-1]).ellipse((16, 16, 48, 48), fill=(200, 120, 60))
+    images = load_evaluator(f"clip:{towers}").embed(pictures)
+    captions = [f"a ball, {name} background" for name in COLORS]
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        texts = CLIPModel.from_pretrained(towers, local_files_only=True).float().get_text_features(input_ids=ids)
+    directions = torch.nn.functional.normalize(texts.pooler_output, dim=1)
+    found = (images @ directions.T).argmax(dim=1)
+    assert (found == torch.arange(len(COLORS))).sum() >= 10  # of 12
