@@ -88,6 +88,7 @@ def test_accuracies_are_shares_of_the_scenes_that_ask():
         **{"object": 0.75, "style": 1.0, "background": 1.0, "pattern": 1.0, "tint": 0.5, "layout": 1.0}
     }
     assert report["accuracy"]["two_objects"] == {}
+    assert [report["accuracy"][kind]["object"] for kind in ("own_colors", "tinted")] == [0.5, 1.0]
     assert report["confusions"]["first_object"] == [
         {"true": "apple", "judged": "whale", "object": "apple", "scenes": 1}
     ]
