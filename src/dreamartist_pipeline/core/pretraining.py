@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from dreamartist_pipeline.params import StageParams
+
 Checkpoint = dict[str, Any]
 
 
@@ -47,6 +49,11 @@ class StageSettings:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     bf16: bool = False  # autocast; on a CPU without native bfloat16 it is several times slower than float32
+
+    @classmethod
+    def of(cls, stage: StageParams, seed: int, bf16: bool = False) -> StageSettings:
+        """Return the settings that a stage's parameters describe."""
+        return cls(**stage.model_dump(exclude={"num_scenes"}), seed=seed, bf16=bf16)
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,7 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
 
     store = checkpoints.of_recipe(_recipe(params, vocabulary))
     checkpoint = store.load("judge")
-    settings = StageSettings(
-        num_steps=stage.num_steps,
-        batch_size=stage.batch_size,
-        lr=stage.lr,
-        matrix_lr=stage.matrix_lr,
-        warmup_steps=stage.warmup_steps,
-        ema_decay=stage.ema_decay,
-        seed=params.seed,
-        checkpoint_every=stage.checkpoint_every,
-        weight_decay=stage.weight_decay,
-    )
+    settings = StageSettings.of(stage, params.seed)
     with _StepReport(stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) as report:
         fit_stage(
             list(judge.parameters()),

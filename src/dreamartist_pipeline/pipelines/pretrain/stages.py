@@ -216,18 +216,7 @@ def _fit(
     save: Any,
 ) -> None:
     checkpoint = store.load(name)
-    settings = StageSettings(
-        num_steps=stage.num_steps,
-        batch_size=stage.batch_size,
-        lr=stage.lr,
-        matrix_lr=stage.matrix_lr,
-        warmup_steps=stage.warmup_steps,
-        ema_decay=stage.ema_decay,
-        seed=seed,
-        checkpoint_every=stage.checkpoint_every,
-        weight_decay=stage.weight_decay,
-        bf16=_device().type == "cuda",
-    )
+    settings = StageSettings.of(stage, seed, bf16=_device().type == "cuda")
     first = not dist.is_initialized() or dist.get_rank() == 0
     reporter = StageReporter(name, stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) if first else None
     fit_stage(
