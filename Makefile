@@ -58,7 +58,7 @@ format: $(READY) ## put the code into the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## print speed and quality tables
+bench: $(READY) ## print speed and quality tables (trains many subjects: hours on a CPU)
 	set -e; for table in benchmarks/*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
 
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)

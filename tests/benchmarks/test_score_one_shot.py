@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,14 +10,10 @@ import pytest
 from dreamartist_pipeline.core.judge import Judge, JudgeVocabulary
 from dreamartist_pipeline.core.sprites import Shown
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("score_one_shot")
-    sys.path.remove(str(BENCHMARKS))
+    return importlib.import_module("score_one_shot")
 
 
 def shown(caption: str, word: str, tint: str = "") -> Shown:
