@@ -322,6 +322,7 @@ class StageParams(Params):
     lr: Positive  # AdamW's: of embeddings, norms, biases and the outermost layers
     matrix_lr: Positive | None = None  # Muon's: of the matrices and kernels between them; None: AdamW's too
     warmup_steps: Annotated[int, Field(ge=0)] = 100
+    restarts: tuple[Count, ...] = ()  # steps at which warm-up and cosine decay begin again
     ema_decay: Probability = 0.999
     weight_decay: NonNegative = 0.0
     checkpoint_every: Count = 250

@@ -119,6 +119,12 @@ def test_warm_up_is_linear_and_the_end_is_low():
     assert warmup_cosine(99, 100, 10) == pytest.approx(0.02)
 
 
+def test_the_schedule_begins_again_at_a_restart():
+    first = [warmup_cosine(step, 40, 10) for step in range(40)]
+    second = [warmup_cosine(step, 60, 10) for step in range(60)]
+    assert [warmup_cosine(step, 100, 10, restarts=(40,)) for step in range(100)] == first + second
+
+
 def test_psnr_of_an_error_of_a_tenth_of_the_range_is_twenty_db():
     images = torch.zeros(1, 3, 4, 4)
     assert psnr(images + 0.2, images).item() == pytest.approx(20.0, abs=1e-4)  # range 2, error 0.2

@@ -46,6 +46,7 @@ class StageSettings:
     seed: int
     checkpoint_every: int
     matrix_lr: float | None = None  # of the parameters handed over as matrices; None: they are AdamW's too
+    restarts: tuple[int, ...] = ()  # steps at which the learning rate's schedule begins again
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     bf16: bool = False  # autocast; on a CPU without native bfloat16 it is several times slower than float32
@@ -92,7 +93,7 @@ def fit_stage(
     averages = [p.detach().clone() for p in parameters]
     start = _restore(checkpoint, parameters, averages, optimizers) if checkpoint else 0
     for step in range(start, settings.num_steps):
-        factor = warmup_cosine(step, settings.num_steps, settings.warmup_steps)
+        factor = warmup_cosine(step, settings.num_steps, settings.warmup_steps, settings.restarts)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * factor
@@ -130,10 +131,12 @@ def averaged_weights(parameters: Sequence[nn.Parameter], checkpoint: Checkpoint)
             parameter.data.copy_(value)
 
 
-def warmup_cosine(step: int, num_steps: int, warmup_steps: int) -> float:
-    """Linear warm-up to 1, then half a cosine down to 0.02."""
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    return warm * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+def warmup_cosine(step: int, num_steps: int, warmup_steps: int, restarts: Sequence[int] = ()) -> float:
+    """Linear warm-up to 1, then half a cosine down to 0.02; again after every restart (Loshchilov & Hutter 2017)."""
+    begin = max([r for r in restarts if r <= step], default=0)
+    end = min([r for r in restarts if r > step], default=num_steps)
+    warm = min(1.0, (step - begin + 1) / max(1, warmup_steps))
+    return warm * max(0.02, 0.5 + 0.5 * math.cos(math.pi * (step - begin) / (end - begin)))
 
 
 def step_generator(seed: int, rank: int, step: int, device: torch.device) -> torch.Generator:
@@ -271,15 +274,23 @@ def _share_out(costs: Sequence[int], num_owners: int) -> list[int]:
 
 
 def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
-    """Return about U·Vᵀ of a matrix U·S·Vᵀ: all singular values become about 1 (Newton-Schulz, Jordan et al. 2024)."""
+    """Return about U·Vᵀ of a matrix U·S·Vᵀ: all singular values become about 1 (Newton-Schulz, Jordan et al. 2024).
+
+    Iterates on the square Gram matrix of the shorter side and multiplies the long one once, at the end: a third of
+    the work for a 3×3 kernel.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x: torch.Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(num_iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
 
 
 def _build_optimizers(

@@ -127,7 +127,7 @@ def draw_samples(base_model_path: str, params: PretrainParams) -> tuple[Image.Im
 def _recipe(params: PretrainParams, *stages: str) -> str:
     """Hash what decides a stage's result, so that a checkpoint never continues another recipe."""
     ignored = {"num_processes", *({"autoencoder", "towers", "denoiser"} - set(stages))}
-    return hashlib.sha256(params.model_dump_json(exclude=ignored).encode()).hexdigest()[:12]
+    return hashlib.sha256(params.model_dump_json(exclude=ignored, exclude_defaults=True).encode()).hexdigest()[:12]
 
 
 def _num_processes(params: PretrainParams) -> int:
