@@ -289,8 +289,8 @@ def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tenso
         polynomial.diagonal().add_(a)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
-    x = product @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+    result: torch.Tensor = product @ x
+    return result.T if len(matrix) > matrix.shape[1] else result
 
 
 def _build_optimizers(
