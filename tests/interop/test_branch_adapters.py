@@ -100,5 +100,5 @@ def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:
 
 def test_a_tensor_of_an_unknown_group_is_named(concept: Concept) -> None:
     tensors = concept.tensors | {f"unet.{CONV}.9.positive.down": torch.zeros(1)}
-    with pytest.raises(InputError, match=f"of 4 groups; got 'unet.{CONV}.9.positive.down'"):
+    with pytest.raises(InputError, match=rf"one of 4 LoRA groups; got \['down'\] of group 9 in unet.{CONV}"):
         branch_adapter(Concept(tensors, concept.metadata), "positive")

@@ -13,7 +13,8 @@ from safetensors.torch import save
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter, trigger_words
-from dreamartist_pipeline.interop.kohya import FileFacts, read_kohya, write_kohya
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.kohya import read_kohya, write_kohya
 from dreamartist_pipeline.interop.layer_names import kohya_name
 from dreamartist_pipeline.interop.peft_files import read_peft, write_peft
 from dreamartist_pipeline.interop.safetensors_bytes import (
@@ -151,6 +152,12 @@ def test_unknown_keys_are_all_listed() -> None:
 def test_half_a_pair_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=f"expected x to hold down .* for unet.{ATTENTION}; got {{'up': \\(5, 2\\)}}"):
         read_kohya(write_tensors({f"{NAME}.lora_up.weight": torch.ones(5, 2)}, {}), "x", MODULES)
+
+
+def test_factors_that_do_not_belong_together_are_refused() -> None:
+    for up in (torch.ones(5, 3), torch.ones(5)):
+        with pytest.raises(InputError, match="expected x to hold down"):
+            read_kohya(write_tensors(PAIR | {f"{NAME}.lora_up.weight": up}, {}), "x", MODULES)
 
 
 def test_an_ambiguous_kohya_name_is_refused() -> None:

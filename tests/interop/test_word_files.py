@@ -10,7 +10,7 @@ import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import TriggerWord
-from dreamartist_pipeline.interop.kohya import FileFacts
+from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding, write_embedding_pt
 
@@ -81,3 +81,9 @@ def test_a_file_that_wants_to_run_code_is_refused(capsys: pytest.CaptureFixture[
 def test_what_is_no_embedding_is_refused() -> None:
     with pytest.raises(InputError, match="expected an embedding in fox.pt; got a list"):
         read_embedding(saved([1, 2]), "fox.pt")
+
+
+def test_a_damaged_file_is_refused_by_name() -> None:
+    for damaged in (b"not a file at all", saved({"*": VECTORS})[:-40], b""):
+        with pytest.raises(InputError, match="expected an embedding in fox.pt"):
+            read_embedding(damaged, "fox.pt")

@@ -7,21 +7,17 @@ branches.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dreamartist_pipeline.core.adapters import SHARED
+from dreamartist_pipeline.core.adapters import SHARED, factors_by_update
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
 from dreamartist_pipeline.core.errors import InputError
 
-_KEY = re.compile(
-    rf"(?P<layer>.+)\.(?P<group>\d+)\.(?P<branch>{'|'.join((*BRANCH_NAMES, SHARED))})\.(?P<factor>down|up)"
-)
 _ALPHA = 1.0  # of the groups of a concept that is built here; everything else is in `up`
 
 
@@ -100,20 +96,16 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
 
 def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
     alphas = [float(fields["alpha"]) for fields in concept.value(f"lora_{network}")]
-    parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
-    for key, tensor in concept.part(network).items():
-        match = _KEY.fullmatch(key)
-        if match is None or int(match["group"]) >= len(alphas):
+    groups: dict[str, list[LoRAFactors]] = {}
+    for (layer, group, of_branch), factors in sorted(factors_by_update(concept.part(network)).items()):
+        if group >= len(alphas) or set(factors) != {"down", "up"}:
             raise InputError(
-                f"expected tensors '{network}.<layer>.<group>.<branch>.<down|up>' of {len(alphas)} groups; "
-                f"got '{network}.{key}'; train the concept again, or convert the file first"
+                f"expected both factors of one of {len(alphas)} LoRA groups; got {sorted(factors)} of group {group} in "
+                f"{network}.{layer}; the file is incomplete: train the concept again"
             )
-        if match["branch"] in (branch, SHARED):
-            parts.setdefault(match["layer"], {}).setdefault(int(match["group"]), {})[match["factor"]] = tensor
-    return {
-        layer: _joined([_scaled(groups[index], alphas[index]) for index in sorted(groups)])
-        for layer, groups in sorted(parts.items())
-    }
+        if of_branch in (branch, SHARED):
+            groups.setdefault(layer, []).append(_scaled(factors, alphas[group]))
+    return {layer: _joined(members) for layer, members in groups.items()}
 
 
 def _scaled(factors: Mapping[str, torch.Tensor], alpha: float) -> LoRAFactors:

@@ -7,48 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import kohya_name, layers_by_name
+from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, tensor_bytes, write_tensors
 
 ALPHA = 1.0
 """One constant for the whole file: diffusers silently mis-scales a file whose alphas differ."""
 
 _SUFFIXES = {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What a file's metadata say about it.
-
-    trigger_phrase: what users type; "" without one. prediction_type: "epsilon" or "v_prediction".
-    is_v2: whether the base model has Stable Diffusion 2's text encoder.
-    """
-
-    title: str
-    trigger_phrase: str
-    prediction_type: str
-    is_v2: bool
-
-    @property
-    def architecture(self) -> str:
-        """The base model's architecture as modelspec names it."""
-        return "stable-diffusion-v2" if self.is_v2 else "stable-diffusion-v1"
-
-    def modelspec(self, kind: str) -> dict[str, str]:
-        """Return the modelspec.* entries; kind is "lora" or "textual-inversion"."""
-        return {
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": f"{self.architecture}/{kind}",
-            "modelspec.title": self.title,
-            "modelspec.trigger_phrase": self.trigger_phrase,
-            "modelspec.prediction_type": "v" if self.prediction_type == "v_prediction" else "epsilon",
-        }
 
 
 def write_kohya(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> bytes:
@@ -104,39 +75,3 @@ def _factors(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -
     check_pair(part, name, at)
     rank = part["down"].shape[0]
     return LoRAFactors(part["down"], part["up"], float(part["alpha"]) / rank if "alpha" in part else 1.0)
-
-
-# ------------------------------------------------------------------------------------------------- for all readers
-
-
-def refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
-    """Raise an InputError that lists keys nobody can place."""
-    if keys:
-        raise InputError(
-            f"expected {name} to hold {form} for layers of this base model; got {len(keys)} unknown keys: "
-            f"{', '.join(sorted(keys))}; load it with the base model and the format it was made for"
-        )
-
-
-def check_pair(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
-    """Raise an InputError when a layer lacks one of its two factors, or when they do not belong together."""
-    if not {"down", "up"} <= part.keys() or part["down"].shape[0] != part["up"].shape[1]:
-        came = {factor: tuple(tensor.shape) for factor, tensor in sorted(part.items())}
-        raise InputError(
-            f"expected {name} to hold down [rank, in] and up [out, rank] for {'.'.join(at)}; got {came}; "
-            "the file is incomplete: make or download it again"
-        )
-
-
-def build_adapter(factors: Mapping[tuple[str, str], LoRAFactors], name: str) -> BranchAdapter:
-    """Gather (network, layer) -> factors.
-
-    Raises:
-        InputError: there are none.
-    """
-    if not factors:
-        raise InputError(f"expected {name} to hold a LoRA; got no tensors; give another file")
-    networks: dict[str, dict[str, LoRAFactors]] = {}
-    for (network, layer), value in sorted(factors.items()):
-        networks.setdefault(network, {})[layer] = value
-    return BranchAdapter(networks)

@@ -13,8 +13,9 @@ import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
-from dreamartist_pipeline.interop.kohya import FileFacts, build_adapter, check_pair, refuse_unknown
+from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
+from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
 
 _SUFFIXES = {".lora_A.weight": "down", ".lora_B.weight": "up"}

@@ -13,8 +13,8 @@ import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, TriggerWord
-from dreamartist_pipeline.interop.kohya import build_adapter, check_pair, refuse_unknown
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
+from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding_pt
 

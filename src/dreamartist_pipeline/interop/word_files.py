@@ -11,7 +11,7 @@ import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import TriggerWord
-from dreamartist_pipeline.interop.kohya import FileFacts
+from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 
 _KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is told the token
@@ -59,9 +59,10 @@ def _old_form(file: bytes, name: str) -> Mapping[str, Any]:
     try:
         content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first_line = str(error).partition("\n")[0]  # torch goes on with advice to trust the file
         raise InputError(
             f"expected an embedding in {name} that loads without running code; got {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}; give it as .safetensors"
+            f"{first_line}; give it as .safetensors"
         ) from error
     if not isinstance(content, Mapping):
         raise InputError(f"expected an embedding in {name}; got a {type(content).__name__}; give another file")

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.backbones.base_model import Outline
+from dreamartist_pipeline.backbones.base_model import Backbone, Outline
 from dreamartist_pipeline.core.captions import fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, TriggerWord, branch_adapter, trigger_words
 from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
 from dreamartist_pipeline.interop.companion_texts import ExportOutline, diffusers_script, readme
-from dreamartist_pipeline.interop.kohya import FileFacts, write_kohya
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.kohya import write_kohya
 from dreamartist_pipeline.interop.layer_names import diffusers_loses_layers
 from dreamartist_pipeline.interop.peft_files import write_peft
 from dreamartist_pipeline.interop.toolkit import write_toolkit
@@ -44,7 +45,7 @@ class ExportSource:
     workflow_px: int
 
 
-def read_source(concept: Concept, outline: Outline, base_model: str) -> ExportSource:
+def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) -> ExportSource:
     """Return what a concept and its base model say.
 
     Raises:
@@ -131,7 +132,7 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
     """Return what the export holds, with the example prompts filled in."""
     words = {branch: [word for word in source.words if word.branch == branch] for branch in BRANCHES}
     loras = {b: name for b in source.adapters if (name := lora_name(b, "kohya", params)) in files}
-    diffusers_loras = {b: name for b in source.adapters if (name := _diffusers_lora(b, source, files, params))}
+    diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
     return ExportOutline(
         title=params.title,
