@@ -11,6 +11,7 @@ from dreamartist_pipeline.params import (
     SECTIONS,
     BucketParams,
     EvaluationParams,
+    ExportParams,
     GenerateParams,
     LoRAGroup,
     TrainingParams,
@@ -114,3 +115,17 @@ def test_a_single_prompt_may_stand_alone() -> None:
 def test_an_unknown_evaluator_is_refused_before_a_training_that_ends_with_it() -> None:
     with pytest.raises(ValidationError, match="an evaluator is efficientnet-lite0, clip:… or dinov2:…, got 'vgg16'"):
         EvaluationParams(prompts=("a",), prior_prompts=("b",), evaluators=("vgg16",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"title": "a/b"}, "should match pattern"),
+        ({"formats": []}, "at least 1 item"),
+        ({"formats": ["lycoris"]}, "'kohya', 'peft', 'toolkit' or 'embeddings'"),
+        ({"dtype": "int8"}, "'float32', 'float16' or 'bfloat16'"),
+    ],
+)
+def test_an_export_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ExportParams(**({"title": "cat"} | change))

@@ -91,6 +91,8 @@ def test_the_subject_names_trigger_words_files_and_run_alike() -> None:
     catalog = load("catalog", subject="cat")
     assert catalog["concept"]["dataset"]["filepath"] == "data/06_models/cat/concept.safetensors"
     assert catalog["reference_image"]["filepath"] == "data/01_raw/reference_images/cat.png"
+    assert catalog["exported_files"]["dataset"]["path"] == "data/07_model_output/cat/export"
+    assert load("parameters", subject="cat")["export"]["title"] == "cat"
     assert load("mlflow", subject="cat")["tracking"]["run"]["name"] == "cat"
 
 

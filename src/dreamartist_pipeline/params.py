@@ -283,6 +283,27 @@ class GenerateParams(Params):
     strength: StrengthParams = StrengthParams()
 
 
+# ------------------------------------------------------------------------------------------------- export
+
+
+class ExportParams(Params):
+    """Which files for other tools are written, and how the examples among them draw."""
+
+    title: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # names the LoRA files
+    formats: Annotated[tuple[Literal["kohya", "peft", "toolkit", "embeddings"], ...], Field(min_length=1)] = (
+        "kohya",
+        "peft",
+        "toolkit",
+        "embeddings",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of kohya, peft and embeddings
+    prompt: str = "a {pt1}"  # of the workflow and the script
+    negative_prompt: str = ""
+    seed: Seed = 0
+    sampler: SamplerParams = SamplerParams()
+    strength: StrengthParams = StrengthParams()
+
+
 # ------------------------------------------------------------------------------------------------- pretraining
 
 
@@ -368,6 +389,7 @@ SECTIONS: dict[str, type[Params]] = {
     "training": TrainingParams,
     "evaluation": EvaluationParams,
     "generate": GenerateParams,
+    "export": ExportParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,
 }

@@ -6,6 +6,7 @@ from kedro.pipeline import Pipeline
 
 from dreamartist_pipeline.pipelines import (
     evaluation,
+    export,
     generate,
     ingestion,
     judge,
@@ -26,13 +27,15 @@ def register_pipelines() -> dict[str, Pipeline]:
     }
     train = sum(stages.values(), Pipeline([]))
     evaluate = evaluation.create_pipeline()
+    exporting = export.create_pipeline()
     return {
         **stages,
         "evaluation": evaluate,
         "evaluate": evaluate,
+        "export": exporting,
         "generate": generate.create_pipeline(),
         "pretrain": pretrain.create_pipeline(),
         "judge": judge.create_pipeline(),
         "train": train,
-        "__default__": train + evaluate,
+        "__default__": train + evaluate + exporting,
     }

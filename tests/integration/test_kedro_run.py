@@ -66,14 +66,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> 
 
 @pytest.fixture(scope="module")
 def trained(project: Path) -> subprocess.CompletedProcess[str]:
-    """Train and evaluate once (the default pipeline), for all tests that look at the results."""
+    """Train, evaluate and export once (the default pipeline), for all tests that look at the results."""
     result = kedro_run(project, "--params", settings(project))
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
 
 @pytest.mark.usefixtures("trained")
-def test_training_and_evaluation_leave_every_result_in_the_subjects_folders(project: Path) -> None:
+def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folders(project: Path) -> None:
     data = project / "data"
     for file in (
         f"02_intermediate/{SUBJECT}/prepared_image.png",
@@ -85,6 +85,8 @@ def test_training_and_evaluation_leave_every_result_in_the_subjects_folders(proj
         f"08_reporting/{SUBJECT}/contact_sheet.png",
         f"08_reporting/{SUBJECT}/evaluation_metrics.json",
         f"08_reporting/{SUBJECT}/evaluation_table.csv",
+        f"07_model_output/{SUBJECT}/export/lora/{SUBJECT}-neg.safetensors",
+        f"08_reporting/{SUBJECT}/export_report.json",
     ):
         assert (data / file).is_file(), file
     made = json.loads((data / "05_model_input" / SUBJECT / "regularization_set.json").read_text())
@@ -103,7 +105,9 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
     assert run.data.tags["command_line"].endswith(settings(project))
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
-    assert {"concept", "evaluation", "training"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"concept", "evaluation", "export", "training"} <= {
+        file.path for file in client.list_artifacts(run.info.run_id)
+    }
 
 
 def test_the_closing_summary_says_where_everything_is_and_how_to_look(
@@ -120,7 +124,8 @@ def test_every_generate_run_has_a_folder_of_its_own(project: Path) -> None:
     prompt = f"a my-{SUBJECT}, blue background"
     result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **{"generate.prompts": prompt}))
     assert result.returncode == 0, result.stderr[-3000:]
-    (folder,) = [path for path in (project / "data" / "07_model_output" / SUBJECT).iterdir() if path.is_dir()]
+    output = project / "data" / "07_model_output" / SUBJECT
+    (folder,) = [path for path in output.iterdir() if path.is_dir() and path.name != "export"]
     assert len(list(folder.rglob("*.png"))) == 2
     assert last_run(project).data.params["generate.prompts"] == f"['{prompt}']"
 

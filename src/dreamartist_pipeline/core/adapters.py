@@ -399,7 +399,7 @@ def load_adapters(
         InputError: a key, shape or group that does not belong to this model and these specs.
     """
     planned: dict[str, list[LowRankUpdate]] = {}
-    for (layer_name, group, branch), factors in sorted(_factors_by_update(tensors).items()):
+    for (layer_name, group, branch), factors in sorted(factors_by_update(tensors).items()):
         if group >= len(specs) or specs[group].branch_name != branch or set(factors) != {"down", "up"}:
             raise InputError(
                 f"expected both factors of one of {len(specs)} LoRA groups, got {sorted(factors)} of {branch} group "
@@ -418,8 +418,12 @@ _KEY = re.compile(
 )
 
 
-def _factors_by_update(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, int, str], dict[str, torch.Tensor]]:
-    """Gather down and up of each (layer, group, branch)."""
+def factors_by_update(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, int, str], dict[str, torch.Tensor]]:
+    """Gather "down" and "up" of each (layer, group, branch name) from what `AdapterStack.state_dict` saved.
+
+    Raises:
+        InputError: a key of another form.
+    """
     found: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)

@@ -14,19 +14,6 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
 
 
-def sort_header(file: bytes) -> bytes:
-    """Return a safetensors file with its header in alphabetical order.
-
-    The library writes the metadata in the random order of a hash map, another one in every process. The tensors
-    themselves it orders by type and name. Layout: length of the header (8 bytes, little-endian), header, tensors.
-    """
-    length = int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    encoded = header.encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the tensors start aligned
-    return len(encoded).to_bytes(8, "little") + encoded + file[8 + length :]
-
-
 class ConceptDataset(AbstractDataset["Concept", "Concept"]):
     """A concept in a safetensors file; a save replaces the old file in one step, and equal concepts give equal bytes.
 
@@ -58,12 +45,12 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
 
     def save(self, data: "Concept") -> None:
         """Write the concept under a temporary name, then rename it."""
-        from safetensors.torch import save
+        from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 
         self._filepath.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._filepath.with_name(f".{self._filepath.name}.partial")
         try:
-            temporary.write_bytes(sort_header(save(data.tensors, metadata=data.metadata)))
+            temporary.write_bytes(write_tensors(data.tensors, data.metadata))
             temporary.replace(self._filepath)
         finally:
             temporary.unlink(missing_ok=True)

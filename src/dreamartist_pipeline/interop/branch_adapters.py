@@ -1,0 +1,226 @@
+"""The form between a concept and the files of other tools: one plain LoRA per branch, one embedding per word.
+
+Other tools know neither groups nor branches. So every layer of a branch gets a single update, ΔW = scale · up · down;
+several groups in one layer are concatenated along the rank, which adds them up, and a shared group goes to both
+branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dreamartist_pipeline.core.adapters import SHARED, factors_by_update
+from dreamartist_pipeline.core.branches import BRANCH_NAMES
+from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.errors import InputError
+
+_ALPHA = 1.0  # of the groups of a concept that is built here; everything else is in `up`
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """One layer's update ΔW = scale · up · down, float32.
+
+    down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution. up: `[out, rank]`, or `[out, rank, 1, 1]`.
+    """
+
+    down: torch.Tensor = field(repr=False)
+    up: torch.Tensor = field(repr=False)
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of down."""
+        return self.down.shape[0]
+
+    def up_for_scale(self, scale: float) -> torch.Tensor:
+        """Return the `up` with which a reader that multiplies by `scale` gets the same update."""
+        return self.up if self.scale == scale else self.up * (self.scale / scale)
+
+    def update(self) -> torch.Tensor:
+        """Return ΔW as a matrix `[out, in · kh · kw]`."""
+        return self.up.flatten(1) @ self.down.flatten(1) * self.scale
+
+
+@dataclass(frozen=True)
+class BranchAdapter:
+    """What acts on one branch: network (`unet`, `text_encoder`) -> layer -> its update; both may be missing."""
+
+    networks: dict[str, dict[str, LoRAFactors]]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers have an update, of both networks."""
+        return sum(len(layers) for layers in self.networks.values())
+
+    def by_layer(self) -> dict[tuple[str, str], LoRAFactors]:
+        """Return (network, layer) -> its update."""
+        return {(network, layer): f for network, layers in self.networks.items() for layer, f in layers.items()}
+
+
+@dataclass(frozen=True)
+class TriggerWord:
+    """A learned word. branch: "negative" or "positive". vectors: float32 `[n, D]`."""
+
+    name: str
+    slot: str
+    branch: str
+    vectors: torch.Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class BaseModelIdentity:
+    """The base model that a concept belongs to: its name, and the fingerprint that is compared when it is attached."""
+
+    name: str
+    fingerprint: str
+
+
+# ------------------------------------------------------------------------------------------------- out of a concept
+
+
+def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
+    """Return everything that acts on the rows of one branch, "negative" or "positive".
+
+    Raises:
+        InputError: not a concept of this project, or a tensor's name is not one of an adapter.
+    """
+    return BranchAdapter(
+        {network: layers for network in NETWORKS if (layers := _branch_layers(concept, network, branch))}
+    )
+
+
+def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
+    alphas = [float(fields["alpha"]) for fields in concept.value(f"lora_{network}")]
+    groups: dict[str, list[LoRAFactors]] = {}
+    for (layer, group, of_branch), factors in sorted(factors_by_update(concept.part(network)).items()):
+        if group >= len(alphas) or set(factors) != {"down", "up"}:
+            raise InputError(
+                f"expected both factors of one of {len(alphas)} LoRA groups; got {sorted(factors)} of group {group} in "
+                f"{network}.{layer}; the file is incomplete: train the concept again"
+            )
+        if of_branch in (branch, SHARED):
+            groups.setdefault(layer, []).append(_scaled(factors, alphas[group]))
+    return {layer: _joined(members) for layer, members in groups.items()}
+
+
+def _scaled(factors: Mapping[str, torch.Tensor], alpha: float) -> LoRAFactors:
+    return LoRAFactors(factors["down"], factors["up"], alpha / factors["down"].shape[0])
+
+
+def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
+    """Concatenate the groups of one layer along the rank; groups of unequal scale keep theirs inside `up`."""
+    scale = groups[0].scale if len({group.scale for group in groups}) == 1 else 1.0
+    down = torch.cat([group.down for group in groups])  # [R, in, ...]
+    up = torch.cat([group.up_for_scale(scale) for group in groups], dim=1)  # [out, R, ...]
+    return LoRAFactors(down, up, scale)
+
+
+def trigger_words(concept: Concept) -> tuple[TriggerWord, ...]:
+    """Return the learned words of both branches, positive first in every slot.
+
+    Raises:
+        InputError: not a concept of this project.
+    """
+    vectors = concept.part(WORDS)
+    return tuple(
+        TriggerWord(name, slot, branch, vectors[f"{branch}.{slot}"])
+        for slot, names in concept.value("words").items()
+        for branch, name in zip(("positive", "negative"), names, strict=True)
+        if f"{branch}.{slot}" in vectors
+    )
+
+
+# ------------------------------------------------------------------------------------------------- into a concept
+
+
+def build_concept(
+    adapters: Mapping[str, BranchAdapter],
+    words: Sequence[TriggerWord],
+    base_model: BaseModelIdentity,
+    class_word: str = "",
+    num_steps: int = 0,
+) -> Concept:
+    """Return a concept that `backbones.concepts.attach` takes: one LoRA group per branch and network.
+
+    Args:
+        adapters: branch name -> its adapter; a branch without one follows the base model.
+        words: positive words, and negative ones for all slots or for none.
+        base_model: what the files were made for; nobody but the caller can know.
+        class_word: stands in for a slot without a word.
+        num_steps: how long it was trained, as far as is known.
+
+    Raises:
+        InputError: words of one branch that differ in their number of vectors, or a slot with half a pair.
+    """
+    metadata = {
+        "format": FORMAT,
+        "base_model": base_model.name,
+        "base_model_fingerprint": base_model.fingerprint,
+        "class_word": class_word,
+        "num_steps": to_json(num_steps),
+        **_words_metadata(words),
+    }
+    tensors = {f"{WORDS}.{word.branch}.{word.slot}": _stored(word.vectors) for word in words}
+    for network in NETWORKS:
+        present = {b: adapters[b].networks[network] for b in BRANCH_NAMES if network in _networks(adapters, b)}
+        metadata[f"lora_{network}"] = to_json([_group(network, i, b, present[b]) for i, b in enumerate(present)])
+        for index, (branch, layers) in enumerate(present.items()):
+            for layer, factors in layers.items():
+                prefix = f"{network}.{layer}.{index}.{branch}"
+                tensors[f"{prefix}.down"] = _stored(factors.down)
+                tensors[f"{prefix}.up"] = _stored(factors.up_for_scale(_ALPHA / factors.rank))
+    return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
+
+
+def _networks(adapters: Mapping[str, BranchAdapter], branch: str) -> dict[str, dict[str, LoRAFactors]]:
+    return adapters[branch].networks if branch in adapters else {}
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFactors]) -> dict[str, Any]:
+    """Return one group as a concept's metadata describe it; ranks are those of the tensors."""
+    return {
+        "name": f"{network}.{index}.{branch}",
+        "rank": max(factors.rank for factors in layers.values()),
+        "layers": sorted(layers),
+        "lr": 0.0,  # nothing trains it
+        "branch": branch,
+        "alpha": _ALPHA,
+        "dropout": 0.0,
+    }
+
+
+def _words_metadata(words: Sequence[TriggerWord]) -> dict[str, str]:
+    by_branch = {branch: {word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES}
+    positive, negative = by_branch["positive"], by_branch["negative"]
+    if negative and set(negative) != set(positive):
+        raise InputError(
+            f"expected a positive and a negative word in every slot, or positive words only; got positive words for "
+            f"{sorted(positive)} and negative ones for {sorted(negative)}; give the missing files"
+        )
+    names = {
+        slot: (word.name, negative[slot].name if negative else f"{word.name}-neg") for slot, word in positive.items()
+    }
+    return {
+        "words": to_json(names),
+        "num_vectors": to_json((_num_vectors(positive.values()), _num_vectors(negative.values()))),
+        "num_branches": to_json(2 if negative or not positive else 1),
+    }
+
+
+def _num_vectors(words: Iterable[TriggerWord]) -> int:
+    """Return how many vectors each of these words has."""
+    counts = {word.name: len(word.vectors) for word in words}
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            f"expected the words of one branch to have the same number of vectors; got {counts}; use one slot a concept"
+        )
+    return next(iter(counts.values()), 1)

@@ -1,0 +1,122 @@
+"""A ComfyUI workflow, in the API's format, that applies one adapter per branch.
+
+CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one KSampler: the hook travels
+with the branch's conditioning, so that the sampler applies each LoRA to its own half of the batch only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import SamplerParams
+
+BASE_MODEL_FILE = "BASE_MODEL.safetensors"
+"""Stands for the checkpoint, which users choose in the first node."""
+
+_SAMPLERS = {  # ours -> (sampler_name, scheduler)
+    "ddim": ("ddim", "ddim_uniform"),
+    "dpmsolver++": ("dpmpp_2m", "karras"),
+    "euler": ("euler", "normal"),
+    "euler_a": ("euler_ancestral", "normal"),
+    "unipc": ("uni_pc", "normal"),
+}
+
+
+@dataclass(frozen=True)
+class BranchInputs:
+    """What one branch hears and feels. lora_file: in ComfyUI's folder of LoRAs; None without an adapter."""
+
+    prompt: str
+    lora_file: str | None
+    strength: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn besides: size, seed, and how the base model predicts."""
+
+    side_px: int
+    seed: int
+    prediction_type: str
+
+
+def build_workflow(
+    positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams
+) -> dict[str, Any]:
+    """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it."""
+    sampler_name, scheduler = _SAMPLERS[sampler.scheduler]
+    model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
+    size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
+    nodes = {
+        "base_model": _node("CheckpointLoaderSimple", ckpt_name=BASE_MODEL_FILE),
+        **_branch("positive", positive),
+        **_branch("negative", negative),
+        "latents": _node("EmptyLatentImage", **size),
+        "sampler": _node(
+            "KSampler",
+            model=model,
+            seed=picture.seed,
+            steps=sampler.num_inference_steps,
+            cfg=sampler.guidance_scale,
+            sampler_name=sampler_name,
+            scheduler=scheduler,
+            positive=["positive_prompt", 0],
+            negative=["negative_prompt", 0],
+            latent_image=["latents", 0],
+            denoise=1.0,
+        ),
+        "decoded": _node("VAEDecode", samples=["sampler", 0], vae=["base_model", 2]),
+        "image": _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist"),
+    }
+    if picture.prediction_type == "v_prediction":
+        v = _node("ModelSamplingDiscrete", model=["base_model", 0], sampling="v_prediction", zsnr=False)
+        nodes["model_sampling"] = v
+    return nodes
+
+
+def _branch(name: str, inputs: BranchInputs) -> dict[str, Any]:
+    if inputs.lora_file is None:
+        return {f"{name}_prompt": _node("CLIPTextEncode", text=inputs.prompt, clip=["base_model", 1])}
+    strength = inputs.strength
+    return {
+        f"{name}_lora": _node(
+            "CreateHookLora", lora_name=inputs.lora_file, strength_model=strength, strength_clip=strength
+        ),
+        f"{name}_text_encoder": _node(
+            "SetClipHooks",
+            clip=["base_model", 1],
+            apply_to_conds=True,
+            schedule_clip=False,
+            hooks=[f"{name}_lora", 0],
+        ),
+        f"{name}_prompt": _node("CLIPTextEncode", text=inputs.prompt, clip=[f"{name}_text_encoder", 0]),
+    }
+
+
+def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def embedding_prompt(prompt: str, words: Iterable[str]) -> str:
+    """Return a prompt with every trigger word as ComfyUI asks for an embedding, `embedding:my-cat`."""
+    names = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.sub(rf"(?<![\w:-])({'|'.join(names) or '(?!)'})(?![\w-])", r"embedding:\1", prompt)
+
+
+def check_workflow(workflow: Mapping[str, Any], lora_files: Iterable[str], name: str) -> None:
+    """Confirm that every link leads to a node and that every LoRA it names is in the export.
+
+    Raises:
+        InputError: which one does not.
+    """
+    known = set(lora_files)
+    for node, content in workflow.items():
+        for field, value in content["inputs"].items():
+            if isinstance(value, list) and value[0] not in workflow:
+                raise InputError(f"expected a node {value[0]!r} in {name}, which {node}.{field} links to; got none")
+            if field == "lora_name" and value not in known:
+                raise InputError(f"expected the LoRA {value!r}, which {name} loads, in the export; got {sorted(known)}")

@@ -1,0 +1,113 @@
+"""What lies beside the exported files: how to use them, and a script for diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pprint import pformat
+from string import Template
+
+from dreamartist_pipeline.params import SamplerParams, StrengthParams
+
+
+@dataclass(frozen=True)
+class ExportOutline:
+    """What an export holds, for those who use it.
+
+    loras: branch -> file in the kohya format; diffusers_loras: branch -> the file that diffusers takes whole.
+    words: branch -> trigger words.
+    """
+
+    title: str
+    base_model: str
+    loras: Mapping[str, str]
+    diffusers_loras: Mapping[str, str]
+    words: Mapping[str, Sequence[str]]
+    prompt: str
+    negative_prompt: str
+    has_workflow: bool
+    has_script: bool
+    branches_are_equal: bool
+
+
+def diffusers_script(outline: ExportOutline, sampler: SamplerParams, strength: StrengthParams) -> str:
+    """Return a script that draws with one adapter per branch in plain diffusers."""
+    settings = {
+        "loras": dict(outline.diffusers_loras),
+        "words": [word for words in outline.words.values() for word in words],
+        "prompt": outline.prompt,
+        "negative_prompt": outline.negative_prompt,
+        "strength": {"positive": strength.positive, "negative": strength.negative},
+        "scheduler": sampler.scheduler,
+        "num_inference_steps": sampler.num_inference_steps,
+        "guidance_scale": sampler.guidance_scale,
+    }
+    template = files("dreamartist_pipeline.interop").joinpath("templates/generate_with_diffusers.py.txt")
+    return Template(template.read_text(encoding="utf-8")).substitute(settings=pformat(settings, sort_dicts=False))
+
+
+def readme(outline: ExportOutline) -> str:
+    """Return the export's README: what is where, and what is equivalent to this project's own drawing."""
+    sections = [_heading(outline), _comfyui(outline), _diffusers(outline), _a1111(outline)]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _heading(outline: ExportOutline) -> str:
+    contents = {file: f"LoRA, {branch}" for branch, file in outline.loras.items()} | {
+        f"embeddings/{word}.safetensors": f"trigger word, {branch}"
+        for branch, words in outline.words.items()
+        for word in words
+    }
+    width = max(map(len, contents), default=0)
+    lines = [
+        f"{outline.title}: a DreamArtist++ concept for the base model {outline.base_model}.",
+        "",
+        "It has one LoRA per branch. The positive one belongs to the prompt, the negative one to the negative prompt;",
+        "loading both for both sides draws something else. Use it with the base model it was trained on.",
+        "",
+        *(f"  {file:<{width}}  {content}" for file, content in contents.items()),
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _comfyui(outline: ExportOutline) -> str:
+    if not outline.has_workflow:
+        return ""
+    return "\n".join(
+        [
+            "ComfyUI: equivalent, one adapter per branch",
+            "  1. Copy lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings.",
+            "  2. Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node.",
+        ]
+    )
+
+
+def _diffusers(outline: ExportOutline) -> str:
+    if not outline.has_script:
+        return ""
+    command = f'  python generate_with_diffusers.py BASE_MODEL "{outline.prompt}"'
+    return "\n".join(["diffusers: equivalent, one adapter per branch", command])
+
+
+def _a1111(outline: ExportOutline) -> str:
+    positive = ", ".join(outline.words.get("positive", ()))
+    negative = ", ".join(outline.words.get("negative", ()))
+    lora = outline.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
+    if outline.branches_are_equal:
+        return "\n".join(
+            [
+                "A1111 / Forge: equivalent, because both branches have the same LoRA here",
+                f"  prompt           {outline.prompt} <lora:{lora}:1>",
+            ]
+        )
+    return "\n".join(
+        [
+            "A1111 / Forge: a fallback that is NOT equivalent",
+            "  They cannot put a LoRA on the negative side only. The nearest is the positive LoRA, which there acts on",
+            "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
+            f"  prompt           {outline.prompt}{f' <lora:{lora}:1>' if lora else ''}"
+            + (f"   (trigger word: {positive})" if positive else ""),
+            f"  negative prompt  {', '.join(part for part in (negative, outline.negative_prompt) if part)}",
+        ]
+    )

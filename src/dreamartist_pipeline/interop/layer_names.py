@@ -1,0 +1,97 @@
+"""What other tools call a layer, and which names each of them knows.
+
+Diffusers' module names are ours. A kohya name is one of them with '_' for '.', which cannot be undone without knowing
+the modules; the text encoder's always carry `text_model.`, which transformers 5 left out of CLIPTextModel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from dreamartist_pipeline.core.errors import InputError
+
+TEXT_MODEL = "text_model."
+_KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+
+_TRANSFORMER = r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
+_UNET_LAYER = re.compile(
+    r"conv_in|conv_out|time_embedding\.linear_[12]"
+    r"|(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
+    rf"(resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.\d+\.(proj_in|proj_out|{_TRANSFORMER}))"
+    r"|down_blocks\.\d+\.downsamplers\.0\.conv|up_blocks\.\d+\.upsamplers\.0\.conv"
+)
+_TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+
+
+def external_name(network: str, layer: str) -> str:
+    """Return a layer's name as other tools expect it, with `text_model.` in the text encoder."""
+    return TEXT_MODEL + layer.removeprefix(TEXT_MODEL) if network == "text_encoder" else layer
+
+
+def kohya_name(network: str, layer: str) -> str:
+    """Return the kohya name, such as `lora_unet_mid_block_attentions_0_proj_in`."""
+    return _KOHYA_PREFIXES[network] + external_name(network, layer).replace(".", "_")
+
+
+def layers_by_name(modules: Mapping[str, Sequence[str]], kohya: bool) -> dict[str, tuple[str, str]]:
+    """Return external name -> (network, layer) of all modules; the names are kohya's, or `<network>.<name>`.
+
+    Args:
+        modules: network -> the names of its modules.
+        kohya: which of the two spellings.
+
+    Raises:
+        InputError: two modules have the same kohya name.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for network, layers in modules.items():
+        for layer in layers:
+            name = kohya_name(network, layer) if kohya else f"{network}.{external_name(network, layer)}"
+            if found.setdefault(name, (network, layer)) != (network, layer):
+                raise InputError(
+                    f"expected one module for the name {name!r}; got {found[name][1]} and {layer}; "
+                    "take a format that keeps the dots, such as peft"
+                )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- who knows it
+
+
+def known_to_comfyui(network: str, layer: str) -> bool:
+    """Say whether ComfyUI finds a layer under its kohya name (`comfy.lora`: `unet_to_diffusers`, `LORA_CLIP_MAP`)."""
+    pattern = _UNET_LAYER if network == "unet" else _TEXT_LAYER
+    return pattern.fullmatch(external_name(network, layer)) is not None
+
+
+def known_to_comfyui_as_peft(network: str, layer: str) -> bool:
+    """Say whether ComfyUI finds a layer under its peft name.
+
+    In a UNet's attention it looks for `attn1.processor.to_q`, as diffusers once wrote, and drops `attn1.to_q` silently.
+    """
+    return known_to_comfyui(network, layer) and not (network == "unet" and ".to_" in layer)
+
+
+def known_to_a1111(network: str, layer: str, layers_per_block: int) -> bool:
+    """Say whether A1111 and Forge find a layer under its kohya name (`convert_diffusers_name_to_compvis`).
+
+    They number a UNet's blocks as Stable Diffusion's own code does, for two residual blocks a level.
+    """
+    return known_to_comfyui(network, layer) and (network != "unet" or layers_per_block == 2)
+
+
+def diffusers_loses_layers(form: str, text_layers: Sequence[str]) -> bool:
+    """Say whether diffusers does not take all of a file, because of which text-encoder layers are in it.
+
+    `convert_state_dict_to_diffusers` guesses the form of a text encoder's keys: a kohya file's q, k and v are only
+    found beside an out_proj, and a peft file with adapted MLPs alone is refused. The other form works in either case.
+
+    Args:
+        form: "kohya" or "peft".
+        text_layers: the adapted layers of the text encoder.
+    """
+    attention = [layer for layer in text_layers if ".self_attn." in layer]
+    if form == "kohya":
+        return bool(attention) and not any(layer.endswith(".out_proj") for layer in attention)
+    return bool(text_layers) and not attention

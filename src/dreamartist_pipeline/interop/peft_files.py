@@ -1,0 +1,81 @@
+"""LoRA as peft and diffusers write it: `unet.<module>.lora_A.weight` and `lora_B.weight`.
+
+Only diffusers takes all of it: ComfyUI silently drops the attention layers of the UNet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
+from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
+
+_SUFFIXES = {".lora_A.weight": "down", ".lora_B.weight": "up"}
+_CONFIG = "lora_adapter_metadata"  # diffusers' entry for peft's LoraConfig
+
+
+def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> bytes:
+    """Return one branch's adapter as a peft file; the scale is in `lora_B`, so that readers need no configuration."""
+    tensors: dict[str, torch.Tensor] = {}
+    for network, layers in adapter.networks.items():
+        for layer, factors in layers.items():
+            name = f"{network}.{external_name(network, layer)}"
+            tensors[f"{name}.lora_A.weight"] = factors.down.to(dtype)
+            tensors[f"{name}.lora_B.weight"] = factors.up_for_scale(1.0).to(dtype)
+    return write_tensors(tensors, facts.modelspec("lora"))
+
+
+def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> BranchAdapter:
+    """Return a peft file's adapter, in float32; alpha comes from diffusers' metadata when they are there.
+
+    Args:
+        file: its bytes.
+        name: what to call it in an error.
+        modules: network -> the names of the base model's modules.
+
+    Raises:
+        InputError: not a safetensors file, keys that no module explains (all are listed), half a pair, or a
+            configuration other than one alpha for all layers.
+    """
+    known, unknown = layers_by_name(modules, kohya=False), []
+    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in read_tensors(file, name).items():
+        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
+        at = _layer(key.removesuffix(suffix), known) if suffix else None
+        if suffix is None or at is None:
+            unknown.append(key)
+        else:
+            parts.setdefault(at, {})[_SUFFIXES[suffix]] = tensor.float()
+    refuse_unknown(unknown, name, "the peft format")
+    config = json.loads(read_metadata(file).get(_CONFIG, "{}"))
+    factors = {}
+    for at, part in parts.items():
+        check_pair(part, name, at)
+        factors[at] = LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name))
+    return build_adapter(factors, name)
+
+
+def _layer(stem: str, known: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
+    """Find a layer by its name; savers of transformers 5 leave `text_model.` out."""
+    network, _, layer = stem.partition(".")
+    return known.get(f"{network}.{external_name(network, layer)}")
+
+
+def _scale(config: Mapping[str, Any], network: str, rank: int, name: str) -> float:
+    """Return alpha / rank as the configuration says, 1 without one (diffusers' convention)."""
+    if f"{network}.lora_alpha" not in config:
+        return 1.0
+    if config.get(f"{network}.alpha_pattern") or config.get(f"{network}.use_rslora"):
+        raise InputError(
+            f"expected {name} to scale every layer by lora_alpha / rank; got alpha_pattern or use_rslora in its "
+            f"{_CONFIG}; fold the scale into lora_B, or save it in the kohya format"
+        )
+    return float(config[f"{network}.lora_alpha"]) / rank

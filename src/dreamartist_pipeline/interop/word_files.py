@@ -1,0 +1,70 @@
+"""Embeddings of trigger words as other tools keep them: one file a word, and the file's name is the word."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import TriggerWord
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
+
+_KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is told the token
+
+
+def write_embedding(word: TriggerWord, facts: FileFacts, dtype: torch.dtype) -> bytes:
+    """Return a word's vectors `[n, D]` as a safetensors file."""
+    flag = {"modelspec.is_negative_embedding": str(word.branch == "negative").lower()}
+    return write_tensors({_KEY: word.vectors.to(dtype)}, facts.modelspec("textual-inversion") | flag)
+
+
+def write_embedding_pt(word: TriggerWord) -> bytes:
+    """Return a word's vectors in the old form, `{'string_to_param': {'*': [n, D]}, 'name': ...}`, float32."""
+    buffer = io.BytesIO()
+    torch.save({"string_to_param": {"*": word.vectors.contiguous()}, "name": word.name}, buffer)
+    return buffer.getvalue()
+
+
+def read_embedding(file: bytes, name: str) -> torch.Tensor:
+    """Return the vectors `[n, D]`, float32, of an embedding file.
+
+    A `.safetensors` file holds them as `emb_params` or under the word itself; a `.pt` file in `string_to_param`.
+
+    Args:
+        file: its bytes.
+        name: the file's name; the suffix says which form it has.
+
+    Raises:
+        InputError: not such a file, several embeddings in it, or something that needs code to be run to be read.
+    """
+    vectors = _old_form(file, name) if name.endswith((".pt", ".bin")) else read_tensors(file, name)
+    tensors = [value for value in vectors.values() if isinstance(value, torch.Tensor)]
+    if len(tensors) != 1 or tensors[0].dim() > 2:
+        came = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
+        raise InputError(
+            f"expected one embedding [n, D] in {name}; got {came}; give an embedding for a Stable Diffusion 1.x or 2.x "
+            "text encoder"
+        )
+    tensor = tensors[0].detach().float()
+    return tensor[None] if tensor.dim() == 1 else tensor
+
+
+def _old_form(file: bytes, name: str) -> Mapping[str, Any]:
+    """Open a `.pt` or `.bin` file without running anything that is in it."""
+    try:
+        content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first_line = str(error).partition("\n")[0]  # torch goes on with advice to trust the file
+        raise InputError(
+            f"expected an embedding in {name} that loads without running code; got {type(error).__name__}: "
+            f"{first_line}; give it as .safetensors"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"expected an embedding in {name}; got a {type(content).__name__}; give another file")
+    inner = content.get("string_to_param", content)
+    return inner if isinstance(inner, Mapping) else {}

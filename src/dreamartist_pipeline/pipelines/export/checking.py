@@ -1,0 +1,258 @@
+"""Does every exported file give back the concept? Through this project's readers, and through diffusers' loader."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreamartist_pipeline.backbones.base_model import Backbone
+from dreamartist_pipeline.backbones.lora_files import (
+    Probe,
+    base_prediction,
+    concept_predictions,
+    file_prediction,
+    make_probe,
+)
+from dreamartist_pipeline.core.concept import NETWORKS, Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
+from dreamartist_pipeline.interop.comfyui import check_workflow
+from dreamartist_pipeline.interop.kohya import read_kohya
+from dreamartist_pipeline.interop.layer_names import (
+    diffusers_loses_layers,
+    known_to_a1111,
+    known_to_comfyui,
+    known_to_comfyui_as_peft,
+)
+from dreamartist_pipeline.interop.peft_files import read_peft
+from dreamartist_pipeline.interop.toolkit import read_toolkit
+from dreamartist_pipeline.interop.word_files import read_embedding
+from dreamartist_pipeline.params import ExportParams
+from dreamartist_pipeline.pipelines.export.writing import (
+    LORA_FOLDERS,
+    SCRIPT,
+    WORKFLOW,
+    ExportSource,
+    lora_name,
+    read_source,
+)
+
+UPDATE_LIMITS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+"""How far an update may be from the concept's, ‖difference‖ / ‖update‖, by the dtype it is stored in."""
+
+EFFECT_LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""How far a prediction may be from the concept's, as a share of what the adapter changes in it."""
+
+_ROUNDING = 2e-5  # and, as a share of the prediction, what float32 sums in another order may differ by
+
+_TOOLKIT = "toolkit/"
+_READERS = {"kohya": read_kohya, "peft": read_peft}
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The concept and the base model, and what they predict; computed when asked for, once."""
+
+    backbone: Backbone
+    concept: Concept
+    source: ExportSource
+
+    @cached_property
+    def probe(self) -> Probe:
+        return make_probe(self.backbone)
+
+    @cached_property
+    def base(self) -> torch.Tensor:
+        return base_prediction(self.backbone, self.probe)
+
+    @cached_property
+    def by_branch(self) -> dict[str, torch.Tensor]:
+        return concept_predictions(self.backbone, self.concept, self.probe)
+
+    @cached_property
+    def modules(self) -> dict[str, list[str]]:
+        networks = {"unet": self.backbone.unet, "text_encoder": self.backbone.text_encoder}
+        return {
+            network: [n for n, m in networks[network].named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+            for network in NETWORKS
+        }
+
+
+def check_export(
+    backbone: Backbone, concept: Concept, files: Mapping[str, bytes], params: ExportParams
+) -> dict[str, Any]:
+    """Read every file back and compare.
+
+    Args:
+        backbone: the base model, in float32.
+        concept: what was exported.
+        files: name -> bytes, of `writing.concept_files` and `writing.companions`.
+        params: how they were written.
+
+    Returns:
+        Plain values: title, dtype, base model, and per file its size, hash, what was compared, differences and limits.
+
+    Raises:
+        InputError: a file does not give back the concept; the message names it.
+    """
+    truth = _Truth(backbone, concept, read_source(concept, backbone, backbone.name))
+    entries: dict[str, dict[str, Any]] = {name: {} for name in files}
+    for form in _READERS:
+        for branch in truth.source.adapters:
+            if (name := lora_name(branch, form, params)) in files:
+                entries[name] = _check_lora(files[name], name, form, branch, truth, params)
+    for word in truth.source.words:
+        if (name := f"embeddings/{word.name}.safetensors") in files:
+            entries[name] = _check_words(read_embedding(files[name], name), word.vectors, name, params.dtype)
+    entries |= _check_toolkit(files, truth)
+    _check_companions(files)
+    described = {
+        name: {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest(), **entries[name]}
+        for name, file in sorted(files.items())
+    }
+    return {"title": params.title, "dtype": params.dtype, "base_model": backbone.name, "files": described}
+
+
+# ------------------------------------------------------------------------------------------------- LoRA files
+
+
+def _check_lora(file: bytes, name: str, form: str, branch: str, truth: _Truth, params: ExportParams) -> dict[str, Any]:
+    adapter = truth.source.adapters[branch]
+    read = _READERS[form](file, name, truth.modules)
+    return {
+        "branch": branch,
+        "num_layers": adapter.num_layers,
+        "update": _compare_updates(adapter, read, name, UPDATE_LIMITS[params.dtype]),
+        "diffusers": _check_diffusers(file, name, form, branch, truth, params),
+        "refused_layers": _refused_layers(adapter, form, truth),
+    }
+
+
+def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, limit: float) -> dict[str, float]:
+    """Return the largest ‖difference‖ / ‖update‖ of all layers.
+
+    Raises:
+        InputError: other layers, or a difference above the limit.
+    """
+    wanted, found = expected.by_layer(), came.by_layer()
+    if wanted.keys() != found.keys():
+        odd = sorted(".".join(at) for at in wanted.keys() ^ found.keys())
+        raise InputError(f"expected {name} to hold the concept's layers; {', '.join(odd)} differ; export it again")
+    differences = {at: _relative_difference(found[at].update(), wanted[at].update()) for at in wanted}
+    worst = max(differences, key=lambda at: differences[at])
+    if not differences[worst] <= limit:
+        raise InputError(
+            f"expected {name} to hold the concept's update of {'.'.join(worst)} to {limit:g}; got a relative "
+            f"difference of {differences[worst]:.3g}; set export.dtype to float32"
+        )
+    return {"relative_difference": differences[worst], "limit": limit}
+
+
+def _relative_difference(came: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = float((came - expected).norm())
+    return difference / float(expected.norm()) if difference else 0.0
+
+
+def _check_diffusers(
+    file: bytes, name: str, form: str, branch: str, truth: _Truth, params: ExportParams
+) -> dict[str, Any]:
+    """Compare the prediction that diffusers makes with the file with that of the concept's branch.
+
+    Raises:
+        InputError: diffusers refuses the file, takes other layers, or predicts something else.
+    """
+    adapter = truth.source.adapters[branch]
+    if diffusers_loses_layers(form, list(adapter.networks.get("text_encoder", {}))):
+        return {"takes_all_layers": False}
+    loaded = file_prediction(truth.backbone, file, name, truth.probe)
+    expected_layers = {".".join(at) for at in adapter.by_layer()}
+    if lost := sorted(expected_layers ^ loaded.layers):
+        raise InputError(
+            f"expected diffusers to adapt the concept's layers from {name}; {', '.join(lost)} differ; "
+            f"leave {form} out of export.formats"
+        )
+    expected = truth.by_branch[branch]
+    difference = float((loaded.prediction - expected).abs().max())
+    effect = float((expected - truth.base).abs().max())
+    limit = EFFECT_LIMITS[params.dtype] * effect + _ROUNDING * float(expected.abs().max())
+    if not difference <= limit:
+        raise InputError(
+            f"expected diffusers to predict with {name} what the concept's {branch} branch predicts, to {limit:.3g}; "
+            f"got a difference of {difference:.3g} (the adapter changes {effect:.3g}); set export.dtype to float32"
+        )
+    return {"takes_all_layers": True, "max_difference": difference, "limit": limit, "effect": effect}
+
+
+def _refused_layers(adapter: BranchAdapter, form: str, truth: _Truth) -> dict[str, list[str]]:
+    """Return tool -> the layers that it will not find in the file, for the tools that read its form at all."""
+    per_block = truth.backbone.unet.config.layers_per_block
+    layers = list(adapter.by_layer())
+    if form == "peft":
+        refused = {"ComfyUI": [at for at in layers if not known_to_comfyui_as_peft(*at)]}
+    else:
+        refused = {
+            "ComfyUI": [at for at in layers if not known_to_comfyui(*at)],
+            "A1111": [at for at in layers if not known_to_a1111(*at, per_block)],
+        }
+    return {tool: sorted(".".join(at) for at in found) for tool, found in refused.items()}
+
+
+# ------------------------------------------------------------------------------------------------- the other files
+
+
+def _check_words(came: torch.Tensor, expected: torch.Tensor, name: str, dtype: str) -> dict[str, Any]:
+    """Compare vectors, which must be the concept's, rounded to the dtype.
+
+    Raises:
+        InputError: they are others.
+    """
+    rounded = expected.to(getattr(torch, dtype)).float()
+    if came.shape != rounded.shape or not torch.equal(came, rounded):
+        raise InputError(
+            f"expected {name} to hold the concept's {tuple(expected.shape)} vectors; got {tuple(came.shape)} others; "
+            "export it again"
+        )
+    return {"num_vectors": len(came), "max_difference": float((came - expected).abs().max())}
+
+
+def _check_toolkit(files: Mapping[str, bytes], truth: _Truth) -> dict[str, dict[str, Any]]:
+    """Read the toolkit's folder as a whole, and compare all of it."""
+    members = {name.removeprefix(_TOOLKIT): file for name, file in files.items() if name.startswith(_TOOLKIT)}
+    if not members:
+        return {}
+    adapters, words = read_toolkit(members, truth.modules)
+    entries: dict[str, dict[str, Any]] = {}
+    for word in truth.source.words:
+        name = f"{_TOOLKIT}{word.name}.pt"
+        entries[name] = _check_words(words.get(word.name, torch.empty(0)), word.vectors, name, "float32")
+    for branch, adapter in truth.source.adapters.items():
+        suffix = "-neg" if branch == "negative" else ""
+        names = [f"{_TOOLKIT}{network}{suffix}-{truth.source.num_steps}.safetensors" for network in adapter.networks]
+        came = adapters.get(branch, BranchAdapter({}))
+        compared = _compare_updates(adapter, came, " and ".join(names), UPDATE_LIMITS["float32"])
+        entries |= {name: {"branch": branch, "update": compared} for name in names}
+    return entries
+
+
+def _check_companions(files: Mapping[str, bytes]) -> None:
+    """Confirm that workflow and script can be read, and that the workflow loads what is in the export.
+
+    Raises:
+        InputError: they cannot, or it does not.
+    """
+    if WORKFLOW in files:
+        lora_files = [name.rpartition("/")[2] for name in files if name.startswith(f"{LORA_FOLDERS['kohya']}/")]
+        check_workflow(json.loads(files[WORKFLOW]), lora_files, WORKFLOW)
+    if SCRIPT in files:
+        try:
+            ast.parse(files[SCRIPT])
+        except SyntaxError as error:
+            raise InputError(f"expected {SCRIPT} to be Python; got {error}; choose another export.prompt") from error

@@ -1,0 +1,58 @@
+"""Write a concept's files for other tools, and read every one of them back before the export is called good."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dreamartist_pipeline.params import DeviceParams, ExportParams
+
+if TYPE_CHECKING:
+    from dreamartist_pipeline.core.concept import Concept
+else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
+    Concept = Any
+
+log = logging.getLogger(__name__)
+
+_CHECKED_ON = DeviceParams(device="cpu", dtype="float32")  # so that only the files can make a difference
+
+
+def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict[str, bytes]:
+    """Return name -> bytes of every file of the export.
+
+    `lora/` holds the kohya files, `diffusers/` the peft files, `embeddings/` the trigger words, `toolkit/` the
+    reference toolkit's files; beside them a ComfyUI workflow, a script for diffusers and a README.
+
+    Raises:
+        InputError: not a concept of this project, or one of which the chosen formats hold nothing.
+    """
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
+
+    files = BaseModelFiles(base_model)
+    source = read_source(concept, load_outline(files), files.name)
+    written = concept_files(source, params)
+    return written | companions(source, written, params)
+
+
+def check_files(
+    base_model: str, concept: Concept, candidate: dict[str, bytes], params: ExportParams
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Read every file back and compare it with the concept.
+
+    Returns:
+        The files, unchanged, and the report: for every file what was compared, the difference and its limit.
+
+    Raises:
+        InputError: a file does not give back what the concept says; the message names it.
+    """
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.pipelines.export.checking import check_export
+
+    backbone = load_backbone(BaseModelFiles(base_model), _CHECKED_ON)
+    report = check_export(backbone, concept, candidate, params)
+    for name, entry in report["files"].items():
+        for tool, layers in entry.get("refused_layers", {}).items():
+            if layers:
+                log.info("%s: %s will not take %d of its layers; see the report", name, tool, len(layers))
+    return candidate, report

@@ -1,0 +1,34 @@
+"""Wiring of the export stage."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node
+
+from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
+
+
+def create_pipeline() -> Pipeline:
+    """The files, which are kept only when reading them back gives the concept."""
+    return Pipeline(
+        [
+            node(
+                write_files,
+                inputs={"base_model": "base_model", "concept": "concept", "params": "params:export"},
+                outputs="export_candidate",
+                name="write_files",
+                tags="export",
+            ),
+            node(
+                check_files,
+                inputs={
+                    "base_model": "base_model",
+                    "concept": "concept",
+                    "candidate": "export_candidate",
+                    "params": "params:export",
+                },
+                outputs=["exported_files", "export_report"],
+                name="check_files",
+                tags="export",
+            ),
+        ]
+    )

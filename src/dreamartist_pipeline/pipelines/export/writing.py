@@ -1,0 +1,183 @@
+"""From a concept to the bytes of every exported file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dreamartist_pipeline.backbones.base_model import Backbone, Outline
+from dreamartist_pipeline.core.captions import fill_template, slot_names
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, TriggerWord, branch_adapter, trigger_words
+from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
+from dreamartist_pipeline.interop.companion_texts import ExportOutline, diffusers_script, readme
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.kohya import write_kohya
+from dreamartist_pipeline.interop.layer_names import diffusers_loses_layers
+from dreamartist_pipeline.interop.peft_files import write_peft
+from dreamartist_pipeline.interop.toolkit import write_toolkit
+from dreamartist_pipeline.interop.word_files import write_embedding
+from dreamartist_pipeline.params import ExportParams
+
+WORKFLOW, SCRIPT, README = "comfyui_workflow.json", "generate_with_diffusers.py", "README.txt"
+BRANCHES = ("positive", "negative")
+LORA_FOLDERS = {"kohya": "lora", "peft": "diffusers"}
+_WRITERS = {"kohya": write_kohya, "peft": write_peft}
+_SD2_TEXT_WIDTH = 1024
+_SD_LATENT_SCALE = 8  # ComfyUI's pixels per latent
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What there is to export. adapters: branch -> its adapter; branches without one are left out."""
+
+    adapters: dict[str, BranchAdapter]
+    words: tuple[TriggerWord, ...]
+    base_model: str
+    prediction_type: str
+    class_word: str
+    num_steps: int
+    is_v2: bool
+    workflow_px: int
+
+
+def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) -> ExportSource:
+    """Return what a concept and its base model say.
+
+    Raises:
+        InputError: not a concept of this project.
+    """
+    adapters = {branch: branch_adapter(concept, branch) for branch in BRANCHES}
+    return ExportSource(
+        adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
+        words=trigger_words(concept),
+        base_model=base_model,
+        prediction_type=concept.metadata.get("prediction_type", "epsilon"),
+        class_word=concept.metadata.get("class_word", ""),
+        num_steps=concept.value("num_steps"),
+        is_v2=outline.text_encoder.config.hidden_size == _SD2_TEXT_WIDTH,
+        workflow_px=int(outline.unet.config.sample_size) * _SD_LATENT_SCALE,
+    )
+
+
+def lora_name(branch: str, form: str, params: ExportParams) -> str:
+    """Return the name of a branch's LoRA file; form is "kohya" or "peft"."""
+    return f"{LORA_FOLDERS[form]}/{_title(branch, params)}.safetensors"
+
+
+def _title(branch: str, params: ExportParams) -> str:
+    return params.title + ("-neg" if branch == "negative" else "")
+
+
+# ------------------------------------------------------------------------------------------------- the concept's files
+
+
+def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes]:
+    """Return the files that hold the concept, in the chosen formats.
+
+    Raises:
+        InputError: these formats hold nothing of this concept.
+    """
+    dtype = getattr(torch, params.dtype)
+    files = {
+        lora_name(branch, form, params): write(adapter, _facts(branch, source, params), dtype)
+        for form, write in _WRITERS.items()
+        if form in params.formats
+        for branch, adapter in source.adapters.items()
+    }
+    if "embeddings" in params.formats:
+        for word in source.words:
+            facts = _facts(word.branch, source, params)
+            files[f"embeddings/{word.name}.safetensors"] = write_embedding(word, facts, dtype)
+    if "toolkit" in params.formats:
+        written = write_toolkit(source.adapters, source.words, source.num_steps)
+        files |= {f"toolkit/{name}": file for name, file in written.items()}
+    if not files:
+        has = "LoRAs only" if source.adapters else "trigger words only"
+        raise InputError(
+            f"expected a format for what this concept has, {has}; got export.formats={list(params.formats)}; "
+            f"add {'kohya' if source.adapters else 'embeddings'}"
+        )
+    return files
+
+
+def _facts(branch: str, source: ExportSource, params: ExportParams) -> FileFacts:
+    return FileFacts(
+        title=_title(branch, params),
+        trigger_phrase=", ".join(word.name for word in source.words if word.branch == branch),
+        prediction_type=source.prediction_type,
+        is_v2=source.is_v2,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what lies beside
+
+
+def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> dict[str, bytes]:
+    """Return README, workflow and script for these files; the latter two only where they have all they need."""
+    outline = describe(source, files, params)
+    texts = {README: readme(outline)}
+    if outline.has_script:
+        texts[SCRIPT] = diffusers_script(outline, params.sampler, params.strength)
+    if outline.has_workflow:
+        texts[WORKFLOW] = _workflow(source, outline, params)
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> ExportOutline:
+    """Return what the export holds, with the example prompts filled in."""
+    words = {branch: [word for word in source.words if word.branch == branch] for branch in BRANCHES}
+    loras = {b: name for b in source.adapters if (name := lora_name(b, "kohya", params)) in files}
+    diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
+    has_words = not source.words or "embeddings" in params.formats
+    return ExportOutline(
+        title=params.title,
+        base_model=source.base_model,
+        loras=loras,
+        diffusers_loras=diffusers_loras,
+        words={b: [word.name for word in found] for b, found in words.items()} if has_words else {},
+        prompt=_fill(params.prompt, words["positive"], source.class_word),
+        negative_prompt=_fill(params.negative_prompt, words["negative"], ""),
+        has_workflow=has_words and len(loras) == len(source.adapters),
+        has_script=has_words and len(diffusers_loras) == len(source.adapters),
+        branches_are_equal=_branches_are_equal(source),
+    )
+
+
+def _fill(prompt: str, words: list[TriggerWord], otherwise: str) -> str:
+    return fill_template(prompt, dict.fromkeys(slot_names(prompt), otherwise) | {w.slot: w.name for w in words})
+
+
+def _diffusers_lora(branch: str, source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> str | None:
+    """Return the file of a branch that diffusers loads whole; None when it is not in the export."""
+    text_layers = list(source.adapters[branch].networks.get("text_encoder", {}))
+    names = [lora_name(branch, form, params) for form in _WRITERS if not diffusers_loses_layers(form, text_layers)]
+    return next((name for name in names if name in files), None)
+
+
+def _branches_are_equal(source: ExportSource) -> bool:
+    """Say whether both branches have the same adapter, as after a training without a negative branch."""
+    if len(source.adapters) != len(BRANCHES):
+        return False
+    positive, negative = (adapter.by_layer() for adapter in source.adapters.values())
+    return positive.keys() == negative.keys() and all(
+        factors.update().equal(negative[at].update()) for at, factors in positive.items()
+    )
+
+
+def _workflow(source: ExportSource, outline: ExportOutline, params: ExportParams) -> str:
+    words = [word.name for word in source.words]
+    inputs = {
+        branch: BranchInputs(
+            prompt=embedding_prompt(prompt, words),
+            lora_file=outline.loras[branch].rpartition("/")[2] if branch in outline.loras else None,
+            strength=getattr(params.strength, branch),
+        )
+        for branch, prompt in (("positive", outline.prompt), ("negative", outline.negative_prompt))
+    }
+    picture = Picture(source.workflow_px, params.seed, source.prediction_type)
+    return json.dumps(build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler), indent=1) + "\n"

@@ -1,0 +1,124 @@
+"""Diffusers' loader on Stable Diffusion's own layout, every layer adapted."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.lora_files import (
+    base_prediction,
+    concept_predictions,
+    file_prediction,
+    make_probe,
+)
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.interop.branch_adapters import (
+    BaseModelIdentity,
+    BranchAdapter,
+    LoRAFactors,
+    branch_adapter,
+    build_concept,
+)
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.kohya import read_kohya, write_kohya
+from dreamartist_pipeline.interop.layer_names import known_to_a1111, known_to_comfyui
+from dreamartist_pipeline.interop.peft_files import write_peft
+from dreamartist_pipeline.params import DeviceParams
+
+FACTS = FileFacts("fox", "", "v_prediction", is_v2=False)
+Modules = dict[str, dict[str, nn.Linear | nn.Conv2d]]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["conv-projection", "linear-projection"])
+def backbone(request: pytest.FixtureRequest, tiny_base_model: Path) -> Backbone:
+    """The tiny base model with a UNet of Stable Diffusion 1.x's (2.x's) blocks, narrow."""
+    tiny = load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            block_out_channels=(8, 16, 16, 16),
+            layers_per_block=2,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            sample_size=16,
+            use_linear_projection=request.param,
+        )
+    return dataclasses.replace(tiny, unet=unet.eval().requires_grad_(False))
+
+
+def modules_of(backbone: Backbone) -> Modules:
+    """Return network -> every Linear and Conv2d, by name."""
+    networks = {"unet": backbone.unet, "text_encoder": backbone.text_encoder}
+    return {
+        network: {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        for network, module in networks.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def concept(backbone: Backbone) -> Concept:
+    """A LoRA of rank 1, 2 or 3 and of another scale in every layer there is, in both branches."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(index: int, layer: nn.Module) -> LoRAFactors:
+        rank, shape = 1 + index % 3, layer.weight.shape
+        down = torch.randn(rank, *shape[1:], generator=generator) * 0.1
+        up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator) * 0.1
+        return LoRAFactors(down, up, 0.5 + index % 5)
+
+    adapters = {
+        branch: BranchAdapter(
+            {
+                network: {name: factors(i, layer) for i, (name, layer) in enumerate(layers.items())}
+                for network, layers in modules_of(backbone).items()
+            }
+        )
+        for branch in ("negative", "positive")
+    }
+    return build_concept(adapters, (), BaseModelIdentity(backbone.name, backbone.fingerprint))
+
+
+@pytest.mark.parametrize("branch", ["negative", "positive"])
+@pytest.mark.parametrize("write", [write_kohya, write_peft])
+def test_diffusers_takes_every_layer_and_predicts_as_the_concept_does(
+    backbone: Backbone, concept: Concept, write: type, branch: str
+) -> None:
+    probe = make_probe(backbone)
+    adapter = branch_adapter(concept, branch)
+    came = file_prediction(backbone, write(adapter, FACTS, torch.float32), "x", probe)
+    assert came.layers == {".".join(at) for at in adapter.by_layer()}
+    expected = concept_predictions(backbone, concept, probe)[branch]
+    torch.testing.assert_close(came.prediction, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - base_prediction(backbone, probe)).abs().max() > 0.1
+
+
+def test_every_layer_has_a_name_in_comfyui_and_a1111_and_comes_back_from_kohyas(
+    backbone: Backbone, concept: Concept
+) -> None:
+    layers = modules_of(backbone)
+    for network, named in layers.items():
+        assert all(known_to_comfyui(network, name) and known_to_a1111(network, name, 2) for name in named)
+    adapter = branch_adapter(concept, "positive")
+    again = read_kohya(write_kohya(adapter, FACTS, torch.float32), "x", {n: list(named) for n, named in layers.items()})
+    assert again.by_layer().keys() == adapter.by_layer().keys()
+
+
+def test_loading_a_file_leaves_the_base_model_as_it_is(backbone: Backbone, concept: Concept) -> None:
+    probe = make_probe(backbone)
+    before = base_prediction(backbone, probe)
+    file_prediction(backbone, write_kohya(branch_adapter(concept, "positive"), FACTS, torch.float32), "x", probe)
+    assert torch.equal(base_prediction(backbone, probe), before)
+    assert not hasattr(backbone.unet, "peft_config")
+
+
+def test_a_probe_is_the_same_every_time(backbone: Backbone) -> None:
+    first, second = make_probe(backbone), make_probe(backbone)
+    assert torch.equal(first.latents, second.latents) and torch.equal(first.token_ids, second.token_ids)
+    assert not torch.equal(make_probe(backbone, seed=1).latents, first.latents)

@@ -1,0 +1,75 @@
+"""A concept with everything that files have to hold: several groups a layer, mixed ranks and alphas, convolutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dreamartist_pipeline.core.concept import FORMAT, Concept, to_json
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+PROJ_IN = "down_blocks.0.attentions.0.proj_in"  # Conv2d 1 × 1
+CONV = "down_blocks.0.resnets.0.conv1"  # Conv2d 3 × 3
+TEXT = "encoder.layers.0.self_attn.out_proj"
+MLP = "encoder.layers.0.mlp.fc1"
+MODULES = {"unet": [ATTENTION, OUT, PROJ_IN, CONV, "conv_out"], "text_encoder": [TEXT, MLP]}
+
+# network, layer, group, branch, alpha, shape of down, shape of up
+UPDATES = [
+    ("unet", ATTENTION, 0, "positive", 1.0, (2, 6), (5, 2)),
+    ("unet", OUT, 0, "positive", 1.0, (3, 5), (6, 3)),  # another rank in the same group
+    ("unet", PROJ_IN, 0, "positive", 1.0, (2, 4, 1, 1), (6, 2, 1, 1)),
+    ("unet", CONV, 1, "positive", 4.0, (2, 4, 3, 3), (7, 2, 1, 1)),  # another alpha
+    ("unet", ATTENTION, 1, "positive", 4.0, (3, 6), (5, 3)),  # a second group in one layer
+    ("unet", ATTENTION, 2, "negative", 0.5, (1, 6), (5, 1)),
+    ("unet", CONV, 3, "shared", 2.0, (1, 4, 3, 3), (7, 1, 1, 1)),  # both branches
+    ("text_encoder", TEXT, 0, "positive", 1.0, (1, 4), (4, 1)),
+    ("text_encoder", MLP, 1, "negative", 3.0, (2, 4), (8, 2)),
+]
+NUM_GROUPS = {"unet": 4, "text_encoder": 2}
+
+
+def make_concept() -> Concept:
+    """Return the concept of UPDATES with random values and a pair of words."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, alphas = {}, {network: [1.0] * count for network, count in NUM_GROUPS.items()}
+    branches = {network: ["positive"] * count for network, count in NUM_GROUPS.items()}
+    for network, layer, group, branch, alpha, down, up in UPDATES:
+        alphas[network][group], branches[network][group] = alpha, branch
+        for factor, shape in (("down", down), ("up", up)):
+            tensors[f"{network}.{layer}.{group}.{branch}.{factor}"] = torch.randn(shape, generator=generator)
+    tensors["words.positive.pt1"] = torch.randn(2, 4, generator=generator)
+    tensors["words.negative.pt1"] = torch.randn(3, 4, generator=generator)
+    metadata = {
+        "format": FORMAT,
+        "base_model": "tiny",
+        "base_model_fingerprint": "0123",
+        "prediction_type": "epsilon",
+        "class_word": "fox",
+        "num_branches": "2",
+        "num_steps": "7",
+        "words": to_json({"pt1": ("my-fox", "my-fox-neg")}),
+        "num_vectors": "[2,3]",
+    }
+    for network, values in alphas.items():
+        groups = [{"alpha": a, "branch": b} for a, b in zip(values, branches[network], strict=True)]
+        metadata[f"lora_{network}"] = to_json(groups)
+    return Concept(tensors, metadata)
+
+
+def expected_updates(concept: Concept, branch: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Return Σ_g (alpha_g / rank_g) · up_g · down_g of every layer of a branch, written out."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    for network, layer, group, of_branch, alpha, down, _ in UPDATES:
+        if of_branch in (branch, "shared"):
+            name = f"{network}.{layer}.{group}.{of_branch}"
+            product = concept.tensors[f"{name}.up"].flatten(1) @ concept.tensors[f"{name}.down"].flatten(1)
+            update = product * (alpha / down[0])
+            found[network, layer] = found[network, layer] + update if (network, layer) in found else update
+    return found
+
+
+@pytest.fixture
+def concept() -> Concept:
+    return make_concept()

@@ -1,0 +1,104 @@
+"""The neutral form: what acts on each branch, and back into a concept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import (
+    BaseModelIdentity,
+    BranchAdapter,
+    LoRAFactors,
+    TriggerWord,
+    branch_adapter,
+    build_concept,
+    trigger_words,
+)
+
+from .conftest import ATTENTION, CONV, expected_updates
+
+TINY = BaseModelIdentity("tiny", "0123")
+
+
+@pytest.mark.parametrize("branch", ["positive", "negative"])
+def test_every_layers_update_is_the_sum_of_the_groups_that_act_on_the_branch(concept: Concept, branch: str) -> None:
+    updates = {at: factors.update() for at, factors in branch_adapter(concept, branch).by_layer().items()}
+    expected = expected_updates(concept, branch)
+    assert updates.keys() == expected.keys()
+    for at, update in updates.items():
+        torch.testing.assert_close(update, expected[at], rtol=1e-6, atol=1e-6)
+
+
+def test_the_groups_of_a_layer_are_concatenated_along_the_rank(concept: Concept) -> None:
+    layers = branch_adapter(concept, "positive").networks["unet"]
+    assert layers[ATTENTION].rank == 2 + 3
+    assert layers[CONV].down.shape == (2 + 1, 4, 3, 3)
+    assert layers[CONV].up.shape == (7, 2 + 1, 1, 1)
+
+
+def test_a_single_group_keeps_its_tensors_and_its_scale(concept: Concept) -> None:
+    factors = branch_adapter(concept, "negative").networks["unet"][ATTENTION]
+    assert torch.equal(factors.up, concept.tensors[f"unet.{ATTENTION}.2.negative.up"])
+    assert factors.scale == 0.5 / 1
+
+
+def test_by_hand_rank_two_and_alpha_three() -> None:
+    factors = LoRAFactors(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]]), 3 / 2)
+    assert factors.update().tolist() == [[1.5, 3.0]]
+    assert factors.up_for_scale(0.5).tolist() == [[3.0, 3.0]]
+
+
+def test_words_come_by_branch_and_slot(concept: Concept) -> None:
+    words = trigger_words(concept)
+    assert [(w.name, w.branch, w.slot, len(w.vectors)) for w in words] == [
+        ("my-fox", "positive", "pt1", 2),
+        ("my-fox-neg", "negative", "pt1", 3),
+    ]
+
+
+def test_a_concept_built_from_the_neutral_form_has_the_same_updates_and_words(concept: Concept) -> None:
+    adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
+    built = build_concept(adapters, trigger_words(concept), TINY, "fox", 7)
+    for branch, adapter in adapters.items():
+        again = branch_adapter(built, branch).by_layer()
+        for at, factors in adapter.by_layer().items():
+            torch.testing.assert_close(again[at].update(), factors.update(), rtol=1e-5, atol=1e-6)
+    assert [w.name for w in trigger_words(built)] == ["my-fox", "my-fox-neg"]
+    assert (built.value("num_vectors"), built.value("num_branches"), built.value("num_steps")) == ([2, 3], 2, 7)
+    assert built.metadata["base_model_fingerprint"] == "0123"
+    assert built.metadata["class_word"] == "fox"
+
+
+def test_positive_words_alone_make_a_concept_of_one_branch() -> None:
+    built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", torch.zeros(2, 4))], TINY)
+    assert built.value("num_branches") == 1
+    assert built.value("words") == {"pt1": ["cat-x", "cat-x-neg"]}
+
+
+def test_half_a_pair_of_words_is_refused() -> None:
+    words = [
+        TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
+        TriggerWord("b-x", "pt2", "positive", torch.zeros(2, 4)),
+        TriggerWord("a-neg", "pt1", "negative", torch.zeros(2, 4)),
+    ]
+    with pytest.raises(InputError, match=r"positive words for \['pt1', 'pt2'\] and negative ones for \['pt1'\]"):
+        build_concept({}, words, TINY)
+
+
+def test_words_of_one_branch_with_other_numbers_of_vectors_are_refused() -> None:
+    words = [TriggerWord(f"{n}-x", f"pt{n}", "positive", torch.zeros(n, 4)) for n in (1, 2)]
+    with pytest.raises(InputError, match="same number of vectors; got {'1-x': 1, '2-x': 2}"):
+        build_concept({}, words, TINY)
+
+
+def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:
+    only_words = {name: tensor for name, tensor in concept.tensors.items() if name.startswith("words")}
+    assert branch_adapter(Concept(only_words, concept.metadata), "positive") == BranchAdapter({})
+
+
+def test_a_tensor_of_an_unknown_group_is_named(concept: Concept) -> None:
+    tensors = concept.tensors | {f"unet.{CONV}.9.positive.down": torch.zeros(1)}
+    with pytest.raises(InputError, match=rf"one of 4 LoRA groups; got \['down'\] of group 9 in unet.{CONV}"):
+        branch_adapter(Concept(tensors, concept.metadata), "positive")

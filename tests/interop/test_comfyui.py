@@ -1,0 +1,80 @@
+"""The workflow: one adapter per branch, and links that lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.comfyui import (
+    BranchInputs,
+    Picture,
+    build_workflow,
+    check_workflow,
+    embedding_prompt,
+)
+from dreamartist_pipeline.params import SamplerParams
+
+POSITIVE = BranchInputs("a embedding:my-fox", "fox.safetensors", 0.8)
+NEGATIVE = BranchInputs("blurry", "fox-neg.safetensors", 0.65)
+PICTURE = Picture(512, 3, "epsilon")
+SAMPLER = SamplerParams(scheduler="euler_a", num_inference_steps=9, guidance_scale=5.0)
+
+
+def test_each_branch_has_its_own_hook_on_its_own_prompt() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
+    sampler = workflow["sampler"]["inputs"]
+    for side, branch in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        prompt = workflow[sampler[side][0]]
+        assert (prompt["class_type"], prompt["inputs"]["text"]) == ("CLIPTextEncode", branch.prompt)
+        hooks = workflow[prompt["inputs"]["clip"][0]]
+        assert (hooks["class_type"], hooks["inputs"]["apply_to_conds"]) == ("SetClipHooks", True)
+        lora = workflow[hooks["inputs"]["hooks"][0]]
+        assert lora["class_type"] == "CreateHookLora"
+        assert lora["inputs"] == {
+            "lora_name": branch.lora_file,
+            "strength_model": branch.strength,
+            "strength_clip": branch.strength,
+        }
+    assert sum(node["class_type"] == "KSampler" for node in workflow.values()) == 1
+
+
+def test_sampler_and_picture_are_as_asked() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
+    inputs = workflow["sampler"]["inputs"]
+    assert (inputs["sampler_name"], inputs["scheduler"]) == ("euler_ancestral", "normal")
+    assert (inputs["steps"], inputs["cfg"], inputs["seed"]) == (9, 5.0, 3)
+    assert workflow["latents"]["inputs"] == {"width": 512, "height": 512, "batch_size": 1}
+    assert inputs["model"] == ["base_model", 0]
+
+
+def test_a_model_that_predicts_v_is_told_so() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, prediction_type="v_prediction"), SAMPLER)
+    assert workflow["sampler"]["inputs"]["model"] == ["model_sampling", 0]
+    assert workflow["model_sampling"]["inputs"]["sampling"] == "v_prediction"
+
+
+def test_a_branch_without_an_adapter_has_no_hook() -> None:
+    workflow = build_workflow(POSITIVE, BranchInputs("", None, 1.0), PICTURE, SAMPLER)
+    assert workflow["negative_prompt"]["inputs"]["clip"] == ["base_model", 1]
+    assert "negative_lora" not in workflow
+    check_workflow(workflow, ["fox.safetensors"], "w")
+
+
+def test_trigger_words_become_embeddings_only_where_they_stand_alone() -> None:
+    words = ["my-fox", "my-fox-neg"]
+    assert embedding_prompt("a my-fox, blue", words) == "a embedding:my-fox, blue"
+    assert embedding_prompt("my-fox-neg", words) == "embedding:my-fox-neg"
+    assert embedding_prompt("a my-foxes", words) == "a my-foxes"
+    assert embedding_prompt("a cat", []) == "a cat"
+
+
+def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
+    check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
+    with pytest.raises(InputError, match="expected the LoRA 'fox-neg.safetensors', which w loads"):
+        check_workflow(workflow, ["fox.safetensors"], "w")
+    del workflow["positive_lora"]
+    with pytest.raises(InputError, match="expected a node 'positive_lora' in w, which positive_text_encoder.hooks"):
+        check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")

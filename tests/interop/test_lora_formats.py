@@ -1,0 +1,215 @@
+"""kohya, peft and the toolkit's files: what is written, and that reading gives the same updates back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter, trigger_words
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.kohya import read_kohya, write_kohya
+from dreamartist_pipeline.interop.layer_names import kohya_name
+from dreamartist_pipeline.interop.peft_files import read_peft, write_peft
+from dreamartist_pipeline.interop.safetensors_bytes import (
+    read_metadata,
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
+from dreamartist_pipeline.interop.toolkit import read_toolkit, write_toolkit
+
+from .conftest import ATTENTION, CONV, MODULES, TEXT, expected_updates
+
+FACTS = FileFacts("fox", "my-fox", "epsilon", is_v2=False)
+RoundTrip = Callable[[BranchAdapter, str], BranchAdapter]
+
+
+def through_kohya(adapter: BranchAdapter, _: str) -> BranchAdapter:
+    return read_kohya(write_kohya(adapter, FACTS, torch.float32), "fox", MODULES)
+
+
+def through_peft(adapter: BranchAdapter, _: str) -> BranchAdapter:
+    return read_peft(write_peft(adapter, FACTS, torch.float32), "fox", MODULES)
+
+
+def through_toolkit(adapter: BranchAdapter, branch: str) -> BranchAdapter:
+    return read_toolkit(write_toolkit({branch: adapter}, (), 7), MODULES)[0][branch]
+
+
+def through_newer_toolkit(adapter: BranchAdapter, branch: str) -> BranchAdapter:
+    renamed = {}
+    for name, file in write_toolkit({branch: adapter}, (), 7).items():
+        tensors = {
+            key.replace("lora_down.weight", "W_down").replace("lora_up.weight", "W_up"): tensor
+            for key, tensor in read_tensors(file, name).items()
+        }
+        assert any(key.endswith(".___.layer.W_up") for key in tensors)
+        renamed[name] = write_tensors(tensors, {})
+    return read_toolkit(renamed, MODULES)[0][branch]
+
+
+@pytest.mark.parametrize("branch", ["positive", "negative"])
+@pytest.mark.parametrize("round_trip", [through_kohya, through_peft, through_toolkit, through_newer_toolkit])
+def test_a_round_trip_gives_the_branchs_updates_back(concept: Concept, round_trip: RoundTrip, branch: str) -> None:
+    came = round_trip(branch_adapter(concept, branch), branch).by_layer()
+    expected = expected_updates(concept, branch)
+    assert came.keys() == expected.keys()
+    for at, factors in came.items():
+        torch.testing.assert_close(factors.update(), expected[at], rtol=1e-5, atol=1e-5)
+
+
+def test_a_kohya_file_has_one_alpha_and_the_true_scale_in_up(concept: Concept) -> None:
+    tensors = read_tensors(write_kohya(branch_adapter(concept, "positive"), FACTS, torch.float32), "fox")
+    assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {1.0}
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    expected = expected_updates(concept, "positive")["unet", ATTENTION]
+    up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+    torch.testing.assert_close(up @ down * 1.0 / 5, expected, rtol=1e-5, atol=1e-6)  # up · down · alpha / rank
+
+
+def test_text_encoder_names_carry_text_model_whether_or_not_the_module_has_it() -> None:
+    assert kohya_name("text_encoder", TEXT) == "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
+    assert kohya_name("text_encoder", f"text_model.{TEXT}") == kohya_name("text_encoder", TEXT)
+
+
+def test_kohya_metadata_describe_the_file(concept: Concept) -> None:
+    adapter = branch_adapter(concept, "positive")
+    file = write_kohya(adapter, FileFacts("fox", "my-fox", "v_prediction", is_v2=True), torch.float32)
+    metadata = read_metadata(file)
+    assert metadata["sshs_model_hash"] == hashlib.sha256(tensor_bytes(file)).hexdigest()
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("5", "1.0")
+    assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == ("sd_v2", "True")
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["ss_output_name"] == metadata["modelspec.title"] == "fox"
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.trigger_phrase"] == "my-fox"
+    assert read_metadata(write_kohya(adapter, FACTS, torch.float32))["ss_base_model_version"] == "sd_v1"
+
+
+@pytest.mark.parametrize("write", [write_kohya, write_peft])
+def test_the_dtype_is_that_of_every_tensor(concept: Concept, write: Callable[..., bytes]) -> None:
+    tensors = read_tensors(write(branch_adapter(concept, "positive"), FACTS, torch.bfloat16), "fox")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_equal_concepts_give_equal_bytes(concept: Concept) -> None:
+    first, second = (write_kohya(branch_adapter(concept, "positive"), FACTS, torch.float32) for _ in range(2))
+    assert first == second
+
+
+def test_peft_keys_are_named_by_network_and_module(concept: Concept) -> None:
+    keys = set(read_tensors(write_peft(branch_adapter(concept, "positive"), FACTS, torch.float32), "fox"))
+    assert {f"unet.{CONV}.lora_A.weight", f"text_encoder.text_model.{TEXT}.lora_B.weight"} <= keys
+
+
+def test_the_toolkits_files_are_those_six_with_alpha_divided_by_the_rank(concept: Concept) -> None:
+    adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
+    files = write_toolkit(adapters, trigger_words(concept), 7)
+    assert set(files) == {
+        *("unet-7.safetensors", "unet-neg-7.safetensors"),
+        *("text_encoder-7.safetensors", "text_encoder-neg-7.safetensors"),
+        *("my-fox.pt", "my-fox-neg.pt"),
+    }
+    tensors = read_tensors(files["text_encoder-neg-7.safetensors"], "x")
+    assert float(tensors["lora:text_model.encoder.layers.0.mlp.fc1.___.alpha"]) == 3.0 / 2
+    _, words = read_toolkit(files, MODULES)
+    assert {name: tuple(vectors.shape) for name, vectors in words.items()} == {"my-fox": (2, 4), "my-fox-neg": (3, 4)}
+    assert torch.equal(words["my-fox"], concept.tensors["words.positive.pt1"])
+
+
+# --------------------------------------------------------------------------------------------- what readers are given
+
+NAME = kohya_name("unet", ATTENTION)
+PAIR = {f"{NAME}.lora_down.weight": torch.ones(2, 6), f"{NAME}.lora_up.weight": torch.ones(5, 2)}
+
+
+def test_a_kohya_file_without_alpha_has_scale_one_and_with_alpha_that_over_the_rank() -> None:
+    without = read_kohya(write_tensors(PAIR, {}), "x", MODULES)
+    with_alpha = read_kohya(write_tensors(PAIR | {f"{NAME}.alpha": torch.tensor(8.0)}, {}), "x", MODULES)
+    assert without.networks["unet"][ATTENTION].scale == 1.0
+    assert with_alpha.networks["unet"][ATTENTION].scale == 8.0 / 2
+
+
+def test_unknown_keys_are_all_listed() -> None:
+    tensors = PAIR | {f"{name}.lora_up.weight": torch.ones(1) for name in ("lora_unet_nowhere", "bundle_emb_x")}
+    with pytest.raises(
+        InputError, match="2 unknown keys: bundle_emb_x.lora_up.weight, lora_unet_nowhere.lora_up.weight"
+    ):
+        read_kohya(write_tensors(tensors, {}), "x.safetensors", MODULES)
+    with pytest.raises(InputError, match="expected x.safetensors to hold the peft format"):
+        read_peft(write_tensors(PAIR, {}), "x.safetensors", MODULES)
+    with pytest.raises(InputError, match="expected unet-1.safetensors to hold the toolkit's format"):
+        read_toolkit({"unet-1.safetensors": write_tensors(PAIR, {})}, MODULES)
+
+
+def test_half_a_pair_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=f"expected x to hold down .* for unet.{ATTENTION}; got {{'up': \\(5, 2\\)}}"):
+        read_kohya(write_tensors({f"{NAME}.lora_up.weight": torch.ones(5, 2)}, {}), "x", MODULES)
+
+
+def test_factors_that_do_not_belong_together_are_refused() -> None:
+    for up in (torch.ones(5, 3), torch.ones(5)):
+        with pytest.raises(InputError, match="expected x to hold down"):
+            read_kohya(write_tensors(PAIR | {f"{NAME}.lora_up.weight": up}, {}), "x", MODULES)
+
+
+def test_an_ambiguous_kohya_name_is_refused() -> None:
+    with pytest.raises(InputError, match="got down_blocks.0 and down.blocks.0"):
+        read_kohya(write_tensors(PAIR, {}), "x", {"unet": ["down_blocks.0", "down.blocks.0"]})
+
+
+def test_what_is_no_safetensors_file_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="expected a safetensors file x"):
+        read_kohya(b"not a file at all", "x", MODULES)
+
+
+def test_an_empty_file_is_refused() -> None:
+    with pytest.raises(InputError, match="expected x to hold a LoRA; got no tensors"):
+        read_kohya(save({}), "x", MODULES)
+
+
+def peft_file(**config: object) -> bytes:
+    tensors = {f"unet.{ATTENTION}.lora_A.weight": torch.ones(2, 6), f"unet.{ATTENTION}.lora_B.weight": torch.ones(5, 2)}
+    return write_tensors(tensors, {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})})
+
+
+def test_diffusers_metadata_give_a_peft_file_its_alpha() -> None:
+    adapter = read_peft(peft_file(r=2, lora_alpha=6), "x", MODULES)
+    assert adapter.networks["unet"][ATTENTION].scale == 6 / 2
+
+
+@pytest.mark.parametrize("config", [{"alpha_pattern": {"to_q": 1}}, {"use_rslora": True}])
+def test_a_peft_file_that_scales_in_another_way_is_refused(config: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="got alpha_pattern or use_rslora"):
+        read_peft(peft_file(r=2, lora_alpha=6, **config), "x", MODULES)
+
+
+def test_a_peft_file_saved_by_transformers_5_lacks_text_model_and_is_read_all_the_same() -> None:
+    tensors = {
+        f"text_encoder.{TEXT}.lora_A.weight": torch.ones(1, 4),
+        f"text_encoder.{TEXT}.lora_B.weight": torch.ones(4, 1),
+    }
+    assert TEXT in read_peft(write_tensors(tensors, {}), "x", MODULES).networks["text_encoder"]
+
+
+def test_files_of_two_steps_or_of_other_names_are_refused(concept: Concept) -> None:
+    adapter = {"positive": branch_adapter(concept, "positive")}
+    mixed = write_toolkit(adapter, (), 7) | write_toolkit(adapter, (), 8)
+    with pytest.raises(InputError, match="expected files of one step; got those of 7, 8"):
+        read_toolkit(mixed, MODULES)
+    with pytest.raises(InputError, match="got fox.safetensors; leave them out"):
+        read_toolkit({"fox.safetensors": b""}, MODULES)
+
+
+def test_a_toolkit_file_without_alpha_is_refused() -> None:
+    key = f"lora:{ATTENTION}.___.layer"
+    tensors = {f"{key}.W_down": torch.ones(2, 6), f"{key}.W_up": torch.ones(5, 2)}
+    with pytest.raises(InputError, match=f"expected alpha for unet.{ATTENTION} in unet-1.safetensors"):
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)

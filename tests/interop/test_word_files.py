@@ -1,0 +1,89 @@
+"""Embeddings in all their forms."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import TriggerWord
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
+from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding, write_embedding_pt
+
+VECTORS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+WORD = TriggerWord("my-fox-neg", "pt1", "negative", VECTORS)
+FACTS = FileFacts("fox-neg", "my-fox-neg", "epsilon", is_v2=False)
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_an_embedding_file_holds_emb_params_and_says_whether_it_is_a_negative_one() -> None:
+    file = write_embedding(WORD, FACTS, torch.float16)
+    assert {name: tensor.dtype for name, tensor in read_tensors(file, "x").items()} == {"emb_params": torch.float16}
+    metadata = read_metadata(file)
+    assert metadata["modelspec.is_negative_embedding"] == "true"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+    assert torch.equal(read_embedding(file, "my-fox-neg.safetensors"), VECTORS)
+
+
+def test_the_old_form_is_written_and_read() -> None:
+    file = write_embedding_pt(WORD)
+    assert torch.load(io.BytesIO(file), weights_only=True)["name"] == "my-fox-neg"
+    assert torch.equal(read_embedding(file, "my-fox-neg.pt"), VECTORS)
+
+
+def test_a_file_that_names_its_tensor_after_the_word_is_read() -> None:
+    assert torch.equal(read_embedding(write_tensors({"<fox>": VECTORS}, {}), "fox.safetensors"), VECTORS)
+
+
+def test_one_vector_without_a_row_axis_becomes_one_row() -> None:
+    assert read_embedding(write_tensors({"<fox>": VECTORS[0]}, {}), "fox.safetensors").tolist() == [[1.0, 2.0]]
+
+
+def test_a_parameter_in_an_old_file_is_read() -> None:
+    content = {"string_to_param": {"*": torch.nn.Parameter(VECTORS)}, "string_to_token": {"*": 265}, "step": 100}
+    came = read_embedding(saved(content), "fox.pt")
+    assert torch.equal(came, VECTORS) and not came.requires_grad
+
+
+def test_diffusers_old_bin_file_is_read() -> None:
+    assert torch.equal(read_embedding(saved({"<fox>": VECTORS}), "learned_embeds.bin"), VECTORS)
+
+
+def test_several_embeddings_in_one_file_are_refused() -> None:
+    file = write_tensors({"clip_l": VECTORS, "clip_g": VECTORS + 1}, {})
+    with pytest.raises(InputError, match=r"expected one embedding \[n, D\] in fox.safetensors"):
+        read_embedding(file, "fox.safetensors")
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("ran",)
+
+
+def test_a_file_that_wants_to_run_code_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (saved({"string_to_param": Evil()}), pickle.dumps(Evil(), protocol=2)):
+        with pytest.raises(InputError, match="loads without running code; got UnpicklingError"):
+            read_embedding(file, "fox.pt")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_what_is_no_embedding_is_refused() -> None:
+    with pytest.raises(InputError, match="expected an embedding in fox.pt; got a list"):
+        read_embedding(saved([1, 2]), "fox.pt")
+
+
+def test_a_damaged_file_is_refused_by_name() -> None:
+    for damaged in (b"not a file at all", saved({"*": VECTORS})[:-40], b""):
+        with pytest.raises(InputError, match="expected an embedding in fox.pt"):
+            read_embedding(damaged, "fox.pt")

@@ -1,0 +1,383 @@
+"""The export: every file, read back by this project and by diffusers, and drawing with them as the concept draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.backbones.lora_files import concept_predictions, file_prediction, make_probe
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.sampling import image_generators, initial_noise
+from dreamartist_pipeline.datasets.file_folder import FileFolderDataset
+from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata
+from dreamartist_pipeline.interop.toolkit import read_toolkit
+from dreamartist_pipeline.params import DeviceParams, ExportParams, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.pipelines.export import create_pipeline
+from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
+
+PROJECT = Path(__file__).resolve().parents[2]
+MakeParams = Callable[..., TrainingParams]
+SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=3, guidance_scale=3.0)
+STRENGTH = StrengthParams(positive=0.8, negative=0.5)
+EVERYTHING = ExportParams(title="fox", sampler=SAMPLER, strength=STRENGTH)
+ATTENTION, TEXT = "re:.*\\.attn.?$", "re:.*self_attn$"
+MIXED = [  # several ranks and alphas, a convolution, a shared group, two groups in one layer
+    {"lr": 1e-3, "rank": 0.1, "branch": "p", "layers": [ATTENTION, "re:.*resnets.0.conv1$"], "alpha": 2.0},
+    {"lr": 1e-3, "rank": 2, "branch": "p", "layers": ["re:.*attn1.to_q$", "re:.*proj_in$"], "alpha": 1.0},
+    {"lr": 1e-3, "rank": 3, "branch": "n", "layers": [ATTENTION, "re:.*ff\\.net\\.2$"], "alpha": 0.5},
+    {"lr": 1e-3, "rank": 1, "layers": ["re:.*downsamplers.0.conv$", "conv_out", "re:.*time_emb_proj$"], "alpha": 1.0},
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
+
+
+def make_concept(backbone: Backbone, params: TrainingParams) -> Concept:
+    """Return a concept whose adapters and words are far from their start."""
+    new = start_concept(backbone, params, 1, 0)
+    generator = torch.Generator().manual_seed(1)
+    for adapters in new.stacks.values():
+        for layer in adapters.layers.values():
+            for update in layer.updates:
+                torch.nn.init.normal_(update.up, std=0.3, generator=generator)
+    if new.words is not None:
+        for vectors in new.words.vectors:
+            torch.nn.init.normal_(vectors, std=0.5, generator=generator)
+    return new.snapshot(concept_metadata(backbone, params, 1))
+
+
+@pytest.fixture(scope="module")
+def concept(backbone: Backbone, make_training_params: MakeParams) -> Concept:
+    return make_concept(backbone, make_training_params(lora_unet=MIXED))
+
+
+@pytest.fixture(scope="module")
+def files(tiny_base_model: Path, concept: Concept) -> dict[str, bytes]:
+    return write_files(str(tiny_base_model), concept, EVERYTHING)
+
+
+def export(base_model: Path, concept: Concept, **changes: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
+    params = ExportParams(**{"title": "fox", **changes})
+    return check_files(str(base_model), concept, write_files(str(base_model), concept, params), params)
+
+
+# --------------------------------------------------------------------------------------------- what is written
+
+
+def test_the_export_holds_every_format_and_says_how_to_use_them(files: dict[str, bytes]) -> None:
+    assert set(files) == {
+        *("lora/fox.safetensors", "lora/fox-neg.safetensors"),
+        *("diffusers/fox.safetensors", "diffusers/fox-neg.safetensors"),
+        *("embeddings/my-fox.safetensors", "embeddings/my-fox-neg.safetensors"),
+        *(f"toolkit/{network}{neg}-3.safetensors" for network in ("unet", "text_encoder") for neg in ("", "-neg")),
+        *("toolkit/my-fox.pt", "toolkit/my-fox-neg.pt"),
+        *("comfyui_workflow.json", "generate_with_diffusers.py", "README.txt"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "folder"), [("kohya", "lora"), ("peft", "diffusers"), ("toolkit", "toolkit"), ("embeddings", "embeddings")]
+)
+def test_only_the_chosen_formats_are_written(tiny_base_model: Path, concept: Concept, form: Any, folder: str) -> None:
+    written = write_files(str(tiny_base_model), concept, ExportParams(title="fox", formats=(form,)))
+    assert {name.split("/")[0] for name in written if "/" in name} == {folder}
+    assert "comfyui_workflow.json" not in written  # it would lack the words, or the LoRAs
+
+
+def test_the_title_names_files_and_metadata(tiny_base_model: Path, concept: Concept) -> None:
+    written = write_files(str(tiny_base_model), concept, ExportParams(title="reineke"))
+    assert "lora/reineke-neg.safetensors" in written
+    assert read_metadata(written["lora/reineke.safetensors"])["ss_output_name"] == "reineke"
+    assert read_metadata(written["lora/reineke.safetensors"])["modelspec.prediction_type"] == "v"
+
+
+def test_prompts_seed_and_strengths_reach_the_workflow(tiny_base_model: Path, concept: Concept) -> None:
+    params = ExportParams(
+        title="fox", prompt="the {pt1}", negative_prompt="bad {pt1}", seed=5, sampler=SAMPLER, strength=STRENGTH
+    )
+    workflow = json.loads(write_files(str(tiny_base_model), concept, params)["comfyui_workflow.json"])
+    assert workflow["positive_prompt"]["inputs"]["text"] == "the embedding:my-fox"
+    assert workflow["negative_prompt"]["inputs"]["text"] == "bad embedding:my-fox-neg"
+    assert workflow["positive_lora"]["inputs"]["strength_model"] == 0.8
+    assert workflow["negative_lora"]["inputs"]["strength_model"] == 0.5
+    assert workflow["sampler"]["inputs"]["seed"] == 5
+    assert workflow["sampler"]["inputs"]["model"] == ["model_sampling", 0]
+
+
+def test_the_readme_labels_the_fallback_as_not_equivalent(files: dict[str, bytes]) -> None:
+    text = files["README.txt"].decode()
+    assert "ComfyUI: equivalent" in text
+    assert "A1111 / Forge: a fallback that is NOT equivalent" in text
+    assert "a my-fox <lora:fox:1>" in text
+    assert "negative prompt  my-fox-neg" in text
+
+
+def test_equal_concepts_give_equal_files(tiny_base_model: Path, concept: Concept, files: dict[str, bytes]) -> None:
+    assert write_files(str(tiny_base_model), concept, EVERYTHING) == files
+
+
+# --------------------------------------------------------------------------------------------- reading back
+
+
+@pytest.mark.parametrize(("dtype", "at_most"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_what_is_read_back_is_the_concept_to_the_dtypes_precision(
+    tiny_base_model: Path, concept: Concept, dtype: str, at_most: float
+) -> None:
+    kept, report = export(tiny_base_model, concept, dtype=dtype)
+    assert report["files"].keys() == kept.keys()
+    for name in ("lora/fox.safetensors", "lora/fox-neg.safetensors", "diffusers/fox.safetensors"):
+        entry = report["files"][name]
+        assert entry["update"]["relative_difference"] <= at_most
+        assert entry["diffusers"]["max_difference"] <= entry["diffusers"]["limit"]
+        assert entry["diffusers"]["effect"] > 100 * entry["diffusers"]["max_difference"] > 0
+    dtypes = {tensor.dtype for tensor in load(kept["lora/fox.safetensors"]).values()}
+    assert dtypes == {getattr(torch, dtype)}
+    assert report["files"]["toolkit/my-fox.pt"]["num_vectors"] == 2
+
+
+def test_the_report_says_which_layers_each_tool_refuses(tiny_base_model: Path, concept: Concept) -> None:
+    _, report = export(tiny_base_model, concept, formats=("kohya", "peft"))
+    refused = report["files"]["lora/fox.safetensors"]["refused_layers"]
+    assert refused["ComfyUI"] == []
+    assert all(layer.startswith("unet.") for layer in refused["A1111"])  # one residual block a level, unlike SD
+    assert refused["A1111"]
+    as_peft = report["files"]["diffusers/fox.safetensors"]["refused_layers"]["ComfyUI"]
+    assert as_peft and all(".attn" in layer for layer in as_peft)
+
+
+def test_a_tool_that_refuses_layers_is_logged(
+    tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "dreamartist_pipeline"):
+        export(tiny_base_model, concept, formats=("kohya",))
+    assert "lora/fox.safetensors: A1111 will not take" in caplog.text
+
+
+def tampered(file: bytes, ends: str, factor: float) -> bytes:
+    tensors = load(file)
+    name = sorted(name for name in tensors if name.endswith(ends))[0]
+    return save({**tensors, name: tensors[name] * factor})
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("lora/fox.safetensors", "lora_up.weight"),
+        ("diffusers/fox-neg.safetensors", "lora_B.weight"),
+        ("toolkit/unet-neg-3.safetensors", ".alpha"),
+        ("embeddings/my-fox.safetensors", "emb_params"),
+    ],
+)
+def test_a_file_that_does_not_give_back_the_concept_is_refused_by_name(
+    tiny_base_model: Path, concept: Concept, files: dict[str, bytes], name: str, ends: str
+) -> None:
+    wrong = files | {name: tampered(files[name], ends, 1.01)}
+    with pytest.raises(InputError, match=f"expected .*{name} .*to hold|expected {name} to hold"):
+        check_files(str(tiny_base_model), concept, wrong, EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generate_with_diffusers.py", b"def (", "expected generate_with_diffusers.py to be Python"),
+        (
+            "comfyui_workflow.json",
+            b'{"a": {"inputs": {"x": ["b", 0]}}}',
+            "expected a node 'b' in comfyui_workflow.json",
+        ),
+    ],
+)
+def test_a_broken_companion_is_refused_by_name(
+    tiny_base_model: Path, concept: Concept, files: dict[str, bytes], name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_files(str(tiny_base_model), concept, files | {name: content}, EVERYTHING)
+
+
+def test_what_diffusers_predicts_is_compared_too(
+    tiny_base_model: Path, concept: Concept, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreamartist_pipeline.pipelines.export import checking
+
+    monkeypatch.setattr(checking, "_compare_updates", lambda *_: {})
+    wrong = files | {"lora/fox-neg.safetensors": files["lora/fox.safetensors"]}
+    with pytest.raises(InputError, match="expected diffusers to adapt the concept's layers from lora/fox-neg"):
+        check_files(str(tiny_base_model), concept, wrong, EVERYTHING)
+    wrong = files | {"lora/fox.safetensors": tampered(files["lora/fox.safetensors"], "lora_up.weight", 1.5)}
+    with pytest.raises(InputError, match="expected diffusers to predict with lora/fox.safetensors what the concept's"):
+        check_files(str(tiny_base_model), concept, wrong, EVERYTHING)
+
+
+def test_a_file_that_diffusers_refuses_is_named(backbone: Backbone) -> None:
+    orphan = save({"lora_unet_conv_in.alpha": torch.tensor(1.0)})
+    with pytest.raises(InputError, match="expected diffusers to load lora/x; got ValueError"):
+        file_prediction(backbone, orphan, "lora/x", make_probe(backbone))
+
+
+def test_a_concept_of_another_base_model_is_refused(other_tiny_base_model: Path, concept: Concept) -> None:
+    with pytest.raises(InputError, match="expected the base model that the concept was trained on"):
+        export(other_tiny_base_model, concept, formats=("kohya",))
+
+
+# --------------------------------------------------------------------------------------------- parts of a concept
+
+
+@pytest.mark.parametrize(
+    ("layers", "form", "other"), [(("re:.*q_proj$", "re:.*mlp$"), "kohya", "peft"), (("re:.*mlp$",), "peft", "kohya")]
+)
+def test_where_diffusers_loses_layers_of_one_form_the_script_takes_the_other(
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams, layers: Any, form: str, other: str
+) -> None:
+    group = {"lr": 1e-3, "rank": 1, "branch": "p", "layers": layers}
+    partial = make_concept(backbone, make_training_params(lora_unet=(), lora_text_encoder=(group,)))
+    kept, report = export(tiny_base_model, partial)
+    names = {"kohya": "lora/fox.safetensors", "peft": "diffusers/fox.safetensors"}
+    assert report["files"][names[form]]["diffusers"] == {"takes_all_layers": False}
+    assert report["files"][names[other]]["diffusers"]["takes_all_layers"]
+    assert names[other] in kept["generate_with_diffusers.py"].decode()
+    try:  # the rule holds as long as diffusers really loses them
+        loaded = file_prediction(backbone, kept[names[form]], "x", make_probe(backbone))
+    except InputError:
+        return
+    assert len(loaded.layers) < report["files"][names[form]]["num_layers"]
+
+
+def test_a_concept_of_words_alone_exports_its_words(
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    words = make_concept(backbone, make_training_params(lora_unet=(), lora_text_encoder=()))
+    kept, _ = export(tiny_base_model, words)
+    assert not [name for name in kept if name.startswith(("lora/", "diffusers/"))]
+    workflow = json.loads(kept["comfyui_workflow.json"])
+    assert workflow["negative_prompt"]["inputs"]["clip"] == ["base_model", 1]
+    with pytest.raises(InputError, match="trigger words only; got export.formats=.*; add embeddings"):
+        export(tiny_base_model, words, formats=("kohya",))
+
+
+def test_a_plain_lora_goes_to_both_branches_and_is_equivalent_in_a1111(
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    group = {"lr": 1e-3, "rank": 2, "layers": (ATTENTION,)}
+    params = make_training_params(
+        guidance_scale="1",
+        words={},
+        templates=("a {class}",),
+        class_word="fox",
+        lora_unet=(group,),
+        lora_text_encoder=(),
+    )
+    kept, _ = export(tiny_base_model, make_concept(backbone, params))
+    positive, negative = (load(kept[f"lora/fox{suffix}.safetensors"]) for suffix in ("", "-neg"))
+    assert all(torch.equal(tensor, negative[name]) for name, tensor in positive.items())
+    assert "A1111 / Forge: equivalent" in kept["README.txt"].decode()
+    assert "a fox <lora:fox:1>" in kept["README.txt"].decode()
+
+
+# --------------------------------------------------------------------------------------------- used elsewhere
+
+
+def test_the_toolkits_files_come_back_as_a_concept_that_draws_the_same(
+    backbone: Backbone, concept: Concept, files: dict[str, bytes]
+) -> None:
+    members = {name.removeprefix("toolkit/"): file for name, file in files.items() if name.startswith("toolkit/")}
+    modules = {
+        "unet": [name for name, _ in backbone.unet.named_modules()],
+        "text_encoder": [name for name, _ in backbone.text_encoder.named_modules()],
+    }
+    adapters, vectors = read_toolkit(members, modules)
+    words = [
+        TriggerWord("my-fox", "pt1", "positive", vectors["my-fox"]),
+        TriggerWord("my-fox-neg", "pt1", "negative", vectors["my-fox-neg"]),
+    ]
+    built = build_concept(adapters, words, BaseModelIdentity(backbone.name, backbone.fingerprint))
+    probe = make_probe(backbone)
+    expected, came = concept_predictions(backbone, concept, probe), concept_predictions(backbone, built, probe)
+    for branch, prediction in expected.items():
+        torch.testing.assert_close(came[branch], prediction, rtol=1e-5, atol=1e-5)
+    assert attach(backbone, built, StrengthParams()).trigger_words == {"pt1": ("my-fox", "my-fox-neg")}
+
+
+def test_the_documented_way_back_gives_the_same_concept(
+    tiny_base_model: Path,
+    backbone: Backbone,
+    concept: Concept,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = re.search(r"```python\n(.*?)```", (PROJECT / "docs/export.md").read_text(), re.DOTALL)
+    assert code is not None
+    (tmp_path / "way_back.py").write_text(code[1])
+    (tmp_path / "data/01_raw").mkdir(parents=True)
+    (tmp_path / "data/01_raw/base_model").symlink_to(tiny_base_model)
+    for suffix in ("", "-neg"):
+        (tmp_path / f"cat{suffix}.safetensors").write_bytes(files[f"lora/fox{suffix}.safetensors"])
+        (tmp_path / f"my-cat{suffix}.safetensors").write_bytes(files[f"embeddings/my-fox{suffix}.safetensors"])
+    monkeypatch.chdir(tmp_path)
+    made = runpy.run_path("way_back.py")
+    probe = make_probe(backbone)
+    expected, came = (concept_predictions(backbone, c, probe) for c in (concept, made["concept"]))
+    for branch, prediction in expected.items():
+        torch.testing.assert_close(came[branch], prediction, rtol=1e-5, atol=1e-5)
+    assert made["loaded"].trigger_words == {"pt1": ("my-cat", "my-cat-neg")}
+
+
+def import_script(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_with_diffusers", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
+    tiny_base_model: Path, backbone: Backbone, concept: Concept, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    FileFolderDataset(path=str(tmp_path / "export")).save(files)
+    script = import_script(tmp_path / "export" / "generate_with_diffusers.py")
+    prompt, seeds = "a my-fox, background", [3, 4]
+    noise = initial_noise((4, 8, 8), image_generators(seeds))
+    pipe = script.load(str(tiny_base_model)).to("cpu", torch.float32)
+    drawn = script.draw(pipe, prompt, "a red cat", seeds, latents=noise)
+    loaded = attach(backbone, concept, STRENGTH)
+    expected = generate(backbone, loaded, [prompt] * 2, "a red cat", seeds, SAMPLER)
+    plain = generate(backbone, attach(backbone, None, STRENGTH), [prompt] * 2, "a red cat", seeds, SAMPLER)
+    for came, wanted, without in zip(drawn, expected, plain, strict=True):
+        assert np.abs(np.asarray(came, int) - np.asarray(wanted, int)).max() <= 1
+        assert np.abs(np.asarray(without, int) - np.asarray(wanted, int)).max() > 20
+
+
+def test_the_script_draws_in_one_dtype_whatever_the_model_is_stored_in(
+    tiny_base_model: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    FileFolderDataset(path=str(tmp_path / "export")).save(files)
+    half = shutil.copytree(tiny_base_model, tmp_path / "half")
+    for weights in half.rglob("*.safetensors"):
+        weights.write_bytes(save({name: tensor.half() for name, tensor in load(weights.read_bytes()).items()}))
+    pipe = import_script(tmp_path / "export" / "generate_with_diffusers.py").load(str(half))
+    assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {
+        torch.float16 if torch.cuda.is_available() else torch.float32
+    }
+
+
+def test_the_pipeline_keeps_files_and_report() -> None:
+    assert create_pipeline().outputs() == {"exported_files", "export_report"}
