@@ -64,7 +64,9 @@ def test_the_huber_loss_is_squared_near_zero_and_linear_far_away() -> None:
 
 def test_the_huber_loss_takes_weight_mask_and_delta() -> None:
     prediction = torch.tensor([[[[3.0, 4.0]]]])
-    loss = masked_huber(prediction, torch.zeros_like(prediction), torch.tensor([0.5]), torch.tensor([[[[0.0, 5.0]]]]), 3.0)
+    loss = masked_huber(
+        prediction, torch.zeros_like(prediction), torch.tensor([0.5]), torch.tensor([[[[0.0, 5.0]]]]), 3.0
+    )
     assert loss.item() == pytest.approx(0.5 * 5 * (2 * 3 * (5 - 3)) / 2)  # √(16 + 9) = 5
 
 

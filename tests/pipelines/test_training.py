@@ -231,7 +231,14 @@ def test_a_concept_draws_with_the_noise_schedule_it_was_trained_with(
         {"timesteps": (0.2, 0.8)},
         {"ema_decay": 0.9},
         {"optimizer": "schedule_free", "schedule": {"kind": "constant"}},
-        {"words": {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3), "optimizer": "prodigy", "lr": 1.0}},
+        {
+            "words": {
+                "names": {"pt1": ("my-fox", "my-fox-neg")},
+                "num_vectors": (2, 3),
+                "optimizer": "prodigy",
+                "lr": 1.0,
+            }
+        },
     ],
     ids=["reconstruction", "reconstruction l2", "huber", "offset", "timesteps", "ema", "schedule-free", "prodigy"],
 )
