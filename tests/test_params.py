@@ -14,6 +14,7 @@ from dreamartist_pipeline.params import (
     ExportParams,
     GenerateParams,
     LoRAGroup,
+    LossParams,
     TrainingParams,
     WordsParams,
 )
@@ -129,3 +130,38 @@ def test_an_unknown_evaluator_is_refused_before_a_training_that_ends_with_it() -
 def test_an_export_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ExportParams(**({"title": "cat"} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timesteps": (0.5, 0.5)}, "low below high, got \\[0.5, 0.5\\]"),
+        ({"timesteps": (0.0, 1.5)}, "less than or equal to 1"),
+        ({"noise_offset": -0.1}, "greater than or equal to 0"),
+        ({"ema_decay": 1.0}, "less than 1"),
+        ({"optimizer": "lion"}, "'adamw', 'adamw8bit', 'prodigy' or 'schedule_free'"),
+        ({"optimizer": "schedule_free", "lora_unet": [GROUP]}, "needs schedule.kind constant, got one_cycle"),
+        ({"words": WORDS | {"optimizer": "schedule_free"}}, "needs words_schedule.kind constant, got one_cycle"),
+        (
+            {
+                "words": WORDS | {"optimizer": "schedule_free"},
+                "words_schedule": {"kind": "constant"},
+                "ema_decay": 0.9,
+            },
+            "averages by itself; set ema_decay to 0, got 0.9",
+        ),
+        ({"optimizer": "prodigy", "lora_unet": [GROUP]}, r"takes lr as a factor, usually 1.0.* got \[0.0001\]"),
+        ({"words": WORDS | {"optimizer": "prodigy", "lr": 1.0}, "scale_lr": True}, "set scale_lr to false"),
+    ],
+)
+def test_an_objective_or_optimizer_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        training(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "l1"}, {"huber_delta": 0}, {"reconstruction_weight": -1}, {"reconstruction_norm": "ssim"}]
+)
+def test_a_loss_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        LossParams(**change)

@@ -16,11 +16,14 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "schedule_free"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """Several texts; a single one may stand alone, as in `--params generate.prompts=a red fox`."""
 
 _GUIDANCE = re.compile(r"^(?P<low>\d+(\.\d+)?)(-(?P<high>\d+(\.\d+)?)(:(?P<curve>[a-z0-9]+))?)?$")
 GUIDANCE_CURVES = ("ln", "cos", "cos2")
+PRODIGY_LR = (0.01, 10.0)  # Prodigy multiplies lr with a rate that it estimates; AdamW's rates would never train
 
 
 class Params(BaseModel):
@@ -149,6 +152,7 @@ class WordsParams(Params):
     init_text: tuple[str, str] = ("*[0.017]", "*[0.017]")  # text, "*[std]", or "text, *[std]"
     lr: Positive = 2.5e-3
     weight_decay: NonNegative = 0.0
+    optimizer: OptimizerName = "adamw"
 
     @field_validator("names")
     @classmethod
@@ -174,11 +178,15 @@ class ScheduleParams(Params):
 
 
 class LossParams(Params):
-    """SNR weighting of the loss: min-SNR (Hang et al. 2023), its soft form, or none."""
+    """The loss: its form, its SNR weighting (min-SNR, Hang et al. 2023, its soft form, or none), and its parts."""
 
+    kind: Literal["mse", "huber"] = "mse"
+    huber_delta: Positive = 0.1  # of huber: the error above which the loss grows linearly
     weighting: Literal["none", "min_snr", "soft_min_snr"] = "min_snr"
     snr_gamma: Positive = 2.0
     regularization_weight: NonNegative = 1.0
+    reconstruction_weight: NonNegative = 0.0  # of the decoded image against the reference; 0: never decoded
+    reconstruction_norm: Literal["l1", "l2"] = "l1"
 
 
 class PreviewParams(Params):
@@ -208,6 +216,11 @@ class TrainingParams(Params):
     schedule: ScheduleParams = ScheduleParams()
     words_schedule: ScheduleParams = ScheduleParams()
     max_grad_norm: Positive = 1.0
+    optimizer: OptimizerName = "adamw"  # of the adapters; the words have their own
+    ema_decay: Probability = 0.0  # above 0, what is kept are running averages of adapters and words
+    timesteps: tuple[Fraction, Fraction] = (0.0, 1.0)  # [low, high) as fractions of all timesteps
+    noise_offset: NonNegative = 0.0  # standard deviation of a shift of the noise per row and channel
+    zero_terminal_snr: bool = False  # no signal at the last timestep, in training and drawing; v-prediction only
     loss: LossParams = LossParams()
     preview: PreviewParams = PreviewParams()
 
@@ -223,6 +236,13 @@ class TrainingParams(Params):
         if float(match["low"]) < 1 or (match["high"] and float(match["high"]) < 1):
             raise ValueError(f"guidance_scale is at least 1, got {text!r}")
         return text
+
+    @field_validator("timesteps")
+    @classmethod
+    def _timesteps_are_in_order(cls, timesteps: tuple[float, float]) -> tuple[float, float]:
+        if timesteps[0] >= timesteps[1]:
+            raise ValueError(f"timesteps is [low, high] with low below high, got {list(timesteps)}")
+        return timesteps
 
     @property
     def num_branches(self) -> int:
@@ -245,6 +265,26 @@ class TrainingParams(Params):
                         f"no LoRA group trains the {name} branch (branch: {branch}) and there are no words"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _optimizers_fit_their_rates(self) -> TrainingParams:
+        rates = [group.lr for group in self.lora_unet + self.lora_text_encoder]
+        if rates:
+            self._check_optimizer("", self.optimizer, self.schedule, rates)
+        if self.words.names:
+            self._check_optimizer("words", self.words.optimizer, self.words_schedule, [self.words.lr])
+        return self
+
+    def _check_optimizer(self, kind: str, optimizer: str, schedule: ScheduleParams, rates: list[float]) -> None:
+        key, schedule_key = (f"{kind}.optimizer", f"{kind}_schedule") if kind else ("optimizer", "schedule")
+        if optimizer == "schedule_free" and schedule.kind != "constant":
+            raise ValueError(f"{key}: schedule_free needs {schedule_key}.kind constant, got {schedule.kind}")
+        if optimizer == "schedule_free" and self.ema_decay:
+            raise ValueError(f"{key}: schedule_free averages by itself; set ema_decay to 0, got {self.ema_decay}")
+        if optimizer == "prodigy" and self.scale_lr:
+            raise ValueError(f"{key}: prodigy finds the rate itself; set scale_lr to false")
+        if optimizer == "prodigy" and not all(PRODIGY_LR[0] <= rate <= PRODIGY_LR[1] for rate in rates):
+            raise ValueError(f"{key}: prodigy takes lr as a factor, usually 1.0, within {PRODIGY_LR}, got {rates}")
 
 
 # ------------------------------------------------------------------------------------------- evaluation, generation

@@ -17,10 +17,12 @@ from dreamartist_pipeline.backbones.base_model import (
     Backbone,
     BaseModelFiles,
     decode_latents,
+    decode_with_gradients,
     encode_images,
     load_backbone,
     load_outline,
     make_scheduler,
+    with_zero_terminal_snr,
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.core.errors import InputError
@@ -190,3 +192,36 @@ def test_the_base_model_draws_what_diffusers_draws(tiny_base_model: Path, backbo
     images = generate(backbone, attach(backbone, None, StrengthParams()), prompts, "background", seeds, sampler)
     ours = np.stack([np.asarray(image) for image in images]) / 255
     assert np.abs(ours - expected).max() <= 1 / 255  # rounding to 8 bits
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "euler_a", "unipc"])
+def test_every_scheduler_samples_the_zero_terminal_schedule_from_its_last_timestep(
+    backbone: Backbone, name: str
+) -> None:
+    rescaled = with_zero_terminal_snr(backbone)
+    assert rescaled.unet is backbone.unet
+    assert rescaled.schedule.snr(torch.tensor([999])).item() == 0
+    sampler = SamplerParams(scheduler=name, num_inference_steps=3)
+    scheduler = make_scheduler(rescaled, sampler)
+    # diffusers goes through β and, for some, puts 2⁻²⁴ in place of the last 0
+    torch.testing.assert_close(scheduler.alphas_cumprod, rescaled.schedule.alphas_cumprod, atol=2e-5, rtol=0)
+    scheduler.set_timesteps(3)
+    assert round(float(scheduler.timesteps[0])) == 999
+    base = attach(backbone, None, StrengthParams())
+    altered = attach(rescaled, None, StrengthParams())
+    images = [generate(backbone, loaded, ["a red cat"], "", [1], sampler)[0] for loaded in (base, altered)]
+    assert images[0].tobytes() != images[1].tobytes()
+
+
+def test_a_rescaled_schedule_rescaled_again_stays(backbone: Backbone) -> None:
+    once = with_zero_terminal_snr(backbone)
+    twice = with_zero_terminal_snr(once)
+    torch.testing.assert_close(twice.schedule.alphas_cumprod, once.schedule.alphas_cumprod)
+
+
+def test_decoding_lets_gradients_through_to_the_latents_only(backbone: Backbone) -> None:
+    latents = torch.randn(1, 4, 8, 8, requires_grad=True)
+    decode_with_gradients(backbone, latents).sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in backbone.autoencoder.parameters())

@@ -110,3 +110,35 @@ def test_other_scales_are_refused(text: str) -> None:
 def test_what_the_parameters_accept_is_read_with_the_same_number_of_branches(text: str) -> None:
     params = TrainingParams(num_steps=1, guidance_scale=text, words={"names": {"pt1": ("my-cat", "my-cat-neg")}})
     assert GuidanceScale.parse(params.guidance_scale).num_branches == params.num_branches
+
+
+_ROOT_HALF = math.sqrt(0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.0-3.0", (1, 2, 3)),
+        ("1.0-3.0:ln", (1, 2, 3)),
+        ("1.0-3.0:cos", (1, 1 + 2 * _ROOT_HALF, 3)),
+        ("1.0-3.0:cos2", (1, 3 - 2 * _ROOT_HALF, 3)),
+        ("3.0-1.0", (3, 2, 1)),
+        ("3.0-1.0:cos", (3, 3 - 2 * _ROOT_HALF, 1)),
+        ("3.0-1.0:cos2", (3, 1 + 2 * _ROOT_HALF, 1)),
+        ("2-2:cos", (2, 2, 2)),
+    ],
+)
+def test_a_scale_runs_between_its_ends_in_either_direction(text: str, expected: tuple[float, ...]) -> None:
+    scale = GuidanceScale.parse(text)
+    torch.testing.assert_close(scale.at(torch.tensor([0, 50, 100]), 101), torch.tensor(expected).float())
+    assert scale.num_branches == 2
+    params = TrainingParams(num_steps=1, guidance_scale=text, words={"names": {"pt1": ("my-cat", "my-cat-neg")}})
+    assert params.num_branches == 2
+
+
+@pytest.mark.parametrize("curve", ["ln", "cos", "cos2"])
+def test_a_curve_never_leaves_its_ends(curve: str) -> None:
+    scale = GuidanceScale.parse(f"1.0-3.0:{curve}").at(torch.arange(1000), 1000)
+    assert scale.min().item() == pytest.approx(1, abs=1e-6)
+    assert scale.max().item() == pytest.approx(3, abs=1e-6)
+    assert bool((scale.diff() >= -1e-6).all())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.errors import InputError
 
 ALPHAS = torch.tensor([0.96, 0.64, 0.36])  # √ᾱ = 0.98, 0.8, 0.6; √(1 − ᾱ) = 0.2, 0.6, 0.8
@@ -57,3 +57,43 @@ def test_the_number_of_timesteps_is_the_length_of_the_schedule() -> None:
 def test_other_prediction_types_are_refused() -> None:
     with pytest.raises(InputError, match="predicts epsilon or v_prediction, got 'sample'; choose another base model"):
         NoiseSchedule(ALPHAS, "sample")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_gives_the_latents_back(prediction_type: str) -> None:
+    schedule = NoiseSchedule(ALPHAS, prediction_type)
+    latents, noise, timesteps = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.arange(3)
+    noisy, target = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+    torch.testing.assert_close(schedule.predicted_latents(noisy, target, timesteps), latents, atol=1e-5, rtol=0)
+
+
+def test_predicted_latents_by_hand() -> None:
+    noisy, prediction, timestep = torch.full((1, 1, 1, 1), 8.0), torch.full((1, 1, 1, 1), 5.0), torch.tensor([1])
+    from_noise = NoiseSchedule(ALPHAS, "epsilon").predicted_latents(noisy, prediction, timestep)
+    assert from_noise.item() == pytest.approx((8 - 0.6 * 5) / 0.8)
+    from_v = NoiseSchedule(ALPHAS, "v_prediction").predicted_latents(noisy, prediction, timestep)
+    assert from_v.item() == pytest.approx(0.8 * 8 - 0.6 * 5)
+
+
+def test_a_zero_terminal_schedule_shifts_and_scales_the_signal() -> None:
+    schedule = NoiseSchedule(torch.tensor([0.81, 0.36, 0.09]), "v_prediction").with_zero_terminal_snr()
+    # √ᾱ = 0.9, 0.6, 0.3, less 0.3 = 0.6, 0.3, 0, times 0.9 / 0.6 = 0.9, 0.45, 0
+    torch.testing.assert_close(schedule.alphas_cumprod, torch.tensor([0.81, 0.2025, 0.0]))
+    assert schedule.snr(torch.tensor([2])).item() == 0
+
+
+def test_a_zero_terminal_schedule_needs_v_prediction() -> None:
+    with pytest.raises(InputError, match="expected a base model that predicts v_prediction.* got 'epsilon'"):
+        NoiseSchedule(ALPHAS, "epsilon").with_zero_terminal_snr()
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"), [((0.0, 1.0), (0, 1000)), ((0.29, 0.7), (290, 700)), ((0.999, 1.0), (999, 1000))]
+)
+def test_limits_of_timesteps_are_fractions_of_all(limits: tuple[float, float], expected: tuple[int, int]) -> None:
+    assert timestep_range(limits, 1000) == expected
+
+
+def test_limits_that_hold_no_timestep_are_refused() -> None:
+    with pytest.raises(InputError, match=r"at least one of 20 timesteps; got \[0.5, 0.51\], which holds none"):
+        timestep_range((0.5, 0.51), 20)

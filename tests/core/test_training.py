@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ from dreamartist_pipeline.core.training import (
     derived_seed,
     fit,
     parameter_groups,
+    reconstruction_loss,
     schedule_factor,
 )
 from dreamartist_pipeline.params import LossParams, PreviewParams, ScheduleParams, TrainingParams
@@ -293,3 +295,123 @@ def test_the_table_says_what_each_branch_trains() -> None:
     # image 8 -> 8 and text 4 -> 8 at rank 2: 2·(8 + 8) + 2·(4 + 8) = 56
     assert by_group["toy.0"] == ["negative", "toy.0", "2", "56", "-", "1.00e-02"]
     assert by_group["words.positive.pt1"] == ["positive", "words.positive.pt1", "-", "4", "1", "1.00e-02"]
+
+
+# --------------------------------------------------------------------------------------------- options
+
+
+def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_params: MakeParams) -> None:
+    plain, shifted = (
+        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), 20).draw()
+        for offset in (0.0, 0.5)
+    )
+    shift = shifted.noise - plain.noise  # [501, 2, 2, 2]
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-6, rtol=0)
+    assert shift[:, :, 0, 0].std().item() == pytest.approx(0.5, rel=0.1)
+    assert torch.equal(shifted.latents, plain.latents)
+    assert torch.equal(shifted.timesteps, plain.timesteps)
+
+
+def test_timesteps_stay_within_their_limits(make_training_params: MakeParams) -> None:
+    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), 20).draw()
+    assert set(batch.timesteps.tolist()) == set(range(5, 10))
+
+
+def test_the_huber_loss_is_what_trains_when_asked_for(make_training_params: MakeParams) -> None:
+    losses = [
+        fit(make_trainee(), make_data(), make_training_params(num_steps=1, loss=loss))[0]["loss"]
+        for loss in (LossParams(), LossParams(kind="huber", huber_delta=1e6), LossParams(kind="huber"))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # a huge δ is the squared error
+    assert losses[2] < 0.9 * losses[0]
+
+
+def with_decoder(trainee: Trainee, factor: float = 2.0) -> Trainee:
+    """Let the decoder multiply, and repeat pixels of the first channel."""
+    return dataclasses.replace(
+        trainee, decode=lambda latents: factor * latents[:, :1].repeat(1, 3, 1, 1).repeat_interleave(2, 2)
+    )
+
+
+def test_the_reconstruction_compares_decoded_latents_with_the_image(make_training_params: MakeParams) -> None:
+    trainee, data = with_decoder(make_trainee()), make_data(mask=torch.tensor([[1.0, 0.0], [0.0, 0.0]])[None, None])
+    batch = BatchSource(data, make_training_params(), 20).draw()
+    pixels = torch.zeros(1, 3, 4, 2)
+    loss = reconstruction_loss(trainee, batch.noise[:2], batch, pixels, "l1")  # a perfect prediction: ẑ₀ is z₀
+    assert loss.item() == pytest.approx(2 * batch.latents[:2, 0, 0, 0].abs().mean().item() / 4, rel=1e-4)
+
+
+def test_the_reconstruction_adds_its_weighted_part_of_the_reference_rows(make_training_params: MakeParams) -> None:
+    data = dataclasses.replace(make_data(), pixels=torch.zeros(1, 3, 4, 2))
+    rows, trained = {}, {}
+    for weight in (0.0, 0.5):
+        trainee = with_decoder(make_trainee())
+        params = make_training_params(num_steps=1, loss=LossParams(reconstruction_weight=weight))
+        (rows[weight],) = fit(trainee, data, params)
+        trained[weight] = trained_values(trainee)
+    assert "loss_reconstruction" not in rows[0.0]
+    assert rows[0.5]["loss"] == pytest.approx(rows[0.0]["loss"] + 0.5 * rows[0.5]["loss_reconstruction"], rel=1e-5)
+    assert rows[0.5]["grad_norm/positive/words"] != rows[0.0]["grad_norm/positive/words"]
+
+
+def test_a_reconstruction_without_decoder_or_image_is_refused(make_training_params: MakeParams) -> None:
+    params = make_training_params(loss=LossParams(reconstruction_weight=1.0))
+    with pytest.raises(ValueError, match="expected a decoder and the reference image's pixels"):
+        fit(make_trainee(), make_data(), params)
+
+
+def test_previews_and_the_end_hold_averages_where_they_are_asked_for(make_training_params: MakeParams) -> None:
+    constant = {"schedule": ScheduleParams(kind="constant"), "words_schedule": ScheduleParams(kind="constant")}
+    plain: list[list[torch.Tensor]] = []
+    trainee = make_trainee()
+    params = make_training_params(num_steps=2, preview=PreviewParams(every=1), **constant)
+    fit(trainee, make_data(), params, on_preview=lambda step: plain.append(trained_values(trainee)))
+    averaged: list[list[torch.Tensor]] = []
+    other = make_trainee()
+    params = make_training_params(num_steps=2, preview=PreviewParams(every=1), ema_decay=0.5, **constant)
+    fit(other, make_data(), params, on_preview=lambda step: averaged.append(trained_values(other)))
+    for first, second, kept, preview in zip(*plain, trained_values(other), averaged[1], strict=True):
+        torch.testing.assert_close(kept, (first + 2 * second) / 3)
+        assert torch.equal(kept, preview)
+
+
+@pytest.mark.parametrize("name", ["prodigy", "schedule_free"])
+def test_adapters_and_words_have_optimizers_of_their_own(make_training_params: MakeParams, name: str) -> None:
+    constant = {"schedule": ScheduleParams(kind="constant"), "words_schedule": ScheduleParams(kind="constant")}
+    words = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3), "lr": 1.0}
+    group = {"lr": 1.0, "rank": 1, "layers": ("image",)}
+    results = {}
+    for adapters_name, words_name in (("adamw", "adamw"), (name, "adamw"), ("adamw", name)):
+        trainee = make_trainee()
+        params = make_training_params(
+            lora_unet=[group],
+            lora_text_encoder=(),
+            optimizer=adapters_name,
+            words=words | {"optimizer": words_name},
+            **constant,
+        )
+        fit(trainee, make_data(), params, None)
+        results[adapters_name, words_name] = trained_values(trainee)
+    plain = results["adamw", "adamw"]
+    adapters_only, words_only = results[name, "adamw"], results["adamw", name]
+    num_adapters = len(plain) - 2
+    assert not any(torch.equal(a, b) for a, b in zip(plain[:num_adapters], adapters_only[:num_adapters], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain[num_adapters:], words_only[num_adapters:], strict=True))
+
+
+def test_a_first_step_at_a_scale_of_one_is_no_missing_gradient(make_training_params: MakeParams) -> None:
+    wide = {"guidance_scale": "1.0-3.0", "batch_size": 1, "regularization_batch_size": 0, "num_steps": 40}
+    first_at_zero = next(
+        seed
+        for seed in range(200)
+        if BatchSource(make_data(), make_training_params(seed=seed, **wide), 20).draw().timesteps.item() == 0
+    )
+    history = fit(make_trainee(), make_data(), make_training_params(seed=first_at_zero, **wide))
+    assert history[0]["guidance_scale"] == 1
+    assert history[0]["grad_norm/negative/adapters"] == 0
+
+
+def test_a_negative_branch_that_only_ever_meets_a_scale_of_one_is_refused(make_training_params: MakeParams) -> None:
+    params = make_training_params(guidance_scale="1.0-3.0", timesteps=(0.0, 0.05))  # timestep 0 alone
+    with pytest.raises(RuntimeError, match="gradient for the adapters of the negative branch"):
+        fit(make_trainee(), make_data(), params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from PIL import Image
 
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
-from dreamartist_pipeline.backbones.concepts import start_concept
+from dreamartist_pipeline.backbones.concepts import attach, generate, start_concept
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
-from dreamartist_pipeline.params import DeviceParams, SamplerParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
 from dreamartist_pipeline.pipelines.training.nodes import (
     check_training,
@@ -161,7 +162,96 @@ def test_an_incomplete_base_model_is_refused(tmp_path: Path, make_training_param
         check_training(str(tmp_path / "none"), make_training_params(), CAPTION)
 
 
+def test_the_effective_rates_are_shown(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        check_training(str(tiny_base_model), make_training_params(scale_lr=True), CAPTION)
+    rates = {line.split()[1]: line.split()[-1] for line in caplog.text.splitlines() if line.startswith(("neg", "pos"))}
+    assert rates["unet.0.positive"] == "3.00e-03"  # 1e-3 times 2 reference rows + 1 regularization row
+    assert rates["unet.1.negative"] == "1.20e-03"
+    assert rates["words.negative.pt1"] == "7.50e-03"
+
+
+def test_an_optimizer_that_cannot_run_is_refused_before_any_model_is_read(make_training_params: MakeParams) -> None:
+    words = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "optimizer": "adamw8bit"}
+    for changes in ({"optimizer": "adamw8bit"}, {"words": words}):
+        with pytest.raises(InputError, match="expected a CUDA GPU, because optimizer adamw8bit"):
+            check_training("no/such/folder", make_training_params(**changes), CAPTION, CPU)
+
+
+def test_a_zero_terminal_schedule_of_an_epsilon_model_is_refused_in_the_plan(
+    tiny_base_model: Path, make_training_params: MakeParams, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_base_model, tmp_path / "model")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("v_prediction", "epsilon"))
+    check_training(str(model), make_training_params(), CAPTION)
+    with pytest.raises(InputError, match="because training.zero_terminal_snr is true; got 'epsilon'"):
+        check_training(str(model), make_training_params(zero_terminal_snr=True), CAPTION)
+
+
+def test_limits_that_hold_no_timestep_are_refused_in_the_plan(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    with pytest.raises(InputError, match="at least one of 1000 timesteps"):
+        check_training(str(tiny_base_model), make_training_params(timesteps=(0.0001, 0.0002)), CAPTION)
+
+
 # --------------------------------------------------------------------------------------------- the concept
+
+
+def test_a_concept_draws_with_the_noise_schedule_it_was_trained_with(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    concept, _ = train(tiny_base_model, make_training_params(zero_terminal_snr=True, num_steps=1))
+    plain, _ = train(tiny_base_model, make_training_params(num_steps=1))
+    assert (concept.metadata["zero_terminal_snr"], plain.metadata["zero_terminal_snr"]) == ("true", "false")
+    assert not torch.equal(concept.tensors["words.positive.pt1"], plain.tensors["words.positive.pt1"])
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    pictures = {}
+    for name, tensors, metadata in (
+        ("rescaled", plain.tensors, plain.metadata | {"zero_terminal_snr": "true"}),
+        ("plain", plain.tensors, plain.metadata),
+        ("older", plain.tensors, {k: v for k, v in plain.metadata.items() if k != "zero_terminal_snr"}),
+    ):
+        loaded = attach(backbone, Concept(tensors, metadata), StrengthParams())
+        sampler = SamplerParams(num_inference_steps=2)
+        pictures[name] = generate(backbone, loaded, ["a my-fox"], "", [0], sampler)[0].tobytes()
+    assert pictures["older"] == pictures["plain"] != pictures["rescaled"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": {"reconstruction_weight": 0.5}},
+        {"loss": {"reconstruction_weight": 0.5, "reconstruction_norm": "l2"}},
+        {"loss": {"kind": "huber"}},
+        {"noise_offset": 0.1},
+        {"timesteps": (0.2, 0.8)},
+        {"ema_decay": 0.9},
+        {"optimizer": "schedule_free", "schedule": {"kind": "constant"}},
+        {
+            "words": {
+                "names": {"pt1": ("my-fox", "my-fox-neg")},
+                "num_vectors": (2, 3),
+                "optimizer": "prodigy",
+                "lr": 1.0,
+            }
+        },
+    ],
+    ids=["reconstruction", "reconstruction l2", "huber", "offset", "timesteps", "ema", "schedule-free", "prodigy"],
+)
+def test_every_option_of_the_objective_changes_what_is_learned_and_repeats(
+    tiny_base_model: Path, make_training_params: MakeParams, changes: dict[str, Any]
+) -> None:
+    mask = Image.new("L", (32, 32), 127)
+    mask.paste(255, (0, 0, 16, 32))
+    plain, _ = train(tiny_base_model, make_training_params(num_steps=2))
+    first, again = (train(tiny_base_model, make_training_params(num_steps=2, **changes))[0] for _ in range(2))
+    assert all(torch.equal(first.tensors[name], tensor) for name, tensor in again.tensors.items())
+    assert any(not torch.equal(first.tensors[name], tensor) for name, tensor in plain.tensors.items())
+    train(tiny_base_model, make_training_params(num_steps=1, **changes), mask=mask)
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(
@@ -313,4 +403,4 @@ def test_an_empty_history_keeps_its_columns() -> None:
 def test_the_plan_depends_on_raw_inputs_only() -> None:
     first = create_pipeline().grouped_nodes[0]
     assert [node.name for node in first] == ["check_training"]
-    assert set(first[0].inputs) == {"base_model", "params:training", "reference_caption"}
+    assert set(first[0].inputs) == {"base_model", "params:training", "params:device", "reference_caption"}

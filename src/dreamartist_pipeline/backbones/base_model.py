@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -177,6 +178,8 @@ class Outline:
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
+    prediction_type: str
+    num_train_timesteps: int
 
 
 def load_outline(files: BaseModelFiles) -> Outline:
@@ -191,8 +194,10 @@ def load_outline(files: BaseModelFiles) -> Outline:
         unet_config = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
         text_config = CLIPTextConfig.from_pretrained(files.source, subfolder="text_encoder", **options)
         tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
+        scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options).config
     with torch.device("meta"):
-        return Outline(UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config), tokenizer)
+        unet, text_encoder = UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config)
+    return Outline(unet, text_encoder, tokenizer, scheduler.prediction_type, scheduler.num_train_timesteps)
 
 
 def pick_device(params: DeviceParams) -> torch.device:
@@ -222,17 +227,44 @@ def encode_images(backbone: Backbone, images: torch.Tensor) -> tuple[torch.Tenso
 @torch.no_grad()
 def decode_latents(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:
     """Return the images `[B, 3, H, W]`, float32 in [-1, 1], of latents `[B, C, h, w]`."""
+    return decode_with_gradients(backbone, latents).clamp(-1, 1)
+
+
+def decode_with_gradients(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:
+    """Return what `decode_latents` does, through which gradients reach the latents, and not clamped."""
     scale = float(backbone.autoencoder.config.scaling_factor)
     decoded: torch.Tensor = backbone.autoencoder.decode(latents.float() / scale, return_dict=False)[0]
-    return decoded.clamp(-1, 1)
+    return decoded
+
+
+def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
+    """Return the base model with a noise schedule that ends without signal (Lin et al. 2023), weights shared.
+
+    Drawing then starts at the last timestep (`trailing`), as that schedule needs.
+
+    Raises:
+        InputError: the model predicts ε.
+    """
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return dataclasses.replace(
+        backbone,
+        schedule=backbone.schedule.with_zero_terminal_snr(),
+        scheduler_config={**backbone.scheduler_config, **config},
+    )
 
 
 def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
-    """Return a fresh diffusers scheduler with the base model's own noise schedule and prediction type."""
+    """Return a fresh diffusers scheduler with the base model's own noise schedule and prediction type.
+
+    Karras' spacing would spend half of its steps beyond the last timestep's noise where that holds no signal.
+    """
     config = backbone.scheduler_config
     match sampler.scheduler:
         case "dpmsolver++":
-            return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", use_karras_sigmas=True)
+            karras = not config.get("rescale_betas_zero_snr", False)
+            return DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="dpmsolver++", use_karras_sigmas=karras
+            )
         case "ddim":
             return DDIMScheduler.from_config(config, clip_sample=False)
         case "euler":

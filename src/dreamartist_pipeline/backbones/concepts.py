@@ -17,7 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import Backbone, decode_latents, make_scheduler
+from dreamartist_pipeline.backbones.base_model import (
+    Backbone,
+    decode_latents,
+    make_scheduler,
+    with_zero_terminal_snr,
+)
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, stack
@@ -66,10 +71,11 @@ def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, 
     """Put fresh adapters and words into a copy of the base model; its outputs do not change yet.
 
     Raises:
-        InputError: a layer selector finds nothing, or an init text does not fit.
+        InputError: a layer selector finds nothing, an init text does not fit, or the base model cannot be trained with
+            the noise schedule asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    own = share_weights(backbone)
+    own = share_weights(with_zero_terminal_snr(backbone) if params.zero_terminal_snr else backbone)
     networks = {"unet": own.unet, "text_encoder": own.text_encoder}
     stacks = inject_adapters(networks, params, lr_factor, generator)
     for adapters in stacks.values():
@@ -141,6 +147,7 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "base_model": backbone.name,
         "base_model_fingerprint": backbone.fingerprint,
         "prediction_type": backbone.schedule.prediction_type,
+        "zero_terminal_snr": to_json(params.zero_terminal_snr),
         "guidance_scale": params.guidance_scale,
         "class_word": params.class_word,
         "num_branches": to_json(params.num_branches),
@@ -190,7 +197,8 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     if concept is None:
         return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
     _check_base_model(concept, backbone)
-    own = share_weights(backbone)
+    rescaled = "zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr")  # older ones lack it
+    own = share_weights(with_zero_terminal_snr(backbone) if rescaled else backbone)
     networks = {"unet": own.unet, "text_encoder": own.text_encoder}
     strengths = (strength.negative, strength.positive)
     for network in NETWORKS:
@@ -302,7 +310,7 @@ def _draw_batch(
     noise = initial_noise((backbone.unet.config.in_channels, side, side), generators).to(backbone.device)
     latents = sample_latents(
         lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, hidden),
-        make_scheduler(backbone, sampler),
+        make_scheduler(loaded.backbone, sampler),
         noise,
         sampler.guidance_scale,
         sampler.num_inference_steps,

@@ -1,12 +1,14 @@
-"""The loss: a masked squared error, weighted by the signal-to-noise ratio."""
+"""The loss: a masked squared or Huber error, weighted by the signal-to-noise ratio; the error of decoded images."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from dreamartist_pipeline.core.errors import InputError
 
 WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
+NORMS = ("l1", "l2")
 
 
 def snr_weight(weighting: str, snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
@@ -53,9 +55,50 @@ def masked_mse(
     Raises:
         ValueError: prediction and target differ in shape, and broadcasting would hide it.
     """
+    return weight.float() * _row_means(_error(prediction, target) ** 2, mask)
+
+
+def masked_huber(
+    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, delta: float
+) -> torch.Tensor:
+    """Return mean(w · mask · h(prediction − target)) of each row, float32 `[B]`, with the smooth Huber loss h.
+
+    h(e) = 2δ · (√(e² + δ²) − δ) (pseudo-Huber; Khrapov et al. 2024, scaled as there): e² for |e| ≪ δ, 2δ|e| for
+    |e| ≫ δ. Arguments and errors are those of `masked_mse`; delta: δ.
+    """
+    squared_error = _error(prediction, target) ** 2
+    # The same as above without the difference of two near numbers, which loses small errors in float32.
+    huber = 2 * delta * squared_error / ((squared_error + delta**2).sqrt() + delta)
+    return weight.float() * _row_means(huber, mask)
+
+
+def image_error(decoded: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor | None, norm: str) -> torch.Tensor:
+    """Return mean(mask · |decoded − pixels|), or of its square, of each row, float32 `[B]`.
+
+    Args:
+        decoded: `[B, 3, H, W]` in about [-1, 1].
+        pixels: the same shape.
+        mask: attention mask `[B, 1, h, w]` at any size, brought to H × W by its nearest value; None for 1 everywhere.
+        norm: "l1" or "l2".
+
+    Raises:
+        InputError: an unknown norm.
+        ValueError: the images differ in shape.
+    """
+    if norm not in NORMS:
+        raise InputError(f"expected a norm among {', '.join(NORMS)}, got {norm!r}; correct loss.reconstruction_norm")
+    error = _error(decoded, pixels)
+    if mask is not None:
+        mask = nn.functional.interpolate(mask.float(), size=pixels.shape[-2:], mode="nearest")
+    return _row_means(error.abs() if norm == "l1" else error**2, mask)
+
+
+def _error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if prediction.shape != target.shape:
         raise ValueError(f"expected a prediction of shape {tuple(target.shape)}, got {tuple(prediction.shape)}")
-    squared_error = (prediction.float() - target.float()) ** 2
-    if mask is not None:
-        squared_error = squared_error * mask.float()
-    return weight.float() * squared_error.flatten(1).mean(1)
+    return prediction.float() - target.float()
+
+
+def _row_means(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    masked = values if mask is None else values * mask.float()
+    return masked.flatten(1).mean(1)

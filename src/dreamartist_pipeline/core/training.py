@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,10 @@ from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat
-from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.embeddings import WordEmbedding
-from dreamartist_pipeline.core.losses import masked_mse, snr_weight
+from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
+from dreamartist_pipeline.core.optimizers import make_optimizers
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
@@ -87,6 +90,7 @@ class Trainee:
     denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
     encode: token ids `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
     num_branches: nb, 2 (negative, positive) or 1 (positive alone).
+    decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, with gradients; only the reconstruction loss needs it.
     """
 
     denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -95,6 +99,7 @@ class Trainee:
     groups: tuple[ParameterGroup, ...]
     num_branches: int
     half_precision: bool = False  # float16 base: small gradients need a scaled loss
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,15 @@ class LatentImages:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The reference image, its loss mask `[1, 1, h, w]` at latent size, and the regularization set (or None)."""
+    """The reference image, its loss mask `[1, 1, h, w]` at latent size, and the regularization set (or None).
+
+    pixels: the reference image itself, `[1, 3, H, W]` in [-1, 1]; only the reconstruction loss needs it.
+    """
 
     reference: LatentImages
     regularization: LatentImages | None = None
     mask: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -149,10 +158,12 @@ class BatchSource:
         self._data = data
         self._num_reference = params.batch_size
         self._num_regularization = params.regularization_batch_size if data.regularization else 0
-        self._num_timesteps = num_train_timesteps
+        self._timesteps = timestep_range(params.timesteps, num_train_timesteps)
+        self._noise_offset = params.noise_offset
         self._choices = torch.Generator().manual_seed(derived_seed(params.seed, "choices"))
         device = data.reference.mean.device
         self._noises = torch.Generator(device).manual_seed(derived_seed(params.seed, "noises"))
+        self._offsets = torch.Generator(device).manual_seed(derived_seed(params.seed, "noise_offsets"))
         self._prompts = data.reference.token_ids
         if data.regularization:
             self._prompts = torch.cat([self._prompts, data.regularization.token_ids])  # [P + N, nb, L]
@@ -165,17 +176,27 @@ class BatchSource:
         mean, std, prompts = self._rows()
         noises = torch.randn((2, *mean.shape), generator=self._noises, device=device)
         rows = (len(mean),)
-        timesteps = torch.randint(self._num_timesteps, rows, generator=self._noises, device=device)
+        timesteps = torch.randint(*self._timesteps, rows, generator=self._noises, device=device)
         distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
         return Batch(
             latents=mean + std * noises[0],
-            noise=noises[1],
+            noise=self._shifted(noises[1]),
             timesteps=timesteps,
             token_ids=self._prompts[distinct.to(device)],
             prompt_of_row=prompt_of_row.to(device),
             row_weight=self._row_weight,
             mask=self._mask,
         )
+
+    def _shifted(self, noise: torch.Tensor) -> torch.Tensor:
+        """Add `noise_offset · N(0, 1)` per row and channel, so that mean brightness is learned too (Guttenberg 2023).
+
+        The offsets have a random stream of their own: with and without them, all else is drawn alike.
+        """
+        if not self._noise_offset:
+            return noise
+        shape = (*noise.shape[:2], 1, 1)
+        return noise + self._noise_offset * torch.randn(shape, generator=self._offsets, device=noise.device)
 
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose images and prompts: mean and std `[B, C, h, w]`, prompt index `[B]` on the CPU."""
@@ -227,22 +248,58 @@ def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) 
 
 
 def row_losses(
-    prediction: torch.Tensor, batch: Batch, schedule: NoiseSchedule, weighting: str, snr_gamma: float
+    prediction: torch.Tensor,
+    batch: Batch,
+    schedule: NoiseSchedule,
+    weighting: str,
+    snr_gamma: float,
+    huber_delta: float | None = None,
 ) -> torch.Tensor:
-    """Return each row's SNR-weighted, masked squared error against its target, float32 `[B]`."""
+    """Return each row's SNR-weighted, masked error against its target, float32 `[B]`: squared, or Huber's with a δ."""
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)
     weight = snr_weight(weighting, schedule.snr(batch.timesteps), snr_gamma, schedule.prediction_type)
+    if huber_delta is not None:
+        return masked_huber(prediction, target, weight, batch.mask, huber_delta)
     return masked_mse(prediction, target, weight, batch.mask)
+
+
+def reconstruction_loss(
+    trainee: Trainee, prediction: torch.Tensor, batch: Batch, pixels: torch.Tensor | None, norm: str
+) -> torch.Tensor:
+    """Return mean(mask · |D(ẑ₀) − x|), or of its square, over the reference rows: a scalar.
+
+    ẑ₀ is what the combined prediction says the latents are, D the frozen autoencoder's decoder, x the reference image
+    (the reconstruction constraint of Dong et al. 2022). Not weighted by the signal-to-noise ratio.
+
+    Args:
+        trainee: with `decode`.
+        prediction: of the reference rows, `[R, C, h, w]`; the first R rows of the batch.
+        batch: what was predicted.
+        pixels: x, `[1, 3, H, W]` in [-1, 1].
+        norm: "l1" or "l2".
+
+    Raises:
+        ValueError: there is no decoder or no image.
+    """
+    if trainee.decode is None or pixels is None:
+        raise ValueError("expected a decoder and the reference image's pixels for the reconstruction loss, got none")
+    rows, schedule = slice(len(prediction)), trainee.schedule
+    timesteps = batch.timesteps[rows]
+    noisy_latents = schedule.add_noise(batch.latents[rows], batch.noise[rows], timesteps)
+    decoded = trainee.decode(schedule.predicted_latents(noisy_latents, prediction, timesteps))
+    mask = None if batch.mask is None else batch.mask[rows]
+    return image_error(decoded, pixels.expand_as(decoded), mask, norm).mean()
 
 
 # ------------------------------------------------------------------------------------------------- optimisation
 
 
 class FlatOptimizer:
-    """AdamW over one kind of parameters, laid end to end in one tensor per group.
+    """An optimizer over one kind of parameters, laid end to end in one tensor per group.
 
     Hundreds of small tensors cost more to update than to train; the parameters become views of a few flat ones, and
-    so do their gradients.
+    so do their gradients. What is kept may be an average: with `ema_decay` β that of the values after steps 1 … n,
+    Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ, so that the initial values weigh nothing; with schedule_free the optimizer's own.
     """
 
     def __init__(
@@ -252,24 +309,31 @@ class FlatOptimizer:
         schedule: ScheduleParams,
         num_steps: int,
         max_grad_norm: float,
+        optimizer: str = "adamw",
+        ema_decay: float = 0.0,
     ) -> None:
         self._groups = tuple(groups)
         self._flat = [_flatten(group.parameters) for group in groups]
         self._schedule, self._num_steps, self._max_grad_norm = schedule, num_steps, max_grad_norm
-        self._adamw = torch.optim.AdamW(
-            [{"params": [flat], "lr": group.lr} for flat, group in zip(self._flat, groups, strict=True)],
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        self._optimizers = make_optimizers(optimizer, self._flat, [group.lr for group in groups], weight_decay)
+        self._param_groups = [group for each in self._optimizers for group in each.param_groups]
+        self._schedule_free: list[Any] = list(self._optimizers) if optimizer == "schedule_free" else []
+        self._ema_decay, self._num_updates = ema_decay, 0
+        self._averages = [flat.detach().clone() for flat in self._flat] if ema_decay else []
 
     def set_step(self, step: int) -> dict[str, float]:
-        """Set every group's learning rate for `step` (from 0), clear gradients, and return the rates by group name."""
+        """Set every group's learning rate for `step` (from 0), clear gradients, and return the rates by group name.
+
+        Prodigy's rate is the product with the one it has estimated so far.
+        """
         factor = schedule_factor(self._schedule, step, self._num_steps)
-        for target, group, flat in zip(self._adamw.param_groups, self._groups, self._flat, strict=True):
+        rates = {}
+        for target, group, flat in zip(self._param_groups, self._groups, self._flat, strict=True):
             target["lr"] = group.lr * factor
+            rates[group.name] = target["lr"] * target.get("d", 1.0)
             assert flat.grad is not None
             flat.grad.zero_()
-        return {group.name: group.lr * factor for group in self._groups}
+        return rates
 
     def grad_norms(self) -> dict[str, torch.Tensor]:
         """Return the gradient's norm per branch, scalars on the device."""
@@ -285,11 +349,43 @@ class FlatOptimizer:
         for flat in self._flat:
             assert flat.grad is not None
             flat.grad.mul_(factor)
-        scaler.step(self._adamw)
+        for optimizer in self._optimizers:
+            scaler.step(optimizer)
+        self._average()
+
+    def _average(self) -> None:
+        self._num_updates += 1
+        for average, flat in zip(self._averages, self._flat, strict=bool(self._averages)):
+            weight = (1 - self._ema_decay) / (1 - self._ema_decay**self._num_updates)
+            average.lerp_(flat.detach(), weight)
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Undo the loss scale in the gradients."""
-        scaler.unscale_(self._adamw)
+        for optimizer in self._optimizers:
+            scaler.unscale_(optimizer)
+
+    def keep_averages(self) -> None:
+        """Put the averages into the parameters, where there are any; training goes on only within `averaged`."""
+        for optimizer in self._schedule_free:
+            optimizer.eval()
+        for average, flat in zip(self._averages, self._flat, strict=bool(self._averages)):
+            flat.data.copy_(average)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Hold the averages in the parameters within, and afterwards exactly the values that train."""
+        if not self._averages and not self._schedule_free:
+            yield
+            return
+        training = [flat.detach().clone() for flat in self._flat]
+        self.keep_averages()
+        try:
+            yield
+        finally:
+            for optimizer in self._schedule_free:
+                optimizer.train()
+            for flat, values in zip(self._flat, training, strict=True):
+                flat.data.copy_(values)
 
 
 def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
@@ -345,6 +441,7 @@ class StepRecord:
     """What one step did.
 
     Losses are means over rows; `lr` goes by group, `grad_norm` by `<branch>/<kind>` and is that before clipping.
+    loss_reconstruction is before its weight; None when it is off.
     """
 
     step: int  # from 1
@@ -355,15 +452,19 @@ class StepRecord:
     lr: dict[str, float]
     grad_norm: dict[str, float]
     seconds: float
+    loss_reconstruction: float | None = None
 
     def row(self) -> HistoryRow:
         """Return the record as one flat row: `lr/<group>`, `grad_norm/<branch>/<kind>`."""
-        regularization = {} if self.loss_regularization is None else {"loss_regularization": self.loss_regularization}
+        parts = {
+            "loss_regularization": self.loss_regularization,
+            "loss_reconstruction": self.loss_reconstruction,
+        }
         return {
             "step": self.step,
             "loss": self.loss,
             "loss_reference": self.loss_reference,
-            **regularization,
+            **{name: value for name, value in parts.items() if value is not None},
             "guidance_scale": self.guidance_scale,
             **{f"lr/{name}": value for name, value in self.lr.items()},
             **{f"grad_norm/{name}": value for name, value in self.grad_norm.items()},
@@ -380,12 +481,15 @@ def fit(
 ) -> list[HistoryRow]:
     """Train the trainee's parameters in place and return one history row per step.
 
+    Where averages are kept (`ema_decay`, schedule_free), the parameters hold them in `on_preview` and at the end.
+
     Args:
         trainee: base model, adapters and words.
         data: images as latents, and prompts as tokens.
         params: steps, rows, rates, guidance and loss.
         on_step: called once per step, in order; on a GPU in bursts, because reading the loss waits for the device.
-        on_preview: called after every `params.preview.every`-th step with its number, the weights as they then are.
+        on_preview: called after every `params.preview.every`-th step with its number, the weights as they would be
+            kept then.
 
     Raises:
         RuntimeError: some branch has received no gradient in the first step, or the loss is no longer finite.
@@ -411,7 +515,7 @@ class _Pending:
     """A finished step whose numbers are still on the device."""
 
     step: int
-    values: torch.Tensor  # loss, reference, regularization, guidance, then one gradient norm per name
+    values: torch.Tensor  # loss, reference, regularization, reconstruction, guidance, one gradient norm per name
     lr: dict[str, float]
 
 
@@ -427,37 +531,65 @@ def _records(
     names = [f"{branch}/{kind}" for kind in optimizers for branch in _branches(trainee.groups, kind)]
     pending: list[_Pending] = []
     begun = time.perf_counter()
+    checked = False
     for step in range(params.num_steps):
         lr = {n: v for optimizer in optimizers.values() for n, v in optimizer.set_step(step).items()}
         batch = batches.draw()
         guidance = guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
         prediction = combined_prediction(trainee, batch, guidance)
-        losses = row_losses(prediction, batch, trainee.schedule, params.loss.weighting, params.loss.snr_gamma)
+        losses = _row_losses(trainee, prediction, batch, params)
         loss = (batch.row_weight * losses).sum()
+        reconstruction = None
+        if params.loss.reconstruction_weight:
+            rows, norm = slice(params.batch_size), params.loss.reconstruction_norm
+            reconstruction = reconstruction_loss(trainee, prediction[rows], batch, data.pixels, norm)
+            loss = loss + params.loss.reconstruction_weight * reconstruction
         torch.autograd.backward(scaler.scale(loss))
-        norms = _update(optimizers, scaler, check=step == 0)
-        pending.append(_Pending(step + 1, _measured(loss, losses, guidance, norms, params.batch_size), lr))
+        check = not checked and (step + 1 == params.num_steps or _reaches_both_branches(trainee, guidance))
+        checked = checked or check
+        norms = _update(optimizers, scaler, check)
+        measured = _measured(loss, losses, reconstruction, guidance, norms, params.batch_size)
+        pending.append(_Pending(step + 1, measured, lr))
         preview_due = bool(params.preview.every) and (step + 1) % params.preview.every == 0
         if preview_due or (step + 1) % read_every == 0 or step + 1 == params.num_steps:
             yield from _read(pending, names, begun)
             pending.clear()
             if preview_due and on_preview:
-                on_preview(step + 1)
+                with ExitStack() as stack:
+                    for optimizer in optimizers.values():
+                        stack.enter_context(optimizer.averaged())
+                    on_preview(step + 1)
             begun = time.perf_counter()
+    for optimizer in optimizers.values():
+        optimizer.keep_averages()
+
+
+def _row_losses(trainee: Trainee, prediction: torch.Tensor, batch: Batch, params: TrainingParams) -> torch.Tensor:
+    loss = params.loss
+    huber_delta = loss.huber_delta if loss.kind == "huber" else None
+    return row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, huber_delta)
+
+
+def _reaches_both_branches(trainee: Trainee, guidance: torch.Tensor) -> bool:
+    """Say whether every branch gets a gradient: the negative one gets none from rows with a scale of exactly 1."""
+    return trainee.num_branches == 1 or bool((guidance != 1).any())
 
 
 def _optimizers(groups: Sequence[ParameterGroup], params: TrainingParams) -> dict[str, FlatOptimizer]:
     """Return the adapters' and the words' optimizer, as far as there is something to train."""
     settings = {
-        ADAPTERS: (params.weight_decay, params.schedule),
-        WORDS: (params.words.weight_decay, params.words_schedule),
+        ADAPTERS: (params.weight_decay, params.schedule, params.optimizer),
+        WORDS: (params.words.weight_decay, params.words_schedule, params.words.optimizer),
     }
     by_kind = {kind: [group for group in groups if group.kind == kind] for kind in settings}
-    return {
-        kind: FlatOptimizer(members, *settings[kind], params.num_steps, params.max_grad_norm)
-        for kind, members in by_kind.items()
-        if members
-    }
+    optimizers = {}
+    for kind, members in by_kind.items():
+        if members:
+            decay, schedule, name = settings[kind]
+            optimizers[kind] = FlatOptimizer(
+                members, decay, schedule, params.num_steps, params.max_grad_norm, name, params.ema_decay
+            )
+    return optimizers
 
 
 def _branches(groups: Sequence[ParameterGroup], kind: str) -> list[str]:
@@ -496,11 +628,18 @@ def check_gradients(norms: dict[str, dict[str, torch.Tensor]]) -> None:
 
 
 def _measured(
-    loss: torch.Tensor, losses: torch.Tensor, guidance: torch.Tensor, norms: list[torch.Tensor], num_reference: int
+    loss: torch.Tensor,
+    losses: torch.Tensor,
+    reconstruction: torch.Tensor | None,
+    guidance: torch.Tensor,
+    norms: list[torch.Tensor],
+    num_reference: int,
 ) -> torch.Tensor:
     rows = losses.detach()
-    regularization = rows[num_reference:].mean() if len(rows) > num_reference else rows.new_tensor(math.nan)
-    return torch.stack([loss.detach(), rows[:num_reference].mean(), regularization, guidance.mean(), *norms])
+    absent = rows.new_tensor(math.nan)
+    regularization = rows[num_reference:].mean() if len(rows) > num_reference else absent
+    decoded = absent if reconstruction is None else reconstruction.detach()
+    return torch.stack([loss.detach(), rows[:num_reference].mean(), regularization, decoded, guidance.mean(), *norms])
 
 
 def _read(pending: Sequence[_Pending], names: Sequence[str], begun: float) -> Iterator[StepRecord]:
@@ -509,7 +648,7 @@ def _read(pending: Sequence[_Pending], names: Sequence[str], begun: float) -> It
         return
     values = torch.stack([done.values for done in pending]).tolist()
     seconds = (time.perf_counter() - begun) / len(pending)
-    for done, (loss, reference, regularization, guidance, *norms) in zip(pending, values, strict=True):
+    for done, (loss, reference, regularization, reconstruction, guidance, *norms) in zip(pending, values, strict=True):
         yield StepRecord(
             step=done.step,
             loss=loss,
@@ -519,6 +658,7 @@ def _read(pending: Sequence[_Pending], names: Sequence[str], begun: float) -> It
             lr=done.lr,
             grad_norm=dict(zip(names, norms, strict=True)),
             seconds=seconds,
+            loss_reconstruction=None if math.isnan(reconstruction) else reconstruction,
         )
 
 

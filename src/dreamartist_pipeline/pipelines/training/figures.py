@@ -24,13 +24,14 @@ def training_figure(history: DataFrame) -> Figure:
 
     Args:
         history: one row per step with the columns `step`, `loss_reference`, `guidance_scale`, where there are any
-            `loss_regularization`, `lr/<group>` and `grad_norm/<branch>/<kind>`. It may have no rows.
+            `loss_regularization`, `loss_reconstruction`, `lr/<group>` and `grad_norm/<branch>/<kind>`. It may have no
+            rows.
     """
     from plotly.subplots import make_subplots
 
     titles = ("loss", "learning rate", "gradient norm before clipping", "guidance scale")
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.14)
-    losses = [name for name in ("loss_reference", "loss_regularization") if name in history]
+    losses = [name for name in ("loss_reference", "loss_regularization", "loss_reconstruction") if name in history]
     _add_smoothed(figure, history, losses)
     _add_lines(figure, history, "lr/", panel=(1, 2))
     _add_lines(figure, history, "grad_norm/", panel=(2, 1))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-    from dreamartist_pipeline.backbones.base_model import Backbone
+    from dreamartist_pipeline.backbones.base_model import Backbone, Outline
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
     from dreamartist_pipeline.core.concept import Concept
@@ -27,6 +27,7 @@ else:  # Kedro resolves the hints of a node when it registers the pipelines, wit
 _GENERAL_SLOTS = ("class", "caption")
 _CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
 _ENCODE_BATCH = 8
+_ANY_DEVICE = DeviceParams()
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class ImageStore(Protocol):
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def check_training(base_model: str, params: TrainingParams, caption: str) -> dict[str, Any]:
+def check_training(
+    base_model: str, params: TrainingParams, caption: str, device: DeviceParams = _ANY_DEVICE
+) -> dict[str, Any]:
     """Check the whole plan against the base model, before any long work and without loading its weights.
 
     Returns:
@@ -63,13 +66,16 @@ def check_training(base_model: str, params: TrainingParams, caption: str) -> dic
 
     Raises:
         InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
-            something, a template without its slot, or words that do not fit into the prompt.
+            something, a template without its slot, words that do not fit into the prompt, an optimizer that cannot
+            run here, or a noise schedule that this base model cannot be trained with.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.core.training import branch_table, lr_factor
 
     check_templates(params)
+    _check_optimizers(params, device)
     outline = load_outline(BaseModelFiles(base_model))
+    _check_timesteps(outline, params)
     groups = _planned_groups(outline, params, caption)
     _check_branches_train(groups, params)
     log.info("What each branch will train:\n%s", branch_table(groups))
@@ -81,6 +87,25 @@ def check_training(base_model: str, params: TrainingParams, caption: str) -> dic
         "lr_factor": lr_factor(params),
         "groups": _describe(groups),
     }
+
+
+def _check_optimizers(params: TrainingParams, device: DeviceParams) -> None:
+    from dreamartist_pipeline.backbones.base_model import pick_device
+    from dreamartist_pipeline.core.optimizers import check_optimizer
+
+    target = pick_device(device)
+    if params.lora_unet or params.lora_text_encoder:
+        check_optimizer(params.optimizer, target)
+    if params.words.names:
+        check_optimizer(params.words.optimizer, target)
+
+
+def _check_timesteps(outline: Outline, params: TrainingParams) -> None:
+    from dreamartist_pipeline.core.diffusion import check_zero_terminal_snr, timestep_range
+
+    timestep_range(params.timesteps, outline.num_train_timesteps)
+    if params.zero_terminal_snr:
+        check_zero_terminal_snr(outline.prediction_type)
 
 
 def check_templates(params: TrainingParams) -> None:
@@ -241,6 +266,7 @@ def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
     """Return the new concept as the training loop sees it."""
     import torch
 
+    from dreamartist_pipeline.backbones.base_model import decode_with_gradients
     from dreamartist_pipeline.core.training import Trainee
 
     return Trainee(
@@ -250,6 +276,7 @@ def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
         groups=groups,
         num_branches=new.num_branches,
         half_precision=new.backbone.dtype == torch.float16,
+        decode=lambda latents: decode_with_gradients(new.backbone, latents),
     )
 
 
@@ -267,7 +294,7 @@ def training_data(
     `mask` is L, 127 where a pixel counts once. `regularization` holds (caption, image) pairs; images are brought to the
     prepared image's size where theirs differs.
     """
-    from dreamartist_pipeline.core.images import fit_to_size
+    from dreamartist_pipeline.core.images import fit_to_size, to_tensor
     from dreamartist_pipeline.core.training import TrainingData
 
     reference = _latent_images(backbone, [image], _stacked_ids(prompts, _template_prompts(params, caption), params))
@@ -279,7 +306,8 @@ def training_data(
             for _, other in regularization
         ]
         others = _latent_images(backbone, fitted, _stacked_ids(prompts, captions, params), paired=True)
-    return TrainingData(reference, others, _latent_mask(mask, reference.mean))
+    pixels = to_tensor([image]).to(reference.mean.device) if params.loss.reconstruction_weight else None
+    return TrainingData(reference, others, _latent_mask(mask, reference.mean), pixels)
 
 
 def _stacked_ids(prompts: PromptEncoder, pairs: Sequence[tuple[str, str]], params: TrainingParams) -> torch.Tensor:

@@ -13,7 +13,12 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 check_training,
-                inputs={"base_model": "base_model", "params": "params:training", "caption": "reference_caption"},
+                inputs={
+                    "base_model": "base_model",
+                    "params": "params:training",
+                    "caption": "reference_caption",
+                    "device": "params:device",
+                },
                 outputs="training_plan",
                 name="check_training",
                 tags="training",

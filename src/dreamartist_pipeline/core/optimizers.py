@@ -1,0 +1,76 @@
+"""Optimizers by name: torch's AdamW, and those of libraries that are needed only where they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dreamartist_pipeline.core.errors import InputError
+
+LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Confirm that an optimizer can run here.
+
+    Raises:
+        InputError: its library is not installed, or it needs a GPU and `device` is none.
+    """
+    if name == "adamw8bit" and device.type != "cuda":
+        raise InputError(
+            f"expected a CUDA GPU, because optimizer adamw8bit runs on nothing else; got {device.type}; choose adamw"
+        )
+    library = LIBRARIES.get(name)
+    if library and find_spec(library) is None:
+        raise InputError(
+            f"expected the library {library} for optimizer {name}; it is not installed; run: pip install {library}"
+        )
+
+
+def make_optimizers(
+    name: str, parameters: Sequence[nn.Parameter], rates: Sequence[float], weight_decay: float
+) -> list[Optimizer]:
+    """Return the optimizers of one kind of parameters; their parameter groups are `parameters`, in order.
+
+    adamw: torch's. adamw8bit: with moments of 8 bits (Dettmers et al. 2022). prodigy (Mishchenko and Defazio 2024)
+    finds the rate by itself, and `rates` are factors of it; an optimizer per tensor, so that each has an estimate of
+    its own and factors may differ; safeguarded for warm-up, as the library advises for diffusion models (its other
+    advice, bias correction, holds the estimate back for the first hundred steps: too long here). schedule_free: AdamW
+    whose evaluation point is an average (Defazio et al. 2024).
+
+    Args:
+        name: of the optimizer.
+        parameters: one flat tensor a group.
+        rates: the peak learning rate of each.
+        weight_decay: decoupled, as in AdamW.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(parameters, rates, strict=True)]
+    match name:
+        case "adamw":
+            return [torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)]
+        case "adamw8bit":
+            return [_from_library(name, "AdamW8bit", "bitsandbytes.optim")(groups, weight_decay=weight_decay)]
+        case "prodigy":
+            prodigy = _from_library(name, "Prodigy")
+            options = {"weight_decay": weight_decay, "safeguard_warmup": True}
+            return [prodigy([group], lr=rate, **options) for group, rate in zip(groups, rates, strict=True)]
+        case "schedule_free":
+            optimizer = _from_library(name, "AdamWScheduleFree")(groups, weight_decay=weight_decay)
+            optimizer.train()
+            return [optimizer]
+    raise InputError(f"expected an optimizer among adamw, {', '.join(LIBRARIES)}, got {name!r}; correct optimizer")
+
+
+def _from_library(name: str, attribute: str, module: str | None = None) -> Callable[..., Any]:
+    from importlib import import_module
+
+    factory: Callable[..., Any] = getattr(import_module(module or LIBRARIES[name]), attribute)
+    return factory
