@@ -16,7 +16,16 @@ from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_pa
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 
 PROJECT = Path(__file__).resolve().parents[1]
-METHODS = ("dreamartist-plus-plus", "tutorial", "toolkit", "textual-inversion", "lora")
+METHODS = (
+    "dreamartist-plus-plus",
+    "tutorial",
+    "toolkit",
+    "textual-inversion",
+    "lora",
+    "dreambooth-lora",
+    "pivotal-tuning",
+    "dreamartist",
+)
 
 
 def config_loader(env: str = "local", **runtime_params: Any) -> OmegaConfigLoader:
@@ -39,6 +48,28 @@ def training(env: str = "base", **runtime_params: Any) -> TrainingParams:
 def test_every_method_is_valid_in_every_environment(method: str, env: str) -> None:
     parameters = build_parameters(load("parameters", env, method=method))
     assert {name for name, value in parameters.items() if isinstance(value, SECTIONS.get(name, str))} >= set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_branches", "has_words", "has_lora", "regularized"),
+    [
+        ("dreambooth-lora", 1, False, True, True),
+        ("pivotal-tuning", 1, True, True, True),
+        ("dreamartist", 2, True, False, False),
+    ],
+)
+def test_a_method_trains_what_its_name_says(
+    method: str, num_branches: int, has_words: bool, has_lora: bool, regularized: bool
+) -> None:
+    preset = training(method=method)
+    assert preset.num_branches == num_branches
+    assert bool(preset.words.names) == has_words
+    assert bool(preset.lora_unet) == bool(preset.lora_text_encoder) == has_lora
+    assert bool(preset.regularization_batch_size) == regularized
+
+
+def test_dreambooth_says_a_rare_word_before_the_class_word() -> None:
+    assert training(method="dreambooth-lora", class_word="cat").class_word == "sks cat"
 
 
 def test_a_single_value_of_a_method_can_be_changed_for_one_run() -> None:
