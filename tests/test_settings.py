@@ -94,7 +94,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:
         load("parameters", method="lorra")
     error = input_error_in(raised.value)
     assert error is not None
-    assert "out of dreamartist-plus-plus, lora," in str(error)
+    assert "out of dreamartist, dreamartist-plus-plus," in str(error)
     assert "got 'lorra'; did you mean 'lora'?" in str(error)
 
 
