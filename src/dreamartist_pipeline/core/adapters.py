@@ -285,7 +285,8 @@ class BranchLoRALayer(nn.Module):
             )
         index, lowest, full = self.rank_ranges
         level = self.noise_level.to(full).view(self.num_branches, -1, 1)
-        return (index < torch.round(full - (full - lowest) * level)).to(full.dtype)
+        active: torch.Tensor = index < torch.round(full - (full - lowest) * level)
+        return active.to(full.dtype)
 
     def _drop(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Drop rank activations, each with its group's probability, and scale up the others; only while training.
