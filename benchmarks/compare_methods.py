@@ -1,6 +1,6 @@
 """Compare methods on the same subjects, prompts and seeds, by running the real pipelines; print one table.
 
-    python benchmarks/compare_methods.py                                 # fox, octopus, strawberry; four methods
+    python benchmarks/compare_methods.py                                 # fox, octopus, strawberry; all of METHODS
     python benchmarks/compare_methods.py --subjects owl --params training.num_steps=500
 
 Each pair of subject and method is one `kedro run` (train, then evaluate) with a folder of its own under data/. A pair
@@ -26,6 +26,9 @@ EVALUATOR = "efficientnet-lite0"
 METHODS = {  # method in conf/base/parameters_training.yml -> row of the table
     "textual-inversion": "textual inversion",
     "lora": "LoRA, no negative branch",
+    "dreambooth-lora": "DreamBooth by LoRA, rare word",
+    "pivotal-tuning": "pivotal tuning: word and LoRA",
+    "dreamartist": "DreamArtist: a pair of words",
     "dreamartist-plus-plus": "DreamArtist++",
 }
 BASE_ROW, CEILING_ROW = "base model, class word", "autoencoder's reconstruction (ceiling)"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from dreamartist_pipeline.params import (
     SECTIONS,
+    TEMPLATE_PRESETS,
     BucketParams,
     EvaluationParams,
     ExportParams,
@@ -48,11 +50,52 @@ def test_parameters_never_change_after_validation() -> None:
         ({"layers": []}, "at least 1 item"),
         ({"layers": ["re:(unclosed"]}, "is not a regular expression"),
         ({"dropout": 1.0}, "less than 1"),
+        ({"timestep_min_rank": 0}, "an integer rank is at least 1, got 0"),
     ],
 )
 def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LoRAGroup(**(GROUP | change))
+
+
+TUTORIAL = r"""
+lora_unet:
+  - lr: 1e-4
+    rank: 3
+    branch: p # positive branch
+    layers:
+      - 're:.*\.attn.?$'
+      #- 're:.*\.ff\.net\.0$' # Increases the fitness, but potentially reduces generalizability and controllability
+  - lr: 2e-5 # Low negative unet lr prevents image collapse
+    rank: 3
+    branch: n # negative branch
+    layers:
+      - 're:.*\.attn.?$'
+      #- 're:.*\.ff\.net\.0$'
+
+lora_text_encoder:
+  - lr: 1e-5
+    rank: 1
+    branch: p
+    layers:
+      - 're:.*self_attn$'
+      - 're:.*mlp$'
+  - lr: 1e-5
+    rank: 1
+    branch: n
+    layers:
+      - 're:.*self_attn$'
+      - 're:.*mlp$'
+"""
+
+
+def test_the_block_of_the_reference_tutorial_can_be_pasted_although_yaml_reads_its_rates_as_text() -> None:
+    block = yaml.safe_load(TUTORIAL)
+    assert block["lora_unet"][0]["lr"] == "1e-4"  # YAML 1.1 wants a dot in a float
+    params = training(**block)
+    assert [group.lr for group in params.lora_unet + params.lora_text_encoder] == [1e-4, 2e-5, 1e-5, 1e-5]
+    assert [group.branch for group in params.lora_unet] == ["p", "n"]
+    assert params.lora_unet[0].layers == (r"re:.*\.attn.?$",)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +130,36 @@ def test_only_a_guidance_scale_of_constantly_one_has_a_single_branch(scale: obje
 def test_a_guidance_scale_that_says_nothing_is_refused(scale: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         training(guidance_scale=scale)
+
+
+def test_caption_transforms_keep_their_order_and_survive_a_dump() -> None:
+    params = training(caption_transforms=[{"tag_dropout": 0.1}, "tag_shuffle", {"tag_erase": 1}])
+    kinds = [(transform.kind, transform.p) for transform in params.caption_transforms]
+    assert kinds == [("tag_dropout", 0.1), ("tag_shuffle", 0.0), ("tag_erase", 1.0)]
+    assert TrainingParams(**params.model_dump()) == params
+
+
+@pytest.mark.parametrize("transform", ["tag_mix", {"tag_dropout": 1.5}, {"tag_shuffle": 0.5}, "tag_erase"])
+def test_a_caption_transform_out_of_bounds_is_refused(transform: object) -> None:
+    with pytest.raises(ValidationError, match="caption_transforms"):
+        training(caption_transforms=[transform])
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATE_PRESETS))
+def test_a_preset_of_templates_says_the_word_and_the_caption(name: str) -> None:
+    templates = training(templates=name).templates
+    assert templates == TEMPLATE_PRESETS[name]
+    assert all("{pt1}" in template and "{caption}" in template for template in templates)
+
+
+def test_a_rank_by_timestep_is_refused_in_the_text_encoder() -> None:
+    with pytest.raises(ValidationError, match="the text encoder does not know the timestep"):
+        training(lora_text_encoder=[GROUP | {"timestep_min_rank": 1}])
+
+
+def test_a_negative_clip_skip_is_refused() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        training(clip_skip=-1)
 
 
 def test_a_training_of_nothing_is_refused() -> None:

@@ -16,7 +16,16 @@ from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_pa
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 
 PROJECT = Path(__file__).resolve().parents[1]
-METHODS = ("dreamartist-plus-plus", "tutorial", "toolkit", "textual-inversion", "lora")
+METHODS = (
+    "dreamartist-plus-plus",
+    "tutorial",
+    "toolkit",
+    "textual-inversion",
+    "lora",
+    "dreambooth-lora",
+    "pivotal-tuning",
+    "dreamartist",
+)
 
 
 def config_loader(env: str = "local", **runtime_params: Any) -> OmegaConfigLoader:
@@ -41,6 +50,28 @@ def test_every_method_is_valid_in_every_environment(method: str, env: str) -> No
     assert {name for name, value in parameters.items() if isinstance(value, SECTIONS.get(name, str))} >= set(SECTIONS)
 
 
+@pytest.mark.parametrize(
+    ("method", "num_branches", "has_words", "has_lora", "regularized"),
+    [
+        ("dreambooth-lora", 1, False, True, True),
+        ("pivotal-tuning", 1, True, True, True),
+        ("dreamartist", 2, True, False, False),
+    ],
+)
+def test_a_method_trains_what_its_name_says(
+    method: str, num_branches: int, has_words: bool, has_lora: bool, regularized: bool
+) -> None:
+    preset = training(method=method)
+    assert preset.num_branches == num_branches
+    assert bool(preset.words.names) == has_words
+    assert bool(preset.lora_unet) == bool(preset.lora_text_encoder) == has_lora
+    assert bool(preset.regularization_batch_size) == regularized
+
+
+def test_dreambooth_says_a_rare_word_before_the_class_word() -> None:
+    assert training(method="dreambooth-lora", class_word="cat").class_word == "sks cat"
+
+
 def test_a_single_value_of_a_method_can_be_changed_for_one_run() -> None:
     changed = training(training={"num_steps": 10, "loss": {"snr_gamma": 3.0}})
     assert (changed.num_steps, changed.loss.snr_gamma, changed.loss.weighting) == (10, 3.0, "min_snr")
@@ -63,7 +94,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:
         load("parameters", method="lorra")
     error = input_error_in(raised.value)
     assert error is not None
-    assert "out of dreamartist-plus-plus, lora," in str(error)
+    assert "out of dreamartist, dreamartist-plus-plus," in str(error)
     assert "got 'lorra'; did you mean 'lora'?" in str(error)
 
 

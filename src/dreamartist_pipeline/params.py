@@ -21,6 +21,22 @@ OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "schedule_free"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """Several texts; a single one may stand alone, as in `--params generate.prompts=a red fox`."""
 
+TEMPLATE_PRESETS = {  # training.templates: NAME
+    "object": (
+        "a photo of a {pt1}, {caption}",
+        "a close view of a {pt1}, {caption}",
+        "one {pt1} in the picture, {caption}",
+        "here is a {pt1}, {caption}",
+        "a clear picture of the {pt1}, {caption}",
+    ),
+    "style": (
+        "a picture in the style of {pt1}, {caption}",
+        "an artwork made in {pt1} style, {caption}",
+        "a drawing as {pt1} would make it, {caption}",
+        "a scene in the look of {pt1}, {caption}",
+    ),
+    "caption": ("{pt1}, {caption}",),
+}
 _GUIDANCE = re.compile(r"^(?P<low>\d+(\.\d+)?)(-(?P<high>\d+(\.\d+)?)(:(?P<curve>[a-z0-9]+))?)?$")
 GUIDANCE_CURVES = ("ln", "cos", "cos2")
 PRODIGY_LR = (0.01, 10.0)  # Prodigy multiplies lr with a rate that it estimates; AdamW's rates would never train
@@ -122,10 +138,11 @@ class LoRAGroup(Params):
     branch: Literal["p", "n"] | None = None
     alpha: Positive = 1.0
     dropout: Probability = 0.0
+    timestep_min_rank: int | float | None = None  # UNet only: the active rank falls to it from t = 0 to T − 1 (T-LoRA)
 
-    @field_validator("rank")
+    @field_validator("rank", "timestep_min_rank")
     @classmethod
-    def _rank_is_usable(cls, rank: int | float) -> int | float:
+    def _rank_is_usable(cls, rank: int | float | None) -> int | float | None:
         if isinstance(rank, int) and rank < 1:
             raise ValueError(f"an integer rank is at least 1, got {rank}")
         if isinstance(rank, float) and not 0 < rank < 1:
@@ -170,6 +187,25 @@ class WordsParams(Params):
         return names
 
 
+class CaptionTransformParams(Params):
+    """One item of `caption_transforms`: `tag_shuffle`, or `tag_dropout: p`, or `tag_erase: p`."""
+
+    kind: Literal["tag_shuffle", "tag_dropout", "tag_erase"]
+    p: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if value == "tag_shuffle":
+            return {"kind": value}
+        if isinstance(value, dict) and len(value) == 1 and set(value) <= {"tag_dropout", "tag_erase"}:
+            ((kind, p),) = value.items()
+            return {"kind": kind, "p": p}
+        if isinstance(value, dict) and set(value) == {"kind", "p"}:  # as dumped
+            return value
+        raise ValueError(f"a caption transform is tag_shuffle, 'tag_dropout: p' or 'tag_erase: p', got {value!r}")
+
+
 class ScheduleParams(Params):
     """A learning-rate schedule as a factor of the peak rate."""
 
@@ -209,7 +245,9 @@ class TrainingParams(Params):
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
     words: WordsParams = WordsParams()
-    templates: Annotated[Texts, Field(min_length=1)] = ("a photo of a {pt1}",)
+    templates: Annotated[Texts, Field(min_length=1)] = ("a photo of a {pt1}",)  # or the name of a TEMPLATE_PRESETS
+    caption_transforms: tuple[CaptionTransformParams, ...] = ()  # of the tags of '{caption}', in order
+    clip_skip: Annotated[int, Field(ge=0)] = 0  # text states of the n-th layer before the last, final norm applied
     class_word: str = ""
     scale_lr: bool = False  # multiply every lr by the total batch size, as the reference toolkit does
     weight_decay: NonNegative = 1e-3  # of the adapters
@@ -223,6 +261,18 @@ class TrainingParams(Params):
     zero_terminal_snr: bool = False  # no signal at the last timestep, in training and drawing; v-prediction only
     loss: LossParams = LossParams()
     preview: PreviewParams = PreviewParams()
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _preset_is_its_templates(cls, value: object) -> object:
+        return TEMPLATE_PRESETS.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("lora_text_encoder")
+    @classmethod
+    def _text_has_no_timestep(cls, groups: tuple[LoRAGroup, ...]) -> tuple[LoRAGroup, ...]:
+        if any(group.timestep_min_rank is not None for group in groups):
+            raise ValueError("timestep_min_rank is for lora_unet only: the text encoder does not know the timestep")
+        return groups
 
     @field_validator("guidance_scale", mode="before")
     @classmethod

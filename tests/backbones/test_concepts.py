@@ -393,3 +393,43 @@ def test_a_half_precision_base_trains_float32_adapters(
     assert all(up.any() for up in ups)
     assert new.backbone.unet.conv_in.weight.dtype == getattr(torch, dtype)
     assert len(draw(backbone, concept, "a my-fox")) == 2 * 32 * 32 * 3
+
+
+def test_a_concept_is_drawn_with_the_layers_it_was_trained_with(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=1, clip_skip=1))
+    assert concept.metadata["clip_skip"] == "1"
+    ignored = Concept(concept.tensors, concept.metadata | {"clip_skip": "0"})
+    assert draw(backbone, concept) != draw(backbone, ignored)
+
+
+def test_a_rank_by_timestep_is_kept_for_drawing(backbone: Backbone, make_training_params: MakeParams) -> None:
+    group = {"lr": 1e-2, "rank": 4, "layers": [r"re:.*\.attn.?$"], "timestep_min_rank": 1}
+    groups = [group | {"branch": branch} for branch in "pn"]
+    params = make_training_params(lora_unet=groups)
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    concept = new.snapshot(concept_metadata(backbone, params, 1))
+    assert '"timestep_min_rank":1' in concept.metadata["lora_unet"]
+    ignored = concept.metadata["lora_unet"].replace('"timestep_min_rank":1', '"timestep_min_rank":null')
+    assert draw(backbone, concept) != draw(
+        backbone, Concept(concept.tensors, concept.metadata | {"lora_unet": ignored})
+    )
+
+
+def test_training_gives_no_gradient_to_ranks_that_no_row_used(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    group = {"lr": 1e-2, "rank": 4, "layers": [r"re:.*\.attn.?$"], "timestep_min_rank": 1}
+    new = start_concept(backbone, make_training_params(lora_unet=[group]), 1, 0)
+    stir(new)
+    steps = torch.full((4,), backbone.schedule.num_train_timesteps - 1)
+    hidden = new.prompts.encode(new.prompts.token_ids(["a red cat"] * 4)).detach()
+    new.backbone.denoise(
+        torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), steps, hidden
+    ).sum().backward()
+    update = next(update for _, update in updates_of(new, "unet"))
+    assert update.down.grad is not None
+    assert update.down.grad[0].abs().sum() > 0
+    assert not update.down.grad[1:].any()

@@ -87,6 +87,25 @@ def test_states_are_those_of_the_text_encoder(backbone: Backbone, tokenizer: CLI
         assert torch.equal(encoder.encode(encoder.token_ids(["a red cat"])), expected)
 
 
+def test_skipping_the_last_layer_gives_the_normed_states_of_the_one_before(backbone: Backbone) -> None:
+    whole, skipped = PromptEncoder(backbone), PromptEncoder(backbone, clip_skip=1)
+    ids = whole.token_ids(["a red cat"])
+    seen: list[torch.Tensor] = []
+    text_model = getattr(backbone.text_encoder, "text_model", backbone.text_encoder)
+    last = text_model.encoder.layers[-1]
+    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        states = whole.encode(ids)
+        handle.remove()
+        assert torch.equal(skipped.encode(ids), text_model.final_layer_norm(seen[0]))
+        assert not torch.allclose(skipped.encode(ids), states)
+
+
+def test_skipping_every_layer_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(InputError, match="clip_skip below the text encoder's 2 layers; got 2"):
+        PromptEncoder(backbone, clip_skip=2)
+
+
 @pytest.mark.parametrize("word", ["cat", "Cat", "a"])
 def test_a_word_that_is_a_token_already_is_refused(tokenizer: CLIPTokenizer, word: str) -> None:
     with pytest.raises(InputError, match=rf"'{word}' is already a single token .* such as 'my-{word}'"):

@@ -15,6 +15,7 @@ from dreamartist_pipeline.core.adapters import (
     inject,
     load_adapters,
     select_layers,
+    set_noise_levels,
 )
 from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE, combine, split
 from dreamartist_pipeline.core.errors import InputError
@@ -508,3 +509,52 @@ def test_tensors_that_do_not_belong_are_refused_and_leave_the_model_as_it_was(
     with pytest.raises(InputError, match=message):
         load_adapters(model, saved, SAVED, 2)
     assert dict(model.named_modules()) == modules
+
+
+# --------------------------------------------------------------------------------------------- rank by timestep
+
+
+def _by_timestep(kind: str) -> tuple[nn.Sequential, AdapterStack, torch.Tensor]:
+    """One layer with two branches' groups of rank 4, the positive one down to rank 2; four rows, two a branch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6) if kind == "linear" else nn.Conv2d(8, 6, 3, padding=1))
+    specs = [_spec(NEGATIVE, rank=4, layers=("0",)), _spec(POSITIVE, rank=4, layers=("0",), timestep_min_rank=2)]
+    stack = _randomize(inject(model, specs, 2, _generator()))
+    shape = (4, 3, 8) if kind == "linear" else (4, 8, 5, 5)
+    return model, stack, torch.randn(shape, generator=_generator(1))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_active_rank_of_each_row_falls_from_full_to_the_lowest(kind: str) -> None:
+    model, stack, x = _by_timestep(kind)
+    negative, positive = stack.layers["0"].updates
+    base, operate = stack.layers["0"].base, F.linear if kind == "linear" else F.conv2d
+    set_noise_levels(model, torch.tensor([0.0, 1.0, 0.5, 1.0]))
+    y = model(x)
+    for row, update, rank in ((0, negative, 4), (1, negative, 4), (2, positive, 3), (3, positive, 2)):
+        delta = torch.einsum("or,r...->o...", update.up.flatten(1)[:, :rank], update.down[:rank]) / 4
+        options = {} if kind == "linear" else {"padding": 1}
+        expected = operate(x[row : row + 1], base.weight + delta, base.bias, **options)
+        assert torch.allclose(y[row : row + 1], expected, atol=1e-4)
+
+
+def test_checkpointing_gives_the_same_gradients_with_a_rank_by_timestep() -> None:
+    found = []
+    for again in (False, True):
+        model, stack, x = _by_timestep("linear")
+        set_noise_levels(model, torch.tensor([0.0, 1.0, 0.5, 1.0]))
+        y = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        y.square().sum().backward()
+        found.append([p.grad for group in stack.parameters_by_group().values() for p in group])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_unknown_timesteps_are_refused_rather_than_taken_for_zero() -> None:
+    model, _, x = _by_timestep("linear")
+    with pytest.raises(RuntimeError, match="expected the noise levels of 4 rows, got none"):
+        model(x)
+
+
+def test_a_lowest_rank_above_the_rank_is_refused() -> None:
+    with pytest.raises(InputError, match="at most its rank 2 in a layer of 6 outputs; got 3"):
+        inject(nn.Sequential(nn.Linear(8, 6)), [_spec(layers=("0",), timestep_min_rank=3)], 2, _generator())

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dreamartist_pipeline.core.captions import branch_prompts, fill_template
+from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants, fill_template
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,35 @@ def test_empty_words_give_both_branches_the_same_prompt() -> None:
 def test_every_slot_has_its_own_pair() -> None:
     names = {"pt1": ("cat-p", "cat-n"), "pt2": ("style-p", "style-n")}
     assert branch_prompts("{pt1} in {pt2}", names) == ("cat-n in style-n", "cat-p in style-p")
+
+
+CAPTION = "red, round, on a sofa"
+
+
+def test_a_caption_without_transforms_is_its_only_variant() -> None:
+    assert caption_variants("red,round", [], 9, seed=0) == ["red,round"]
+
+
+def test_shuffled_tags_are_all_there_in_several_orders() -> None:
+    variants = caption_variants(CAPTION, [TagTransform("tag_shuffle")], 50, seed=0)
+    assert {tuple(sorted(variant.split(", "))) for variant in variants} == {("on a sofa", "red", "round")}
+    assert len(set(variants)) == 6
+
+
+def test_each_tag_is_dropped_by_itself_with_its_probability() -> None:
+    variants = caption_variants(CAPTION, [TagTransform("tag_dropout", 0.25)], 2000, seed=0)
+    for tag in CAPTION.split(", "):
+        assert sum(tag not in variant for variant in variants) / 2000 == pytest.approx(0.25, abs=0.04)
+    assert len(set(variants)) == 8
+
+
+def test_all_tags_are_erased_together_with_their_probability() -> None:
+    variants = caption_variants(CAPTION, [TagTransform("tag_erase", 0.25)], 2000, seed=0)
+    assert set(variants) == {"", CAPTION}
+    assert variants.count("") / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def test_variants_follow_from_the_seed() -> None:
+    shuffle = [TagTransform("tag_shuffle")]
+    assert caption_variants(CAPTION, shuffle, 9, seed=1) == caption_variants(CAPTION, shuffle, 9, seed=1)
+    assert caption_variants(CAPTION, shuffle, 9, seed=1) != caption_variants(CAPTION, shuffle, 9, seed=2)

@@ -184,6 +184,26 @@ def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
     assert (table.query("kind == 'prior'")["drift_pixels"] == 0).all()
 
 
+def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_base_model: Path) -> None:
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+
+    group = {"lr": 1e-3, "rank": 2, "layers": [r"re:.*\.attn.?$"]}
+    params = TrainingParams(num_steps=0, guidance_scale="1.0", class_word="sks fox", lora_unet=[group], clip_skip=1)
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    concept = start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
+    _, metrics, table = evaluate_concept(
+        str(tiny_base_model),
+        concept,
+        _picture("white", "red"),
+        params=_params(evaluators=()),
+        device=CPU,
+        tracker=RecordingTracker(),
+    )
+    assert {"a fox, blue background", "a sks fox, blue background"} <= set(table["prompt"])
+    assert metrics["prior_drift_pixels"] == 0  # the base model is drawn with the concept's clip_skip
+
+
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -391,6 +391,19 @@ def test_templates_become_prompts_of_both_branches_and_captions_stay_alike(
     assert data.regularization.mean.shape == data.reference.mean.shape == (1, 4, 8, 8)
 
 
+def test_caption_transforms_change_the_caption_alike_in_both_branches(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    params = make_training_params(templates=("{pt1}, {caption}",), caption_transforms=[{"tag_erase": 0.5}])
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    prompts = start_concept(backbone, params, 1, 0).prompts
+    data = training_data(backbone, prompts, picture(), MASK, [], params, "a cat")
+    pairs = {tuple(map(tuple, pair)) for pair in data.reference.token_ids.tolist()}
+    with_caption = prompts.token_ids(["my-fox-neg, a cat", "my-fox, a cat"]).tolist()
+    without = prompts.token_ids(["my-fox-neg", "my-fox"]).tolist()
+    assert pairs == {tuple(map(tuple, with_caption)), tuple(map(tuple, without))}
+
+
 def test_preview_prompts_speak_of_the_positive_word(make_training_params: MakeParams) -> None:
     assert fill_prompt("a {pt1}, blue background", make_training_params()) == "a my-fox, blue background"
     assert fill_prompt("one {class}", make_training_params(class_word="fox")) == "one fox"

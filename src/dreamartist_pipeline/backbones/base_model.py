@@ -24,6 +24,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dreamartist_pipeline.core.adapters import set_noise_levels
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams
@@ -133,6 +134,7 @@ class Backbone:
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return the UNet's prediction `[N, C, h, w]` for `latents`, timesteps `[N]` and text states `[N, L, D]`."""
+        set_noise_levels(self.unet, timesteps / (self.schedule.num_train_timesteps - 1))
         with self.autocast():
             prediction: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, hidden, return_dict=False)[0]
         return prediction

@@ -86,7 +86,7 @@ def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, 
         vocabulary = build_vocabulary(params, embedding.num_embeddings)
         initial = initial_word_vectors(params.words, vocabulary, own.tokenizer, embedding, generator)
         words = _put_words(own, vocabulary, initial)
-    return NewConcept(own, PromptEncoder(own, vocabulary), stacks, words, params.num_branches)
+    return NewConcept(own, PromptEncoder(own, vocabulary, params.clip_skip), stacks, words, params.num_branches)
 
 
 def inject_adapters(
@@ -130,6 +130,7 @@ def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> L
         branch=None if num_branches == 1 else branch,
         alpha=group.alpha,
         dropout=group.dropout,
+        timestep_min_rank=group.timestep_min_rank,
     )
     return dataclasses.replace(spec, name=f"{name}.{spec.branch_name}")
 
@@ -150,6 +151,7 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "zero_terminal_snr": to_json(params.zero_terminal_snr),
         "guidance_scale": params.guidance_scale,
         "class_word": params.class_word,
+        "clip_skip": to_json(params.clip_skip),
         "num_branches": to_json(params.num_branches),
         "num_steps": to_json(params.num_steps),
         "seed": to_json(params.seed),
@@ -188,14 +190,16 @@ class LoadedConcept:
     trigger_words: dict[str, tuple[str, str]]
 
 
-def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
+def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams, clip_skip: int = 0) -> LoadedConcept:
     """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.
+
+    A concept brings its own clip_skip; `clip_skip` is that of the base model alone.
 
     Raises:
         InputError: the concept was trained on another base model, or its tensors do not belong to this one.
     """
     if concept is None:
-        return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
+        return LoadedConcept(backbone, PromptEncoder(backbone, clip_skip=clip_skip), None, {})
     _check_base_model(concept, backbone)
     rescaled = "zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr")  # older ones lack it
     own = share_weights(with_zero_terminal_snr(backbone) if rescaled else backbone)
@@ -207,7 +211,12 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
             load_adapters(networks[network], tensors, specs, _NUM_BRANCHES, strengths)
     trigger_words = {slot: (names[0], names[1]) for slot, names in concept.value("words").items()}
     vocabulary = _load_words(own, concept, trigger_words) if trigger_words else None
-    return LoadedConcept(own, PromptEncoder(own, vocabulary), vocabulary, trigger_words)
+    return LoadedConcept(own, PromptEncoder(own, vocabulary, clip_skip_of(concept)), vocabulary, trigger_words)
+
+
+def clip_skip_of(concept: Concept) -> int:
+    """Return the clip_skip a concept was trained with; 0 in files from before there was one."""
+    return int(concept.metadata.get("clip_skip", "0"))
 
 
 def _check_base_model(concept: Concept, backbone: Backbone) -> None:

@@ -75,10 +75,14 @@ class PromptTokenizer:
 
 
 class PromptEncoder:
-    """Tokenizer and text encoder of one backbone, with the trigger words of one concept or none."""
+    """Tokenizer and text encoder of one backbone, with the trigger words of one concept or none.
 
-    def __init__(self, backbone: Backbone, vocabulary: Vocabulary | None = None) -> None:
-        self._backbone = backbone
+    clip_skip: how many of the text encoder's last layers are left out.
+    """
+
+    def __init__(self, backbone: Backbone, vocabulary: Vocabulary | None = None, clip_skip: int = 0) -> None:
+        check_clip_skip(backbone.text_encoder.config.num_hidden_layers, clip_skip)
+        self._backbone, self._clip_skip = backbone, clip_skip
         self.vocabulary = vocabulary
         max_positions = backbone.text_encoder.config.max_position_embeddings
         self._tokenizer = PromptTokenizer(backbone.tokenizer, max_positions, vocabulary)
@@ -88,14 +92,34 @@ class PromptEncoder:
         return self._tokenizer.token_ids(prompts).to(self._backbone.device)
 
     def encode(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return text states `[N, L, D]`: the last layer after the final norm, as Stable Diffusion takes them.
+        """Return text states `[N, L, D]` after the final norm: of the last layer, or of an earlier one by clip_skip.
+
+        The final norm follows an earlier layer too, as in diffusers' `StableDiffusionPipeline.encode_prompt`.
 
         Args:
             token_ids: `[N, L]`; with adapters in the text encoder, branches stacked (negative rows first).
         """
         with self._backbone.autocast():
-            states: torch.Tensor = self._backbone.text_encoder(token_ids)[0]
-        return states
+            encoder = self._backbone.text_encoder
+            if not self._clip_skip:
+                states: torch.Tensor = encoder(token_ids)[0]
+                return states
+            layers = encoder(token_ids, output_hidden_states=True).hidden_states
+            text_model = getattr(encoder, "text_model", encoder)  # transformers 5 has no module between
+            normed: torch.Tensor = text_model.final_layer_norm(layers[-(self._clip_skip + 1)])
+        return normed
+
+
+def check_clip_skip(num_layers: int, clip_skip: int) -> None:
+    """Confirm that a layer remains.
+
+    Raises:
+        InputError: as many layers are skipped as there are, or more.
+    """
+    if clip_skip >= num_layers:
+        raise InputError(
+            f"expected clip_skip below the text encoder's {num_layers} layers; got {clip_skip}; lower it (0: none)"
+        )
 
 
 def check_trigger_word(tokenizer: CLIPTokenizer, word: str) -> None:

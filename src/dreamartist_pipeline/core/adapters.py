@@ -98,6 +98,9 @@ class LoRASpec:
         branch: NEGATIVE, POSITIVE, or None for a group that acts on all rows.
         alpha: the update is scaled by alpha / rank.
         dropout: probability with which a rank activation is dropped while training.
+        timestep_min_rank: as `rank`; the active rank of a row falls linearly in its timestep t, from the full rank at
+            t = 0 to this one at t = T − 1, the last ranks being left out (T-LoRA, Soboleva et al. 2025, without its
+            orthogonal initialisation). None: all ranks at every t.
     """
 
     name: str
@@ -107,6 +110,7 @@ class LoRASpec:
     branch: int | None = None
     alpha: float = 1.0
     dropout: float = 0.0
+    timestep_min_rank: int | float | None = None
 
     @property
     def branch_name(self) -> str:
@@ -115,7 +119,27 @@ class LoRASpec:
 
     def rank_for(self, out_features: int) -> int:
         """Return the rank in a layer of so many outputs: 0.01875 gives 6 for 320."""
-        return self.rank if isinstance(self.rank, int) else max(1, round(self.rank * out_features))
+        return _rank_in(self.rank, out_features)
+
+    def min_rank_for(self, out_features: int, rank: int) -> int:
+        """Return the active rank at the noisiest timestep in a layer with `rank` ranks.
+
+        Raises:
+            InputError: it is above the rank itself.
+        """
+        if self.timestep_min_rank is None:
+            return rank
+        lowest = _rank_in(self.timestep_min_rank, out_features)
+        if lowest > rank:
+            raise InputError(
+                f"expected timestep_min_rank of {self.name} to be at most its rank {rank} in a layer of {out_features} "
+                f"outputs; got {lowest}; lower it"
+            )
+        return lowest
+
+
+def _rank_in(rank: int | float, out_features: int) -> int:
+    return rank if isinstance(rank, int) else max(1, round(rank * out_features))
 
 
 class LowRankUpdate(nn.Module):
@@ -170,6 +194,8 @@ class BranchLoRALayer(nn.Module):
         missing_ranks: how many ranks a branch has less than the one with most, R.
         scale: alpha / rank times the branch's strength for each rank, `[num_branches, R, 1]`.
         keep: 1 − dropout for each rank, `[num_branches, 1, R]`.
+        noise_level: t / (T − 1) of each row, `[num_branches·B]`, as `set_noise_levels` left it.
+        rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
     """
 
     base: nn.Linear | nn.Conv2d
@@ -207,6 +233,9 @@ class BranchLoRALayer(nn.Module):
         keeps = [[1 - updates[i].spec.dropout for i in row] for row in self.rows]
         self.scale = nn.Buffer(self._per_rank(scales)[:, :, None], persistent=False)
         self.keep = nn.Buffer(self._per_rank(keeps)[:, None, :], persistent=False)
+        self.noise_level: torch.Tensor | None = None
+        self.has_timestep_rank = any(update.spec.timestep_min_rank is not None for update in updates)
+        self.rank_ranges = nn.Buffer(self._rank_ranges(), persistent=False)
         self.has_dropout = any(update.spec.dropout for update in updates)
         self.train(base.training)
 
@@ -228,6 +257,36 @@ class BranchLoRALayer(nn.Module):
             for row, row_values, missing in zip(self.rows, values, self.missing_ranks, strict=True)
         ]
         return torch.tensor(repeated, device=self.weight.device, dtype=self.updates[0].up.dtype)
+
+    def _rank_ranges(self) -> torch.Tensor:
+        out_features = self.weight.shape[0]
+        updates = [self.updates[i] for row in self.rows for i in row]
+        lowest = {id(update): update.spec.min_rank_for(out_features, update.rank) for update in updates}
+        index = [
+            [float(k) for i in row for k in range(self.updates[i].rank)] + [0.0] * missing
+            for row, missing in zip(self.rows, self.missing_ranks, strict=True)
+        ]
+        ends = [
+            self._per_rank([[float(end(self.updates[i])) for i in row] for row in self.rows])
+            for end in (lambda update: lowest[id(update)], lambda update: update.rank)
+        ]
+        return torch.stack([torch.tensor(index, device=ends[0].device, dtype=ends[0].dtype), *ends])[:, :, None]
+
+    def _active(self, num_rows: int) -> torch.Tensor:
+        """Return which ranks act on each row, 1 or 0: `[num_branches, B, R]`.
+
+        Raises:
+            RuntimeError: the timesteps of the rows are not known, or those of another batch.
+        """
+        if self.noise_level is None or len(self.noise_level) != num_rows:
+            known = "none" if self.noise_level is None else len(self.noise_level)
+            raise RuntimeError(
+                f"expected the noise levels of {num_rows} rows, got {known}; call set_noise_levels first"
+            )
+        index, lowest, full = self.rank_ranges
+        level = self.noise_level.to(full).view(self.num_branches, -1, 1)
+        active: torch.Tensor = index < torch.round(full - (full - lowest) * level)
+        return active.to(full.dtype)
 
     def _drop(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Drop rank activations, each with its group's probability, and scale up the others; only while training.
@@ -263,6 +322,9 @@ class BranchLoRALinear(BranchLoRALayer):
         down = self._stacked([update.down for update in self.updates])  # [nb, R, in]
         up = self._stacked([update.up.mT for update in self.updates]) * self.scale  # [nb, R, out]
         hidden = self._drop(torch.bmm(rows, down.mT.to(x.dtype)), self.keep)  # [nb, N, R]
+        if self.has_timestep_rank:
+            active = self._active(x.shape[0])
+            hidden = hidden * active.repeat_interleave(hidden.shape[1] // active.shape[1], dim=1).to(x.dtype)
         updated = torch.baddbmm(y.reshape(self.num_branches, -1, y.shape[-1]), hidden, up.to(x.dtype))
         return updated.reshape(y.shape)
 
@@ -301,7 +363,22 @@ class BranchLoRAConv2d(BranchLoRALayer):
         up = torch.cat([update.up for update in updates], dim=1) * scale  # [out, R, 1, 1]
         base = self.base
         hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation)  # [B, R, h, w]
-        return F.conv2d(self._drop(hidden, keep), up.to(x.dtype))
+        hidden = self._drop(hidden, keep)
+        if self.has_timestep_rank:
+            active = self._active(len(x) * self.num_branches)[row, :, : len(down)]
+            hidden = hidden * active[..., None, None].to(x.dtype)
+        return F.conv2d(hidden, up.to(x.dtype))
+
+
+def set_noise_levels(model: nn.Module, levels: torch.Tensor) -> None:
+    """Tell the layers whose active rank depends on it each row's t / (T − 1), `[num_branches·B]`.
+
+    The levels stay until the next call: gradient checkpointing computes a layer again during the backward pass, when a
+    context around the forward pass would have ended.
+    """
+    for module in model.modules():
+        if isinstance(module, BranchLoRALayer) and module.has_timestep_rank:
+            module.noise_level = levels
 
 
 # ------------------------------------------------------------------------------------------------- the stack

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 _SLOT = re.compile(r"\{(\w+)\}")
 
@@ -45,3 +48,44 @@ def branch_prompts(
 def _tidy(text: str) -> str:
     """Close the gaps that empty slots leave: doubled spaces, spaces before commas, commas with nothing between."""
     return " ".join(re.sub(r"(\s*,)+", ",", text).split()).strip(" ,")
+
+
+# ------------------------------------------------------------------------------------------------- caption transforms
+
+
+@dataclass(frozen=True)
+class TagTransform:
+    """One change of a caption's comma-separated tags, drawn anew for each variant.
+
+    kind: "tag_shuffle" puts them into random order; "tag_dropout" drops each with probability p; "tag_erase" drops
+        all of them together with probability p.
+    """
+
+    kind: Literal["tag_shuffle", "tag_dropout", "tag_erase"]
+    p: float = 0.0
+
+    def apply(self, tags: Sequence[str], choices: random.Random) -> list[str]:
+        """Return the tags that remain, in their new order."""
+        if self.kind == "tag_shuffle":
+            return choices.sample(tags, len(tags))
+        if self.kind == "tag_dropout":
+            return [tag for tag in tags if choices.random() >= self.p]
+        return [] if choices.random() < self.p else list(tags)
+
+
+def caption_variants(caption: str, transforms: Sequence[TagTransform], count: int, seed: int) -> list[str]:
+    """Draw `count` variants of a caption, each by all transforms in order; without transforms, the caption alone.
+
+    Equal variants are kept, so that one drawn evenly from them has the transforms' probabilities.
+    """
+    if not transforms:
+        return [caption]
+    choices = random.Random(seed)
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    variants = []
+    for _ in range(count):
+        remaining = tags
+        for transform in transforms:
+            remaining = transform.apply(remaining, choices)
+        variants.append(", ".join(remaining))
+    return variants

@@ -85,14 +85,18 @@ def _draw_evidence(
     Returns:
         The evidence, and the positive trigger word of each slot.
     """
-    from dreamartist_pipeline.backbones.concepts import attach
+    from dreamartist_pipeline.backbones.concepts import attach, clip_skip_of
 
     reconstruction = _reconstruct(backbone, reference)
     num_images = 2 * params.images_per_prompt * (len(params.prompts) + len(params.prior_prompts))
-    loaded = {BASE: attach(backbone, None, StrengthParams()), CONCEPT: attach(backbone, concept, params.strength)}
+    loaded = {
+        BASE: attach(backbone, None, StrengthParams(), clip_skip_of(concept)),
+        CONCEPT: attach(backbone, concept, params.strength),
+    }
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
     class_words = dict.fromkeys(_slots(params.prompts), params.class_word)
-    fillings = {BASE: class_words, CONCEPT: class_words | words}
+    spoken = dict.fromkeys(class_words, concept.metadata["class_word"] or params.class_word)  # DreamBooth's rare word
+    fillings = {BASE: class_words, CONCEPT: spoken | words}
     with _progress_bar(num_images) as bar:
         draw = {group: _drawer(backbone, loaded[group], params, bar.update) for group in loaded}
         subject = {group: _draw(draw[group], params.prompts, fillings[group], params) for group in loaded}

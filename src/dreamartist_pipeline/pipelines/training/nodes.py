@@ -28,6 +28,7 @@ _GENERAL_SLOTS = ("class", "caption")
 _CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
 _ENCODE_BATCH = 8
 _ANY_DEVICE = DeviceParams()
+_CAPTION_VARIANTS = 64  # drawn once per training, so that prompts are tokenized once
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 
 log = logging.getLogger(__name__)
@@ -148,12 +149,18 @@ def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple
     import torch
 
     from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters
-    from dreamartist_pipeline.backbones.prompts import PromptTokenizer, check_trigger_word, initial_word_vectors
+    from dreamartist_pipeline.backbones.prompts import (
+        PromptTokenizer,
+        check_clip_skip,
+        check_trigger_word,
+        initial_word_vectors,
+    )
     from dreamartist_pipeline.core.branches import branches
     from dreamartist_pipeline.core.embeddings import WordEmbedding
     from dreamartist_pipeline.core.training import lr_factor, parameter_groups
 
     factor, generator = lr_factor(params), torch.Generator()
+    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
     networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
     stacks = inject_adapters(networks, params, factor, generator)
     words = None
@@ -208,6 +215,17 @@ def _template_prompts(params: TrainingParams, caption: str) -> list[tuple[str, s
     from dreamartist_pipeline.core.captions import branch_prompts
 
     return [branch_prompts(template, params.words.names, params.class_word, caption) for template in params.templates]
+
+
+def _training_prompts(params: TrainingParams, caption: str) -> list[tuple[str, str]]:
+    """Return (negative, positive) of every template with every variant of the caption, the same in both branches."""
+    from dreamartist_pipeline.core.captions import TagTransform, caption_variants
+    from dreamartist_pipeline.core.training import derived_seed
+
+    transforms = [TagTransform(transform.kind, transform.p) for transform in params.caption_transforms]
+    seed = derived_seed(params.seed, "captions")
+    variants = caption_variants(caption, transforms, _CAPTION_VARIANTS, seed)
+    return [prompt for variant in variants for prompt in _template_prompts(params, variant)]
 
 
 # ------------------------------------------------------------------------------------------------- the training
@@ -297,7 +315,7 @@ def training_data(
     from dreamartist_pipeline.core.images import fit_to_size, to_tensor
     from dreamartist_pipeline.core.training import TrainingData
 
-    reference = _latent_images(backbone, [image], _stacked_ids(prompts, _template_prompts(params, caption), params))
+    reference = _latent_images(backbone, [image], _stacked_ids(prompts, _training_prompts(params, caption), params))
     others = None
     if regularization:
         captions = [(caption, caption) for caption, _ in regularization]  # no trigger word in either branch
