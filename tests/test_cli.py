@@ -86,7 +86,9 @@ def test_the_command_keeps_kedros_options() -> None:
 
 CONFIG = """
 bells: whistles
-lora_unet: [{lr: 1e-4, rank: 2, branch: p, layers: ['re:.*attn2$']}, {lr: 1e-4, rank: 2, branch: n, layers: ['re:.*attn2$']}]
+lora_unet:
+  - {lr: 1e-4, rank: 2, branch: p, layers: ['re:.*attn2$']}
+  - {lr: 1e-4, rank: 2, branch: n, layers: ['re:.*attn2$']}
 train: {cfg_scale: '2.0'}
 data: {batch_size: 3, prompt_template: templates/object.txt}
 """

@@ -327,7 +327,7 @@ def _is_empty(source: _Source, name: str) -> bool:
 
 
 def _word_names(source: _Source, data_set: str) -> dict[str, tuple[str, list[str]]]:
-    """Return slot -> (its key, its words) of a data set; the transform's own `word_names` counts before a general one."""
+    """Return slot -> (its key, its words) of a data set; a transform's own `word_names` counts before a general one."""
     found: dict[str, tuple[str, list[str]]] = {}
     for key in sorted(source.values, key=lambda k: ".transforms." not in k):
         match = re.fullmatch(rf"{re.escape(data_set)}\.(.+\.)?word_names\.(?P<slot>\w+)(\.(?P<index>\d+))?", key)
