@@ -1,4 +1,4 @@
-"""The `kedro run` command: parameters with commas, readable errors."""
+"""The project's commands: `kedro run` with commas and readable errors, `kedro import-config`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 import pytest
+import yaml
+from click.testing import CliRunner
 from kedro.io import DatasetError
 
-from dreamartist_pipeline.cli import _report, parse_params, readable_message, run
+from dreamartist_pipeline.cli import _report, cli, parse_params, readable_message, run
 from dreamartist_pipeline.core.errors import InputError
 
 CONTEXT = click.Context(run)
@@ -78,3 +80,62 @@ def test_another_error_says_its_own_text() -> None:
 def test_the_command_keeps_kedros_options() -> None:
     names = {param.name for param in run.params}
     assert {"pipeline", "pipelines", "env", "from_nodes", "only_missing_outputs", "params", "traceback"} <= names
+
+
+# ------------------------------------------------------------------------------------------------- import-config
+
+CONFIG = """
+bells: whistles
+lora_unet:
+  - {lr: 1e-4, rank: 2, branch: p, layers: ['re:.*attn2$']}
+  - {lr: 1e-4, rank: 2, branch: n, layers: ['re:.*attn2$']}
+train: {cfg_scale: '2.0'}
+data: {batch_size: 3, prompt_template: templates/object.txt}
+"""
+
+
+@pytest.fixture
+def toolkit_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "pyproject.toml").touch()
+    monkeypatch.chdir(project)
+    file = tmp_path / "toolkit" / "cfgs" / "DreamArtist++.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(CONFIG, encoding="utf-8")
+    return file
+
+
+def test_an_imported_configuration_becomes_an_environment(toolkit_file: Path) -> None:
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file)])
+    assert result.exit_code == 0, result.output
+    parameters = yaml.safe_load(Path("conf/DreamArtist-plus-plus/parameters.yml").read_text())
+    assert parameters["training"]["guidance_scale"] == "2.0"
+    assert parameters["training"]["lora_unet"][0]["lr"] == 1e-4
+    assert "bells = 'whistles'" in result.output
+    assert "kedro run --env DreamArtist-plus-plus --pipeline train" in result.output
+
+
+def test_templates_are_found_from_the_toolkits_root(toolkit_file: Path) -> None:
+    templates = toolkit_file.parents[1] / "templates"
+    templates.mkdir()
+    (templates / "object.txt").write_text("a photo of it\n")
+    CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    parameters = yaml.safe_load(Path("conf/mine/parameters.yml").read_text())
+    assert parameters["training"]["templates"] == ["a photo of it"]
+
+
+def test_an_environment_is_replaced_only_when_asked_to(toolkit_file: Path) -> None:
+    runner = CliRunner()
+    runner.invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    again = runner.invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    assert again.exit_code == 1
+    assert "is there already" in again.output
+    assert runner.invoke(cli, ["import-config", str(toolkit_file), "--env", "mine", "--force"]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["base", "local", "../outside"])
+def test_a_name_that_is_no_environment_of_ones_own_is_refused(toolkit_file: Path, name: str) -> None:
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", name, "--force"])
+    assert result.exit_code == 1
+    assert "expected a name" in result.output

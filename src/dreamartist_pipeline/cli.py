@@ -1,4 +1,8 @@
-"""`kedro run`, with two things made easier: values that contain commas, and errors that end in one readable message."""
+"""The project's own commands.
+
+`kedro run`, with two things made easier: values that contain commas, and errors that end in one readable message; and
+`kedro import-config`, which reads the reference toolkit's configurations.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, input_error_in
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
+_KEPT_ENVIRONMENTS = ("base", "local", "test", "sd15")
 _READABLE = (InputError, ParameterValidationError, DatasetError)
 
 
@@ -92,6 +97,71 @@ def _build_run_command() -> click.Command:
     return click.Command("run", params=params, callback=_report(callback), help=kedro_run.help)
 
 
+@click.command("import-config")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--env", "name", help="Name of the environment to write; default: the file's name.")
+@click.option("--force", is_flag=True, help="Replace an environment of that name.")
+def import_config(file: Path, name: str | None, force: bool) -> None:
+    """Turn FILE, a training configuration of HCP-Diffusion, into an environment under conf/.
+
+    What has no counterpart here is listed with the reason. Train with it by `kedro run --env NAME --pipeline train`.
+    """
+    from dreamartist_pipeline.interop.toolkit_config import read_toolkit_config
+
+    name = name or re.sub(r"[^\w.-]+", "-", file.stem.replace("++", "-plus-plus"))
+    try:
+        folder = _environment_folder(name, force)
+        imported = read_toolkit_config(file.read_text(encoding="utf-8"), lambda path: _near(file, path))
+    except (InputError, UnicodeDecodeError) as error:
+        click.secho(f"Error: {error}", fg="red", err=True)
+        raise click.exceptions.Exit(1) from error
+    notes = [f"{key} = {reason}" for key, reason in imported.left_out.items()]
+    head = "\n".join([f"Imported from {file.name}.", *(f"Not carried over: {note}" for note in notes)])
+    _write_yaml(folder / "globals.yml", imported.settings, head)
+    _write_yaml(folder / "parameters.yml", imported.parameters, head)
+    click.echo(f"Wrote {folder}/globals.yml and {folder}/parameters.yml.")
+    click.echo("\n".join([f"\nNot carried over: {len(notes)}", *(f"  {note}" for note in notes)]))
+    click.echo(f"\nTrain with it: kedro run --env {name} --pipeline train --params subject=NAME,image=FILE")
+
+
+def _environment_folder(name: str, force: bool) -> Path:
+    """Return the folder of a new environment.
+
+    Raises:
+        InputError: not a project's folder, not a name of one's own, or the environment is there.
+    """
+    if not Path("pyproject.toml").is_file():
+        raise InputError(f"expected the project's folder; got {Path.cwd()}; change into it")
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in _KEPT_ENVIRONMENTS:
+        raise InputError(
+            f"expected a name of letters, digits and hyphens that is not {' or '.join(_KEPT_ENVIRONMENTS)}; got "
+            f"{name!r}; choose another (--env NAME)"
+        )
+    folder = Path("conf") / name
+    if folder.exists() and not force:
+        raise InputError(
+            f"expected a new environment; {folder} is there already; choose another name (--env NAME), or replace it "
+            "(--force)"
+        )
+    return folder
+
+
+def _near(file: Path, path: str) -> str | None:
+    """Read a file that `file` names: paths count from the toolkit's root, which is one of the folders above."""
+    for folder in file.resolve().parents:
+        if (folder / path).is_file():
+            return (folder / path).read_text(encoding="utf-8")
+    return None
+
+
+def _write_yaml(file: Path, values: dict[str, Any], head: str) -> None:
+    comment = "".join(f"# {line}\n" for line in head.splitlines())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+    partial.replace(file)
+
+
 @click.group(name="dreamartist_pipeline")
 def cli() -> None:
     """Collect this project's own commands."""
@@ -99,3 +169,4 @@ def cli() -> None:
 
 run = _build_run_command()
 cli.add_command(run)
+cli.add_command(import_config)
