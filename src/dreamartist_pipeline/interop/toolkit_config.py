@@ -126,8 +126,8 @@ def _with_bases(text: str, read_text: Callable[[str], str | None]) -> tuple[Dict
             missing[f"_base_ {base}"] = "the file is not at hand; what it sets is not carried over"
             continue
         base_config, base_missing = _with_bases(base_text, read_text)
-        merged, missing = OmegaConf.merge(merged, base_config), missing | base_missing
-    return OmegaConf.merge(merged, config), missing
+        merged, missing = cast(DictConfig, OmegaConf.merge(merged, base_config)), missing | base_missing
+    return cast(DictConfig, OmegaConf.merge(merged, config)), missing
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
