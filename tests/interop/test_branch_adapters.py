@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import Concept, to_json
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import (
     BaseModelIdentity,
@@ -48,6 +48,14 @@ def test_by_hand_rank_two_and_alpha_three() -> None:
     factors = LoRAFactors(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]]), 3 / 2)
     assert factors.update().tolist() == [[1.5, 3.0]]
     assert factors.up_for_scale(0.5).tolist() == [[3.0, 3.0]]
+
+
+def test_a_rank_that_changes_with_the_timestep_is_no_lora_file(concept: Concept) -> None:
+    groups = concept.value("lora_unet")
+    groups[0]["timestep_min_rank"] = 1
+    changing = Concept(concept.tensors, {**concept.metadata, "lora_unet": to_json(groups)})
+    with pytest.raises(InputError, match="expected LoRA groups of one rank"):
+        branch_adapter(changing, "positive")
 
 
 def test_words_come_by_branch_and_slot(concept: Concept) -> None:

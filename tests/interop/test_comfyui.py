@@ -55,6 +55,18 @@ def test_a_model_that_predicts_v_is_told_so() -> None:
     assert workflow["model_sampling"]["inputs"]["sampling"] == "v_prediction"
 
 
+def test_a_concept_that_skips_layers_reads_an_earlier_one_in_both_branches() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, clip_skip=1), SAMPLER)
+    assert workflow["last_layer"]["inputs"] == {"clip": ["base_model", 1], "stop_at_clip_layer": -2}
+    for branch in ("positive", "negative"):
+        assert workflow[f"{branch}_text_encoder"]["inputs"]["clip"] == ["last_layer", 0]
+
+
+def test_a_schedule_that_ends_without_signal_is_asked_for() -> None:
+    picture = dataclasses.replace(PICTURE, prediction_type="v_prediction", zero_terminal_snr=True)
+    assert build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER)["model_sampling"]["inputs"]["zsnr"] is True
+
+
 def test_a_branch_without_an_adapter_has_no_hook() -> None:
     workflow = build_workflow(POSITIVE, BranchInputs("", None, 1.0), PICTURE, SAMPLER)
     assert workflow["negative_prompt"]["inputs"]["clip"] == ["base_model", 1]

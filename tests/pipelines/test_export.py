@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -349,9 +350,12 @@ def import_script(file: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("clip_skip", [0, 1])
 def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
-    tiny_base_model: Path, backbone: Backbone, concept: Concept, files: dict[str, bytes], tmp_path: Path
+    tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path, clip_skip: int
 ) -> None:
+    concept = dataclasses.replace(concept, metadata={**concept.metadata, "clip_skip": str(clip_skip)})
+    files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
     FileFolderDataset(path=str(tmp_path / "export")).save(files)
     script = import_script(tmp_path / "export" / "generate_with_diffusers.py")
     prompt, seeds = "a my-fox, background", [3, 4]

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import attach, share_weights
+from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, repeat, split
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
@@ -23,11 +24,15 @@ _NUM_ROWS = 2
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed inputs: latents `[B, C, h, w]`, timesteps `[B]`, token ids `[B, L]` of the base vocabulary."""
+    """Fixed inputs: latents `[B, C, h, w]`, timesteps `[B]`, token ids `[B, L]` of the base vocabulary.
+
+    clip_skip: how many of the text encoder's last layers are left out.
+    """
 
     latents: torch.Tensor = field(repr=False)
     timesteps: torch.Tensor
     token_ids: torch.Tensor = field(repr=False)
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class FilePrediction:
     prediction: torch.Tensor = field(repr=False)
 
 
-def make_probe(backbone: Backbone, seed: int = 0) -> Probe:
+def make_probe(backbone: Backbone, seed: int = 0, clip_skip: int = 0) -> Probe:
     """Draw inputs from a seed: a small picture at an early and a late timestep, random words."""
     generator = torch.Generator().manual_seed(seed)
     config = backbone.unet.config
@@ -50,13 +55,15 @@ def make_probe(backbone: Backbone, seed: int = 0) -> Probe:
         latents=torch.randn(_NUM_ROWS, config.in_channels, side, side, generator=generator).to(backbone.device),
         timesteps=torch.tensor([last // 4, last * 3 // 4], device=backbone.device),
         token_ids=torch.randint(vocabulary_size, (_NUM_ROWS, num_tokens), generator=generator).to(backbone.device),
+        clip_skip=clip_skip,
     )
 
 
 @torch.no_grad()
 def base_prediction(backbone: Backbone, probe: Probe) -> torch.Tensor:
     """Return what the base model predicts, `[B, C, h, w]`."""
-    return backbone.denoise(probe.latents, probe.timesteps, backbone.text_encoder(probe.token_ids)[0])
+    hidden = PromptEncoder(backbone, clip_skip=probe.clip_skip).encode(probe.token_ids)
+    return backbone.denoise(probe.latents, probe.timesteps, hidden)
 
 
 @torch.no_grad()

@@ -95,7 +95,9 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
 
 
 def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
-    alphas = [float(fields["alpha"]) for fields in concept.value(f"lora_{network}")]
+    specs = concept.value(f"lora_{network}")
+    _check_static(network, specs)
+    alphas = [float(fields["alpha"]) for fields in specs]
     groups: dict[str, list[LoRAFactors]] = {}
     for (layer, group, of_branch), factors in sorted(factors_by_update(concept.part(network)).items()):
         if group >= len(alphas) or set(factors) != {"down", "up"}:
@@ -106,6 +108,17 @@ def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoR
         if of_branch in (branch, SHARED):
             groups.setdefault(layer, []).append(_scaled(factors, alphas[group]))
     return {layer: _joined(members) for layer, members in groups.items()}
+
+
+def _check_static(network: str, specs: Sequence[Mapping[str, Any]]) -> None:
+    """Confirm that no group changes its rank with the timestep, which no other tool's files can say."""
+    for index, fields in enumerate(specs):
+        if fields.get("timestep_min_rank") is not None:
+            raise InputError(
+                f"expected LoRA groups of one rank; got lora_{network}[{index}] with timestep_min_rank "
+                f"{fields['timestep_min_rank']}, which LoRA files of other tools cannot express; draw with "
+                "kedro run --pipeline generate, or train without timestep_min_rank"
+            )
 
 
 def _scaled(factors: Mapping[str, torch.Tensor], alpha: float) -> LoRAFactors:

@@ -37,11 +37,16 @@ class BranchInputs:
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn besides: size, seed, and how the base model predicts."""
+    """What is drawn besides: size, seed, how the base model predicts, and which of the text encoder's layers is read.
+
+    clip_skip: how many of its last layers are left out. zero_terminal_snr: as the concept was trained.
+    """
 
     side_px: int
     seed: int
     prediction_type: str
+    clip_skip: int = 0
+    zero_terminal_snr: bool = False
 
 
 def build_workflow(
@@ -50,11 +55,12 @@ def build_workflow(
     """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it."""
     sampler_name, scheduler = _SAMPLERS[sampler.scheduler]
     model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
+    text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
     nodes = {
         "base_model": _node("CheckpointLoaderSimple", ckpt_name=BASE_MODEL_FILE),
-        **_branch("positive", positive),
-        **_branch("negative", negative),
+        **_branch("positive", positive, text_encoder),
+        **_branch("negative", negative, text_encoder),
         "latents": _node("EmptyLatentImage", **size),
         "sampler": _node(
             "KSampler",
@@ -73,14 +79,21 @@ def build_workflow(
         "image": _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist"),
     }
     if picture.prediction_type == "v_prediction":
-        v = _node("ModelSamplingDiscrete", model=["base_model", 0], sampling="v_prediction", zsnr=False)
-        nodes["model_sampling"] = v
+        nodes["model_sampling"] = _node(
+            "ModelSamplingDiscrete",
+            model=["base_model", 0],
+            sampling="v_prediction",
+            zsnr=picture.zero_terminal_snr,
+        )
+    if picture.clip_skip:
+        layer = -1 - picture.clip_skip
+        nodes["last_layer"] = _node("CLIPSetLastLayer", clip=["base_model", 1], stop_at_clip_layer=layer)
     return nodes
 
 
-def _branch(name: str, inputs: BranchInputs) -> dict[str, Any]:
+def _branch(name: str, inputs: BranchInputs, text_encoder: list[Any]) -> dict[str, Any]:
     if inputs.lora_file is None:
-        return {f"{name}_prompt": _node("CLIPTextEncode", text=inputs.prompt, clip=["base_model", 1])}
+        return {f"{name}_prompt": _node("CLIPTextEncode", text=inputs.prompt, clip=text_encoder)}
     strength = inputs.strength
     return {
         f"{name}_lora": _node(
@@ -88,7 +101,7 @@ def _branch(name: str, inputs: BranchInputs) -> dict[str, Any]:
         ),
         f"{name}_text_encoder": _node(
             "SetClipHooks",
-            clip=["base_model", 1],
+            clip=text_encoder,
             apply_to_conds=True,
             schedule_clip=False,
             hooks=[f"{name}_lora", 0],

@@ -29,6 +29,8 @@ class ExportOutline:
     has_workflow: bool
     has_script: bool
     branches_are_equal: bool
+    clip_skip: int = 0
+    zero_terminal_snr: bool = False
 
 
 def diffusers_script(outline: ExportOutline, sampler: SamplerParams, strength: StrengthParams) -> str:
@@ -42,6 +44,8 @@ def diffusers_script(outline: ExportOutline, sampler: SamplerParams, strength: S
         "scheduler": sampler.scheduler,
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale,
+        "clip_skip": outline.clip_skip,
+        "zero_terminal_snr": outline.zero_terminal_snr,
     }
     template = files("dreamartist_pipeline.interop").joinpath("templates/generate_with_diffusers.py.txt")
     return Template(template.read_text(encoding="utf-8")).substitute(settings=pformat(settings, sort_dicts=False))

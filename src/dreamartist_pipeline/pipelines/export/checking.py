@@ -67,7 +67,7 @@ class _Truth:
 
     @cached_property
     def probe(self) -> Probe:
-        return make_probe(self.backbone)
+        return make_probe(self.backbone, clip_skip=self.source.clip_skip)
 
     @cached_property
     def base(self) -> torch.Tensor:

@@ -43,6 +43,8 @@ class ExportSource:
     num_steps: int
     is_v2: bool
     workflow_px: int
+    clip_skip: int
+    zero_terminal_snr: bool
 
 
 def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) -> ExportSource:
@@ -61,6 +63,8 @@ def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) 
         num_steps=concept.value("num_steps"),
         is_v2=outline.text_encoder.config.hidden_size == _SD2_TEXT_WIDTH,
         workflow_px=int(outline.unet.config.sample_size) * _SD_LATENT_SCALE,
+        clip_skip=concept.value("clip_skip") if "clip_skip" in concept.metadata else 0,
+        zero_terminal_snr="zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr"),
     )
 
 
@@ -145,6 +149,8 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
         has_workflow=has_words and len(loras) == len(source.adapters),
         has_script=has_words and len(diffusers_loras) == len(source.adapters),
         branches_are_equal=_branches_are_equal(source),
+        clip_skip=source.clip_skip,
+        zero_terminal_snr=source.zero_terminal_snr,
     )
 
 
@@ -179,5 +185,7 @@ def _workflow(source: ExportSource, outline: ExportOutline, params: ExportParams
         )
         for branch, prompt in (("positive", outline.prompt), ("negative", outline.negative_prompt))
     }
-    picture = Picture(source.workflow_px, params.seed, source.prediction_type)
+    picture = Picture(
+        source.workflow_px, params.seed, source.prediction_type, source.clip_skip, source.zero_terminal_snr
+    )
     return json.dumps(build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler), indent=1) + "\n"
