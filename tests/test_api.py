@@ -1,0 +1,233 @@
+"""The calls for scripts, against a plain diffusers computation that shares no code with this project.
+
+The independent side merges each branch's update into a copy of the weights (`torch.func.functional_call`), appends the
+learned vectors to the token embedding, runs text encoder and UNet once per branch, and combines by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch.func import functional_call
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dreamartist_pipeline.api import open_base_model, read_toolkit_concept, sample_latents, step_values
+from dreamartist_pipeline.backbones.base_model import Backbone
+from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import branch_adapter, trigger_words
+from dreamartist_pipeline.interop.toolkit import write_toolkit
+from dreamartist_pipeline.params import LossParams, SamplerParams, StrengthParams, TrainingParams
+
+PROMPTS = {"positive": "a my-fox, the background", "negative": "a my-fox-neg, the background"}
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+MIXED = [  # several groups on one layer, other ranks and alphas, convolutions, one group for both branches
+    {"lr": 1e-3, "rank": 2, "branch": "p", "alpha": 3.0, "layers": [r"re:.*\.attn.?$", r"re:.*resnets\.0$"]},
+    {"lr": 1e-3, "rank": 1, "branch": "p", "alpha": 0.5, "layers": [r"re:.*attn2$"]},
+    {"lr": 1e-3, "rank": 0.1, "branch": "n", "layers": [r"re:.*\.attn.?$", r"re:.*resnets\.1$"]},
+    {"lr": 1e-3, "rank": 1, "layers": [r"re:.*\.ff$"]},
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return open_base_model(tiny_base_model)
+
+
+@pytest.fixture(scope="module")
+def concept(backbone: Backbone, make_training_params: Callable[..., TrainingParams]) -> Concept:
+    params = make_training_params(lora_unet=MIXED)
+    concept = start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator) * (0.3 if name.startswith("words") else 0.2)
+        for name, tensor in concept.tensors.items()
+    }
+    return Concept(tensors, concept.metadata)
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "latents": torch.randn(3, 4, 8, 8, generator=generator),
+        "noise": torch.randn(3, 4, 8, 8, generator=generator),
+        "timesteps": torch.tensor([40, 500, 999]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the other side
+
+
+class Independent:
+    """Each branch computed alone, with merged weights, in plain diffusers and transformers."""
+
+    def __init__(self, folder: Path, concept: Concept, strength: tuple[float, float] = (1.0, 1.0)) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        self.scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        self.concept = concept
+        self.strength = dict(zip(("positive", "negative"), strength, strict=True))
+        self.learned = {name: tensor.clone().requires_grad_() for name, tensor in concept.tensors.items()}
+
+    def merged(self, network: str, module: torch.nn.Module, branch: str) -> dict[str, torch.Tensor]:
+        weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        alphas = [group["alpha"] for group in json.loads(self.concept.metadata[f"lora_{network}"])]
+        for name in [n for n in self.learned if n.startswith(f"{network}.") and n.endswith(".down")]:
+            layer, group, of_branch, _ = name.removeprefix(f"{network}.").rsplit(".", 3)
+            if of_branch not in (branch, "shared"):
+                continue
+            down, up = self.learned[name], self.learned[name.removesuffix("down") + "up"]
+            scale = alphas[int(group)] / len(down) * self.strength[branch]
+            update = scale * (up.flatten(1) @ down.flatten(1))
+            weight = weights[f"{layer}.weight"]
+            weights[f"{layer}.weight"] = weight + update.reshape(weight.shape)
+        return weights
+
+    def text_states(self, prompt: str, branch: str) -> torch.Tensor:
+        weights = self.merged("text_encoder", self.text_encoder, branch)
+        (table,) = [name for name in weights if name.endswith("token_embedding.weight")]
+        first_id = len(weights[table])
+        weights[table] = torch.cat(
+            [weights[table], self.learned["words.positive.pt1"], self.learned["words.negative.pt1"]]
+        )
+        positive, negative = (len(self.learned[f"words.{b}.pt1"]) for b in ("positive", "negative"))
+        by_word = {"my-fox": range(first_id, first_id + positive)}
+        by_word["my-fox-neg"] = range(first_id + positive, first_id + positive + negative)
+        ids = [self.tokenizer.bos_token_id]
+        for part in prompt.replace(",", " ,").split():
+            ids += by_word.get(part) or self.tokenizer(part, add_special_tokens=False).input_ids
+        ids += [self.tokenizer.eos_token_id]
+        ids += [self.tokenizer.pad_token_id] * (self.tokenizer.model_max_length - len(ids))
+        return functional_call(self.text_encoder, weights, (torch.tensor([ids]),))[0]
+
+    def branch_prediction(self, branch: str, prompt: str, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        states = self.text_states(prompt, branch).expand(len(noisy), -1, -1)
+        weights = self.merged("unet", self.unet, branch)
+        return functional_call(self.unet, weights, (noisy, timesteps, states)).sample
+
+
+def guidance_by_hand(text: str, timestep: int) -> float:
+    rate = timestep / 999
+    return {
+        "3.0": 3.0,
+        "1.0-3.0": 1 + 2 * rate,
+        "3.0-1.0:ln": 3 - 2 * rate,
+        "1.0-4.0:cos": 1 + 3 * math.cos((rate - 1) * math.pi / 2),
+        "2.0-4.0:cos2": 2 + 2 * (1 - math.cos(rate * math.pi / 2)),
+    }[text]
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("guidance_scale", ["3.0", "1.0-3.0", "3.0-1.0:ln", "1.0-4.0:cos", "2.0-4.0:cos2"])
+def test_prediction_loss_and_gradients_are_those_of_merged_weights(
+    backbone: Backbone,
+    concept: Concept,
+    tiny_base_model: Path,
+    given: dict[str, torch.Tensor],
+    guidance_scale: str,
+) -> None:
+    came = step_values(
+        backbone,
+        concept,
+        PROMPTS["positive"],
+        PROMPTS["negative"],
+        **given,
+        guidance_scale=guidance_scale,
+        loss=LossParams(weighting="min_snr", snr_gamma=2.0),
+    )
+    plain = Independent(tiny_base_model, concept)
+    latents, noise, timesteps = given["latents"], given["noise"], given["timesteps"]
+    alpha = plain.scheduler.alphas_cumprod[timesteps]
+    signal, noisiness = alpha.sqrt().view(-1, 1, 1, 1), (1 - alpha).sqrt().view(-1, 1, 1, 1)
+    noisy = signal * latents + noisiness * noise
+    by_branch = {b: plain.branch_prediction(b, prompt, noisy, timesteps) for b, prompt in PROMPTS.items()}
+    scale = torch.tensor([guidance_by_hand(guidance_scale, int(t)) for t in timesteps]).view(-1, 1, 1, 1)
+    combined = by_branch["negative"] + scale * (by_branch["positive"] - by_branch["negative"])
+    target = signal * noise - noisiness * latents  # v
+    snr = alpha / (1 - alpha)
+    weight = torch.minimum(snr, torch.tensor(2.0)) / (snr + 1)
+    row_losses = weight * ((combined - target) ** 2).mean((1, 2, 3))
+    gradients = torch.autograd.grad(row_losses.mean(), list(plain.learned.values()))
+
+    torch.testing.assert_close(came.prediction, combined.detach(), **TOLERANCE)
+    torch.testing.assert_close(came.row_losses, row_losses.detach(), **TOLERANCE)
+    torch.testing.assert_close(came.loss, row_losses.mean().detach(), **TOLERANCE)
+    assert came.gradients.keys() == plain.learned.keys()
+    for name, expected in zip(plain.learned, gradients, strict=True):
+        difference = (came.gradients[name] - expected).abs().max()
+        assert difference <= 1e-6, f"{name} differs by {difference:.1e}"
+        assert difference <= 1e-4 * expected.abs().max(), f"{name} differs by {difference:.1e}"  # small ones too
+
+
+def test_a_mask_multiplies_the_error(backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]) -> None:
+    prompts = PROMPTS["positive"], PROMPTS["negative"]
+    mask = torch.full((3, 1, 8, 8), 2.0)
+    whole = step_values(backbone, concept, *prompts, **given)
+    masked = step_values(backbone, concept, *prompts, **given, mask=mask)
+    torch.testing.assert_close(masked.row_losses, 2 * whole.row_losses)
+
+
+def test_nothing_is_changed(backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]) -> None:
+    before = {name: tensor.clone() for name, tensor in concept.tensors.items()}
+    step_values(backbone, concept, PROMPTS["positive"], PROMPTS["negative"], **given)
+    assert all(torch.equal(concept.tensors[name], tensor) for name, tensor in before.items())
+    assert not any(parameter.requires_grad for parameter in backbone.unet.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def test_five_ddim_steps_from_a_toolkit_folder_are_those_of_merged_weights(
+    backbone: Backbone, concept: Concept, tiny_base_model: Path, given: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
+    files = write_toolkit(adapters, trigger_words(concept), step=600)
+    for name, file in files.items():
+        (tmp_path / name).write_bytes(file)
+    assert len(files) == 6
+
+    came = sample_latents(
+        backbone,
+        read_toolkit_concept(backbone, tmp_path),
+        PROMPTS["positive"],
+        "a red cat",
+        given["latents"],
+        strength=StrengthParams(positive=0.8, negative=0.65),
+        sampler=SamplerParams(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0),
+    )
+    plain = Independent(tiny_base_model, concept, strength=(0.8, 0.65))
+    plain.scheduler.set_timesteps(5)
+    latents = given["latents"]
+    with torch.no_grad():
+        for timestep in plain.scheduler.timesteps:
+            rows = timestep.expand(len(latents))
+            positive = plain.branch_prediction("positive", PROMPTS["positive"], latents, rows)
+            negative = plain.branch_prediction("negative", "a red cat", latents, rows)
+            latents = plain.scheduler.step(negative + 3.0 * (positive - negative), timestep, latents).prev_sample
+    torch.testing.assert_close(came, latents, **TOLERANCE)
+
+
+def test_without_a_concept_the_base_model_samples(backbone: Backbone, given: dict[str, torch.Tensor]) -> None:
+    plain = sample_latents(backbone, None, "a red cat", "", given["latents"])
+    assert plain.shape == given["latents"].shape
+
+
+def test_words_that_are_no_pair_have_to_be_named(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
+    for name, file in write_toolkit({}, trigger_words(concept), step=1).items():
+        (tmp_path / name.replace("my-fox-neg", "other")).write_bytes(file)
+    with pytest.raises(InputError, match="name the pair in `words`"):
+        read_toolkit_concept(backbone, tmp_path)
+    named: Any = read_toolkit_concept(backbone, tmp_path, words=("my-fox", "other"))
+    assert named.value("words") == {"pt1": ["my-fox", "other"]}
