@@ -104,7 +104,7 @@ def _render_named(packages: SpritePackages, pretrain: PretrainParams, side_px: i
 
 def _recipe(params: JudgeParams, vocabulary: object) -> str:
     """Hash what decides the weights, so that a checkpoint never continues another recipe."""
-    decisive = params.model_dump_json(exclude={"num_test_scenes"}) + repr(vocabulary)
+    decisive = params.model_dump_json(exclude={"num_test_scenes"}, exclude_defaults=True) + repr(vocabulary)
     return hashlib.sha256(decisive.encode()).hexdigest()[:12]
 
 
