@@ -64,7 +64,7 @@ bench: $(READY) ## print speed and quality tables (trains many subjects: hours o
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)
 
-judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that scores the base model's pictures (a quarter of an hour on a CPU; resumes)
+judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that scores the base model's pictures (half an hour on a CPU; resumes)
 	$(BIN)/kedro run --pipeline judge $(ARGS)
 
 viz: $(READY) ## show the pipelines in a browser
