@@ -148,3 +148,11 @@ def test_a_text_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cat.txt").write_bytes(b"\xff\xfe\x00caption")
     with pytest.raises(DatasetError, match=r"caption as UTF-8 text in .*cat\.txt; .*; save it as UTF-8"):
         CaptionDataset(filepath=str(tmp_path / "cat.png")).load()
+
+
+def test_a_png_keeps_how_it_was_drawn_and_nothing_else(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4))
+    image.info |= {"parameters": "a fox, ≤ 3", "Author": "somebody"}
+    dataset = ImageDataset(filepath=str(tmp_path / "image.png"))
+    dataset.save(image)
+    assert dataset.load().info == {"parameters": "a fox, ≤ 3"}

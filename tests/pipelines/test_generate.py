@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,24 @@ def test_every_prompt_gets_its_images_by_number_and_seed(tiny_base_model: Path, 
     assert list(images) == ["000_7", "000_8", "001_7", "001_8"]
     assert {image.size for image in images.values()} == {(32, 32)}
     assert grid.width >= 2 * 32 and grid.height >= 2 * 32
+
+
+def test_an_image_says_how_it_was_drawn(tiny_base_model: Path, concept: Concept) -> None:
+    params = GenerateParams(
+        prompts=("a {pt1}",), negative_prompt="blurry", images_per_prompt=1, seed=7, sampler=SAMPLER
+    )
+    (image,) = generate_images(str(tiny_base_model), concept, params, CPU)[0].values()
+    assert image.info["parameters"].splitlines() == [
+        "a my-fox",
+        "Negative prompt: blurry",
+        "Steps: 2, Sampler: dpmsolver++, CFG scale: 4.0, Seed: 7, Size: 32x32, Model: tiny",
+    ]
+    settings = json.loads(image.info["dreamartist"])
+    assert (settings["prompt"], settings["seed"], settings["strength"]) == (
+        "a my-fox",
+        7,
+        {"positive": 1.0, "negative": 1.0},
+    )
 
 
 def test_a_slot_becomes_the_positive_trigger_word(tiny_base_model: Path, concept: Concept) -> None:

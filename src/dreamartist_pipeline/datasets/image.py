@@ -13,6 +13,7 @@ from kedro_datasets._typing import ImagePreview
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 _PREVIEW_SIDE_PX = 512
 
@@ -123,6 +124,8 @@ class CaptionDataset(AbstractDataset[None, str]):
 class ImageDataset(AbstractDataset["Image", "Image"]):
     """A Pillow image in a lossless file; a save replaces the old file in one step.
 
+    A drawn image's settings (`image.info`, keys of `KEPT_TEXTS`) are kept in the file's metadata, where it is a PNG.
+
     Args:
         filepath: where; the suffix names the format.
         save_args: what Pillow's `Image.save` takes besides.
@@ -159,15 +162,31 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
         return {"filepath": self._filepath.as_posix(), "save_args": self._save_args}
 
 
+KEPT_TEXTS = ("parameters", "dreamartist")
+"""What of `image.info` goes into a PNG: how the image was drawn, and nothing that a user's own picture brings along."""
+
+
 def save_image(image: "Image", file: Path, **save_args: Any) -> None:
     """Write an image under a temporary name beside it, then rename: readers see the old file or the whole new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix.lower() == ".png" and (texts := _texts(image)) is not None:
+        save_args = {"pnginfo": texts, **save_args}
     temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         image.save(temporary, **save_args)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _texts(image: "Image") -> "PngInfo | None":
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    kept = [key for key in KEPT_TEXTS if key in image.info]
+    for key in kept:
+        texts.add_itxt(key, image.info[key])
+    return texts if kept else None
 
 
 def _read(file: Path, what: str, remedy: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
@@ -23,7 +24,7 @@ def generate_images(
     A slot such as '{pt1}' in a prompt becomes the concept's positive trigger word, or its class word if it has none.
 
     Returns:
-        The images, named `<prompt number>_<seed>`, and a sheet with one row per prompt.
+        The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
         InputError: the concept was trained on another base model.
@@ -49,9 +50,37 @@ def generate_images(
             params.sampler,
             bar.update,
         )
+    for (_, prompt, seed), image in zip(rows, images, strict=True):
+        image.info |= _drawn_with(prompt, seed, image, concept, params)
     named = {f"{index:03d}_{seed}": image for (index, _, seed), image in zip(rows, images, strict=True)}
     grid = image_grid(images, columns=params.images_per_prompt, labels=[prompt for _, prompt, _ in rows])
     return named, grid
+
+
+def _drawn_with(prompt: str, seed: int, image: Image, concept: Concept, params: GenerateParams) -> dict[str, str]:
+    """Return an image's settings: `parameters` in the form of A1111, `dreamartist` as JSON with all of them."""
+    sampler = params.sampler
+    shown = {
+        "Steps": sampler.num_inference_steps,
+        "Sampler": sampler.scheduler,
+        "CFG scale": sampler.guidance_scale,
+        "Seed": seed,
+        "Size": f"{image.width}x{image.height}",
+        "Model": concept.metadata["base_model"],
+    }
+    settings = {
+        "prompt": prompt,
+        "negative_prompt": params.negative_prompt,
+        "seed": seed,
+        "sampler": sampler.model_dump(mode="json", exclude={"batch_size"}),
+        "strength": params.strength.model_dump(mode="json"),
+        "base_model": concept.metadata["base_model"],
+        "base_model_fingerprint": concept.metadata["base_model_fingerprint"],
+        "config_sha256": concept.metadata.get("config_sha256", ""),
+    }
+    lines = [prompt, f"Negative prompt: {params.negative_prompt}"] if params.negative_prompt else [prompt]
+    lines.append(", ".join(f"{name}: {value}" for name, value in shown.items()))
+    return {"parameters": "\n".join(lines), "dreamartist": json.dumps(settings, ensure_ascii=False)}
 
 
 def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str) -> str:
