@@ -133,6 +133,29 @@ def test_every_other_key_is_named_with_a_reason(imported: ImportedConfig) -> Non
     assert "preview" in imported.left_out["train.save_step"]
 
 
+def test_transforms_of_the_pictures_caption_keep_their_order() -> None:
+    text = CONFIG.replace(
+        """          transforms:
+            - _target_: hcpdiff.utils.caption_tools.TemplateFill
+              word_names: {dog: [pt-dog, pt-dog-neg]}""",
+        """          transforms:
+            - {_target_: hcpdiff.utils.caption_tools.TagDropout, p: 0.2}
+            - _target_: hcpdiff.utils.caption_tools.TagShuffle
+            - _target_: hcpdiff.utils.caption_tools.TemplateFill
+              word_names: {dog: [pt-dog, pt-dog-neg]}""",
+    ).replace("model: {", "model: {clip_skip: 1, ")
+    training = read_toolkit_config(text, FILES.get).parameters["training"]
+    assert training["caption_transforms"] == [{"tag_dropout": 0.2}, "tag_shuffle"]
+    assert training["clip_skip"] == 1
+    TrainingParams.model_validate(training)
+
+
+def test_a_group_option_that_there_is_not_here_is_named() -> None:
+    imported = read_toolkit_config(CONFIG.replace("dropout: 0.1", "dropout: 0.1, svd_init: true"), FILES.get)
+    assert imported.left_out["lora_unet.0.svd_init"] == "True: no counterpart here"
+    TrainingParams.model_validate(imported.parameters["training"])
+
+
 def test_a_key_nobody_knows_is_named() -> None:
     left_out = read_toolkit_config(f"{CONFIG}\nbells: whistles\n", FILES.get).left_out
     assert left_out["bells"] == "'whistles': no counterpart here"

@@ -23,7 +23,9 @@ SLOT = "pt1"  # the slot that this project's own templates have
 _SCHEDULES = {"one_cycle": "one_cycle", "constant_with_warmup": "constant", "constant": "constant", "cosine": "cosine"}
 _WEIGHTINGS = {"MSELoss": "none", "MinSNRLoss": "min_snr", "SoftMinSNRLoss": "soft_min_snr"}
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "no": "float32"}
-_GROUP_KEYS = ("rank", "alpha", "dropout", "bias", "svd_init")
+_GROUP_KEYS = ("rank", "alpha", "dropout")
+_TAG_TRANSFORMS = {"TagShuffle": "tag_shuffle", "TagDropout": "tag_dropout", "TagErase": "tag_erase"}
+_DEFAULT_PROBABILITY = 0.1  # the toolkit's own for dropping and erasing tags
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RESOLVER = re.compile(r"\$\{[\w.]+:([^{}]*)\}")
 _PRODUCT = re.compile(r"\d+(\s*[*,]\s*\d+)*")
@@ -35,6 +37,7 @@ _ADVICE = {  # beginning of a key -> why it is not carried over
     "previewer": "see training.preview for pictures while training",
     "allow_tf32": "PyTorch's own setting is kept",
     "unet": "the base model stays frozen; train LoRA groups",
+    "model.ema": "see training.ema_decay",
     "text_encoder": "the base model stays frozen; train LoRA groups",
     "tokenizer_pt.emb_dir": "words start anew; set training.words.num_vectors and init_text as they were created",
     "train.save_step": "see training.preview.every for pictures while training",
@@ -344,6 +347,8 @@ def _data(source: _Source, reference: str, regularization: str | None) -> dict[s
     data: dict[str, Any] = {"batch_size": int(source.take(f"{reference}.batch_size"))}
     data["regularization_batch_size"] = int(source.take(f"{regularization}.batch_size")) if regularization else 0
     _take_transforms(source, reference)
+    if transforms := _caption_transforms(source, reference):
+        data["caption_transforms"] = transforms
     if regularization:
         _take_transforms(source, regularization)
         for key in [*source.find(regularization, "img_root"), *source.find(regularization, "caption_file")]:
@@ -360,6 +365,17 @@ def _take_transforms(source: _Source, data_set: str) -> None:
         if _class_name(source.values[key]) in ("TemplateFill", "Compose", "TextImagePairDataset"):
             source.take(key)
             source.take(f"{key.removesuffix('_target_')}_partial_")
+
+
+def _caption_transforms(source: _Source, data_set: str) -> list[Any]:
+    """Return what changes the tags of captions, in the file's order."""
+    transforms: list[Any] = []
+    for key in source.find(data_set, "_target_"):
+        if name := _TAG_TRANSFORMS.get(_class_name(source.values[key])):
+            source.take(key)
+            probability = source.take(f"{key.removesuffix('_target_')}p")
+            transforms.append(name if name == "tag_shuffle" else {name: probability or _DEFAULT_PROBABILITY})
+    return transforms
 
 
 def _templates(
@@ -444,6 +460,7 @@ def _optimisation(source: _Source) -> dict[str, Any]:
         ("train.max_grad_norm", "max_grad_norm"),
         ("train.scale_lr", "scale_lr"),
         ("seed", "seed"),
+        ("model.clip_skip", "clip_skip"),
         ("train.optimizer.weight_decay", "weight_decay"),
     ):
         if (value := source.take(key)) is not None:
