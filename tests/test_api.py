@@ -179,6 +179,31 @@ def test_a_mask_multiplies_the_error(backbone: Backbone, concept: Concept, given
     torch.testing.assert_close(masked.row_losses, 2 * whole.row_losses)
 
 
+def test_the_kind_of_error_is_the_one_asked_for(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
+) -> None:
+    prompts = PROMPTS["positive"], PROMPTS["negative"]
+    squared = step_values(backbone, concept, *prompts, **given)
+    huber = step_values(
+        backbone, concept, *prompts, **given, loss=LossParams(weighting="none", kind="huber", huber_delta=1e-3)
+    )
+    assert huber.loss < squared.loss / 10  # about 2δ·|error|
+    with pytest.raises(InputError, match="reconstruction_weight"):
+        step_values(backbone, concept, *prompts, **given, loss=LossParams(reconstruction_weight=1.0))
+
+
+def test_a_scheduler_that_draws_noise_is_refused(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(InputError, match="draws no noise"):
+        sample_latents(backbone, concept, "a", "", given["latents"], sampler=SamplerParams(scheduler="euler_a"))
+
+
+def test_a_folder_that_is_not_there_is_named(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a folder of the toolkit's files"):
+        read_toolkit_concept(backbone, tmp_path / "nowhere")
+
+
 def test_nothing_is_changed(backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]) -> None:
     before = {name: tensor.clone() for name, tensor in concept.tensors.items()}
     step_values(backbone, concept, PROMPTS["positive"], PROMPTS["negative"], **given)

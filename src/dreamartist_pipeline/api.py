@@ -21,7 +21,7 @@ from dreamartist_pipeline.core.branches import GuidanceScale, combine, repeat, s
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.core.losses import masked_mse, snr_weight
+from dreamartist_pipeline.core.losses import masked_huber, masked_mse, snr_weight
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
 from dreamartist_pipeline.interop.toolkit import read_toolkit
 from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams
@@ -43,17 +43,23 @@ def open_base_model(folder: str | Path, device: DeviceParams = _CPU) -> Backbone
     return load_backbone(BaseModelFiles(folder), device)
 
 
-def read_toolkit_concept(backbone: Backbone, folder: str | Path, words: tuple[str, str] | None = None) -> Concept:
+def read_toolkit_concept(
+    backbone: Backbone, folder: str | Path, words: tuple[str, str] | None = None, clip_skip: int = 0
+) -> Concept:
     """Read the reference toolkit's files of one step as a concept for this base model.
 
     Args:
         backbone: the base model that it was trained on; the files do not say which.
         folder: `{unet,text_encoder}[-neg]-STEP.safetensors` and the words as `WORD.pt`.
+        clip_skip: as it was trained; the files do not say.
         words: (positive, negative); None takes the two `.pt` files, of which the negative ends in "-neg".
 
     Raises:
-        InputError: files of several steps, a file that does not belong there, or words that are no pair.
+        InputError: no such folder, files of several steps, a file that does not belong there, or words that are no
+            pair.
     """
+    if not Path(folder).is_dir():
+        raise InputError(f"expected a folder of the toolkit's files at {folder}; got none; correct the path")
     files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
     networks = {"unet": backbone.unet, "text_encoder": backbone.text_encoder}
     modules = {network: [name for name, _ in module.named_modules()] for network, module in networks.items()}
@@ -66,7 +72,8 @@ def read_toolkit_concept(backbone: Backbone, folder: str | Path, words: tuple[st
     ]
     if len(learned) != len(vectors):
         raise InputError(f"expected the words {pair} in {folder}; got {sorted(vectors)}; name the pair in `words`")
-    return build_concept(adapters, learned, BaseModelIdentity(backbone.name, backbone.fingerprint))
+    identity = BaseModelIdentity(backbone.name, backbone.fingerprint)
+    return build_concept(adapters, learned, identity, clip_skip=clip_skip)
 
 
 def _pair(words: Sequence[str]) -> tuple[str, str]:
@@ -100,7 +107,14 @@ def sample_latents(
 
     Returns:
         Denoised latents `[B, C, h, w]`, before the autoencoder's scaling factor is taken out.
+
+    Raises:
+        InputError: a scheduler that draws noise on the way, or a concept of another base model.
     """
+    if sampler.scheduler == "euler_a":
+        raise InputError(
+            "expected a scheduler that draws no noise, got euler_a; choose ddim, dpmsolver++, euler or unipc"
+        )
     loaded = attach(backbone, concept, strength)
     with torch.no_grad():
         states = _text_states(loaded, prompt, negative_prompt, len(latents))
@@ -149,9 +163,18 @@ def step_values(
         latents, noise: `[B, C, h, w]` float32.
         timesteps: `[B]` int64.
         guidance_scale: "3.0" or "low-high:curve".
-        loss: the SNR weighting.
+        loss: kind of error and SNR weighting.
         mask: attention mask `[B, 1, h, w]`, or None.
+
+    Raises:
+        InputError: a reconstruction loss is asked for, which needs the picture.
     """
+    if loss.reconstruction_weight:
+        raise InputError(
+            "expected a loss on the prediction alone, got a reconstruction_weight, which needs the picture; set it to 0"
+        )
+    latents, noise, timesteps = (given.to(backbone.device) for given in (latents, noise, timesteps))
+    mask = None if mask is None else mask.to(backbone.device)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     schedule = loaded.backbone.schedule
     guidance = GuidanceScale.parse(guidance_scale).at(timesteps, schedule.num_train_timesteps)
@@ -160,7 +183,11 @@ def step_values(
     stacked = loaded.backbone.denoise(repeat(noisy_latents, _NUM_BRANCHES), repeat(timesteps, _NUM_BRANCHES), states)
     prediction = combine(stacked.float(), guidance, _NUM_BRANCHES)
     weight = snr_weight(loss.weighting, schedule.snr(timesteps), loss.snr_gamma, schedule.prediction_type)
-    row_losses = masked_mse(prediction, schedule.target(latents, noise, timesteps), weight, mask)
+    target = schedule.target(latents, noise, timesteps)
+    if loss.kind == "huber":
+        row_losses = masked_huber(prediction, target, weight, mask, loss.huber_delta)
+    else:
+        row_losses = masked_mse(prediction, target, weight, mask)
     learned = dict(_learned(loaded))
     gradients = torch.autograd.grad(row_losses.mean(), list(learned.values()), allow_unused=True)
     return StepValues(

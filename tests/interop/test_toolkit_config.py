@@ -197,8 +197,12 @@ def test_nothing_is_evaluated() -> None:
         ("- 1", "keys and values"),
         ("data: {batch_size: 4}\nunet: [{lr: 1e-6}]", "expected LoRA groups"),
         ("lora_unet: []", "expected a data set"),
+        ("data: {batch_size: null}", "expected a whole number as data.batch_size"),
+        ("data: {batch_size: 4}\ntokenizer_pt: {train: [{name: a}]}\nword_names: {}", "expected LoRA groups"),
+        (CONFIG.replace("lr: 0.003", "name2: x"), "expected a learning rate"),
+        ("_base_: me.yaml", "expected base files that lead to an end"),
     ],
 )
 def test_what_is_no_training_configuration_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_toolkit_config(text, {}.get)
+        read_toolkit_config(text, {"me.yaml": "_base_: me.yaml"}.get)

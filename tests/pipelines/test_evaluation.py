@@ -189,7 +189,8 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
 
     group = {"lr": 1e-3, "rank": 2, "layers": [r"re:.*\.attn.?$"]}
-    params = TrainingParams(num_steps=0, guidance_scale="1.0", class_word="sks fox", lora_unet=[group], clip_skip=1)
+    conditions = {"clip_skip": 1, "zero_terminal_snr": True}
+    params = TrainingParams(num_steps=0, guidance_scale="1.0", class_word="sks fox", lora_unet=[group], **conditions)
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     concept = start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
     _, metrics, table = evaluate_concept(
@@ -201,7 +202,7 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
         tracker=RecordingTracker(),
     )
     assert {"a fox, blue background", "a sks fox, blue background"} <= set(table["prompt"])
-    assert metrics["prior_drift_pixels"] == 0  # the base model is drawn with the concept's clip_skip
+    assert metrics["prior_drift_pixels"] == 0  # the base model is drawn under the concept's conditions
 
 
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(

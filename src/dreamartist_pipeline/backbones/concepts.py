@@ -190,19 +190,16 @@ class LoadedConcept:
     trigger_words: dict[str, tuple[str, str]]
 
 
-def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams, clip_skip: int = 0) -> LoadedConcept:
+def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
     """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.
-
-    A concept brings its own clip_skip; `clip_skip` is that of the base model alone.
 
     Raises:
         InputError: the concept was trained on another base model, or its tensors do not belong to this one.
     """
     if concept is None:
-        return LoadedConcept(backbone, PromptEncoder(backbone, clip_skip=clip_skip), None, {})
+        return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
     _check_base_model(concept, backbone)
-    rescaled = "zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr")  # older ones lack it
-    own = share_weights(with_zero_terminal_snr(backbone) if rescaled else backbone)
+    own = share_weights(_with_schedule_of(concept, backbone))
     networks = {"unet": own.unet, "text_encoder": own.text_encoder}
     strengths = (strength.negative, strength.positive)
     for network in NETWORKS:
@@ -212,6 +209,17 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     trigger_words = {slot: (names[0], names[1]) for slot, names in concept.value("words").items()}
     vocabulary = _load_words(own, concept, trigger_words) if trigger_words else None
     return LoadedConcept(own, PromptEncoder(own, vocabulary, clip_skip_of(concept)), vocabulary, trigger_words)
+
+
+def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
+    """Return the base model alone, as it is to be compared with a concept: same schedule, same layer of text states."""
+    own = _with_schedule_of(concept, backbone)
+    return LoadedConcept(own, PromptEncoder(own, clip_skip=clip_skip_of(concept)), None, {})
+
+
+def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
+    rescaled = "zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr")  # older ones lack it
+    return with_zero_terminal_snr(backbone) if rescaled else backbone
 
 
 def clip_skip_of(concept: Concept) -> int:

@@ -157,6 +157,7 @@ def build_concept(
     base_model: BaseModelIdentity,
     class_word: str = "",
     num_steps: int = 0,
+    clip_skip: int = 0,
 ) -> Concept:
     """Return a concept that `backbones.concepts.attach` takes: one LoRA group per branch and network.
 
@@ -166,6 +167,7 @@ def build_concept(
         base_model: what the files were made for; nobody but the caller can know.
         class_word: stands in for a slot without a word.
         num_steps: how long it was trained, as far as is known.
+        clip_skip: how many of the text encoder's last layers it was trained without; no file says it.
 
     Raises:
         InputError: words of one branch that differ in their number of vectors, or a slot with half a pair.
@@ -176,6 +178,7 @@ def build_concept(
         "base_model_fingerprint": base_model.fingerprint,
         "class_word": class_word,
         "num_steps": to_json(num_steps),
+        "clip_skip": to_json(clip_skip),
         **_words_metadata(words),
     }
     tensors = {f"{WORDS}.{word.branch}.{word.slot}": _stored(word.vectors) for word in words}

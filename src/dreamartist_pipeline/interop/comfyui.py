@@ -54,6 +54,8 @@ def build_workflow(
 ) -> dict[str, Any]:
     """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it."""
     sampler_name, scheduler = _SAMPLERS[sampler.scheduler]
+    if picture.zero_terminal_snr:
+        scheduler = "sgm_uniform"  # starts at the last timestep, where this schedule's noise is
     model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
     text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from dreamartist_pipeline.core.errors import InputError
@@ -37,12 +37,13 @@ _ADVICE = {  # beginning of a key -> why it is not carried over
     "previewer": "see training.preview for pictures while training",
     "allow_tf32": "PyTorch's own setting is kept",
     "unet": "the base model stays frozen; train LoRA groups",
+    "train.noise_offset": "see training.noise_offset",
     "model.ema": "see training.ema_decay",
     "text_encoder": "the base model stays frozen; train LoRA groups",
     "tokenizer_pt.emb_dir": "words start anew; set training.words.num_vectors and init_text as they were created",
     "train.save_step": "see training.preview.every for pictures while training",
     "train.workers": "latents are encoded once; nothing has to be loaded while training",
-    "train.resume": "see the README for starting from a trained concept",
+    "train.resume": "a training starts anew",
     "train.set_grads_to_none": "gradients live in one flat buffer",
     "model.enable_xformers": "PyTorch's own attention is used",
     "model.gradient_checkpointing": "not needed by adapters of this size",
@@ -83,9 +84,12 @@ def read_toolkit_config(text: str, read_text: Callable[[str], str | None]) -> Im
         InputError: it is no YAML, or trains nothing that this project trains.
     """
     config, missing = _with_bases(text, read_text)
-    source = _Source(_resolved(config))
+    try:
+        source = _Source(_resolved(config))
+    except OmegaConfBaseException as error:
+        raise InputError(f"expected references that can be followed; got: {error}; correct the file") from error
     reference, regularization = _data_sets(source)
-    batch_size = sum(int(source.take(f"{name}.batch_size") or 0) for name in (reference, regularization) if name)
+    batch_size = sum(_count(source, f"{name}.batch_size") for name in (reference, regularization) if name)
     training: dict[str, Any] = {
         "lora_unet": _lora_groups(source, "lora_unet"),
         "lora_text_encoder": _lora_groups(source, "lora_text_encoder"),
@@ -113,7 +117,9 @@ def read_toolkit_config(text: str, read_text: Callable[[str], str | None]) -> Im
 # ------------------------------------------------------------------------------------------------- reading the file
 
 
-def _with_bases(text: str, read_text: Callable[[str], str | None]) -> tuple[DictConfig, dict[str, str]]:
+def _with_bases(
+    text: str, read_text: Callable[[str], str | None], seen: tuple[str, ...] = ()
+) -> tuple[DictConfig, dict[str, str]]:
     """Return the configuration over its `_base_` files, and the base files that are not at hand."""
     try:
         config = OmegaConf.create(text)
@@ -123,12 +129,15 @@ def _with_bases(text: str, read_text: Callable[[str], str | None]) -> tuple[Dict
         raise InputError("expected a YAML file of keys and values; got something else; import a training configuration")
     missing: dict[str, str] = {}
     merged = OmegaConf.create()
-    for base in config.pop("_base_", None) or []:
+    bases = config.pop("_base_", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if base in seen:
+            raise InputError(f"expected base files that lead to an end; got {base!r} again; correct _base_")
         base_text = read_text(base)
         if base_text is None:
             missing[f"_base_ {base}"] = "the file is not at hand; what it sets is not carried over"
             continue
-        base_config, base_missing = _with_bases(base_text, read_text)
+        base_config, base_missing = _with_bases(base_text, read_text, (*seen, base))
         merged, missing = cast(DictConfig, OmegaConf.merge(merged, base_config)), missing | base_missing
     return cast(DictConfig, OmegaConf.merge(merged, config)), missing
 
@@ -275,6 +284,8 @@ def _words(source: _Source, reference: str, batch_size: int, scale_lr: bool) -> 
         rates.append(source.take(f"tokenizer_pt.train.{index}.lr"))
     if not names or not trained or not rates:
         return {}
+    if not all(isinstance(rate, int | float) for rate in rates):
+        raise InputError(f"expected a learning rate (lr) for every word of tokenizer_pt.train; got {rates}; add them")
     for index, rate in zip(trained, rates, strict=True):
         if rate != rates[0]:
             source.note(f"tokenizer_pt.train.{index}.lr", f"all words share one learning rate, {rates[0]}")
@@ -344,8 +355,8 @@ def _word_names(source: _Source, data_set: str) -> dict[str, tuple[str, list[str
 
 
 def _data(source: _Source, reference: str, regularization: str | None) -> dict[str, Any]:
-    data: dict[str, Any] = {"batch_size": int(source.take(f"{reference}.batch_size"))}
-    data["regularization_batch_size"] = int(source.take(f"{regularization}.batch_size")) if regularization else 0
+    data: dict[str, Any] = {"batch_size": _count(source, f"{reference}.batch_size")}
+    data["regularization_batch_size"] = _count(source, f"{regularization}.batch_size") if regularization else 0
     _take_transforms(source, reference)
     if transforms := _caption_transforms(source, reference):
         data["caption_transforms"] = transforms
@@ -357,6 +368,15 @@ def _data(source: _Source, reference: str, regularization: str | None) -> dict[s
             if key.startswith(f"{regularization}.bucket."):
                 source.note(key, "regularization images have the size of the prepared picture")
     return data
+
+
+def _count(source: _Source, key: str) -> int:
+    value = source.take(key)
+    if not isinstance(value, int):
+        raise InputError(
+            f"expected a whole number as {key}; got {value!r}; correct the file, or give its base files too"
+        )
+    return value
 
 
 def _take_transforms(source: _Source, data_set: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def _draw_evidence(
     Returns:
         The evidence, and the positive trigger word of each slot.
     """
-    from dreamartist_pipeline.backbones.concepts import attach, clip_skip_of
+    from dreamartist_pipeline.backbones.concepts import attach, attach_base
 
     reconstruction = _reconstruct(backbone, reference)
     num_images = 2 * params.images_per_prompt * (len(params.prompts) + len(params.prior_prompts))
     loaded = {
-        BASE: attach(backbone, None, StrengthParams(), clip_skip_of(concept)),
+        BASE: attach_base(backbone, concept),
         CONCEPT: attach(backbone, concept, params.strength),
     }
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}

@@ -53,12 +53,13 @@ def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) 
     Raises:
         InputError: not a concept of this project.
     """
+    prediction_type = outline.schedule.prediction_type if isinstance(outline, Backbone) else outline.prediction_type
     adapters = {branch: branch_adapter(concept, branch) for branch in BRANCHES}
     return ExportSource(
         adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
         words=trigger_words(concept),
         base_model=base_model,
-        prediction_type=concept.metadata.get("prediction_type", "epsilon"),
+        prediction_type=prediction_type,
         class_word=concept.metadata.get("class_word", ""),
         num_steps=concept.value("num_steps"),
         is_v2=outline.text_encoder.config.hidden_size == _SD2_TEXT_WIDTH,
