@@ -51,7 +51,8 @@ def generate_images(
             bar.update,
         )
     for (_, prompt, seed), image in zip(rows, images, strict=True):
-        image.info |= _drawn_with(prompt, seed, image, concept, params)
+        for key, text in _drawn_with(prompt, seed, image, concept, params).items():
+            image.info[key] = text
     named = {f"{index:03d}_{seed}": image for (index, _, seed), image in zip(rows, images, strict=True)}
     grid = image_grid(images, columns=params.images_per_prompt, labels=[prompt for _, prompt, _ in rows])
     return named, grid
