@@ -61,7 +61,7 @@ def test_an_unknown_optimizer_is_refused() -> None:
         make_optimizers("lion", [nn.Parameter(torch.ones(1))], [1.0], 0.0)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, an optional package for GPUs")
 def test_eight_bit_adamw_comes_from_its_library() -> None:
     (optimizer,) = make_optimizers("adamw8bit", [nn.Parameter(torch.ones(1))], [1.0], 0.0)
     assert type(optimizer).__name__ == "AdamW8bit"

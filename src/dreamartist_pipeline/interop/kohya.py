@@ -13,8 +13,8 @@ import torch
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import kohya_name, layers_by_name
-from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
-from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, tensor_bytes, write_tensors
+from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
+from dreamartist_pipeline.interop.safetensors_bytes import tensor_bytes, write_tensors
 
 ALPHA = 1.0
 """One constant for the whole file: diffusers silently mis-scales a file whose alphas differ."""
@@ -59,19 +59,11 @@ def read_kohya(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> 
     Raises:
         InputError: not a safetensors file, keys that no module explains (all are listed), or half a pair.
     """
-    known, unknown = layers_by_name(modules, kohya=True), []
-    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors(file, name).items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        if suffix is None or key.removesuffix(suffix) not in known:
-            unknown.append(key)
-        else:
-            parts.setdefault(known[key.removesuffix(suffix)], {})[_SUFFIXES[suffix]] = tensor.float()
-    refuse_unknown(unknown, name, "the kohya format")
-    return build_adapter({at: _factors(part, name, at) for at, part in parts.items()}, name)
+    known = layers_by_name(modules, kohya=True)
+    parts = read_parts(file, name, "the kohya format", lambda key: place_by_suffix(key, _SUFFIXES, known.get))
+    return build_adapter({at: _factors(part) for at, part in parts.items()}, name)
 
 
-def _factors(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> LoRAFactors:
-    check_pair(part, name, at)
+def _factors(part: Mapping[str, torch.Tensor]) -> LoRAFactors:
     rank = part["down"].shape[0]
     return LoRAFactors(part["down"], part["up"], float(part["alpha"]) / rank if "alpha" in part else 1.0)

@@ -15,8 +15,8 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
-from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
-from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
+from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, write_tensors
 
 _SUFFIXES = {".lora_A.weight": "down", ".lora_B.weight": "up"}
 _CONFIG = "lora_adapter_metadata"  # diffusers' entry for peft's LoraConfig
@@ -45,21 +45,15 @@ def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> B
         InputError: not a safetensors file, keys that no module explains (all are listed), half a pair, or a
             configuration other than one alpha for all layers.
     """
-    known, unknown = layers_by_name(modules, kohya=False), []
-    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors(file, name).items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        at = _layer(key.removesuffix(suffix), known) if suffix else None
-        if suffix is None or at is None:
-            unknown.append(key)
-        else:
-            parts.setdefault(at, {})[_SUFFIXES[suffix]] = tensor.float()
-    refuse_unknown(unknown, name, "the peft format")
+    known = layers_by_name(modules, kohya=False)
+    parts = read_parts(
+        file, name, "the peft format", lambda key: place_by_suffix(key, _SUFFIXES, lambda stem: _layer(stem, known))
+    )
     config = json.loads(read_metadata(file).get(_CONFIG, "{}"))
-    factors = {}
-    for at, part in parts.items():
-        check_pair(part, name, at)
-        factors[at] = LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name))
+    factors = {
+        at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name))
+        for at, part in parts.items()
+    }
     return build_adapter(factors, name)
 
 

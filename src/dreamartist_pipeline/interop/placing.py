@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.interop.safetensors_bytes import read_tensors
+
+Layer = tuple[str, str]
+"""(network, module name)"""
 
 
-def refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
+def read_parts(
+    file: bytes, name: str, form: str, place: Callable[[str], tuple[Layer, str] | None]
+) -> dict[Layer, dict[str, torch.Tensor]]:
+    """Return layer -> its "down", "up" and perhaps "alpha", float32, of a LoRA file.
+
+    Args:
+        file: its bytes.
+        name: what to call it in an error.
+        form: what to call its format in an error.
+        place: key -> layer and part; None for a key that has no place.
+
+    Raises:
+        InputError: not a safetensors file, keys without a place (all are listed), or half a pair.
+    """
+    parts: dict[Layer, dict[str, torch.Tensor]] = {}
+    unknown = []
+    for key, tensor in read_tensors(file, name).items():
+        if (found := place(key)) is None:
+            unknown.append(key)
+        else:
+            at, part = found
+            parts.setdefault(at, {})[part] = tensor.float()
+    _refuse_unknown(unknown, name, form)
+    for at, members in parts.items():
+        _check_pair(members, name, at)
+    return parts
+
+
+def place_by_suffix(
+    key: str, suffixes: Mapping[str, str], layer_of: Callable[[str], Layer | None]
+) -> tuple[Layer, str] | None:
+    """Place a key that is a layer's name and one of these suffixes, each standing for a part."""
+    suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
+    at = layer_of(key.removesuffix(suffix)) if suffix else None
+    return (at, suffixes[suffix]) if suffix and at else None
+
+
+def _refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
     """Raise an InputError that lists keys nobody can place."""
     if keys:
         raise InputError(
@@ -19,7 +60,7 @@ def refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
         )
 
 
-def check_pair(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
+def _check_pair(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
     """Raise an InputError when a layer lacks one of its two factors, or when they do not belong together."""
     whole = {"down", "up"} <= part.keys() and min(part["down"].dim(), part["up"].dim()) >= 2
     if not whole or part["down"].shape[0] != part["up"].shape[1]:

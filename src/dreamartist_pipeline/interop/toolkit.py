@@ -14,8 +14,8 @@ import torch
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, TriggerWord
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
-from dreamartist_pipeline.interop.placing import build_adapter, check_pair, refuse_unknown
-from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
+from dreamartist_pipeline.interop.placing import Layer, build_adapter, read_parts
+from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding_pt
 
 _FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.safetensors")
@@ -80,19 +80,15 @@ def read_toolkit(
 
 
 def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Sequence[str]]) -> dict[str, LoRAFactors]:
-    known, unknown = layers_by_name({network: modules[network]}, kohya=False), []
-    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors(file, name).items():
+    known = layers_by_name({network: modules[network]}, kohya=False)
+
+    def place(key: str) -> tuple[Layer, str] | None:
         match = _KEY.fullmatch(key)
         at = known.get(f"{network}.{external_name(network, match['module'])}") if match else None
-        if match is None or at is None or match["part"] not in _PARTS:
-            unknown.append(key)
-        else:
-            parts.setdefault(at, {})[_PARTS[match["part"]]] = tensor.float()
-    refuse_unknown(unknown, name, "the toolkit's format")
+        return (at, _PARTS[match["part"]]) if match and at and match["part"] in _PARTS else None
+
     factors = {}
-    for at, part in parts.items():
-        check_pair(part, name, at)
+    for at, part in read_parts(file, name, "the toolkit's format", place).items():
         if "alpha" not in part:
             raise InputError(f"expected alpha for {'.'.join(at)} in {name}; got none; the file is incomplete")
         factors[at] = LoRAFactors(part["down"], part["up"], float(part["alpha"]))

@@ -89,14 +89,15 @@ def read_toolkit_config(text: str, read_text: Callable[[str], str | None]) -> Im
     except OmegaConfBaseException as error:
         raise InputError(f"expected references that can be followed; got: {error}; correct the file") from error
     reference, regularization = _data_sets(source)
-    batch_size = sum(_count(source, f"{name}.batch_size") for name in (reference, regularization) if name)
+    data = _data(source, reference, regularization)
     training: dict[str, Any] = {
         "lora_unet": _lora_groups(source, "lora_unet"),
         "lora_text_encoder": _lora_groups(source, "lora_text_encoder"),
-        **_data(source, reference, regularization),
+        **data,
         **_objective(source, reference, regularization),
         **_optimisation(source),
     }
+    batch_size = data["batch_size"] + data["regularization_batch_size"]
     words = _words(source, reference, batch_size, bool(training.get("scale_lr")))
     if not (words or training["lora_unet"] or training["lora_text_encoder"]):
         raise InputError(
@@ -272,11 +273,8 @@ def _lora_group(source: _Source, prefix: str) -> dict[str, Any]:
 
 def _words(source: _Source, reference: str, batch_size: int, scale_lr: bool) -> dict[str, Any]:
     """Read the trigger words, a (positive, negative) pair for each slot, and their learning rate."""
-    names = {
-        (slot if slot == SLOT or len(found) > 1 else SLOT): _pair(source, key, words)
-        for found in [_word_names(source, reference)]
-        for slot, (key, words) in found.items()
-    }
+    found = _word_names(source, reference)
+    names = {(slot if len(found) > 1 else SLOT): _pair(source, key, words) for slot, (key, words) in found.items()}
     trained = source.children("tokenizer_pt.train")
     rates = []
     for index in trained:
@@ -299,7 +297,7 @@ def _words_lr(source: _Source, lr: float, batch_size: int, scale_lr: bool) -> fl
     """Return the words' rate such that it is right after `scale_lr`, which is one switch for everything here."""
     scale_words = source.take("train.scale_lr_pt")
     scale_words = scale_lr if scale_words is None else bool(scale_words)
-    if scale_words == scale_lr or not batch_size:
+    if scale_words == scale_lr:
         return lr
     return lr * batch_size if scale_words else lr / batch_size
 
