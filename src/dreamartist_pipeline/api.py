@@ -17,11 +17,11 @@ from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, 
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
-from dreamartist_pipeline.core.branches import GuidanceScale, combine, repeat, stack
+from dreamartist_pipeline.core.branches import GuidanceScale, stack
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.core.losses import masked_huber, masked_mse, snr_weight
+from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
 from dreamartist_pipeline.interop.toolkit import read_toolkit
 from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams
@@ -156,6 +156,8 @@ def step_values(
 ) -> StepValues:
     """Compute combined prediction, loss and gradients of one step for given latents, noise and timesteps.
 
+    The functions are those of the training loop (`core.training`).
+
     Args:
         backbone: the base model.
         concept: adapters and words as they are; nothing is changed.
@@ -176,24 +178,27 @@ def step_values(
     latents, noise, timesteps = (given.to(backbone.device) for given in (latents, noise, timesteps))
     mask = None if mask is None else mask.to(backbone.device)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
-    schedule = loaded.backbone.schedule
-    guidance = GuidanceScale.parse(guidance_scale).at(timesteps, schedule.num_train_timesteps)
-    states = _text_states(loaded, prompt, negative_prompt, len(latents))
-    noisy_latents = schedule.add_noise(latents, noise, timesteps)
-    stacked = loaded.backbone.denoise(repeat(noisy_latents, _NUM_BRANCHES), repeat(timesteps, _NUM_BRANCHES), states)
-    prediction = combine(stacked.float(), guidance, _NUM_BRANCHES)
-    weight = snr_weight(loss.weighting, schedule.snr(timesteps), loss.snr_gamma, schedule.prediction_type)
-    target = schedule.target(latents, noise, timesteps)
-    if loss.kind == "huber":
-        row_losses = masked_huber(prediction, target, weight, mask, loss.huber_delta)
-    else:
-        row_losses = masked_mse(prediction, target, weight, mask)
+    trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.schedule, (), _NUM_BRANCHES)
+    rows = len(latents)
+    batch = Batch(
+        latents=latents,
+        noise=noise,
+        timesteps=timesteps,
+        token_ids=loaded.prompts.token_ids([negative_prompt, prompt])[None],  # [1, 2, L]
+        prompt_of_row=torch.zeros(rows, dtype=torch.long, device=backbone.device),
+        row_weight=torch.full((rows,), 1 / rows, device=backbone.device),
+        mask=mask,
+    )
+    guidance = GuidanceScale.parse(guidance_scale).at(timesteps, trainee.schedule.num_train_timesteps)
+    prediction = combined_prediction(trainee, batch, guidance)
+    delta = loss.huber_delta if loss.kind == "huber" else None
+    by_row = row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, delta)
     learned = dict(_learned(loaded))
-    gradients = torch.autograd.grad(row_losses.mean(), list(learned.values()), allow_unused=True)
+    gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
     return StepValues(
         prediction.detach(),
-        row_losses.detach(),
-        row_losses.mean().detach(),
+        by_row.detach(),
+        by_row.mean().detach(),
         {
             name: torch.zeros_like(parameter) if gradient is None else gradient
             for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
