@@ -18,7 +18,7 @@ SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	iconify-json-streamline-emojis-1.2.4.tgz \
 	iconify-json-twemoji-1.2.5.tgz)
 
-.PHONY: help setup train evaluate generate test lint format bench pretrain judge viz ui
+.PHONY: help setup train evaluate generate test lint format bench sprites pretrain judge viz ui
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -60,6 +60,9 @@ format: $(READY) ## put the code into the house's style
 
 bench: $(READY) ## print speed and quality tables (trains many subjects: hours on a CPU)
 	set -e; for table in benchmarks/*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
+
+sprites: $(PRETRAIN_READY) $(SPRITE_FILES) ## fetch and render the drawings behind the base model (a minute; needs npm)
+	$(BIN)/kedro run --pipeline pretrain --nodes render_sprites,render_held_out_sprites $(ARGS)
 
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)

@@ -402,7 +402,7 @@ def make_pictures(
     sprites = SpriteSetDataset(filepath=str(SPRITES)).load() if SPRITES.is_file() else None
     if sprites is None:
         print(
-            f"no {SPRITES.relative_to(ROOT)}: the table has generated pictures only; `make pretrain` renders it first"
+            f"no {SPRITES.relative_to(ROOT)}: the table has generated pictures only; `make sprites` renders it first"
         )
     pictures: list[Pictures] = []
     first_seed = 0

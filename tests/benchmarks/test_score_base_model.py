@@ -254,7 +254,7 @@ def test_the_command_writes_tables_and_worst_cases_without_any_drawings(
     bench.main(["--judge", str(judge_file), "--output", str(out), "--num-prompts", "40", "--num-combinations", "4"])
     assert asked == [("any", 0), ("seen", 40), ("unseen", 44)]
     assert {file.name for file in out.iterdir()} == {"scores.md", "scores.csv", "objects.csv", "worst_cases.png"}
-    assert "no absent.safetensors: the table has generated pictures only; `make pretrain`" in capsys.readouterr().out
+    assert "no absent.safetensors: the table has generated pictures only; `make sprites`" in capsys.readouterr().out
     assert pd.read_csv(out / "scores.csv")["asked"].iloc[0] > 0
 
 

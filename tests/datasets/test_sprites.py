@@ -41,7 +41,7 @@ def test_packages_load_to_the_json_inside_them(tmp_path):
 
 def test_a_missing_package_says_how_to_get_it(tmp_path):
     spec = {"file": "absent.tgz", "sha256": "0", "members": []}
-    with pytest.raises(DatasetError, match="found none; run `make pretrain`"):
+    with pytest.raises(DatasetError, match="found none; run `make sprites`"):
         SpritePackagesDataset(path=str(tmp_path), packages={"x": spec}).load()
 
 

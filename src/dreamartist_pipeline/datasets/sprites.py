@@ -39,13 +39,13 @@ class SpritePackagesDataset(AbstractDataset[None, SpritePackages]):
         tarball = self._path / spec["file"]
         if not tarball.exists():
             raise DatasetError(
-                f"expected the sprite package {tarball}, found none; run `make pretrain`, which fetches it"
+                f"expected the sprite package {tarball}, found none; run `make sprites`, which fetches it"
             )
         digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
         if digest != spec["sha256"]:
             raise DatasetError(
                 f"expected {tarball} with SHA-256 {spec['sha256']}, got {digest}; "
-                "delete it and run `make pretrain`, which fetches it again"
+                "delete it and run `make sprites`, which fetches it again"
             )
         with tarfile.open(tarball) as archive:
             return {PurePosixPath(member).stem: _read_json(archive, member) for member in spec["members"]}
@@ -64,7 +64,7 @@ def _read_json(archive: tarfile.TarFile, member: str) -> Any:
     file = archive.extractfile(f"package/{member}")
     if file is None:
         raise DatasetError(
-            f"expected {member} in the sprite package, found none; delete the package and run `make pretrain`"
+            f"expected {member} in the sprite package, found none; delete the package and run `make sprites`"
         )
     return json.load(file)
 
