@@ -401,9 +401,7 @@ def make_pictures(
     """Make and judge every group's pictures from every source there is."""
     sprites = SpriteSetDataset(filepath=str(SPRITES)).load() if SPRITES.is_file() else None
     if sprites is None:
-        print(
-            f"no {SPRITES.relative_to(ROOT)}: the table has generated pictures only; `make sprites` renders it first"
-        )
+        print(f"no {SPRITES.relative_to(ROOT)}: the table has generated pictures only; `make sprites` renders it first")
     pictures: list[Pictures] = []
     first_seed = 0
     for group in groups:
