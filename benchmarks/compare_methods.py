@@ -1,7 +1,8 @@
 """Compare methods on the same subjects, prompts and seeds, by running the real pipelines; print one table.
 
-    python benchmarks/compare_methods.py                                 # fox, octopus, strawberry; all of METHODS
+    python benchmarks/compare_methods.py                                 # ten subjects, all of METHODS: hours on a CPU
     python benchmarks/compare_methods.py --subjects owl --params training.num_steps=500
+    OMP_NUM_THREADS=1 python benchmarks/compare_methods.py --workers 2
 
 Each pair of subject and method is one `kedro run` (train, then evaluate) with a folder of its own under data/. A pair
 that was already run with the same configuration, base model and picture is read instead of run again.
@@ -15,14 +16,28 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATOR = "efficientnet-lite0"
+SUBJECTS = (  # objects that the embedded base model never saw
+    "fox",
+    "octopus",
+    "strawberry",
+    "owl",
+    "robot",
+    "rocket",
+    "mushroom",
+    "penguin",
+    "snail",
+    "umbrella",
+)
 METHODS = {  # method in conf/base/parameters_training.yml -> row of the table
     "textual-inversion": "textual inversion",
     "lora": "LoRA, no negative branch",
@@ -123,6 +138,14 @@ def run_if_needed(run: Run, again: bool) -> None:
     record.write_text(json.dumps(request, indent=1), encoding="utf-8")
 
 
+def run_all(runs: Sequence[Run], workers: int, again: bool = False) -> None:
+    """Run what is missing, `workers` at a time; the first by itself, since it draws the regularization set of all."""
+    run_if_needed(runs[0], again)
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in tqdm(pool.map(lambda run: run_if_needed(run, again), runs[1:]), "runs", len(runs), initial=1):
+            pass
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -158,26 +181,29 @@ def check_same_base(results: dict[str, dict[str, Results]]) -> None:
 # ---------------------------------------------------------------------------------------------- tabulating
 
 
-def row(results: Sequence[Results], group: str) -> dict[str, float]:
-    """Return one row: means over subjects, prompts and seeds; `similarity_std` is the spread over all images."""
-    images = pd.concat([result.images for result in results])
-    images = images[(images["kind"] == "subject") & (images["group"] == group)]
-    similarities = images[f"{EVALUATOR}/similarity"]
+def of_subject(result: Results, group: str) -> dict[str, float]:
+    """Return one subject's value of every column, a mean over its prompts and seeds; NaN where nothing was asked."""
+    images = result.images[(result.images["kind"] == "subject") & (result.images["group"] == group)]
     values = {
-        "similarity": similarities.mean(),
-        "similarity_std": similarities.std(ddof=0),
+        "similarity": float(images[f"{EVALUATOR}/similarity"].mean()),
         "background": _share(images["background_agrees"]),
         "color": _share(images["color_agrees"]),
-        "diversity": _mean(results, f"{EVALUATOR}/diversity/{group}"),
-        "copying": _mean(results, f"{EVALUATOR}/copying/{group}"),
+        "diversity": _metric(result, f"{EVALUATOR}/diversity/{group}"),
+        "copying": _metric(result, f"{EVALUATOR}/copying/{group}"),
     }
     if group == "concept":
         values |= {
-            "prior_drift_pixels": _mean(results, "prior_drift_pixels"),
-            "prior_drift": _mean(results, f"{EVALUATOR}/prior_drift"),
-            "seconds": sum(result.seconds for result in results) / len(results),
+            "prior_drift_pixels": _metric(result, "prior_drift_pixels"),
+            "prior_drift": _metric(result, f"{EVALUATOR}/prior_drift"),
+            "seconds": result.seconds,
         }
     return values
+
+
+def row(subjects: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean over subjects of every column, and as `<column>_std` the standard deviation over subjects."""
+    values = pd.DataFrame(subjects)
+    return values.mean().to_dict() | values.std(ddof=0).add_suffix("_std").to_dict()
 
 
 def _share(answers: pd.Series[Any]) -> float:
@@ -186,20 +212,20 @@ def _share(answers: pd.Series[Any]) -> float:
     return float((known.astype(str) == "True").mean()) if len(known) else float("nan")
 
 
-def _mean(results: Sequence[Results], name: str) -> float:
-    values = [result.metrics[name] for result in results if name in result.metrics]
-    return sum(values) / len(values) if values else float("nan")
+def _metric(result: Results, name: str) -> float:
+    return result.metrics.get(name, float("nan"))
 
 
 def tabulate(results: dict[str, dict[str, Results]], methods: Sequence[str]) -> pd.DataFrame:
     """Return the table: base model, one row per method, and the ceiling."""
     any_method = [by_method[methods[-1]] for by_method in results.values()]
-    rows = {BASE_ROW: row(any_method, "base")}
+    rows = {BASE_ROW: row([of_subject(result, "base") for result in any_method])}
     for method in methods:
-        rows[METHODS.get(method, method)] = row([by_method[method] for by_method in results.values()], "concept")
-    ceilings = pd.Series([result.metrics[f"{EVALUATOR}/similarity/ceiling"] for result in any_method])
-    rows[CEILING_ROW] = {"similarity": ceilings.mean(), "similarity_std": ceilings.std(ddof=0)}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["similarity", "similarity_std", *list(COLUMNS)[1:]])
+        of_method = [of_subject(by_method[method], "concept") for by_method in results.values()]
+        rows[METHODS.get(method, method)] = row(of_method)
+    ceilings = [{"similarity": result.metrics[f"{EVALUATOR}/similarity/ceiling"]} for result in any_method]
+    rows[CEILING_ROW] = row(ceilings)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[c + end for c in COLUMNS for end in ("", "_std")])
 
 
 _FORMATS = {"background": ".0%", "color": ".0%", "prior_drift_pixels": ".2%", "seconds": ".0f"}
@@ -215,12 +241,9 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def _cell(column: str, values: pd.Series[Any]) -> str:
-    value = values[column]
-    if pd.isna(value):
+    if pd.isna(values[column]):
         return "—"
-    if column == "similarity":
-        return f"{value:.3f} ± {values['similarity_std']:.3f}"
-    return format(value, _FORMATS.get(column, ".3f"))
+    return " ± ".join(format(values[name], _FORMATS.get(column, ".3f")) for name in (column, f"{column}_std"))
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -232,13 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for subject in options.subjects:
         if not _image(options, subject).is_file():
             raise SystemExit(f"expected the picture of {subject!r} at {_image(options, subject)}; there is none")
+    runs = [
+        Run(subject, method, _image(options, subject), options.base_model.resolve(), tuple(options.params), options.env)
+        for subject in options.subjects
+        for method in options.methods
+    ]
+    run_all(runs, options.workers, options.again)
     results: dict[str, dict[str, Results]] = {}
-    for subject in options.subjects:
-        for method in options.methods:
-            overrides = tuple(options.params)
-            run = Run(subject, method, _image(options, subject), options.base_model.resolve(), overrides, options.env)
-            run_if_needed(run, options.again)
-            results.setdefault(subject, {})[method] = read(run)
+    for run in runs:
+        results.setdefault(run.subject, {})[run.method] = read(run)
     check_same_base(results)
     table = tabulate(results, options.methods)
     report = f"Subjects: {', '.join(options.subjects)}. {_legend(results)}\n\n{to_markdown(table)}\n"
@@ -253,7 +278,7 @@ def _legend(results: dict[str, dict[str, Results]]) -> str:
     subject_images = images[(images["kind"] == "subject") & (images["group"] == "concept")]
     return (
         f"{subject_images['prompt'].nunique()} prompts × {subject_images['seed'].nunique()} seeds each; similarity, "
-        f"diversity, copying and drift by {EVALUATOR}; ± is the standard deviation over all images."
+        f"diversity, copying and drift by {EVALUATOR}; mean ± standard deviation over subjects."
     )
 
 
@@ -263,12 +288,13 @@ def _image(options: argparse.Namespace, subject: str) -> Path:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=["fox", "octopus", "strawberry"])
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of conf/base/parameters_training.yml")
     parser.add_argument("--images", type=Path, default=ROOT / "data/01_raw/reference_images")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data/01_raw/base_model")
     parser.add_argument("--params", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters of every run")
     parser.add_argument("--env", default="local")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side; set OMP_NUM_THREADS=1 with it")
     parser.add_argument("--again", action="store_true", help="run everything again")
     parser.add_argument("--output", type=Path, default=ROOT / "data/08_reporting/comparison")
     return parser.parse_args(arguments)

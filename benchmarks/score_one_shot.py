@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from compare_methods import ROOT, Run, run_if_needed
+from compare_methods import ROOT, SUBJECTS, Run, run_all
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.core.concept import Concept
@@ -32,19 +31,7 @@ from dreamartist_pipeline.datasets.judge import JudgeDataset
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from score_base_model import nameable
 
-SUBJECTS = (
-    "fox",
-    "octopus",
-    "strawberry",
-    "owl",
-    "robot",
-    "rocket",
-    "mushroom",
-    "penguin",
-    "snail",
-    "umbrella",
-    "mushroom-outline",
-)
+HELD_OUT_STYLE = "mushroom-outline"  # a subject drawn in the style that the base model never saw
 BASE = "base model"
 TOLERANCE = 0.10 + 1e-9  # how far a concept may fall behind the base model; rounding aside
 COLUMNS = {"background": "background", "tint": "object colour"}
@@ -149,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if missing := [str(run.image) for run in runs if not run.image.is_file()]:
         raise SystemExit(f"expected a picture of every subject; there is none at {', '.join(missing)}")
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(lambda run: run_if_needed(run, again=False), runs))
+    run_all(runs, options.workers)
     backbone = load_backbone(BaseModelFiles(options.base_model), DeviceParams())
     sampler = SamplerParams(batch_size=30)
     tasks = draw_tasks(judge, options.num_prompts, options.seed)
@@ -173,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
+    parser.add_argument("--subjects", nargs="+", default=[*SUBJECTS, HELD_OUT_STYLE])
     parser.add_argument("--method", default="dreamartist-plus-plus", help="of conf/base/parameters_training.yml")
     parser.add_argument("--images", type=Path, default=ROOT / "data/01_raw/reference_images")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data/01_raw/base_model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import subprocess
@@ -45,13 +46,21 @@ def _results(similarities: tuple[float, float], agrees: list[bool | None], secon
     return bench.Results(metrics, images, seconds)
 
 
-def test_a_row_is_the_mean_over_all_images_of_all_subjects() -> None:
-    row = bench.row([_results((0.1, 0.3), [True, False]), _results((0.2, 0.2), [True, None], 20.0)], "concept")
-    assert row["similarity"] == pytest.approx(0.7)
-    assert row["similarity_std"] == pytest.approx(math.sqrt(0.02 / 4))
-    assert row["background"] == pytest.approx(2 / 3)
+def test_a_subject_counts_with_the_mean_over_its_images_of_which_something_was_asked() -> None:
+    values = bench.of_subject(_results((0.1, 0.5), [True, None]), "concept")
+    assert values["similarity"] == pytest.approx(0.8)
+    assert values["background"] == 1.0
+    assert math.isnan(values["color"])
+
+
+def test_a_row_is_mean_and_standard_deviation_over_subjects() -> None:
+    results = [_results((0.1, 0.3), [True, False]), _results((0.4, 0.4), [True, None], 20.0)]
+    row = bench.row([bench.of_subject(result, "concept") for result in results])
+    assert row["similarity"] == pytest.approx(0.8)
+    assert row["similarity_std"] == pytest.approx(0.1)
+    assert (row["background"], row["background_std"]) == (0.75, 0.25)
     assert math.isnan(row["color"])
-    assert row["seconds"] == 15.0
+    assert (row["seconds"], row["seconds_std"]) == (15.0, 5.0)
 
 
 def test_the_table_has_base_methods_and_ceiling() -> None:
@@ -64,8 +73,11 @@ def test_the_table_has_base_methods_and_ceiling() -> None:
     table = bench.tabulate(results, ["lora", "dreamartist-plus-plus"])
     assert list(table.index) == [bench.BASE_ROW, "LoRA, no negative branch", "DreamArtist++", bench.CEILING_ROW]
     lines = bench.to_markdown(table).splitlines()
-    assert lines[2] == "| base model, class word | 0.200 ± 0.100 | 50% | — | 0.250 | 0.250 | — | — | — |"
-    assert lines[4].startswith("| DreamArtist++ | 0.700 ± 0.100 | 50% | — | 0.250 | 0.250 | 1.00% | 0.250 | 10 |")
+    assert lines[2] == (
+        "| base model, class word | 0.200 ± 0.000 | 50% ± 0% | — | 0.250 ± 0.000 | 0.250 ± 0.000 | — | — | — |"
+    )
+    assert lines[4].startswith("| DreamArtist++ | 0.700 ± 0.000 | 50% ± 0% | — | 0.250 ± 0.000 |")
+    assert lines[4].endswith("| 1.00% ± 0.00% | 0.250 ± 0.000 | 10 ± 0 |")
     assert lines[5].startswith("| autoencoder's reconstruction (ceiling) | 0.900 ± 0.000 | — |")
 
 
@@ -107,6 +119,21 @@ def test_a_run_is_repeated_only_when_what_decides_it_changes(run: object, monkey
     assert len(calls) == 2
     bench.run_if_needed(run, again=True)
     assert len(calls) == 3
+
+
+def test_the_first_run_is_over_before_others_start_and_each_runs_once(
+    run: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def fake(one: object, _: bool) -> None:
+        events.append(f"start {one.method}")  # type: ignore[attr-defined]
+        events.append(f"end {one.method}")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(bench, "run_if_needed", fake)
+    bench.run_all([dataclasses.replace(run, method=method) for method in ("a", "b", "c")], workers=2)  # type: ignore[type-var]
+    assert events[:2] == ["start a", "end a"]
+    assert sorted(events) == sorted(f"{what} {method}" for what in ("start", "end") for method in "abc")
 
 
 def test_a_run_passes_subject_method_and_overrides_on(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
