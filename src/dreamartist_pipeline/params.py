@@ -407,8 +407,8 @@ class ExportParams(Params):
     def _has_no_weights(cls, prompt: str) -> str:
         if re.search(r"[{}]", re.sub(r"\{\w+\}", "", prompt)):  # beside slots
             raise ValueError(
-                f"braces are for slots such as {{pt1}} here, got {prompt!r}; weighted words cannot be exported, because "
-                "ComfyUI weights by another formula and diffusers not at all: the picture would be another one"
+                f"braces are for slots such as {{pt1}} here, got {prompt!r}; weighted words cannot be exported, "
+                "because ComfyUI weights by another formula and diffusers not at all: leave the weights out"
             )
         return prompt
 

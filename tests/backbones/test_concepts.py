@@ -457,9 +457,7 @@ def test_training_gives_no_gradient_to_ranks_that_no_row_used(
 # --------------------------------------------------------------------------------------------- clip_skip and adapters
 
 
-def test_layers_that_clip_skip_leaves_out_get_no_adapters(
-    backbone: Backbone, make_training_params: MakeParams
-) -> None:
+def test_layers_that_clip_skip_leaves_out_get_no_adapters(backbone: Backbone, make_training_params: MakeParams) -> None:
     layers = start_concept(backbone, make_training_params(clip_skip=1), 1, 0).stacks["text_encoder"].layers
     assert {name.split("layers.")[1].split(".")[0] for name in layers} == {"0"}
     assert len(layers) == 6  # q, k, v, out, fc1, fc2

@@ -78,7 +78,9 @@ def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> Traini
     learned = [[1, _VOCABULARY, 2], [1, _VOCABULARY + 1, 2]][-num_branches:]
     if num_branches == 1:
         learned = [[1, _VOCABULARY, 2]]
-    reference = LatentImages(torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.1), PromptTokens(torch.tensor([learned])), False)
+    reference = LatentImages(
+        torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.1), PromptTokens(torch.tensor([learned])), False
+    )
     plain = torch.tensor([[[3, 4, 5]] * num_branches, [[4, 5, 6]] * num_branches, [[5, 6, 7]] * num_branches])
     means = torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1, 1).expand(3, 2, 2, 2)
     return TrainingData(reference, LatentImages(means, torch.zeros(3, 2, 2, 2), PromptTokens(plain), True), mask)

@@ -57,7 +57,7 @@ def _joined(parts: Sequence[PromptTokens], join: Callable[[list[torch.Tensor]], 
 
 
 def weight_states(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Multiply each token's text state by its weight, then bring the prompt's mean back: `h · w · mean(h) / mean(h · w)`.
+    """Multiply each token's text state by its weight and bring the prompt's mean back: `h·w · mean(h) / mean(h·w)`.
 
     The means are over all tokens and channels of a prompt, start, end and padding included (HCP-Diffusion,
     `TEEXHook.mult_attn`). Deviation: a mean whose size is rounding (`SMALLEST_MEAN`), or whose sign the weights would

@@ -26,8 +26,8 @@ def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParam
     if len(prompts) < params.num_prompts:
         raise InputError(
             f"expected at least {params.num_prompts:,} different prompts in column {column.name!r} of the prompt "
-            f"database; got {len(prompts):,} (from {len(column):,} rows, without blanks, duplicates and unreadable braces); "
-            "lower prompts.num_prompts or give a larger prompt database"
+            f"database; got {len(prompts):,} (from {len(column):,} rows, without blanks, duplicates and unreadable "
+            "braces); lower prompts.num_prompts or give a larger prompt database"
         )
     return random.Random(params.seed).sample(prompts, params.num_prompts)
 
