@@ -110,7 +110,8 @@ def inject_adapters(
 
 def skipped_layers(text_encoder: nn.Module, selectors: Sequence[str], clip_skip: int) -> list[str]:
     """Return the layers selected in what clip_skip leaves out: no gradient would ever reach an adapter there."""
-    blocks: Any = getattr(text_encoder, "text_model", text_encoder).encoder.layers  # transformers 5: nothing between
+    text_model: Any = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 has no module between
+    blocks = text_model.encoder.layers
     left_out = {module for block in blocks[len(blocks) - clip_skip :] for module in block.modules()}
     return [name for name in select_layers(text_encoder, selectors) if text_encoder.get_submodule(name) in left_out]
 
