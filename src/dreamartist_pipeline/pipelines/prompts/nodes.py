@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing pandas
     DataFrame = Series = Any
+
+log = logging.getLogger(__name__)
 
 
 def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParams) -> list[str]:
@@ -49,7 +52,11 @@ def distinct_prompts(column: Series) -> list[str]:
                 f"({type(value).__name__}); set prompts.column to the column that holds the prompts"
             )
     stripped = (value.strip() for value in values)
-    return list(dict.fromkeys(prompt for prompt in stripped if prompt and _is_readable(prompt)))
+    distinct = list(dict.fromkeys(prompt for prompt in stripped if prompt))
+    readable = [prompt for prompt in distinct if _is_readable(prompt)]
+    if len(readable) < len(distinct):
+        log.info("Left out %d prompts whose braces are no weighted words.", len(distinct) - len(readable))
+    return readable
 
 
 def _is_readable(prompt: str) -> bool:
