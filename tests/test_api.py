@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from dreamartist_pipeline.interop.toolkit import write_toolkit
 from dreamartist_pipeline.params import LossParams, SamplerParams, StrengthParams, TrainingParams
 
 PROMPTS = {"positive": "a my-fox, the background", "negative": "a my-fox-neg, the background"}
+WEIGHTED = {"positive": "a {my-fox:1.4}, {the background}", "negative": "a {my-fox-neg:0.6}, the background"}
+WEIGHT_OF = {"positive": {"my-fox": 1.4, "the": 1.1, "background": 1.1}, "negative": {"my-fox-neg": 0.6}}
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 MIXED = [  # several groups on one layer, other ranks and alphas, convolutions, one group for both branches
     {"lr": 1e-3, "rank": 2, "branch": "p", "alpha": 3.0, "layers": [r"re:.*\.attn.?$", r"re:.*resnets\.0$"]},
@@ -70,7 +73,15 @@ def given() -> dict[str, torch.Tensor]:
 class Independent:
     """Each branch computed alone, with merged weights, in plain diffusers and transformers."""
 
-    def __init__(self, folder: Path, concept: Concept, strength: tuple[float, float] = (1.0, 1.0)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        concept: Concept,
+        strength: tuple[float, float] = (1.0, 1.0),
+        weight_of: dict[str, dict[str, float]] | None = None,
+    ) -> None:
+        """`weight_of`: branch -> word -> its attention weight."""
+        self.weight_of = weight_of or {}
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
@@ -103,12 +114,18 @@ class Independent:
         positive, negative = (len(self.learned[f"words.{b}.pt1"]) for b in ("positive", "negative"))
         by_word = {"my-fox": range(first_id, first_id + positive)}
         by_word["my-fox-neg"] = range(first_id + positive, first_id + positive + negative)
-        ids = [self.tokenizer.bos_token_id]
+        ids, factors = [self.tokenizer.bos_token_id], [1.0]
         for part in prompt.replace(",", " ,").split():
             ids += by_word.get(part) or self.tokenizer(part, add_special_tokens=False).input_ids
+            factors += [self.weight_of.get(branch, {}).get(part, 1.0)] * (len(ids) - len(factors))
         ids += [self.tokenizer.eos_token_id]
         ids += [self.tokenizer.pad_token_id] * (self.tokenizer.model_max_length - len(ids))
-        return functional_call(self.text_encoder, weights, (torch.tensor([ids]),))[0]
+        factors += [1.0] * (len(ids) - len(factors))
+        states = functional_call(self.text_encoder, weights, (torch.tensor([ids]),))[0]
+        if branch not in self.weight_of:
+            return states
+        weighted = states * torch.tensor(factors)[None, :, None]
+        return weighted * states.mean() / weighted.mean()
 
     def branch_prediction(self, branch: str, prompt: str, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         states = self.text_states(prompt, branch).expand(len(noisy), -1, -1)
@@ -169,6 +186,52 @@ def test_prediction_loss_and_gradients_are_those_of_merged_weights(
         difference = (came.gradients[name] - expected).abs().max()
         assert difference <= 1e-6, f"{name} differs by {difference:.1e}"
         assert difference <= 1e-4 * expected.abs().max(), f"{name} differs by {difference:.1e}"  # small ones too
+
+
+@pytest.fixture
+def shifted_base_model(tiny_base_model: Path, tmp_path: Path) -> Path:
+    """Return a base model whose text states have a mean, as Stable Diffusion's have; random ones have none."""
+    folder = tmp_path / "shifted"
+    shutil.copytree(tiny_base_model, folder)
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    (bias,) = [p for name, p in text_encoder.named_parameters() if name.endswith("final_layer_norm.bias")]
+    torch.nn.init.normal_(bias, mean=-0.2, std=0.1, generator=torch.Generator().manual_seed(0))
+    text_encoder.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def test_weighted_words_are_those_of_merged_weights_times_the_weights(
+    concept: Concept, shifted_base_model: Path, given: dict[str, torch.Tensor]
+) -> None:
+    backbone = open_base_model(shifted_base_model)
+    concept = Concept(concept.tensors, {**concept.metadata, "base_model_fingerprint": backbone.fingerprint})
+    came = step_values(backbone, concept, WEIGHTED["positive"], WEIGHTED["negative"], **given)
+    plain = Independent(shifted_base_model, concept, weight_of=WEIGHT_OF)
+    latents, noise, timesteps = given["latents"], given["noise"], given["timesteps"]
+    alpha = plain.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    by_branch = {b: plain.branch_prediction(b, prompt, noisy, timesteps) for b, prompt in PROMPTS.items()}
+    combined = by_branch["negative"] + 3.0 * (by_branch["positive"] - by_branch["negative"])
+    loss = ((combined - (alpha.sqrt() * noise - (1 - alpha).sqrt() * latents)) ** 2).mean()
+    gradients = torch.autograd.grad(loss, list(plain.learned.values()))
+
+    torch.testing.assert_close(came.prediction, combined.detach(), **TOLERANCE)
+    for name, expected in zip(plain.learned, gradients, strict=True):
+        torch.testing.assert_close(came.gradients[name], expected, rtol=1e-3, atol=1e-6)
+    unweighted = step_values(backbone, concept, PROMPTS["positive"], PROMPTS["negative"], **given)
+    assert (unweighted.prediction - came.prediction).abs().max() > 0.01
+
+
+def test_weighted_words_are_sampled_by_both_prompts(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
+) -> None:
+    def sample(prompt: str, negative_prompt: str) -> torch.Tensor:
+        return sample_latents(backbone, concept, prompt, negative_prompt, given["latents"])
+
+    plain = sample("a my-fox", "a red cat")
+    assert torch.equal(sample("a {my-fox:1}", "a {red:1} cat"), plain)
+    assert not torch.allclose(sample("a {my-fox:1.4}", "a red cat"), plain)
+    assert not torch.allclose(sample("a my-fox", "a {red:1.4} cat"), plain)
 
 
 def test_a_mask_multiplies_the_error(backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from dreamartist_pipeline.params import (
     GenerateParams,
     LoRAGroup,
     LossParams,
+    RegularizationParams,
     TrainingParams,
     WordsParams,
 )
@@ -33,6 +34,40 @@ def training(**values: Any) -> TrainingParams:
 def test_every_section_refuses_unknown_keys(section: str) -> None:
     with pytest.raises(ValidationError, match=r"no_such_key\s+Extra inputs are not permitted"):
         SECTIONS[section].model_validate({"no_such_key": 1})
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (GenerateParams, {"prompts": ["a {cat:big}"]}),
+        (GenerateParams, {"prompts": ["a cat"], "negative_prompt": "{cat:big}"}),
+        (EvaluationParams, {"prompts": ["a {cat:big}"], "prior_prompts": ["a cat"]}),
+        (EvaluationParams, {"prompts": ["a"], "prior_prompts": ["a {cat:big}"]}),
+        (EvaluationParams, {"prompts": ["a"], "prior_prompts": ["a"], "negative_prompt": "{cat:big}"}),
+        (RegularizationParams, {"sampler": {}, "negative_prompt": "{cat:big}"}),
+        (TrainingParams, {"num_steps": 1, "words": WORDS, "templates": "a {pt1} {cat:big}"}),
+        (TrainingParams, {"num_steps": 1, "words": WORDS, "preview": {"prompts": "a {cat:big}"}}),
+    ],
+)
+def test_weighted_words_are_read_with_the_configuration(model: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="expected a weight such as {cat:1.2} .* got 'big'"):
+        model(**values)
+    assert model.model_validate(yaml.safe_load(yaml.safe_dump(values).replace("cat:big", "cat:1.5")))
+
+
+@pytest.mark.parametrize("prompt", ["a {{pt1}:1.2}", "{pt1:1.2}", "a {red cat}"])
+@pytest.mark.parametrize("key", ["prompt", "negative_prompt"])
+def test_weighted_words_are_not_exported(key: str, prompt: str) -> None:
+    with pytest.raises(ValidationError, match="weighted words cannot be exported, because ComfyUI weights by another"):
+        ExportParams(**{"title": "fox", key: prompt})
+    assert ExportParams(title="fox", prompt="a {pt1} {class}").prompt == "a {pt1} {class}"
+
+
+def test_class_and_trigger_words_have_no_braces() -> None:
+    with pytest.raises(ValidationError, match="class_word"):
+        training(class_word="{cat:1.2}")
+    with pytest.raises(ValidationError, match="contains a brace; weights belong into templates"):
+        training(words={"names": {"pt1": ["{my-cat:2}", "my-cat-neg"]}})
 
 
 def test_parameters_never_change_after_validation() -> None:

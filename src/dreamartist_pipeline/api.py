@@ -17,10 +17,11 @@ from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, 
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
-from dreamartist_pipeline.core.branches import GuidanceScale, stack
+from dreamartist_pipeline.core.branches import GuidanceScale
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.prompt_tokens import by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
 from dreamartist_pipeline.interop.toolkit import read_toolkit
@@ -184,7 +185,7 @@ def step_values(
         latents=latents,
         noise=noise,
         timesteps=timesteps,
-        token_ids=loaded.prompts.token_ids([negative_prompt, prompt])[None],  # [1, 2, L]
+        tokens=by_branch([loaded.prompts.tokenize([each]) for each in (negative_prompt, prompt)]),  # [1, 2, L]
         prompt_of_row=torch.zeros(rows, dtype=torch.long, device=backbone.device),
         row_weight=torch.full((rows,), 1 / rows, device=backbone.device),
         mask=mask,
@@ -208,8 +209,8 @@ def step_values(
 
 def _text_states(loaded: LoadedConcept, prompt: str, negative_prompt: str, rows: int) -> torch.Tensor:
     """Return `[2·rows, L, D]`, negative rows first; every row of a branch has the same prompt."""
-    ids = loaded.prompts.token_ids([negative_prompt]), loaded.prompts.token_ids([prompt])
-    return loaded.prompts.encode(stack(*ids)).repeat_interleave(rows, dim=0)
+    tokens = loaded.prompts.tokenize([negative_prompt, prompt])  # negative rows first
+    return loaded.prompts.encode(tokens).repeat_interleave(rows, dim=0)
 
 
 def _learned(loaded: LoadedConcept) -> Iterator[tuple[str, nn.Parameter]]:

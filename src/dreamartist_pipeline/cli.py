@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, inpu
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
 _KEPT_ENVIRONMENTS = ("base", "local", "test", "sd15")
+_PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
 _READABLE = (InputError, ParameterValidationError, DatasetError)
 
 
@@ -30,7 +32,8 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     """Read `key=value,key=value`; a comma starts a new parameter only where a `key=` follows it.
 
     Kedro splits at every comma, so that neither a prompt ("a red fox, blue background") nor a list could be given.
-    The settings of a run are text as it stands, whatever it looks like: `subject=007` is not the number 7.
+    The settings of a run are text as it stands, whatever it looks like: `subject=007` is not the number 7. So are
+    prompts: in YAML, "{cat:1.2} asleep" is no text, and "a {cat: 1.2}" a mapping. Lists and quoted texts are YAML.
     """
     if isinstance(value, dict):
         return value
@@ -44,6 +47,8 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
         name, _, text = (part.strip() for part in item.partition("="))
         if name in RUN_SETTINGS and text != "null":
             texts[name] = _home(text)
+        elif name.rpartition(".")[2] in _PROMPT_KEYS and not text.startswith(("[", "'", '"')) and text != "null":
+            others.append(f"{name}={json.dumps(text)}")
         else:
             others.append(item)
     return texts | cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(others)))

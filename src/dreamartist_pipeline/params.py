@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from dreamartist_pipeline.prompt_weights import checked_weights
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -20,6 +22,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "schedule_free"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """Several texts; a single one may stand alone, as in `--params generate.prompts=a red fox`."""
+Plain = Annotated[str, Field(pattern=r"^[^{}]*$")]
+"""A text without braces, to be put into templates."""
+Prompt = Annotated[str, AfterValidator(checked_weights)]
+"""A prompt or template whose weighted words, `{cat:1.2}`, can be read."""
+Prompts = Annotated[tuple[Prompt, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 TEMPLATE_PRESETS = {  # training.templates: NAME
     "object": (
@@ -118,7 +125,7 @@ class RegularizationParams(Params):
     """How the base model draws the regularization set."""
 
     sampler: SamplerParams
-    negative_prompt: str = ""
+    negative_prompt: Prompt = ""
     seed: Seed = 0
 
 
@@ -184,6 +191,8 @@ class WordsParams(Params):
             for word in (positive, negative):
                 if re.search(r"\s", word):
                     raise ValueError(f"trigger word {word!r} contains a space; use a hyphen")
+                if re.search(r"[{}]", word):
+                    raise ValueError(f"trigger word {word!r} contains a brace; weights belong into templates")
         return names
 
 
@@ -229,7 +238,7 @@ class PreviewParams(Params):
     """Images drawn while training; `every` 0 draws none."""
 
     every: Annotated[int, Field(ge=0)] = 0
-    prompts: Texts = ()
+    prompts: Prompts = ()
     sampler: SamplerParams = SamplerParams()
     seed: Seed = 0
 
@@ -245,10 +254,10 @@ class TrainingParams(Params):
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
     words: WordsParams = WordsParams()
-    templates: Annotated[Texts, Field(min_length=1)] = ("a photo of a {pt1}",)  # or the name of a TEMPLATE_PRESETS
+    templates: Annotated[Prompts, Field(min_length=1)] = ("a photo of a {pt1}",)  # or the name of a TEMPLATE_PRESETS
     caption_transforms: tuple[CaptionTransformParams, ...] = ()  # of the tags of '{caption}', in order
     clip_skip: Annotated[int, Field(ge=0)] = 0  # text states of the n-th layer before the last, final norm applied
-    class_word: str = ""
+    class_word: Plain = ""
     scale_lr: bool = False  # multiply every lr by the total batch size, as the reference toolkit does
     weight_decay: NonNegative = 1e-3  # of the adapters
     schedule: ScheduleParams = ScheduleParams()
@@ -343,12 +352,12 @@ class TrainingParams(Params):
 class EvaluationParams(Params):
     """What is drawn and measured after training."""
 
-    prompts: Annotated[Texts, Field(min_length=1)]  # with '{pt1}' where the subject goes
-    prior_prompts: Annotated[Texts, Field(min_length=1)]  # without it: what must not change
-    class_word: str = ""
+    prompts: Annotated[Prompts, Field(min_length=1)]  # with '{pt1}' where the subject goes
+    prior_prompts: Annotated[Prompts, Field(min_length=1)]  # without it: what must not change
+    class_word: Plain = ""
     images_per_prompt: Count = 4
     seed: Seed = 1000
-    negative_prompt: str = ""
+    negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
     evaluators: Texts = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
@@ -365,8 +374,8 @@ class EvaluationParams(Params):
 class GenerateParams(Params):
     """What the generate pipeline draws."""
 
-    prompts: Annotated[Texts, Field(min_length=1)]
-    negative_prompt: str = ""
+    prompts: Annotated[Prompts, Field(min_length=1)]
+    negative_prompt: Prompt = ""
     images_per_prompt: Count = 4
     seed: Seed = 0
     sampler: SamplerParams = SamplerParams()
@@ -392,6 +401,16 @@ class ExportParams(Params):
     seed: Seed = 0
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _has_no_weights(cls, prompt: str) -> str:
+        if re.search(r"[{}]", re.sub(r"\{\w+\}", "", prompt)):  # beside slots
+            raise ValueError(
+                f"braces are for slots such as {{pt1}} here, got {prompt!r}; weighted words cannot be exported, "
+                "because ComfyUI weights by another formula and diffusers not at all: leave the weights out"
+            )
+        return prompt
 
 
 # ------------------------------------------------------------------------------------------------- pretraining

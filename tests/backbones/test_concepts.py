@@ -23,6 +23,7 @@ from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.embeddings import Word
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import (
     Batch,
     BatchSource,
@@ -53,15 +54,14 @@ def make_data(new: NewConcept, params: TrainingParams) -> TrainingData:
     pairs = [("a photo of a my-fox-neg", "a photo of a my-fox"), ("the my-fox-neg", "the my-fox")]
     plain = [("a red cat", "a red cat"), ("a blue dog", "a blue dog")]
 
-    def ids(prompts: list[tuple[str, str]]) -> torch.Tensor:
-        by_branch = [new.prompts.token_ids([p[b] for p in prompts]) for b in branches(params.num_branches)]
-        return torch.stack(by_branch, dim=1)
+    def tokens(prompts: list[tuple[str, str]]) -> PromptTokens:
+        return by_branch([new.prompts.tokenize([p[b] for p in prompts]) for b in branches(params.num_branches)])
 
     reference = LatentImages(
-        torch.randn(1, 4, 8, 8, generator=generator), torch.full((1, 4, 8, 8), 0.1), ids(pairs), False
+        torch.randn(1, 4, 8, 8, generator=generator), torch.full((1, 4, 8, 8), 0.1), tokens(pairs), False
     )
     means = torch.randn(2, 4, 8, 8, generator=generator)
-    regularization = LatentImages(means, torch.full_like(means, 0.1), ids(plain), True)
+    regularization = LatentImages(means, torch.full_like(means, 0.1), tokens(plain), True)
     mask = torch.rand(1, 1, 8, 8, generator=generator) * 2
     return TrainingData(reference, regularization, mask)
 
@@ -120,7 +120,7 @@ def one_branch(backbone: Backbone, new: NewConcept, batch: Batch, branch: int) -
     text = merged_weights(backbone, new, "text_encoder", branch)
     table = torch.cat([text.pop("embeddings.token_embedding.weight"), *new.words.vectors])
     text["embeddings.token_embedding.weight"] = table
-    ids = batch.token_ids[batch.prompt_of_row, branch]
+    ids = batch.tokens.ids[batch.prompt_of_row, branch]
     hidden = functional_call(backbone.text_encoder, text, (ids,)).last_hidden_state
     alpha = backbone.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
@@ -254,14 +254,33 @@ def test_negative_rows_hear_the_users_negative_prompt_and_no_trigger_word(
     concept, _ = train(backbone, make_training_params(num_steps=0))
     loaded = attach(backbone, concept, FULL)
     encode, heard = loaded.prompts.encode, []
-    monkeypatch.setattr(loaded.prompts, "encode", lambda ids: (heard.append(ids), encode(ids))[1])
+    monkeypatch.setattr(loaded.prompts, "encode", lambda tokens: (heard.append(tokens.ids), encode(tokens))[1])
     generate(backbone, loaded, ["a my-fox", "the my-fox"], "a red cat", [1, 2], SAMPLER)
     (ids,) = heard
-    plain = attach(backbone, None, FULL).prompts.token_ids(["a red cat"] * 2)
+    plain = attach(backbone, None, FULL).prompts.tokenize(["a red cat"] * 2).ids
     assert torch.equal(ids[:2], plain)
     assert loaded.vocabulary is not None
     positive = next(word for word in loaded.vocabulary.words if word.branch == POSITIVE)
     assert all(set(positive.ids) <= set(row.tolist()) for row in ids[2:])
+
+
+@pytest.mark.parametrize("weighted", ["a {my-fox:1.5}", "a {my-fox}", "{a:0.5} my-fox"])
+def test_a_weighted_word_draws_another_image(
+    backbone: Backbone, make_training_params: MakeParams, weighted: str
+) -> None:
+    concept, _ = train(backbone, make_training_params())
+    assert draw(backbone, concept, weighted) != draw(backbone, concept, "a my-fox")
+    assert draw(backbone, concept, "{a:1} my-fox") == draw(backbone, concept, "a my-fox")
+
+
+def test_the_users_negative_prompt_is_weighted_too(backbone: Backbone, make_training_params: MakeParams) -> None:
+    concept, _ = train(backbone, make_training_params())
+    loaded = attach(backbone, concept, FULL)
+    plain, weighted = (
+        generate(backbone, loaded, ["a my-fox"], negative, [1], SAMPLER)[0].tobytes()
+        for negative in ("a red cat", "a {red:1.8} cat")
+    )
+    assert plain != weighted
 
 
 # --------------------------------------------------------------------------------------------- concepts
@@ -283,7 +302,7 @@ def test_an_attached_concept_predicts_as_the_trained_one(backbone: Backbone, mak
     loaded = attach(backbone, new.snapshot(concept_metadata(backbone, params, 1)), FULL)
     prompts = ["the my-fox-neg", "the my-fox"]
     with torch.no_grad():
-        trained, attached = (p.encode(p.token_ids(prompts)) for p in (new.prompts, loaded.prompts))
+        trained, attached = (p.encode(p.tokenize(prompts)) for p in (new.prompts, loaded.prompts))
         torch.testing.assert_close(attached, trained, rtol=0, atol=1e-6)
         latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
         torch.testing.assert_close(
@@ -425,7 +444,7 @@ def test_training_gives_no_gradient_to_ranks_that_no_row_used(
     new = start_concept(backbone, make_training_params(lora_unet=[group]), 1, 0)
     stir(new)
     steps = torch.full((4,), backbone.schedule.num_train_timesteps - 1)
-    hidden = new.prompts.encode(new.prompts.token_ids(["a red cat"] * 4)).detach()
+    hidden = new.prompts.encode(new.prompts.tokenize(["a red cat"] * 4)).detach()
     new.backbone.denoise(
         torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), steps, hidden
     ).sum().backward()
@@ -433,3 +452,19 @@ def test_training_gives_no_gradient_to_ranks_that_no_row_used(
     assert update.down.grad is not None
     assert update.down.grad[0].abs().sum() > 0
     assert not update.down.grad[1:].any()
+
+
+# --------------------------------------------------------------------------------------------- clip_skip and adapters
+
+
+def test_layers_that_clip_skip_leaves_out_get_no_adapters(backbone: Backbone, make_training_params: MakeParams) -> None:
+    layers = start_concept(backbone, make_training_params(clip_skip=1), 1, 0).stacks["text_encoder"].layers
+    assert {name.split("layers.")[1].split(".")[0] for name in layers} == {"0"}
+    assert len(layers) == 6  # q, k, v, out, fc1, fc2
+
+
+def test_a_group_of_skipped_layers_only_is_refused(backbone: Backbone, make_training_params: MakeParams) -> None:
+    group = {"lr": 1e-3, "rank": 1, "branch": "p", "layers": [r"re:.*layers\.1\.mlp$"]}
+    params = make_training_params(clip_skip=1, lora_text_encoder=[group])
+    with pytest.raises(InputError, match=r"layers in text_encoder.0.positive .* got .*mlp.fc1.*, which clip_skip=1"):
+        start_concept(backbone, params, 1, 0)

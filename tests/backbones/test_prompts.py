@@ -39,19 +39,19 @@ def vocabulary(backbone: Backbone) -> Vocabulary:
 @pytest.mark.parametrize("prompt", ["", "a red cat", "A Photo of the yellow house, background!", "cat " * 40])
 def test_plain_prompts_are_tokenized_as_the_tokenizer_does(tokenizer: CLIPTokenizer, prompt: str) -> None:
     expected = tokenizer(prompt, padding="max_length", truncation=True, max_length=24).input_ids
-    assert PromptTokenizer(tokenizer, 24).token_ids([prompt]).tolist() == [expected]
+    assert PromptTokenizer(tokenizer, 24).tokenize([prompt]).ids.tolist() == [expected]
 
 
 def test_without_trigger_words_a_vocabulary_changes_nothing(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
     prompts = ["a photo of a green bird, blue background", "fox"]
-    plain = PromptTokenizer(tokenizer, 24).token_ids(prompts)
-    assert torch.equal(PromptTokenizer(tokenizer, 24, vocabulary).token_ids(prompts), plain)
+    plain = PromptTokenizer(tokenizer, 24).tokenize(prompts).ids
+    assert torch.equal(PromptTokenizer(tokenizer, 24, vocabulary).tokenize(prompts).ids, plain)
 
 
 def test_a_trigger_word_becomes_its_vectors(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
     first = vocabulary.words[0].first_id
     by_word = {word.name: list(word.ids) for word in vocabulary.words}
-    ids = PromptTokenizer(tokenizer, 24, vocabulary).token_ids(["a red my-fox, blue", "My-Fox-neg"]).tolist()
+    ids = PromptTokenizer(tokenizer, 24, vocabulary).tokenize(["a red my-fox, blue", "My-Fox-neg"]).ids.tolist()
     a, red, comma, blue = (tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("a", "red", ",", "blue"))
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert ids[0][:8] == [start, a, red, *by_word["my-fox"], comma, blue, end]
@@ -60,9 +60,54 @@ def test_a_trigger_word_becomes_its_vectors(tokenizer: CLIPTokenizer, vocabulary
 
 
 def test_a_long_prompt_keeps_its_end_token(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
-    ids = PromptTokenizer(tokenizer, 24, vocabulary).token_ids(["my-fox " * 30])
+    ids = PromptTokenizer(tokenizer, 24, vocabulary).tokenize(["my-fox " * 30]).ids
     assert ids.shape == (1, 24)
     assert ids[0, -1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain", "weights"),
+    [
+        ("a {red:1.5} cat", "a red cat", {1: 1.0, 2: 1.5, 3: 1.0}),
+        ("a {red cat:0.5}, blue", "a red cat, blue", {1: 1, 2: 0.5, 3: 0.5, 4: 1, 5: 1}),
+        ("a {my-fox:1.5} cat", "a my-fox cat", {1: 1, 2: 1.5, 3: 1.5, 4: 1}),  # both of its vectors
+        ("{my-fox-neg, {red}:2}", "my-fox-neg, red", {1: 2, 2: 2, 3: 2, 4: 2, 5: 2.2, 6: 1}),
+        ("a (red:1.5) cat", "a (red:1.5) cat", {}),  # A1111's form is plain text
+        ("a {red:1} cat", "a red cat", {}),
+    ],
+)
+def test_weights_go_with_the_tokens_of_the_plain_text(
+    tokenizer: CLIPTokenizer, vocabulary: Vocabulary, prompt: str, plain: str, weights: dict[int, float]
+) -> None:
+    prompts = PromptTokenizer(tokenizer, 24, vocabulary)
+    came = prompts.tokenize([prompt, "a"])
+    assert torch.equal(came.ids, prompts.tokenize([plain, "a"]).ids)
+    if not weights:
+        assert came.weights is None
+        return
+    expected = torch.ones(2, 24)
+    for position, weight in weights.items():
+        expected[0, position] = weight
+    assert came.weights is not None
+    torch.testing.assert_close(came.weights, expected)
+
+
+def test_weights_of_what_is_cut_off_are_cut_off_too(tokenizer: CLIPTokenizer) -> None:
+    came = PromptTokenizer(tokenizer, 24).tokenize(["{" + "cat " * 40 + ":2}"])
+    assert came.weights is not None
+    assert came.weights.tolist() == [[1.0, *[2.0] * 22, 1.0]]
+
+
+def test_braces_that_cannot_be_read_are_refused(tokenizer: CLIPTokenizer) -> None:
+    with pytest.raises(InputError, match="expected a weight such as .* got 'big' in 'a {cat:big}'"):
+        PromptTokenizer(tokenizer, 24).tokenize(["a {cat:big}"])
+
+
+def test_trigger_words_are_found_within_braces(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
+    prompts = PromptTokenizer(tokenizer, 24, vocabulary)
+    prompts.check_fits("a {my-fox:1.2}")
+    with pytest.raises(InputError, match="within the first 22 tokens"):
+        prompts.check_fits("cat " * 21 + "{my-fox:1.2}")
 
 
 def test_words_beyond_the_context_are_refused(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
@@ -84,12 +129,12 @@ def test_states_are_those_of_the_text_encoder(backbone: Backbone, tokenizer: CLI
     ids = tokenizer(["a red cat"], padding="max_length", max_length=24, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = backbone.text_encoder(ids).last_hidden_state
-        assert torch.equal(encoder.encode(encoder.token_ids(["a red cat"])), expected)
+        assert torch.equal(encoder.encode(encoder.tokenize(["a red cat"])), expected)
 
 
 def test_skipping_the_last_layer_gives_the_normed_states_of_the_one_before(backbone: Backbone) -> None:
     whole, skipped = PromptEncoder(backbone), PromptEncoder(backbone, clip_skip=1)
-    ids = whole.token_ids(["a red cat"])
+    ids = whole.tokenize(["a red cat"])
     seen: list[torch.Tensor] = []
     text_model = getattr(backbone.text_encoder, "text_model", backbone.text_encoder)
     last = text_model.encoder.layers[-1]
@@ -99,6 +144,26 @@ def test_skipping_the_last_layer_gives_the_normed_states_of_the_one_before(backb
         handle.remove()
         assert torch.equal(skipped.encode(ids), text_model.final_layer_norm(seen[0]))
         assert not torch.allclose(skipped.encode(ids), states)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_weighted_states_are_the_plain_ones_times_weights_with_the_mean_restored(
+    tiny_base_model: Path, clip_skip: int
+) -> None:
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
+    text_model = getattr(backbone.text_encoder, "text_model", backbone.text_encoder)
+    torch.nn.init.normal_(text_model.final_layer_norm.bias, mean=-0.2, std=0.1)  # Stable Diffusion's has a mean, too
+    encoder = PromptEncoder(backbone, clip_skip=clip_skip)
+    with torch.no_grad():
+        plain = encoder.encode(encoder.tokenize(["a red cat", "a blue dog"]))
+        came = encoder.encode(encoder.tokenize(["a {red {cat}:1.5}", "a blue dog"]))
+    expected = plain[0].clone()
+    expected[2] *= 1.5
+    expected[3] *= 1.5 * 1.1
+    expected *= plain[0].mean() / expected.mean()
+    torch.testing.assert_close(came[0], expected)
+    assert not torch.allclose(came[0], plain[0])
+    assert torch.equal(came[1], plain[1])  # bit for bit, beside a weighted prompt
 
 
 def test_skipping_every_layer_is_refused(backbone: Backbone) -> None:

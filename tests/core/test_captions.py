@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants, fill_template
+from dreamartist_pipeline.core.captions import (
+    TagTransform,
+    branch_prompts,
+    caption_variants,
+    fill_template,
+    slot_names,
+    without_weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +22,11 @@ from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, cap
         ("{caption}", {"caption": "1,000 cats,at night"}, "1,000 cats,at night"),
         ("a  {pt1} ,, {pt1}", {"pt1": "x"}, "a x, x"),
         ("{caption}", {"caption": "a {pt1} in braces", "pt1": "x"}, "a {pt1} in braces"),
+        ("a {{pt1}:1.2}", {"pt1": "my-cat"}, "a {my-cat:1.2}"),
+        ("a {pt1:1.2}, {dog:1.3}", {"pt1": "my-cat"}, "a {my-cat:1.2}, {dog:1.3}"),
+        ("a {dog:1.3}", {"dog": "my-dog"}, "a {my-dog:1.3}"),
+        ("a {{pt1}}", {"pt1": "my-cat"}, "a {my-cat}"),
+        ("{{caption}:1.2}, {class:0.8} a {pt1:1.2}{{{pt2}}:2}", {}, "a"),
         ("{pt1.__class__} {0} {", {"pt1": "x"}, "{pt1.__class__} {"),
     ],
 )
@@ -38,6 +50,28 @@ def test_empty_words_give_both_branches_the_same_prompt() -> None:
 def test_every_slot_has_its_own_pair() -> None:
     names = {"pt1": ("cat-p", "cat-n"), "pt2": ("style-p", "style-n")}
     assert branch_prompts("{pt1} in {pt2}", names) == ("cat-n in style-n", "cat-p in style-p")
+
+
+def test_slots_without_trigger_words_say_the_class_word_once() -> None:
+    assert branch_prompts("a photo of a {pt1}, {caption}", {}, "cat", "on a sofa")[1] == "a photo of a cat, on a sofa"
+    assert branch_prompts("a {pt1} {class}", {}, "cat") == ("a cat", "a cat")
+
+
+def test_a_weighted_name_is_a_slot_where_it_is_known_as_one() -> None:
+    template = "{pt1} {pt2:1.2} {dog:1.2} {class:2} {{cat}:1.2} {two words:3}"
+    assert slot_names(template) == ["pt1", "pt2", "class", "cat"]
+    assert slot_names(template, {"dog": "my-dog"}) == ["pt1", "pt2", "dog", "class", "cat"]
+
+
+def test_a_template_without_weights_keeps_its_slots() -> None:
+    assert without_weights("a {{pt1}:1.2} on {{the {red:2} sofa}:0.5}") == "a {pt1} on the red sofa"
+    assert without_weights("{dog:1.2} {dogs:1.2}", ["dog"]) == "{dog} dogs"
+
+
+def test_weighted_tags_stay_whole() -> None:
+    caption = "{red, {blue, green:2}:1.2}, round"
+    variants = caption_variants(caption, [TagTransform("tag_shuffle")], 20, seed=0)
+    assert set(variants) == {caption, "round, {red, {blue, green:2}:1.2}"}
 
 
 CAPTION = "red, round, on a sofa"

@@ -38,10 +38,6 @@ def test_one_branch_has_no_negative_words() -> None:
     assert Vocabulary.build(NAMES, (2, 3), 10, num_branches=1).words == (Word("my-cat", "pt1", POSITIVE, 10, 2),)
 
 
-def test_a_marker_expands_to_the_ids_of_its_vectors(vocabulary: Vocabulary) -> None:
-    assert vocabulary.expand([0, 13, 7, 10, 9]) == [0, 13, 14, 7, 10, 11, 12, 9]
-
-
 def test_a_prompt_is_cut_at_trigger_words_that_stand_alone(vocabulary: Vocabulary) -> None:
     negative, positive = vocabulary.words
     assert vocabulary.split_prompt("a My-Cat, my-cat-neg and my-cats") == [

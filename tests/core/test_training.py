@@ -14,6 +14,7 @@ from dreamartist_pipeline.core.adapters import LoRASpec, inject
 from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.training import (
     BatchSource,
     FlatOptimizer,
@@ -45,8 +46,8 @@ class ToyModel(nn.Module):
         self.image, self.text = nn.Linear(8, 8), nn.Linear(4, 8)
         self.requires_grad_(False)
 
-    def encode(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.embedding(token_ids)
+    def encode(self, tokens: PromptTokens) -> torch.Tensor:
+        return self.embedding(tokens.ids)
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return (self.image(latents.flatten(1)) + self.text(hidden.mean(1))).view_as(latents)
@@ -77,10 +78,12 @@ def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> Traini
     learned = [[1, _VOCABULARY, 2], [1, _VOCABULARY + 1, 2]][-num_branches:]
     if num_branches == 1:
         learned = [[1, _VOCABULARY, 2]]
-    reference = LatentImages(torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.1), torch.tensor([learned]), False)
+    reference = LatentImages(
+        torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.1), PromptTokens(torch.tensor([learned])), False
+    )
     plain = torch.tensor([[[3, 4, 5]] * num_branches, [[4, 5, 6]] * num_branches, [[5, 6, 7]] * num_branches])
     means = torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1, 1).expand(3, 2, 2, 2)
-    return TrainingData(reference, LatentImages(means, torch.zeros(3, 2, 2, 2), plain, True), mask)
+    return TrainingData(reference, LatentImages(means, torch.zeros(3, 2, 2, 2), PromptTokens(plain), True), mask)
 
 
 def trained_values(trainee: Trainee) -> list[torch.Tensor]:
@@ -94,7 +97,7 @@ def test_a_regularization_image_meets_only_its_own_prompt(make_training_params: 
     source = BatchSource(make_data(), make_training_params(regularization_batch_size=2), 20)
     for _ in range(10):
         batch = source.draw()
-        first_tokens = batch.token_ids[batch.prompt_of_row[2:], 0, 0]  # 3, 4, 5 for the means 10, 20, 30
+        first_tokens = batch.tokens.ids[batch.prompt_of_row[2:], 0, 0]  # 3, 4, 5 for the means 10, 20, 30
         assert torch.equal(batch.latents[2:, 0, 0, 0], (first_tokens - 2) * 10.0)
 
 
@@ -124,8 +127,20 @@ def test_the_mask_holds_for_reference_rows_only(make_training_params: MakeParams
 
 def test_each_distinct_prompt_of_a_batch_is_encoded_once(make_training_params: MakeParams) -> None:
     batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw()
-    assert len(batch.token_ids) == 2  # the one template, one caption
+    assert len(batch.tokens) == 2  # the one template, one caption
     assert batch.prompt_of_row.tolist() == [0] * 6 + [1]
+
+
+def test_tokens_keep_their_weights_in_a_batch(make_training_params: MakeParams) -> None:
+    data = make_data()
+    assert data.regularization is not None
+    weights = torch.tensor([[[1.0, 1.0, 1.5], [1.0, 1.2, 1.0]]])
+    weighted = dataclasses.replace(data.reference, tokens=PromptTokens(data.reference.tokens.ids, weights))
+    params = make_training_params(batch_size=2)
+    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, 20).draw()
+    assert batch.tokens.weights is not None
+    assert batch.tokens.weights[batch.prompt_of_row].tolist() == [*weights.tolist() * 2, [[1.0] * 3] * 2]
+    assert BatchSource(data, params, 20).draw().tokens.weights is None
 
 
 # --------------------------------------------------------------------------------------------- optimisation
@@ -251,8 +266,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(make_training_params: Make
         fit(make_trainee(), broken, make_training_params())
 
 
-def _infinite(images: LatentImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    return torch.full_like(images.mean, math.inf), images.std, images.token_ids, images.paired
+def _infinite(images: LatentImages) -> tuple[torch.Tensor, torch.Tensor, PromptTokens, bool]:
+    return torch.full_like(images.mean, math.inf), images.std, images.tokens, images.paired
 
 
 def test_every_step_is_reported_with_rates_and_norms(make_training_params: MakeParams) -> None:

@@ -205,6 +205,28 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
     assert metrics["prior_drift_pixels"] == 0  # the base model is drawn under the concept's conditions
 
 
+def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, zero_step_concept: Concept) -> None:
+    tables = [
+        evaluate_concept(
+            str(tiny_base_model),
+            zero_step_concept,
+            _picture("white", "red"),
+            params=_params(prompts=(prompt,), evaluators=()),
+            device=CPU,
+            tracker=RecordingTracker(),
+        )[2].query("kind == 'subject'")
+        for prompt in ("a red {pt1}, blue background", "a red {pt1:1.8}, {blue background:1.5}")
+    ]
+    plain, weighted = tables
+    assert set(weighted["prompt"]) == {
+        "a red {fox:1.8}, {blue background:1.5}",
+        "a red {my-fox:1.8}, {blue background:1.5}",
+    }
+    for column in ("background_asked", "color_asked"):
+        assert list(weighted[column]) == list(plain[column])
+    assert list(weighted["copying_pixels"]) != list(plain["copying_pixels"])
+
+
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:

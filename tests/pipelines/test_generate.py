@@ -72,6 +72,24 @@ def test_a_slot_becomes_the_positive_trigger_word(tiny_base_model: Path, concept
     assert draw("a {pt1}, blue background") != draw("a my-fox-neg, blue background")
 
 
+@pytest.mark.parametrize("prompt", ["a {{pt1}:1.5}", "a {pt1:1.5}"])
+def test_a_weighted_slot_weights_the_trigger_word_and_is_kept_in_the_image(
+    tiny_base_model: Path, concept: Concept, prompt: str
+) -> None:
+    def draw(prompt: str, negative_prompt: str = "") -> tuple[bytes, dict[str, str]]:
+        params = GenerateParams(
+            prompts=(prompt,), negative_prompt=negative_prompt, images_per_prompt=1, sampler=SAMPLER
+        )
+        image = generate_images(str(tiny_base_model), concept, params, CPU)[0]["000_0"]
+        return image.tobytes(), json.loads(image.info["dreamartist"])
+
+    image, settings = draw(prompt, "{red:0.5} cat")
+    assert image == draw("a {my-fox:1.5}", "{red:0.5} cat")[0]
+    assert image != draw("a my-fox", "{red:0.5} cat")[0]
+    assert image != draw(prompt, "red cat")[0]
+    assert (settings["prompt"], settings["negative_prompt"]) == ("a {my-fox:1.5}", "{red:0.5} cat")
+
+
 def test_a_concept_without_a_trigger_word_is_asked_for_by_its_class_word(
     backbone: Backbone, make_training_params: Callable[..., TrainingParams]
 ) -> None:

@@ -23,6 +23,14 @@ def test_prompts_are_stripped_and_blanks_and_repetitions_dropped() -> None:
     assert distinct_prompts(column) == ["a cat", "a dog"]
 
 
+def test_prompts_with_unreadable_braces_are_dropped_and_weighted_words_kept(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    column = pd.Series(["a cat :}", "{{best} quality:1.2}, cat", "a {cat", "{a:b}", "(cat:1.2)"])
+
+    assert distinct_prompts(column) == ["{{best} quality:1.2}, cat", "(cat:1.2)"]
+    assert "Left out 3 prompts" in caplog.text
+
+
 def test_the_same_seed_draws_the_same_prompts() -> None:
     assert draw(num_prompts=10, seed=3) == draw(num_prompts=10, seed=3)
 

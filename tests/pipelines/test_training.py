@@ -384,10 +384,10 @@ def test_templates_become_prompts_of_both_branches_and_captions_stay_alike(
     prompts = start_concept(backbone, params, 1, 0).prompts
     images = [("a red cat", picture())]
     data = training_data(backbone, prompts, picture(), MASK, images, params, "blue background")
-    expected = prompts.token_ids(["a red my-fox-neg, blue background", "a red my-fox, blue background"])
-    assert torch.equal(data.reference.token_ids, expected[None])
+    expected = prompts.tokenize(["a red my-fox-neg, blue background", "a red my-fox, blue background"]).ids
+    assert torch.equal(data.reference.tokens.ids, expected[None])
     assert data.regularization is not None
-    assert torch.equal(data.regularization.token_ids, prompts.token_ids(["a red cat", "a red cat"])[None])
+    assert torch.equal(data.regularization.tokens.ids, prompts.tokenize(["a red cat", "a red cat"]).ids[None])
     assert data.regularization.mean.shape == data.reference.mean.shape == (1, 4, 8, 8)
 
 
@@ -398,15 +398,72 @@ def test_caption_transforms_change_the_caption_alike_in_both_branches(
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     prompts = start_concept(backbone, params, 1, 0).prompts
     data = training_data(backbone, prompts, picture(), MASK, [], params, "a cat")
-    pairs = {tuple(map(tuple, pair)) for pair in data.reference.token_ids.tolist()}
-    with_caption = prompts.token_ids(["my-fox-neg, a cat", "my-fox, a cat"]).tolist()
-    without = prompts.token_ids(["my-fox-neg", "my-fox"]).tolist()
+    pairs = {tuple(map(tuple, pair)) for pair in data.reference.tokens.ids.tolist()}
+    with_caption = prompts.tokenize(["my-fox-neg, a cat", "my-fox, a cat"]).ids.tolist()
+    without = prompts.tokenize(["my-fox-neg", "my-fox"]).ids.tolist()
     assert pairs == {tuple(map(tuple, with_caption)), tuple(map(tuple, without))}
 
 
 def test_preview_prompts_speak_of_the_positive_word(make_training_params: MakeParams) -> None:
     assert fill_prompt("a {pt1}, blue background", make_training_params()) == "a my-fox, blue background"
     assert fill_prompt("one {class}", make_training_params(class_word="fox")) == "one fox"
+
+
+def test_weights_of_templates_and_captions_reach_the_training(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    params = make_training_params(templates=("a {{pt1}:1.5}, {caption}", "{pt1:0.5}"))
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    prompts = start_concept(backbone, params, 1, 0).prompts
+    data = training_data(backbone, prompts, picture(), MASK, [("a {red:2} cat", picture())], params, "a {cat:2}")
+    assert data.reference.tokens.weights is not None and data.regularization is not None
+    negative, positive = data.reference.tokens.weights[0].tolist()
+    assert negative[:10] == [1, 1, 1.5, 1.5, 1.5, 1, 1, 2, 1, 1]  # start, a, three vectors, comma, a, cat, end
+    assert positive[:10] == [1, 1, 1.5, 1.5, 1, 1, 2, 1, 1, 1]
+    assert data.reference.tokens.weights[1, :, 1:3].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert data.regularization.tokens.weights is not None
+    assert data.regularization.tokens.weights[0, :, :4].tolist() == [[1, 1, 2, 1]] * 2
+
+
+def test_a_weight_in_a_template_changes_what_is_learned(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    plain, weighted, weightless = (
+        train(tiny_base_model, make_training_params(templates=(template,)))[0].tensors
+        for template in ("a {pt1}", "a {{pt1}:1.5}", "a {{pt1}:1}")
+    )
+    assert all(torch.equal(plain[name], weightless[name]) for name in plain)
+    assert not any(torch.equal(plain[name], weighted[name]) for name in plain)
+
+
+def test_without_trigger_words_a_preset_says_the_class_word(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    params = make_training_params(words={}, templates="caption", class_word="fox")
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    prompts = start_concept(backbone, params, 1, 0).prompts
+    data = training_data(backbone, prompts, picture(), MASK, [], params, "blue background")
+    expected = prompts.tokenize(["fox, blue background"] * 2).ids
+    assert torch.equal(data.reference.tokens.ids, expected[None])
+    assert fill_prompt("a {pt1}", params) == "a fox"
+
+
+def test_a_caption_whose_braces_cannot_be_read_is_refused_before_a_model_is_read(
+    make_training_params: MakeParams,
+) -> None:
+    params = make_training_params(templates=("{pt1}, {caption}",))
+    with pytest.raises(InputError, match="'{' without '}' in 'my-fox-neg, a {cat'; .* it is made of a template and"):
+        check_training("nowhere", params, "a {cat")
+
+
+def test_the_plan_leaves_out_what_clip_skip_leaves_out_and_says_so(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        plan = check_training(str(tiny_base_model), make_training_params(clip_skip=1), CAPTION)
+    by_name = {group["name"]: group for group in plan["groups"]}
+    assert by_name["text_encoder.0.positive"]["num_layers"] == 6  # of 12
+    assert "clip_skip=1 leaves these layers out of the plan" in caplog.text and "layers.1.mlp.fc1" in caplog.text
 
 
 def test_an_empty_history_keeps_its_columns() -> None:

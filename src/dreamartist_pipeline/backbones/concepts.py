@@ -24,7 +24,7 @@ from dreamartist_pipeline.backbones.base_model import (
     with_zero_terminal_snr,
 )
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
-from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters
+from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters, select_layers
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, stack
 from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
@@ -95,14 +95,44 @@ def inject_adapters(
     """Put the configured LoRA groups into UNet and text encoder, in place; also works on the meta device.
 
     Raises:
-        InputError: a layer selector finds nothing.
+        InputError: a layer selector finds nothing, or only text-encoder layers that clip_skip leaves out.
     """
     specs = lora_specs(params, lr_factor)
+    if params.clip_skip:
+        used = _without_skipped(networks["text_encoder"], specs["text_encoder"], params.clip_skip)
+        specs = specs | {"text_encoder": used}
     return {
         network: inject(networks[network], specs[network], params.num_branches, generator)
         for network in NETWORKS
         if specs[network]
     }
+
+
+def skipped_layers(text_encoder: nn.Module, selectors: Sequence[str], clip_skip: int) -> list[str]:
+    """Return the layers selected in what clip_skip leaves out: no gradient would ever reach an adapter there."""
+    text_model: Any = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 has no module between
+    blocks = text_model.encoder.layers
+    left_out = {module for block in blocks[len(blocks) - clip_skip :] for module in block.modules()}
+    return [name for name in select_layers(text_encoder, selectors) if text_encoder.get_submodule(name) in left_out]
+
+
+def _without_skipped(text_encoder: nn.Module, specs: Sequence[LoRASpec], clip_skip: int) -> tuple[LoRASpec, ...]:
+    """Narrow the groups to the layers that text states come from.
+
+    Raises:
+        InputError: a group has no layer left.
+    """
+    narrowed = []
+    for spec in specs:
+        skipped = skipped_layers(text_encoder, spec.layers, clip_skip)
+        left = [name for name in select_layers(text_encoder, spec.layers) if name not in skipped]
+        if not left:
+            raise InputError(
+                f"expected layers in {spec.name} that text states come from; got {', '.join(skipped)}, which clip_skip="
+                f"{clip_skip} leaves out, so that nothing would train; select earlier layers, or lower clip_skip"
+            )
+        narrowed.append(dataclasses.replace(spec, layers=tuple(left)))
+    return tuple(narrowed)
 
 
 def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRASpec, ...]]:
@@ -339,9 +369,9 @@ def _draw_batch(
 def _text_states(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> torch.Tensor:
     """Return `[2B, L, D]`, negative rows first; equal prompts are encoded once."""
     distinct = list(dict.fromkeys(prompts))
-    ids = encoder.token_ids(distinct)
-    negative_ids = encoder.token_ids([negative_prompt]).expand(len(distinct), -1)
-    states = encoder.encode(stack(negative_ids, ids))
+    tokens = encoder.tokenize([negative_prompt, *distinct])
+    positive = torch.arange(1, len(tokens), device=tokens.ids.device)
+    states = encoder.encode(tokens[stack(torch.zeros_like(positive), positive)])
     states = states.view(_NUM_BRANCHES, len(distinct), *states.shape[1:])  # [2, D, L, width]
-    row = torch.tensor([distinct.index(prompt) for prompt in prompts], device=ids.device)
+    row = torch.tensor([distinct.index(prompt) for prompt in prompts], device=tokens.ids.device)
     return states[:, row].flatten(0, 1)

@@ -16,6 +16,7 @@ from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, repeat, split
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.params import StrengthParams
 
 _NUM_BRANCHES = len(BRANCH_NAMES)
@@ -62,7 +63,7 @@ def make_probe(backbone: Backbone, seed: int = 0, clip_skip: int = 0) -> Probe:
 @torch.no_grad()
 def base_prediction(backbone: Backbone, probe: Probe) -> torch.Tensor:
     """Return what the base model predicts, `[B, C, h, w]`."""
-    hidden = PromptEncoder(backbone, clip_skip=probe.clip_skip).encode(probe.token_ids)
+    hidden = PromptEncoder(backbone, clip_skip=probe.clip_skip).encode(PromptTokens(probe.token_ids))
     return backbone.denoise(probe.latents, probe.timesteps, hidden)
 
 
@@ -74,7 +75,7 @@ def concept_predictions(backbone: Backbone, concept: Concept, probe: Probe) -> d
         InputError: the concept was trained on another base model.
     """
     loaded = attach(backbone, concept, StrengthParams())
-    hidden = loaded.prompts.encode(repeat(probe.token_ids, _NUM_BRANCHES))  # [2·B, L, D]
+    hidden = loaded.prompts.encode(PromptTokens(repeat(probe.token_ids, _NUM_BRANCHES)))  # [2·B, L, D]
     latents, timesteps = repeat(probe.latents, _NUM_BRANCHES), repeat(probe.timesteps, _NUM_BRANCHES)
     predictions = split(loaded.backbone.denoise(latents, timesteps, hidden), _NUM_BRANCHES)
     return dict(zip(BRANCH_NAMES, predictions, strict=True))

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizer
 
-from dreamartist_pipeline.core.embeddings import Vocabulary, initial_vectors, parse_init
+from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens, weight_states
 from dreamartist_pipeline.params import WordsParams
+from dreamartist_pipeline.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.base_model import Backbone
@@ -27,28 +29,40 @@ class PromptTokenizer:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self.max_tokens = min(tokenizer.model_max_length, max_positions)
 
-    def token_ids(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return `[N, L]` token ids on the CPU, as the tokenizer pads them.
+    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        """Return `[N, L]` tokens on the CPU, as the tokenizer pads them.
 
         A trigger word becomes the ids of its vectors, which are not below the size of the base vocabulary. What is too
-        long is cut off before the end token.
+        long is cut off before the end token. Braces of weighted words are no tokens: a prompt has the tokens of its
+        plain text, each with the weight of the part that it begins in, and all vectors of a trigger word have the
+        word's. (The reference toolkit counts a word as one token there, so that behind a word of several vectors its
+        weights lie too far to the front.) Start, end and padding have the weight 1.
+
+        Raises:
+            InputError: braces that cannot be read.
         """
         tokenizer = self._tokenizer
-        rows = []
+        ids, weights = [], []
         for prompt in prompts:
-            inner = self._inner_ids(prompt)[: self.max_tokens - 2]
-            row = [tokenizer.bos_token_id, *inner, tokenizer.eos_token_id]
-            rows.append(row + [tokenizer.pad_token_id] * (self.max_tokens - len(row)))
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.max_tokens)
+            inner = self._inner_tokens(prompt)[: self.max_tokens - 2]
+            padding = self.max_tokens - 2 - len(inner)
+            end = [tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]
+            ids.append([tokenizer.bos_token_id, *(token_id for token_id, _ in inner), *end])
+            weights.append([1.0, *(weight for _, weight in inner), *[1.0] * len(end)])
+        shape = (len(prompts), self.max_tokens)
+        all_weights = torch.tensor(weights).reshape(shape)
+        return PromptTokens(
+            torch.tensor(ids, dtype=torch.long).reshape(shape), all_weights if (all_weights != 1).any() else None
+        )
 
     def check_fits(self, prompt: str) -> None:
         """Confirm that a trigger word is found in the prompt, and that no vector of one is cut off.
 
         Raises:
-            InputError: no word stands by itself, or the prompt with its words is longer than the text encoder's
-                context.
+            InputError: no word stands by itself, the prompt with its words is longer than the text encoder's context,
+                or it has braces that cannot be read.
         """
-        inner = self._inner_ids(prompt)
+        inner = [token_id for token_id, _ in self._inner_tokens(prompt)]
         learned = {i for word in (self._vocabulary.words if self._vocabulary else ()) for i in word.ids}
         if not learned & set(inner):
             raise InputError(
@@ -61,17 +75,34 @@ class PromptTokenizer:
                 f"{prompt!r} with its words is {len(inner)} tokens long; shorten the template or take fewer vectors"
             )
 
-    def _inner_ids(self, prompt: str) -> list[int]:
-        if self._vocabulary is None:
-            return self._plain_ids(prompt)
-        ids: list[int] = []
-        for part in self._vocabulary.split_prompt(prompt):
-            ids += self._plain_ids(part) if isinstance(part, str) else [part.first_id]
-        return self._vocabulary.expand(ids)
+    def _inner_tokens(self, prompt: str) -> list[tuple[int, float]]:
+        """Return (id, weight) of all tokens between start and end, however many there are."""
+        try:
+            parts = parse_weights(prompt)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        text = "".join(part for part, _ in parts)
+        weights = [weight for part, weight in parts for _ in part]  # of every character
+        tokens: list[tuple[int, float]] = []
+        start = 0
+        for part in self._split(text):
+            if isinstance(part, str):
+                tokens += [(token_id, weights[start + offset]) for token_id, offset in self._plain_tokens(part)]
+                start += len(part)
+            else:
+                tokens += [(token_id, weights[start]) for token_id in part.ids]
+                start += len(part.name)
+        return tokens
 
-    def _plain_ids(self, text: str) -> list[int]:
-        options = {"add_special_tokens": False, "truncation": True, "max_length": self.max_tokens}
-        return list(self._tokenizer(text, **options).input_ids)
+    def _split(self, text: str) -> list[str | Word]:
+        return [text] if self._vocabulary is None else self._vocabulary.split_prompt(text)
+
+    def _plain_tokens(self, text: str) -> list[tuple[int, int]]:
+        """Return (id, index of the character it begins with) of a text's tokens."""
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, truncation=True, max_length=self.max_tokens, return_offsets_mapping=True
+        )
+        return [(i, start) for i, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
 
 
 class PromptEncoder:
@@ -87,18 +118,23 @@ class PromptEncoder:
         max_positions = backbone.text_encoder.config.max_position_embeddings
         self._tokenizer = PromptTokenizer(backbone.tokenizer, max_positions, vocabulary)
 
-    def token_ids(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return `[N, L]` token ids on the backbone's device; see `PromptTokenizer.token_ids`."""
-        return self._tokenizer.token_ids(prompts).to(self._backbone.device)
+    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        """Return `[N, L]` tokens on the backbone's device; see `PromptTokenizer.tokenize`."""
+        return self._tokenizer.tokenize(prompts).to(self._backbone.device)
 
-    def encode(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def encode(self, tokens: PromptTokens) -> torch.Tensor:
         """Return text states `[N, L, D]` after the final norm: of the last layer, or of an earlier one by clip_skip.
 
-        The final norm follows an earlier layer too, as in diffusers' `StableDiffusionPipeline.encode_prompt`.
+        The final norm follows an earlier layer too, as in diffusers' `StableDiffusionPipeline.encode_prompt`. Weights
+        of tokens, where there are any, act on these states; see `weight_states`.
 
         Args:
-            token_ids: `[N, L]`; with adapters in the text encoder, branches stacked (negative rows first).
+            tokens: `[N, L]`; with adapters in the text encoder, branches stacked (negative rows first).
         """
+        states = self._states(tokens.ids)
+        return states if tokens.weights is None else weight_states(states, tokens.weights)
+
+    def _states(self, token_ids: torch.Tensor) -> torch.Tensor:
         with self._backbone.autocast():
             encoder = self._backbone.text_encoder
             if not self._clip_skip:

@@ -91,16 +91,7 @@ class Vocabulary:
         A trigger word counts only when it stands alone: "my-cat" is found in "my-cat, sitting", not in "my-cat-neg".
         """
         by_name = {word.name.lower(): word for word in self.words}
-        return [by_name.get(part.lower(), part) for part in self._pattern.split(prompt) if part.strip()]
-
-    def expand(self, ids: Sequence[int]) -> list[int]:
-        """Replace each word's marker, which is its `first_id`, by the ids of all its vectors."""
-        expanded: list[int] = []
-        by_marker = {word.first_id: word for word in self.words}
-        for token_id in ids:
-            word = by_marker.get(token_id)
-            expanded += [token_id] if word is None else word.ids
-        return expanded
+        return [by_name.get(part.lower(), part) for part in self._pattern.split(prompt) if part]
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

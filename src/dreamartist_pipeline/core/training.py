@@ -24,6 +24,7 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
 from dreamartist_pipeline.core.optimizers import make_optimizers
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens, concatenate
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
@@ -88,13 +89,13 @@ class Trainee:
     """The base model with adapters and words in place, as the loop sees it.
 
     denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
-    encode: token ids `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
+    encode: tokens `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
     num_branches: nb, 2 (negative, positive) or 1 (positive alone).
     decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, with gradients; only the reconstruction loss needs it.
     """
 
     denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    encode: Callable[[torch.Tensor], torch.Tensor]
+    encode: Callable[[PromptTokens], torch.Tensor]
     schedule: NoiseSchedule
     groups: tuple[ParameterGroup, ...]
     num_branches: int
@@ -107,13 +108,13 @@ class LatentImages:
     """Images as the autoencoder's posterior, with their prompts.
 
     mean, std: `[N, C, h, w]` float32; a latent is `mean + std · noise`.
-    token_ids: `[P, nb, L]`, one entry per prompt, branches in order.
+    tokens: `[P, nb, L]`, one entry per prompt, branches in order.
     paired: prompt i belongs to image i (N = P); otherwise every image may meet every prompt.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
-    token_ids: torch.Tensor
+    tokens: PromptTokens
     paired: bool
 
 
@@ -137,7 +138,7 @@ class TrainingData:
 class Batch:
     """The random choices of one step; rows are reference rows first, then regularization rows.
 
-    latents, noise: `[B, C, h, w]`. timesteps: `[B]`. token_ids: `[P, nb, L]`, the distinct prompts.
+    latents, noise: `[B, C, h, w]`. timesteps: `[B]`. tokens: `[P, nb, L]`, the distinct prompts.
     prompt_of_row: `[B]` into them. row_weight: `[B]`, such that the step's loss is Σ weight · row loss.
     mask: `[B, 1, h, w]` or None.
     """
@@ -145,7 +146,7 @@ class Batch:
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
-    token_ids: torch.Tensor
+    tokens: PromptTokens
     prompt_of_row: torch.Tensor
     row_weight: torch.Tensor
     mask: torch.Tensor | None
@@ -164,9 +165,9 @@ class BatchSource:
         device = data.reference.mean.device
         self._noises = torch.Generator(device).manual_seed(derived_seed(params.seed, "noises"))
         self._offsets = torch.Generator(device).manual_seed(derived_seed(params.seed, "noise_offsets"))
-        self._prompts = data.reference.token_ids
+        self._prompts = data.reference.tokens
         if data.regularization:
-            self._prompts = torch.cat([self._prompts, data.regularization.token_ids])  # [P + N, nb, L]
+            self._prompts = concatenate([self._prompts, data.regularization.tokens])  # [P + N, nb, L]
         self._row_weight = self._weights(params.loss.regularization_weight).to(device)
         self._mask = self._row_masks()
 
@@ -182,7 +183,7 @@ class BatchSource:
             latents=mean + std * noises[0],
             noise=self._shifted(noises[1]),
             timesteps=timesteps,
-            token_ids=self._prompts[distinct.to(device)],
+            tokens=self._prompts[distinct.to(device)],
             prompt_of_row=prompt_of_row.to(device),
             row_weight=self._row_weight,
             mask=self._mask,
@@ -209,11 +210,11 @@ class BatchSource:
             image, other = self._pick(regularization, self._num_regularization)
             mean = torch.cat([mean, regularization.mean[image]])
             std = torch.cat([std, regularization.std[image]])
-            prompt = torch.cat([prompt, other + len(reference.token_ids)])
+            prompt = torch.cat([prompt, other + len(reference.tokens)])
         return mean, std, prompt
 
     def _pick(self, images: LatentImages, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        prompt = torch.randint(len(images.token_ids), (num_rows,), generator=self._choices)
+        prompt = torch.randint(len(images.tokens), (num_rows,), generator=self._choices)
         if images.paired:
             return prompt, prompt
         return torch.randint(len(images.mean), (num_rows,), generator=self._choices), prompt
@@ -237,10 +238,8 @@ def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) 
     `guidance` is s per row, `[B]`. The text encoder runs on the distinct prompts only.
     """
     branches = trainee.num_branches
-    num_prompts, _, length = batch.token_ids.shape
-    ids = batch.token_ids.transpose(0, 1).reshape(branches * num_prompts, length)
-    states = trainee.encode(ids)
-    states = states.view(branches, num_prompts, *states.shape[1:])  # [nb, P, L, D]
+    states = trainee.encode(batch.tokens.branches_in_rows())
+    states = states.view(branches, len(batch.tokens), *states.shape[1:])  # [nb, P, L, D]
     hidden = states[:, batch.prompt_of_row].flatten(0, 1)  # [nb·B, L, D]
     noisy_latents = trainee.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), hidden)

@@ -94,7 +94,7 @@ def _draw_evidence(
         CONCEPT: attach(backbone, concept, params.strength),
     }
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
-    class_words = dict.fromkeys(_slots(params.prompts), params.class_word)
+    class_words = dict.fromkeys(_slots(params.prompts, words), params.class_word)
     spoken = dict.fromkeys(class_words, concept.metadata["class_word"] or params.class_word)  # DreamBooth's rare word
     fillings = {BASE: class_words, CONCEPT: spoken | words}
     with _progress_bar(num_images) as bar:
@@ -125,22 +125,25 @@ def _drawer(
 
 
 def _draw(draw: Draw, templates: Sequence[str], words: dict[str, str], params: EvaluationParams) -> Drawings:
-    """Draw every template, its slots filled with `words`, from every seed."""
-    from dreamartist_pipeline.core.captions import fill_template
+    """Draw every template, its slots filled with `words`, from every seed.
+
+    What is measured goes by the templates without their weights.
+    """
+    from dreamartist_pipeline.core.captions import fill_template, without_weights
 
     num_seeds = params.images_per_prompt
     seeds = [params.seed + i for i in range(num_seeds)]
     filled = [fill_template(template, {"class": params.class_word, **words}) for template in templates]
     images = draw([prompt for prompt in filled for _ in seeds], seeds * len(filled))
     rows = [images[start : start + num_seeds] for start in range(0, len(images), num_seeds)]
-    return Drawings(templates, filled, seeds, rows)
+    return Drawings([without_weights(template, words) for template in templates], filled, seeds, rows)
 
 
-def _slots(templates: Sequence[str]) -> list[str]:
+def _slots(templates: Sequence[str], words: dict[str, str]) -> list[str]:
     """Return the names of all slots: a slot that has no trigger word is filled with the class word."""
     from dreamartist_pipeline.core.captions import slot_names
 
-    return [name for template in templates for name in slot_names(template)]
+    return [name for template in templates for name in slot_names(template, words)]
 
 
 def _progress_bar(num_images: int) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import PromptsParams
+from dreamartist_pipeline.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing pandas
     DataFrame = Series = Any
+
+log = logging.getLogger(__name__)
 
 
 def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParams) -> list[str]:
@@ -25,14 +29,17 @@ def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParam
     if len(prompts) < params.num_prompts:
         raise InputError(
             f"expected at least {params.num_prompts:,} different prompts in column {column.name!r} of the prompt "
-            f"database; got {len(prompts):,} (from {len(column):,} rows, without blanks and duplicates); "
-            "lower prompts.num_prompts or give a larger prompt database"
+            f"database; got {len(prompts):,} (from {len(column):,} rows, without blanks, duplicates and unreadable "
+            "braces); lower prompts.num_prompts or give a larger prompt database"
         )
     return random.Random(params.seed).sample(prompts, params.num_prompts)
 
 
 def distinct_prompts(column: Series) -> list[str]:
     """Strip the prompts, drop missing, blank and repeated ones, keep the order of first appearance.
+
+    Prompts whose braces cannot be read as weighted words, as in "a cat :}", are dropped too: no one is there to correct
+    them.
 
     Raises:
         InputError: something other than text is in the column.
@@ -45,7 +52,19 @@ def distinct_prompts(column: Series) -> list[str]:
                 f"({type(value).__name__}); set prompts.column to the column that holds the prompts"
             )
     stripped = (value.strip() for value in values)
-    return list(dict.fromkeys(prompt for prompt in stripped if prompt))
+    distinct = list(dict.fromkeys(prompt for prompt in stripped if prompt))
+    readable = [prompt for prompt in distinct if _is_readable(prompt)]
+    if len(readable) < len(distinct):
+        log.info("Left out %d prompts whose braces are no weighted words.", len(distinct) - len(readable))
+    return readable
+
+
+def _is_readable(prompt: str) -> bool:
+    try:
+        parse_weights(prompt)
+    except ValueError:
+        return False
+    return True
 
 
 def _select_column(database: DataFrame, column: str | int) -> Series:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
     from dreamartist_pipeline.core.concept import Concept
+    from dreamartist_pipeline.core.prompt_tokens import PromptTokens
     from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
     Concept = DataFrame = Figure = Any
@@ -67,16 +68,19 @@ def check_training(
 
     Raises:
         InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
-            something, a template without its slot, words that do not fit into the prompt, an optimizer that cannot
-            run here, or a noise schedule that this base model cannot be trained with.
+            something, a template without its slot, a caption whose braces cannot be read, words that do not fit into
+            the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an optimizer that cannot run here,
+            or a noise schedule that this base model cannot be trained with.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.core.training import branch_table, lr_factor
 
     check_templates(params)
+    _check_braces(params, caption)
     _check_optimizers(params, device)
     outline = load_outline(BaseModelFiles(base_model))
     _check_timesteps(outline, params)
+    _check_clip_skip(outline, params)
     groups = _planned_groups(outline, params, caption)
     _check_branches_train(groups, params)
     log.info("What each branch will train:\n%s", branch_table(groups))
@@ -109,10 +113,43 @@ def _check_timesteps(outline: Outline, params: TrainingParams) -> None:
         check_zero_terminal_snr(outline.prediction_type)
 
 
+def _check_clip_skip(outline: Outline, params: TrainingParams) -> None:
+    """Confirm that clip_skip fits the text encoder, and say which layers of the LoRA groups it leaves out.
+
+    Raises:
+        InputError: no layer of the text encoder remains.
+    """
+    from dreamartist_pipeline.backbones.concepts import skipped_layers
+    from dreamartist_pipeline.backbones.prompts import check_clip_skip
+
+    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
+    selectors = [selector for group in params.lora_text_encoder for selector in group.layers]
+    if not (params.clip_skip and selectors):
+        return
+    if skipped := skipped_layers(outline.text_encoder, selectors, params.clip_skip):
+        log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
+
+
+def _check_braces(params: TrainingParams, caption: str) -> None:
+    """Confirm that the weighted words of templates and caption can be read.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    from dreamartist_pipeline.core.errors import InputError
+    from dreamartist_pipeline.prompt_weights import parse_weights
+
+    for prompt in [prompt for pair in _training_prompts(params, caption) for prompt in pair]:
+        try:
+            parse_weights(prompt)
+        except ValueError as error:
+            raise InputError(f"{error}; it is made of a template and the reference image's caption") from error
+
+
 def check_templates(params: TrainingParams) -> None:
     """Confirm that every template holds a trigger word's slot, that every slot is used, and that none is unknown.
 
-    Without trigger words any template will do; its word slots stay empty.
+    Without trigger words any template will do; its word slots are filled with the class word.
 
     Raises:
         InputError: naming the template or slot.
@@ -126,7 +163,7 @@ def check_templates(params: TrainingParams) -> None:
     wanted = " or ".join(f"{{{name}}}" for name in sorted(names))
     used: set[str] = set()
     for template in params.templates:
-        slots = set(slot_names(template))
+        slots = set(slot_names(template, names))
         if not slots & names:
             raise InputError(
                 f"expected the slot {wanted} in every template; got {template!r}; write it where it belongs"
@@ -149,18 +186,12 @@ def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple
     import torch
 
     from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters
-    from dreamartist_pipeline.backbones.prompts import (
-        PromptTokenizer,
-        check_clip_skip,
-        check_trigger_word,
-        initial_word_vectors,
-    )
+    from dreamartist_pipeline.backbones.prompts import PromptTokenizer, check_trigger_word, initial_word_vectors
     from dreamartist_pipeline.core.branches import branches
     from dreamartist_pipeline.core.embeddings import WordEmbedding
     from dreamartist_pipeline.core.training import lr_factor, parameter_groups
 
     factor, generator = lr_factor(params), torch.Generator()
-    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
     networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
     stacks = inject_adapters(networks, params, factor, generator)
     words = None
@@ -315,7 +346,7 @@ def training_data(
     from dreamartist_pipeline.core.images import fit_to_size, to_tensor
     from dreamartist_pipeline.core.training import TrainingData
 
-    reference = _latent_images(backbone, [image], _stacked_ids(prompts, _training_prompts(params, caption), params))
+    reference = _latent_images(backbone, [image], _tokens(prompts, _training_prompts(params, caption), params))
     others = None
     if regularization:
         captions = [(caption, caption) for caption, _ in regularization]  # no trigger word in either branch
@@ -323,23 +354,21 @@ def training_data(
             other if other.size == image.size else fit_to_size(other, image.size, "crop", "white")
             for _, other in regularization
         ]
-        others = _latent_images(backbone, fitted, _stacked_ids(prompts, captions, params), paired=True)
+        others = _latent_images(backbone, fitted, _tokens(prompts, captions, params), paired=True)
     pixels = to_tensor([image]).to(reference.mean.device) if params.loss.reconstruction_weight else None
     return TrainingData(reference, others, _latent_mask(mask, reference.mean), pixels)
 
 
-def _stacked_ids(prompts: PromptEncoder, pairs: Sequence[tuple[str, str]], params: TrainingParams) -> torch.Tensor:
+def _tokens(prompts: PromptEncoder, pairs: Sequence[tuple[str, str]], params: TrainingParams) -> PromptTokens:
     """Tokenize (negative, positive) pairs: `[P, num_branches, L]`."""
-    import torch
-
     from dreamartist_pipeline.core.branches import branches
+    from dreamartist_pipeline.core.prompt_tokens import by_branch
 
-    by_branch = [prompts.token_ids([pair[branch] for pair in pairs]) for branch in branches(params.num_branches)]
-    return torch.stack(by_branch, dim=1)
+    return by_branch([prompts.tokenize([pair[branch] for pair in pairs]) for branch in branches(params.num_branches)])
 
 
 def _latent_images(
-    backbone: Backbone, images: Sequence[Image], token_ids: torch.Tensor, paired: bool = False
+    backbone: Backbone, images: Sequence[Image], tokens: PromptTokens, paired: bool = False
 ) -> LatentImages:
     import torch
     from tqdm import tqdm
@@ -351,7 +380,7 @@ def _latent_images(
     starts = tqdm(range(0, len(images), _ENCODE_BATCH), desc="images to latents", unit="batch", delay=2.0)
     encoded = [encode_images(backbone, to_tensor(images[start : start + _ENCODE_BATCH])) for start in starts]
     mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-    return LatentImages(mean, std, token_ids, paired)
+    return LatentImages(mean, std, tokens, paired)
 
 
 def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
