@@ -384,6 +384,9 @@ class GenerateParams(Params):
 # ------------------------------------------------------------------------------------------------- export
 
 
+LORA_FORMATS_WITHOUT_BIAS = ("kohya",)  # export refuses to write a LoRA with a bias in these
+
+
 class ExportParams(Params):
     """Which files for other tools are written, and how the examples among them draw."""
 
