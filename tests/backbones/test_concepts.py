@@ -492,9 +492,7 @@ def test_every_bias_is_learned_and_acts(backbone: Backbone, make_training_params
     assert not [name for name in still if ".to_k." not in name and ".k_proj." not in name]  # softmax ignores a shift
     without = {n: torch.zeros_like(t) if n.endswith(".bias") else t for n, t in concept.tensors.items()}
     ignored = dataclasses.replace(concept, tensors=without)
-    difference = predictions(attach(backbone, concept, FULL)) - predictions(
-        attach(backbone, ignored, FULL)
-    )
+    difference = predictions(attach(backbone, concept, FULL)) - predictions(attach(backbone, ignored, FULL))
     assert difference.abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
 

@@ -585,7 +585,7 @@ def _layer_spec(branch: int | None = None, **changes: object) -> LoRASpec:
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_bias_adds_alpha_over_rank_times_itself_to_the_rows_of_its_branch(kind: str) -> None:
     plain, shared = _layer_spec(NEGATIVE), _layer_spec(alpha=8.0, bias=True)
-    model, stack = _adapted(kind, _layer_spec(POSITIVE, rank=2, alpha=3.0, bias=True), plain, shared)
+    _, stack = _adapted(kind, _layer_spec(POSITIVE, rank=2, alpha=3.0, bias=True), plain, shared)
     bias = torch.tensor([1.0, -2.0, 0.0, 4.0, 0.5, 0.0])
     x, layer = _rows(kind), stack.layers["layer"]
     before = split(layer(x), 2)
@@ -603,7 +603,7 @@ def test_a_bias_adds_alpha_over_rank_times_itself_to_the_rows_of_its_branch(kind
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_bias_starts_at_zero_and_gets_its_branchs_gradient_alone(kind: str) -> None:
     specs = [_layer_spec(branch, bias=True) for branch in (NEGATIVE, POSITIVE)]
-    model, stack = _adapted(kind, *specs)
+    _, stack = _adapted(kind, *specs)
     layer, x = stack.layers["layer"], _rows(kind)
     assert torch.equal(layer(x), layer.base(x))
     split(layer(x), 2)[POSITIVE].sum().backward()
@@ -696,7 +696,7 @@ def test_down_and_up_start_at_the_principal_part_and_the_outputs_stay_bit_equal(
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_what_was_subtracted_is_the_start_times_alpha_over_rank(kind: str) -> None:
     """W_b x = (W − scale · up₀ down₀ + scale · up down) x for each branch, merged by hand."""
-    model, stack = _adapted(kind, *SVD[:2])
+    _, stack = _adapted(kind, *SVD[:2])
     layer, x = stack.layers["layer"], _rows(kind)
     operate = F.linear if kind == "linear" else functools.partial(F.conv2d, padding=1)
     _randomize(stack)

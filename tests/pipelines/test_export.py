@@ -311,7 +311,7 @@ def test_a_concept_with_biases_is_refused_in_the_kohya_format_and_drawn_by_the_s
     groups = [group | {"bias": True} for group in MIXED[:3]]
     text = [{"lr": 1e-3, "rank": 1, "branch": branch, "layers": [TEXT], "bias": branch == "p"} for branch in "pn"]
     biased = make_concept(backbone, make_training_params(lora_unet=groups, lora_text_encoder=text))
-    with pytest.raises(InputError, match=r"kohya format.*; leave kohya out: export.formats=\[peft,toolkit,embeddings\]"):
+    with pytest.raises(InputError, match=r"kohya .*; leave kohya out: export.formats=\[peft,toolkit,embeddings\]"):
         export(tiny_base_model, biased)
     formats = ("peft", "toolkit", "embeddings")
     kept, report = export(tiny_base_model, biased, **EVERYTHING.model_dump() | {"formats": formats})

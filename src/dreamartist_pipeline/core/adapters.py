@@ -4,9 +4,9 @@ Every adapted layer computes, for the rows x_b of each branch b,
 
     y_b = W x_b + bias + Σ_g (alpha_g / rank_g) · (up_g (down_g x_b) + bias_g)
 
-where g runs over the groups that act on branch b, and bias_g is there only in groups that ask for one. The frozen product is one call for all rows. The updates of all
-groups are one batched product over [num_branches, rows, ·], so a row cannot feel, or send a gradient to, another
-branch's adapter: there is no switch to set.
+where g runs over the groups that act on branch b, and bias_g is there only in groups that ask for one. The frozen
+product is one call for all rows. The updates of all groups are one batched product over [num_branches, rows, ·], so a
+row cannot feel, or send a gradient to, another branch's adapter: there is no switch to set.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class LoRAFactors:
         return self.up if self.scale == scale else self.up * (self.scale / scale)
 
     def bias_for_scale(self, scale: float) -> torch.Tensor:
-        """Return the bias, zeros where there is none, that is right for a reader that multiplies by `scale`: `[out]`."""
+        """Return the bias `[out]` for a reader that multiplies by `scale`, as `up_for_scale`; zeros without one."""
         if self.bias is None:
             return self.up.new_zeros(len(self.up))
         return self.bias if self.scale == scale else self.bias * (self.scale / scale)

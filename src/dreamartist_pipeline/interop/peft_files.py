@@ -56,9 +56,7 @@ def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> B
     )
     config = json.loads(read_metadata(file).get(_CONFIG, "{}"))
     factors = {
-        at: LoRAFactors(
-            part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name), part.get("bias")
-        )
+        at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name), part.get("bias"))
         for at, part in parts.items()
     }
     return build_adapter(factors, name)

@@ -67,8 +67,8 @@ def _check_pair(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]
     if not fits or ("bias" in part and part["bias"].shape != part["up"].shape[:1]):
         came = {factor: tuple(tensor.shape) for factor, tensor in sorted(part.items())}
         raise InputError(
-            f"expected {name} to hold down [rank, in] and up [out, rank] (a bias: [out]) for {'.'.join(at)}; got {came}; "
-            "the file is incomplete: make or download it again"
+            f"expected {name} to hold down [rank, in] and up [out, rank] (a bias: [out]) for {'.'.join(at)}; "
+            f"got {came}; the file is incomplete: make or download it again"
         )
 
 
