@@ -107,7 +107,8 @@ class LoRASpec:
             orthogonal initialisation). None: all ranks at every t.
         bias: whether the update has a learned bias. Like the reference toolkit's, it belongs to the up projection, so
             that alpha / rank scales it too, and it trains by the group's learning rate and weight decay. It starts at
-            zero; the toolkit's own starts as that of an nn.Linear, at random, which changes the first outputs.
+            zero; the toolkit's (`hcpdiff.models.lora_layers`) starts as any nn.Linear's, at random, which changes the
+            first outputs. Its later form (`lora_layers_patch`) means to start at zero, too.
         svd_init: whether down and up start from the weight's largest singular values, see `PrincipalUpdate`.
     """
 
@@ -222,9 +223,11 @@ class PrincipalUpdate(LowRankUpdate):
         ΔW ∝ up · down − up₀ · down₀ = (up − up₀) · down + up₀ · (down − down₀).
 
     The right side, a LoRA of twice the rank, is what is multiplied and stored: it is exactly zero at the start, and
-    keeps small changes of large factors in half precision. Stored, it needs no decomposition to be used again, and
-    other tools take it as it is. The reference toolkit puts U S into up and V into down, cuts both off at their 0.99
-    quantile, and takes nothing away, so that there the outputs change before the first step.
+    keeps small changes of large factors in half precision. Dropout drops parts of the change, never of the frozen
+    weight. Stored, it needs no decomposition to be used again, and other tools take it as it is.
+
+    The reference toolkit (`low_rank_approximate` in `hcpdiff.utils`) puts U S into up and Vᵀ into down, cuts both off
+    at their common 0.99 quantile, and takes nothing away, so that there the outputs change before the first step.
 
     Attributes:
         start_down, start_up: down₀ and up₀, frozen.
