@@ -32,11 +32,12 @@ PROMPTS = {"positive": "a my-fox, the background", "negative": "a my-fox-neg, th
 WEIGHTED = {"positive": "a {my-fox:1.4}, {the background}", "negative": "a {my-fox-neg:0.6}, the background"}
 WEIGHT_OF = {"positive": {"my-fox": 1.4, "the": 1.1, "background": 1.1}, "negative": {"my-fox-neg": 0.6}}
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-MIXED = [  # several groups on one layer, other ranks and alphas, convolutions, one group for both branches
+MIXED = [  # several groups on one layer, other ranks and alphas, convolutions, biases, one group for both branches
     {"lr": 1e-3, "rank": 2, "branch": "p", "alpha": 3.0, "layers": [r"re:.*\.attn.?$", r"re:.*resnets\.0$"]},
     {"lr": 1e-3, "rank": 1, "branch": "p", "alpha": 0.5, "layers": [r"re:.*attn2$"]},
     {"lr": 1e-3, "rank": 0.1, "branch": "n", "layers": [r"re:.*\.attn.?$", r"re:.*resnets\.1$"]},
-    {"lr": 1e-3, "rank": 1, "layers": [r"re:.*\.ff$"]},
+    {"lr": 1e-3, "rank": 1, "alpha": 2.0, "layers": [r"re:.*\.ff$"], "bias": True},
+    {"lr": 1e-3, "rank": 2, "branch": "n", "layers": [r"re:.*resnets\.0$"], "bias": True},
 ]
 
 
@@ -102,6 +103,8 @@ class Independent:
             update = scale * (up.flatten(1) @ down.flatten(1))
             weight = weights[f"{layer}.weight"]
             weights[f"{layer}.weight"] = weight + update.reshape(weight.shape)
+            if (bias := self.learned.get(name.removesuffix("down") + "bias")) is not None:
+                weights[f"{layer}.bias"] = weights[f"{layer}.bias"] + scale * bias
         return weights
 
     def text_states(self, prompt: str, branch: str) -> torch.Tensor:

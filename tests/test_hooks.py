@@ -16,6 +16,7 @@ from dreamartist_pipeline.hooks import (
     ConfigurationHooks,
     RunRecordHooks,
     build_parameters,
+    check_exportable,
     check_names,
     check_picture_is_named,
     check_subject,
@@ -26,7 +27,8 @@ from dreamartist_pipeline.hooks import (
     run_name,
     written_files,
 )
-from dreamartist_pipeline.params import DeviceParams, PromptsParams
+from dreamartist_pipeline.params import DeviceParams, ExportParams, PromptsParams, TrainingParams
+from dreamartist_pipeline.pipeline_registry import register_pipelines
 
 LORA = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
 
@@ -101,6 +103,55 @@ def test_a_missing_input_is_found_before_the_run(tmp_path: Path) -> None:
     pipeline = Pipeline([node(lambda concept: concept, "concept", "images", name="generate")])
     with pytest.raises(Exception, match="expected a concept at .*concept.safetensors; got no such file; train it"):
         ConfigurationHooks().before_pipeline_run(pipeline, catalog)
+
+
+ALL_FORMATS = ("kohya", "peft", "toolkit", "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("option", "formats", "message"),
+    [
+        (
+            {"timestep_min_rank": 1},
+            ALL_FORMATS,
+            r"got training\.lora_unet\.0 with timestep_min_rank=1, which kohya, peft, toolkit, embeddings cannot hold; "
+            r"run without the export: kedro run --pipelines train,evaluate",
+        ),
+        (
+            {"bias": True},
+            ALL_FORMATS,
+            r"with bias=true, which kohya cannot hold; .* export\.formats=\[peft,toolkit,embeddings\], or run without",
+        ),
+        ({"bias": True}, ("kohya",), "which kohya cannot hold; run without the export"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_it_is_trained(option: Any, formats: Any, message: str) -> None:
+    params = TrainingParams.model_validate(training(lora_unet=[LORA | option])["training"])
+    with pytest.raises(InputError, match=message):
+        check_exportable(params, ExportParams(title="fox", formats=formats))
+
+
+@pytest.mark.parametrize(
+    ("option", "formats"), [({}, ALL_FORMATS), ({"svd_init": True}, ALL_FORMATS), ({"bias": True}, ("peft", "toolkit"))]
+)
+def test_what_can_be_exported_is_accepted(option: Any, formats: Any) -> None:
+    params = TrainingParams.model_validate(training(lora_text_encoder=[LORA | option])["training"])
+    check_exportable(params, ExportParams(title="fox", formats=formats))
+
+
+@pytest.mark.parametrize(("name", "refused"), [("__default__", True), ("train", False), ("export", False)])
+def test_only_a_run_that_exports_what_it_trains_asks_whether_it_can(
+    name: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = TrainingParams.model_validate(training(lora_unet=[LORA | {"timestep_min_rank": 1}])["training"])
+    catalog = DataCatalog.from_config({}, {})
+    catalog["params:training"], catalog["params:export"] = params, ExportParams(title="fox")
+    monkeypatch.setattr(DataCatalog, "exists", lambda *_: True)  # of the files that such a run starts from
+    if refused:
+        with pytest.raises(InputError, match="because this run exports what it trains"):
+            ConfigurationHooks().before_pipeline_run(register_pipelines()[name], catalog)
+    else:
+        ConfigurationHooks().before_pipeline_run(register_pipelines()[name], catalog)
 
 
 def test_a_run_is_named_after_subject_pipeline_method_and_what_differs() -> None:

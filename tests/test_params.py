@@ -86,6 +86,7 @@ def test_parameters_never_change_after_validation() -> None:
         ({"layers": ["re:(unclosed"]}, "is not a regular expression"),
         ({"dropout": 1.0}, "less than 1"),
         ({"timestep_min_rank": 0}, "an integer rank is at least 1, got 0"),
+        ({"timestep_min_rank": 1, "svd_init": True}, "svd_init and timestep_min_rank exclude each other"),
     ],
 )
 def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:

@@ -219,8 +219,8 @@ def _learned(loaded: LoadedConcept) -> Iterator[tuple[str, nn.Parameter]]:
         for layer, module in getattr(loaded.backbone, network).named_modules():
             if isinstance(module, BranchLoRALayer):
                 for update in module.updates:
-                    yield f"{network}.{layer}.{update.key}.down", update.down
-                    yield f"{network}.{layer}.{update.key}.up", update.up
+                    for name, parameter in update.learned().items():
+                        yield f"{network}.{layer}.{update.key}.{name}", parameter
     embedding = loaded.backbone.text_encoder.get_input_embeddings()
     if isinstance(embedding, WordEmbedding):
         for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.params import LORA_FORMATS_WITHOUT_BIAS, SECTIONS, ExportParams, LoRAGroup, TrainingParams
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -75,8 +75,11 @@ class ConfigurationHooks:
         """Look for everything the pipeline starts from, so that a missing file is not found after minutes of work.
 
         Raises:
+            InputError: it exports what it trains, and no file of other tools could hold that.
             DatasetError: what is missing, in its dataset's own words.
         """
+        if "concept" in pipeline.all_outputs() and "params:export" in pipeline.inputs():
+            check_exportable(catalog.load("params:training"), catalog.load("params:export"))
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
                 catalog.load(name)
@@ -148,6 +151,34 @@ def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
 def _hint(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else "remove it"
+
+
+def check_exportable(training: TrainingParams, export: ExportParams) -> None:
+    """Refuse a run that would train a concept and then fail to export it.
+
+    Raises:
+        InputError: an option of a LoRA group that files of other tools cannot hold.
+    """
+    for network in ("lora_unet", "lora_text_encoder"):
+        for index, group in enumerate(getattr(training, network)):
+            option, refusing = _not_exportable(group, export.formats)
+            if refusing:
+                others = [form for form in export.formats if form not in refusing]
+                raise InputError(
+                    "expected LoRA groups that other tools' files can hold, because this run exports what it trains; "
+                    f"got training.{network}.{index} with {option}, which {', '.join(refusing)} cannot hold; "
+                    + (f"leave these formats out, export.formats=[{','.join(others)}], or " if others else "")
+                    + "run without the export: kedro run --pipelines train,evaluate"
+                )
+
+
+def _not_exportable(group: LoRAGroup, formats: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the option that stands in the way, and the formats that it keeps from being written."""
+    if group.timestep_min_rank is not None:
+        return f"timestep_min_rank={group.timestep_min_rank}", formats
+    if group.bias:
+        return "bias=true", [form for form in formats if form in LORA_FORMATS_WITHOUT_BIAS]
+    return "", ()
 
 
 def check_subject(subject: object) -> None:

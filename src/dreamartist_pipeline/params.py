@@ -146,6 +146,8 @@ class LoRAGroup(Params):
     alpha: Positive = 1.0
     dropout: Probability = 0.0
     timestep_min_rank: int | float | None = None  # UNet only: the active rank falls to it from t = 0 to T − 1 (T-LoRA)
+    bias: bool = False  # a learned bias beside the factors, as in the reference toolkit
+    svd_init: bool = False  # start at the weight's largest singular values, less that start (PiSSA)
 
     @field_validator("rank", "timestep_min_rank")
     @classmethod
@@ -155,6 +157,12 @@ class LoRAGroup(Params):
         if isinstance(rank, float) and not 0 < rank < 1:
             raise ValueError(f"a float rank is a fraction of out_features between 0 and 1, got {rank}")
         return rank
+
+    @model_validator(mode="after")
+    def _ranks_have_one_meaning(self) -> LoRAGroup:
+        if self.svd_init and self.timestep_min_rank is not None:
+            raise ValueError("svd_init and timestep_min_rank exclude each other; leave out one of them")
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -383,6 +391,9 @@ class GenerateParams(Params):
 
 
 # ------------------------------------------------------------------------------------------------- export
+
+
+LORA_FORMATS_WITHOUT_BIAS = ("kohya",)  # export refuses to write a LoRA with a bias in these
 
 
 class ExportParams(Params):

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import (
+    LoadedConcept,
     NewConcept,
     attach,
     concept_metadata,
@@ -20,7 +21,7 @@ from dreamartist_pipeline.backbones.concepts import (
 )
 from dreamartist_pipeline.core.adapters import LowRankUpdate
 from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE, branches
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import Concept, to_json
 from dreamartist_pipeline.core.embeddings import Word
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
@@ -468,3 +469,86 @@ def test_a_group_of_skipped_layers_only_is_refused(backbone: Backbone, make_trai
     params = make_training_params(clip_skip=1, lora_text_encoder=[group])
     with pytest.raises(InputError, match=r"layers in text_encoder.0.positive .* got .*mlp.fc1.*, which clip_skip=1"):
         start_concept(backbone, params, 1, 0)
+
+
+# --------------------------------------------------------------------------------------------- bias, start by SVD
+
+
+ATTENTION, CONVOLUTION, TEXT = r"re:.*\.attn.?$", r"re:.*resnets\.0\.conv1$", r"re:.*self_attn$"
+
+
+def groups_with(**options: object) -> dict[str, list[dict[str, object]]]:
+    """LoRA groups of both branches and networks, with convolutions, and these options in all of them."""
+    group = {"lr": 1e-2, "rank": 2, "alpha": 3.0, **options}
+    return {
+        "lora_unet": [group | {"branch": branch, "layers": [ATTENTION, CONVOLUTION]} for branch in ("p", "n")],
+        "lora_text_encoder": [group | {"branch": branch, "layers": [TEXT]} for branch in ("p", "n")],
+    }
+
+
+def predictions(concept: NewConcept | LoadedConcept) -> torch.Tensor:
+    """Predict one latent for both branches, from the text states of the concept's own text encoder."""
+    inputs = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)).repeat(2, 1, 1, 1)
+    tokens = concept.prompts.tokenize(["a red cat", "a red cat"])
+    with torch.no_grad():
+        return concept.backbone.denoise(inputs, torch.full((2,), 300), concept.prompts.encode(tokens))
+
+
+OPTIONS = [{"bias": True}, {"svd_init": True}, {"bias": True, "svd_init": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["bias", "svd_init", "both"])
+def test_bias_and_start_by_svd_leave_the_first_prediction_bit_equal(
+    backbone: Backbone, make_training_params: MakeParams, options: dict[str, object]
+) -> None:
+    new = start_concept(backbone, make_training_params(**groups_with(**options)), 1, 0)
+    assert torch.equal(predictions(new), predictions(attach(backbone, None, FULL)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["bias", "svd_init", "both"])
+def test_what_bias_and_start_by_svd_have_learned_is_attached_as_it_was_trained(
+    backbone: Backbone, make_training_params: MakeParams, options: dict[str, object]
+) -> None:
+    params = make_training_params(**groups_with(**options), schedule={"kind": "constant"})
+    concept, new = train(backbone, params)
+    trained = predictions(new)
+    torch.testing.assert_close(predictions(attach(backbone, concept, FULL)), trained, rtol=1e-5, atol=1e-5)
+    base = predictions(attach(backbone, None, FULL))
+    assert (trained - base).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # in both branches
+    plain, _ = train(backbone, make_training_params(**groups_with(), schedule={"kind": "constant"}))
+    assert (predictions(attach(backbone, plain, FULL)) - trained).abs().max() > 1e-4
+
+
+def test_every_bias_is_learned_and_acts(backbone: Backbone, make_training_params: MakeParams) -> None:
+    concept, _ = train(backbone, make_training_params(**groups_with(bias=True)))
+    biases = {name: tensor for name, tensor in concept.tensors.items() if name.endswith(".bias")}
+    assert len(biases) == len([name for name in concept.tensors if name.endswith(".up")])
+    still = [name for name, bias in biases.items() if not bias.any()]
+    assert not [name for name in still if ".to_k." not in name and ".k_proj." not in name]  # softmax ignores a shift
+    without = {n: torch.zeros_like(t) if n.endswith(".bias") else t for n, t in concept.tensors.items()}
+    ignored = dataclasses.replace(concept, tensors=without)
+    difference = predictions(attach(backbone, concept, FULL)) - predictions(attach(backbone, ignored, FULL))
+    assert difference.abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+def test_a_start_by_svd_trains_to_the_same_bytes_every_time(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    params = make_training_params(**groups_with(svd_init=True), ema_decay=0.5)
+    first, second = (train(backbone, params)[0] for _ in range(2))
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+    assert '"svd_init":true' in first.metadata["lora_unet"]
+
+
+def test_a_concept_from_before_these_options_is_attached(backbone: Backbone, make_training_params: MakeParams) -> None:
+    concept, _ = train(backbone, make_training_params())
+    metadata = dict(concept.metadata)
+    for network in ("unet", "text_encoder"):
+        older = [
+            {name: value for name, value in fields.items() if name not in ("bias", "svd_init")}
+            for fields in concept.value(f"lora_{network}")
+        ]
+        metadata[f"lora_{network}"] = to_json(older)
+    older_concept = dataclasses.replace(concept, metadata=metadata)
+    expected = predictions(attach(backbone, concept, FULL))
+    assert torch.equal(predictions(attach(backbone, older_concept, FULL)), expected)

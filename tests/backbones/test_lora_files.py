@@ -99,6 +99,31 @@ def test_diffusers_takes_every_layer_and_predicts_as_the_concept_does(
     assert (expected - base_prediction(backbone, probe)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("branch", ["negative", "positive"])
+def test_diffusers_takes_the_biases_of_a_peft_file(backbone: Backbone, concept: Concept, branch: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def with_bias(index: int, factors: LoRAFactors) -> LoRAFactors:
+        bias = torch.randn(len(factors.up), generator=generator) * 0.1
+        return dataclasses.replace(factors, bias=bias if index % 2 else None)
+
+    adapters = {
+        of_branch: BranchAdapter(
+            {
+                network: {name: with_bias(i, factors) for i, (name, factors) in enumerate(layers.items())}
+                for network, layers in branch_adapter(concept, of_branch).networks.items()
+            }
+        )
+        for of_branch in ("negative", "positive")
+    }
+    biased = build_concept(adapters, (), BaseModelIdentity(backbone.name, backbone.fingerprint))
+    probe = make_probe(backbone)
+    came = file_prediction(backbone, write_peft(adapters[branch], FACTS, torch.float32), "x", probe)
+    expected = concept_predictions(backbone, biased, probe)[branch]
+    torch.testing.assert_close(came.prediction, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - concept_predictions(backbone, concept, probe)[branch]).abs().max() > 0.01
+
+
 def test_every_layer_has_a_name_in_comfyui_and_a1111_and_comes_back_from_kohyas(
     backbone: Backbone, concept: Concept
 ) -> None:

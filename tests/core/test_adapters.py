@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from dreamartist_pipeline.core.adapters import (
     LoRASpec,
     inject,
     load_adapters,
+    principal_factors,
     select_layers,
     set_noise_levels,
 )
@@ -478,7 +480,7 @@ def test_strength_zero_is_the_base_model(model: Model, x: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_up.weight": torch.zeros(1)}, "named '<layer>.<group>.<branch>.<down|up>', got 'lora_up.weight'"),
+        ({"lora_up.weight": torch.zeros(1)}, "named '<layer>.<group>.<branch>.<down|up|bias>', got 'lora_up"),
         (
             {"blocks.0.ff.5.positive.down": torch.zeros(1, 8)},
             r"one of 3 LoRA groups, got \['down'\] of positive group 5",
@@ -558,3 +560,244 @@ def test_unknown_timesteps_are_refused_rather_than_taken_for_zero() -> None:
 def test_a_lowest_rank_above_the_rank_is_refused() -> None:
     with pytest.raises(InputError, match="at most its rank 2 in a layer of 6 outputs; got 3"):
         inject(nn.Sequential(nn.Linear(8, 6)), [_spec(layers=("0",), timestep_min_rank=3)], 2, _generator())
+
+
+# --------------------------------------------------------------------------------------------- a bias
+
+
+def _adapted(kind: str, *specs: LoRASpec) -> tuple[nn.ModuleDict, AdapterStack]:
+    """One layer of 4 inputs and 6 outputs with adapters; rows `[B, 4]`, or `[B, 4, 3, 3]` for the convolution."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base: nn.Module = nn.Linear(4, 6) if kind == "linear" else nn.Conv2d(4, 6, 3, padding=1)
+    model = nn.ModuleDict({"layer": base})
+    return model, inject(model, specs, 2, _generator())
+
+
+def _rows(kind: str) -> torch.Tensor:
+    return torch.randn((4, 4) if kind == "linear" else (4, 4, 3, 3), generator=_generator(1))
+
+
+def _layer_spec(branch: int | None = None, **changes: object) -> LoRASpec:
+    return _spec(branch, layers=("layer",), **changes)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_bias_adds_alpha_over_rank_times_itself_to_the_rows_of_its_branch(kind: str) -> None:
+    plain, shared = _layer_spec(NEGATIVE), _layer_spec(alpha=8.0, bias=True)
+    _, stack = _adapted(kind, _layer_spec(POSITIVE, rank=2, alpha=3.0, bias=True), plain, shared)
+    bias = torch.tensor([1.0, -2.0, 0.0, 4.0, 0.5, 0.0])
+    x, layer = _rows(kind), stack.layers["layer"]
+    before = split(layer(x), 2)
+    for update, factor in zip(layer.updates, (1.0, None, 10.0), strict=True):
+        if update.bias is not None:
+            update.bias.data = factor * bias
+    after = split(layer(x), 2)
+    shape = (6,) if kind == "linear" else (6, 1, 1)
+    expected = {NEGATIVE: 8 / 2 * 10 * bias, POSITIVE: (3 / 2 + 8 / 2 * 10) * bias}
+    for branch, change in expected.items():
+        actual = after[branch] - before[branch]
+        torch.testing.assert_close(actual, change.view(shape).expand_as(actual), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_bias_starts_at_zero_and_gets_its_branchs_gradient_alone(kind: str) -> None:
+    specs = [_layer_spec(branch, bias=True) for branch in (NEGATIVE, POSITIVE)]
+    _, stack = _adapted(kind, *specs)
+    layer, x = stack.layers["layer"], _rows(kind)
+    assert torch.equal(layer(x), layer.base(x))
+    split(layer(x), 2)[POSITIVE].sum().backward()
+    negative, positive = (update.bias for update in layer.updates)
+    assert negative is not None and positive is not None
+    rows = 2 if kind == "linear" else 2 * 3 * 3
+    assert positive.grad is not None
+    assert positive.grad.tolist() == [rows * 1.0 / 2] * 6  # alpha / rank for each row or pixel
+    assert negative.grad is None or not negative.grad.any()
+
+
+def test_a_bias_is_one_of_its_groups_parameters() -> None:
+    _, stack = _adapted("linear", _layer_spec(POSITIVE, rank=2, bias=True), _layer_spec(NEGATIVE, rank=2))
+    counts = [sum(p.numel() for p in parameters) for parameters in stack.parameters_by_group().values()]
+    assert counts == [2 * 4 + 6 * 2 + 6, 2 * 4 + 6 * 2]
+    assert [len(stack.parameters_by_branch()[branch]) for branch in ("positive", "negative")] == [3, 2]
+    assert list(stack.num_layers_by_group().values()) == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_strength_scales_the_bias_too(kind: str) -> None:
+    specs = [_layer_spec(branch, bias=True) for branch in (POSITIVE, NEGATIVE)]
+    model, stack = _adapted(kind, *specs)
+    layer, x = _randomize(stack).layers["layer"], _rows(kind)
+    base, whole, saved = split(layer.base(x), 2), split(layer(x), 2), stack.state_dict()
+    stack.remove_from(model)
+    scaled = split(load_adapters(model, saved, specs, 2, strengths=(0.5, 0.25)).layers["layer"](x), 2)
+    for branch, strength in ((NEGATIVE, 0.5), (POSITIVE, 0.25)):
+        change = (whole[branch] - base[branch]) * strength
+        torch.testing.assert_close(scaled[branch] - base[branch], change, rtol=0, atol=1e-5)
+
+
+def test_a_saved_bias_comes_back_and_a_missing_or_unexpected_one_is_refused() -> None:
+    specs = [_layer_spec(POSITIVE, bias=True)]
+    model, stack = _adapted("linear", *specs)
+    saved = _randomize(stack).state_dict()
+    expected = stack.layers["layer"](_rows("linear"))
+    assert sorted(saved) == [f"layer.0.positive.{name}" for name in ("bias", "down", "up")]
+    stack.remove_from(model)
+    with pytest.raises(InputError, match=r"one of 1 LoRA groups, got \['bias', 'down', 'up'\]"):
+        load_adapters(model, saved, [_layer_spec(POSITIVE)], 2)
+    with pytest.raises(InputError, match=r"both factors and the bias of .*, got \['down', 'up'\]"):
+        load_adapters(model, {key: saved[key] for key in saved if not key.endswith("bias")}, specs, 2)
+    with pytest.raises(InputError, match=r"\(2, 4\) and \(6, 2\) and \(6,\) for layer, got .* and \(5,\)"):
+        load_adapters(model, saved | {"layer.0.positive.bias": torch.zeros(5)}, specs, 2)
+    assert torch.equal(load_adapters(model, saved, specs, 2).layers["layer"](_rows("linear")), expected)
+
+
+# --------------------------------------------------------------------------------------------- start by SVD
+
+
+def test_principal_factors_by_hand() -> None:
+    weight = torch.tensor([[0.0, 9.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # singular values 9, 4, 1
+    down, up = principal_factors(weight, 2)
+    assert down.abs().tolist() == [[0.0, 3.0, 0.0], [2.0, 0.0, 0.0]]  # √9 and √4
+    assert up.abs().tolist() == [[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
+    assert (up @ down).tolist() == [[0.0, 9.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (6, 4, 3, 3)])
+def test_the_principal_part_is_the_best_approximation_and_evenly_split(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=_generator())
+    down, up = principal_factors(weight, 2)
+    assert down.shape == (2, *shape[1:])
+    assert up.shape == (shape[0], 2, *[1] * (len(shape) - 2))
+    rest = weight.flatten(1) - up.flatten(1) @ down.flatten(1)
+    values = torch.linalg.svdvals(weight.flatten(1))
+    torch.testing.assert_close(rest.square().sum(), values[2:].square().sum())  # Eckart and Young
+    torch.testing.assert_close(down.flatten(1).norm(dim=1), values[:2].sqrt())
+    torch.testing.assert_close(up.flatten(1).norm(dim=0), values[:2].sqrt())
+
+
+SVD = [
+    _layer_spec(POSITIVE, rank=2, alpha=3.0, svd_init=True, bias=True),
+    _layer_spec(NEGATIVE, rank=3, svd_init=True),
+    _layer_spec(rank=1),
+]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_down_and_up_start_at_the_principal_part_and_the_outputs_stay_bit_equal(kind: str) -> None:
+    _, stack = _adapted(kind, *SVD)
+    layer, x = stack.layers["layer"], _rows(kind)
+    for update, rank in zip(layer.updates[:2], (2, 3), strict=True):
+        down, up = principal_factors(layer.weight, rank)
+        assert torch.equal(update.down, down) and torch.equal(update.up, up)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_what_was_subtracted_is_the_start_times_alpha_over_rank(kind: str) -> None:
+    """W_b x = (W − scale · up₀ down₀ + scale · up down) x for each branch, merged by hand."""
+    _, stack = _adapted(kind, *SVD[:2])
+    layer, x = stack.layers["layer"], _rows(kind)
+    operate = F.linear if kind == "linear" else functools.partial(F.conv2d, padding=1)
+    _randomize(stack)
+    outputs = split(layer(x), 2)
+    for update, branch, scale in zip(layer.updates, (POSITIVE, NEGATIVE), (3 / 2, 1 / 3), strict=True):
+        down, up = principal_factors(layer.weight, update.rank)
+        change = up_down(update.up, update.down) - up_down(up, down)
+        bias = layer.base.bias + (0 if update.bias is None else scale * update.bias)
+        expected = operate(split(x, 2)[branch], layer.weight + scale * change.view_as(layer.weight), bias)
+        torch.testing.assert_close(outputs[branch], expected, rtol=1e-5, atol=1e-5)
+
+
+def up_down(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return up.flatten(1) @ down.flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_factors_get_the_gradients_of_an_ordinary_pair(kind: str) -> None:
+    _, stack = _adapted(kind, *SVD[:2])
+    layer, x = _randomize(stack).layers["layer"], _rows(kind)
+    layer(x).square().sum().backward()
+    operate = F.linear if kind == "linear" else functools.partial(F.conv2d, padding=1)
+    for update, branch, scale in zip(layer.updates, (POSITIVE, NEGATIVE), (3 / 2, 1 / 3), strict=True):
+        down, up = (p.detach().clone().requires_grad_() for p in (update.down, update.up))
+        start = up_down(*reversed(principal_factors(layer.weight, update.rank)))
+        weight = layer.weight + scale * (up_down(up, down) - start).view_as(layer.weight)
+        bias = layer.base.bias + (0 if update.bias is None else scale * update.bias.detach())
+        operate(split(x, 2)[branch], weight, bias).square().sum().backward()
+        for came, expected in ((update.down.grad, down.grad), (update.up.grad, up.grad)):
+            torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_trained_factors_are_saved_as_a_plain_lora_of_twice_the_rank(kind: str) -> None:
+    model, stack = _adapted(kind, *SVD)
+    x = _rows(kind)
+    optimizer = torch.optim.AdamW([p for group in stack.parameters_by_group().values() for p in group], lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        combine(stack.layers["layer"](x), torch.full((2,), 3.0), 2).square().mean().backward()
+        optimizer.step()
+    trained, saved = stack.layers["layer"](x), stack.state_dict()
+    assert (trained - stack.layers["layer"].base(x)).abs().max() > 0.1
+    assert saved["layer.0.positive.down"].shape[0] == 2 * 2
+    assert saved["layer.1.negative.up"].shape[1] == 2 * 3
+    stack.remove_from(model)
+    again = load_adapters(model, saved, SVD, 2)
+    torch.testing.assert_close(again.layers["layer"](x), trained, rtol=0, atol=1e-5)
+    assert all(torch.equal(again.state_dict()[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_start_by_svd_changes_nothing_in_half_precision_either(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, 6)}).to(dtype)
+    x = torch.randn(4, 8, generator=_generator()).to(dtype)
+    layer = inject(model, SVD, 2, _generator()).layers["layer"]
+    assert torch.equal(layer(x), layer.base(x))
+    assert layer.updates[0].down.dtype == torch.float32
+
+
+def test_a_start_by_svd_is_the_same_every_time_and_draws_no_random_numbers() -> None:
+    saved = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = nn.ModuleDict({"layer": nn.Linear(4, 6)})
+            model["layer"].weight.data = torch.arange(24.0).sin().view(6, 4)
+            state = torch.get_rng_state()
+            saved.append(inject(model, SVD[:2], 2, _generator(seed)).state_dict())
+            assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+def test_without_weights_only_the_shapes_are_found() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3)})
+    update = inject(model, SVD[:1], 2, _generator()).layers["layer"].updates[0]
+    assert update.down.is_meta
+    assert (update.down.shape, update.up.shape) == ((2, 4, 3, 3), (6, 2, 1, 1))
+
+
+def test_a_start_by_svd_leaves_the_rank_by_timestep_of_another_group_alone() -> None:
+    by_timestep = _layer_spec(POSITIVE, rank=4, timestep_min_rank=2)
+    model, stack = _adapted("linear", _layer_spec(POSITIVE, rank=2, svd_init=True), by_timestep)
+    x = _rows("linear")
+    svd, other = _randomize(stack).layers["layer"].updates
+    set_noise_levels(model, torch.ones(4))
+    layer = stack.layers["layer"]
+    start = up_down(*reversed(principal_factors(layer.weight, 2)))
+    weight = layer.weight + (up_down(svd.up, svd.down) - start) / 2 + up_down(other.up[:, :2], other.down[:2]) / 4
+    expected = F.linear(x[2:], weight, layer.bias)
+    torch.testing.assert_close(layer(x)[2:], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 5}, r"rank of at most 4 for svd_init .* whose weight is \(6, 4\), got 5; lower it"),
+        ({"timestep_min_rank": 1}, "expected svd_init or timestep_min_rank in a LoRA group, got both"),
+    ],
+)
+def test_a_start_by_svd_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _adapted("linear", _layer_spec(POSITIVE, svd_init=True, **changes))

@@ -173,3 +173,13 @@ def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
     assert result.returncode == 1
     assert "got 'trainign' from --params; did you mean 'training'?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_cannot_be_exported_ends_before_anything_is_trained(project: Path) -> None:
+    group = "{lr: 1e-3, rank: 4, timestep_min_rank: 1, layers: ['re:.*attn']}"
+    result = kedro_run(project, "--params", f"training.lora_unet=[{group}]")
+    assert result.returncode == 1
+    assert "got training.lora_unet.0 with timestep_min_rank=1, which kohya, peft, toolkit" in result.stderr
+    assert "kedro run --pipelines train,evaluate" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "check_training" not in result.stdout + result.stderr

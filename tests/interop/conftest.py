@@ -70,6 +70,37 @@ def expected_updates(concept: Concept, branch: str) -> dict[tuple[str, str], tor
     return found
 
 
+BIASED = (("unet", 0), ("unet", 3), ("text_encoder", 1))  # network and group
+
+
+def make_concept_with_bias() -> Concept:
+    """Return the same concept with a bias in BIASED groups: alone in a layer, beside a group without one, shared."""
+    plain, generator = make_concept(), torch.Generator().manual_seed(1)
+    tensors, metadata = dict(plain.tensors), dict(plain.metadata)
+    for network, layer, group, branch, _, _, up in UPDATES:
+        if (network, group) in BIASED:
+            tensors[f"{network}.{layer}.{group}.{branch}.bias"] = torch.randn(up[0], generator=generator)
+    for network in NUM_GROUPS:
+        groups = [fields | {"bias": (network, i) in BIASED} for i, fields in enumerate(plain.value(f"lora_{network}"))]
+        metadata[f"lora_{network}"] = to_json(groups)
+    return Concept(tensors, metadata)
+
+
+def expected_biases(concept: Concept, branch: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Return Σ_g (alpha_g / rank_g) · bias_g of every layer of a branch that has one, written out."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    for network, layer, group, of_branch, alpha, down, _ in UPDATES:
+        if of_branch in (branch, "shared") and (network, group) in BIASED:
+            bias = concept.tensors[f"{network}.{layer}.{group}.{of_branch}.bias"] * (alpha / down[0])
+            found[network, layer] = found[network, layer] + bias if (network, layer) in found else bias
+    return found
+
+
 @pytest.fixture
 def concept() -> Concept:
     return make_concept()
+
+
+@pytest.fixture
+def concept_with_bias() -> Concept:
+    return make_concept_with_bias()

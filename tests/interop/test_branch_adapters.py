@@ -17,7 +17,7 @@ from dreamartist_pipeline.interop.branch_adapters import (
     trigger_words,
 )
 
-from .conftest import ATTENTION, CONV, expected_updates
+from .conftest import ATTENTION, CONV, expected_biases, expected_updates
 
 TINY = BaseModelIdentity("tiny", "0123")
 
@@ -48,6 +48,44 @@ def test_by_hand_rank_two_and_alpha_three() -> None:
     factors = LoRAFactors(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]]), 3 / 2)
     assert factors.update().tolist() == [[1.5, 3.0]]
     assert factors.up_for_scale(0.5).tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize("branch", ["positive", "negative"])
+def test_every_layers_bias_is_the_sum_of_those_that_act_on_the_branch(concept_with_bias: Concept, branch: str) -> None:
+    adapter = branch_adapter(concept_with_bias, branch)
+    biases = {at: f.bias_for_scale(1.0) for at, f in adapter.by_layer().items() if f.bias is not None}
+    expected = expected_biases(concept_with_bias, branch)
+    assert biases.keys() == expected.keys()
+    for at, bias in biases.items():
+        torch.testing.assert_close(bias, expected[at], rtol=1e-6, atol=1e-6)
+
+
+def test_a_bias_by_hand() -> None:
+    factors = LoRAFactors(torch.ones(2, 1), torch.ones(3, 2), 3 / 2, torch.tensor([1.0, 0.0, -2.0]))
+    assert factors.bias_for_scale(1.0).tolist() == [1.5, 0.0, -3.0]
+    assert LoRAFactors(torch.ones(2, 1), torch.ones(3, 2), 1.0).bias_for_scale(0.5).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("group", "has_bias"), [(0, False), (1, True)])
+def test_a_bias_that_metadata_do_not_agree_with_is_refused(
+    concept_with_bias: Concept, group: int, has_bias: bool
+) -> None:
+    groups = concept_with_bias.value("lora_unet")
+    groups[group]["bias"] = has_bias
+    wrong = Concept(concept_with_bias.tensors, {**concept_with_bias.metadata, "lora_unet": to_json(groups)})
+    with pytest.raises(InputError, match="expected all tensors of one of 4 LoRA groups"):
+        branch_adapter(wrong, "positive")
+
+
+def test_a_concept_built_from_the_neutral_form_has_the_same_biases(concept_with_bias: Concept) -> None:
+    adapters = {branch: branch_adapter(concept_with_bias, branch) for branch in ("positive", "negative")}
+    built = build_concept(adapters, (), TINY)
+    assert [fields["bias"] for fields in built.value("lora_unet")] == [True, True]
+    assert [fields["bias"] for fields in built.value("lora_text_encoder")] == [True, False]
+    for branch, adapter in adapters.items():
+        for at, factors in branch_adapter(built, branch).by_layer().items():
+            expected = adapter.by_layer()[at].bias_for_scale(1.0)
+            torch.testing.assert_close(factors.bias_for_scale(1.0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_rank_that_changes_with_the_timestep_is_no_lora_file(concept: Concept) -> None:

@@ -25,7 +25,7 @@ from dreamartist_pipeline.interop.safetensors_bytes import (
 )
 from dreamartist_pipeline.interop.toolkit import read_toolkit, write_toolkit
 
-from .conftest import ATTENTION, CONV, MODULES, TEXT, expected_updates
+from .conftest import ATTENTION, CONV, MLP, MODULES, OUT, TEXT, expected_biases, expected_updates
 
 FACTS = FileFacts("fox", "my-fox", "epsilon", is_v2=False)
 RoundTrip = Callable[[BranchAdapter, str], BranchAdapter]
@@ -47,7 +47,7 @@ def through_newer_toolkit(adapter: BranchAdapter, branch: str) -> BranchAdapter:
     renamed = {}
     for name, file in write_toolkit({branch: adapter}, (), 7).items():
         tensors = {
-            key.replace("lora_down.weight", "W_down").replace("lora_up.weight", "W_up"): tensor
+            key.replace("lora_down.weight", "W_down").replace("lora_up.weight", "W_up").replace("lora_up.", ""): tensor
             for key, tensor in read_tensors(file, name).items()
         }
         assert any(key.endswith(".___.layer.W_up") for key in tensors)
@@ -63,6 +63,48 @@ def test_a_round_trip_gives_the_branchs_updates_back(concept: Concept, round_tri
     assert came.keys() == expected.keys()
     for at, factors in came.items():
         torch.testing.assert_close(factors.update(), expected[at], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("branch", ["positive", "negative"])
+@pytest.mark.parametrize("round_trip", [through_peft, through_toolkit, through_newer_toolkit])
+def test_a_round_trip_gives_the_branchs_biases_back(
+    concept_with_bias: Concept, round_trip: RoundTrip, branch: str
+) -> None:
+    came = round_trip(branch_adapter(concept_with_bias, branch), branch).by_layer()
+    expected = expected_biases(concept_with_bias, branch)
+    for at, factors in came.items():
+        bias = expected.get(at, torch.zeros(len(factors.up)))
+        torch.testing.assert_close(factors.bias_for_scale(1.0), bias, rtol=1e-5, atol=1e-5)
+    assert {at for at, factors in came.items() if factors.bias_for_scale(1.0).any()} == expected.keys()
+
+
+def test_a_bias_is_refused_in_the_kohya_format(concept_with_bias: Concept) -> None:
+    with pytest.raises(InputError, match=r"no place for one; got some in lora_unet; leave kohya out: export.formats="):
+        write_kohya(branch_adapter(concept_with_bias, "positive"), FACTS, torch.float32)
+
+
+def test_a_peft_network_has_a_bias_in_all_layers_or_in_none(concept_with_bias: Concept) -> None:
+    file = write_peft(branch_adapter(concept_with_bias, "positive"), FACTS, torch.float32)
+    biases = [key.removesuffix(".lora_B.bias") for key in read_tensors(file, "fox") if key.endswith(".bias")]
+    assert len(biases) == 4 and all(name.startswith("unet.") for name in biases)
+    assert f"unet.{CONV}" in biases
+
+
+def test_the_toolkits_bias_belongs_to_its_up_projection(concept_with_bias: Concept) -> None:
+    files = write_toolkit({"positive": branch_adapter(concept_with_bias, "positive")}, (), 7)
+    tensors = read_tensors(files["unet-7.safetensors"], "x")
+    bias = concept_with_bias.tensors[f"unet.{OUT}.0.positive.bias"]
+    assert torch.equal(tensors[f"lora:{OUT}.___.layer.lora_up.bias"], bias)  # alpha scales it, as it does here
+    assert float(tensors[f"lora:{OUT}.___.alpha"]) == torch.tensor(1 / 3)
+    assert not [key for key in tensors if MLP in key]
+
+
+def test_a_bias_of_another_size_is_refused() -> None:
+    key = f"lora:{ATTENTION}.___"
+    tensors = {f"{key}.layer.W_down": torch.ones(2, 6), f"{key}.layer.W_up": torch.ones(5, 2)}
+    tensors |= {f"{key}.alpha": torch.tensor(1.0), f"{key}.layer.bias": torch.ones(6)}
+    with pytest.raises(InputError, match=r"\(a bias: \[out\]\) for .* got {.*'bias': \(6,\)"):
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
 
 
 def test_a_kohya_file_has_one_alpha_and_the_true_scale_in_up(concept: Concept) -> None:

@@ -150,9 +150,17 @@ def test_transforms_of_the_pictures_caption_keep_their_order() -> None:
     TrainingParams.model_validate(training)
 
 
+def test_bias_and_start_by_svd_are_carried_over() -> None:
+    text = CONFIG.replace("dropout: 0.1", "dropout: 0.1, svd_init: true, bias: true")
+    imported = read_toolkit_config(text, FILES.get)
+    assert not [key for key in imported.left_out if key.endswith(("svd_init", "bias"))]
+    group = TrainingParams.model_validate(imported.parameters["training"]).lora_unet[0]
+    assert (group.svd_init, group.bias) == (True, True)
+
+
 def test_a_group_option_that_there_is_not_here_is_named() -> None:
-    imported = read_toolkit_config(CONFIG.replace("dropout: 0.1", "dropout: 0.1, svd_init: true"), FILES.get)
-    assert imported.left_out["lora_unet.0.svd_init"] == "True: no counterpart here"
+    imported = read_toolkit_config(CONFIG.replace("dropout: 0.1", "dropout: 0.1, alpha_auto_scale: true"), FILES.get)
+    assert imported.left_out["lora_unet.0.alpha_auto_scale"] == "True: no counterpart here"
     TrainingParams.model_validate(imported.parameters["training"])
 
 

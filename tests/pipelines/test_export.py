@@ -60,6 +60,8 @@ def make_concept(backbone: Backbone, params: TrainingParams) -> Concept:
         for layer in adapters.layers.values():
             for update in layer.updates:
                 torch.nn.init.normal_(update.up, std=0.3, generator=generator)
+                if update.bias is not None:
+                    torch.nn.init.normal_(update.bias, std=0.3, generator=generator)
     if new.words is not None:
         for vectors in new.words.vectors:
             torch.nn.init.normal_(vectors, std=0.5, generator=generator)
@@ -293,6 +295,34 @@ def test_a_plain_lora_goes_to_both_branches_and_is_equivalent_in_a1111(
     assert "a fox <lora:fox:1>" in kept["README.txt"].decode()
 
 
+def test_a_concept_that_started_by_svd_exports_as_any_other(
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    groups = [group | {"svd_init": True} for group in MIXED[:3]]
+    kept, report = export(tiny_base_model, make_concept(backbone, make_training_params(lora_unet=groups)))
+    assert report["files"]["lora/fox.safetensors"]["diffusers"]["takes_all_layers"]
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q.lora_down.weight"
+    assert len(load(kept["lora/fox-neg.safetensors"])[name]) == 2 * 3
+
+
+def test_a_concept_with_biases_is_refused_in_the_kohya_format_and_drawn_by_the_script(
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams, tmp_path: Path
+) -> None:
+    groups = [group | {"bias": True} for group in MIXED[:3]]
+    text = [{"lr": 1e-3, "rank": 1, "branch": branch, "layers": [TEXT], "bias": branch == "p"} for branch in "pn"]
+    biased = make_concept(backbone, make_training_params(lora_unet=groups, lora_text_encoder=text))
+    with pytest.raises(InputError, match=r"kohya .*; leave kohya out: export.formats=\[peft,toolkit,embeddings\]"):
+        export(tiny_base_model, biased)
+    formats = ("peft", "toolkit", "embeddings")
+    kept, report = export(tiny_base_model, biased, **EVERYTHING.model_dump() | {"formats": formats})
+    assert not [name for name in kept if name.startswith("lora/") or name.endswith(".json")]
+    assert report["files"]["diffusers/fox.safetensors"]["diffusers"]["takes_all_layers"]
+    assert_script_draws(tiny_base_model, backbone, biased, kept, tmp_path)
+    wrong = kept | {"toolkit/unet-3.safetensors": tampered(kept["toolkit/unet-3.safetensors"], ".bias", 1.01)}
+    with pytest.raises(InputError, match="expected toolkit/unet-3.safetensors .*to hold the concept's update"):
+        check_files(str(tiny_base_model), biased, wrong, ExportParams(title="fox", formats=formats))
+
+
 # --------------------------------------------------------------------------------------------- used elsewhere
 
 
@@ -356,6 +386,13 @@ def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
 ) -> None:
     concept = dataclasses.replace(concept, metadata={**concept.metadata, "clip_skip": str(clip_skip)})
     files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
+    assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path)
+
+
+def assert_script_draws(
+    tiny_base_model: Path, backbone: Backbone, concept: Concept, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Draw with the exported script and with the concept, and compare the images."""
     FileFolderDataset(path=str(tmp_path / "export")).save(files)
     script = import_script(tmp_path / "export" / "generate_with_diffusers.py")
     prompt, seeds = "a my-fox, background", [3, 4]

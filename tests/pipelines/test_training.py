@@ -108,6 +108,17 @@ def test_the_plan_counts_what_each_branch_trains(tiny_base_model: Path, make_tra
     assert groups["text_encoder.0.positive"]["num_parameters"] == 2 * (4 * 64 + 2 * 128)
 
 
+def test_the_plan_counts_biases_and_not_what_a_start_by_svd_keeps_frozen(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    text = {"lr": 1e-3, "rank": 1, "layers": [r"re:.*self_attn$"]}
+    groups = [text | {"branch": "p", "bias": True}, text | {"branch": "n", "svd_init": True}]
+    plan = check_training(str(tiny_base_model), make_training_params(lora_text_encoder=groups), CAPTION)
+    counts = {g["name"]: (g["num_layers"], g["num_parameters"]) for g in plan["groups"] if "text" in g["name"]}
+    factors = 2 * 4 * (32 + 32)  # two layers, each q, k, v, out (32 -> 32), rank 1
+    assert counts == {"text_encoder.0.positive": (8, factors + 8 * 32), "text_encoder.1.negative": (8, factors)}
+
+
 def test_the_plan_is_shown_per_branch(
     tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -161,6 +161,8 @@ def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> L
         alpha=group.alpha,
         dropout=group.dropout,
         timestep_min_rank=group.timestep_min_rank,
+        bias=group.bias,
+        svd_init=group.svd_init,
     )
     return dataclasses.replace(spec, name=f"{name}.{spec.branch_name}")
 

@@ -2,19 +2,20 @@
 
 Every adapted layer computes, for the rows x_b of each branch b,
 
-    y_b = W x_b + bias + Σ_g (alpha_g / rank_g) · up_g (down_g x_b)
+    y_b = W x_b + bias + Σ_g (alpha_g / rank_g) · (up_g (down_g x_b) + bias_g)
 
-where g runs over the groups that act on branch b. The frozen product is one call for all rows. The updates of all
-groups are one batched product over [num_branches, rows, ·], so a row cannot feel, or send a gradient to, another
-branch's adapter: there is no switch to set.
+where g runs over the groups that act on branch b, and bias_g is there only in groups that ask for one. The frozen
+product is one call for all rows. The updates of all groups are one batched product over [num_branches, rows, ·], so a
+row cannot feel, or send a gradient to, another branch's adapter: there is no switch to set.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,9 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches, split
 from dreamartist_pipeline.core.errors import InputError
 
 SHARED = "shared"  # the name of a group without branch
+
+StartFactors = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""(weight, rank) -> down and up"""
 
 # ------------------------------------------------------------------------------------------------- layer selectors
 
@@ -101,6 +105,11 @@ class LoRASpec:
         timestep_min_rank: as `rank`; the active rank of a row falls linearly in its timestep t, from the full rank at
             t = 0 to this one at t = T − 1, the last ranks being left out (T-LoRA, Soboleva et al. 2025, without its
             orthogonal initialisation). None: all ranks at every t.
+        bias: whether the update has a learned bias. Like the reference toolkit's, it belongs to the up projection, so
+            that alpha / rank scales it too, and it trains by the group's learning rate and weight decay. It starts at
+            zero; the toolkit's (`hcpdiff.models.lora_layers`) starts as any nn.Linear's, at random, which changes the
+            first outputs. Its later form (`lora_layers_patch`) means to start at zero, too.
+        svd_init: whether down and up start from the weight's largest singular values, see `PrincipalUpdate`.
     """
 
     name: str
@@ -111,6 +120,13 @@ class LoRASpec:
     alpha: float = 1.0
     dropout: float = 0.0
     timestep_min_rank: int | float | None = None
+    bias: bool = False
+    svd_init: bool = False
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """The names of the tensors that an update of this group has."""
+        return frozenset(("down", "up", "bias") if self.bias else ("down", "up"))
 
     @property
     def branch_name(self) -> str:
@@ -143,23 +159,32 @@ def _rank_in(rank: int | float, out_features: int) -> int:
 
 
 class LowRankUpdate(nn.Module):
-    """ΔW = (alpha / rank) · up · down of one group in one layer.
+    """What one group adds to one layer: (alpha / rank) · (up (down x) + bias).
 
     Attributes:
         group: the group's index among the specs.
         down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution.
         up: `[out, rank]`, or `[out, rank, 1, 1]`.
+        bias: `[out]`, or None.
     """
 
-    def __init__(self, group: int, spec: LoRASpec, down: torch.Tensor, up: torch.Tensor) -> None:
+    def __init__(
+        self, group: int, spec: LoRASpec, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.group, self.spec = group, spec
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     @property
     def rank(self) -> int:
         """The number of rows of down."""
         return self.down.shape[0]
+
+    @property
+    def num_ranks(self) -> int:
+        """The number of rows of `effective_down`."""
+        return self.rank
 
     @property
     def scale(self) -> float:
@@ -171,14 +196,123 @@ class LowRankUpdate(nn.Module):
         """The update's name inside its layer, "<group index>.<branch>"."""
         return f"{self.group}.{self.spec.branch_name}"
 
+    def effective_down(self) -> torch.Tensor:
+        """Return the factor that is multiplied with the rows, `[num_ranks, in, ...]`."""
+        return self.down
 
-def _new_update(layer: nn.Linear | nn.Conv2d, group: int, spec: LoRASpec, generator: torch.Generator) -> LowRankUpdate:
-    """Start an update at zero: down as a fresh nn.Linear, up zeros. Drawn on the CPU, so that devices agree."""
-    rank = spec.rank_for(layer.weight.shape[0])
+    def effective_up(self) -> torch.Tensor:
+        """Return the factor that is multiplied with the ranks, `[out, num_ranks, ...]`."""
+        return self.up
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by name."""
+        factors = {"down": self.down, "up": self.up}
+        return factors if self.bias is None else factors | {"bias": self.bias}
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a plain `LowRankUpdate` that adds the same."""
+        return dict(self.learned())
+
+
+class PrincipalUpdate(LowRankUpdate):
+    """An update whose factors start at the weight's principal part, which is taken away again where it started.
+
+    With the largest singular values S and vectors U, V of the frozen weight, up₀ = U √S and down₀ = √S Vᵀ, the change
+    is that of PiSSA (Meng et al. 2024), times alpha / rank,
+
+        ΔW ∝ up · down − up₀ · down₀ = (up − up₀) · down + up₀ · (down − down₀).
+
+    The right side, a LoRA of twice the rank, is what is multiplied and stored: it is exactly zero at the start, and
+    keeps small changes of large factors in half precision. Dropout drops parts of the change, never of the frozen
+    weight. Stored, it needs no decomposition to be used again, and other tools take it as it is.
+
+    The reference toolkit (`low_rank_approximate` in `hcpdiff.utils`) puts U S into up and Vᵀ into down, cuts both off
+    at their common 0.99 quantile, and takes nothing away, so that there the outputs change before the first step.
+
+    Attributes:
+        start_down, start_up: down₀ and up₀, frozen.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        spec: LoRASpec,
+        start_down: torch.Tensor,
+        start_up: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(group, spec, start_down.clone(), start_up.clone(), bias)
+        self.start_down = nn.Buffer(start_down, persistent=False)
+        self.start_up = nn.Buffer(start_up, persistent=False)
+
+    @property
+    def num_ranks(self) -> int:
+        """Twice the rank."""
+        return 2 * self.rank
+
+    def effective_down(self) -> torch.Tensor:
+        """Return down and, below, its distance from the start."""
+        return torch.cat([self.down, self.down - self.start_down])
+
+    def effective_up(self) -> torch.Tensor:
+        """Return up's distance from the start and, beside it, the start."""
+        return torch.cat([self.up - self.start_up, self.start_up], dim=1)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the plain update; it divides alpha by the doubled rank, so that up and bias are doubled as well."""
+        factor = self.num_ranks / self.rank
+        tensors = {"down": self.effective_down(), "up": self.effective_up() * factor}
+        return tensors if self.bias is None else tensors | {"bias": self.bias * factor}
+
+
+def _new_update(
+    layer: nn.Linear | nn.Conv2d, group: int, spec: LoRASpec, generator: torch.Generator, start: StartFactors
+) -> LowRankUpdate:
+    """Start an update at zero: down as a fresh nn.Linear, up zeros. Drawn on the CPU, so that devices agree.
+
+    With svd_init, `start` gives both factors instead.
+    """
+    out_features = layer.weight.shape[0]
+    rank = spec.rank_for(out_features)
+    bias = torch.zeros(out_features) if spec.bias else None
+    if spec.svd_init:
+        _check_principal(layer, spec, rank)
+        return PrincipalUpdate(group, spec, *start(layer.weight, rank), bias)
     down = torch.empty(rank, *layer.weight.shape[1:])
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-    up = torch.zeros(layer.weight.shape[0], rank, *[1] * (layer.weight.dim() - 2))
-    return LowRankUpdate(group, spec, down, up)
+    up = torch.zeros(out_features, rank, *[1] * (layer.weight.dim() - 2))
+    return LowRankUpdate(group, spec, down, up, bias)
+
+
+def _check_principal(layer: nn.Linear | nn.Conv2d, spec: LoRASpec, rank: int) -> None:
+    if spec.timestep_min_rank is not None:
+        raise InputError(
+            f"expected svd_init or timestep_min_rank in a LoRA group, got both in {spec.name}; leave out one of them"
+        )
+    most = min(layer.weight.shape[0], layer.weight[0].numel())
+    if rank > most:
+        raise InputError(
+            f"expected a rank of at most {most} for svd_init of {spec.name} in a layer whose weight is "
+            f"{tuple(layer.weight.shape)}, got {rank}; lower it, or leave this layer out"
+        )
+
+
+def principal_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return down = √S Vᵀ and up = U √S of the `rank` largest singular values; a kernel counts as a row.
+
+    Decomposed in full, on the CPU: devices agree, no random numbers are drawn (torch.svd_lowrank takes the global
+    generator's), and what comes out is the best approximation of this rank. A weight of 1280 × 1280 takes about one
+    second of one core, 1280 × 5120 four.
+
+    Args:
+        weight: `[out, in]` or `[out, in, kh, kw]`; on the meta device only the shapes are found.
+        rank: at most the number of singular values.
+    """
+    matrix = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    left, values, right = torch.linalg.svd(matrix if matrix.is_meta else matrix.cpu(), full_matrices=False)
+    root = values[:rank].sqrt()
+    down, up = root[:, None] * right[:rank], left[:, :rank] * root  # [rank, in · kh · kw], [out, rank]
+    return down.reshape(rank, *weight.shape[1:]), up.reshape(*up.shape, *[1] * (weight.dim() - 2)).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------- adapted layers
@@ -194,6 +328,8 @@ class BranchLoRALayer(nn.Module):
         missing_ranks: how many ranks a branch has less than the one with most, R.
         scale: alpha / rank times the branch's strength for each rank, `[num_branches, R, 1]`.
         keep: 1 − dropout for each rank, `[num_branches, 1, R]`.
+        bias_scale: alpha / rank times the branch's strength for each bias that acts on a branch, and 0 for each that
+            does not, `[num_branches, number of biases]`.
         noise_level: t / (T − 1) of each row, `[num_branches·B]`, as `set_noise_levels` left it.
         rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
     """
@@ -224,7 +360,7 @@ class BranchLoRALayer(nn.Module):
             [i for i, update in enumerate(updates) if update.spec.branch in (branch, None)]
             for branch in branches(num_branches)
         ]
-        totals = [sum(updates[i].rank for i in row) for row in self.rows]
+        totals = [sum(updates[i].num_ranks for i in row) for row in self.rows]
         self.missing_ranks = [max(totals) - total for total in totals]
         scales = [
             [updates[i].scale * strengths[branch] for i in row]
@@ -233,6 +369,8 @@ class BranchLoRALayer(nn.Module):
         keeps = [[1 - updates[i].spec.dropout for i in row] for row in self.rows]
         self.scale = nn.Buffer(self._per_rank(scales)[:, :, None], persistent=False)
         self.keep = nn.Buffer(self._per_rank(keeps)[:, None, :], persistent=False)
+        self.has_bias = any(update.bias is not None for update in updates)
+        self.bias_scale = nn.Buffer(self._bias_scale(scales), persistent=False)
         self.noise_level: torch.Tensor | None = None
         self.has_timestep_rank = any(update.spec.timestep_min_rank is not None for update in updates)
         self.rank_ranges = nn.Buffer(self._rank_ranges(), persistent=False)
@@ -252,23 +390,33 @@ class BranchLoRALayer(nn.Module):
     def _per_rank(self, values: Sequence[Sequence[float]]) -> torch.Tensor:
         """Repeat one value an update for each of its ranks: `[num_branches, R]`, 1 where zeros fill up."""
         repeated = [
-            [value for i, value in zip(row, row_values, strict=True) for _ in range(self.updates[i].rank)]
+            [value for i, value in zip(row, row_values, strict=True) for _ in range(self.updates[i].num_ranks)]
             + [1.0] * missing
             for row, row_values, missing in zip(self.rows, values, self.missing_ranks, strict=True)
         ]
         return torch.tensor(repeated, device=self.weight.device, dtype=self.updates[0].up.dtype)
 
+    def _bias_scale(self, scales: Sequence[Sequence[float]]) -> torch.Tensor:
+        with_bias = [i for i, update in enumerate(self.updates) if update.bias is not None]
+        by_branch = [dict(zip(row, values, strict=True)) for row, values in zip(self.rows, scales, strict=True)]
+        values = [[scale_of.get(i, 0.0) for i in with_bias] for scale_of in by_branch]
+        return torch.tensor(values, device=self.weight.device, dtype=self.updates[0].up.dtype)
+
+    def _learned_bias(self) -> torch.Tensor:
+        """Return Σ scale · bias of the updates that act on each branch: `[num_branches, out]`."""
+        return self.bias_scale @ torch.stack([update.bias for update in self.updates if update.bias is not None])
+
     def _rank_ranges(self) -> torch.Tensor:
         out_features = self.weight.shape[0]
         updates = [self.updates[i] for row in self.rows for i in row]
-        lowest = {id(update): update.spec.min_rank_for(out_features, update.rank) for update in updates}
+        lowest = {id(update): update.spec.min_rank_for(out_features, update.num_ranks) for update in updates}
         index = [
-            [float(k) for i in row for k in range(self.updates[i].rank)] + [0.0] * missing
+            [float(k) for i in row for k in range(self.updates[i].num_ranks)] + [0.0] * missing
             for row, missing in zip(self.rows, self.missing_ranks, strict=True)
         ]
         ends = [
             self._per_rank([[float(end(self.updates[i])) for i in row] for row in self.rows])
-            for end in (lambda update: lowest[id(update)], lambda update: update.rank)
+            for end in (lambda update: lowest[id(update)], lambda update: update.num_ranks)
         ]
         return torch.stack([torch.tensor(index, device=ends[0].device, dtype=ends[0].dtype), *ends])[:, :, None]
 
@@ -301,7 +449,7 @@ class BranchLoRALayer(nn.Module):
 
 
 class BranchLoRALinear(BranchLoRALayer):
-    """y_b = W x_b + bias + up_b (down_b x_b): the stacked form, one batched product for all branches.
+    """y_b = W x_b + bias + up_b (down_b x_b) + bias_b: the stacked form, one batched product for all branches.
 
     The updates of one branch are concatenated along the rank, which adds them up. Branches of unequal total rank are
     filled up with zeros, which are no parameters.
@@ -319,13 +467,15 @@ class BranchLoRALinear(BranchLoRALayer):
             raise ValueError(f"expected the rows of {self.num_branches} branches, got {x.shape[0]} rows")
         y = self.base(x)
         rows = x.reshape(self.num_branches, -1, x.shape[-1])  # [nb, N, in]
-        down = self._stacked([update.down for update in self.updates])  # [nb, R, in]
-        up = self._stacked([update.up.mT for update in self.updates]) * self.scale  # [nb, R, out]
+        down = self._stacked([update.effective_down() for update in self.updates])  # [nb, R, in]
+        up = self._stacked([update.effective_up().mT for update in self.updates]) * self.scale  # [nb, R, out]
         hidden = self._drop(torch.bmm(rows, down.mT.to(x.dtype)), self.keep)  # [nb, N, R]
         if self.has_timestep_rank:
             active = self._active(x.shape[0])
             hidden = hidden * active.repeat_interleave(hidden.shape[1] // active.shape[1], dim=1).to(x.dtype)
         updated = torch.baddbmm(y.reshape(self.num_branches, -1, y.shape[-1]), hidden, up.to(x.dtype))
+        if self.has_bias:
+            updated = updated + self._learned_bias()[:, None].to(x.dtype)  # [nb, 1, out]
         return updated.reshape(y.shape)
 
     def _stacked(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -350,24 +500,26 @@ class BranchLoRAConv2d(BranchLoRALayer):
             ValueError: the rows cannot be shared out among the branches.
         """
         branch_rows = zip(split(x, self.num_branches), split(self.base(x), self.num_branches), strict=True)
+        biases = self._learned_bias().to(x.dtype) if self.has_bias else [None] * self.num_branches
         outputs = [
-            y + self._update(branch, rows) if self.rows[branch] else y for branch, (rows, y) in enumerate(branch_rows)
+            y + self._update(branch, rows, biases[branch]) if self.rows[branch] else y
+            for branch, (rows, y) in enumerate(branch_rows)
         ]
         return torch.cat(outputs)
 
-    def _update(self, row: int, x: torch.Tensor) -> torch.Tensor:
+    def _update(self, row: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the update of one branch's rows, `[B, in, H, W]` to `[B, out, h, w]`."""
         updates = [self.updates[i] for i in self.rows[row]]
-        down = torch.cat([update.down for update in updates])  # [R, in, kh, kw]
+        down = torch.cat([update.effective_down() for update in updates])  # [R, in, kh, kw]
         scale, keep = self.scale[row, : len(down), :, None], self.keep[row, 0, : len(down), None, None]  # [R, 1, 1]
-        up = torch.cat([update.up for update in updates], dim=1) * scale  # [out, R, 1, 1]
+        up = torch.cat([update.effective_up() for update in updates], dim=1) * scale  # [out, R, 1, 1]
         base = self.base
         hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation)  # [B, R, h, w]
         hidden = self._drop(hidden, keep)
         if self.has_timestep_rank:
             active = self._active(len(x) * self.num_branches)[row, :, : len(down)]
             hidden = hidden * active[..., None, None].to(x.dtype)
-        return F.conv2d(hidden, up.to(x.dtype))
+        return F.conv2d(hidden, up.to(x.dtype), bias)
 
 
 def set_noise_levels(model: nn.Module, levels: torch.Tensor) -> None:
@@ -398,25 +550,33 @@ class AdapterStack:
         """Return the parameters of each group, by the spec's name."""
         found: dict[str, list[nn.Parameter]] = {spec.name: [] for spec in self.specs}
         for _, update in self._updates():
-            found[update.spec.name] += [update.down, update.up]
+            found[update.spec.name] += update.learned().values()
         return found
 
     def parameters_by_branch(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of "negative", "positive" and "shared" groups."""
         found: dict[str, list[nn.Parameter]] = {name: [] for name in (*BRANCH_NAMES, SHARED)}
         for _, update in self._updates():
-            found[update.spec.branch_name] += [update.down, update.up]
+            found[update.spec.branch_name] += update.learned().values()
+        return found
+
+    def num_layers_by_group(self) -> dict[str, int]:
+        """Return how many layers each group sits on, by the spec's name."""
+        found = {spec.name: 0 for spec in self.specs}
+        for _, update in self._updates():
+            found[update.spec.name] += 1
         return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copy all adapters: "<layer>.<group index>.<branch>.<down|up>" -> float32, contiguous, on the CPU.
+        """Copy all adapters: "<layer>.<group index>.<branch>.<down|up|bias>" -> float32, contiguous, on the CPU.
 
-        alpha is not folded in; it belongs into the metadata.
+        alpha is not folded in; it belongs into the metadata. Groups with svd_init have twice their rank here, see
+        `PrincipalUpdate`.
         """
         return {
-            f"{layer}.{update.key}.{factor}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            f"{layer}.{update.key}.{name}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
             for layer, update in self._updates()
-            for factor, tensor in (("down", update.down), ("up", update.up))
+            for name, tensor in update.stored().items()
         }
 
     def train(self, mode: bool = True) -> None:
@@ -445,14 +605,16 @@ def inject(model: nn.Module, specs: Sequence[LoRASpec], num_branches: int, gener
         generator: CPU generator of the initial values.
 
     Raises:
-        InputError: a selector yields no layer, a convolution is grouped, or a group's branch does not exist.
+        InputError: a selector yields no layer, a convolution is grouped, a group's branch does not exist, or svd_init
+            asks for more ranks than a weight has.
     """
     planned: dict[str, list[LowRankUpdate]] = {}
+    start = functools.cache(principal_factors)  # the groups of both branches start alike
     for group, spec in enumerate(specs):
         _check_branch(spec, num_branches)
         for name in select_layers(model, spec.layers):
             layer = _plain_layer(model, name)
-            planned.setdefault(name, []).append(_new_update(layer, group, spec, generator))
+            planned.setdefault(name, []).append(_new_update(layer, group, spec, generator, start))
     return _install(model, planned, specs, num_branches, (1.0, 1.0))
 
 
@@ -476,27 +638,28 @@ def load_adapters(
         InputError: a key, shape or group that does not belong to this model and these specs.
     """
     planned: dict[str, list[LowRankUpdate]] = {}
-    for (layer_name, group, branch), factors in sorted(factors_by_update(tensors).items()):
-        if group >= len(specs) or specs[group].branch_name != branch or set(factors) != {"down", "up"}:
+    for (layer_name, group, branch), found in sorted(factors_by_update(tensors).items()):
+        spec = specs[group] if group < len(specs) else None
+        if spec is None or spec.branch_name != branch or set(found) != spec.tensor_names:
+            bias = " and the bias" if spec is not None and spec.bias else ""
             raise InputError(
-                f"expected both factors of one of {len(specs)} LoRA groups, got {sorted(factors)} of {branch} group "
-                f"{group} in {layer_name}; load a file that belongs to these groups"
+                f"expected both factors{bias} of one of {len(specs)} LoRA groups, got {sorted(found)} of {branch} "
+                f"group {group} in {layer_name}; load a file that belongs to these groups"
             )
-        _check_branch(specs[group], num_branches)
-        layer = _plain_layer(model, layer_name)
-        _check_shapes(layer_name, layer, factors["down"], factors["up"])
-        down, up = (factors[name].detach().clone() for name in ("down", "up"))
-        planned.setdefault(layer_name, []).append(LowRankUpdate(group, specs[group], down, up))
+        _check_branch(spec, num_branches)
+        _check_shapes(layer_name, _plain_layer(model, layer_name), found)
+        copies = {name: tensor.detach().clone() for name, tensor in found.items()}
+        planned.setdefault(layer_name, []).append(LowRankUpdate(group, spec, **copies))
     return _install(model, planned, specs, num_branches, strengths)
 
 
 _KEY = re.compile(
-    rf"(?P<layer>.+)\.(?P<group>\d+)\.(?P<branch>{'|'.join((*BRANCH_NAMES, SHARED))})\.(?P<factor>down|up)"
+    rf"(?P<layer>.+)\.(?P<group>\d+)\.(?P<branch>{'|'.join((*BRANCH_NAMES, SHARED))})\.(?P<name>down|up|bias)"
 )
 
 
 def factors_by_update(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, int, str], dict[str, torch.Tensor]]:
-    """Gather "down" and "up" of each (layer, group, branch name) from what `AdapterStack.state_dict` saved.
+    """Gather the tensors of each (layer, group, branch name) from what `AdapterStack.state_dict` saved, by name.
 
     Raises:
         InputError: a key of another form.
@@ -506,10 +669,10 @@ def factors_by_update(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, in
         match = _KEY.fullmatch(key)
         if match is None:
             raise InputError(
-                f"expected adapter tensors named '<layer>.<group>.<branch>.<down|up>', got {key!r}; "
+                f"expected adapter tensors named '<layer>.<group>.<branch>.<down|up|bias>', got {key!r}; "
                 "load a concept that this project saved"
             )
-        found.setdefault((match["layer"], int(match["group"]), match["branch"]), {})[match["factor"]] = tensor
+        found.setdefault((match["layer"], int(match["group"]), match["branch"]), {})[match["name"]] = tensor
     return found
 
 
@@ -559,12 +722,16 @@ def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, down: torch.Tensor, up: torch.Tensor) -> None:
-    rank = down.shape[0]
-    expected_down = (rank, *layer.weight.shape[1:])
-    expected_up = (layer.weight.shape[0], rank, *[1] * (layer.weight.dim() - 2))
-    if tuple(down.shape) != expected_down or tuple(up.shape) != expected_up:
+def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, tensors: Mapping[str, torch.Tensor]) -> None:
+    rank, out_features = tensors["down"].shape[0], layer.weight.shape[0]
+    expected = {
+        "down": (rank, *layer.weight.shape[1:]),
+        "up": (out_features, rank, *[1] * (layer.weight.dim() - 2)),
+        "bias": (out_features,),
+    }
+    came = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+    if any(shape != expected[part] for part, shape in came.items()):
         raise InputError(
-            f"expected adapters of shapes {expected_down} and {expected_up} for {name}, got {tuple(down.shape)} and "
-            f"{tuple(up.shape)}; load a concept that was trained on this base model"
+            f"expected adapters of shapes {' and '.join(str(expected[part]) for part in came)} for {name}, got "
+            f"{' and '.join(map(str, came.values()))}; load a concept that was trained on this base model"
         )

@@ -19,9 +19,9 @@ WORDS = "words"
 class Concept:
     """A concept as it is stored: named tensors and flat text metadata.
 
-    tensors: float32, contiguous, on the CPU, named `<network>.<layer>.<group>.<branch>.<down|up>` for adapters
-        (network `unet` or `text_encoder`, group its index in the configuration, branch `negative`, `positive` or
-        `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>` `[n, D]` for words.
+    tensors: float32, contiguous, on the CPU, named `<network>.<layer>.<group>.<branch>.<down|up|bias>` for
+        adapters (network `unet` or `text_encoder`, group its index in the configuration, branch `negative`, `positive`
+        or `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>` `[n, D]` for words.
     metadata: text to text, JSON with sorted keys where a value is not a plain word. It holds neither times nor paths,
         so that the same training writes the same bytes.
     """

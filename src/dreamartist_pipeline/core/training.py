@@ -75,7 +75,7 @@ def parameter_groups(
     for adapters in stacks.values():
         for spec in adapters.specs:
             parameters = tuple(adapters.parameters_by_group()[spec.name])
-            num_layers = len(parameters) // 2  # down and up
+            num_layers = adapters.num_layers_by_group()[spec.name]
             groups.append(ParameterGroup(spec.name, ADAPTERS, spec.branch_name, spec.lr, parameters, num_layers))
     if words is not None:
         for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):

@@ -1,8 +1,8 @@
 """The form between a concept and the files of other tools: one plain LoRA per branch, one embedding per word.
 
-Other tools know neither groups nor branches. So every layer of a branch gets a single update, ΔW = scale · up · down;
-several groups in one layer are concatenated along the rank, which adds them up, and a shared group goes to both
-branches.
+Other tools know neither groups nor branches. So every layer of a branch gets a single update, ΔW = scale · up · down,
+and perhaps a bias; several groups in one layer are concatenated along the rank, which adds them up, and a shared group
+goes to both branches.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ _ALPHA = 1.0  # of the groups of a concept that is built here; everything else i
 
 @dataclass(frozen=True)
 class LoRAFactors:
-    """One layer's update ΔW = scale · up · down, float32.
+    """One layer's update ΔW = scale · up · down and Δbias = scale · bias, float32.
 
     down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution. up: `[out, rank]`, or `[out, rank, 1, 1]`.
+    bias: `[out]`, or None.
     """
 
     down: torch.Tensor = field(repr=False)
     up: torch.Tensor = field(repr=False)
     scale: float
+    bias: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def rank(self) -> int:
@@ -40,6 +42,12 @@ class LoRAFactors:
     def up_for_scale(self, scale: float) -> torch.Tensor:
         """Return the `up` with which a reader that multiplies by `scale` gets the same update."""
         return self.up if self.scale == scale else self.up * (self.scale / scale)
+
+    def bias_for_scale(self, scale: float) -> torch.Tensor:
+        """Return the bias `[out]` for a reader that multiplies by `scale`, as `up_for_scale`; zeros without one."""
+        if self.bias is None:
+            return self.up.new_zeros(len(self.up))
+        return self.bias if self.scale == scale else self.bias * (self.scale / scale)
 
     def update(self) -> torch.Tensor:
         """Return ΔW as a matrix `[out, in · kh · kw]`."""
@@ -60,6 +68,11 @@ class BranchAdapter:
     def by_layer(self) -> dict[tuple[str, str], LoRAFactors]:
         """Return (network, layer) -> its update."""
         return {(network, layer): f for network, layers in self.networks.items() for layer, f in layers.items()}
+
+
+def has_bias(layers: Mapping[str, LoRAFactors]) -> bool:
+    """Say whether any of these layers has a bias."""
+    return any(factors.bias is not None for factors in layers.values())
 
 
 @dataclass(frozen=True)
@@ -97,16 +110,15 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
 def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
     specs = concept.value(f"lora_{network}")
     _check_static(network, specs)
-    alphas = [float(fields["alpha"]) for fields in specs]
     groups: dict[str, list[LoRAFactors]] = {}
     for (layer, group, of_branch), factors in sorted(factors_by_update(concept.part(network)).items()):
-        if group >= len(alphas) or set(factors) != {"down", "up"}:
+        if group >= len(specs) or set(factors) != _tensor_names(specs[group]):
             raise InputError(
-                f"expected both factors of one of {len(alphas)} LoRA groups; got {sorted(factors)} of group {group} in "
+                f"expected all tensors of one of {len(specs)} LoRA groups; got {sorted(factors)} of group {group} in "
                 f"{network}.{layer}; the file is incomplete: train the concept again"
             )
         if of_branch in (branch, SHARED):
-            groups.setdefault(layer, []).append(_scaled(factors, alphas[group]))
+            groups.setdefault(layer, []).append(_scaled(factors, float(specs[group]["alpha"])))
     return {layer: _joined(members) for layer, members in groups.items()}
 
 
@@ -121,8 +133,12 @@ def _check_static(network: str, specs: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def _tensor_names(fields: Mapping[str, Any]) -> set[str]:
+    return {"down", "up"} | ({"bias"} if fields.get("bias") else set())  # older concepts do not speak of a bias
+
+
 def _scaled(factors: Mapping[str, torch.Tensor], alpha: float) -> LoRAFactors:
-    return LoRAFactors(factors["down"], factors["up"], alpha / factors["down"].shape[0])
+    return LoRAFactors(factors["down"], factors["up"], alpha / factors["down"].shape[0], factors.get("bias"))
 
 
 def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -130,7 +146,10 @@ def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
     scale = groups[0].scale if len({group.scale for group in groups}) == 1 else 1.0
     down = torch.cat([group.down for group in groups])  # [R, in, ...]
     up = torch.cat([group.up_for_scale(scale) for group in groups], dim=1)  # [out, R, ...]
-    return LoRAFactors(down, up, scale)
+    bias = None
+    if any(group.bias is not None for group in groups):
+        bias = torch.stack([group.bias_for_scale(scale) for group in groups]).sum(0)  # [out]
+    return LoRAFactors(down, up, scale, bias)
 
 
 def trigger_words(concept: Concept) -> tuple[TriggerWord, ...]:
@@ -190,6 +209,8 @@ def build_concept(
                 prefix = f"{network}.{layer}.{index}.{branch}"
                 tensors[f"{prefix}.down"] = _stored(factors.down)
                 tensors[f"{prefix}.up"] = _stored(factors.up_for_scale(_ALPHA / factors.rank))
+                if has_bias(layers):
+                    tensors[f"{prefix}.bias"] = _stored(factors.bias_for_scale(_ALPHA / factors.rank))
     return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
 
 
@@ -211,6 +232,7 @@ def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFacto
         "branch": branch,
         "alpha": _ALPHA,
         "dropout": 0.0,
+        "bias": has_bias(layers),
     }
 
 

@@ -12,24 +12,29 @@ from typing import Any
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, has_bias
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
 from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, write_tensors
 
-_SUFFIXES = {".lora_A.weight": "down", ".lora_B.weight": "up"}
+_SUFFIXES = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_B.bias": "bias"}
 _CONFIG = "lora_adapter_metadata"  # diffusers' entry for peft's LoraConfig
 
 
 def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> bytes:
-    """Return one branch's adapter as a peft file; the scale is in `lora_B`, so that readers need no configuration."""
+    """Return one branch's adapter as a peft file; the scale is in `lora_B`, so that readers need no configuration.
+
+    Where a network has a bias (peft's `lora_bias`), every layer has: that option is one for all of them.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for network, layers in adapter.networks.items():
         for layer, factors in layers.items():
             name = f"{network}.{external_name(network, layer)}"
             tensors[f"{name}.lora_A.weight"] = factors.down.to(dtype)
             tensors[f"{name}.lora_B.weight"] = factors.up_for_scale(1.0).to(dtype)
+            if has_bias(layers):
+                tensors[f"{name}.lora_B.bias"] = factors.bias_for_scale(1.0).to(dtype)
     return write_tensors(tensors, facts.modelspec("lora"))
 
 
@@ -51,7 +56,7 @@ def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> B
     )
     config = json.loads(read_metadata(file).get(_CONFIG, "{}"))
     factors = {
-        at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name))
+        at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name), part.get("bias"))
         for at, part in parts.items()
     }
     return build_adapter(factors, name)

@@ -17,7 +17,7 @@ Layer = tuple[str, str]
 def read_parts(
     file: bytes, name: str, form: str, place: Callable[[str], tuple[Layer, str] | None]
 ) -> dict[Layer, dict[str, torch.Tensor]]:
-    """Return layer -> its "down", "up" and perhaps "alpha", float32, of a LoRA file.
+    """Return layer -> its "down", "up" and perhaps "alpha" and "bias", float32, of a LoRA file.
 
     Args:
         file: its bytes.
@@ -63,11 +63,12 @@ def _refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
 def _check_pair(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
     """Raise an InputError when a layer lacks one of its two factors, or when they do not belong together."""
     whole = {"down", "up"} <= part.keys() and min(part["down"].dim(), part["up"].dim()) >= 2
-    if not whole or part["down"].shape[0] != part["up"].shape[1]:
+    fits = whole and part["down"].shape[0] == part["up"].shape[1]
+    if not fits or ("bias" in part and part["bias"].shape != part["up"].shape[:1]):
         came = {factor: tuple(tensor.shape) for factor, tensor in sorted(part.items())}
         raise InputError(
-            f"expected {name} to hold down [rank, in] and up [out, rank] for {'.'.join(at)}; got {came}; "
-            "the file is incomplete: make or download it again"
+            f"expected {name} to hold down [rank, in] and up [out, rank] (a bias: [out]) for {'.'.join(at)}; "
+            f"got {came}; the file is incomplete: make or download it again"
         )
 
 

@@ -1,7 +1,7 @@
 """The files of the reference toolkit (HCP-Diffusion), in and out.
 
 `{unet,unet-neg,text_encoder,text_encoder-neg}-{step}.safetensors` with keys `lora:<module>.___.<alpha | …>`; alpha is
-stored already divided by the rank. Words are `<word>.pt` in the old form.
+stored already divided by the rank, and scales a bias too. Words are `<word>.pt` in the old form.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _PARTS = {
     "layer.lora_up.weight": "up",
     "layer.W_down": "down",  # its newer files
     "layer.W_up": "up",
+    "layer.lora_up.bias": "bias",
+    "layer.bias": "bias",  # beside W_down and W_up
 }
 
 
@@ -47,6 +49,8 @@ def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[Trigger
                 tensors[f"{prefix}.alpha"] = torch.tensor(factors.scale)
                 tensors[f"{prefix}.layer.lora_down.weight"] = factors.down
                 tensors[f"{prefix}.layer.lora_up.weight"] = factors.up
+                if factors.bias is not None:
+                    tensors[f"{prefix}.layer.lora_up.bias"] = factors.bias
             files[f"{network}{suffix}-{step}.safetensors"] = write_tensors(tensors, {})
     return files | {f"{word.name}.pt": write_embedding_pt(word) for word in words}
 
@@ -91,5 +95,5 @@ def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Se
     for at, part in read_parts(file, name, "the toolkit's format", place).items():
         if "alpha" not in part:
             raise InputError(f"expected alpha for {'.'.join(at)} in {name}; got none; the file is incomplete")
-        factors[at] = LoRAFactors(part["down"], part["up"], float(part["alpha"]))
+        factors[at] = LoRAFactors(part["down"], part["up"], float(part["alpha"]), part.get("bias"))
     return build_adapter(factors, name).networks[network]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from dreamartist_pipeline.backbones.lora_files import (
 )
 from dreamartist_pipeline.core.concept import NETWORKS, Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
 from dreamartist_pipeline.interop.comfyui import check_workflow
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.layer_names import (
@@ -137,7 +138,7 @@ def _check_lora(file: bytes, name: str, form: str, branch: str, truth: _Truth, p
 
 
 def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, limit: float) -> dict[str, float]:
-    """Return the largest ‖difference‖ / ‖update‖ of all layers.
+    """Return the largest ‖difference‖ / ‖update‖ of all layers, and of their biases.
 
     Raises:
         InputError: other layers, or a difference above the limit.
@@ -146,7 +147,7 @@ def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, li
     if wanted.keys() != found.keys():
         odd = sorted(".".join(at) for at in wanted.keys() ^ found.keys())
         raise InputError(f"expected {name} to hold the concept's layers; {', '.join(odd)} differ; export it again")
-    differences = {at: _relative_difference(found[at].update(), wanted[at].update()) for at in wanted}
+    differences = {at: _layer_difference(found[at], wanted[at]) for at in wanted}
     worst = max(differences, key=lambda at: differences[at])
     if not differences[worst] <= limit:
         raise InputError(
@@ -156,9 +157,16 @@ def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, li
     return {"relative_difference": differences[worst], "limit": limit}
 
 
+def _layer_difference(came: LoRAFactors, expected: LoRAFactors) -> float:
+    biases = _relative_difference(came.bias_for_scale(1.0), expected.bias_for_scale(1.0))
+    return max(_relative_difference(came.update(), expected.update()), biases)
+
+
 def _relative_difference(came: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = float((came - expected).norm())
-    return difference / float(expected.norm()) if difference else 0.0
+    difference, size = float((came - expected).norm()), float(expected.norm())
+    if not difference:
+        return 0.0
+    return difference / size if size else math.inf
 
 
 def _check_diffusers(

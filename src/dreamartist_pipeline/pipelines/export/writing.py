@@ -85,7 +85,7 @@ def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes
     """Return the files that hold the concept, in the chosen formats.
 
     Raises:
-        InputError: these formats hold nothing of this concept.
+        InputError: these formats hold nothing of this concept, or one of them cannot hold it.
     """
     dtype = getattr(torch, params.dtype)
     files = {
@@ -172,7 +172,9 @@ def _branches_are_equal(source: ExportSource) -> bool:
         return False
     positive, negative = (adapter.by_layer() for adapter in source.adapters.values())
     return positive.keys() == negative.keys() and all(
-        factors.update().equal(negative[at].update()) for at, factors in positive.items()
+        factors.update().equal(negative[at].update())
+        and factors.bias_for_scale(1.0).equal(negative[at].bias_for_scale(1.0))
+        for at, factors in positive.items()
     )
 
 
