@@ -11,11 +11,12 @@ import torch
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.backbones.drawing import fill_prompt
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.generate import create_pipeline
-from dreamartist_pipeline.pipelines.generate.nodes import fill_prompt, generate_images
+from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 
 CPU = DeviceParams(device="cpu")
 SAMPLER = SamplerParams(num_inference_steps=2, batch_size=3)

@@ -68,13 +68,15 @@ def check_training(
     Raises:
         InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
             something, a template without its slot, words that do not fit into the prompt, an optimizer that cannot
-            run here, or a noise schedule that this base model cannot be trained with.
+            run here, a preview's scheduler that cannot be set up, or a noise schedule that this base model cannot be
+            trained with.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.core.training import branch_table, lr_factor
 
     check_templates(params)
     _check_optimizers(params, device)
+    _check_preview(params)
     outline = load_outline(BaseModelFiles(base_model))
     _check_timesteps(outline, params)
     groups = _planned_groups(outline, params, caption)
@@ -107,6 +109,13 @@ def _check_timesteps(outline: Outline, params: TrainingParams) -> None:
     timestep_range(params.timesteps, outline.num_train_timesteps)
     if params.zero_terminal_snr:
         check_zero_terminal_snr(outline.prediction_type)
+
+
+def _check_preview(params: TrainingParams) -> None:
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
+
+    if params.preview.every:
+        check_sampler(params.preview.sampler, params.zero_terminal_snr)
 
 
 def check_templates(params: TrainingParams) -> None:
