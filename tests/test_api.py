@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from dreamartist_pipeline.params import (
 )
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 
+PROJECT = Path(__file__).resolve().parents[1]
 PROMPTS = {"positive": "a my-fox, the background", "negative": "a my-fox-neg, the background"}
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 MIXED = [  # several groups on one layer, other ranks and alphas, convolutions, one group for both branches
@@ -352,6 +355,27 @@ def test_what_is_no_concept_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lora.safetensors").write_bytes(save({"lora_unet_x.alpha": torch.ones(1)}))
     with pytest.raises(InputError, match="expected a concept file of format"):
         read_concept(tmp_path / "lora.safetensors")
+
+
+def test_the_documented_pictures_are_drawn(
+    concept: Concept, tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (PROJECT / "docs/python.md").read_text(encoding="utf-8")
+    code = re.search(r"## Pictures\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    (tmp_path / "pictures.py").write_text(code[1], encoding="utf-8")
+    (tmp_path / "data/01_raw").mkdir(parents=True)
+    (tmp_path / "data/01_raw/base_model").symlink_to(tiny_base_model)
+    ConceptDataset(filepath=str(tmp_path / "data/06_models/fox/concept.safetensors")).save(concept)
+    monkeypatch.chdir(tmp_path)
+    made = runpy.run_path("pictures.py")
+    assert made["images"][3].info["parameters"].startswith("two my-fox, green background\nSteps: 20")
+    assert [image.size for image in (made["wide"][0], made["redrawn"][0], made["varied"][1])] == [
+        (96, 64),
+        (32, 32),
+        (32, 32),
+    ]
+    assert made["redrawn"][0].tobytes() != made["varied"][0].tobytes()
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "KDPM2AncestralDiscreteScheduler"])

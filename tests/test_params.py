@@ -284,7 +284,9 @@ def test_the_reference_preset_of_strengths_is_known_by_name_everywhere() -> None
 
 
 def test_an_unknown_preset_of_strengths_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"a strength is \{positive: …, negative: …\} or reference, got 'referenc'"):
+    with pytest.raises(
+        ValidationError, match=r"a strength is \{positive: …, negative: …\} or reference, got 'referenc'"
+    ):
         StrengthParams.model_validate("referenc")
 
 

@@ -1,7 +1,7 @@
 """A few calls for scripts and notebooks: concepts from files, pictures, sampling from given noise, a step's numbers.
 
-Nothing here is random. `draw_images` takes seeds; in the other calls latents, noise and timesteps are handed in, so that
-results can be compared with those of any other implementation.
+Nothing here is random. `draw_images` takes seeds; in the other calls latents, noise and timesteps are handed in, so
+that results can be compared with those of any other implementation.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def draw_images(
         denoise: the share of the steps that is taken from `image`, diffusers' `strength`; None: 0.8, and 1 with a mask.
 
     Returns:
-        The images, prompt by prompt, each with its settings in `info["parameters"]` and, as JSON, `info["dreamartist"]`.
+        The images, prompt by prompt, each with its settings in `info`: `parameters`, and `dreamartist` as JSON.
 
     Raises:
         InputError: a concept of another base model, a scheduler that cannot be set up, or pictures that do not go
@@ -186,7 +186,8 @@ def sample_latents(
     scheduler = make_scheduler(loaded.backbone, sampler)
     if draws_noise(scheduler):
         raise InputError(
-            f"expected a scheduler that draws no noise, got {sampler.scheduler}; choose ddim, dpmsolver++, euler or unipc"
+            f"expected a scheduler that draws no noise, got {sampler.scheduler}; "
+            "choose ddim, dpmsolver++, euler or unipc"
         )
     with torch.no_grad():
         states = _text_states(loaded, prompt, negative_prompt, len(latents))

@@ -464,8 +464,8 @@ class GenerateParams(Params):
     seed: Seed = 0
     width: SidePx | None = None  # px, with height; None: the base model's size, in the proportions of init_image
     height: SidePx | None = None
-    # With init_image: the share of the noise that is added and taken out again, diffusers' `strength`; 1 keeps little of
-    # the picture. None: 0.8, and 1 with init_mask, as in diffusers.
+    # With init_image: the share of the steps that is taken, diffusers' `strength`; 1 keeps little of the picture.
+    # None: 0.8, and 1 with init_mask, as in diffusers.
     denoise: Annotated[float, Field(gt=0, le=1)] | None = None
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()

@@ -1,4 +1,4 @@
-"""Drawing prompts × seeds, from noise or from a picture: beside diffusers' pipelines, and what each image says of it."""
+"""Drawing prompts × seeds, from noise or a picture: beside diffusers' pipelines, and what each image says of it."""
 
 from __future__ import annotations
 
@@ -111,9 +111,7 @@ def test_a_picture_becomes_what_diffusers_img2img_makes_of_it(
 def test_a_masked_picture_becomes_what_diffusers_inpainting_makes_of_it(
     backbone: Backbone, plain: dict[str, Any], picture: Image.Image, mask: Image.Image, name: str, denoise: float
 ) -> None:
-    expected = one_by_one(
-        plain, "inpaint", name, image=picture, mask_image=mask, strength=denoise, height=32, width=32
-    )
+    expected = one_by_one(plain, "inpaint", name, image=picture, mask_image=mask, strength=denoise, height=32, width=32)
     latents = ours(backbone, name, InitPicture(picture, mask, denoise))
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
 

@@ -113,9 +113,7 @@ class NoisingScheduler(HalvingScheduler):
     def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         self.timesteps = torch.arange(2 * num_inference_steps, 0, -1, device=device)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return original_samples + timesteps.view(-1, 1, 1, 1) * noise
 
     def step(  # type: ignore[override]
@@ -124,7 +122,9 @@ class NoisingScheduler(HalvingScheduler):
         return SimpleNamespace(prev_sample=sample - 1)
 
 
-def from_picture(denoise: float, mask: torch.Tensor | None, num_steps: int = 4) -> tuple[torch.Tensor, NoisingScheduler]:
+def from_picture(
+    denoise: float, mask: torch.Tensor | None, num_steps: int = 4
+) -> tuple[torch.Tensor, NoisingScheduler]:
     scheduler = NoisingScheduler()
     known = KnownLatents(torch.full((1, 1, 1, 2), 100.0), denoise, mask)
     noise = torch.ones(1, 1, 1, 2)

@@ -150,7 +150,7 @@ def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) 
     assert "Adapter strengths: 0.8 positive, 0.65 negative." in result.stdout + result.stderr
     newest = max((project / "data" / "07_model_output" / SUBJECT).rglob("000_0.png"), key=lambda f: f.stat().st_mtime)
     said = json.loads(Image.open(newest).info["dreamartist"])
-    assert (said["init_image"]["size_px"], said["init_mask"]["size_px"], said["denoise"]) == ([32, 24], [32, 24], 0.5)
+    assert (said["init_image"]["size_px"], said["init_mask"]["size_px"], said["denoise"]) == ([48, 40], [48, 40], 0.5)
     assert said["strength"] == {"positive": 0.8, "negative": 0.65}
     assert said["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
 

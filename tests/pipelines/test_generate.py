@@ -131,7 +131,9 @@ def png(color: str, size: tuple[int, int] = (32, 32), white: tuple[int, int, int
 
 
 def one(tiny_base_model: Path, concept: Concept, *pictures: bytes | None, **values: object) -> Image.Image:
-    params = GenerateParams.model_validate({"prompts": ["a {pt1}"], "images_per_prompt": 1, "sampler": SAMPLER, **values})
+    params = GenerateParams.model_validate(
+        {"prompts": ["a {pt1}"], "images_per_prompt": 1, "sampler": SAMPLER, **values}
+    )
     return generate_images(str(tiny_base_model), concept, params, CPU, *pictures)[0]["000_0"]
 
 

@@ -86,7 +86,7 @@ def draw(
     )
     common = _common_settings(backbone, concept, request, size_px)
     for (prompt, seed), image in zip(rows, images, strict=True):
-        image.info |= _texts({"prompt": prompt, "seed": seed, **common})
+        image.info.update(_texts({"prompt": prompt, "seed": seed, **common}))
     return Drawn(prompts, tuple(images), init)
 
 

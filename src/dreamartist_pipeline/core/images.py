@@ -110,9 +110,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int, setting: str | N
     width, height = image.size
     if width * height > max_pixels:
         remedy = f"scale it down, or raise {setting} if you trust the file" if setting else "scale it down"
-        raise InputError(
-            f"expected {name} to have at most {max_pixels:,} pixels; got {width} × {height} px; {remedy}"
-        )
+        raise InputError(f"expected {name} to have at most {max_pixels:,} pixels; got {width} × {height} px; {remedy}")
     if min(width, height) < MIN_SIDE_PX:
         raise InputError(
             f"expected {name} to be at least {MIN_SIDE_PX} px wide and high; got {width} × {height} px; "

@@ -84,10 +84,10 @@ def init_picture(
 def _check_nothing_is_alone(mask: Image.Image | None, denoise: float | None) -> None:
     if mask is None and denoise is None:
         return
-    lonely = "a mask" if mask is not None else f"denoise {denoise:g}"
+    lonely, name = ("a mask", "the mask") if mask is not None else (f"denoise {denoise:g}", "denoise")
     raise InputError(
-        f"expected a picture to start from beside {lonely}; got none; give it too (--params init_image=PATH, or `image` "
-        f"in Python), or leave {lonely.split()[0] if mask is None else 'the mask'} out"
+        f"expected a picture to start from beside {lonely}; got none; "
+        f"give it too (--params init_image=PATH, or `image` in Python), or leave {name} out"
     )
 
 
@@ -150,7 +150,7 @@ def redrawn(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     latents = F.interpolate(white.float()[None, None], size=(size[1], size[0]))  # [1, 1, h, w], nearest
     if not latents.any():
         raise InputError(
-            f"expected init_mask to be white over at least one of the {size[0]} × {size[1]} latents of the image drawn; "
+            f"expected init_mask to be white over at least one of the {size[0]} × {size[1]} latents of the image; "
             "got smaller spots, or white in the margins that are cut off; paint a larger part white"
         )
     return latents

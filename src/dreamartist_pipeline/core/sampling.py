@@ -18,28 +18,23 @@ _NUM_BRANCHES = 2
 
 
 class Scheduler(Protocol):
-    """What sampling needs of a diffusers scheduler."""
+    """What sampling needs of a diffusers scheduler. order: predictions a step."""
 
+    order: int
     timesteps: torch.Tensor
     init_noise_sigma: Any
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         """Choose the timesteps."""
 
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Bring clean latents to the noise of timesteps."""
+
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Return what the model gets to see."""
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
         """Take one denoising step; the result has `prev_sample`."""
-
-
-class NoisingScheduler(Scheduler, Protocol):
-    """What starting from a picture needs besides. order: predictions a step."""
-
-    order: int
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Bring clean latents to the noise of timesteps."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,8 @@ def sample_latents(
 ) -> torch.Tensor:
     """Return denoised latents `[B, C, h, w]`: at every step `neg + s · (pos − neg)` goes to the scheduler.
 
-    With `known`, the last steps alone are taken, from the noised picture (SDEdit, Meng et al. 2022); with its mask, what
-    is kept is put back after every step, with the noise of the next (as diffusers' img2img and inpainting pipelines).
+    With `known`, the last steps alone are taken, from the noised picture (SDEdit, Meng et al. 2022); with its mask,
+    what is kept is put back after every step, with the noise of the next. Both as diffusers' pipelines do it.
 
     Args:
         denoise: both branches' prediction in one pass, rows stacked negative | positive.
@@ -112,7 +107,7 @@ def sample_latents(
     return latents
 
 
-def _last_timesteps(scheduler: Any, num_inference_steps: int, denoise: float) -> torch.Tensor:
+def _last_timesteps(scheduler: Scheduler, num_inference_steps: int, denoise: float) -> torch.Tensor:
     """Return the last `denoise` of the timesteps, and tell the scheduler where it begins."""
     num_left_out = num_inference_steps - int(num_inference_steps * denoise)
     begin = num_left_out * scheduler.order
@@ -123,7 +118,7 @@ def _last_timesteps(scheduler: Any, num_inference_steps: int, denoise: float) ->
 
 
 def _start(
-    scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor, known: KnownLatents | None
+    scheduler: Scheduler, noise: torch.Tensor, timesteps: torch.Tensor, known: KnownLatents | None
 ) -> torch.Tensor:
     """Return the first noisy latents: pure noise without a picture, and where one is drawn anew from the first step."""
     if known is None or (known.mask is not None and known.denoise == 1):
@@ -132,9 +127,7 @@ def _start(
     return _noised(scheduler, known.latents, noise, timesteps[:1].repeat(len(noise)))
 
 
-def _noised(
-    scheduler: NoisingScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
+def _noised(scheduler: Scheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """Return clean latents with the noise of timesteps `[1]` or `[B]`; as they are when none is left."""
     return scheduler.add_noise(clean, noise, timesteps) if len(timesteps) else clean
 

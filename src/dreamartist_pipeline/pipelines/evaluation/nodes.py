@@ -55,8 +55,8 @@ def evaluate_concept(
         The contact sheet, flat metrics (see `measuring.measure`), and a table with one row per measured image.
 
     Raises:
-        InputError: an evaluator is unknown, the scheduler cannot be set up, the base model is incomplete, or the concept
-            belongs to another one.
+        InputError: an evaluator is unknown, the scheduler cannot be set up, the base model is incomplete, or the
+            concept belongs to another one.
     """
     from pandas import DataFrame
 
