@@ -26,6 +26,7 @@ SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=4, guidance_scale=
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "HeunDiscreteScheduler": ("HeunDiscreteScheduler", {}),
