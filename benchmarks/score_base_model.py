@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import torch
@@ -59,7 +59,7 @@ from dreamartist_pipeline.core.sprites import (
 )
 from dreamartist_pipeline.datasets.judge import JudgeDataset
 from dreamartist_pipeline.datasets.sprites import SpritePackagesDataset, SpriteSetDataset
-from dreamartist_pipeline.params import DeviceParams, PretrainParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import SHORT_SCHEDULERS, DeviceParams, PretrainParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -451,8 +451,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=1000)
     parser.add_argument("--num-combinations", type=int, default=200, help="seen ones, and as many unseen ones")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the prompts; far from those of any training")
-    samplers = get_args(SamplerParams.model_fields["scheduler"].annotation)
-    parser.add_argument("--sampler", choices=samplers, default="dpmsolver++")
+    parser.add_argument("--sampler", choices=SHORT_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=50)

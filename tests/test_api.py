@@ -6,8 +6,11 @@ learned vectors to the token embedding, runs text encoder and UNet once per bran
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +19,37 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save
 from torch.func import functional_call
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dreamartist_pipeline.api import open_base_model, read_toolkit_concept, sample_latents, step_values
+from dreamartist_pipeline.api import (
+    draw_images,
+    open_base_model,
+    read_concept,
+    read_toolkit_concept,
+    sample_latents,
+    step_values,
+)
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter, trigger_words
 from dreamartist_pipeline.interop.toolkit import write_toolkit
-from dreamartist_pipeline.params import LossParams, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.params import (
+    DeviceParams,
+    GenerateParams,
+    LossParams,
+    SamplerParams,
+    StrengthParams,
+    TrainingParams,
+)
+from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 
+PROJECT = Path(__file__).resolve().parents[1]
 PROMPTS = {"positive": "a my-fox, the background", "negative": "a my-fox-neg, the background"}
 WEIGHTED = {"positive": "a {my-fox:1.4}, {the background}", "negative": "a {my-fox-neg:0.6}, the background"}
 WEIGHT_OF = {"positive": {"my-fox": 1.4, "the": 1.1, "background": 1.1}, "negative": {"my-fox-neg": 0.6}}
@@ -322,3 +344,109 @@ def test_words_that_are_no_pair_have_to_be_named(backbone: Backbone, concept: Co
         read_toolkit_concept(backbone, tmp_path)
     named: Any = read_toolkit_concept(backbone, tmp_path, words=("my-fox", "other"))
     assert named.value("words") == {"pt1": ["my-fox", "other"]}
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+FAST = SamplerParams(num_inference_steps=2)
+
+
+def test_pictures_are_those_of_the_generate_pipeline(
+    backbone: Backbone, concept: Concept, tiny_base_model: Path
+) -> None:
+    params = GenerateParams(
+        prompts=("a {pt1}", "a red cat"),
+        negative_prompt="blurry",
+        images_per_prompt=2,
+        seed=3,
+        sampler=FAST,
+        strength=StrengthParams(positive=0.8, negative=0.65),
+        width=40,
+        height=24,
+        denoise=0.6,
+    )
+    picture, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 255)
+    expected, _ = generate_images(
+        str(tiny_base_model), concept, params, DeviceParams(device="cpu"), as_png(picture), as_png(mask)
+    )
+    drawn = draw_images(
+        backbone,
+        concept,
+        params.prompts,
+        "blurry",
+        (3, 4),
+        strength="reference",
+        sampler=FAST,
+        size_px=(40, 24),
+        image=picture,
+        mask=mask,
+        denoise=0.6,
+    )
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected.values()]
+    assert [image.info for image in drawn] == [image.info for image in expected.values()]
+
+
+def as_png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_single_prompt_is_drawn_from_two_seeds_and_a_concept_matters(backbone: Backbone, concept: Concept) -> None:
+    base, with_concept = (draw_images(backbone, c, "a red cat", sampler=FAST) for c in (None, concept))
+    assert len(base) == len(with_concept) == 2
+    assert base[0].tobytes() != with_concept[0].tobytes()
+    assert base[0].info["parameters"].startswith("a red cat\nSteps: 2")
+
+
+def test_a_scheduler_that_cannot_be_set_up_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(InputError, match="got 'nonsense'"):
+        draw_images(backbone, None, "a", sampler=SamplerParams(scheduler_options={"nonsense": 1}))
+
+
+def test_a_trained_concept_is_read_from_its_file(concept: Concept, tmp_path: Path) -> None:
+    ConceptDataset(filepath=str(tmp_path / "concept.safetensors")).save(concept)
+    came = read_concept(tmp_path / "concept.safetensors")
+    assert came.metadata == concept.metadata
+    assert came.tensors.keys() == concept.tensors.keys()
+    assert all(torch.equal(came.tensors[name], tensor) for name, tensor in concept.tensors.items())
+
+
+def test_what_is_no_concept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a concept's file at .*; got none"):
+        read_concept(tmp_path / "concept.safetensors")
+    (tmp_path / "text.safetensors").write_bytes(b"text")
+    with pytest.raises(InputError, match="expected a safetensors file"):
+        read_concept(tmp_path / "text.safetensors")
+    (tmp_path / "lora.safetensors").write_bytes(save({"lora_unet_x.alpha": torch.ones(1)}))
+    with pytest.raises(InputError, match="expected a concept file of format"):
+        read_concept(tmp_path / "lora.safetensors")
+
+
+def test_the_documented_pictures_are_drawn(
+    concept: Concept, tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (PROJECT / "docs/python.md").read_text(encoding="utf-8")
+    code = re.search(r"## Pictures\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    (tmp_path / "pictures.py").write_text(code[1], encoding="utf-8")
+    (tmp_path / "data/01_raw").mkdir(parents=True)
+    (tmp_path / "data/01_raw/base_model").symlink_to(tiny_base_model)
+    ConceptDataset(filepath=str(tmp_path / "data/06_models/fox/concept.safetensors")).save(concept)
+    monkeypatch.chdir(tmp_path)
+    made = runpy.run_path("pictures.py")
+    assert made["images"][3].info["parameters"].startswith("two my-fox, green background\nSteps: 20")
+    assert [image.size for image in (made["wide"][0], made["redrawn"][0], made["varied"][1])] == [
+        (96, 64),
+        (32, 32),
+        (32, 32),
+    ]
+    assert made["redrawn"][0].tobytes() != made["varied"][0].tobytes()
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "KDPM2AncestralDiscreteScheduler"])
+def test_every_scheduler_that_draws_noise_is_refused_for_given_latents(
+    backbone: Backbone, given: dict[str, torch.Tensor], name: str
+) -> None:
+    with pytest.raises(InputError, match=f"draws no noise, got {name}"):
+        sample_latents(backbone, None, "a", "", given["latents"], sampler=SamplerParams(scheduler=name))

@@ -18,6 +18,8 @@ from dreamartist_pipeline.params import (
     LoRAGroup,
     LossParams,
     RegularizationParams,
+    SamplerParams,
+    StrengthParams,
     TrainingParams,
     WordsParams,
 )
@@ -274,3 +276,66 @@ def test_an_objective_or_optimizer_that_cannot_work_is_refused(change: dict[str,
 def test_a_loss_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         LossParams(**change)
+
+
+# --------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("HeunDiscreteSheduler", "there is no scheduler of this name .* did you mean HeunDiscreteScheduler"),
+        ("eular", "did you mean euler"),
+        ("xyz", "choose one of ddim, "),
+        ("FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler is for models trained by flow matching"),
+        ("DPMSolverSDEScheduler", "draws its noise with torchsde.* sde-dpmsolver\\+\\+"),
+        ("RePaintScheduler", "needs inputs at every step"),
+    ],
+)
+def test_a_scheduler_that_cannot_draw_is_refused_with_what_to_do(name: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SamplerParams(scheduler=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction_type": "epsilon", "beta_start": 0.1}, "beta_start, prediction_type describe the base model"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas is for models trained by flow matching"),
+    ],
+)
+def test_scheduler_options_cannot_contradict_the_base_model(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SamplerParams(scheduler_options=options)
+
+
+def test_the_reference_preset_of_strengths_is_known_by_name_everywhere() -> None:
+    expected = StrengthParams(positive=0.8, negative=0.65)
+    assert StrengthParams.model_validate("reference") == expected
+    prompts: dict[str, Any] = {"prompts": ["a {pt1}"]}
+    assert GenerateParams(**prompts, strength="reference").strength == expected  # type: ignore[arg-type]
+    assert EvaluationParams(**prompts, prior_prompts=("a cat",), strength="reference").strength == expected  # type: ignore[arg-type]
+    assert ExportParams(title="fox", strength="reference").strength == expected  # type: ignore[arg-type]
+    assert StrengthParams() == StrengthParams(positive=1.0, negative=1.0)
+
+
+def test_an_unknown_preset_of_strengths_is_refused() -> None:
+    with pytest.raises(
+        ValidationError, match=r"a strength is \{positive: …, negative: …\} or reference, got 'referenc'"
+    ):
+        StrengthParams.model_validate("referenc")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 64}, "width and height belong together"),
+        ({"width": 60, "height": 64}, "multiple of 8"),
+        ({"denoise": 0.0}, "greater than 0"),
+        ({"denoise": 1.1}, "less than or equal to 1"),
+        ({"denoise": 0.04}, "denoise 0.04 of 20 steps leaves none; raise denoise to at least 0.05, or take more steps"),
+    ],
+)
+def test_sizes_and_denoise_that_cannot_be_drawn_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GenerateParams(**{"prompts": ("a {pt1}",), **change})

@@ -1,7 +1,7 @@
-"""A few calls for scripts and notebooks: concepts from files, sampling from given noise, the numbers of one step.
+"""A few calls for scripts and notebooks: concepts from files, pictures, sampling from given noise, a step's numbers.
 
-Nothing here is random. Latents, noise and timesteps are handed in, so that results can be compared with those of any
-other implementation.
+Nothing here is random. `draw_images` takes seeds; in the other calls latents, noise and timesteps are handed in, so
+that results can be compared with those of any other implementation.
 """
 
 from __future__ import annotations
@@ -9,21 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
+from PIL import Image
 from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone, make_scheduler
-from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
+from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, has_zero_terminal_snr
+from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
+from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
 from dreamartist_pipeline.core.branches import GuidanceScale
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.prompt_tokens import by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
 from dreamartist_pipeline.interop.toolkit import read_toolkit
 from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams
 
@@ -32,6 +38,7 @@ _NUM_BRANCHES = 2
 _CPU = DeviceParams(device="cpu")
 _FULL_STRENGTH = StrengthParams()
 _FIVE_DDIM_STEPS = SamplerParams(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
+_DEFAULT_SAMPLER = SamplerParams()
 _PLAIN_LOSS = LossParams(weighting="none")
 
 
@@ -42,6 +49,70 @@ def open_base_model(folder: str | Path, device: DeviceParams = _CPU) -> Backbone
         InputError: the folder is incomplete or cannot be read.
     """
     return load_backbone(BaseModelFiles(folder), device)
+
+
+def read_concept(path: str | Path) -> Concept:
+    """Read a concept that this project trained, `data/06_models/<subject>/concept.safetensors`.
+
+    Raises:
+        InputError: no such file, or not a concept.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"expected a concept's file at {file}; got none; correct the path, or train the concept")
+    data = file.read_bytes()
+    concept = Concept(read_tensors(data, str(file)), read_metadata(data))
+    concept.value("num_branches")  # is it a concept at all
+    return concept
+
+
+def draw_images(
+    backbone: Backbone,
+    concept: Concept | None,
+    prompts: str | Sequence[str],
+    negative_prompt: str = "",
+    seeds: Sequence[int] = (0, 1),
+    *,
+    strength: StrengthParams | Literal["reference"] = _FULL_STRENGTH,
+    sampler: SamplerParams = _DEFAULT_SAMPLER,
+    size_px: tuple[int, int] | None = None,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    denoise: float | None = None,
+) -> list[Image.Image]:
+    """Draw every prompt from every seed as the generate pipeline does: positive word and adapter, negative adapter.
+
+    Args:
+        backbone: the base model.
+        concept: what was trained on it, or None.
+        prompts: one or several; '{pt1}' is the positive trigger word.
+        negative_prompt: of the other side; the negative trigger word acts only if it is written here.
+        seeds: one image each, which depends on nothing but its own seed.
+        strength: a factor on each branch's adapter; "reference" is the toolkit's 0.8 positive, 0.65 negative.
+        sampler: scheduler, steps, guidance scale, batch size.
+        size_px: (width, height); None: the base model's size, in the proportions of `image`.
+        image: a picture to start from (img2img).
+        mask: of its proportions, white where it is drawn anew (inpainting).
+        denoise: the share of the steps that is taken from `image`, diffusers' `strength`; None: 0.8, and 1 with a mask.
+
+    Returns:
+        The images, prompt by prompt, each with its settings in `info`: `parameters`, and `dreamartist` as JSON.
+
+    Raises:
+        InputError: a concept of another base model, a scheduler that cannot be set up, or pictures that do not go
+            together.
+    """
+    check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
+    request = DrawingRequest(
+        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+        negative_prompt=negative_prompt,
+        seeds=tuple(seeds),
+        sampler=sampler,
+        strength=StrengthParams.model_validate(strength),
+        size_px=size_px,
+        init=init_picture(image, mask, denoise, sampler.num_inference_steps),
+    )
+    return list(draw(backbone, concept, request).images)
 
 
 def read_toolkit_concept(
@@ -92,7 +163,7 @@ def sample_latents(
     negative_prompt: str,
     latents: torch.Tensor,
     *,
-    strength: StrengthParams = _FULL_STRENGTH,
+    strength: StrengthParams | Literal["reference"] = _FULL_STRENGTH,
     sampler: SamplerParams = _FIVE_DDIM_STEPS,
 ) -> torch.Tensor:
     """Denoise given latents, one adapter per branch: `neg + s · (pos − neg)` goes to the scheduler at every step.
@@ -112,16 +183,18 @@ def sample_latents(
     Raises:
         InputError: a scheduler that draws noise on the way, or a concept of another base model.
     """
-    if sampler.scheduler == "euler_a":
+    loaded = attach(backbone, concept, StrengthParams.model_validate(strength))
+    scheduler = make_scheduler(loaded.backbone, sampler)
+    if draws_noise(scheduler):
         raise InputError(
-            "expected a scheduler that draws no noise, got euler_a; choose ddim, dpmsolver++, euler or unipc"
+            f"expected a scheduler that draws no noise, got {sampler.scheduler}; "
+            "choose ddim, dpmsolver++, euler or unipc"
         )
-    loaded = attach(backbone, concept, strength)
     with torch.no_grad():
         states = _text_states(loaded, prompt, negative_prompt, len(latents))
         return sampling.sample_latents(
             lambda noisy, timesteps: loaded.backbone.denoise(noisy, timesteps, states),
-            make_scheduler(loaded.backbone, sampler),
+            scheduler,
             latents.to(backbone.device),
             sampler.guidance_scale,
             sampler.num_inference_steps,

@@ -35,6 +35,8 @@ RUN_SETTINGS = (
     "subject",
     "image",
     "mask",
+    "init_image",
+    "init_mask",
     "base_model",
     "class_word",
     "caption",

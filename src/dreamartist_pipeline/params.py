@@ -6,8 +6,9 @@ span several fields run before any base model is loaded.
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -19,6 +20,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+SidePx = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "schedule_free"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """Several texts; a single one may stand alone, as in `--params generate.prompts=a red fox`."""
@@ -65,20 +67,111 @@ class DeviceParams(Params):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class SamplerParams(Params):
-    """How images are sampled."""
+SHORT_SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
+"""Schedulers with settings that suit most; diffusers' class names stand for its own defaults."""
 
-    scheduler: Literal["ddim", "dpmsolver++", "euler", "euler_a", "unipc"] = "dpmsolver++"
+SCHEDULER_CLASSES = (  # of diffusers: those that take the base model's noise schedule and prediction type
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+_UNFIT_SCHEDULERS = {  # the reason -> classes of diffusers
+    "is for models trained by flow matching or on another path from noise to picture": (
+        *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+        *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler"),
+        *("MiniMaxH3Scheduler", "PiflowScheduler", "SCMScheduler"),
+    ),
+    "has a noise schedule of its own in place of the base model's": (
+        *("CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CosineDPMSolverMultistepScheduler"),
+        *("DDPMWuerstchenScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "IPNDMScheduler"),
+        *("KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
+    ),
+    "draws tokens, not latents": (
+        *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
+        "VQDiffusionScheduler",
+    ),
+    "needs inputs at every step that drawing does not have": (
+        *("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),
+    ),
+    "goes from a picture to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
+    "draws its noise with torchsde, not from one generator per image (DPMSolverMultistepScheduler with "
+    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same equation)": ("DPMSolverSDEScheduler",),
+}
+_BASE_MODELS_OWN = (  # what a scheduler takes from the base model
+    *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "trained_betas"),
+)
+
+
+class SamplerParams(Params):
+    """How images are sampled: `scheduler` is one of SHORT_SCHEDULERS, or a class of diffusers by its name."""
+
+    scheduler: str = "dpmsolver++"
+    scheduler_options: dict[str, Any] = Field(default_factory=dict)  # further arguments of the scheduler's class
     num_inference_steps: Count = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 4.0
     batch_size: Count = 8
 
+    @field_validator("scheduler")
+    @classmethod
+    def _scheduler_can_draw(cls, name: str) -> str:
+        known = (*SHORT_SCHEDULERS, *SCHEDULER_CLASSES)
+        if name in known:
+            return name
+        for reason, classes in _UNFIT_SCHEDULERS.items():
+            if name in classes:
+                raise ValueError(f"{name} {reason}; choose one of {', '.join(known)}")
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+        raise ValueError(f"there is no scheduler of this name that can be used here; {hint}")
+
+    @field_validator("scheduler_options")
+    @classmethod
+    def _options_leave_the_base_model(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if described := sorted(options.keys() & set(_BASE_MODELS_OWN)):
+            raise ValueError(f"{', '.join(described)} describe the base model, which says them itself; leave them out")
+        if options.get("use_flow_sigmas"):
+            raise ValueError("use_flow_sigmas is for models trained by flow matching; leave it out")
+        return options
+
+
+STRENGTH_PRESETS = {"reference": {"positive": 0.8, "negative": 0.65}}  # `strength: NAME`; the reference toolkit's
+
 
 class StrengthParams(Params):
-    """How strongly each branch's adapter acts when generating; the reference toolkit's preset is 0.8 / 0.65."""
+    """How strongly each branch's adapter acts when drawing; 1 is as trained. Or the name of a STRENGTH_PRESETS."""
 
     positive: NonNegative = 1.0
     negative: NonNegative = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_is_its_strengths(cls, value: object) -> object:
+        if isinstance(value, str):
+            if value not in STRENGTH_PRESETS:
+                raise ValueError(
+                    f"a strength is {{positive: …, negative: …}} or {', '.join(STRENGTH_PRESETS)}, got {value!r}"
+                )
+            return STRENGTH_PRESETS[value]
+        return value
+
+    def __str__(self) -> str:
+        """Say both, for people."""
+        return f"{self.positive:g} positive, {self.negative:g} negative"
 
 
 # ------------------------------------------------------------------------------------------------- ingestion
@@ -386,8 +479,43 @@ class GenerateParams(Params):
     negative_prompt: Prompt = ""
     images_per_prompt: Count = 4
     seed: Seed = 0
+    width: SidePx | None = None  # px, with height; None: the base model's size, in the proportions of init_image
+    height: SidePx | None = None
+    # With init_image: the share of the steps that is taken, diffusers' `strength`; 1 keeps little of the picture.
+    # None: 0.8, and 1 with init_mask, as in diffusers.
+    denoise: Annotated[float, Field(gt=0, le=1)] | None = None
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """(width, height), if given."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
+    @model_validator(mode="after")
+    def _size_is_whole(self) -> GenerateParams:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height belong together: give both, or neither for the base model's size")
+        return self
+
+    @model_validator(mode="after")
+    def _a_step_is_left(self) -> GenerateParams:
+        if self.denoise is not None:
+            check_denoise(self.denoise, self.sampler.num_inference_steps)
+        return self
+
+
+def check_denoise(denoise: float, num_inference_steps: int) -> None:
+    """Confirm that a step is left of `denoise · num_inference_steps`, rounded down as in diffusers.
+
+    Raises:
+        ValueError: none is.
+    """
+    if not int(num_inference_steps * denoise):
+        raise ValueError(
+            f"denoise {denoise:g} of {num_inference_steps} steps leaves none; "
+            f"raise denoise to at least {1 / num_inference_steps:.3g}, or take more steps"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- export

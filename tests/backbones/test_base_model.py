@@ -21,10 +21,10 @@ from dreamartist_pipeline.backbones.base_model import (
     encode_images,
     load_backbone,
     load_outline,
-    make_scheduler,
     with_zero_terminal_snr,
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
+from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import initial_noise
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams

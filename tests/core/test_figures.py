@@ -1,11 +1,11 @@
-"""The contact sheet: every picture is there, readable, and in its place."""
+"""The sheets: every picture is there, readable, and in its place."""
 
 from __future__ import annotations
 
 import pytest
 from PIL import Image, ImageFont
 
-from dreamartist_pipeline.core.figures import CELL_PX, SheetSection, contact_sheet, fit_cell, wrap
+from dreamartist_pipeline.core.figures import CELL_PX, SheetSection, contact_sheet, fit_cell, prompt_sheet, wrap
 
 _COLORS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "gray")
 
@@ -108,3 +108,36 @@ def test_a_missing_picture_is_reported_with_its_section() -> None:
 def test_a_sheet_needs_a_section() -> None:
     with pytest.raises(ValueError, match="expected at least one section"):
         contact_sheet(_plain("orange"), "fox", [], [])
+
+
+# --------------------------------------------------------------------------------------------- prompts × seeds
+
+
+def test_a_prompt_sheet_has_a_row_per_prompt_and_a_column_per_seed() -> None:
+    rows = [[Image.new("RGB", (64, 64), color) for color in row] for row in (("red", "lime"), ("blue", "black"))]
+    sheet = prompt_sheet(["a fox", "two foxes"], [3, 4], rows)
+    cells = [
+        sheet.getpixel((36 + 250 + column * (144 + 8) + 72, 36 + 24 + row * (144 + 8) + 72))
+        for row in range(2)
+        for column in range(2)
+    ]
+    assert cells == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]
+
+
+def test_a_long_prompt_makes_its_rows_high_enough_to_be_read() -> None:
+    row = [Image.new("RGB", (64, 64))]
+    short, long = (prompt_sheet(["a fox " * n], [0], [row]) for n in (1, 80))
+    assert long.height > short.height + 100
+
+
+def test_the_picture_that_drawing_started_from_has_a_column_of_its_own() -> None:
+    rows = [[Image.new("RGB", (64, 64), "red")]]
+    bare = prompt_sheet(["a fox"], [0], rows)
+    sheet = prompt_sheet(["a fox"], [0], rows, before=Image.new("RGB", (64, 64), "blue"))
+    assert sheet.width == bare.width + 144 + 8
+    assert sheet.getpixel((36 + 250 + 72, 36 + 24 + 72)) == (0, 0, 255)
+
+
+def test_rows_that_do_not_fit_prompts_and_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected 1 rows of 2 pictures, got rows of \[1\]"):
+        prompt_sheet(["a fox"], [0, 1], [[Image.new("RGB", (8, 8))]])

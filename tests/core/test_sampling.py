@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreamartist_pipeline.core.sampling import image_generators, initial_noise, sample_latents
+from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, initial_noise, sample_latents
 
 
 class HalvingScheduler:
@@ -96,3 +96,69 @@ def test_a_scheduler_that_draws_noise_gets_one_generator_per_image() -> None:
 
     torch.testing.assert_close(run([1, 2])[1], run([2])[0])
     assert run([1, 2])[0].flatten().tolist() != pytest.approx(run([1, 2])[1].flatten().tolist())
+
+
+# --------------------------------------------------------------------------------------------- from a picture
+
+
+class NoisingScheduler(HalvingScheduler):
+    """Noise of timestep t is t times the noise; two predictions a step, as Heun's."""
+
+    order = 2
+    begin_index = None
+
+    def set_begin_index(self, begin_index: int) -> None:
+        self.begin_index = begin_index
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        self.timesteps = torch.arange(2 * num_inference_steps, 0, -1, device=device)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return original_samples + timesteps.view(-1, 1, 1, 1) * noise
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+    ) -> SimpleNamespace:
+        return SimpleNamespace(prev_sample=sample - 1)
+
+
+def from_picture(
+    denoise: float, mask: torch.Tensor | None, num_steps: int = 4
+) -> tuple[torch.Tensor, NoisingScheduler]:
+    scheduler = NoisingScheduler()
+    known = KnownLatents(torch.full((1, 1, 1, 2), 100.0), denoise, mask)
+    noise = torch.ones(1, 1, 1, 2)
+    return sample_latents(branch_constants, scheduler, noise, 1.0, num_steps, known=known), scheduler
+
+
+def test_a_picture_is_noised_to_the_first_timestep_that_is_left() -> None:
+    latents, scheduler = from_picture(0.5, None)
+    assert scheduler.begin_index == 4  # 2 of 4 steps are left out, each of two predictions
+    assert latents.flatten().tolist() == [100.0] * 2  # 100 + 4 · 1, then 4 predictions of − 1
+
+
+def test_the_share_of_steps_is_rounded_down() -> None:
+    assert from_picture(0.74, None)[1].begin_index == 4
+
+
+def test_a_picture_alone_is_noised_even_when_every_step_is_taken() -> None:
+    latents, scheduler = from_picture(1.0, None)
+    assert scheduler.begin_index == 0
+    assert latents.flatten().tolist() == [100.0] * 2  # 100 + 8 · 1 − 8
+
+
+def test_a_masked_picture_starts_from_pure_noise_when_every_step_is_taken() -> None:
+    latents, _ = from_picture(1.0, torch.tensor([[[[1.0, 0.0]]]]))
+    assert latents.flatten().tolist() == [2.0 - 8, 100.0]  # noise · init_noise_sigma − 8; what is kept comes back
+
+
+def test_what_is_kept_has_the_noise_of_the_next_prediction() -> None:
+    seen: list[float] = []
+
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        seen.append(4 * latents[0, 0, 0, 1].item())  # scale_model_input divides by 4
+        return torch.zeros_like(latents)
+
+    known = KnownLatents(torch.full((1, 1, 1, 2), 100.0), 0.5, torch.tensor([[[[1.0, 0.0]]]]))
+    sample_latents(denoise, NoisingScheduler(), torch.ones(1, 1, 1, 2), 1.0, 4, known=known)
+    assert seen == [104.0, 103.0, 102.0, 101.0]

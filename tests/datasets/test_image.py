@@ -60,6 +60,18 @@ def test_the_users_pictures_are_never_written(picture: Path) -> None:
 # --------------------------------------------------------------------------------------------- optional image
 
 
+def test_an_optional_image_is_called_by_its_own_name_and_setting(tmp_path: Path) -> None:
+    dataset = OptionalImageDataset(
+        filepath=str(tmp_path / "photo.png"), what="the picture to start from", setting="init_image"
+    )
+    with pytest.raises(
+        DatasetError, match=r"expected the picture to start from at .*; correct --params init_image=PATH"
+    ):
+        dataset.load()
+    with pytest.raises(DatasetError, match="the picture to start from is the user's own"):
+        dataset.save(b"other")
+
+
 @pytest.mark.parametrize("filepath", [None, ""])
 def test_an_optional_image_without_a_path_is_none(filepath: str | None) -> None:
     dataset = OptionalImageDataset(filepath=filepath)

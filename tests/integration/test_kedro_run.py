@@ -131,6 +131,31 @@ def test_every_generate_run_has_a_folder_of_its_own(project: Path) -> None:
 
 
 @pytest.mark.usefixtures("trained")
+def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) -> None:
+    from PIL import Image
+
+    mask = Image.new("L", (48, 40))
+    mask.paste(255, (24, 0, 48, 40))
+    mask.save(project / "mask.png")
+    values = {
+        "init_image": "button.png",
+        "init_mask": "mask.png",
+        "generate.denoise": "0.5",
+        "generate.strength": "reference",
+        "generate.sampler.scheduler": "HeunDiscreteScheduler",
+        "generate.sampler.scheduler_options.use_karras_sigmas": "true",
+    }
+    result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **values))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Adapter strengths: 0.8 positive, 0.65 negative." in result.stdout + result.stderr
+    newest = max((project / "data" / "07_model_output" / SUBJECT).rglob("000_0.png"), key=lambda f: f.stat().st_mtime)
+    said = json.loads(Image.open(newest).info["dreamartist"])
+    assert (said["init_image"]["size_px"], said["init_mask"]["size_px"], said["denoise"]) == ([48, 40], [48, 40], 0.5)
+    assert said["strength"] == {"positive": 0.8, "negative": 0.65}
+    assert said["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone(project: Path) -> None:
     concept = project / "data" / "06_models" / SUBJECT / "concept.safetensors"
     before = concept.read_bytes()

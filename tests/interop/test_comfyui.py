@@ -90,3 +90,29 @@ def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:
     del workflow["positive_lora"]
     with pytest.raises(InputError, match="expected a node 'positive_lora' in w, which positive_text_encoder.hooks"):
         check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
+
+
+# --------------------------------------------------------------------------------------------- schedulers by class name
+
+
+def sampler_of(scheduler: str, zero_terminal_snr: bool = False, **options: bool) -> tuple[str, str]:
+    picture = dataclasses.replace(PICTURE, zero_terminal_snr=zero_terminal_snr)
+    sampler = SamplerParams(scheduler=scheduler, scheduler_options=options)
+    inputs = build_workflow(POSITIVE, NEGATIVE, picture, sampler)["sampler"]["inputs"]
+    return inputs["sampler_name"], inputs["scheduler"]
+
+
+def test_a_scheduler_of_diffusers_becomes_comfyuis_own_with_its_spacing() -> None:
+    assert sampler_of("HeunDiscreteScheduler") == ("heun", "normal")
+    assert sampler_of("HeunDiscreteScheduler", use_karras_sigmas=True) == ("heun", "karras")
+    assert sampler_of("euler", use_exponential_sigmas=True) == ("euler", "exponential")
+    assert sampler_of("DPMSolverMultistepScheduler") == ("dpmpp_2m", "normal")
+    assert sampler_of("dpmsolver++", use_karras_sigmas=False) == ("dpmpp_2m", "normal")
+    assert sampler_of("euler", zero_terminal_snr=True) == ("euler", "sgm_uniform")
+
+
+def test_what_comfyui_does_not_have_is_refused() -> None:
+    with pytest.raises(InputError, match=r"expected a scheduler that ComfyUI has too.*; got PNDMScheduler; set export"):
+        sampler_of("PNDMScheduler")
+    with pytest.raises(InputError, match=r"scheduler_options that a ComfyUI workflow can say.*got lower_order_final"):
+        sampler_of("dpmsolver++", lower_order_final=False)

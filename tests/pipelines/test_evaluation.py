@@ -18,7 +18,7 @@ from dreamartist_pipeline.core.sprites import COLORS
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
-from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
+from dreamartist_pipeline.pipelines.evaluation.nodes import _sampling_line, evaluate_concept
 
 CPU = DeviceParams(device="cpu")
 
@@ -225,6 +225,37 @@ def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, 
     for column in ("background_asked", "color_asked"):
         assert list(weighted[column]) == list(plain[column])
     assert list(weighted["copying_pixels"]) != list(plain["copying_pixels"])
+
+
+def test_strengths_by_name_are_logged_and_written_on_the_sheet(
+    tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = _params(evaluators=(), strength="reference")
+    with caplog.at_level("INFO"):
+        evaluate_concept(
+            str(tiny_base_model),
+            zero_step_concept,
+            _picture("white", "orange"),
+            params=params,
+            device=CPU,
+            tracker=RecordingTracker(),
+        )
+    assert "Adapter strengths: 0.8 positive, 0.65 negative." in caplog.messages
+    assert _sampling_line(params).endswith("adapter strength 0.8 positive, 0.65 negative")
+
+
+def test_a_scheduler_that_cannot_be_set_up_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, zero_step_concept: Concept
+) -> None:
+    with pytest.raises(InputError, match="got 'nonsense'"):
+        evaluate_concept(
+            str(tmp_path / "no base model"),
+            zero_step_concept,
+            _picture("white", "orange"),
+            params=_params(evaluators=(), sampler=SamplerParams(scheduler_options={"nonsense": 1})),
+            device=CPU,
+            tracker=RecordingTracker(),
+        )
 
 
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(

@@ -407,6 +407,41 @@ def assert_script_draws(
         assert np.abs(np.asarray(without, int) - np.asarray(wanted, int)).max() > 20
 
 
+def test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options(
+    tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path
+) -> None:
+    options = {"use_karras_sigmas": True}
+    sampler = SAMPLER.model_copy(update={"scheduler": "HeunDiscreteScheduler", "scheduler_options": options})
+    files, _ = export(tiny_base_model, concept, formats=("kohya", "embeddings", "peft"), sampler=sampler)
+    FileFolderDataset(path=str(tmp_path / "export")).save(files)
+    script = import_script(tmp_path / "export" / "generate_with_diffusers.py")
+    pipe = script.load(str(tiny_base_model)).to("cpu", torch.float32)
+    (drawn,) = script.draw(pipe, "a my-fox", "", [3])
+    loaded = attach(backbone, concept, StrengthParams())
+    (expected,) = generate(backbone, loaded, ["a my-fox"], "", [3], sampler)
+    plain = sampler.model_copy(update={"scheduler_options": {}})
+    (without,) = generate(backbone, loaded, ["a my-fox"], "", [3], plain)
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
+    assert np.abs(np.asarray(without).astype(int) - np.asarray(expected)).max() > 1
+
+
+def test_a_scheduler_that_comfyui_does_not_have_is_refused(tiny_base_model: Path, concept: Concept) -> None:
+    params = ExportParams(title="fox", sampler=SamplerParams(scheduler="PNDMScheduler"))
+    with pytest.raises(InputError, match="ComfyUI has too, for the workflow; got PNDMScheduler"):
+        write_files(str(tiny_base_model), concept, params)
+
+
+def test_scheduler_options_are_checked_and_strengths_logged(
+    tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = SamplerParams(scheduler_options={"nonsense": 1})
+    with pytest.raises(InputError, match="got 'nonsense'"):
+        write_files(str(tiny_base_model), concept, ExportParams(title="fox", sampler=wrong))
+    with caplog.at_level(logging.INFO):
+        write_files(str(tiny_base_model), concept, EVERYTHING)
+    assert "Adapter strengths in the workflow and the script: 0.8 positive, 0.5 negative." in caplog.messages
+
+
 def test_the_script_draws_in_one_dtype_whatever_the_model_is_stored_in(
     tiny_base_model: Path, files: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.backbones.drawing import fill_prompt
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.generate import create_pipeline
-from dreamartist_pipeline.pipelines.generate.nodes import fill_prompt, generate_images
+from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 
 CPU = DeviceParams(device="cpu")
 SAMPLER = SamplerParams(num_inference_steps=2, batch_size=3)
@@ -113,6 +117,88 @@ def test_a_concept_of_another_base_model_is_refused(other_tiny_base_model: Path,
     params = GenerateParams(prompts=("a {pt1}",), sampler=SAMPLER)
     with pytest.raises(InputError, match="expected the base model that the concept was trained on"):
         generate_images(str(other_tiny_base_model), concept, params, CPU)
+
+
+def test_the_reference_strengths_are_applied_logged_and_kept_in_the_image(
+    tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw(strength: object) -> Image.Image:
+        params = GenerateParams.model_validate(
+            {"prompts": ["a {pt1}"], "images_per_prompt": 1, "sampler": SAMPLER, "strength": strength}
+        )
+        return generate_images(str(tiny_base_model), concept, params, CPU)[0]["000_0"]
+
+    with caplog.at_level(logging.INFO):
+        reference = draw("reference")
+    assert "Adapter strengths: 0.8 positive, 0.65 negative." in caplog.messages
+    assert json.loads(reference.info["dreamartist"])["strength"] == {"positive": 0.8, "negative": 0.65}
+    assert reference.tobytes() == draw({"positive": 0.8, "negative": 0.65}).tobytes()
+    assert reference.tobytes() != draw({}).tobytes()
+
+
+# --------------------------------------------------------------------------------------------- sizes and pictures
+
+
+def png(color: str, size: tuple[int, int] = (32, 32), white: tuple[int, int, int, int] | None = None) -> bytes:
+    """Return a picture of one colour, white in a box."""
+    image, stream = Image.new("RGB", size, color), io.BytesIO()
+    if white:
+        image.paste("white", white)
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def one(tiny_base_model: Path, concept: Concept, *pictures: bytes | None, **values: object) -> Image.Image:
+    params = GenerateParams.model_validate(
+        {"prompts": ["a {pt1}"], "images_per_prompt": 1, "sampler": SAMPLER, **values}
+    )
+    return generate_images(str(tiny_base_model), concept, params, CPU, *pictures)[0]["000_0"]
+
+
+def test_width_and_height_are_the_images(tiny_base_model: Path, concept: Concept) -> None:
+    assert one(tiny_base_model, concept, width=48, height=24).size == (48, 24)
+
+
+def test_picture_mask_and_denoise_shape_the_image(tiny_base_model: Path, concept: Concept) -> None:
+    red, blue, mask = png("red"), png("blue"), png("black", white=(16, 0, 32, 32))
+    drawn = [
+        one(tiny_base_model, concept),
+        one(tiny_base_model, concept, red, denoise=0.5),
+        one(tiny_base_model, concept, red, denoise=1.0),
+        one(tiny_base_model, concept, blue, denoise=0.5),
+        one(tiny_base_model, concept, red, mask),
+        one(tiny_base_model, concept, red, mask, denoise=0.5),
+        one(tiny_base_model, concept, red, png("black", white=(0, 0, 16, 32))),
+    ]
+    assert len({image.tobytes() for image in drawn}) == len(drawn)
+    assert one(tiny_base_model, concept, png("red", (64, 16))).size == (64, 16)
+
+
+def test_the_sheet_shows_the_picture_that_was_started_from(tiny_base_model: Path, concept: Concept) -> None:
+    params = GenerateParams(prompts=("a {pt1}",), images_per_prompt=1, sampler=SAMPLER)
+    _, bare = generate_images(str(tiny_base_model), concept, params, CPU)
+    _, sheet = generate_images(str(tiny_base_model), concept, params, CPU, png("red"))
+    assert sheet.width > bare.width
+    assert (255, 0, 0) in [color for _, color in sheet.getcolors(1 << 20) or []]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "values", "message"),
+    [
+        ((None, png("white")), {}, "a picture to start from beside a mask"),
+        ((png("red"), png("white", (32, 16))), {}, "expected init_mask with the proportions of init_image"),
+        ((png("red"), png("black")), {}, "nothing white"),
+        ((b"text",), {}, "expected a picture as init_image; got 4 bytes in no image format"),
+        ((), {"denoise": 0.5}, "a picture to start from beside denoise 0.5"),
+        ((png("red"),), {"sampler": {"num_inference_steps": 1}}, "denoise 0.8 of 1 steps leaves none"),
+        ((), {"sampler": {"scheduler_options": {"nonsense": 1}}}, "got 'nonsense'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, concept: Concept, pictures: tuple[bytes | None, ...], values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        one(tmp_path / "no base model", concept, *pictures, **values)
 
 
 def test_one_seed_per_prompt_is_required(backbone: Backbone) -> None:

@@ -152,6 +152,11 @@ def test_equal_ingredients_give_equal_keys() -> None:
     assert key_of() == key_of(params=RegularizationParams.model_validate(PARAMS.model_dump()))
 
 
+def test_a_set_of_a_scheduler_without_options_keeps_the_name_of_earlier_versions() -> None:
+    sampler = describe_set("beef", ["a cat"], PARAMS, DeviceParams())["sampler"]
+    assert set(sampler) == {"scheduler", "num_inference_steps", "guidance_scale", "batch_size"}
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -164,6 +169,7 @@ def test_equal_ingredients_give_equal_keys() -> None:
         {"params": with_sampler(num_inference_steps=3)},
         {"params": with_sampler(guidance_scale=5.0)},
         {"params": with_sampler(scheduler="ddim")},
+        {"params": with_sampler(scheduler_options={"use_karras_sigmas": False})},
         {"params": with_sampler(batch_size=4)},
         {"device": DeviceParams(device="cpu", dtype="bfloat16")},
     ],

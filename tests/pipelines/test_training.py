@@ -143,6 +143,11 @@ def test_the_plan_is_shown_per_branch(
         ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "num_vectors": (30, 2)}}, "shorten the template"),
         ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "init_text": ("*[0.1, 9]", "*[0.1]")}}, "init_text"),
         ({"lora_unet": [{"lr": 1e-3, "rank": 1, "layers": ["re:.*atn1$"]}]}, "near names are .*attn1"),
+        ({"preview": {"every": 1, "sampler": {"scheduler_options": {"nonsense": 1}}}}, "got 'nonsense'"),
+        (
+            {"preview": {"every": 1, "sampler": {"scheduler": "LMSDiscreteScheduler"}}, "zero_terminal_snr": True},
+            "without signal; got LMSDiscreteScheduler",
+        ),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_any_weight_is_loaded(

@@ -12,22 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreamartist_pipeline.core.adapters import set_noise_levels
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, SamplerParams
+from dreamartist_pipeline.params import DeviceParams
 
 HUB = "hub:"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -253,28 +244,6 @@ def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
         schedule=backbone.schedule.with_zero_terminal_snr(),
         scheduler_config={**backbone.scheduler_config, **config},
     )
-
-
-def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
-    """Return a fresh diffusers scheduler with the base model's own noise schedule and prediction type.
-
-    Karras' spacing would spend half of its steps beyond the last timestep's noise where that holds no signal.
-    """
-    config = backbone.scheduler_config
-    match sampler.scheduler:
-        case "dpmsolver++":
-            karras = not config.get("rescale_betas_zero_snr", False)
-            return DPMSolverMultistepScheduler.from_config(
-                config, algorithm_type="dpmsolver++", use_karras_sigmas=karras
-            )
-        case "ddim":
-            return DDIMScheduler.from_config(config, clip_sample=False)
-        case "euler":
-            return EulerDiscreteScheduler.from_config(config)
-        case "euler_a":
-            return EulerAncestralDiscreteScheduler.from_config(config)
-        case "unipc":
-            return UniPCMultistepScheduler.from_config(config)
 
 
 @contextmanager

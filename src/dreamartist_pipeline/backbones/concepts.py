@@ -20,17 +20,19 @@ from torch import nn
 from dreamartist_pipeline.backbones.base_model import (
     Backbone,
     decode_latents,
-    make_scheduler,
+    encode_images,
     with_zero_terminal_snr,
 )
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
+from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters, select_layers
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, stack
 from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.core.images import to_images
-from dreamartist_pipeline.core.sampling import image_generators, initial_noise, sample_latents
+from dreamartist_pipeline.core.images import to_images, to_tensor
+from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, redrawn
+from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, initial_noise, sample_latents
 from dreamartist_pipeline.params import LoRAGroup, SamplerParams, StrengthParams, TrainingParams
 
 _NUM_BRANCHES = 2  # when drawing, the negative rows are always there
@@ -250,8 +252,12 @@ def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
 
 
 def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
-    rescaled = "zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr")  # older ones lack it
-    return with_zero_terminal_snr(backbone) if rescaled else backbone
+    return with_zero_terminal_snr(backbone) if has_zero_terminal_snr(concept) else backbone
+
+
+def has_zero_terminal_snr(concept: Concept) -> bool:
+    """Whether a concept was trained with a noise schedule that ends without signal; older files do not say."""
+    return "zero_terminal_snr" in concept.metadata and bool(concept.value("zero_terminal_snr"))
 
 
 def clip_skip_of(concept: Concept) -> int:
@@ -315,6 +321,9 @@ def generate(
     seeds: Sequence[int],
     sampler: SamplerParams,
     progress: Callable[[int], None] | None = None,
+    *,
+    size_px: tuple[int, int] | None = None,
+    init: InitPicture | None = None,
 ) -> list[Image.Image]:
     """Draw one image per prompt; image i takes prompt i and seed i.
 
@@ -329,43 +338,81 @@ def generate(
         seeds: one per image.
         sampler: scheduler, steps, guidance scale and batch size.
         progress: called with the number of new images after each batch.
+        size_px: (width, height); None: the base model's size.
+        init: a picture to start from, and what of it is drawn anew; it is brought to `size_px`.
 
     Raises:
         ValueError: not one seed per prompt.
+        InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
     images: list[Image.Image] = []
     for start in range(0, len(prompts), sampler.batch_size):
         rows = slice(start, start + sampler.batch_size)
-        images += _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler)
+        latents = draw_latents(
+            backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, size_px=size_px, init=init
+        )
+        images += to_images(decode_latents(backbone, latents))
         if progress:
             progress(len(prompts[rows]))
     return images
 
 
 @torch.no_grad()
-def _draw_batch(
+def draw_latents(
     backbone: Backbone,
     loaded: LoadedConcept,
     prompts: Sequence[str],
     negative_prompt: str,
     seeds: Sequence[int],
     sampler: SamplerParams,
-) -> list[Image.Image]:
+    *,
+    size_px: tuple[int, int] | None = None,
+    init: InitPicture | None = None,
+) -> torch.Tensor:
+    """Return the latents `[B, C, h, w]` of the images of one batch; see `generate`.
+
+    Raises:
+        InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
+    """
     hidden = _text_states(loaded.prompts, prompts, negative_prompt)
-    side = backbone.image_px // backbone.latent_scale
+    size_px = size_px or (backbone.image_px, backbone.image_px)
+    shape = _latent_shape(backbone, size_px)
     generators = image_generators(seeds)
-    noise = initial_noise((backbone.unet.config.in_channels, side, side), generators).to(backbone.device)
-    latents = sample_latents(
+    known = None if init is None else _known_latents(backbone, fit_picture(init, size_px), generators)
+    noise = initial_noise(shape, generators).to(backbone.device)
+    if known is not None and known.mask is not None:
+        # diffusers encodes the masked picture here, for models with inputs for it; the seeds shall mean the same.
+        initial_noise(shape, generators)
+    return sample_latents(
         lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, hidden),
         make_scheduler(loaded.backbone, sampler),
         noise,
         sampler.guidance_scale,
         sampler.num_inference_steps,
         generators=generators,
+        known=known,
     )
-    return to_images(decode_latents(backbone, latents))
+
+
+def _latent_shape(backbone: Backbone, size_px: tuple[int, int]) -> tuple[int, int, int]:
+    """Return (C, h, w)."""
+    width, height = size_px
+    if width < 1 or height < 1 or width % backbone.latent_scale or height % backbone.latent_scale:
+        raise InputError(
+            f"expected width and height in multiples of the base model's {backbone.latent_scale} px; "
+            f"got {width} × {height} px; round them"
+        )
+    return int(backbone.unet.config.in_channels), height // backbone.latent_scale, width // backbone.latent_scale
+
+
+def _known_latents(backbone: Backbone, init: InitPicture, generators: Sequence[torch.Generator]) -> KnownLatents:
+    """Encode a picture once, and sample its latents for every image with the image's own generator."""
+    mean, std = encode_images(backbone, to_tensor([init.image]))  # [1, C, h, w]
+    latents = mean + std * initial_noise(mean.shape[1:], generators).to(backbone.device)
+    mask = None if init.mask is None else redrawn(init.mask, (mean.shape[3], mean.shape[2])).to(backbone.device)
+    return KnownLatents(latents, init.denoise, mask)
 
 
 def _text_states(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The contact sheet: one picture that shows what a concept learned, and what it left alone."""
+"""Sheets of pictures: what a concept learned and what it left alone, and what was drawn from prompts and seeds."""
 
 from __future__ import annotations
 
@@ -73,6 +73,43 @@ def contact_sheet(
     for section in sections:
         _draw_section(sheet, section, y, cell)
         y += _section_height(section, cell)
+    return sheet
+
+
+def prompt_sheet(
+    prompts: Sequence[str], seeds: Sequence[int], rows: Sequence[Row], before: Image.Image | None = None
+) -> Image.Image:
+    """Lay out prompts × seeds: a row per prompt, which stands beside it, and a column per seed.
+
+    Args:
+        prompts: one per row.
+        seeds: one per column.
+        rows: as many pictures in each as there are seeds.
+        before: the picture that drawing started from, shown in a column of its own on the left.
+
+    Raises:
+        ValueError: the rows do not fit prompts and seeds.
+    """
+    if not prompts or len(rows) != len(prompts) or {len(row) for row in rows} != {len(seeds)}:
+        raise ValueError(
+            f"expected {len(prompts)} rows of {len(seeds)} pictures, got rows of {[len(row) for row in rows]}"
+        )
+    headings = ([] if before is None else ["started from"]) + [f"seed {seed}" for seed in seeds]
+    cell = _cell_size(rows[0][0])
+    row_px = max(cell[1], *(_label_height(prompt) for prompt in prompts))
+    left, top = _MARGIN + _LABEL_PX, _MARGIN + _SMALL_PX + 10
+    width = left + len(headings) * (cell[0] + _GAP) - _GAP + _MARGIN
+    sheet = Image.new("RGB", (width, top + len(rows) * (row_px + _GAP) - _GAP + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        draw.text((left + column * (cell[0] + _GAP), _MARGIN), heading, fill=_SOFT_INK, font=_font(_SMALL_PX))
+    for index, (prompt, images) in enumerate(zip(prompts, rows, strict=True)):
+        y = top + index * (row_px + _GAP)
+        _draw_label(draw, prompt, y, row_px)
+        for column, image in enumerate(images if before is None else [before, *images]):
+            place = (left + column * (cell[0] + _GAP), y + (row_px - cell[1]) // 2)
+            sheet.paste(fit_cell(image, cell), place)
+            _frame(draw, place, cell, _RULE)
     return sheet
 
 
@@ -185,6 +222,11 @@ def _draw_label(draw: ImageDraw.ImageDraw, text: str, y: int, height: int) -> No
     font = _font(_LABEL_TEXT_PX)
     wrapped = "\n".join(wrap(text, font, _LABEL_PX - 24))
     draw.multiline_text((_MARGIN, y + height / 2), wrapped, fill=_INK, font=font, spacing=6, anchor="lm")
+
+
+def _label_height(text: str) -> int:
+    """Return how high `_draw_label` writes a prompt."""
+    return len(wrap(text, _font(_LABEL_TEXT_PX), _LABEL_PX - 24)) * (_LABEL_TEXT_PX + 8)
 
 
 def _draw_fitting(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, color: str, width_px: int) -> None:

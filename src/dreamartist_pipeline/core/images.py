@@ -39,13 +39,14 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, st
 # ------------------------------------------------------------------------------------------------- decode
 
 
-def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = "ingestion.max_pixels") -> Image.Image:
     """Decode one still picture of any Pillow mode, upright.
 
     Args:
         data: the bytes of an image file.
         name: what the picture is called in messages.
         max_pixels: refuse larger pictures before their pixels are decoded.
+        setting: the configuration's name of `max_pixels`, if it has one.
 
     Returns:
         An RGBA image when the file has transparency, else an RGB one; turned as its EXIF orientation says.
@@ -57,7 +58,7 @@ def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise InputError(f"expected a picture as {name}; got an empty file; give a PNG, JPEG or WebP file")
     with _pillow_pixel_limit(None):  # the size is checked below, with a message that names the setting
         image = _open(data, name)
-    _check_size(image, name, max_pixels)
+    _check_size(image, name, max_pixels, setting)
     try:
         with _pillow_pixel_limit(max_pixels):  # holds for pictures inside the file, too
             _check_still(image, name)
@@ -105,13 +106,11 @@ def _damaged(name: str, what: str, error: Exception) -> InputError:
     )
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_size(image: Image.Image, name: str, max_pixels: int, setting: str | None) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise InputError(
-            f"expected {name} to have at most {max_pixels:,} pixels; got {width} × {height} px; "
-            "scale it down, or raise ingestion.max_pixels if you trust the file"
-        )
+        remedy = f"scale it down, or raise {setting} if you trust the file" if setting else "scale it down"
+        raise InputError(f"expected {name} to have at most {max_pixels:,} pixels; got {width} × {height} px; {remedy}")
     if min(width, height) < MIN_SIDE_PX:
         raise InputError(
             f"expected {name} to be at least {MIN_SIDE_PX} px wide and high; got {width} × {height} px; "
@@ -224,7 +223,12 @@ def fit_to_size(image: Image.Image, size_px: tuple[int, int], fit: str, backgrou
 # ------------------------------------------------------------------------------------------------- attention mask
 
 
-def check_mask_proportions(mask_size_px: tuple[int, int], image_size_px: tuple[int, int]) -> None:
+def check_mask_proportions(
+    mask_size_px: tuple[int, int],
+    image_size_px: tuple[int, int],
+    mask_name: str = "an attention mask",
+    image_name: str = "the reference image",
+) -> None:
     """Refuse a mask that was not drawn over the picture: its aspect ratio may differ by 2 % (rounded sizes).
 
     Raises:
@@ -233,7 +237,7 @@ def check_mask_proportions(mask_size_px: tuple[int, int], image_size_px: tuple[i
     mask_aspect, image_aspect = mask_size_px[0] / mask_size_px[1], image_size_px[0] / image_size_px[1]
     if not 1 / 1.02 <= mask_aspect / image_aspect <= 1.02:
         raise InputError(
-            f"expected an attention mask with the proportions of the reference image "
+            f"expected {mask_name} with the proportions of {image_name} "
             f"({image_size_px[0]} × {image_size_px[1]} px); got {mask_size_px[0]} × {mask_size_px[1]} px; "
             "draw the mask over the picture and save it at the same size"
         )

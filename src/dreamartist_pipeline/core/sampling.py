@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,19 +18,36 @@ _NUM_BRANCHES = 2
 
 
 class Scheduler(Protocol):
-    """What sampling needs of a diffusers scheduler."""
+    """What sampling needs of a diffusers scheduler. order: predictions a step."""
 
+    order: int
     timesteps: torch.Tensor
     init_noise_sigma: Any
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         """Choose the timesteps."""
 
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Bring clean latents to the noise of timesteps."""
+
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Return what the model gets to see."""
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
         """Take one denoising step; the result has `prev_sample`."""
+
+
+@dataclass(frozen=True)
+class KnownLatents:
+    """A picture that drawing starts from, as latents.
+
+    latents: `[B, C, h, w]`, times the scaling factor. denoise: the share of the steps that is taken, 0 < denoise ≤ 1.
+    mask: `[1, 1, h, w]`, 1 where the picture is drawn anew and 0 where it is kept; None: drawn anew everywhere.
+    """
+
+    latents: torch.Tensor
+    denoise: float
+    mask: torch.Tensor | None = None
 
 
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -52,8 +70,12 @@ def sample_latents(
     num_inference_steps: int,
     progress: Callable[[int], None] | None = None,
     generators: Sequence[torch.Generator] = (),
+    known: KnownLatents | None = None,
 ) -> torch.Tensor:
     """Return denoised latents `[B, C, h, w]`: at every step `neg + s · (pos − neg)` goes to the scheduler.
+
+    With `known`, the last steps alone are taken, from the noised picture (SDEdit, Meng et al. 2022); with its mask,
+    what is kept is put back after every step, with the noise of the next. Both as diffusers' pipelines do it.
 
     Args:
         denoise: both branches' prediction in one pass, rows stacked negative | positive.
@@ -63,20 +85,51 @@ def sample_latents(
         num_inference_steps: how many denoising steps.
         progress: called with the number of finished denoising steps.
         generators: one per image, for schedulers that add noise on the way.
+        known: the picture to start from, or None.
     """
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    latents = latents * scheduler.init_noise_sigma
+    noise = latents
+    timesteps = scheduler.timesteps if known is None else _last_timesteps(scheduler, num_inference_steps, known.denoise)
+    latents = _start(scheduler, noise, timesteps, known)
     rows = len(latents)
     guidance = torch.full((rows,), guidance_scale, device=latents.device)
     options = _step_options(scheduler, generators)
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         prediction = denoise(repeat(scaled, _NUM_BRANCHES), timestep.expand(_NUM_BRANCHES * rows))
         combined = combine(prediction.float(), guidance, _NUM_BRANCHES)
         latents = scheduler.step(combined, timestep, latents, **options).prev_sample
+        if known is not None and known.mask is not None:
+            kept = _noised(scheduler, known.latents, noise, timesteps[index + 1 : index + 2])
+            latents = (1 - known.mask) * kept + known.mask * latents
         if progress:
             progress(index + 1)
     return latents
+
+
+def _last_timesteps(scheduler: Scheduler, num_inference_steps: int, denoise: float) -> torch.Tensor:
+    """Return the last `denoise` of the timesteps, and tell the scheduler where it begins."""
+    num_left_out = num_inference_steps - int(num_inference_steps * denoise)
+    begin = num_left_out * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    timesteps: torch.Tensor = scheduler.timesteps[begin:]
+    return timesteps
+
+
+def _start(
+    scheduler: Scheduler, noise: torch.Tensor, timesteps: torch.Tensor, known: KnownLatents | None
+) -> torch.Tensor:
+    """Return the first noisy latents: pure noise without a picture, and where one is drawn anew from the first step."""
+    if known is None or (known.mask is not None and known.denoise == 1):
+        pure: torch.Tensor = noise * scheduler.init_noise_sigma
+        return pure
+    return _noised(scheduler, known.latents, noise, timesteps[:1].repeat(len(noise)))
+
+
+def _noised(scheduler: Scheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """Return clean latents with the noise of timesteps `[1]` or `[B]`; as they are when none is left."""
+    return scheduler.add_noise(clean, noise, timesteps) if len(timesteps) else clean
 
 
 def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator]) -> dict[str, Any]:

@@ -49,21 +49,35 @@ class ReferenceImageDataset(AbstractDataset[None, bytes]):
 
 
 class OptionalImageDataset(AbstractDataset[None, bytes | None]):
-    """A picture that may be left out: loads to None without a filepath; a filepath without a file is an error."""
+    """A picture that may be left out: loads to None without a filepath; a filepath without a file is an error.
 
-    def __init__(self, *, filepath: str | None = None, metadata: dict[str, Any] | None = None) -> None:
+    Args:
+        filepath: an image file, or None.
+        what: what the picture is called in messages.
+        setting: the run's setting that names the file.
+    """
+
+    def __init__(
+        self,
+        *,
+        filepath: str | None = None,
+        what: str = "the attention mask",
+        setting: str = "mask",
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
         self._filepath = Path(filepath) if filepath else None
+        self._what, self._setting = what, setting
         self.metadata = metadata
 
     def load(self) -> bytes | None:
         """Read the file's bytes, if there is a file to read."""
         if self._filepath is None:
             return None
-        return _read(self._filepath, "the attention mask", "correct --params mask=PATH, or leave it out")
+        return _read(self._filepath, self._what, f"correct --params {self._setting}=PATH, or leave it out")
 
     def save(self, data: None) -> None:
         """Refuse: it is input."""
-        raise DatasetError("the attention mask is the user's own picture; it is only read")
+        raise DatasetError(f"{self._what} is the user's own picture; it is only read")
 
     def preview(self) -> ImagePreview:
         """Show the picture, scaled down; nothing when there is none."""

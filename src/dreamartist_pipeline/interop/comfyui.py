@@ -23,6 +23,25 @@ _SAMPLERS = {  # ours -> (sampler_name, scheduler)
     "euler": ("euler", "normal"),
     "euler_a": ("euler_ancestral", "normal"),
     "unipc": ("uni_pc", "normal"),
+    "DDIMParallelScheduler": ("ddim", "ddim_uniform"),
+    "DDIMScheduler": ("ddim", "ddim_uniform"),
+    "DDPMParallelScheduler": ("ddpm", "normal"),
+    "DDPMScheduler": ("ddpm", "normal"),
+    "DEISMultistepScheduler": ("deis", "normal"),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "normal"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "normal"),
+    "EulerDiscreteScheduler": ("euler", "normal"),
+    "HeunDiscreteScheduler": ("heun", "normal"),
+    "KDPM2AncestralDiscreteScheduler": ("dpm_2_ancestral", "normal"),
+    "KDPM2DiscreteScheduler": ("dpm_2", "normal"),
+    "LCMScheduler": ("lcm", "sgm_uniform"),
+    "LMSDiscreteScheduler": ("lms", "normal"),
+    "UniPCMultistepScheduler": ("uni_pc", "normal"),
+}
+_SPACINGS = {  # an option of diffusers' schedulers -> scheduler
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
 }
 
 
@@ -52,10 +71,12 @@ class Picture:
 def build_workflow(
     positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams
 ) -> dict[str, Any]:
-    """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it."""
-    sampler_name, scheduler = _SAMPLERS[sampler.scheduler]
-    if picture.zero_terminal_snr:
-        scheduler = "sgm_uniform"  # starts at the last timestep, where this schedule's noise is
+    """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it.
+
+    Raises:
+        InputError: ComfyUI has nothing like the scheduler or one of its options.
+    """
+    sampler_name, scheduler = _comfyui_sampler(sampler, picture.zero_terminal_snr)
     model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
     text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
@@ -91,6 +112,27 @@ def build_workflow(
         layer = -1 - picture.clip_skip
         nodes["last_layer"] = _node("CLIPSetLastLayer", clip=["base_model", 1], stop_at_clip_layer=layer)
     return nodes
+
+
+def _comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[str, str]:
+    """Return KSampler's sampler_name and scheduler."""
+    if sampler.scheduler not in _SAMPLERS:
+        raise InputError(
+            f"expected a scheduler that ComfyUI has too, for the workflow; got {sampler.scheduler}; "
+            f"set export.sampler.scheduler to one of {', '.join(_SAMPLERS)}"
+        )
+    if unknown := sorted(sampler.scheduler_options.keys() - _SPACINGS.keys()):
+        raise InputError(
+            f"expected scheduler_options that a ComfyUI workflow can say, {', '.join(_SPACINGS)}; got "
+            f"{', '.join(unknown)}; leave them out of export.sampler"
+        )
+    sampler_name, scheduler = _SAMPLERS[sampler.scheduler]
+    if sampler.scheduler_options.get("use_karras_sigmas") is False and scheduler == "karras":
+        scheduler = "normal"
+    if zero_terminal_snr:
+        scheduler = "sgm_uniform"  # starts at the last timestep, where this schedule's noise is
+    chosen = [spacing for option, spacing in _SPACINGS.items() if sampler.scheduler_options.get(option)]
+    return sampler_name, (chosen or [scheduler])[0]
 
 
 def _branch(name: str, inputs: BranchInputs, text_encoder: list[Any]) -> dict[str, Any]:

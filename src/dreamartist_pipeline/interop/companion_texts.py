@@ -42,6 +42,7 @@ def diffusers_script(outline: ExportOutline, sampler: SamplerParams, strength: S
         "negative_prompt": outline.negative_prompt,
         "strength": {"positive": strength.positive, "negative": strength.negative},
         "scheduler": sampler.scheduler,
+        "scheduler_options": sampler.scheduler_options,
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale,
         "clip_skip": outline.clip_skip,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.core.figures import SheetSection
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
     Concept = DataFrame = Any
+
+log = logging.getLogger(__name__)
 
 _PATIENCE_S = 2.0  # a progress bar appears after this long
 
@@ -52,12 +55,17 @@ def evaluate_concept(
         The contact sheet, flat metrics (see `measuring.measure`), and a table with one row per measured image.
 
     Raises:
-        InputError: an evaluator is unknown, the base model is incomplete, or the concept belongs to another one.
+        InputError: an evaluator is unknown, the scheduler cannot be set up, the base model is incomplete, or the
+            concept belongs to another one.
     """
     from pandas import DataFrame
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
 
+    check_sampler(params.sampler, has_zero_terminal_snr(concept))
+    log.info("Adapter strengths: %s.", params.strength)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     evaluators = _load_evaluators(params, backbone)
     evidence, words = _draw_evidence(backbone, concept, prepared_image, params)
@@ -210,7 +218,7 @@ def _sampling_line(params: EvaluationParams) -> str:
     sampler = params.sampler
     return (
         f"{sampler.scheduler}, {sampler.num_inference_steps} steps, guidance scale {sampler.guidance_scale:g}, "
-        f"adapter strength {params.strength.positive:g} positive, {params.strength.negative:g} negative"
+        f"adapter strength {params.strength}"
     )
 
 

@@ -24,11 +24,16 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
     reference toolkit's files; beside them a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: not a concept of this project, or one of which the chosen formats hold nothing.
+        InputError: not a concept of this project, one of which the chosen formats hold nothing, or a scheduler
+            that cannot be set up or that ComfyUI does not have.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
+    check_sampler(params.sampler, has_zero_terminal_snr(concept))
+    log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     files = BaseModelFiles(base_model)
     source = read_source(concept, load_outline(files), files.name)
     written = concept_files(source, params)

@@ -18,6 +18,8 @@ def create_pipeline() -> Pipeline:
                     "concept": "concept",
                     "params": "params:generate",
                     "device": "params:device",
+                    "init_image": "init_image",
+                    "init_mask": "init_mask",
                 },
                 outputs=["generated_images", "generated_grid"],
                 name="generate_images",

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dreamartist_pipeline.params import DeviceParams, RegularizationParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,10 +55,12 @@ def make_regularization_set(
         The set's manifest: its key in the store, and what made it.
 
     Raises:
-        InputError: the base model cannot be used.
+        InputError: the base model cannot be used, or the scheduler cannot be set up.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
 
+    check_sampler(params.sampler)
     files = BaseModelFiles(base_model)
     files.check()
     manifest = describe_set(files.fingerprint(), regularization_prompts, params, device)
@@ -91,11 +93,17 @@ def describe_set(
         "num_images": len(prompts),
         "prompts_sha256": _sha256(list(prompts)),
         "negative_prompt": params.negative_prompt,
-        "sampler": params.sampler.model_dump(mode="json"),
+        "sampler": _sampler_fields(params.sampler),
         "seed": params.seed,
         "dtype": device.dtype,
     }
     return {"key": _sha256(manifest)[:16], **manifest}
+
+
+def _sampler_fields(sampler: SamplerParams) -> dict[str, Any]:
+    """Return what the sampler is told; a set of a scheduler without options has the name that it always had."""
+    fields = sampler.model_dump(mode="json")
+    return {name: value for name, value in fields.items() if name != "scheduler_options" or value}
 
 
 def _sha256(content: Any) -> str:

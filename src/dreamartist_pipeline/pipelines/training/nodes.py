@@ -70,7 +70,8 @@ def check_training(
         InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
             something, a template without its slot, a caption whose braces cannot be read, words that do not fit into
             the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an optimizer that cannot run here,
-            or a noise schedule that this base model cannot be trained with.
+            a preview's scheduler that cannot be set up, or a noise schedule that this base model cannot be trained
+            with.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.core.training import branch_table, lr_factor
@@ -78,6 +79,7 @@ def check_training(
     check_templates(params)
     _check_braces(params, caption)
     _check_optimizers(params, device)
+    _check_preview(params)
     outline = load_outline(BaseModelFiles(base_model))
     _check_timesteps(outline, params)
     _check_clip_skip(outline, params)
@@ -144,6 +146,13 @@ def _check_braces(params: TrainingParams, caption: str) -> None:
             parse_weights(prompt)
         except ValueError as error:
             raise InputError(f"{error}; it is made of a template and the reference image's caption") from error
+
+
+def _check_preview(params: TrainingParams) -> None:
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
+
+    if params.preview.every:
+        check_sampler(params.preview.sampler, params.zero_terminal_snr)
 
 
 def check_templates(params: TrainingParams) -> None:

@@ -1,0 +1,144 @@
+"""Drawing prompts × seeds with a concept: what `generate` and the Python call share, and what each image says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from dreamartist_pipeline.backbones.base_model import Backbone
+from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
+from dreamartist_pipeline.core.captions import fill_template, slot_names
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, picture_size
+from dreamartist_pipeline.params import SamplerParams, StrengthParams
+
+
+@dataclass(frozen=True)
+class DrawingRequest:
+    """What to draw: every prompt from every seed.
+
+    prompts: with slots such as '{pt1}'. size_px: (width, height); None: the base model's size, in the proportions of
+    `init`. init: a picture to start from, or None.
+    """
+
+    prompts: Sequence[str]
+    negative_prompt: str
+    seeds: Sequence[int]
+    sampler: SamplerParams
+    strength: StrengthParams
+    size_px: tuple[int, int] | None = None
+    init: InitPicture | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn. prompts: with their slots filled. images: prompt by prompt, settings in `info`.
+
+    init: the picture that was started from, at the size of the images, or None.
+    """
+
+    prompts: tuple[str, ...]
+    images: tuple[Image.Image, ...]
+    init: InitPicture | None
+
+
+def draw(
+    backbone: Backbone,
+    concept: Concept | None,
+    request: DrawingRequest,
+    progress: Callable[[int], None] | None = None,
+) -> Drawn:
+    """Draw every prompt from every seed, one adapter per branch.
+
+    A slot becomes the concept's positive trigger word, or its class word if it has none. Every image says in `info` how
+    it was drawn: `parameters` in the form of A1111, `dreamartist` as JSON with all of it.
+
+    Args:
+        backbone: the base model.
+        concept: what was trained on it; None: the base model alone draws.
+        request: what to draw.
+        progress: called with the number of new images after each batch.
+
+    Raises:
+        InputError: a concept of another base model, or a size or scheduler that does not go with them.
+    """
+    loaded = attach(backbone, concept, request.strength)
+    class_word = "" if concept is None else concept.metadata["class_word"]
+    prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
+    size_px = request.size_px or _own_size(backbone, request.init)
+    init = None if request.init is None else fit_picture(request.init, size_px)
+    rows = [(prompt, seed) for prompt in prompts for seed in request.seeds]
+    images = generate(
+        backbone,
+        loaded,
+        [prompt for prompt, _ in rows],
+        request.negative_prompt,
+        [seed for _, seed in rows],
+        request.sampler,
+        progress,
+        size_px=size_px,
+        init=init,
+    )
+    common = _common_settings(backbone, concept, request, size_px)
+    for (prompt, seed), image in zip(rows, images, strict=True):
+        image.info.update(_texts({"prompt": prompt, "seed": seed, **common}))
+    return Drawn(prompts, tuple(images), init)
+
+
+def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str) -> str:
+    """Fill a prompt's slots with the concept's positive trigger words, all others with its class word."""
+    words = {slot: positive for slot, (positive, _) in loaded.trigger_words.items()}
+    return fill_template(prompt, dict.fromkeys(slot_names(prompt), class_word) | words)
+
+
+def _own_size(backbone: Backbone, init: InitPicture | None) -> tuple[int, int]:
+    side_px = backbone.image_px
+    return (side_px, side_px) if init is None else picture_size(init, side_px)
+
+
+def _common_settings(
+    backbone: Backbone, concept: Concept | None, request: DrawingRequest, size_px: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what all images of a request share, as JSON types."""
+    settings: dict[str, Any] = {
+        "negative_prompt": request.negative_prompt,
+        "size_px": list(size_px),
+        "sampler": request.sampler.model_dump(mode="json", exclude={"batch_size"}),
+        "strength": request.strength.model_dump(mode="json"),
+        "base_model": backbone.name,
+        "base_model_fingerprint": backbone.fingerprint,
+        "config_sha256": "" if concept is None else concept.metadata.get("config_sha256", ""),
+    }
+    if request.init is not None:
+        settings["denoise"] = request.init.denoise
+        settings["init_image"] = _identity(request.init.image)
+        if request.init.mask is not None:
+            settings["init_mask"] = _identity(request.init.mask)
+    return settings
+
+
+def _identity(image: Image.Image) -> dict[str, Any]:
+    """Return a picture's size and the SHA-256 of its pixels: enough to recognise it, wherever it lies."""
+    return {"size_px": list(image.size), "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
+
+
+def _texts(settings: dict[str, Any]) -> dict[str, str]:
+    sampler, negative_prompt = settings["sampler"], settings["negative_prompt"]
+    shown = {
+        "Steps": sampler["num_inference_steps"],
+        "Sampler": sampler["scheduler"],
+        "CFG scale": sampler["guidance_scale"],
+        "Seed": settings["seed"],
+        "Size": "{}x{}".format(*settings["size_px"]),
+        "Model": settings["base_model"],
+    }
+    if "denoise" in settings:
+        shown["Denoising strength"] = settings["denoise"]
+    lines = [settings["prompt"], f"Negative prompt: {negative_prompt}"] if negative_prompt else [settings["prompt"]]
+    lines.append(", ".join(f"{name}: {value}" for name, value in shown.items()))
+    return {"parameters": "\n".join(lines), "dreamartist": json.dumps(settings, ensure_ascii=False)}

@@ -1,0 +1,109 @@
+"""Schedulers of diffusers, by a short name or by their class's name, on the base model's own noise schedule."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+from diffusers import DDPMScheduler
+
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import SamplerParams
+
+if TYPE_CHECKING:
+    from dreamartist_pipeline.backbones.base_model import Backbone
+
+_ZERO_SNR = "rescale_betas_zero_snr"
+_DRAWING_NOISE = (  # at every step; the others only with an SDE as algorithm_type
+    *("DDPMParallelScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("LCMScheduler", "SASolverScheduler", "TCDScheduler"),
+)
+_REFUSALS = (ValueError, NotImplementedError, TypeError, KeyError, ImportError)  # of diffusers, for options
+
+
+def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
+    """Return a fresh diffusers scheduler with the base model's own noise schedule and prediction type.
+
+    Raises:
+        InputError: the scheduler does not take its options, or cannot follow a schedule that ends without signal.
+    """
+    return _build(backbone.scheduler_config, sampler)
+
+
+def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> None:
+    """Confirm, before a base model is loaded, that the scheduler takes its options and its number of steps.
+
+    Args:
+        sampler: as configured.
+        zero_terminal_snr: whether it has to follow a noise schedule that ends without signal.
+
+    Raises:
+        InputError: it does not.
+    """
+    scheduler = _build({**DDPMScheduler().config, _ZERO_SNR: zero_terminal_snr}, sampler)
+    try:
+        scheduler.set_timesteps(sampler.num_inference_steps)
+    except _REFUSALS as error:
+        raise _refused(sampler, error) from error
+
+
+def draws_noise(scheduler: Any) -> bool:
+    """Whether a scheduler adds noise on the way, so that its result depends on a generator."""
+    is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
+    return is_sde or type(scheduler).__name__ in _DRAWING_NOISE
+
+
+def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
+    name, preset = _class_and_preset(sampler.scheduler, config)
+    kind = getattr(diffusers, name)
+    known = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "args", "kwargs")]
+    _check_options(sampler, known)
+    if config.get(_ZERO_SNR) and _ZERO_SNR not in known:
+        raise InputError(
+            f"expected a scheduler that can follow this concept's or base model's noise schedule, which ends without "
+            f"signal; got {sampler.scheduler}, which would draw with another; choose ddim, dpmsolver++ or euler"
+        )
+    try:
+        return kind.from_config(config, **{**preset, **sampler.scheduler_options})
+    except _REFUSALS as error:
+        raise _refused(sampler, error) from error
+
+
+def _class_and_preset(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the class's name and our settings of it; a scheduler asked for by its class has diffusers' own.
+
+    Karras' spacing would spend half of its steps beyond the last timestep's noise where that holds no signal.
+    """
+    match name:
+        case "dpmsolver++":
+            karras = not config.get(_ZERO_SNR, False)
+            return "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": karras}
+        case "ddim":
+            return "DDIMScheduler", {"clip_sample": False}
+        case "euler":
+            return "EulerDiscreteScheduler", {}
+        case "euler_a":
+            return "EulerAncestralDiscreteScheduler", {}
+        case "unipc":
+            return "UniPCMultistepScheduler", {}
+        case _:
+            return name, {}
+
+
+def _check_options(sampler: SamplerParams, known: list[str]) -> None:
+    for option in sampler.scheduler_options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
+            raise InputError(f"expected scheduler_options that {sampler.scheduler} knows; got '{option}'; {hint}")
+
+
+def _refused(sampler: SamplerParams, error: Exception) -> InputError:
+    options = f" with scheduler_options {sampler.scheduler_options}" if sampler.scheduler_options else ""
+    return InputError(
+        f"expected a scheduler that can be set up; got {sampler.scheduler}{options} for {sampler.num_inference_steps} "
+        f"steps, to which diffusers says: {error}; correct them, or choose another scheduler"
+    )

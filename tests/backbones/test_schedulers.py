@@ -1,0 +1,141 @@
+"""Schedulers by name: each draws what diffusers' own pipeline draws with it, and what cannot work is refused early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from pydantic import ValidationError
+
+from dreamartist_pipeline.backbones.base_model import (
+    Backbone,
+    BaseModelFiles,
+    load_backbone,
+    with_zero_terminal_snr,
+)
+from dreamartist_pipeline.backbones.concepts import attach, draw_latents
+from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.sampling import image_generators
+from dreamartist_pipeline.params import (
+    SCHEDULER_CLASSES,
+    SHORT_SCHEDULERS,
+    DeviceParams,
+    SamplerParams,
+    StrengthParams,
+)
+
+PROMPTS, NEGATIVE_PROMPT, SEEDS = ["a red cat", "a blue dog"], "background", [5, 6]
+SHORT = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+DRAWING_NOISE = {
+    *("DDPMParallelScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("LCMScheduler", "SASolverScheduler", "TCDScheduler", "euler_a"),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base_model: Path) -> Any:
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(
+        tiny_base_model, safety_checker=None, feature_extractor=None
+    )
+    plain.set_progress_bar_config(disable=True)
+    return plain
+
+
+@pytest.fixture(scope="module")
+def scheduler_config(tiny_base_model: Path) -> Any:
+    return diffusers.DDIMScheduler.from_pretrained(tiny_base_model, subfolder="scheduler").config
+
+
+@pytest.mark.parametrize("name", [*SHORT_SCHEDULERS, *SCHEDULER_CLASSES])
+def test_every_scheduler_draws_what_diffusers_draws(
+    pipeline: Any, scheduler_config: Any, backbone: Backbone, name: str
+) -> None:
+    kind, options = SHORT.get(name, (name, {}))
+    pipeline.scheduler = getattr(diffusers, kind).from_config(scheduler_config, **options)
+    expected = pipeline(
+        PROMPTS,
+        negative_prompt=[NEGATIVE_PROMPT] * 2,
+        generator=image_generators(SEEDS),
+        guidance_scale=4.0,
+        num_inference_steps=6,
+        output_type="latent",
+        **({"eta": 0.3} if name == "TCDScheduler" else {}),  # its own default, which the pipeline would replace by 0
+    ).images
+    sampler = SamplerParams(scheduler=name, num_inference_steps=6, guidance_scale=4.0)
+    base = attach(backbone, None, StrengthParams())
+    latents = draw_latents(backbone, base, PROMPTS, NEGATIVE_PROMPT, SEEDS, sampler)
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*SHORT_SCHEDULERS, *SCHEDULER_CLASSES])
+def test_a_scheduler_is_known_to_draw_noise_when_generators_matter(backbone: Backbone, name: str) -> None:
+    scheduler = make_scheduler(backbone, SamplerParams(scheduler=name))
+    assert draws_noise(scheduler) == (name in DRAWING_NOISE)
+
+
+def test_solving_the_stochastic_equation_draws_noise(backbone: Backbone) -> None:
+    options = {"algorithm_type": "sde-dpmsolver++"}
+    assert draws_noise(make_scheduler(backbone, SamplerParams(scheduler="dpmsolver++", scheduler_options=options)))
+
+
+def test_every_scheduler_of_diffusers_is_offered_or_refused_with_a_reason() -> None:
+    names = set(diffusers._import_structure["schedulers"])
+    names = {name for name in names if name.endswith("Scheduler")} | {"DPMSolverSDEScheduler"}
+    assert names >= set(SCHEDULER_CLASSES)
+    for name in sorted(names - set(SCHEDULER_CLASSES)):
+        with pytest.raises(ValidationError, match=rf"{name} (is for|has a|draws|needs|goes)"):
+            SamplerParams(scheduler=name)
+
+
+def test_options_reach_the_scheduler_over_those_of_a_short_name(backbone: Backbone) -> None:
+    options = {"use_karras_sigmas": False, "solver_order": 3}
+    scheduler = make_scheduler(backbone, SamplerParams(scheduler="dpmsolver++", scheduler_options=options))
+    assert (scheduler.config.use_karras_sigmas, scheduler.config.solver_order) == (False, 3)
+    assert scheduler.config.algorithm_type == "dpmsolver++"
+
+
+def test_an_option_that_the_scheduler_does_not_know_is_refused_before_a_model_is_loaded() -> None:
+    sampler = SamplerParams(scheduler="HeunDiscreteScheduler", scheduler_options={"use_karras_sigma": True})
+    with pytest.raises(InputError, match="knows; got 'use_karras_sigma'; did you mean use_karras_sigmas"):
+        check_sampler(sampler)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [
+        ("DDIMScheduler", {"timestep_spacing": "sometimes"}, 4),
+        ("dpmsolver++", {"algorithm_type": "nonsense"}, 4),
+        ("LCMScheduler", {}, 80),  # has 50 timesteps by default
+    ],
+)
+def test_what_diffusers_refuses_is_said_before_a_model_is_loaded(
+    name: str, options: dict[str, Any], steps: int
+) -> None:
+    sampler = SamplerParams(scheduler=name, scheduler_options=options, num_inference_steps=steps)
+    with pytest.raises(InputError, match=rf"got {name}.* for {steps} steps, to which diffusers says"):
+        check_sampler(sampler)
+
+
+def test_a_schedule_without_signal_at_its_end_needs_a_scheduler_that_can_follow_it(backbone: Backbone) -> None:
+    sampler = SamplerParams(scheduler="HeunDiscreteScheduler")
+    check_sampler(sampler)
+    with pytest.raises(InputError, match="which ends without signal; got HeunDiscreteScheduler"):
+        check_sampler(sampler, zero_terminal_snr=True)
+    with pytest.raises(InputError, match="which ends without signal; got HeunDiscreteScheduler"):
+        make_scheduler(with_zero_terminal_snr(backbone), sampler)
