@@ -28,9 +28,20 @@ def read_parts(
     Raises:
         InputError: not a safetensors file, keys without a place (all are listed), or half a pair.
     """
+    return place_tensors(read_tensors(file, name), name, form, place)
+
+
+def place_tensors(
+    tensors: Mapping[str, torch.Tensor], name: str, form: str, place: Callable[[str], tuple[Layer, str] | None]
+) -> dict[Layer, dict[str, torch.Tensor]]:
+    """Return what `read_parts` does, of tensors that have been read.
+
+    Raises:
+        InputError: keys without a place (all are listed), or half a pair.
+    """
     parts: dict[Layer, dict[str, torch.Tensor]] = {}
     unknown = []
-    for key, tensor in read_tensors(file, name).items():
+    for key, tensor in tensors.items():
         if (found := place(key)) is None:
             unknown.append(key)
         else:
