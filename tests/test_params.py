@@ -15,6 +15,7 @@ from dreamartist_pipeline.params import (
     EvaluationParams,
     ExportParams,
     GenerateParams,
+    ImportParams,
     LoRAGroup,
     LossParams,
     TrainingParams,
@@ -238,3 +239,25 @@ def test_an_objective_or_optimizer_that_cannot_work_is_refused(change: dict[str,
 def test_a_loss_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         LossParams(**change)
+
+
+def test_one_file_or_name_may_stand_alone_in_an_import() -> None:
+    params = ImportParams(positive="cat.safetensors", words={"pt1": "my-cat.pt"}, names={"pt1": "my-own-cat"})
+    assert params.positive == ("cat.safetensors",)
+    assert (params.words, params.names) == ({"pt1": ("my-cat.pt",)}, {"pt1": ("my-own-cat",)})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"toolkit": "ckpts", "positive": "cat.safetensors"}, "either toolkit, or positive, negative and words"),
+        ({"positive": "cat.safetensors", "step": 3}, "step is for toolkit"),
+        ({"words": {"pt1": ["a.pt", "b.pt"]}, "names": {"pt1": "a"}}, "names of slot 'pt1' need as many files"),
+        ({"names": {"pt2": "a"}}, r"names of slot 'pt2' need as many files in words; got \['a'\] for \[\]"),
+        ({"words": {"pt1": ["a.pt", "b.pt", "c.pt"]}}, "at most 2 items"),
+        ({"words": {"pt1": []}}, "at least 1 item"),
+    ],
+)
+def test_an_import_that_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ImportParams(**values)
