@@ -261,6 +261,7 @@ class TrainingParams(Params):
     zero_terminal_snr: bool = False  # no signal at the last timestep, in training and drawing; v-prediction only
     loss: LossParams = LossParams()
     preview: PreviewParams = PreviewParams()
+    start_from: str | None = None  # a concept file, whose adapters and words are the initial values
 
     @field_validator("templates", mode="before")
     @classmethod
