@@ -151,6 +151,17 @@ def test_a_network_without_groups_is_refused() -> None:
         take_over({}, None, concept(("a", 0, "positive"), ("b", 0, "positive")))
 
 
+def test_layers_that_differ_in_their_numbers_are_named_once() -> None:
+    layers = [
+        (f"blocks.{i}.conv{j}", 0, branch) for i in (0, 11) for j in (1, 2) for branch in ("positive", "negative")
+    ]
+    message = (
+        r"got none for 8: unet.blocks.\*.conv1 \(negative, positive\), unet.blocks.\*.conv2 \(negative, positive\);"
+    )
+    with pytest.raises(InputError, match=message):
+        take_over({}, None, concept(*layers))
+
+
 def test_too_small_a_rank_is_refused_with_the_one_to_set() -> None:
     adapters = stack(spec(rank=1))
     start = concept(("a", 0, "positive"), ("a", 1, "positive"))

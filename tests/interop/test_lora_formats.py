@@ -110,7 +110,7 @@ def test_a_kohya_file_without_alpha_has_scale_one_and_with_alpha_that_over_the_r
     assert with_alpha.networks["unet"][ATTENTION].scale == 8.0 / 2
 
 
-def test_unknown_keys_are_all_listed() -> None:
+def test_unknown_keys_are_listed() -> None:
     tensors = PAIR | {f"{name}.lora_up.weight": torch.ones(1) for name in ("lora_unet_nowhere", "bundle_emb_x")}
     with pytest.raises(
         InputError, match="2 unknown keys: bundle_emb_x.lora_up.weight, lora_unet_nowhere.lora_up.weight"
@@ -120,6 +120,14 @@ def test_unknown_keys_are_all_listed() -> None:
         read_peft(write_tensors(PAIR, {}), "x.safetensors", MODULES)
     with pytest.raises(InputError, match="expected unet-1.safetensors to hold the toolkit's format"):
         read_toolkit({"unet-1.safetensors": write_tensors(PAIR, {})}, MODULES)
+
+
+def test_of_very_many_unknown_keys_the_first_are_listed() -> None:
+    tensors = {f"lora_unet_nowhere_{i:02}.lora_up.weight": torch.ones(1) for i in range(15)}
+    with pytest.raises(
+        InputError, match=r"15 unknown keys: lora_unet_nowhere_00.*nowhere_11.lora_up.weight and 3 more;"
+    ):
+        read_kohya(write_tensors(tensors, {}), "x", MODULES)
 
 
 def test_half_a_pair_is_refused_by_name() -> None:

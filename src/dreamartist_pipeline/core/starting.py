@@ -7,6 +7,7 @@ step sees the concept's own predictions, and nothing of the concept is left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +99,7 @@ def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, c
 
 def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taking]:
     takings: list[_Taking] = []
-    without_place: list[str] = []
+    without_place: list[tuple[str, str]] = []  # (<network>.<layer>, branch)
     for network in NETWORKS:
         layers = stacks[network].layers if network in stacks else {}
         for layer, by_branch in _updates(network, concept).items():
@@ -107,13 +108,21 @@ def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taki
                 if name in targets:
                     takings.append(_Taking(network, layer, targets[name], tuple(updates)))
                 else:
-                    without_place.append(f"{network}.{layer} ({name})")
+                    without_place.append((f"{network}.{layer}", name))
     if without_place:
         raise InputError(
             f"expected a LoRA group for every layer of the concept in {_OPTION}; got none for {len(without_place)}: "
-            f"{', '.join(without_place)}; add groups of that branch (p, n, or none for shared) whose layers match them"
+            f"{_alike(without_place)}; add groups of that branch (p, n, or none for shared) whose layers match them"
         )
     return takings
+
+
+def _alike(without_place: Sequence[tuple[str, str]]) -> str:
+    """Name layers with their branches, those that differ in their numbers alone as one: `down_blocks.*.conv_in`."""
+    branches: dict[str, set[str]] = {}
+    for layer, branch in without_place:
+        branches.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), set()).add(branch)
+    return ", ".join(f"{layer} ({', '.join(sorted(names))})" for layer, names in branches.items())
 
 
 def _updates(network: str, concept: Concept) -> dict[str, dict[str, list[_Update]]]:

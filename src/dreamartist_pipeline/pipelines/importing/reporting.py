@@ -48,12 +48,11 @@ def _networks(adapter: BranchAdapter) -> dict[str, dict[str, Any]]:
 def summary(report: dict[str, Any]) -> str:
     """Return the report as lines of text."""
     lines = [
-        f"  {branch:<10}{network:<14}{entry['layers']} layers, ranks {', '.join(map(str, entry['ranks']))}"
+        f"  {branch:<10}{network}: {entry['layers']} layers, ranks {', '.join(map(str, entry['ranks']))}"
         for branch, networks in report["adapters"].items()
         for network, entry in networks.items()
     ]
-    lines += [
-        f"  {w['branch']:<10}{w['name']:<14}{w['vectors']} vectors, slot {{{w['slot']}}}" for w in report["words"]
-    ]
-    lines += [f"  from      {source['file']} ({source['holds']})" for source in report["sources"]]
-    return "\n".join(lines + [f"  note      {note}" for note in report["notes"]])
+    for word in report["words"]:
+        lines.append(f"  {word['branch']:<10}word {word['name']}: {word['vectors']} vectors, slot {{{word['slot']}}}")
+    lines += [f"  {'from':<10}{source['file']} ({source['holds']})" for source in report["sources"]]
+    return "\n".join(lines + [f"  {'note':<10}{note}" for note in report["notes"]])
