@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 from dreamartist_pipeline.api import open_base_model, read_toolkit_concept
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.cli import parse_params
+from dreamartist_pipeline.cli import run as run_command
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFiles
@@ -25,6 +29,7 @@ from dreamartist_pipeline.pipelines.export.nodes import write_files
 from dreamartist_pipeline.pipelines.importing import create_pipeline
 from dreamartist_pipeline.pipelines.importing.nodes import import_concept
 
+PROJECT = Path(__file__).resolve().parents[2]
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=2, guidance_scale=3.0)
 PAIR = {
     "positive": "lora/fox.safetensors",
@@ -175,6 +180,18 @@ def test_the_report_counts_and_names_the_files(run: Run, folder: Path, tiny_base
     assert imported.value("imported_from")[0] == ["fox.safetensors", sha256]
 
 
+def test_every_documented_command_is_a_valid_import() -> None:
+    documented = re.findall(r"`(import\.[\w.]+=[^`]+)`", (PROJECT / "docs/import.md").read_text())
+    assert len(documented) > 8
+    for text in documented:
+        values = parse_params(click.Context(run_command), run_command.params[0], text)["import"]
+        if "names" in values:
+            values["words"] = values["names"]  # named beside their files
+        if "step" in values:
+            values["toolkit"] = "ckpts"
+        ImportParams.model_validate(values)
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 
@@ -200,6 +217,10 @@ def test_a_concept_in_place_is_only_replaced_when_asked(run: Run) -> None:
         (
             {"words": {"pt1": ["toolkit/my-fox.pt", "toolkit/my-fox-neg.pt"]}, "names": {"pt1": ["my-x", "My-X"]}},
             "every trigger word once; got 'my-x' twice; .* import.names.pt1=",
+        ),
+        (
+            {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "bad hands"}},
+            "without spaces; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
         ),
         ({"toolkit": "nowhere"}, "expected a folder at .*nowhere; got none"),
         ({"toolkit": "lora"}, "expected files named"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -151,13 +152,19 @@ def _holds(word: TriggerWord) -> str:
 
 
 def check_words(words: Sequence[TriggerWord], outline: Outline) -> None:
-    """Confirm that the words are new to the base model, differ, and have vectors of its text encoder's width.
+    """Confirm that the words can be typed, are new to the base model and differ, and that their vectors fit it.
 
     Raises:
         InputError: naming the word.
     """
     config = outline.text_encoder.config
     for word in words:
+        if not word.name or re.search(r"\s", word.name):
+            named = re.sub(r"\s+", "-", word.name) or "my-word"
+            raise InputError(
+                f"expected a trigger word without spaces; got {word.name!r}; name it, such as "
+                f"import.names.{word.slot}={named}"
+            )
         check_trigger_word(outline.tokenizer, word.name)
         if word.vectors.shape[1] != config.hidden_size:
             raise InputError(
