@@ -157,32 +157,38 @@ def check_words(words: Sequence[TriggerWord], outline: Outline) -> None:
     Raises:
         InputError: naming the word.
     """
-    config = outline.text_encoder.config
     for word in words:
-        if not word.name or re.search(r"\s", word.name):
-            named = re.sub(r"\s+", "-", word.name) or "my-word"
-            raise InputError(
-                f"expected a trigger word without spaces; got {word.name!r}; name it, such as "
-                f"import.names.{word.slot}={named}"
-            )
+        _check_name(word, [other.name for other in words if other is not word])
         check_trigger_word(outline.tokenizer, word.name)
-        if word.vectors.shape[1] != config.hidden_size:
-            raise InputError(
-                f"expected vectors of width {config.hidden_size} for {word.name!r}; got {word.vectors.shape[1]}; give "
-                "an embedding for this base model, or set base_model to the one it was made for"
-            )
-        if len(word.vectors) > (most := config.max_position_embeddings - 2):
-            raise InputError(
-                f"expected at most {most} vectors for {word.name!r}, which is what a prompt holds; got "
-                f"{len(word.vectors)}; give an embedding with fewer"
-            )
-    for word in words:
-        twice = [other for other in words if other.name.lower() == word.name.lower()]
-        if len(twice) > 1:
-            raise InputError(
-                f"expected every trigger word once; got {word.name!r} twice; name them apart, such as "
-                f"import.names.{word.slot}=[{word.name}, {word.name}-neg]"
-            )
+        _check_vectors(word, outline)
+
+
+def _check_name(word: TriggerWord, others: Sequence[str]) -> None:
+    option = f"import.names.{word.slot}"
+    if not word.name or re.search(r"\s", word.name):
+        named = re.sub(r"\s+", "-", word.name) or "my-word"
+        raise InputError(
+            f"expected a trigger word without spaces; got {word.name!r}; name it, such as {option}={named}"
+        )
+    if word.name.lower() in map(str.lower, others):
+        raise InputError(
+            f"expected every trigger word once; got {word.name!r} twice; name them apart, such as "
+            f"{option}=[{word.name}, {word.name}-neg]"
+        )
+
+
+def _check_vectors(word: TriggerWord, outline: Outline) -> None:
+    config, (count, width) = outline.text_encoder.config, word.vectors.shape
+    if width != config.hidden_size:
+        raise InputError(
+            f"expected vectors of width {config.hidden_size} for {word.name!r}; got {width}; give an embedding for "
+            "this base model, or set base_model to the one it was made for"
+        )
+    if count > (most := config.max_position_embeddings - 2):
+        raise InputError(
+            f"expected at most {most} vectors for {word.name!r}, which is what a prompt holds; got {count}; give an "
+            "embedding with fewer"
+        )
 
 
 def make_concept(imported: Imported, params: ImportParams, base_model: str, fingerprint: str) -> Concept:
