@@ -15,6 +15,7 @@ from dreamartist_pipeline.params import (
     EvaluationParams,
     ExportParams,
     GenerateParams,
+    ImportParams,
     LoRAGroup,
     LossParams,
     RegularizationParams,
@@ -339,3 +340,31 @@ def test_an_unknown_preset_of_strengths_is_refused() -> None:
 def test_sizes_and_denoise_that_cannot_be_drawn_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         GenerateParams(**{"prompts": ("a {pt1}",), **change})
+
+
+def test_a_training_has_one_beginning() -> None:
+    group = {"lr": 1e-3, "rank": 1, "layers": ["a"], "svd_init": True}
+    with pytest.raises(ValidationError, match="start_from and svd_init are two beginnings"):
+        TrainingParams(num_steps=1, guidance_scale="1", lora_unet=[group], start_from="concept.safetensors")
+
+
+def test_one_file_or_name_may_stand_alone_in_an_import() -> None:
+    params = ImportParams(positive="cat.safetensors", words={"pt1": "my-cat.pt"}, names={"pt1": "my-own-cat"})
+    assert params.positive == ("cat.safetensors",)
+    assert (params.words, params.names) == ({"pt1": ("my-cat.pt",)}, {"pt1": ("my-own-cat",)})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"toolkit": "ckpts", "positive": "cat.safetensors"}, "either toolkit, or positive, negative and words"),
+        ({"positive": "cat.safetensors", "step": 3}, "step is for toolkit"),
+        ({"words": {"pt1": ["a.pt", "b.pt"]}, "names": {"pt1": "a"}}, "names of slot 'pt1' need as many files"),
+        ({"names": {"pt2": "a"}}, r"names of slot 'pt2' need as many files in words; got \['a'\] for \[\]"),
+        ({"words": {"pt1": ["a.pt", "b.pt", "c.pt"]}}, "at most 2 items"),
+        ({"words": {"pt1": []}}, "at least 1 item"),
+    ],
+)
+def test_an_import_that_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ImportParams(**values)

@@ -151,3 +151,8 @@ def test_runs_go_to_a_database_inside_the_project(monkeypatch: pytest.MonkeyPatc
 def test_runs_go_to_the_server_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://runs.example:5000")
     assert load("mlflow")["server"]["mlflow_tracking_uri"] == "http://runs.example:5000"
+
+
+def test_an_import_looks_for_a_concept_where_it_would_write_one() -> None:
+    catalog = load("catalog", subject="cat")
+    assert catalog["concept_in_place"]["filepath"] == catalog["concept"]["dataset"]["filepath"]

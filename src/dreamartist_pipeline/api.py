@@ -28,12 +28,11 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.prompt_tokens import by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
-from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
+from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, build_concept
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
-from dreamartist_pipeline.interop.toolkit import read_toolkit
+from dreamartist_pipeline.interop.toolkit import SLOT, read_toolkit, toolkit_words
 from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams
 
-_NEGATIVE_SUFFIX = "-neg"
 _NUM_BRANCHES = 2
 _CPU = DeviceParams(device="cpu")
 _FULL_STRENGTH = StrengthParams()
@@ -116,44 +115,37 @@ def draw_images(
 
 
 def read_toolkit_concept(
-    backbone: Backbone, folder: str | Path, words: tuple[str, str] | None = None, clip_skip: int = 0
+    backbone: Backbone,
+    folder: str | Path,
+    words: tuple[str, str] | None = None,
+    clip_skip: int = 0,
+    step: int | None = None,
 ) -> Concept:
     """Read the reference toolkit's files of one step as a concept for this base model.
 
     Args:
         backbone: the base model that it was trained on; the files do not say which.
-        folder: `{unet,text_encoder}[-neg]-STEP.safetensors` and the words as `WORD.pt`.
-        clip_skip: as it was trained; the files do not say.
+        folder: `{unet,text_encoder}[-neg]-STEP.safetensors` (or `.ckpt`) and the words as `WORD-STEP.pt` or `WORD.pt`;
+            or a folder with all these in `ckpts/`.
         words: (positive, negative); None takes the two `.pt` files, of which the negative ends in "-neg".
+        clip_skip: as it was trained; the files do not say.
+        step: which step; None takes the newest.
 
     Raises:
-        InputError: no such folder, files of several steps, a file that does not belong there, or words that are no
+        InputError: no such folder, no files of that step, a file that does not belong there, or words that are no
             pair.
     """
     if not Path(folder).is_dir():
         raise InputError(f"expected a folder of the toolkit's files at {folder}; got none; correct the path")
-    files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+    inner = Path(folder) / "ckpts"
+    source = inner if inner.is_dir() else Path(folder)
+    files = {file.name: file.read_bytes() for file in sorted(source.iterdir()) if file.is_file()}
     networks = {"unet": backbone.unet, "text_encoder": backbone.text_encoder}
     modules = {network: [name for name, _ in module.named_modules()] for network, module in networks.items()}
-    adapters, vectors = read_toolkit(files, modules)
-    pair = words or _pair(sorted(vectors))
-    learned = [
-        TriggerWord(word, "pt1", branch, vectors[word])
-        for word, branch in zip(pair, ("positive", "negative"), strict=True)
-        if word in vectors
-    ]
-    if len(learned) != len(vectors):
-        raise InputError(f"expected the words {pair} in {folder}; got {sorted(vectors)}; name the pair in `words`")
+    adapters, vectors = read_toolkit(files, modules, step)
+    learned = toolkit_words(vectors, {SLOT: words} if words else {}, "`words`")
     identity = BaseModelIdentity(backbone.name, backbone.fingerprint)
     return build_concept(adapters, learned, identity, clip_skip=clip_skip)
-
-
-def _pair(words: Sequence[str]) -> tuple[str, str]:
-    negative = [word for word in words if word.endswith(_NEGATIVE_SUFFIX)]
-    positive = [word for word in words if word not in negative]
-    if len(positive) > 1 or len(negative) > 1:
-        raise InputError(f"expected one word and its '-neg' partner; got {', '.join(words)}; name the pair in `words`")
-    return (positive or [""])[0], (negative or [""])[0]
 
 
 def sample_latents(

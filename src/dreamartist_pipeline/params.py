@@ -371,6 +371,7 @@ class TrainingParams(Params):
     zero_terminal_snr: bool = False  # no signal at the last timestep, in training and drawing; v-prediction only
     loss: LossParams = LossParams()
     preview: PreviewParams = PreviewParams()
+    start_from: str | None = None  # a concept file, whose adapters and words are the initial values
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -433,6 +434,12 @@ class TrainingParams(Params):
             self._check_optimizer("", self.optimizer, self.schedule, rates)
         if self.words.names:
             self._check_optimizer("words", self.words.optimizer, self.words_schedule, [self.words.lr])
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> TrainingParams:
+        if self.start_from and any(group.svd_init for group in self.lora_unet + self.lora_text_encoder):
+            raise ValueError("start_from and svd_init are two beginnings; leave out one of them")
         return self
 
     def _check_optimizer(self, kind: str, optimizer: str, schedule: ScheduleParams, rates: list[float]) -> None:
@@ -552,6 +559,41 @@ class ExportParams(Params):
         return prompt
 
 
+# ------------------------------------------------------------------------------------------------- import
+
+FilePair = Annotated[Texts, Field(min_length=1, max_length=2)]
+"""(positive,) or (positive, negative); a positive one may stand alone."""
+
+
+class ImportParams(Params):
+    """Which files of other tools become a concept; whether there are any is checked when the pipeline runs."""
+
+    positive: Texts = ()  # LoRA files, kohya or peft; several add up
+    negative: Texts = ()
+    positive_acts_on: Literal["both", "positive"] = "both"  # without a negative LoRA; both: as in other tools
+    words: dict[str, FilePair] = Field(default_factory=dict)  # slot -> embedding files
+    names: dict[str, FilePair] = Field(default_factory=dict)  # slot -> trigger words; default: the files' names
+    toolkit: str | None = None  # a folder of the reference toolkit's files, in place of the above
+    step: Annotated[int, Field(ge=0)] | None = None  # of these; None: the newest
+    class_word: str = ""
+    clip_skip: Annotated[int, Field(ge=0)] = 0  # as it was trained; no file says it
+    replace: bool = False  # whether a concept of this subject may be replaced
+
+    @model_validator(mode="after")
+    def _sources_fit_together(self) -> ImportParams:
+        if self.toolkit is not None and (self.positive or self.negative or self.words):
+            raise ValueError("give either toolkit, or positive, negative and words, not both")
+        if self.toolkit is None and self.step is not None:
+            raise ValueError(f"step is for toolkit, the folder of the reference toolkit's files; got step {self.step}")
+        for slot, names in self.names.items():
+            files = self.words.get(slot)
+            if self.toolkit is None and (files is None or len(files) != len(names)):
+                raise ValueError(
+                    f"names of slot {slot!r} need as many files in words; got {list(names)} for {list(files or ())}"
+                )
+        return self
+
+
 # ------------------------------------------------------------------------------------------------- pretraining
 
 
@@ -638,6 +680,7 @@ SECTIONS: dict[str, type[Params]] = {
     "evaluation": EvaluationParams,
     "generate": GenerateParams,
     "export": ExportParams,
+    "import": ImportParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,
 }

@@ -156,6 +156,35 @@ def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) 
 
 
 @pytest.mark.usefixtures("trained")
+def test_exported_files_become_a_concept_again_which_draws_and_is_a_trainings_start(project: Path) -> None:
+    export = f"data/07_model_output/{SUBJECT}/export"
+    files = {
+        "import.positive": f"{export}/lora/{SUBJECT}.safetensors",
+        "import.negative": f"{export}/lora/{SUBJECT}-neg.safetensors",
+        "import.words.pt1": f"[{export}/toolkit/my-{SUBJECT}.pt, {export}/toolkit/my-{SUBJECT}-neg.pt]",
+    }
+    params = f"subject=again,base_model=tiny,{','.join(f'{name}={value}' for name, value in files.items())}"
+    result = kedro_run(project, "--pipeline", "import", "--params", params)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((project / "data/08_reporting/again/import_report.json").read_text())
+    assert [word["name"] for word in report["words"]] == [f"my-{SUBJECT}", f"my-{SUBJECT}-neg"]
+    assert last_run(project).info.run_name.startswith("again · import")
+
+    result = kedro_run(project, "--pipeline", "generate", "--params", "subject=again,base_model=tiny")
+    assert result.returncode == 0, result.stderr[-3000:]
+    others = {
+        "subject": "trained-on",
+        "training.start_from": "data/06_models/again/concept.safetensors",
+        "training.words.names.pt1": f"[my-{SUBJECT}, my-{SUBJECT}-neg]",
+    }
+    check = ("--pipeline", "train", "--nodes", "check_training")
+    result = kedro_run(project, *check, "--params", settings(project, **others))
+    assert result.returncode == 0, result.stderr[-3000:]
+    plan = json.loads((project / "data/06_models/trained-on/training_plan.json").read_text())
+    assert plan["start"]["taken_over"]["words.positive.pt1"] == 3
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone(project: Path) -> None:
     concept = project / "data" / "06_models" / SUBJECT / "concept.safetensors"
     before = concept.read_bytes()

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from dreamartist_pipeline.core.concept import FORMAT, Concept, to_json
+from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
+
+Files = dict[str, bytes]
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
@@ -104,3 +107,25 @@ def concept() -> Concept:
 @pytest.fixture
 def concept_with_bias() -> Concept:
     return make_concept_with_bias()
+
+
+def renamed_keys(files: Files, *changes: tuple[str, str]) -> Files:
+    """Return the files with other names of tensors, as older and newer versions of the toolkit write them."""
+
+    def rename(key: str) -> str:
+        for old, new in changes:
+            key = key.replace(old, new)
+        return key
+
+    return {
+        name: file
+        if name.endswith(".pt")
+        else write_tensors({rename(key): tensor for key, tensor in read_tensors(file, name).items()}, {})
+        for name, file in files.items()
+    }
+
+
+def newer(files: Files) -> Files:
+    """Return the files of the toolkit's newer layers."""
+    changes = ("lora_down.weight", "W_down"), ("lora_up.weight", "W_up"), ("lora_up.bias", "bias")
+    return renamed_keys(files, *changes)

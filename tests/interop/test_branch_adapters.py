@@ -12,6 +12,7 @@ from dreamartist_pipeline.interop.branch_adapters import (
     BranchAdapter,
     LoRAFactors,
     TriggerWord,
+    added_up,
     branch_adapter,
     build_concept,
     trigger_words,
@@ -148,3 +149,24 @@ def test_a_tensor_of_an_unknown_group_is_named(concept: Concept) -> None:
     tensors = concept.tensors | {f"unet.{CONV}.9.positive.down": torch.zeros(1)}
     with pytest.raises(InputError, match=rf"one of 4 LoRA groups; got \['down'\] of group 9 in unet.{CONV}"):
         branch_adapter(Concept(tensors, concept.metadata), "positive")
+
+
+def test_adapters_add_up_layer_by_layer(concept: Concept) -> None:
+    positive, negative = (branch_adapter(concept, branch) for branch in ("positive", "negative"))
+    both = added_up([positive, negative]).by_layer()
+    updates = [{at: f.update() for at, f in adapter.by_layer().items()} for adapter in (positive, negative)]
+    assert both.keys() == updates[0].keys() | updates[1].keys()
+    for at, factors in both.items():
+        expected = sum(update[at] for update in updates if at in update)
+        torch.testing.assert_close(factors.update(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_adapter_makes_a_concept_of_one_branch_that_acts_on_both(concept: Concept) -> None:
+    adapter = branch_adapter(concept, "positive")
+    built = build_concept({"shared": adapter}, (), TINY)
+    assert built.value("num_branches") == 1
+    assert {group["branch"] for group in built.value("lora_unet")} == {"shared"}
+    for branch in ("positive", "negative"):
+        again = branch_adapter(built, branch).by_layer()
+        for at, factors in adapter.by_layer().items():
+            torch.testing.assert_close(again[at].update(), factors.update(), rtol=1e-5, atol=1e-6)

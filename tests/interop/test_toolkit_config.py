@@ -214,3 +214,10 @@ def test_nothing_is_evaluated() -> None:
 def test_what_is_no_training_configuration_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_toolkit_config(text, {"me.yaml": "_base_: me.yaml"}.get)
+
+
+def test_a_checkpoint_to_resume_from_is_named_with_the_way_to_start_from_it() -> None:
+    resume = "\n  resume: {ckpt_path: {unet: [ckpts/unet-100.safetensors]}, start_step: 100}"
+    left_out = read_toolkit_config(CONFIG.replace("\n  save_step: 100", resume), lambda _: None).left_out
+    assert "kedro run --pipeline import" in left_out["train.resume.ckpt_path.unet.0"]
+    assert "training.start_from" in left_out["train.resume.start_step"]

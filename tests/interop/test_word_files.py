@@ -87,3 +87,7 @@ def test_a_damaged_file_is_refused_by_name() -> None:
     for damaged in (b"not a file at all", saved({"*": VECTORS})[:-40], b""):
         with pytest.raises(InputError, match="expected an embedding in fox.pt"):
             read_embedding(damaged, "fox.pt")
+
+
+def test_the_reference_toolkits_older_form_is_read() -> None:
+    assert torch.equal(read_embedding(saved({"emb_params": VECTORS, "name": "my-fox"}), "my-fox.pt"), VECTORS)

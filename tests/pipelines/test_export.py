@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import re
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +31,6 @@ from dreamartist_pipeline.params import DeviceParams, ExportParams, SamplerParam
 from dreamartist_pipeline.pipelines.export import create_pipeline
 from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
 
-PROJECT = Path(__file__).resolve().parents[2]
 MakeParams = Callable[..., TrainingParams]
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=3, guidance_scale=3.0)
 STRENGTH = StrengthParams(positive=0.8, negative=0.5)
@@ -345,31 +342,6 @@ def test_the_toolkits_files_come_back_as_a_concept_that_draws_the_same(
     for branch, prediction in expected.items():
         torch.testing.assert_close(came[branch], prediction, rtol=1e-5, atol=1e-5)
     assert attach(backbone, built, StrengthParams()).trigger_words == {"pt1": ("my-fox", "my-fox-neg")}
-
-
-def test_the_documented_way_back_gives_the_same_concept(
-    tiny_base_model: Path,
-    backbone: Backbone,
-    concept: Concept,
-    files: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    code = re.search(r"```python\n(.*?)```", (PROJECT / "docs/export.md").read_text(), re.DOTALL)
-    assert code is not None
-    (tmp_path / "way_back.py").write_text(code[1])
-    (tmp_path / "data/01_raw").mkdir(parents=True)
-    (tmp_path / "data/01_raw/base_model").symlink_to(tiny_base_model)
-    for suffix in ("", "-neg"):
-        (tmp_path / f"cat{suffix}.safetensors").write_bytes(files[f"lora/fox{suffix}.safetensors"])
-        (tmp_path / f"my-cat{suffix}.safetensors").write_bytes(files[f"embeddings/my-fox{suffix}.safetensors"])
-    monkeypatch.chdir(tmp_path)
-    made = runpy.run_path("way_back.py")
-    probe = make_probe(backbone)
-    expected, came = (concept_predictions(backbone, c, probe) for c in (concept, made["concept"]))
-    for branch, prediction in expected.items():
-        torch.testing.assert_close(came[branch], prediction, rtol=1e-5, atol=1e-5)
-    assert made["loaded"].trigger_words == {"pt1": ("my-cat", "my-cat-neg")}
 
 
 def import_script(file: Path) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -13,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dreamartist_pipeline.api import step_values
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, generate, start_concept
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
 from dreamartist_pipeline.pipelines.training.nodes import (
@@ -81,6 +84,7 @@ def train(
         caption=CAPTION,
         device=CPU,
         tracker=tracker or RecordingTracker(),
+        **changes,
     )
 
 
@@ -489,4 +493,136 @@ def test_an_empty_history_keeps_its_columns() -> None:
 def test_the_plan_depends_on_raw_inputs_only() -> None:
     first = create_pipeline().grouped_nodes[0]
     assert [node.name for node in first] == ["check_training"]
-    assert set(first[0].inputs) == {"base_model", "params:training", "params:device", "reference_caption"}
+    raw = {"base_model", "params:training", "params:device", "reference_caption", "user_files"}
+    assert set(first[0].inputs) == raw
+
+
+# --------------------------------------------------------------------------------------------- from a concept
+
+
+@pytest.fixture(scope="module")
+def start(tiny_base_model: Path, make_training_params: MakeParams) -> Concept:
+    """A concept far from fresh values, with rank 2 and 1 in the UNet."""
+    concept, _ = train(tiny_base_model, make_training_params(num_steps=0))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(t.shape, generator=generator) * 0.3 for name, t in concept.tensors.items()}
+    return Concept(tensors, concept.metadata)
+
+
+@pytest.fixture(scope="module")
+def start_file(start: Concept, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("start") / "concept.safetensors"
+    ConceptDataset(filepath=str(file)).save(start)
+    return file
+
+
+def begun(base_model: Path, params: TrainingParams, plan: dict[str, Any] | None = None) -> Concept:
+    files = UserFiles(Path())
+    plan = plan or check_training(str(base_model), params, CAPTION, CPU, files)
+    return train(base_model, params, plan=plan, user_files=files)[0]
+
+
+WIDER = {
+    "lora_unet": [
+        {"lr": 1e-3, "rank": 5, "alpha": 2.0, "branch": "p", "layers": (r"re:.*\.attn.?$", r"re:.*\.ff$")},
+        {"lr": 1e-3, "rank": 0.25, "branch": "n", "layers": (r"re:.*\.attn.?$",)},
+    ]
+}
+
+
+@pytest.mark.parametrize("changes", [{}, WIDER])
+def test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from(
+    tiny_base_model: Path,
+    make_training_params: MakeParams,
+    start: Concept,
+    start_file: Path,
+    changes: dict[str, Any],
+) -> None:
+    params = make_training_params(num_steps=0, start_from=str(start_file), **changes)
+    came = begun(tiny_base_model, params)
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    given = {
+        "latents": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)),
+        "noise": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)),
+        "timesteps": torch.tensor([100, 900]),
+    }
+    predictions = [
+        step_values(backbone, concept, "a my-fox", "a my-fox-neg", **given).prediction for concept in (came, start)
+    ]
+    fresh, _ = train(tiny_base_model, make_training_params(num_steps=0))
+    other = step_values(backbone, fresh, "a my-fox", "a my-fox-neg", **given).prediction
+    torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-5, atol=1e-5)
+    assert (other - predictions[1]).abs().max() > 0.1
+
+
+def test_a_concept_trains_on_from_its_start_and_remembers_its_hash(
+    tiny_base_model: Path, make_training_params: MakeParams, start: Concept, start_file: Path
+) -> None:
+    came = begun(tiny_base_model, make_training_params(num_steps=1, start_from=str(start_file)))
+    assert came.metadata["start_sha256"] == hashlib.sha256(start_file.read_bytes()).hexdigest()
+    for name, tensor in start.tensors.items():
+        assert 0 < (came.tensors[name] - tensor).abs().max() < 0.02, name  # one step of AdamW
+
+
+def test_the_plan_shows_what_is_taken_over(
+    tiny_base_model: Path, make_training_params: MakeParams, start_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = make_training_params(start_from=str(start_file))
+    with caplog.at_level(logging.INFO):
+        plan = check_training(str(tiny_base_model), params, CAPTION, CPU, UserFiles(Path()))
+    assert plan["start"]["sha256"] == hashlib.sha256(start_file.read_bytes()).hexdigest()
+    assert plan["start"]["taken_over"]["text_encoder.0.positive"] == 12
+    assert plan["start"]["taken_over"]["words.negative.pt1"] == 3
+    (line,) = [line for line in caplog.text.splitlines() if line.startswith("positive  text_encoder.0.positive")]
+    assert line.split()[-1] == "12"
+    assert "start" not in check_training(str(tiny_base_model), make_training_params(), CAPTION)
+
+
+def test_a_plan_made_for_another_start_is_refused(
+    tiny_base_model: Path, make_training_params: MakeParams, start_file: Path
+) -> None:
+    params = make_training_params(num_steps=0, start_from=str(start_file))
+    plan = check_training(str(tiny_base_model), params, CAPTION, CPU, UserFiles(Path()))
+    changed = plan | {"start": plan["start"] | {"sha256": "another"}}
+    for other in (changed, check_training(str(tiny_base_model), make_training_params(), CAPTION)):
+        with pytest.raises(InputError, match="got another one, from an earlier run"):
+            begun(tiny_base_model, params, other)
+
+
+def test_the_path_of_the_start_is_not_part_of_the_concept(
+    tiny_base_model: Path, make_training_params: MakeParams, start_file: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copy(start_file, tmp_path / "other.safetensors")
+    one, other = (
+        begun(tiny_base_model, make_training_params(num_steps=0, start_from=str(file)))
+        for file in (start_file, elsewhere)
+    )
+    assert one.metadata == other.metadata
+
+
+def test_a_start_that_cannot_be_taken_over_is_refused_in_the_plan(
+    tiny_base_model: Path,
+    other_tiny_base_model: Path,
+    make_training_params: MakeParams,
+    start_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    narrow = [{"lr": 1e-3, "rank": 1, "layers": (r"re:.*\.attn.?$",), "branch": branch} for branch in "pn"]
+    refused = [
+        (tiny_base_model, {"start_from": "nowhere.safetensors"}, "expected a file at nowhere.safetensors; got none"),
+        (tiny_base_model, {"start_from": str(tmp_path / "lora.safetensors")}, "kedro run --pipeline import"),
+        (other_tiny_base_model, {}, "expected the base model that the concept was trained on"),
+        (tiny_base_model, {"clip_skip": 1}, "training.clip_skip 0, .* got 1; set it to 0"),
+        (tiny_base_model, {"lora_unet": narrow}, "set training.lora_unet.0.rank to 2"),
+        (tiny_base_model, {"lora_text_encoder": ()}, "got none for 24: text_encoder"),
+    ]
+    for model, changes, message in refused:
+        params = make_training_params(**{"start_from": str(start_file), **changes})
+        with pytest.raises(InputError, match=message):
+            check_training(str(model), params, CAPTION, CPU, UserFiles(Path()))

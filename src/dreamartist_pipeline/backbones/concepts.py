@@ -194,9 +194,14 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "num_vectors": to_json(params.words.num_vectors),  # (positive, negative)
         "init_text": to_json(params.words.init_text),
         **{f"lora_{network}": to_json([_spec_fields(spec) for spec in specs[network]]) for network in NETWORKS},
-        "config_sha256": hashlib.sha256(to_json(params.model_dump(mode="json")).encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(to_json(_without_paths(params)).encode()).hexdigest(),
         "versions": to_json({name: version(name) for name in _VERSIONED}),
     }
+
+
+def _without_paths(params: TrainingParams) -> dict[str, Any]:
+    """Return the configuration without the path it starts from: what is there is told by its own hash."""
+    return params.model_dump(mode="json", exclude={"start_from"})
 
 
 def _spec_fields(spec: LoRASpec) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     """
     if concept is None:
         return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
-    _check_base_model(concept, backbone)
+    check_base_model(concept, backbone.name, backbone.fingerprint)
     own = share_weights(_with_schedule_of(concept, backbone))
     networks = {"unet": own.unet, "text_encoder": own.text_encoder}
     strengths = (strength.negative, strength.positive)
@@ -265,13 +270,18 @@ def clip_skip_of(concept: Concept) -> int:
     return int(concept.metadata.get("clip_skip", "0"))
 
 
-def _check_base_model(concept: Concept, backbone: Backbone) -> None:
+def check_base_model(concept: Concept, name: str, fingerprint: str) -> None:
+    """Confirm that a concept belongs to the base model of this name and fingerprint.
+
+    Raises:
+        InputError: it was trained on another one, or is no concept.
+    """
     concept.value("num_branches")  # is it a concept at all
     expected = concept.metadata.get("base_model_fingerprint")
-    if expected != backbone.fingerprint:
+    if expected != fingerprint:
         raise InputError(
             f"expected the base model that the concept was trained on, {concept.metadata.get('base_model')!r} with "
-            f"fingerprint {expected}; got {backbone.name!r} with fingerprint {backbone.fingerprint}; "
+            f"fingerprint {expected}; got {name!r} with fingerprint {fingerprint}; "
             "set base_model to the former, or train the concept again"
         )
 

@@ -664,14 +664,20 @@ def _read(pending: Sequence[_Pending], names: Sequence[str], begun: float) -> It
 # ------------------------------------------------------------------------------------------------- the table
 
 
-def branch_table(groups: Sequence[ParameterGroup]) -> str:
-    """Return what each branch trains, as lines of text: layers, LoRA parameters, word vectors, learning rates."""
+def branch_table(groups: Sequence[ParameterGroup], taken_over: Mapping[str, int] | None = None) -> str:
+    """Return what each branch trains, as lines of text: layers, LoRA parameters, word vectors, learning rates.
+
+    Args:
+        groups: everything that trains.
+        taken_over: name of a group -> how many of its layers or vectors begin with a concept's values; None when all
+            start fresh.
+    """
     head = f"{'branch':<10}{'group':<24}{'layers':>8}{'parameters':>12}{'vectors':>9}{'lr':>11}"
+    head += f"{'from start':>12}" if taken_over is not None else ""
     lines = [head, "-" * len(head)]
     for group in sorted(groups, key=lambda g: g.branch):
         layers = str(group.num_layers) if group.kind == ADAPTERS else "-"
         vectors = str(sum(len(p) for p in group.parameters)) if group.kind == WORDS else "-"
-        lines.append(
-            f"{group.branch:<10}{group.name:<24}{layers:>8}{group.num_parameters:>12,}{vectors:>9}{group.lr:>11.2e}"
-        )
+        line = f"{group.branch:<10}{group.name:<24}{layers:>8}{group.num_parameters:>12,}{vectors:>9}{group.lr:>11.2e}"
+        lines.append(line + (f"{taken_over.get(group.name, 0):>12}" if taken_over is not None else ""))
     return "\n".join(lines)

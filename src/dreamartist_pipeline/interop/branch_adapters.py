@@ -152,6 +152,18 @@ def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
     return LoRAFactors(down, up, scale, bias)
 
 
+def added_up(adapters: Sequence[BranchAdapter]) -> BranchAdapter:
+    """Return one adapter that does what several do together."""
+    layers: dict[tuple[str, str], list[LoRAFactors]] = {}
+    for adapter in adapters:
+        for at, factors in adapter.by_layer().items():
+            layers.setdefault(at, []).append(factors)
+    networks: dict[str, dict[str, LoRAFactors]] = {}
+    for (network, layer), members in sorted(layers.items()):
+        networks.setdefault(network, {})[layer] = _joined(members)
+    return BranchAdapter(networks)
+
+
 def trigger_words(concept: Concept) -> tuple[TriggerWord, ...]:
     """Return the learned words of both branches, positive first in every slot.
 
@@ -181,7 +193,8 @@ def build_concept(
     """Return a concept that `backbones.concepts.attach` takes: one LoRA group per branch and network.
 
     Args:
-        adapters: branch name -> its adapter; a branch without one follows the base model.
+        adapters: branch name -> its adapter, "shared" for one that acts on both; a branch without one follows the base
+            model.
         words: positive words, and negative ones for all slots or for none.
         base_model: what the files were made for; nobody but the caller can know.
         class_word: stands in for a slot without a word.
@@ -198,11 +211,12 @@ def build_concept(
         "class_word": class_word,
         "num_steps": to_json(num_steps),
         "clip_skip": to_json(clip_skip),
-        **_words_metadata(words),
+        **_words_metadata(words, only_shared=set(adapters) == {SHARED}),
     }
     tensors = {f"{WORDS}.{word.branch}.{word.slot}": _stored(word.vectors) for word in words}
     for network in NETWORKS:
-        present = {b: adapters[b].networks[network] for b in BRANCH_NAMES if network in _networks(adapters, b)}
+        names = (*BRANCH_NAMES, SHARED)
+        present = {b: adapters[b].networks[network] for b in names if network in _networks(adapters, b)}
         metadata[f"lora_{network}"] = to_json([_group(network, i, b, present[b]) for i, b in enumerate(present)])
         for index, (branch, layers) in enumerate(present.items()):
             for layer, factors in layers.items():
@@ -236,7 +250,7 @@ def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFacto
     }
 
 
-def _words_metadata(words: Sequence[TriggerWord]) -> dict[str, str]:
+def _words_metadata(words: Sequence[TriggerWord], only_shared: bool) -> dict[str, str]:
     by_branch = {branch: {word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES}
     positive, negative = by_branch["positive"], by_branch["negative"]
     if negative and set(negative) != set(positive):
@@ -250,7 +264,7 @@ def _words_metadata(words: Sequence[TriggerWord]) -> dict[str, str]:
     return {
         "words": to_json(names),
         "num_vectors": to_json((_num_vectors(positive.values()), _num_vectors(negative.values()))),
-        "num_branches": to_json(2 if negative or not positive else 1),
+        "num_branches": to_json(2 if negative or not (positive or only_shared) else 1),
     }
 
 

@@ -68,7 +68,7 @@ def read_kohya(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> 
         modules: network -> the names of the base model's modules.
 
     Raises:
-        InputError: not a safetensors file, keys that no module explains (all are listed), or half a pair.
+        InputError: not a safetensors file, keys that no module explains (the first are listed), or half a pair.
     """
     known = layers_by_name(modules, kohya=True)
     parts = read_parts(file, name, "the kohya format", lambda key: place_by_suffix(key, _SUFFIXES, known.get))

@@ -47,7 +47,7 @@ def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> B
         modules: network -> the names of the base model's modules.
 
     Raises:
-        InputError: not a safetensors file, keys that no module explains (all are listed), half a pair, or a
+        InputError: not a safetensors file, keys that no module explains (the first are listed), half a pair, or a
             configuration other than one alpha for all layers.
     """
     known = layers_by_name(modules, kohya=False)

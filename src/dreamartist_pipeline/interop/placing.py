@@ -10,6 +10,8 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors
 
+_SHOWN = 12  # keys in an error: those of a whole other model are hundreds
+
 Layer = tuple[str, str]
 """(network, module name)"""
 
@@ -26,11 +28,22 @@ def read_parts(
         place: key -> layer and part; None for a key that has no place.
 
     Raises:
-        InputError: not a safetensors file, keys without a place (all are listed), or half a pair.
+        InputError: not a safetensors file, keys without a place (the first are listed), or half a pair.
+    """
+    return place_tensors(read_tensors(file, name), name, form, place)
+
+
+def place_tensors(
+    tensors: Mapping[str, torch.Tensor], name: str, form: str, place: Callable[[str], tuple[Layer, str] | None]
+) -> dict[Layer, dict[str, torch.Tensor]]:
+    """Return what `read_parts` does, of tensors that have been read.
+
+    Raises:
+        InputError: keys without a place (the first are listed), or half a pair.
     """
     parts: dict[Layer, dict[str, torch.Tensor]] = {}
     unknown = []
-    for key, tensor in read_tensors(file, name).items():
+    for key, tensor in tensors.items():
         if (found := place(key)) is None:
             unknown.append(key)
         else:
@@ -52,11 +65,12 @@ def place_by_suffix(
 
 
 def _refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
-    """Raise an InputError that lists keys nobody can place."""
+    """Raise an InputError that lists keys nobody can place, as many as can be read."""
     if keys:
+        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         raise InputError(
             f"expected {name} to hold {form} for layers of this base model; got {len(keys)} unknown keys: "
-            f"{', '.join(sorted(keys))}; load it with the base model and the format it was made for"
+            f"{', '.join(sorted(keys)[:_SHOWN])}{more}; load it with the base model and the format it was made for"
         )
 
 

@@ -1,27 +1,36 @@
 """The files of the reference toolkit (HCP-Diffusion), in and out.
 
-`{unet,unet-neg,text_encoder,text_encoder-neg}-{step}.safetensors` with keys `lora:<module>.___.<alpha | …>`; alpha is
-stored already divided by the rank, and scales a bias too. Words are `<word>.pt` in the old form.
+A training leaves in `ckpts/`, for every step saved, `{unet,unet-neg,text_encoder,text_encoder-neg}-{step}.safetensors`
+(or `.ckpt`, pickled) with keys `lora:<module>.___.<alpha | …>`, and every word as `<word>-{step}.pt` in the old form.
+alpha is already divided by the rank, and scales a bias too. A network that it did not train has a file without tensors.
+Words made by its `create_embedding`, and those written here, are `<word>.pt`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, TriggerWord
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
-from dreamartist_pipeline.interop.placing import Layer, build_adapter, read_parts
-from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
+from dreamartist_pipeline.interop.pickled_weights import load_weights
+from dreamartist_pipeline.interop.placing import Layer, place_tensors
+from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding_pt
 
-_FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.safetensors")
-_KEY = re.compile(r"lora:(?P<module>.+)\.___\.(?P<part>.+)")
+SLOT = "pt1"  # of the one pair of words
+_NEGATIVE_SUFFIX = "-neg"
+_FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.(?:safetensors|ckpt)")
+_WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?\.pt")
+_KEY = re.compile(r"lora:(?P<module>.+)\.(?:___|lora_block)\.(?P<part>.+)")  # the latter in its first files
 _PARTS = {
     "alpha": "alpha",
+    "scale": "alpha",  # its first files
     "layer.lora_down.weight": "down",
     "layer.lora_up.weight": "up",
     "layer.W_down": "down",  # its newer files
@@ -29,6 +38,7 @@ _PARTS = {
     "layer.lora_up.bias": "bias",
     "layer.bias": "bias",  # beside W_down and W_up
 }
+_AVERAGES = ("lora_ema:", "base_ema:")  # beside the weights themselves, which it uses by default
 
 
 def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[TriggerWord], step: int) -> dict[str, bytes]:
@@ -41,7 +51,7 @@ def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[Trigger
     """
     files = {}
     for branch, adapter in adapters.items():
-        suffix = "-neg" if branch == "negative" else ""
+        suffix = _NEGATIVE_SUFFIX if branch == "negative" else ""
         for network, layers in adapter.networks.items():
             tensors: dict[str, torch.Tensor] = {}
             for layer, factors in layers.items():
@@ -55,32 +65,102 @@ def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[Trigger
     return files | {f"{word.name}.pt": write_embedding_pt(word) for word in words}
 
 
-def read_toolkit(
-    files: Mapping[str, bytes], modules: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, BranchAdapter], dict[str, torch.Tensor]]:
-    """Return branch name -> adapter, and word -> vectors `[n, D]`, of the files of one step.
+# ------------------------------------------------------------------------------------------------- one step's files
+
+
+@dataclass(frozen=True)
+class ToolkitStep:
+    """Which files of a folder belong to one step.
+
+    adapters: names of files. words: word -> the file that holds it. step: None in a folder of words alone.
+    """
+
+    step: int | None
+    adapters: tuple[str, ...]
+    words: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """All files of the step."""
+        return sorted([*self.adapters, *self.words.values()])
+
+
+def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitStep:
+    """Choose the files of one step.
+
+    A number at the end of a word's file is a step only where there are adapters of it, or when it is the one asked
+    for; a word may end in a number of its own. A word saved at the step goes before one without a step.
 
     Args:
-        files: file name -> bytes; adapters and words.
-        modules: network -> the names of the base model's modules.
+        names: of all files.
+        step: which one; None takes the newest.
 
     Raises:
-        InputError: a file that does not belong here, files of several steps, or keys that no module explains.
+        InputError: a file that does not belong here, or no adapters of that step.
     """
-    adapter_files = {name: match for name in files if (match := _FILE.fullmatch(name))}
-    if strangers := [name for name in files if name not in adapter_files and not name.endswith(".pt")]:
+    matches = {name: match for name in sorted(names) if (match := _FILE.fullmatch(name))}
+    if strangers := [name for name in names if name not in matches and not name.endswith(".pt")]:
         raise InputError(
-            "expected files named {unet,text_encoder}[-neg]-STEP.safetensors or WORD.pt; got "
+            "expected files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt; got "
             f"{', '.join(sorted(strangers))}; leave them out"
         )
-    if len(steps := {match["step"] for match in adapter_files.values()}) > 1:
-        raise InputError(f"expected files of one step; got those of {', '.join(sorted(steps))}; give one set")
+    steps = sorted({int(match["step"]) for match in matches.values()})
+    if step is not None and steps and step not in steps:
+        raise InputError(
+            f"expected adapters of step {step}; got those of {', '.join(map(str, steps))}; choose one of these steps"
+        )
+    chosen = step if step is not None else max(steps, default=None)
+    adapters = [name for name, match in matches.items() if int(match["step"]) == chosen]
+    known = {*steps, chosen} - {None}
+    return ToolkitStep(chosen, tuple(adapters), _words_of_step(names, known, chosen))
+
+
+def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int | None) -> dict[str, str]:
+    without_step: dict[str, str] = {}
+    of_step: dict[str, str] = {}
+    for name in sorted(names):
+        match = _WORD_FILE.fullmatch(name)
+        if match is None:
+            continue
+        if match["step"] is None or int(match["step"]) not in steps:
+            without_step[name.removesuffix(".pt")] = name
+        elif int(match["step"]) == chosen:
+            of_step[match["word"]] = name
+    return without_step | of_step
+
+
+# ------------------------------------------------------------------------------------------------- reading them
+
+
+def read_toolkit(
+    files: Mapping[str, bytes], modules: Mapping[str, Sequence[str]], step: int | None = None
+) -> tuple[dict[str, BranchAdapter], dict[str, torch.Tensor]]:
+    """Return branch name -> adapter, and word -> vectors `[n, D]`, of one step; the toolkit's averages are left alone.
+
+    Args:
+        files: file name -> bytes; adapters and words, also of several steps.
+        modules: network -> the names of the base model's modules.
+        step: which step; None takes the newest.
+
+    Raises:
+        InputError: a file that does not belong here, no files of that step, two files for one network, or keys that no
+            module explains.
+    """
+    of_step = files_of_step(files, step)
     networks: dict[str, dict[str, dict[str, LoRAFactors]]] = {}
-    for name, match in adapter_files.items():
-        branch = "negative" if match["negative"] else "positive"
-        networks.setdefault(branch, {})[match["network"]] = _read_network(files[name], name, match["network"], modules)
-    words = {name.removesuffix(".pt"): read_embedding(files[name], name) for name in files if name.endswith(".pt")}
-    return {branch: BranchAdapter(found) for branch, found in sorted(networks.items())}, words
+    for name in of_step.adapters:
+        match = _FILE.fullmatch(name)
+        assert match is not None
+        found = networks.setdefault("negative" if match["negative"] else "positive", {})
+        if match["network"] in found:
+            raise InputError(f"expected one file for a network; got {name} beside another; leave one of them out")
+        found[match["network"]] = _read_network(files[name], name, match["network"], modules)
+    adapters = {
+        branch: BranchAdapter({network: layers for network, layers in found.items() if layers})
+        for branch, found in sorted(networks.items())
+        if any(found.values())
+    }
+    return adapters, {word: read_embedding(files[name], name) for word, name in of_step.words.items()}
 
 
 def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Sequence[str]]) -> dict[str, LoRAFactors]:
@@ -92,8 +172,62 @@ def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Se
         return (at, _PARTS[match["part"]]) if match and at and match["part"] in _PARTS else None
 
     factors = {}
-    for at, part in read_parts(file, name, "the toolkit's format", place).items():
+    for at, part in place_tensors(_tensors(file, name), name, "the toolkit's format", place).items():
         if "alpha" not in part:
             raise InputError(f"expected alpha for {'.'.join(at)} in {name}; got none; the file is incomplete")
-        factors[at] = LoRAFactors(part["down"], part["up"], float(part["alpha"]), part.get("bias"))
-    return build_adapter(factors, name).networks[network]
+        factors[at[1]] = LoRAFactors(part["down"], part["up"], float(part["alpha"]), part.get("bias"))
+    return dict(sorted(factors.items()))
+
+
+def _tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
+    is_pickled = name.endswith(".ckpt")
+    tensors = _unfolded(load_weights(file, name, "adapters")) if is_pickled else read_tensors(file, name)
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(_AVERAGES)}
+
+
+def _unfolded(nested: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors of nested mappings with keys joined by ':', as a safetensors file has them."""
+    flat: dict[str, torch.Tensor] = {}
+    for key, value in nested.items():
+        flat |= _unfolded(value, f"{prefix}{key}:") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------- its words
+
+
+def toolkit_words(
+    vectors: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]], option: str
+) -> list[TriggerWord]:
+    """Tell which words are positive and which negative.
+
+    Args:
+        vectors: word -> its vectors.
+        names: slot -> positive and, perhaps, negative word; empty: one pair, of which the negative ends in "-neg".
+        option: where users name the pairs, for an error.
+
+    Raises:
+        InputError: words that are no pair, a word that is not there, or one that has no place.
+    """
+    pairs = names or {SLOT: _pair(sorted(vectors), option)}
+    words = [
+        TriggerWord(word, slot, branch, vectors[word])
+        for slot, pair in pairs.items()
+        for word, branch in zip(pair, ("positive", "negative"), strict=False)
+        if word in vectors
+    ]
+    named = [word for pair in pairs.values() for word in pair if word]
+    if sorted(named) != sorted(vectors):
+        raise InputError(f"expected the words {named}; got {sorted(vectors)}; name the pair in {option}")
+    return words
+
+
+def _pair(words: Sequence[str], option: str) -> tuple[str, str]:
+    negative = [word for word in words if word.endswith(_NEGATIVE_SUFFIX)]
+    positive = [word for word in words if word not in negative]
+    if len(positive) > 1 or len(negative) > 1:
+        raise InputError(
+            f"expected one word and its '-neg' partner; got {', '.join(words)}; name the pair in {option}, or give the "
+            "step that the files are of"
+        )
+    return (positive or [""])[0], (negative or [""])[0]

@@ -40,10 +40,11 @@ _ADVICE = {  # beginning of a key -> why it is not carried over
     "train.noise_offset": "see training.noise_offset",
     "model.ema": "see training.ema_decay",
     "text_encoder": "the base model stays frozen; train LoRA groups",
-    "tokenizer_pt.emb_dir": "words start anew; set training.words.num_vectors and init_text as they were created",
+    "tokenizer_pt.emb_dir": "words start anew; set training.words.num_vectors and init_text as they were created, or "
+    "import their files (kedro run --pipeline import) and set training.start_from",
     "train.save_step": "see training.preview.every for pictures while training",
     "train.workers": "latents are encoded once; nothing has to be loaded while training",
-    "train.resume": "a training starts anew",
+    "train.resume": "import the checkpoint (kedro run --pipeline import) and set training.start_from to the concept",
     "train.set_grads_to_none": "gradients live in one flat buffer",
     "model.enable_xformers": "PyTorch's own attention is used",
     "model.gradient_checkpointing": "not needed by adapters of this size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import TriggerWord
 from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.pickled_weights import load_weights
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 
 _KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is told the token
@@ -55,16 +55,7 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
 
 
 def _old_form(file: bytes, name: str) -> Mapping[str, Any]:
-    """Open a `.pt` or `.bin` file without running anything that is in it."""
-    try:
-        content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).partition("\n")[0]  # torch goes on with advice to trust the file
-        raise InputError(
-            f"expected an embedding in {name} that loads without running code; got {type(error).__name__}: "
-            f"{first_line}; give it as .safetensors"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"expected an embedding in {name}; got a {type(content).__name__}; give another file")
+    """Open a `.pt` or `.bin` file: the vectors are in `string_to_param`, or at the top."""
+    content = load_weights(file, name, "an embedding")
     inner = content.get("string_to_param", content)
     return inner if isinstance(inner, Mapping) else {}

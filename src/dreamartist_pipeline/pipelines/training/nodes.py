@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.base_model import Backbone, Outline
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
+    from dreamartist_pipeline.core.adapters import AdapterStack
     from dreamartist_pipeline.core.concept import Concept
+    from dreamartist_pipeline.core.embeddings import WordEmbedding
     from dreamartist_pipeline.core.prompt_tokens import PromptTokens
     from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
+    from dreamartist_pipeline.pipelines.training.starting import UserFiles
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
-    Concept = DataFrame = Figure = Any
+    Concept = DataFrame = Figure = UserFiles = Any
 
 _GENERAL_SLOTS = ("class", "caption")
 _CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
@@ -59,33 +62,43 @@ class ImageStore(Protocol):
 
 
 def check_training(
-    base_model: str, params: TrainingParams, caption: str, device: DeviceParams = _ANY_DEVICE
+    base_model: str,
+    params: TrainingParams,
+    caption: str,
+    device: DeviceParams = _ANY_DEVICE,
+    user_files: UserFiles | None = None,
 ) -> dict[str, Any]:
     """Check the whole plan against the base model, before any long work and without loading its weights.
 
     Returns:
-        The plan: branches, steps, rows and, per group, its layers, parameters, vectors and effective learning rate.
+        The plan: branches, steps, rows and, per group, its layers, parameters, vectors and effective learning rate;
+        with `start_from`, also what each group takes over from that concept.
 
     Raises:
         InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
             something, a template without its slot, a caption whose braces cannot be read, words that do not fit into
             the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an optimizer that cannot run here,
-            a preview's scheduler that cannot be set up, or a noise schedule that this base model cannot be trained
-            with.
+            a preview's scheduler that cannot be set up, a noise schedule that this base model cannot be trained with,
+            or a concept to start from of which something has no place in this training.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
-    from dreamartist_pipeline.core.training import branch_table, lr_factor
+    from dreamartist_pipeline.core.training import branch_table, lr_factor, parameter_groups
+    from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
     check_templates(params)
     _check_braces(params, caption)
     _check_optimizers(params, device)
     _check_preview(params)
-    outline = load_outline(BaseModelFiles(base_model))
+    start, files = read_start(user_files, params), BaseModelFiles(base_model)
+    outline = load_outline(files)
     _check_timesteps(outline, params)
     _check_clip_skip(outline, params)
-    groups = _planned_groups(outline, params, caption)
+    stacks, words = _planned(outline, params, caption)
+    groups = parameter_groups(stacks, words, params.words.lr * lr_factor(params))
     _check_branches_train(groups, params)
-    log.info("What each branch will train:\n%s", branch_table(groups))
+    identity = (files.name, files.fingerprint() if start else "")  # reads all weights: only where it is compared
+    begun = begin_from(start, stacks, words, params, identity)
+    log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
     return {
         "num_branches": params.num_branches,
         "num_steps": params.num_steps,
@@ -93,6 +106,7 @@ def check_training(
         "rows": {"reference": params.batch_size, "regularization": params.regularization_batch_size},
         "lr_factor": lr_factor(params),
         "groups": _describe(groups),
+        **begun,
     }
 
 
@@ -190,19 +204,21 @@ def check_templates(params: TrainingParams) -> None:
         )
 
 
-def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple[ParameterGroup, ...]:
-    """Put adapters and words into the weightless base model and return what would train."""
+def _planned(
+    outline: Any, params: TrainingParams, caption: str
+) -> tuple[dict[str, AdapterStack], WordEmbedding | None]:
+    """Put adapters and words into the weightless base model and return them: what would train."""
     import torch
 
     from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters
     from dreamartist_pipeline.backbones.prompts import PromptTokenizer, check_trigger_word, initial_word_vectors
     from dreamartist_pipeline.core.branches import branches
     from dreamartist_pipeline.core.embeddings import WordEmbedding
-    from dreamartist_pipeline.core.training import lr_factor, parameter_groups
+    from dreamartist_pipeline.core.training import lr_factor
 
-    factor, generator = lr_factor(params), torch.Generator()
+    generator = torch.Generator()
     networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
-    stacks = inject_adapters(networks, params, factor, generator)
+    stacks = inject_adapters(networks, params, lr_factor(params), generator)
     words = None
     if params.words.names:
         embedding = outline.text_encoder.get_input_embeddings()
@@ -218,7 +234,7 @@ def _planned_groups(outline: Any, params: TrainingParams, caption: str) -> tuple
         for pair in _template_prompts(params, caption):
             for branch in branches(params.num_branches):
                 tokenizer.check_fits(pair[branch])
-    return parameter_groups(stacks, words, params.words.lr * factor)
+    return stacks, words
 
 
 def _check_branches_train(groups: Sequence[ParameterGroup], params: TrainingParams) -> None:
@@ -282,26 +298,30 @@ def train_concept(
     caption: str,
     device: DeviceParams,
     tracker: Tracker,
+    user_files: UserFiles | None = None,
 ) -> tuple[Concept, DataFrame]:
-    """Train both branches on the prepared image.
+    """Train both branches on the prepared image, from fresh values or from those of a concept.
 
     Returns:
         The concept, and the history: one row per step.
 
     Raises:
-        InputError: the plan was made for other parameters or another base model.
+        InputError: the plan was made for other parameters, another base model or another concept to start from.
         RuntimeError: a branch receives no gradient, or the loss is no longer finite.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
+    from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
+    start = read_start(user_files, params)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
+    begun = begin_from(start, new.stacks, new.words, params, (backbone.name, backbone.fingerprint))
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
-    _check_plan(training_plan, groups)
-    metadata = concept_metadata(backbone, params, factor)
+    _check_plan(training_plan, {"groups": _describe(groups), **begun})
+    metadata = concept_metadata(backbone, params, factor) | ({"start_sha256": start.sha256} if start else {})
     images = _regularization_images(regularization_set, image_store, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with _StepReport(params.num_steps, tracker) as report:
@@ -310,10 +330,10 @@ def train_concept(
     return new.snapshot(metadata), history_table(history)
 
 
-def _check_plan(training_plan: Mapping[str, Any], groups: Sequence[ParameterGroup]) -> None:
+def _check_plan(training_plan: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     from dreamartist_pipeline.core.errors import InputError
 
-    if training_plan["groups"] != _describe(groups):
+    if {key: training_plan[key] for key in ("groups", "start") if key in training_plan} != expected:
         raise InputError(
             "expected the plan of these parameters and this base model; got another one, from an earlier run; "
             "run the node check_training again"

@@ -1,0 +1,260 @@
+"""A training that begins with a concept in place of fresh values.
+
+Every update of the concept goes into the ranks of a configured group, such that the group's own
+(alpha / rank) · up · down is the same update. Ranks that are left over start fresh: down random, up zero. So the first
+step sees the concept's own predictions, and nothing of the concept is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dreamartist_pipeline.core.adapters import SHARED, AdapterStack, LowRankUpdate, factors_by_update
+from dreamartist_pipeline.core.branches import BRANCH_NAMES
+from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept
+from dreamartist_pipeline.core.embeddings import WordEmbedding
+from dreamartist_pipeline.core.errors import InputError
+
+_OPTION = "training.start_from"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with. sha256: of the concept's file."""
+
+    concept: Concept
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Update:
+    """scale · (up · down, and bias) of one group of the concept in one layer. timestep_min_rank: as the group says."""
+
+    down: torch.Tensor = field(repr=False)
+    up: torch.Tensor = field(repr=False)
+    bias: torch.Tensor | None = field(repr=False)
+    scale: float
+    timestep_min_rank: int | float | None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class _Taking:
+    """A group's update in one layer, and what it takes over; several updates add up."""
+
+    network: str
+    layer: str
+    target: LowRankUpdate
+    updates: tuple[_Update, ...]
+
+    @property
+    def rank(self) -> int:
+        """The ranks it needs."""
+        return sum(update.rank for update in self.updates)
+
+    @property
+    def option(self) -> str:
+        """The group as the configuration names it."""
+        return f"training.lora_{self.network}.{self.target.group}"
+
+
+def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, concept: Concept) -> dict[str, int]:
+    """Give adapters and words the values of a concept, in place; also works on the meta device.
+
+    A layer's first group of a branch takes what acts on that branch. What acts on both goes to a group of both, or else
+    to one of each.
+
+    Args:
+        stacks: network -> its fresh adapters.
+        words: the fresh words, or None.
+        concept: of the same base model.
+
+    Returns:
+        Name of each group (`unet.0.positive`, `words.positive.pt1`) -> how many layers, or vectors, it took over.
+
+    Raises:
+        InputError: something of the concept has no place: a layer or bias without a group for it, too small a rank,
+            other words.
+    """
+    takings = _takings(stacks, concept)
+    for taking in takings:
+        _check_timestep_rank(taking)
+        _check_bias(taking)
+    _check_ranks(takings)
+    _check_words(words, concept)
+    taken: dict[str, int] = {}
+    for taking in takings:
+        _fill(taking)
+        taken[taking.target.spec.name] = taken.get(taking.target.spec.name, 0) + 1
+    return taken | _fill_words(words, concept)
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taking]:
+    takings: list[_Taking] = []
+    without_place: list[tuple[str, str]] = []  # (<network>.<layer>, branch)
+    for network in NETWORKS:
+        layers = stacks[network].layers if network in stacks else {}
+        for layer, by_branch in _updates(network, concept).items():
+            targets = _first_targets(layers[layer].updates if layer in layers else ())
+            for name, updates in _for_targets(by_branch, targets):
+                if name in targets:
+                    takings.append(_Taking(network, layer, targets[name], tuple(updates)))
+                else:
+                    without_place.append((f"{network}.{layer}", name))
+    if without_place:
+        raise InputError(
+            f"expected a LoRA group for every layer of the concept in {_OPTION}; got none for {len(without_place)}: "
+            f"{_alike(without_place)}; add groups of that branch (p, n, or none for shared) whose layers match them"
+        )
+    return takings
+
+
+def _alike(without_place: Sequence[tuple[str, str]]) -> str:
+    """Name layers with their branches, those that differ in their numbers alone as one: `down_blocks.*.conv_in`."""
+    branches: dict[str, set[str]] = {}
+    for layer, branch in without_place:
+        branches.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), set()).add(branch)
+    return ", ".join(f"{layer} ({', '.join(sorted(names))})" for layer, names in branches.items())
+
+
+def _updates(network: str, concept: Concept) -> dict[str, dict[str, list[_Update]]]:
+    """Return layer -> branch name -> the updates of the concept's groups."""
+    specs = concept.value(f"lora_{network}")
+    found: dict[str, dict[str, list[_Update]]] = {}
+    for (layer, group, branch), factors in sorted(factors_by_update(concept.part(network)).items()):
+        if group >= len(specs) or set(factors) != _tensor_names(specs[group]):
+            raise InputError(
+                f"expected all tensors of one of {len(specs)} LoRA groups in {network}.{layer} of {_OPTION}; got "
+                f"{', '.join(sorted(factors))} of group {group}; start from another concept"
+            )
+        found.setdefault(layer, {}).setdefault(branch, []).append(_update(factors, specs[group]))
+    return found
+
+
+def _tensor_names(spec: Mapping[str, Any]) -> set[str]:
+    return {"down", "up"} | ({"bias"} if spec.get("bias") else set())  # older concepts do not speak of a bias
+
+
+def _update(factors: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> _Update:
+    down, up = factors["down"], factors["up"]
+    scale = float(spec["alpha"]) / down.shape[0]
+    return _Update(down, up, factors.get("bias"), scale, spec.get("timestep_min_rank"))
+
+
+def _first_targets(updates: Sequence[LowRankUpdate]) -> dict[str, LowRankUpdate]:
+    """Return branch name -> the first group of that branch in a layer."""
+    targets: dict[str, LowRankUpdate] = {}
+    for update in updates:
+        targets.setdefault(update.spec.branch_name, update)
+    return targets
+
+
+def _for_targets(
+    by_branch: Mapping[str, list[_Update]], targets: Mapping[str, LowRankUpdate]
+) -> Iterator[tuple[str, list[_Update]]]:
+    """Yield (branch of the group that should take them, updates) of one layer."""
+    shared = by_branch.get(SHARED, [])
+    split = bool(shared) and SHARED not in targets and targets.keys() >= set(BRANCH_NAMES)
+    for branch in BRANCH_NAMES:
+        if updates := by_branch.get(branch, []) + (shared if split else []):
+            yield branch, updates
+    if shared and not split:
+        yield SHARED, shared
+
+
+def _check_timestep_rank(taking: _Taking) -> None:
+    """Confirm that the same ranks act at every timestep as in the concept."""
+    wanted = taking.target.spec.timestep_min_rank
+    if wanted is None and all(update.timestep_min_rank is None for update in taking.updates):
+        return
+    (first, *others), rank = taking.updates, taking.target.rank
+    if others or (first.timestep_min_rank, first.rank) != (wanted, rank):
+        came = ", ".join(f"rank {u.rank} with {u.timestep_min_rank}" for u in taking.updates)
+        raise InputError(
+            f"expected the rank and timestep_min_rank of the concept in {_OPTION} for {taking.network}.{taking.layer}, "
+            f"{came}; got rank {rank} with {wanted}; set {taking.option}.rank and .timestep_min_rank to the former"
+        )
+
+
+def _check_bias(taking: _Taking) -> None:
+    if taking.target.bias is None and any(update.bias is not None for update in taking.updates):
+        raise InputError(
+            f"expected a bias for {taking.network}.{taking.layer}, since the concept in {_OPTION} has one; got a group "
+            f"without; set {taking.option}.bias to true"
+        )
+
+
+def _check_ranks(takings: Sequence[_Taking]) -> None:
+    """Confirm that every group has the ranks it needs; each group is named once, with the most that it needs."""
+    short: dict[str, _Taking] = {}
+    for taking in takings:
+        worst = short.get(taking.option)
+        if taking.rank > taking.target.rank and (worst is None or taking.rank > worst.rank):
+            short[taking.option] = taking
+    if short:
+        needed = [
+            f"{t.rank} in {t.network}.{t.layer} (got {t.target.rank}): set {option}.rank to {t.rank}"
+            for option, t in short.items()
+        ]
+        raise InputError(f"expected LoRA groups of the ranks that the concept in {_OPTION} has, {'; '.join(needed)}")
+
+
+@torch.no_grad()
+def _fill(taking: _Taking) -> None:
+    """Copy the updates into the first ranks; up is zero in the others, whose down stays as drawn."""
+    target, end = taking.target, 0
+    target.up.zero_()
+    for update in taking.updates:
+        ranks = slice(end, end := end + update.rank)
+        factor = update.scale / target.scale
+        target.down[ranks] = update.down.to(target.down)
+        target.up[:, ranks] = (update.up * factor).to(target.up)
+        if update.bias is not None and target.bias is not None:
+            target.bias += (update.bias * factor).to(target.bias)
+
+
+# ------------------------------------------------------------------------------------------------- words
+
+
+def _check_words(words: WordEmbedding | None, concept: Concept) -> None:
+    """Confirm that every word of the concept is trained here: the same slot, branch, name and number of vectors."""
+    expected = {key: (_name(key, concept), len(vectors)) for key, vectors in concept.part(WORDS).items()}
+    here = {word.key: (word.name, word.num_vectors) for word in (words.vocabulary.words if words else ())}
+    if wrong := [key for key, word in expected.items() if here.get(key) != word]:
+        differing = [f"{key} {expected[key]} where the training has {here.get(key, 'none')}" for key in sorted(wrong)]
+        raise InputError(
+            f"expected the trigger words of the concept in {_OPTION}; got (word, vectors) {'; '.join(differing)}; set "
+            f"training.words.names={concept.metadata['words']} and "
+            f"training.words.num_vectors={concept.metadata['num_vectors']}, and keep a guidance_scale above 1 for "
+            "negative words"
+        )
+
+
+def _name(key: str, concept: Concept) -> str:
+    branch, _, slot = key.partition(".")
+    positive, negative = concept.value("words")[slot]
+    return str(negative if branch == BRANCH_NAMES[0] else positive)
+
+
+@torch.no_grad()
+def _fill_words(words: WordEmbedding | None, concept: Concept) -> dict[str, int]:
+    taken: dict[str, int] = {}
+    stored = concept.part(WORDS)
+    if words is None:
+        return taken
+    for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
+        if word.key in stored:
+            vectors.copy_(stored[word.key])
+            taken[f"{WORDS}.{word.key}"] = word.num_vectors
+    return taken

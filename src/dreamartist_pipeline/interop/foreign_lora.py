@@ -1,0 +1,119 @@
+"""LoRA files of whichever tool: which format they have, whether they are plain LoRA, and whether they fit the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from dreamartist_pipeline.core.concept import FORMAT
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.interop.kohya import read_kohya
+from dreamartist_pipeline.interop.peft_files import read_peft
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""network -> layer -> the shape of its weight, of every Linear and Conv2d of the base model"""
+
+_SHOWN = 3  # layers named in an error
+_READERS = {"kohya": read_kohya, "peft": read_peft}
+_ENDINGS = {"kohya": (".lora_down.weight", ".lora_up.weight"), "peft": (".lora_A.weight", ".lora_B.weight")}
+_EXTRACT = "give a plain LoRA, or have LyCORIS extract one"
+_SD_ONLY = "give one for Stable Diffusion 1.x or 2.x"
+_OTHER_KINDS = {  # pattern of a key -> what a file with it holds, and what to do
+    r"^bundle_emb\.": ("a LoRA with embeddings bundled into it", "take them out, and give LoRA and embeddings apart"),
+    r"^lora_te[12]_|^lora_unet_(input|output)_blocks_|^text_encoder_2\.": ("a LoRA for SDXL", _SD_ONLY),
+    r"\.dora_scale$|\.lora_magnitude_vector": ("a DoRA", "give a plain LoRA"),
+    r"\.lokr_": ("a LoKr", _EXTRACT),
+    r"\.hada_": ("a LoHa", _EXTRACT),
+    r"\.oft_": ("an OFT", _EXTRACT),
+    r"\.lora_mid\.": ("a LoCon with Tucker decomposition", _EXTRACT),
+    r"\.diff(_b)?$": ("whole weight differences", _EXTRACT),
+    r"^lora(_ema)?:": ("adapters of HCP-Diffusion", "give their folder as import.toolkit"),
+    r"^emb_params$|^clip_[lg]$": ("an embedding", "give it in import.words"),
+    r"^base_model\.model\.": ("peft's own form, which does not say which network it is for", "save it by diffusers"),
+    r"[._]lora\.down\.weight$": ("an old form of diffusers", "load and save it once with a present diffusers"),
+    r"^model\.diffusion_model\.": ("a whole model", "give a LoRA"),
+}
+
+
+@dataclass(frozen=True)
+class ForeignLoRA:
+    """A LoRA file's content. form: "kohya" or "peft"."""
+
+    form: str
+    adapter: BranchAdapter
+
+
+def read_lora(file: bytes, name: str, shapes: Shapes) -> ForeignLoRA:
+    """Read a LoRA file of another tool, in float32.
+
+    Args:
+        file: its bytes, safetensors.
+        name: what to call it in an error.
+        shapes: of the base model's layers.
+
+    Raises:
+        InputError: not a safetensors file, no plain LoRA, keys that no layer explains, or shapes of another base model.
+    """
+    keys, metadata = read_tensors(file, name).keys(), read_metadata(file)
+    form = _form(keys, metadata, name)
+    adapter = _READERS[form](file, name, {network: list(layers) for network, layers in shapes.items()})
+    return ForeignLoRA(form, fitted(adapter, name, shapes))
+
+
+def _form(keys: Collection[str], metadata: Mapping[str, str], name: str) -> str:
+    """Return the format by its keys.
+
+    Raises:
+        InputError: another kind of file; the message says which, as far as it is known.
+    """
+    if metadata.get("format") == FORMAT:
+        raise InputError(
+            f"expected a LoRA of another tool in {name}; got a concept of this project; copy it to "
+            "data/06_models/SUBJECT/concept.safetensors, or start from it with training.start_from"
+        )
+    for pattern, (holds, advice) in _OTHER_KINDS.items():
+        if found := [key for key in sorted(keys) if re.search(pattern, key)]:
+            raise InputError(f"expected a plain LoRA in {name}; got {holds} ({found[0]}, …); {advice}")
+    for form, endings in _ENDINGS.items():
+        if any(key.endswith(endings) for key in keys):
+            return form
+    came = ", ".join(sorted(keys)[:_SHOWN]) or "no tensors"
+    raise InputError(
+        f"expected a LoRA in the kohya format or diffusers' (peft) in {name}; got {came}; give another file"
+    )
+
+
+def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
+    """Return the adapter with every factor in the shape its layer needs; 1 × 1 kernels come with and without axes.
+
+    Raises:
+        InputError: shapes that belong to another base model; the message names layers.
+    """
+    networks: dict[str, dict[str, LoRAFactors]] = {}
+    wrong = []
+    for (network, layer), factors in adapter.by_layer().items():
+        weight = shapes[network][layer]
+        down, up = (factors.rank, *weight[1:]), (weight[0], factors.rank, *[1] * (len(weight) - 2))
+        if _is_reshape(factors.down, down) and _is_reshape(factors.up, up):
+            reshaped = replace(factors, down=factors.down.reshape(down), up=factors.up.reshape(up))
+            networks.setdefault(network, {})[layer] = reshaped
+        else:
+            came = f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}"
+            wrong.append(f"{network}.{layer} came as {came} where {down} and {up} belong")
+    if wrong:
+        raise InputError(
+            f"expected {name} to fit the layers of this base model; got {len(wrong)} of {adapter.num_layers} that do "
+            f"not: {'; '.join(wrong[:_SHOWN])}; set base_model to the one it was made for, or give another file"
+        )
+    return BranchAdapter(networks)
+
+
+def _is_reshape(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Say whether only axes of length 1 at the end are missing or too many."""
+    came, length = tuple(tensor.shape), max(tensor.dim(), len(shape))
+    return came + (1,) * (length - len(came)) == shape + (1,) * (length - len(shape))

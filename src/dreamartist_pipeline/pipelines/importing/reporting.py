@@ -1,0 +1,58 @@
+"""What an import says about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dreamartist_pipeline.core.adapters import SHARED
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
+from dreamartist_pipeline.pipelines.importing.reading import Imported
+
+_NOTES = {
+    SHARED: "the positive LoRA acts on both sides of the guidance, as in other tools (import.positive_acts_on)",
+    "positive": "the negative side has no adapter: it follows the base model",
+    "negative": "the positive side has no adapter: it follows the base model",
+}
+
+
+def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
+    """Return the report: what each branch has got, and from which files."""
+    return {
+        "base_model": {
+            "name": concept.metadata["base_model"],
+            "fingerprint": concept.metadata["base_model_fingerprint"],
+        },
+        "adapters": {branch: _networks(adapter) for branch, adapter in imported.adapters.items()},
+        "words": [
+            {"slot": word.slot, "branch": word.branch, "name": word.name, "vectors": len(word.vectors)}
+            for word in imported.words
+        ],
+        "sources": [dataclasses.asdict(source) for source in imported.sources],
+        "notes": [_NOTES[branch] for branch in imported.adapters if len(imported.adapters) == 1],
+    }
+
+
+def _networks(adapter: BranchAdapter) -> dict[str, dict[str, Any]]:
+    return {
+        network: {
+            "layers": len(layers),
+            "ranks": sorted({factors.rank for factors in layers.values()}),
+            "parameters": sum(factors.down.numel() + factors.up.numel() for factors in layers.values()),
+        }
+        for network, layers in adapter.networks.items()
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the report as lines of text."""
+    lines = [
+        f"  {branch:<10}{network}: {entry['layers']} layers, ranks {', '.join(map(str, entry['ranks']))}"
+        for branch, networks in report["adapters"].items()
+        for network, entry in networks.items()
+    ]
+    for word in report["words"]:
+        lines.append(f"  {word['branch']:<10}word {word['name']}: {word['vectors']} vectors, slot {{{word['slot']}}}")
+    lines += [f"  {'from':<10}{source['file']} ({source['holds']})" for source in report["sources"]]
+    return "\n".join(lines + [f"  {'note':<10}{note}" for note in report["notes"]])

@@ -1,0 +1,75 @@
+"""A training that begins with a concept: reading it, and giving its values to what trains."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dreamartist_pipeline.backbones.concepts import check_base_model, clip_skip_of
+from dreamartist_pipeline.core.adapters import AdapterStack
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.embeddings import WordEmbedding
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.starting import Start, take_over
+from dreamartist_pipeline.interop.concept_file import read_concept
+from dreamartist_pipeline.params import TrainingParams
+
+
+class UserFiles(Protocol):
+    """Where the concept's file is."""
+
+    def read(self, path: str) -> bytes:
+        """Return a file's bytes."""
+
+
+def read_start(user_files: UserFiles | None, params: TrainingParams) -> Start | None:
+    """Return what the training begins with; None without `start_from`.
+
+    Raises:
+        InputError: there is no such file, or it is no concept.
+    """
+    if params.start_from is None:
+        return None
+    assert user_files is not None
+    file = user_files.read(params.start_from)
+    return Start(read_concept(file, params.start_from), hashlib.sha256(file).hexdigest())
+
+
+def begin_from(
+    start: Start | None,
+    stacks: Mapping[str, AdapterStack],
+    words: WordEmbedding | None,
+    params: TrainingParams,
+    base_model: tuple[str, str],
+) -> dict[str, Any]:
+    """Give fresh adapters and words the concept's values, and return what the plan says about it.
+
+    Args:
+        start: None leaves everything fresh.
+        stacks: network -> its fresh adapters; also on the meta device.
+        words: the fresh words, or None.
+        params: of the training.
+        base_model: its name and fingerprint.
+
+    Returns:
+        `{}`, or `{"start": {"sha256": …, "taken_over": {group: layers or vectors}}}`.
+
+    Raises:
+        InputError: the concept belongs to another base model, or something of it has no place in this training.
+    """
+    if start is None:
+        return {}
+    check_base_model(start.concept, *base_model)
+    _check_clip_skip(start.concept, params)
+    return {"start": {"sha256": start.sha256, "taken_over": take_over(stacks, words, start.concept)}}
+
+
+def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
+    """Confirm that the training reads the text states of the layer that the concept was trained with."""
+    expected = clip_skip_of(concept)
+    if params.clip_skip != expected:
+        raise InputError(
+            f"expected training.clip_skip {expected}, which the concept in training.start_from was trained with; got "
+            f"{params.clip_skip}; set it to {expected}"
+        )

@@ -1,0 +1,95 @@
+"""LoRA files of other tools: the format by the keys, other kinds by name, and shapes that fit the base model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dreamartist_pipeline.core.concept import FORMAT, Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, branch_adapter
+from dreamartist_pipeline.interop.file_facts import FileFacts
+from dreamartist_pipeline.interop.foreign_lora import fitted, read_lora
+from dreamartist_pipeline.interop.kohya import write_kohya
+from dreamartist_pipeline.interop.layer_names import kohya_name
+from dreamartist_pipeline.interop.peft_files import write_peft
+from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
+
+from .conftest import ATTENTION, CONV, MLP, OUT, PROJ_IN, TEXT, expected_updates
+
+SHAPES = {
+    "unet": {ATTENTION: (5, 6), OUT: (6, 5), PROJ_IN: (6, 4, 1, 1), CONV: (7, 4, 3, 3)},
+    "text_encoder": {TEXT: (4, 4), MLP: (8, 4)},
+}
+FACTS = FileFacts("fox", "my-fox", "epsilon", is_v2=False)
+NAME = kohya_name("unet", ATTENTION)
+
+
+@pytest.mark.parametrize(("form", "write"), [("kohya", write_kohya), ("peft", write_peft)])
+def test_the_format_is_found_by_the_keys(concept: Concept, form: str, write: object) -> None:
+    file = write(branch_adapter(concept, "positive"), FACTS, torch.float32)  # type: ignore[operator]
+    lora = read_lora(file, "fox.safetensors", SHAPES)
+    assert lora.form == form
+    expected = expected_updates(concept, "positive")
+    for at, factors in lora.adapter.by_layer().items():
+        torch.testing.assert_close(factors.update(), expected[at], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("bundle_emb.my-fox.string_to_param.*", "a LoRA with embeddings bundled into it"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA for SDXL"),
+        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "a LoRA for SDXL"),
+        ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "a LoRA for SDXL"),
+        (f"{NAME}.dora_scale", "a DoRA"),
+        (f"unet.{ATTENTION}.lora_magnitude_vector.weight", "a DoRA"),
+        (f"{NAME}.lokr_w1", "a LoKr"),
+        (f"{NAME}.hada_w1_a", "a LoHa"),
+        (f"{NAME}.oft_blocks", "an OFT"),
+        (f"{NAME}.lora_mid.weight", "a LoCon with Tucker decomposition"),
+        (f"{NAME}.diff", "whole weight differences"),
+        (f"lora:{ATTENTION}.___.alpha", "adapters of HCP-Diffusion .*; give their folder as import.toolkit"),
+        ("emb_params", "an embedding .*; give it in import.words"),
+        (f"base_model.model.{ATTENTION}.lora_A.weight", "peft's own form"),
+        (f"unet.{ATTENTION}.lora.down.weight", "an old form of diffusers"),
+        (f"unet.{ATTENTION}.processor.to_q_lora.down.weight", "an old form of diffusers"),
+        ("model.diffusion_model.out.2.weight", "a whole model"),
+    ],
+)
+def test_another_kind_of_file_is_refused_by_what_it_is(key: str, message: str) -> None:
+    plain = {f"{NAME}.lora_down.weight": torch.ones(2, 6), f"{NAME}.lora_up.weight": torch.ones(5, 2)}
+    file = write_tensors(plain | {key: torch.ones(2, 6)}, {})
+    with pytest.raises(InputError, match=f"expected a plain LoRA in fox.safetensors; got {message}"):
+        read_lora(file, "fox.safetensors", SHAPES)
+
+
+def test_a_file_without_any_lora_is_refused_with_what_is_in_it() -> None:
+    with pytest.raises(InputError, match="kohya format or diffusers' .* got conv.bias, conv.weight; give another"):
+        read_lora(write_tensors({"conv.weight": torch.ones(1), "conv.bias": torch.ones(1)}, {}), "x", SHAPES)
+
+
+def test_a_concept_of_this_project_is_no_foreign_file() -> None:
+    with pytest.raises(InputError, match="got a concept of this project; copy it"):
+        read_lora(write_tensors({"unet.x.0.positive.up": torch.ones(1)}, {"format": FORMAT}), "x", SHAPES)
+
+
+def test_shapes_of_another_base_model_are_named_by_layer() -> None:
+    factors = LoRAFactors(torch.ones(2, 9), torch.ones(5, 2), 1.0)
+    wrong = rf"unet.{ATTENTION} came as \(2, 9\) and \(5, 2\) where \(2, 6\) and \(5, 2\) belong"
+    with pytest.raises(InputError, match=f"got 1 of 1 that do not: {wrong}"):
+        fitted(BranchAdapter({"unet": {ATTENTION: factors}}), "x", SHAPES)
+
+
+def test_a_1x1_kernel_may_come_without_its_axes_and_a_matrix_with_them() -> None:
+    adapter = BranchAdapter(
+        {
+            "unet": {
+                PROJ_IN: LoRAFactors(torch.ones(2, 4), torch.ones(6, 2), 1.0),
+                ATTENTION: LoRAFactors(torch.ones(2, 6, 1, 1), torch.ones(5, 2, 1, 1), 1.0),
+            }
+        }
+    )
+    layers = fitted(adapter, "x", SHAPES).networks["unet"]
+    assert (layers[PROJ_IN].down.shape, layers[PROJ_IN].up.shape) == ((2, 4, 1, 1), (6, 2, 1, 1))
+    assert (layers[ATTENTION].down.shape, layers[ATTENTION].up.shape) == ((2, 6), (5, 2))

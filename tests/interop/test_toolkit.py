@@ -1,0 +1,179 @@
+"""The reference toolkit's files as it leaves them: layouts of keys, steps in names, pickled and empty files, words."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.interop.branch_adapters import branch_adapter, trigger_words
+from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
+from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words, write_toolkit
+
+from .conftest import ATTENTION, MODULES, Files, expected_updates, newer, renamed_keys
+
+BRANCHES = ("positive", "negative")
+SIX = ("unet-7", "unet-neg-7", "text_encoder-7", "text_encoder-neg-7")
+
+
+def written(concept: Concept, step: int = 7) -> Files:
+    return write_toolkit({branch: branch_adapter(concept, branch) for branch in BRANCHES}, trigger_words(concept), step)
+
+
+def first(files: Files) -> Files:
+    return renamed_keys(files, (".___.", ".lora_block."), (".alpha", ".scale"))
+
+
+def with_averages(files: Files) -> Files:
+    """What a training with `model.ema` leaves: averages beside the weights, here twice as large."""
+
+    def both(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors | {key.replace("lora:", "lora_ema:"): 2 * tensor for key, tensor in tensors.items()}
+
+    return {
+        name: file if name.endswith(".pt") else write_tensors(both(read_tensors(file, name)), {})
+        for name, file in files.items()
+    }
+
+
+def pickled(files: Files) -> Files:
+    """The toolkit's `ckpt_type: torch`: the same tensors in nested dictionaries."""
+    changed = {}
+    for name, file in files.items():
+        if name.endswith(".pt"):
+            changed[name] = file
+            continue
+        tensors = {key.removeprefix("lora:"): tensor for key, tensor in read_tensors(file, name).items()}
+        buffer = io.BytesIO()
+        torch.save({"base": {}, "lora": tensors}, buffer)
+        changed[name.replace(".safetensors", ".ckpt")] = buffer.getvalue()
+    return changed
+
+
+def as_left_by_a_training(files: Files) -> Files:
+    return {name.replace(".pt", "-7.pt"): file for name, file in files.items()}
+
+
+LAYOUTS = [newer, first, with_averages, pickled, as_left_by_a_training]
+
+
+def test_the_files_are_those_six_with_alpha_divided_by_the_rank(concept: Concept) -> None:
+    files = written(concept)
+    assert set(files) == {*(f"{name}.safetensors" for name in SIX), "my-fox.pt", "my-fox-neg.pt"}
+    tensors = read_tensors(files["text_encoder-neg-7.safetensors"], "x")
+    assert float(tensors["lora:text_model.encoder.layers.0.mlp.fc1.___.alpha"]) == 3.0 / 2
+    _, words = read_toolkit(files, MODULES)
+    assert {name: tuple(vectors.shape) for name, vectors in words.items()} == {"my-fox": (2, 4), "my-fox-neg": (3, 4)}
+    assert torch.equal(words["my-fox"], concept.tensors["words.positive.pt1"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_the_toolkit_gives_the_same_adapters_and_words(
+    concept: Concept, layout: Callable[[Files], Files]
+) -> None:
+    files = layout(written(concept))
+    assert files != written(concept)
+    adapters, words = read_toolkit(files, MODULES)
+    assert set(words) == {"my-fox", "my-fox-neg"}
+    for branch in BRANCHES:
+        came, expected = adapters[branch].by_layer(), expected_updates(concept, branch)
+        assert came.keys() == expected.keys()
+        for at, factors in came.items():
+            torch.testing.assert_close(factors.update(), expected[at], rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- steps
+
+
+def test_the_newest_step_is_read_unless_another_is_named() -> None:
+    names = ["unet-90.safetensors", "unet-100.safetensors", "my-fox-90.pt", "my-fox-100.pt"]
+    newest, older = files_of_step(names), files_of_step(names, 90)
+    assert (newest.step, newest.adapters, newest.words) == (100, ("unet-100.safetensors",), {"my-fox": "my-fox-100.pt"})
+    assert older.names == ["my-fox-90.pt", "unet-90.safetensors"]
+
+
+def test_a_number_at_the_end_of_a_word_is_its_own_where_no_adapters_have_that_step() -> None:
+    assert files_of_step(["unet-100.safetensors", "cat-3.pt"]).words == {"cat-3": "cat-3.pt"}
+    assert files_of_step(["cat-3.pt"]).words == {"cat-3": "cat-3.pt"}
+    assert files_of_step(["cat-3.pt", "cat-9.pt"], 3).words == {"cat": "cat-3.pt", "cat-9": "cat-9.pt"}
+
+
+def test_a_word_saved_at_the_step_goes_before_the_one_it_began_with() -> None:
+    assert files_of_step(["unet-5.ckpt", "cat.pt", "cat-5.pt"]).words == {"cat": "cat-5.pt"}
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InputError, match="expected adapters of step 8; got those of 7, 9; choose one"):
+        files_of_step(["unet-7.safetensors", "unet-9.safetensors"], 8)
+
+
+def test_a_step_reaches_the_reader(concept: Concept) -> None:
+    half = Concept({name: tensor / 2 for name, tensor in concept.tensors.items()}, concept.metadata)
+    both = as_left_by_a_training(written(half)) | written(concept, 9)
+    expected = expected_updates(half, "positive")["unet", ATTENTION]
+    came = read_toolkit(both, MODULES, step=7)[0]["positive"].networks["unet"][ATTENTION]
+    torch.testing.assert_close(came.update(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_another_name_is_refused() -> None:
+    with pytest.raises(InputError, match="got fox.safetensors; leave them out"):
+        read_toolkit({"fox.safetensors": b""}, MODULES)
+
+
+def test_two_files_for_one_network_are_refused(concept: Concept) -> None:
+    files = written(concept)
+    with pytest.raises(InputError, match="one file for a network"):
+        read_toolkit(files | pickled(files), MODULES)
+
+
+# --------------------------------------------------------------------------------------------- single files
+
+
+def test_a_training_of_words_alone_leaves_empty_files_and_has_no_adapters(concept: Concept) -> None:
+    words = {name: file for name, file in written(concept).items() if name.endswith(".pt")}
+    adapters, vectors = read_toolkit(words | {"unet-7.safetensors": save({})}, MODULES)
+    assert adapters == {} and set(vectors) == {"my-fox", "my-fox-neg"}
+
+
+def test_a_file_without_alpha_is_refused() -> None:
+    key = f"lora:{ATTENTION}.___.layer"
+    tensors = {f"{key}.W_down": torch.ones(2, 6), f"{key}.W_up": torch.ones(5, 2)}
+    with pytest.raises(InputError, match=f"expected alpha for unet.{ATTENTION} in unet-1.safetensors"):
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
+
+
+def test_trained_weights_of_the_base_model_are_refused() -> None:
+    tensors = {f"base:{ATTENTION}.weight": torch.ones(5, 6)}
+    with pytest.raises(InputError, match=f"1 unknown keys: base:{ATTENTION}.weight"):
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+def test_words_are_paired_by_their_ending_or_by_name() -> None:
+    vectors = {"a": torch.zeros(1, 4), "a-neg": torch.zeros(2, 4)}
+    assert [(w.name, w.slot, w.branch) for w in toolkit_words(vectors, {}, "x")] == [
+        ("a", "pt1", "positive"),
+        ("a-neg", "pt1", "negative"),
+    ]
+    assert [(w.name, w.slot, w.branch) for w in toolkit_words(vectors, {"s": ("a-neg", "a")}, "x")] == [
+        ("a-neg", "s", "positive"),
+        ("a", "s", "negative"),
+    ]
+
+
+@pytest.mark.parametrize("names", [{"pt1": ("a", "c")}, {"pt1": ("a",)}])
+def test_words_that_are_not_those_named_are_refused(names: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(InputError, match=r"expected the words .* got \['a', 'b'\]; name the pair in OPTION"):
+        toolkit_words({"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, names, "OPTION")
+
+
+def test_words_that_are_no_pair_have_to_be_named() -> None:
+    with pytest.raises(InputError, match="one word and its '-neg' partner; got a, b; name the pair in OPTION"):
+        toolkit_words({"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, {}, "OPTION")

@@ -1,0 +1,253 @@
+"""The import: files of other tools become a concept that draws, and wrong ones are refused without loading a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+from dreamartist_pipeline.api import open_base_model, read_toolkit_concept
+from dreamartist_pipeline.backbones.base_model import Backbone
+from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.cli import parse_params
+from dreamartist_pipeline.cli import run as run_command
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.user_files import UserFiles
+from dreamartist_pipeline.interop.branch_adapters import branch_adapter
+from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
+from dreamartist_pipeline.params import ExportParams, ImportParams, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.pipelines.export.nodes import write_files
+from dreamartist_pipeline.pipelines.importing import create_pipeline
+from dreamartist_pipeline.pipelines.importing.nodes import import_concept
+
+PROJECT = Path(__file__).resolve().parents[2]
+SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=2, guidance_scale=3.0)
+PAIR = {
+    "positive": "lora/fox.safetensors",
+    "negative": "lora/fox-neg.safetensors",
+    "words": {"pt1": ["embeddings/my-fox.safetensors", "embeddings/my-fox-neg.safetensors"]},
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return open_base_model(tiny_base_model)
+
+
+@pytest.fixture(scope="module")
+def concept(backbone: Backbone, make_training_params: Callable[..., TrainingParams]) -> Concept:
+    """A concept whose adapters and words are far from their start."""
+    params = make_training_params()
+    concept = start_concept(backbone, params, 1, 0).snapshot(concept_metadata(backbone, params, 1))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(t.shape, generator=generator) * 0.3 for name, t in concept.tensors.items()}
+    return Concept(tensors, concept.metadata)
+
+
+@pytest.fixture(scope="module")
+def folder(concept: Concept, tiny_base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The concept's export: what a user has."""
+    folder = tmp_path_factory.mktemp("export")
+    for name, file in write_files(str(tiny_base_model), concept, ExportParams(title="fox")).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(file)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_weight_is_loaded(monkeypatch: pytest.MonkeyPatch, backbone: Backbone) -> None:
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
+
+
+@pytest.fixture
+def run(tiny_base_model: Path, folder: Path) -> Callable[..., tuple[Concept, dict[str, Any]]]:
+    def run(in_place: str | None = None, **values: Any) -> tuple[Concept, dict[str, Any]]:
+        return import_concept(str(tiny_base_model), UserFiles(folder), in_place, ImportParams(**values))
+
+    return run
+
+
+Run = Callable[..., tuple[Concept, dict[str, Any]]]
+
+
+def draw(backbone: Backbone, concept: Concept, prompt: str = "a my-fox") -> torch.Tensor:
+    loaded = attach(backbone, concept, StrengthParams(positive=0.8, negative=0.65))
+    (image,) = generate(backbone, loaded, [prompt], "a red cat", [1], SAMPLER)
+    return torch.tensor(list(image.tobytes()), dtype=torch.int32)
+
+
+# --------------------------------------------------------------------------------------------- a concept
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"positive": "diffusers/fox.safetensors", "negative": "diffusers/fox-neg.safetensors"}]
+)
+def test_an_exported_pair_draws_as_the_concept_does(
+    run: Run, backbone: Backbone, concept: Concept, changes: dict[str, str]
+) -> None:
+    imported, _ = run(**PAIR | changes)
+    assert (draw(backbone, imported) - draw(backbone, concept)).abs().max() <= 1
+    assert imported.value("words") == {"pt1": ["my-fox", "my-fox-neg"]}
+    assert imported.value("num_branches") == 2
+
+
+def test_a_toolkits_folder_is_the_concept_that_the_python_call_reads(
+    run: Run, backbone: Backbone, folder: Path
+) -> None:
+    imported, report = run(toolkit="toolkit")
+    expected = read_toolkit_concept(backbone, folder / "toolkit")
+    assert imported.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(imported.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert imported.value("num_steps") == 3
+    assert {source["holds"] for source in report["sources"]} == {
+        "adapters, HCP-Diffusion",
+        "positive word my-fox",
+        "negative word my-fox-neg",
+    }
+
+
+def test_a_step_of_the_toolkits_folder_can_be_named(run: Run) -> None:
+    with pytest.raises(InputError, match="expected adapters of step 9; got those of 3"):
+        run(toolkit="toolkit", step=9)
+
+
+def test_one_lora_alone_acts_on_both_sides_and_says_so(
+    run: Run, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        imported, report = run(positive="lora/fox.safetensors")
+    assert imported.value("num_branches") == 1
+    assert report["adapters"].keys() == {"shared"}
+    assert "acts on both sides of the guidance" in report["notes"][0]
+    assert report["notes"][0] in caplog.text
+    expected = branch_adapter(concept, "positive").by_layer()
+    for branch in ("positive", "negative"):
+        came = branch_adapter(imported, branch).by_layer()
+        assert came.keys() == expected.keys()
+        for at, factors in came.items():
+            torch.testing.assert_close(factors.update(), expected[at].update(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_positive_lora_may_act_on_the_positive_side_alone(run: Run) -> None:
+    imported, report = run(positive="lora/fox.safetensors", positive_acts_on="positive")
+    assert branch_adapter(imported, "negative").num_layers == 0
+    assert report["notes"] == ["the negative side has no adapter: it follows the base model"]
+
+
+def test_an_embedding_alone_is_a_concept(run: Run, backbone: Backbone, concept: Concept) -> None:
+    imported, report = run(words={"pt1": "toolkit/my-fox.pt"})
+    assert list(imported.tensors) == ["words.positive.pt1"]
+    assert report["words"] == [{"slot": "pt1", "branch": "positive", "name": "my-fox", "vectors": 2}]
+    assert (draw(backbone, imported, "a my-fox") != draw(backbone, imported, "a red dog")).any()
+
+
+def test_several_files_of_one_branch_add_up(run: Run, concept: Concept) -> None:
+    imported, _ = run(positive=["lora/fox.safetensors", "lora/fox-neg.safetensors"])
+    came = branch_adapter(imported, "positive").by_layer()
+    positive, negative = (branch_adapter(concept, branch).by_layer() for branch in ("positive", "negative"))
+    for at, factors in came.items():
+        torch.testing.assert_close(
+            factors.update(), positive[at].update() + negative[at].update(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_names_class_word_and_clip_skip_are_those_given(run: Run) -> None:
+    names = {"pt1": ["my-own", "my-own-neg"]}
+    imported, _ = run(**PAIR, names=names, class_word="fox", clip_skip=1)
+    assert imported.value("words") == names
+    assert (imported.metadata["class_word"], imported.value("clip_skip")) == ("fox", 1)
+
+
+def test_the_report_counts_and_names_the_files(run: Run, folder: Path, tiny_base_model: Path) -> None:
+    imported, report = run(**PAIR)
+    assert json.loads(json.dumps(report)) == report
+    assert report["base_model"]["name"] == tiny_base_model.name
+    text = report["adapters"]["negative"]["text_encoder"]
+    assert text == {"layers": 12, "ranks": [1], "parameters": 2 * (4 * 64 + 2 * 128)}
+    sha256 = hashlib.sha256((folder / "lora/fox.safetensors").read_bytes()).hexdigest()
+    assert report["sources"][0] == {"file": "fox.safetensors", "sha256": sha256, "holds": "positive LoRA, kohya"}
+    assert imported.value("imported_from")[0] == ["fox.safetensors", sha256]
+
+
+def test_every_documented_command_is_a_valid_import() -> None:
+    documented = re.findall(r"`(import\.[\w.]+=[^`]+)`", (PROJECT / "docs/import.md").read_text())
+    assert len(documented) > 8
+    for text in documented:
+        values = parse_params(click.Context(run_command), run_command.params[0], text)["import"]
+        if "names" in values:
+            values["words"] = values["names"]  # named beside their files
+        if "step" in values:
+            values["toolkit"] = "ckpts"
+        ImportParams.model_validate(values)
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def test_nothing_to_import_is_refused(run: Run) -> None:
+    with pytest.raises(InputError, match="expected files to import; got none"):
+        run()
+
+
+def test_a_concept_in_place_is_only_replaced_when_asked(run: Run) -> None:
+    with pytest.raises(InputError, match="models/cat/concept.safetensors is there already; .*import.replace=true"):
+        run("models/cat/concept.safetensors", **PAIR)
+    run("models/cat/concept.safetensors", **PAIR, replace=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"positive": "lora/none.safetensors"}, "expected a file at .*none.safetensors; got none"),
+        ({"positive": "README.txt"}, "expected a safetensors file README.txt"),
+        ({"positive": "embeddings/my-fox.safetensors"}, "got an embedding .*; give it in import.words"),
+        ({"words": {"pt1": "lora/fox.safetensors"}}, r"expected one embedding \[n, D\] in fox.safetensors"),
+        ({"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "cat"}}, "'cat' is already a single token"),
+        (
+            {"words": {"pt1": ["toolkit/my-fox.pt", "toolkit/my-fox-neg.pt"]}, "names": {"pt1": ["my-x", "My-X"]}},
+            "every trigger word once; got 'my-x' twice; .* import.names.pt1=",
+        ),
+        (
+            {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "bad hands"}},
+            "without spaces; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
+        ),
+        ({"toolkit": "nowhere"}, "expected a folder at .*nowhere; got none"),
+        ({"toolkit": "lora"}, "expected files named"),
+        ({**PAIR, "clip_skip": 2}, "clip_skip below the text encoder's 2 layers"),
+    ],
+)
+def test_a_wrong_file_is_refused(run: Run, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(**values)
+
+
+def test_a_lora_of_another_base_model_is_refused_by_layer(run: Run, folder: Path) -> None:
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    wide = {f"unet.{layer}.lora_A.weight": torch.ones(2, 768), f"unet.{layer}.lora_B.weight": torch.ones(320, 2)}
+    (folder / "wide.safetensors").write_bytes(write_tensors(wide, {}))
+    with pytest.raises(InputError, match=rf"unet.{layer} came as \(2, 768\) and \(320, 2\) where .* set base_model"):
+        run(positive="wide.safetensors")
+
+
+def test_an_embedding_of_another_width_or_longer_than_a_prompt_is_refused(run: Run, folder: Path) -> None:
+    for name, shape in (("wide", (1, 768)), ("long", (23, 32))):
+        (folder / f"my-{name}.safetensors").write_bytes(write_tensors({"emb_params": torch.ones(shape)}, {}))
+    with pytest.raises(InputError, match="vectors of width 32 for 'my-wide'; got 768"):
+        run(words={"pt1": "my-wide.safetensors"})
+    with pytest.raises(InputError, match="at most 22 vectors for 'my-long'"):
+        run(words={"pt1": "my-long.safetensors"})
+
+
+def test_the_pipeline_gives_a_concept_and_a_report() -> None:
+    assert create_pipeline().all_outputs() == {"concept", "import_report"}
