@@ -1,0 +1,781 @@
+"""Every option of the configuration has a test that fails when the option is ignored; here are those that live nowhere else.
+
+An option is a path into `params.SECTIONS`, such as `training.loss.snr_gamma`. The tests at the top walk the schema: an
+option without a proof fails them. A proof is a test marked `@proves("<option>")` in this module, or a test elsewhere,
+named in PROVEN_ELSEWHERE.
+
+Models that are handed on as a whole (HANDED_ON) are proven in two parts: that each place hands its model on
+(`generate.sampler`), and, once, that each of its values is obeyed (`SamplerParams.scheduler`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from kedro.config import OmegaConfigLoader
+from pandas import DataFrame
+from PIL import Image
+from pydantic import BaseModel, ValidationError
+
+from dreamartist_pipeline import settings
+from dreamartist_pipeline.backbones import base_model, concepts
+from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, make_scheduler, pick_device
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.image_store import ImageStore
+from dreamartist_pipeline.hooks import build_parameters, register_project_root
+from dreamartist_pipeline.params import (
+    SECTIONS,
+    BucketParams,
+    DeviceParams,
+    EvaluationParams,
+    GenerateParams,
+    IngestionParams,
+    LoRAGroup,
+    RegularizationParams,
+    SamplerParams,
+    StrengthParams,
+    TrainingParams,
+)
+from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
+from dreamartist_pipeline.pipelines.generate.nodes import generate_images
+from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
+from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
+from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+
+TESTS = Path(__file__).resolve().parent
+RECIPES = {"pretrain", "judge"}  # how the bundled models were made; no options of a user's run
+HANDED_ON = (LoRAGroup, SamplerParams, StrengthParams)
+TAKEN_APART = ("export.sampler", "export.strength")  # written into files value by value, so proven value by value
+
+CORE, BACKBONES, PIPELINES = "core/test_training.py", "backbones/test_concepts.py", "pipelines/test_training.py"
+PROVEN_ELSEWHERE = {
+    "device.dtype": f"{BACKBONES}::test_a_half_precision_base_trains_float32_adapters",
+    "ingestion.bucket.side_px": "pipelines/test_ingestion.py::test_without_a_mask_everything_weighs_one",
+    "ingestion.bucket.multiple_px": "core/test_images.py::test_keep_aspect_picks_the_nearest_size_of_at_most_the_area",
+    "ingestion.bucket.keep_aspect": "core/test_images.py::test_keep_aspect_picks_the_nearest_size_of_at_most_the_area",
+    "ingestion.fit": "pipelines/test_ingestion.py::test_padding_weighs_nothing",
+    "ingestion.background_color": "pipelines/test_ingestion.py::test_transparent_pixels_take_the_background_color",
+    "prompts.column": "pipelines/test_prompts.py::test_a_column_is_chosen_by_name_or_number",
+    "prompts.num_prompts": "pipelines/test_prompts.py::test_no_prompts_may_be_asked_for",
+    "prompts.seed": "pipelines/test_prompts.py::test_another_seed_draws_others",
+    "regularization.seed": (
+        "pipelines/test_regularization.py::test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i"
+    ),
+    "training.seed": f"{PIPELINES}::test_the_same_seed_writes_the_same_bytes_and_another_seed_others",
+    "training.num_steps": f"{PIPELINES}::test_zero_steps_give_a_concept_and_an_empty_history",
+    "training.batch_size": f"{CORE}::test_each_distinct_prompt_of_a_batch_is_encoded_once",
+    "training.regularization_batch_size": f"{CORE}::test_a_regularization_image_meets_only_its_own_prompt",
+    "training.words.names": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
+    "training.words.optimizer": f"{CORE}::test_adapters_and_words_have_optimizers_of_their_own",
+    "training.templates": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
+    "training.class_word": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
+    "training.caption_transforms.kind": (
+        f"{PIPELINES}::test_caption_transforms_change_the_caption_alike_in_both_branches"
+    ),
+    "training.caption_transforms.p": f"{PIPELINES}::test_caption_transforms_change_the_caption_alike_in_both_branches",
+    "training.optimizer": f"{CORE}::test_adapters_and_words_have_optimizers_of_their_own",
+    "training.ema_decay": f"{CORE}::test_previews_and_the_end_hold_averages_where_they_are_asked_for",
+    "training.timesteps": f"{CORE}::test_timesteps_stay_within_their_limits",
+    "training.noise_offset": f"{CORE}::test_a_noise_offset_shifts_whole_channels_and_nothing_else",
+    "training.zero_terminal_snr": (
+        f"{PIPELINES}::test_a_concept_draws_with_the_noise_schedule_it_was_trained_with"
+    ),
+    "training.loss.kind": f"{CORE}::test_the_huber_loss_is_what_trains_when_asked_for",
+    "training.loss.huber_delta": f"{CORE}::test_the_huber_loss_is_what_trains_when_asked_for",
+    "training.loss.reconstruction_weight": (
+        f"{CORE}::test_the_reconstruction_adds_its_weighted_part_of_the_reference_rows"
+    ),
+    "LoRAGroup.timestep_min_rank": f"{BACKBONES}::test_training_gives_no_gradient_to_ranks_that_no_row_used",
+    "evaluation.prompts": "pipelines/test_evaluation.py::test_the_node_returns_sheet_metrics_and_table_and_tracks_them",
+    "evaluation.prior_prompts": (
+        "pipelines/test_evaluation.py::test_the_node_returns_sheet_metrics_and_table_and_tracks_them"
+    ),
+    "evaluation.class_word": (
+        "pipelines/test_evaluation.py::test_the_node_returns_sheet_metrics_and_table_and_tracks_them"
+    ),
+    "evaluation.evaluators": (
+        "pipelines/test_evaluation.py::test_a_missing_evaluator_is_refused_before_anything_is_drawn"
+    ),
+    "generate.prompts": "pipelines/test_generate.py::test_every_prompt_gets_its_images_by_number_and_seed",
+    "generate.images_per_prompt": "pipelines/test_generate.py::test_every_prompt_gets_its_images_by_number_and_seed",
+    "generate.seed": "pipelines/test_generate.py::test_every_prompt_gets_its_images_by_number_and_seed",
+    "generate.strength": "pipelines/test_generate.py::test_strengths_reach_the_adapters",
+    "export.title": "pipelines/test_export.py::test_the_title_names_files_and_metadata",
+    "export.formats": "pipelines/test_export.py::test_only_the_chosen_formats_are_written",
+    "export.dtype": "pipelines/test_export.py::test_what_is_read_back_is_the_concept_to_the_dtypes_precision",
+    "export.prompt": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.negative_prompt": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.seed": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.strength.positive": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.strength.negative": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.sampler.scheduler": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.sampler.num_inference_steps": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.sampler.guidance_scale": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
+    "export.sampler.batch_size": "pipelines/test_export.py::test_the_script_draws_in_batches_from_the_seed_on",
+    "SamplerParams.num_inference_steps": "backbones/test_base_model.py::test_the_base_model_draws_what_diffusers_draws",
+    "SamplerParams.batch_size": "pipelines/test_generate.py::test_progress_counts_the_images_of_each_batch",
+    "StrengthParams.positive": f"{BACKBONES}::test_strength_zero_of_both_branches_is_the_base_model",
+    "StrengthParams.negative": f"{BACKBONES}::test_strengths_act_on_their_own_branch",
+}
+"""option -> the test that fails when the option is ignored, "<file below tests/>::<test>"."""
+
+_proven_here: dict[str, str] = {}
+
+
+def proves(*options: str) -> Callable[[Any], Any]:
+    """Mark the test that fails when one of these options is ignored."""
+
+    def register(test: Any) -> Any:
+        _proven_here.update(dict.fromkeys(options, test.__name__))
+        return test
+
+    return register
+
+
+# --------------------------------------------------------------------------------------------- the schema
+
+
+def options(path: str, model: type[BaseModel]) -> Iterator[str]:
+    """Yield the path of every value below a model; a model that is handed on as a whole is one value."""
+    for name, field in model.model_fields.items():
+        here, nested = f"{path}.{name}", model_in(field.annotation)
+        if nested is None or (nested in HANDED_ON and here not in TAKEN_APART):
+            yield here
+        else:
+            yield from options(here, nested)
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the model in an annotation such as `Model`, `tuple[Model, ...]` or `Model | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(model_in, get_args(annotation))), None)
+
+
+def all_options() -> set[str]:
+    sections = {name: model for name, model in SECTIONS.items() if name not in RECIPES}
+    models = sections | {model.__name__: model for model in HANDED_ON}
+    return {option for path, model in models.items() for option in options(path, model)}
+
+
+def without_proof(wanted: set[str]) -> str:
+    """Return what to add for every option that nothing proves; nothing where all is proven."""
+    missing = sorted(wanted - _proven_here.keys() - PROVEN_ELSEWHERE.keys())
+    return "".join(
+        f"\n{option} has no test that fails when it is ignored: write one, and either put it into "
+        f'tests/test_every_option.py under @proves("{option}") or add to PROVEN_ELSEWHERE there\n'
+        f'    "{option}": "<file below tests/>::<test>",'
+        for option in missing
+    )
+
+
+def test_every_option_has_a_test_that_fails_when_it_is_ignored() -> None:
+    assert not without_proof(all_options()), without_proof(all_options())
+
+
+def test_no_proof_is_of_an_option_that_is_gone() -> None:
+    assert not (_proven_here.keys() | PROVEN_ELSEWHERE.keys()) - all_options()
+
+
+@pytest.mark.parametrize("proof", sorted(set(PROVEN_ELSEWHERE.values())))
+def test_every_named_proof_is_a_test(proof: str) -> None:
+    file, _, name = proof.partition("::")
+    assert (TESTS / file).is_file()
+    assert name.startswith("test_")
+    assert name in functions_in(file), f"there is no {name} in tests/{file}: was it renamed?"
+
+
+@functools.cache
+def functions_in(file: str) -> set[str]:
+    module = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    return {statement.name for statement in module.body if isinstance(statement, ast.FunctionDef)}
+
+
+def test_a_new_option_is_named_with_what_to_add() -> None:
+    class Inner(BaseModel):
+        new_value: int = 0
+
+    class Section(BaseModel):
+        inner: tuple[Inner, ...] = ()
+        maybe: Inner | None = None
+        sampler: SamplerParams = SamplerParams()
+
+    found = set(options("toy", Section))
+    assert found == {"toy.inner.new_value", "toy.maybe.new_value", "toy.sampler"}
+    assert 'add to PROVEN_ELSEWHERE there\n    "toy.sampler": "<file below tests/>::<test>",' in without_proof(found)
+
+
+# --------------------------------------------------------------------------------------------- a tiny training
+
+CPU = DeviceParams(device="cpu")
+CAPTION = "white background"
+WORDS = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3), "lr": 1e-2}
+LAYERS = {"unet": [r"re:.*\.attn1$"], "text_encoder": [r"re:.*self_attn$"]}
+NETWORKS = tuple(LAYERS)
+CONSTANT = {"kind": "constant"}
+LR = 1e-2
+FIRST_TIMESTEP, LAST_TIMESTEP = (0.0, 0.001), (0.999, 1.0)
+
+
+class Tracker:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        self.steps.append(step)
+
+
+class Store:
+    """One image of one colour."""
+
+    def __init__(self, color: str) -> None:
+        self._color = color
+
+    def captions(self, key: str) -> dict[str, str]:
+        return {"000000.png": "a red cat"}
+
+    def images(self, key: str) -> Iterator[Image.Image]:
+        yield Image.new("RGB", (32, 32), self._color)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training left behind; `steps_shown` are those with a preview."""
+
+    concept: Concept
+    history: DataFrame
+    steps_shown: list[int]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.concept.tensors[name]
+
+    def of(self, ending: str) -> list[torch.Tensor]:
+        """The tensors whose name ends so, for example "0.positive.up"."""
+        found = [tensor for name, tensor in self.concept.tensors.items() if name.endswith(ending)]
+        assert found
+        return found
+
+    def largest(self, ending: str) -> float:
+        return max(tensor.abs().max().item() for tensor in self.of(ending))
+
+    def first(self, column: str) -> float:
+        return float(self.history[column].iloc[0])
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once() -> Iterator[None]:
+    """Load a base model once for all tests: nothing changes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "load_backbone", functools.cache(base_model.load_backbone))
+        yield
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path, _loaded_once: None) -> Backbone:
+    return base_model.load_backbone(BaseModelFiles(str(tiny_base_model)), CPU)
+
+
+@pytest.fixture(scope="module")
+def train(tiny_base_model: Path, _loaded_once: None) -> Train:
+    """Return what trains for one step at the base values, but for the keywords; equal trainings run once.
+
+    At a constant rate, the first step of AdamW moves a value by lr · g / (|g| + 1e-8), so by almost exactly lr.
+    """
+    done: dict[str, Run] = {}
+
+    def run(color: str = "blue", **changes: Any) -> Run:
+        groups = {f"lora_{network}": lora(network) for network in NETWORKS}
+        values = {
+            "num_steps": 1,
+            "batch_size": 2,
+            "regularization_batch_size": 1,
+            "templates": ("a {pt1}, {caption}",),
+            "words": WORDS,
+            "schedule": CONSTANT,
+            "words_schedule": CONSTANT,
+            "weight_decay": 0.0,
+            **groups,
+        }
+        key = repr((color, sorted(changes.items())))
+        if key not in done:
+            done[key] = run_training(tiny_base_model, TrainingParams(**(values | changes)), color)
+        return done[key]
+
+    return run
+
+
+def lora(network: str, **changes: Any) -> list[dict[str, Any]]:
+    """Return a network's group of each branch; keywords replace values of the positive one."""
+    group = {"lr": LR, "rank": 2, "layers": LAYERS[network]}
+    return [group | {"branch": "p"} | changes, group | {"branch": "n"}]
+
+
+def only(network: str, **changes: Any) -> dict[str, Any]:
+    """Return the parameters of a training with adapters in one network."""
+    return {f"lora_{other}": lora(other, **changes) if other == network else () for other in NETWORKS}
+
+
+def run_training(model: Path, params: TrainingParams, color: str = "blue") -> Run:
+    tracker, image = Tracker(), Image.new("RGB", (32, 32), "orange")
+    image.paste("purple", (8, 0, 16, 32))
+    concept, history = train_concept(
+        base_model=str(model),
+        prepared_image=image,
+        prepared_mask=Image.new("L", (32, 32), 127),
+        regularization_set={"key": "the-set"},
+        image_store=Store(color),
+        training_plan=check_training(str(model), params, CAPTION),
+        params=params,
+        caption=CAPTION,
+        device=CPU,
+        tracker=tracker,
+    )
+    return Run(concept, history, tracker.steps)
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+# --------------------------------------------------------------------------------------------- LoRA groups
+
+each_network = pytest.mark.parametrize("network", NETWORKS)
+
+
+@proves("training.lora_unet", "training.lora_text_encoder", "LoRAGroup.lr")
+@each_network
+def test_a_groups_rate_is_the_length_of_its_first_step(train: Train, network: str) -> None:
+    run = train(**only(network, lr=3 * LR))
+    assert run.largest("0.positive.up") == pytest.approx(3 * LR, rel=1e-2)
+    assert run.largest("1.negative.up") == pytest.approx(LR, rel=1e-2)
+    assert {name.split(".")[0] for name in run.concept.tensors} == {network, "words"}
+
+
+@proves("LoRAGroup.rank")
+@pytest.mark.parametrize(("rank", "in_16", "in_32"), [(3, 3, 3), (0.25, 4, 8)])
+@each_network
+def test_a_groups_rank_is_that_of_its_tensors(
+    train: Train, network: str, rank: int | float, in_16: int, in_32: int
+) -> None:
+    run = train(**only(network, rank=rank))
+    ranks = {len(up): len(down) for down, up in zip(run.of("0.positive.down"), run.of("0.positive.up"), strict=True)}
+    assert ranks == {"unet": {16: in_16, 32: in_32}, "text_encoder": {32: in_32}}[network]
+    assert {len(down) for down in run.of("1.negative.down")} == {2}
+
+
+@proves("LoRAGroup.layers")
+@each_network
+def test_a_group_sits_on_its_layers(train: Train, network: str) -> None:
+    layer = {"unet": "attn1.to_q", "text_encoder": "self_attn.q_proj"}[network]
+    run = train(**only(network, layers=[f"re:.*{layer}$"]))
+    assert all(name.endswith(f"{layer}.0.positive.up") for name in run.concept.tensors if name.endswith("positive.up"))
+    assert len(run.of("1.negative.up")) > len(run.of("0.positive.up"))
+
+
+@proves("LoRAGroup.branch")
+@pytest.mark.parametrize(("branch", "name"), [("p", "positive"), ("n", "negative"), (None, "shared")])
+@each_network
+def test_a_group_belongs_to_its_branch(train: Train, network: str, branch: str | None, name: str) -> None:
+    run = train(**only(network, branch=branch))
+    assert run.largest(f"0.{name}.up") == pytest.approx(LR, rel=1e-2)
+    assert f"grad_norm/{name}/adapters" in run.history
+
+
+@proves("LoRAGroup.alpha")
+@each_network
+def test_a_groups_alpha_scales_its_update_and_so_its_gradient(train: Train, network: str) -> None:
+    plain, doubled = train(**only(network)), train(**only(network, alpha=2.0))
+    norm = "grad_norm/{}/adapters"
+    assert doubled.first(norm.format("positive")) == pytest.approx(2 * plain.first(norm.format("positive")), rel=1e-4)
+    assert doubled.first(norm.format("negative")) == pytest.approx(plain.first(norm.format("negative")), rel=1e-4)
+
+
+@proves("LoRAGroup.dropout")
+@each_network
+def test_a_groups_dropout_changes_its_gradient_alone(train: Train, network: str) -> None:
+    plain, dropped = train(**only(network)), train(**only(network, dropout=0.5))
+    norm = "grad_norm/{}/adapters"
+    assert dropped.first(norm.format("positive")) != pytest.approx(plain.first(norm.format("positive")), rel=1e-3)
+    assert dropped.first(norm.format("negative")) == pytest.approx(plain.first(norm.format("negative")), rel=1e-4)
+    assert dropped.first("loss") == pytest.approx(plain.first("loss"))  # an update of zero has nothing to drop
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+@proves("training.words.lr")
+def test_the_words_rate_is_the_length_of_their_first_step(train: Train) -> None:
+    start, end = train(num_steps=0), train(words=WORDS | {"lr": 5e-2})
+    for word in ("words.positive.pt1", "words.negative.pt1"):
+        assert (end[word] - start[word]).abs().max().item() == pytest.approx(5e-2, rel=1e-2)
+
+
+@proves("training.words.weight_decay")
+def test_the_words_weight_decay_shrinks_them_by_rate_times_decay(train: Train) -> None:
+    start, plain, decayed = train(num_steps=0), train(), train(words=WORDS | {"weight_decay": 10.0})
+    for word in ("words.positive.pt1", "words.negative.pt1"):
+        torch.testing.assert_close(plain[word] - decayed[word], 0.1 * start[word], rtol=1e-3, atol=1e-6)
+    assert same(plain.of(".up"), decayed.of(".up"))
+
+
+@proves("training.words.num_vectors")
+def test_each_branchs_word_has_its_number_of_vectors(train: Train) -> None:
+    run = train(words=WORDS | {"num_vectors": (4, 1)}, num_steps=0)
+    assert (len(run["words.positive.pt1"]), len(run["words.negative.pt1"])) == (4, 1)
+
+
+@proves("training.words.init_text")
+def test_each_branchs_word_starts_from_its_init_text(train: Train, backbone: Backbone) -> None:
+    run = train(words=WORDS | {"init_text": ("cat", "*[0.5]")}, num_steps=0)
+    (cat,) = backbone.tokenizer("cat", add_special_tokens=False).input_ids
+    assert torch.equal(run["words.positive.pt1"], backbone.text_encoder.get_input_embeddings().weight[[cat, cat]])
+    assert run["words.negative.pt1"].std().item() == pytest.approx(0.5, rel=0.2)
+
+
+# --------------------------------------------------------------------------------------------- the optimisation
+
+
+@proves("training.weight_decay")
+def test_the_weight_decay_shrinks_adapters_by_rate_times_decay(train: Train) -> None:
+    plain, decayed = train(), train(weight_decay=10.0)  # the first step's gradient of down is zero: up is
+    for before, after in zip(plain.of(".down"), decayed.of(".down"), strict=True):
+        torch.testing.assert_close(after, 0.9 * before, rtol=1e-5, atol=0)
+    assert same(plain.of("pt1"), decayed.of("pt1"))
+
+
+@proves("training.scale_lr")
+def test_scale_lr_multiplies_every_rate_by_the_rows_of_a_batch(train: Train) -> None:
+    run = train(scale_lr=True)  # 2 rows of the reference and 1 of the regularization set
+    rates = run.history.filter(like="lr/").iloc[0]
+    assert rates.tolist() == pytest.approx([3 * LR] * 6)
+    assert run.largest(".up") == pytest.approx(3 * LR, rel=1e-2)
+
+
+@proves(
+    "training.schedule.kind",
+    "training.schedule.warmup_steps",
+    "training.words_schedule.kind",
+    "training.words_schedule.warmup_steps",
+)
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ({"kind": "constant", "warmup_steps": 2}, [1 / 3, 2 / 3, 1]),
+        ({"kind": "cosine", "warmup_steps": 1}, [1 / 2, 1, 0]),
+        ({"kind": "one_cycle", "warmup_steps": 1}, [1 / 25, 1, 1 / 25e4]),
+        ({"kind": "one_cycle"}, [1, 0.5, 0]),
+    ],
+)
+def test_adapters_and_words_each_follow_their_own_schedule(
+    train: Train, schedule: dict[str, Any], factors: list[float]
+) -> None:
+    expected = pytest.approx([LR * factor for factor in factors], abs=1e-7)
+    for key, follows, stays in (
+        ("schedule", "lr/unet.0.positive", "lr/words.negative.pt1"),
+        ("words_schedule", "lr/words.negative.pt1", "lr/unet.0.positive"),
+    ):
+        history = train(num_steps=3, **{key: schedule}).history
+        assert history[follows].tolist() == expected
+        assert history[stays].tolist() == pytest.approx([LR] * 3)
+
+
+@proves("training.max_grad_norm")
+def test_a_clipped_gradient_moves_less(train: Train) -> None:
+    plain, clipped = train(), train(max_grad_norm=1e-9)
+    # |g| is at most 1e-9 then, and AdamW moves a value by lr · |g| / (|g| + 1e-8)
+    assert 0 < clipped.largest(".up") <= LR / 11 * 1.001
+    assert clipped.first("grad_norm/positive/adapters") == plain.first("grad_norm/positive/adapters")
+
+
+# --------------------------------------------------------------------------------------------- the objective
+
+
+@proves("training.guidance_scale")
+@pytest.mark.parametrize(
+    ("scale", "timesteps", "expected"),
+    [
+        ("5", (0.0, 1.0), 5),
+        ("2.0-4.0", FIRST_TIMESTEP, 2),
+        ("2.0-4.0", LAST_TIMESTEP, 4),
+        ("2.0-4.0:ln", (0.333, 0.334), 2 + 2 / 3),  # timestep 333 of 0 to 999
+        ("2.0-4.0:cos", (0.333, 0.334), 2 + 2 * math.cos(-2 / 3 * math.pi / 2)),
+        ("2.0-4.0:cos2", (0.333, 0.334), 2 + 2 * (1 - math.cos(math.pi / 6))),
+    ],
+)
+def test_the_guidance_scale_follows_its_curve(
+    train: Train, scale: str, timesteps: tuple[float, float], expected: float
+) -> None:
+    run = train(guidance_scale=scale, timesteps=timesteps)
+    assert run.first("guidance_scale") == pytest.approx(expected, rel=1e-5)
+    assert run.first("loss") != train(guidance_scale="7", timesteps=timesteps).first("loss")
+
+
+@proves("training.clip_skip")
+def test_a_skipped_text_layer_is_not_trained(train: Train) -> None:
+    skipped = train(clip_skip=1)
+    last = [tensor.any() for name, tensor in skipped.concept.tensors.items() if ".layers.1." in name and ".up" in name]
+    assert last and not any(last)
+    assert skipped.first("loss") != train().first("loss")
+
+
+@proves("training.loss.weighting", "training.loss.snr_gamma")
+@pytest.mark.parametrize("gamma", [2.0, 7.0])
+def test_the_loss_is_weighted_by_the_signal_to_noise_ratio(train: Train, backbone: Backbone, gamma: float) -> None:
+    def loss(weighting: str) -> float:
+        values = {"weighting": weighting, "snr_gamma": gamma}
+        return train(loss=values, timesteps=FIRST_TIMESTEP).first("loss_reference")
+
+    snr = backbone.schedule.snr(torch.tensor([0])).item()
+    assert snr > gamma
+    assert loss("min_snr") / loss("none") == pytest.approx(gamma / (snr + 1), rel=1e-4)  # of a model that predicts v
+    soft = gamma**3 / (snr**2 + gamma**3) * snr / (snr + 1)
+    assert loss("soft_min_snr") / loss("none") == pytest.approx(soft, rel=1e-4)
+
+
+@proves("training.loss.regularization_weight")
+def test_regularization_rows_count_by_their_weight_and_at_zero_teach_nothing(train: Train) -> None:
+    run = train(loss={"regularization_weight": 0.25})
+    expected = run.first("loss_reference") + 0.25 * run.first("loss_regularization")
+    assert run.first("loss") == pytest.approx(expected, rel=1e-5)
+    blue, red = (train(color, loss={"regularization_weight": 0.0}) for color in ("blue", "red"))
+    assert blue.first("loss_regularization") != red.first("loss_regularization")
+    assert same(list(blue.concept.tensors.values()), list(red.concept.tensors.values()))
+    assert not same(train("blue").of(".up"), train("red").of(".up"))
+
+
+@proves("training.loss.reconstruction_norm")
+def test_the_reconstruction_is_measured_in_its_norm(train: Train) -> None:
+    absolute, squared = (
+        train(loss={"reconstruction_weight": 0.5, "reconstruction_norm": norm}).first("loss_reconstruction")
+        for norm in ("l1", "l2")
+    )
+    assert absolute != pytest.approx(squared)
+    assert absolute**2 <= squared  # the mean of squares is at least the square of the mean
+
+
+# --------------------------------------------------------------------------------------------- what is drawn
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Draw nothing, and return the list of what would have been drawn: the arguments of `concepts.generate`."""
+    signature, calls = inspect.signature(concepts.generate), []
+
+    def record(*args: Any, **keywords: Any) -> list[Image.Image]:
+        call = signature.bind(*args, **keywords).arguments
+        calls.append(call)
+        return [Image.new("RGB", (32, 32), "gray")] * len(call["prompts"])
+
+    monkeypatch.setattr(concepts, "generate", record)
+    return calls
+
+
+SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=3, guidance_scale=2.5, batch_size=5)
+
+
+@proves("training.preview.every", "training.preview.prompts", "training.preview.seed", "training.preview.sampler")
+def test_previews_are_drawn_as_asked(train: Train, drawings: list[dict[str, Any]]) -> None:
+    preview = {"every": 2, "prompts": ("a {pt1}", "one cat"), "seed": 7, "sampler": SAMPLER}
+    run = train(num_steps=5, preview=preview)
+    assert run.steps_shown == [2, 4]
+    assert [(list(call["prompts"]), list(call["seeds"]), call["sampler"]) for call in drawings] == [
+        (["a my-fox", "one cat"], [7, 8], SAMPLER)
+    ] * 2
+
+
+@proves("generate.negative_prompt", "generate.sampler")
+def test_images_are_generated_as_asked(train: Train, tiny_base_model: Path, drawings: list[dict[str, Any]]) -> None:
+    params = GenerateParams(prompts=("a cat",), negative_prompt="blurry", sampler=SAMPLER, images_per_prompt=1)
+    generate_images(str(tiny_base_model), train(num_steps=0).concept, params, CPU)
+    assert [(call["negative_prompt"], call["sampler"]) for call in drawings] == [("blurry", SAMPLER)]
+
+
+@proves("regularization.negative_prompt", "regularization.sampler")
+def test_the_regularization_set_is_drawn_as_asked(
+    tiny_base_model: Path, tmp_path: Path, drawings: list[dict[str, Any]]
+) -> None:
+    params = RegularizationParams(sampler=SAMPLER, negative_prompt="blurry")
+    make_regularization_set(str(tiny_base_model), ["a cat"] * 6, ImageStore(tmp_path), params, CPU)
+    assert [(call["negative_prompt"], call["sampler"]) for call in drawings] == [("blurry", SAMPLER)] * 2
+    assert [len(call["prompts"]) for call in drawings] == [5, 1]
+
+
+@proves(
+    "evaluation.images_per_prompt",
+    "evaluation.seed",
+    "evaluation.negative_prompt",
+    "evaluation.sampler",
+    "evaluation.strength",
+)
+def test_a_concept_is_evaluated_as_asked(
+    train: Train, tiny_base_model: Path, drawings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach, strengths = concepts.attach, []
+    monkeypatch.setattr(concepts, "attach", lambda *args: (strengths.append(args[2]), attach(*args))[1])
+    strength = StrengthParams(positive=0.25, negative=0.5)
+    params = EvaluationParams(
+        prompts=("a {pt1}",),
+        prior_prompts=("a cat",),
+        images_per_prompt=3,
+        seed=40,
+        negative_prompt="blurry",
+        sampler=SAMPLER,
+        strength=strength,
+        evaluators=(),
+    )
+    picture, concept = Image.new("RGB", (32, 32)), train(num_steps=0).concept
+    evaluate_concept(str(tiny_base_model), concept, picture, params=params, device=CPU, tracker=Tracker())
+    expected = ([40, 41, 42], "blurry", SAMPLER)  # the base model and the concept, with and without the subject
+    assert [(list(c["seeds"]), c["negative_prompt"], c["sampler"]) for c in drawings] == [expected] * 4
+    assert strengths == [strength]
+
+
+@proves("SamplerParams.scheduler")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddim", "DDIMScheduler"),
+        ("dpmsolver++", "DPMSolverMultistepScheduler"),
+        ("euler", "EulerDiscreteScheduler"),
+        ("euler_a", "EulerAncestralDiscreteScheduler"),
+        ("unipc", "UniPCMultistepScheduler"),
+    ],
+)
+def test_the_scheduler_is_the_one_named(backbone: Backbone, name: Any, kind: str) -> None:
+    assert type(make_scheduler(backbone, SamplerParams(scheduler=name))).__name__ == kind
+
+
+@proves("SamplerParams.guidance_scale")
+def test_at_a_guidance_scale_of_one_the_negative_prompt_is_not_heard(backbone: Backbone) -> None:
+    def draw(guidance_scale: float, negative_prompt: str) -> bytes:
+        sampler = SamplerParams(num_inference_steps=2, guidance_scale=guidance_scale)
+        base = concepts.attach(backbone, None, StrengthParams())
+        return concepts.generate(backbone, base, ["a red cat"], negative_prompt, [0], sampler)[0].tobytes()
+
+    assert draw(1.0, "a blue dog") == draw(1.0, "")
+    assert draw(3.0, "a blue dog") != draw(3.0, "")
+
+
+# --------------------------------------------------------------------------------------------- device, ingestion
+
+
+@proves("device.device")
+def test_the_device_is_the_one_asked_for_and_auto_is_the_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for available, auto in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert pick_device(DeviceParams(device="auto")).type == auto
+        assert pick_device(DeviceParams(device="cpu")).type == "cpu"
+    with pytest.raises(InputError, match="expected a CUDA GPU .device: cuda.; torch sees none"):
+        pick_device(DeviceParams(device="cuda"))
+
+
+@proves("ingestion.max_pixels")
+def test_the_limit_of_pixels_holds_for_picture_and_mask() -> None:
+    def png(side_px: int) -> bytes:
+        data = io.BytesIO()
+        Image.new("L", (side_px, side_px), 200).save(data, "PNG")
+        return data.getvalue()
+
+    params = IngestionParams(bucket=BucketParams(side_px=16, multiple_px=8), max_pixels=400)
+    prepare_reference(png(20), png(20), params)
+    for picture, mask in ((21, None), (20, 21)):
+        with pytest.raises(InputError, match="at most 400 pixels; got 21 × 21 px"):
+            prepare_reference(png(picture), png(mask) if mask else None, params)
+
+
+# --------------------------------------------------------------------------------------------- as YAML writes it
+
+PASTED = r"""
+training:
+  num_steps: 1
+  words: {lr: 25e-4, weight_decay: 1e-3}
+  loss: {snr_gamma: 5e0}
+  lora_unet:
+    - lr: 1e-4
+      rank: 0.01875
+      branch: p
+      layers:
+        - 're:.*\.attn.?$'
+        #- 're:.*\.ff\.net\.0$'
+    - lr: 2e-5
+      rank: 3
+      branch: n
+      layers:
+        - 'cls(Attention):re:.*attn1$'
+        - 'cls(FeedForward):re:.*'
+  lora_text_encoder:
+    - lr: 1e-5
+      rank: 1
+      branch: p
+      layers:
+        - 're:.*self_attn$'
+        - 're:.*mlp$'
+    - lr: 1e-5
+      rank: 1
+      alpha: 5e-1
+      branch: n
+      layers:
+        - 'cls(CLIPMLP):re:.*'
+"""
+
+
+@pytest.fixture
+def pasted(tmp_path: Path) -> TrainingParams:
+    """The parameters of a user who pasted the block into conf/local/."""
+    project = TESTS.parent
+    register_project_root(project)
+    (tmp_path / "base").symlink_to(project / "conf" / "base")
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "parameters.yml").write_text(PASTED)
+    loader = OmegaConfigLoader(conf_source=str(tmp_path), env="local", **settings.CONFIG_LOADER_ARGS)
+    parameters: Mapping[str, Any] = build_parameters(loader["parameters"])
+    return parameters["training"]
+
+
+def test_rates_without_a_dot_are_numbers_although_yaml_reads_them_as_text(pasted: TrainingParams) -> None:
+    assert [group.lr for group in pasted.lora_unet + pasted.lora_text_encoder] == [1e-4, 2e-5, 1e-5, 1e-5]
+    assert (pasted.words.lr, pasted.words.weight_decay, pasted.loss.snr_gamma) == (2.5e-3, 1e-3, 5.0)
+    assert pasted.lora_text_encoder[1].alpha == 0.5
+
+
+def test_a_pasted_block_trains_the_layers_it_names(tiny_base_model: Path, pasted: TrainingParams) -> None:
+    run = run_training(tiny_base_model, pasted)
+    layers = {
+        (network, group): {
+            name.removeprefix(f"{network}.").removesuffix(f".{group}.up")
+            for name in run.concept.tensors
+            if name.startswith(network) and name.endswith(f".{group}.up")
+        }
+        for network in NETWORKS
+        for group in ("0.positive", "1.negative")
+    }
+    assert all(".attn1." in name or ".attn2." in name for name in layers["unet", "0.positive"])
+    assert {name.split(".to_")[0].rpartition(".")[2] for name in layers["unet", "0.positive"]} == {"attn1", "attn2"}
+    assert all(".attn1." in name or ".ff." in name for name in layers["unet", "1.negative"])
+    assert any(".ff." in name for name in layers["unet", "1.negative"])
+    assert {name.rpartition(".")[2] for name in layers["text_encoder", "1.negative"]} == {"fc1", "fc2"}
+    assert all(len(down) == 1 for down in run.of("0.positive.down"))
+    assert all(up.any() for up in run.of(".up"))
+
+
+def test_a_rate_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValidationError, match="lora_unet.0.lr"):
+        TrainingParams(num_steps=1, lora_unet=[{"lr": "1e-4x", "rank": 1, "layers": ["re:.*"]}])
