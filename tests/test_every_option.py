@@ -72,10 +72,11 @@ PROVEN_ELSEWHERE = {
     "regularization.seed": (
         "pipelines/test_regularization.py::test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i"
     ),
-    "training.seed": f"{PIPELINES}::test_the_same_seed_writes_the_same_bytes_and_another_seed_others",
     "training.num_steps": f"{PIPELINES}::test_zero_steps_give_a_concept_and_an_empty_history",
     "training.batch_size": f"{CORE}::test_each_distinct_prompt_of_a_batch_is_encoded_once",
-    "training.regularization_batch_size": f"{CORE}::test_a_regularization_image_meets_only_its_own_prompt",
+    "training.regularization_batch_size": (
+        f"{CORE}::test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the_regularization"
+    ),
     "training.words.names": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
     "training.words.optimizer": f"{CORE}::test_adapters_and_words_have_optimizers_of_their_own",
     "training.templates": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
@@ -449,6 +450,16 @@ def test_each_branchs_word_starts_from_its_init_text(train: Train, backbone: Bac
 
 
 # --------------------------------------------------------------------------------------------- the optimisation
+
+
+@proves("training.seed")
+def test_another_seed_starts_from_other_values_and_draws_other_batches(train: Train) -> None:
+    words = WORDS | {"init_text": ("cat", "cat")}  # with adapters of zero effect, the first loss is the batch's alone
+    first, other = train(words=words), train(words=words, seed=1)
+    assert not any(map(torch.equal, first.of(".down"), other.of(".down")))
+    assert first.first("loss") != other.first("loss")
+    start, other_start = train(num_steps=0), train(num_steps=0, seed=1)
+    assert not torch.equal(start["words.positive.pt1"], other_start["words.positive.pt1"])
 
 
 @proves("training.weight_decay")
