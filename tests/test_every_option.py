@@ -89,9 +89,7 @@ PROVEN_ELSEWHERE = {
     "training.ema_decay": f"{CORE}::test_previews_and_the_end_hold_averages_where_they_are_asked_for",
     "training.timesteps": f"{CORE}::test_timesteps_stay_within_their_limits",
     "training.noise_offset": f"{CORE}::test_a_noise_offset_shifts_whole_channels_and_nothing_else",
-    "training.zero_terminal_snr": (
-        f"{PIPELINES}::test_a_concept_draws_with_the_noise_schedule_it_was_trained_with"
-    ),
+    "training.zero_terminal_snr": (f"{PIPELINES}::test_a_concept_draws_with_the_noise_schedule_it_was_trained_with"),
     "training.loss.kind": f"{CORE}::test_the_huber_loss_is_what_trains_when_asked_for",
     "training.loss.huber_delta": f"{CORE}::test_the_huber_loss_is_what_trains_when_asked_for",
     "training.loss.reconstruction_weight": (

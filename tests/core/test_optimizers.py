@@ -188,5 +188,3 @@ def test_all_groups_skip_a_step_together(name: str) -> None:
     parameters, optimizer = flat_optimizer((1.0, 1.0), name)
     scaled_step(parameters, optimizer, torch.amp.GradScaler("cpu"), 0, float("nan"))
     assert all(torch.equal(parameter.detach(), torch.ones(3)) for parameter in parameters)
-
-

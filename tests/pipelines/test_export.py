@@ -394,7 +394,9 @@ def test_the_script_draws_in_batches_from_the_seed_on(
     file.write_bytes(write_files(str(tiny_base_model), concept, params)["generate_with_diffusers.py"])
     script, drawn = import_script(file), []
     monkeypatch.setattr(script, "load", lambda base_model: base_model)
-    monkeypatch.setattr(script, "draw", lambda *given: drawn.append(given) or [Image.new("RGB", (8, 8))] * len(given[3]))
+    monkeypatch.setattr(
+        script, "draw", lambda *given: drawn.append(given) or [Image.new("RGB", (8, 8))] * len(given[3])
+    )
     monkeypatch.chdir(tmp_path)
     script.main("MODEL")
     assert drawn == [("MODEL", "the my-fox", "bad my-fox-neg", batch) for batch in (range(5, 8), range(8, 9))]
