@@ -1,8 +1,8 @@
-"""Every option of the configuration has a test that fails when the option is ignored; here are those that live nowhere else.
+"""Every option of the configuration has a test that fails when it is ignored; here are those that have no other home.
 
 An option is a path into `params.SECTIONS`, such as `training.loss.snr_gamma`. The tests at the top walk the schema: an
 option without a proof fails them. A proof is a test marked `@proves("<option>")` in this module, or a test elsewhere,
-named in PROVEN_ELSEWHERE.
+named in PROVEN_ELSEWHERE. `make proofs` then ignores one option after the other and confirms that its proof notices.
 
 Models that are handed on as a whole (HANDED_ON) are proven in two parts: that each place hands its model on
 (`generate.sampler`), and, once, that each of its values is obeyed (`SamplerParams.scheduler`).
@@ -15,7 +15,9 @@ import functools
 import inspect
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -58,76 +60,103 @@ RECIPES = {"pretrain", "judge"}  # how the bundled models were made; no options 
 HANDED_ON = (LoRAGroup, SamplerParams, StrengthParams)
 TAKEN_APART = ("export.sampler", "export.strength")  # written into files value by value, so proven value by value
 
-CORE, BACKBONES, PIPELINES = "core/test_training.py", "backbones/test_concepts.py", "pipelines/test_training.py"
-PROVEN_ELSEWHERE = {
-    "device.dtype": f"{BACKBONES}::test_a_half_precision_base_trains_float32_adapters",
-    "ingestion.bucket.side_px": "pipelines/test_ingestion.py::test_without_a_mask_everything_weighs_one",
-    "ingestion.bucket.multiple_px": "core/test_images.py::test_keep_aspect_picks_the_nearest_size_of_at_most_the_area",
-    "ingestion.bucket.keep_aspect": "core/test_images.py::test_keep_aspect_picks_the_nearest_size_of_at_most_the_area",
-    "ingestion.fit": "pipelines/test_ingestion.py::test_padding_weighs_nothing",
-    "ingestion.background_color": "pipelines/test_ingestion.py::test_transparent_pixels_take_the_background_color",
-    "prompts.column": "pipelines/test_prompts.py::test_a_column_is_chosen_by_name_or_number",
-    "prompts.num_prompts": "pipelines/test_prompts.py::test_no_prompts_may_be_asked_for",
-    "prompts.seed": "pipelines/test_prompts.py::test_another_seed_draws_others",
-    "regularization.seed": (
-        "pipelines/test_regularization.py::test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i"
-    ),
-    "training.num_steps": f"{PIPELINES}::test_zero_steps_give_a_concept_and_an_empty_history",
-    "training.batch_size": f"{CORE}::test_each_distinct_prompt_of_a_batch_is_encoded_once",
-    "training.regularization_batch_size": (
-        f"{CORE}::test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the_regularization"
-    ),
-    "training.words.names": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
-    "training.words.optimizer": f"{CORE}::test_adapters_and_words_have_optimizers_of_their_own",
-    "training.templates": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
-    "training.class_word": f"{PIPELINES}::test_templates_become_prompts_of_both_branches_and_captions_stay_alike",
-    "training.caption_transforms.kind": (
-        f"{PIPELINES}::test_caption_transforms_change_the_caption_alike_in_both_branches"
-    ),
-    "training.caption_transforms.p": f"{PIPELINES}::test_caption_transforms_change_the_caption_alike_in_both_branches",
-    "training.optimizer": f"{CORE}::test_adapters_and_words_have_optimizers_of_their_own",
-    "training.ema_decay": f"{CORE}::test_previews_and_the_end_hold_averages_where_they_are_asked_for",
-    "training.timesteps": f"{CORE}::test_timesteps_stay_within_their_limits",
-    "training.noise_offset": f"{CORE}::test_a_noise_offset_shifts_whole_channels_and_nothing_else",
-    "training.zero_terminal_snr": (f"{PIPELINES}::test_a_concept_draws_with_the_noise_schedule_it_was_trained_with"),
-    "training.loss.kind": f"{CORE}::test_the_huber_loss_is_what_trains_when_asked_for",
-    "training.loss.huber_delta": f"{CORE}::test_the_huber_loss_is_what_trains_when_asked_for",
-    "training.loss.reconstruction_weight": (
-        f"{CORE}::test_the_reconstruction_adds_its_weighted_part_of_the_reference_rows"
-    ),
-    "LoRAGroup.timestep_min_rank": f"{BACKBONES}::test_training_gives_no_gradient_to_ranks_that_no_row_used",
-    "evaluation.prompts": "pipelines/test_evaluation.py::test_the_node_returns_sheet_metrics_and_table_and_tracks_them",
-    "evaluation.prior_prompts": (
-        "pipelines/test_evaluation.py::test_the_node_returns_sheet_metrics_and_table_and_tracks_them"
-    ),
-    "evaluation.class_word": (
-        "pipelines/test_evaluation.py::test_the_node_returns_sheet_metrics_and_table_and_tracks_them"
-    ),
-    "evaluation.evaluators": (
-        "pipelines/test_evaluation.py::test_a_missing_evaluator_is_refused_before_anything_is_drawn"
-    ),
-    "generate.prompts": "pipelines/test_generate.py::test_every_prompt_gets_its_images_by_number_and_seed",
-    "generate.images_per_prompt": "pipelines/test_generate.py::test_every_prompt_gets_its_images_by_number_and_seed",
-    "generate.seed": "pipelines/test_generate.py::test_every_prompt_gets_its_images_by_number_and_seed",
-    "generate.strength": "pipelines/test_generate.py::test_strengths_reach_the_adapters",
-    "export.title": "pipelines/test_export.py::test_the_title_names_files_and_metadata",
-    "export.formats": "pipelines/test_export.py::test_only_the_chosen_formats_are_written",
-    "export.dtype": "pipelines/test_export.py::test_what_is_read_back_is_the_concept_to_the_dtypes_precision",
-    "export.prompt": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.negative_prompt": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.seed": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.strength.positive": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.strength.negative": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.sampler.scheduler": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.sampler.num_inference_steps": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.sampler.guidance_scale": "pipelines/test_export.py::test_prompts_seed_sampler_and_strengths_reach_the_workflow",
-    "export.sampler.batch_size": "pipelines/test_export.py::test_the_script_draws_in_batches_from_the_seed_on",
-    "SamplerParams.num_inference_steps": "backbones/test_base_model.py::test_the_base_model_draws_what_diffusers_draws",
-    "SamplerParams.batch_size": "pipelines/test_generate.py::test_progress_counts_the_images_of_each_batch",
-    "StrengthParams.positive": f"{BACKBONES}::test_strength_zero_of_both_branches_is_the_base_model",
-    "StrengthParams.negative": f"{BACKBONES}::test_strengths_act_on_their_own_branch",
+PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
+    "backbones/test_base_model.py": {
+        "test_the_base_model_draws_what_diffusers_draws": ("SamplerParams.num_inference_steps",),
+    },
+    "backbones/test_concepts.py": {
+        "test_a_half_precision_base_trains_float32_adapters": ("device.dtype",),
+        "test_training_gives_no_gradient_to_ranks_that_no_row_used": ("LoRAGroup.timestep_min_rank",),
+        "test_strength_zero_of_both_branches_is_the_base_model": ("StrengthParams.positive",),
+        "test_strengths_act_on_their_own_branch": ("StrengthParams.negative",),
+    },
+    "core/test_images.py": {
+        "test_keep_aspect_picks_the_nearest_size_of_at_most_the_area": (
+            "ingestion.bucket.multiple_px",
+            "ingestion.bucket.keep_aspect",
+        ),
+    },
+    "core/test_training.py": {
+        "test_each_distinct_prompt_of_a_batch_is_encoded_once": ("training.batch_size",),
+        "test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the_regularization": (
+            "training.regularization_batch_size",
+        ),
+        "test_adapters_and_words_have_optimizers_of_their_own": (
+            "training.words.optimizer",
+            "training.optimizer",
+        ),
+        "test_previews_and_the_end_hold_averages_where_they_are_asked_for": ("training.ema_decay",),
+        "test_timesteps_stay_within_their_limits": ("training.timesteps",),
+        "test_a_noise_offset_shifts_whole_channels_and_nothing_else": ("training.noise_offset",),
+        "test_the_huber_loss_is_what_trains_when_asked_for": (
+            "training.loss.kind",
+            "training.loss.huber_delta",
+        ),
+        "test_the_reconstruction_adds_its_weighted_part_of_the_reference_rows": (
+            "training.loss.reconstruction_weight",
+        ),
+    },
+    "pipelines/test_evaluation.py": {
+        "test_the_node_returns_sheet_metrics_and_table_and_tracks_them": (
+            "evaluation.prompts",
+            "evaluation.prior_prompts",
+            "evaluation.class_word",
+        ),
+        "test_a_missing_evaluator_is_refused_before_anything_is_drawn": ("evaluation.evaluators",),
+    },
+    "pipelines/test_export.py": {
+        "test_the_title_names_files_and_metadata": ("export.title",),
+        "test_only_the_chosen_formats_are_written": ("export.formats",),
+        "test_what_is_read_back_is_the_concept_to_the_dtypes_precision": ("export.dtype",),
+        "test_prompts_seed_sampler_and_strengths_reach_the_workflow": (
+            "export.prompt",
+            "export.negative_prompt",
+            "export.seed",
+            "export.strength.positive",
+            "export.strength.negative",
+            "export.sampler.scheduler",
+            "export.sampler.num_inference_steps",
+            "export.sampler.guidance_scale",
+        ),
+        "test_the_script_draws_in_batches_from_the_seed_on": ("export.sampler.batch_size",),
+    },
+    "pipelines/test_generate.py": {
+        "test_every_prompt_gets_its_images_by_number_and_seed": (
+            "generate.prompts",
+            "generate.images_per_prompt",
+            "generate.seed",
+        ),
+        "test_strengths_reach_the_adapters": ("generate.strength",),
+        "test_progress_counts_the_images_of_each_batch": ("SamplerParams.batch_size",),
+    },
+    "pipelines/test_ingestion.py": {
+        "test_without_a_mask_everything_weighs_one": ("ingestion.bucket.side_px",),
+        "test_padding_weighs_nothing": ("ingestion.fit",),
+        "test_transparent_pixels_take_the_background_color": ("ingestion.background_color",),
+    },
+    "pipelines/test_prompts.py": {
+        "test_a_column_is_chosen_by_name_or_number": ("prompts.column",),
+        "test_no_prompts_may_be_asked_for": ("prompts.num_prompts",),
+        "test_another_seed_draws_others": ("prompts.seed",),
+    },
+    "pipelines/test_regularization.py": {
+        "test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i": ("regularization.seed",),
+    },
+    "pipelines/test_training.py": {
+        "test_zero_steps_give_a_concept_and_an_empty_history": ("training.num_steps",),
+        "test_templates_become_prompts_of_both_branches_and_captions_stay_alike": (
+            "training.words.names",
+            "training.templates",
+            "training.class_word",
+        ),
+        "test_caption_transforms_change_the_caption_alike_in_both_branches": (
+            "training.caption_transforms.kind",
+            "training.caption_transforms.p",
+        ),
+        "test_a_concept_draws_with_the_noise_schedule_it_was_trained_with": ("training.zero_terminal_snr",),
+    },
 }
-"""option -> the test that fails when the option is ignored, "<file below tests/>::<test>"."""
+"""file below tests/ -> test -> the options that it proves."""
 
 _proven_here: dict[str, str] = {}
 
@@ -140,6 +169,17 @@ def proves(*options: str) -> Callable[[Any], Any]:
         return test
 
     return register
+
+
+def proofs() -> dict[str, str]:
+    """Return option -> its proof, "<file below tests/>::<test>"."""
+    elsewhere = {
+        option: f"{file}::{test}"
+        for file, tests in PROVEN_ELSEWHERE.items()
+        for test, proven in tests.items()
+        for option in proven
+    }
+    return elsewhere | {option: f"{Path(__file__).name}::{test}" for option, test in _proven_here.items()}
 
 
 # --------------------------------------------------------------------------------------------- the schema
@@ -162,20 +202,23 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(model_in, get_args(annotation))), None)
 
 
-def all_options() -> set[str]:
+def roots() -> dict[str, type[BaseModel]]:
+    """Return where the paths of options begin: the sections, and the models that are proven once."""
     sections = {name: model for name, model in SECTIONS.items() if name not in RECIPES}
-    models = sections | {model.__name__: model for model in HANDED_ON}
-    return {option for path, model in models.items() for option in options(path, model)}
+    return sections | {model.__name__: model for model in HANDED_ON}
+
+
+def all_options() -> set[str]:
+    return {option for path, model in roots().items() for option in options(path, model)}
 
 
 def without_proof(wanted: set[str]) -> str:
     """Return what to add for every option that nothing proves; nothing where all is proven."""
-    missing = sorted(wanted - _proven_here.keys() - PROVEN_ELSEWHERE.keys())
     return "".join(
         f"\n{option} has no test that fails when it is ignored: write one, and either put it into "
-        f'tests/test_every_option.py under @proves("{option}") or add to PROVEN_ELSEWHERE there\n'
-        f'    "{option}": "<file below tests/>::<test>",'
-        for option in missing
+        f'tests/test_every_option.py under @proves("{option}"), or name it in PROVEN_ELSEWHERE there as\n'
+        f'    "<file below tests/>": {{"<test>": ("{option}",)}},'
+        for option in sorted(wanted - proofs().keys())
     )
 
 
@@ -184,21 +227,16 @@ def test_every_option_has_a_test_that_fails_when_it_is_ignored() -> None:
 
 
 def test_no_proof_is_of_an_option_that_is_gone() -> None:
-    assert not (_proven_here.keys() | PROVEN_ELSEWHERE.keys()) - all_options()
+    assert proofs().keys() <= all_options()
 
 
-@pytest.mark.parametrize("proof", sorted(set(PROVEN_ELSEWHERE.values())))
-def test_every_named_proof_is_a_test(proof: str) -> None:
-    file, _, name = proof.partition("::")
-    assert (TESTS / file).is_file()
-    assert name.startswith("test_")
-    assert name in functions_in(file), f"there is no {name} in tests/{file}: was it renamed?"
-
-
-@functools.cache
-def functions_in(file: str) -> set[str]:
+@pytest.mark.parametrize("file", sorted(PROVEN_ELSEWHERE))
+def test_every_named_proof_is_a_test(file: str) -> None:
     module = ast.parse((TESTS / file).read_text(encoding="utf-8"))
-    return {statement.name for statement in module.body if isinstance(statement, ast.FunctionDef)}
+    functions = {statement.name for statement in module.body if isinstance(statement, ast.FunctionDef)}
+    missing = sorted(PROVEN_ELSEWHERE[file].keys() - functions)
+    assert not missing, f"expected the tests {missing} in tests/{file}: were they renamed?"
+    assert all(name.startswith("test_") for name in PROVEN_ELSEWHERE[file])
 
 
 def test_a_new_option_is_named_with_what_to_add() -> None:
@@ -212,7 +250,8 @@ def test_a_new_option_is_named_with_what_to_add() -> None:
 
     found = set(options("toy", Section))
     assert found == {"toy.inner.new_value", "toy.maybe.new_value", "toy.sampler"}
-    assert 'add to PROVEN_ELSEWHERE there\n    "toy.sampler": "<file below tests/>::<test>",' in without_proof(found)
+    assert '@proves("toy.maybe.new_value")' in without_proof(found)
+    assert '"<file below tests/>": {"<test>": ("toy.sampler",)},' in without_proof(found)
 
 
 # --------------------------------------------------------------------------------------------- a tiny training
@@ -712,76 +751,115 @@ def test_the_limit_of_pixels_holds_for_picture_and_mask() -> None:
 
 # --------------------------------------------------------------------------------------------- as YAML writes it
 
-PASTED = r"""
-training:
-  num_steps: 1
-  words: {lr: 25e-4, weight_decay: 1e-3}
-  loss: {snr_gamma: 5e0}
-  lora_unet:
-    - lr: 1e-4
-      rank: 0.01875
-      branch: p
-      layers:
-        - 're:.*\.attn.?$'
-        #- 're:.*\.ff\.net\.0$'
-    - lr: 2e-5
-      rank: 3
-      branch: n
-      layers:
-        - 'cls(Attention):re:.*attn1$'
-        - 'cls(FeedForward):re:.*'
-  lora_text_encoder:
-    - lr: 1e-5
-      rank: 1
-      branch: p
-      layers:
-        - 're:.*self_attn$'
-        - 're:.*mlp$'
-    - lr: 1e-5
-      rank: 1
-      alpha: 5e-1
-      branch: n
-      layers:
-        - 'cls(CLIPMLP):re:.*'
+TUTORIAL = r"""
+lora_unet:
+  - lr: 1e-4
+    rank: 3
+    branch: p # positive branch
+    layers:
+      - 're:.*\.attn.?$'
+      #- 're:.*\.ff\.net\.0$' # Increases the fitness, but potentially reduces generalizability and controllability
+  - lr: 2e-5 # Low negative unet lr prevents image collapse
+    rank: 3
+    branch: n # negative branch
+    layers:
+      - 're:.*\.attn.?$'
+      #- 're:.*\.ff\.net\.0$'
+
+lora_text_encoder:
+  - lr: 1e-5
+    rank: 1
+    branch: p
+    layers:
+      - 're:.*self_attn$'
+      - 're:.*mlp$'
+  - lr: 1e-5
+    rank: 1
+    branch: n
+    layers:
+      - 're:.*self_attn$'
+      - 're:.*mlp$'
+"""
+
+VARIANTS = r"""
+words: {lr: 25e-4, weight_decay: 1e-3}
+loss: {snr_gamma: 5e0}
+lora_unet:
+  - lr: 1e-4
+    rank: 0.01875
+    branch: p
+    layers:
+      - 're:.*\.to_k$'
+      - 're:.*\.ff$'
+  - lr: 2e-5
+    rank: 0.25
+    branch: n
+    layers:
+      - 'cls(Attention):re:.*attn1$'
+      - 'cls(FeedForward):re:.*'
+lora_text_encoder:
+  - lr: 1e-5
+    rank: 2
+    alpha: 5e-1
+    layers:
+      - 'cls(CLIPMLP):re:.*'
 """
 
 
-@pytest.fixture
-def pasted(tmp_path: Path) -> TrainingParams:
-    """The parameters of a user who pasted the block into conf/local/."""
-    project = TESTS.parent
-    register_project_root(project)
-    (tmp_path / "base").symlink_to(project / "conf" / "base")
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local" / "parameters.yml").write_text(PASTED)
-    loader = OmegaConfigLoader(conf_source=str(tmp_path), env="local", **settings.CONFIG_LOADER_ARGS)
-    parameters: Mapping[str, Any] = build_parameters(loader["parameters"])
-    return parameters["training"]
+def paste(block: str, folder: Path) -> TrainingParams:
+    """Return the parameters of a user who pastes a block below `training:` in conf/local/parameters.yml."""
+    register_project_root(TESTS.parent)
+    (folder / "base").symlink_to(TESTS.parent / "conf" / "base")
+    (folder / "local").mkdir()
+    pasted = "training:\n  num_steps: 1\n" + textwrap.indent(block, "  ")
+    (folder / "local" / "parameters.yml").write_text(pasted)
+    loader = OmegaConfigLoader(conf_source=str(folder), env="local", **settings.CONFIG_LOADER_ARGS)
+    params: TrainingParams = build_parameters(loader["parameters"])["training"]
+    return params
 
 
-def test_rates_without_a_dot_are_numbers_although_yaml_reads_them_as_text(pasted: TrainingParams) -> None:
-    assert [group.lr for group in pasted.lora_unet + pasted.lora_text_encoder] == [1e-4, 2e-5, 1e-5, 1e-5]
-    assert (pasted.words.lr, pasted.words.weight_decay, pasted.loss.snr_gamma) == (2.5e-3, 1e-3, 5.0)
-    assert pasted.lora_text_encoder[1].alpha == 0.5
+def layers_of(run: Run, network: str, group: str) -> set[str]:
+    """Return the ends of the names of a group's layers that differ, such as "attn1.to_q"."""
+    names = [name for name in run.concept.tensors if name.startswith(network) and name.endswith(f".{group}.up")]
+    return {re.sub(r".*?((attn\d|self_attn|mlp|ff)\..*)\.\d\.\w+\.up", r"\1", name) for name in names}
 
 
-def test_a_pasted_block_trains_the_layers_it_names(tiny_base_model: Path, pasted: TrainingParams) -> None:
-    run = run_training(tiny_base_model, pasted)
-    layers = {
-        (network, group): {
-            name.removeprefix(f"{network}.").removesuffix(f".{group}.up")
-            for name in run.concept.tensors
-            if name.startswith(network) and name.endswith(f".{group}.up")
-        }
-        for network in NETWORKS
-        for group in ("0.positive", "1.negative")
-    }
-    assert all(".attn1." in name or ".attn2." in name for name in layers["unet", "0.positive"])
-    assert {name.split(".to_")[0].rpartition(".")[2] for name in layers["unet", "0.positive"]} == {"attn1", "attn2"}
-    assert all(".attn1." in name or ".ff." in name for name in layers["unet", "1.negative"])
-    assert any(".ff." in name for name in layers["unet", "1.negative"])
-    assert {name.rpartition(".")[2] for name in layers["text_encoder", "1.negative"]} == {"fc1", "fc2"}
-    assert all(len(down) == 1 for down in run.of("0.positive.down"))
+ATTENTION = {f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")}
+TEXT = {*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"}
+FEED_FORWARD = {"ff.net.0.proj", "ff.net.2"}
+
+
+def test_the_reference_tutorials_block_can_be_pasted_and_trains_what_it_names(
+    tiny_base_model: Path, tmp_path: Path
+) -> None:
+    params = paste(TUTORIAL, tmp_path)
+    groups = params.lora_unet + params.lora_text_encoder  # YAML 1.1 wants a dot in a float, and reads 1e-4 as text
+    assert [(group.branch, group.rank, group.lr) for group in groups] == [
+        ("p", 3, 1e-4),
+        ("n", 3, 2e-5),
+        ("p", 1, 1e-5),
+        ("n", 1, 1e-5),
+    ]
+    run = run_training(tiny_base_model, params)
+    for group in ("0.positive", "1.negative"):
+        assert layers_of(run, "unet", group) == ATTENTION
+        assert layers_of(run, "text_encoder", group) == TEXT
+    assert all(up.any() for up in run.of(".up"))
+
+
+def test_relative_ranks_classes_and_rates_without_a_dot_mean_what_they_say(
+    tiny_base_model: Path, tmp_path: Path
+) -> None:
+    params = paste(VARIANTS, tmp_path)
+    assert (params.words.lr, params.words.weight_decay, params.loss.snr_gamma) == (2.5e-3, 1e-3, 5.0)
+    assert (params.lora_text_encoder[0].lr, params.lora_text_encoder[0].alpha) == (1e-5, 0.5)
+    run = run_training(tiny_base_model, params)
+    assert layers_of(run, "unet", "0.positive") == {"attn1.to_k", "attn2.to_k"} | FEED_FORWARD
+    assert layers_of(run, "unet", "1.negative") == {name for name in ATTENTION if "attn1" in name} | FEED_FORWARD
+    assert layers_of(run, "text_encoder", "0.shared") == {"mlp.fc1", "mlp.fc2"}
+    for group, fraction in (("0.positive", 0.01875), ("1.negative", 0.25)):
+        for down, up in zip(run.of(f"{group}.down"), run.of(f"{group}.up"), strict=True):
+            assert len(down) == max(1, round(fraction * len(up)))
     assert all(up.any() for up in run.of(".up"))
 
 
