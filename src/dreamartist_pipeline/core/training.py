@@ -300,7 +300,7 @@ class FlatOptimizer:
     Hundreds of small tensors cost more to update than to train; the parameters become views of a few flat ones, and
     so do their gradients. What is kept may be an average: with `ema_decay` β that of the values after steps 1 … n,
     Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ, so that the initial values weigh nothing; with schedule_free the optimizer's own. Steps that the
-    gradient scaler skips are not among the n; the learning rate's schedule counts them, since it ends with the training.
+    gradient scaler skips are not among the n; the learning rates' schedule counts them, for it ends with the training.
     """
 
     def __init__(
@@ -351,7 +351,8 @@ class FlatOptimizer:
         While the scaler is on, a gradient that is not finite skips the step for all groups.
         """
         stepped = total_norm.isfinite()
-        # The scaler asks each optimizer about its own gradients only, but clipping spreads a NaN to those of all.
+        # With several optimizers the scaler reads back, too, but asks each about its own gradients, and clipping has
+        # spread a NaN to those of all.
         if scaler.is_enabled() and len(self._optimizers) > 1 and not stepped:
             return
         factor = (self._max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
