@@ -18,7 +18,7 @@ SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	iconify-json-streamline-emojis-1.2.4.tgz \
 	iconify-json-twemoji-1.2.5.tgz)
 
-.PHONY: help setup train evaluate generate test lint format bench sprites pretrain judge viz ui
+.PHONY: help setup train evaluate generate test proofs lint format bench sprites pretrain judge viz ui
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -47,6 +47,9 @@ generate: $(READY) ## draw new images with the trained concept
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+proofs: $(READY) ## ignore each option in turn and see that a test notices (minutes; ARGS="training.loss" for some)
+	$(BIN)/python tests/ignore_options.py $(ARGS)
 
 lint: $(READY) ## style, types and import contracts
 	$(BIN)/ruff check .

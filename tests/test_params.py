@@ -97,46 +97,6 @@ def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], message: 
         LoRAGroup(**(GROUP | change))
 
 
-TUTORIAL = r"""
-lora_unet:
-  - lr: 1e-4
-    rank: 3
-    branch: p # positive branch
-    layers:
-      - 're:.*\.attn.?$'
-      #- 're:.*\.ff\.net\.0$' # Increases the fitness, but potentially reduces generalizability and controllability
-  - lr: 2e-5 # Low negative unet lr prevents image collapse
-    rank: 3
-    branch: n # negative branch
-    layers:
-      - 're:.*\.attn.?$'
-      #- 're:.*\.ff\.net\.0$'
-
-lora_text_encoder:
-  - lr: 1e-5
-    rank: 1
-    branch: p
-    layers:
-      - 're:.*self_attn$'
-      - 're:.*mlp$'
-  - lr: 1e-5
-    rank: 1
-    branch: n
-    layers:
-      - 're:.*self_attn$'
-      - 're:.*mlp$'
-"""
-
-
-def test_the_block_of_the_reference_tutorial_can_be_pasted_although_yaml_reads_its_rates_as_text() -> None:
-    block = yaml.safe_load(TUTORIAL)
-    assert block["lora_unet"][0]["lr"] == "1e-4"  # YAML 1.1 wants a dot in a float
-    params = training(**block)
-    assert [group.lr for group in params.lora_unet + params.lora_text_encoder] == [1e-4, 2e-5, 1e-5, 1e-5]
-    assert [group.branch for group in params.lora_unet] == ["p", "n"]
-    assert params.lora_unet[0].layers == (r"re:.*\.attn.?$",)
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -140,3 +140,51 @@ def test_without_averages_what_trains_is_kept() -> None:
         assert torch.equal(parameter, before)
     optimizer.keep_averages()
     assert torch.equal(parameter, before)
+
+
+# --------------------------------------------------------------------------------------------- skipped steps
+
+
+def scaled_step(
+    parameters: list[nn.Parameter], optimizer: FlatOptimizer, scaler: torch.amp.GradScaler, step: int, factor: float
+) -> None:
+    """Take a step as a float16 base model does; `factor` spoils the gradient of the first parameter alone."""
+    optimizer.set_step(step)
+    scaler.scale(torch.stack([((p - 3) ** 2).sum() for p in parameters]).sum()).backward()
+    assert parameters[0].grad is not None
+    parameters[0].grad *= factor
+    optimizer.unscale(scaler)
+    optimizer.update(torch.stack(list(optimizer.grad_norms().values())).norm(), scaler)
+    scaler.update()
+
+
+@pytest.mark.parametrize("spoiled", [float("inf"), float("nan")])
+def test_a_step_that_the_scaler_skips_is_not_in_the_average(spoiled: float) -> None:
+    parameters, optimizer = flat_optimizer((0.1, 0.2), ema_decay=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    seen = []
+    for step, factor in enumerate((spoiled, 1.0, spoiled, 1.0)):
+        before = [parameter.detach().clone() for parameter in parameters]
+        scaled_step(parameters, optimizer, scaler, step, factor)
+        after = [parameter.detach().clone() for parameter in parameters]
+        skipped = all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert skipped == (factor != 1)
+        seen.append(after)
+    assert scaler.get_scale() == 1.0  # halved twice
+    optimizer.keep_averages()
+    for parameter, first, second in zip(parameters, seen[1], seen[3], strict=True):
+        torch.testing.assert_close(parameter.detach(), (first + 2 * second) / 3)
+
+
+def test_averages_of_skipped_steps_alone_are_the_initial_values() -> None:
+    parameters, optimizer = flat_optimizer((0.1,), ema_decay=0.5)
+    scaled_step(parameters, optimizer, torch.amp.GradScaler("cpu"), 0, float("inf"))
+    optimizer.keep_averages()
+    assert torch.equal(parameters[0].detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedule_free"])
+def test_all_groups_skip_a_step_together(name: str) -> None:
+    parameters, optimizer = flat_optimizer((1.0, 1.0), name)
+    scaled_step(parameters, optimizer, torch.amp.GradScaler("cpu"), 0, float("nan"))
+    assert all(torch.equal(parameter.detach(), torch.ones(3)) for parameter in parameters)

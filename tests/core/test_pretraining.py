@@ -10,7 +10,9 @@ from torch import nn
 
 from dreamartist_pipeline.core.pretraining import (
     Muon,
+    StageReporter,
     StageSettings,
+    StepReport,
     averaged_weights,
     denoiser_loss,
     fit_stage,
@@ -35,6 +37,33 @@ def run(weight: nn.Parameter, **kwargs: object) -> list[dict]:
 
     fit_stage([weight], loss_of, settings(), save_checkpoint=lambda state: saved.append(copy.deepcopy(state)), **kwargs)
     return saved
+
+
+class RecordingBarAndTracker:
+    def __init__(self) -> None:
+        self.num_updates, self.shown, self.tracked = 0, [], {}
+
+    def update(self) -> None:
+        self.num_updates += 1
+
+    def set_postfix(self, **values: str) -> None:
+        self.shown.append(values)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.tracked[step] = metrics
+
+
+def test_the_mean_loss_is_reported_every_25_steps_and_at_the_end():
+    seen = RecordingBarAndTracker()
+    report = StageReporter("towers", 40, seen, seen)
+    for step in range(11, 41):  # resumed after ten steps
+        report(StepReport(step, loss=float(step), lr=1e-3, grad_norm=2.0))
+    assert seen.num_updates == 30
+    assert seen.shown == [{"loss": "18.0000", "lr": "1.0e-03"}, {"loss": "33.0000", "lr": "1.0e-03"}]
+    assert seen.tracked == {
+        25: {"towers/loss": 18.0, "towers/lr": 1e-3, "towers/grad_norm": 2.0},  # the mean of 11 to 25
+        40: {"towers/loss": 33.0, "towers/lr": 1e-3, "towers/grad_norm": 2.0},
+    }
 
 
 def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, save
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
@@ -110,7 +111,7 @@ def test_the_title_names_files_and_metadata(tiny_base_model: Path, concept: Conc
     assert read_metadata(written["lora/reineke.safetensors"])["modelspec.prediction_type"] == "v"
 
 
-def test_prompts_seed_and_strengths_reach_the_workflow(tiny_base_model: Path, concept: Concept) -> None:
+def test_prompts_seed_sampler_and_strengths_reach_the_workflow(tiny_base_model: Path, concept: Concept) -> None:
     params = ExportParams(
         title="fox", prompt="the {pt1}", negative_prompt="bad {pt1}", seed=5, sampler=SAMPLER, strength=STRENGTH
     )
@@ -119,7 +120,8 @@ def test_prompts_seed_and_strengths_reach_the_workflow(tiny_base_model: Path, co
     assert workflow["negative_prompt"]["inputs"]["text"] == "bad embedding:my-fox-neg"
     assert workflow["positive_lora"]["inputs"]["strength_model"] == 0.8
     assert workflow["negative_lora"]["inputs"]["strength_model"] == 0.5
-    assert workflow["sampler"]["inputs"]["seed"] == 5
+    drawn = workflow["sampler"]["inputs"]
+    assert (drawn["seed"], drawn["sampler_name"], drawn["steps"], drawn["cfg"]) == (5, "ddim", 3, 3.0)
     assert workflow["sampler"]["inputs"]["model"] == ["model_sampling", 0]
 
 
@@ -425,6 +427,24 @@ def test_the_script_draws_in_one_dtype_whatever_the_model_is_stored_in(
     assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {
         torch.float16 if torch.cuda.is_available() else torch.float32
     }
+
+
+def test_the_script_draws_in_batches_from_the_seed_on(
+    tiny_base_model: Path, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = SAMPLER.model_copy(update={"batch_size": 3})
+    params = ExportParams(title="fox", prompt="the {pt1}", negative_prompt="bad {pt1}", seed=5, sampler=sampler)
+    file = tmp_path / "script.py"
+    file.write_bytes(write_files(str(tiny_base_model), concept, params)["generate_with_diffusers.py"])
+    script, drawn = import_script(file), []
+    monkeypatch.setattr(script, "load", lambda base_model: base_model)
+    monkeypatch.setattr(
+        script, "draw", lambda *given: drawn.append(given) or [Image.new("RGB", (8, 8))] * len(given[3])
+    )
+    monkeypatch.chdir(tmp_path)
+    script.main("MODEL")
+    assert drawn == [("MODEL", "the my-fox", "bad my-fox-neg", batch) for batch in (range(5, 8), range(8, 9))]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"image_{seed}.png" for seed in (5, 6, 7, 8)]
 
 
 def test_the_pipeline_keeps_files_and_report() -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from dreamartist_pipeline.params import StageParams
 
 Checkpoint = dict[str, Any]
+_REPORT_EVERY = 25  # steps
 
 
 class Autoencoder(Protocol):
@@ -65,6 +66,43 @@ class StepReport:
     loss: float
     lr: float
     grad_norm: float
+
+
+class ProgressBar(Protocol):
+    """What reporting needs of a tqdm bar."""
+
+    def update(self) -> object:
+        """Count one more step."""
+
+    def set_postfix(self, **values: str) -> None:
+        """Show values beside the bar."""
+
+
+class Tracker(Protocol):
+    """What reporting needs of the run's tracker."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Record values at a step."""
+
+
+class StageReporter:
+    """Moves a stage's progress bar, and from time to time shows and tracks the mean loss since the last time."""
+
+    def __init__(self, name: str, num_steps: int, bar: ProgressBar, tracker: Tracker) -> None:
+        self._name, self._num_steps, self._bar, self._tracker = name, num_steps, bar, tracker
+        self._losses: list[float] = []
+
+    def __call__(self, report: StepReport) -> None:
+        """Take note of one step."""
+        self._bar.update()
+        self._losses.append(report.loss)
+        if report.step % _REPORT_EVERY and report.step != self._num_steps:
+            return
+        loss = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}")
+        values = {"loss": loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        self._tracker.log_metrics({f"{self._name}/{key}": value for key, value in values.items()}, step=report.step)
 
 
 def fit_stage(

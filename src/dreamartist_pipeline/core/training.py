@@ -298,7 +298,8 @@ class FlatOptimizer:
 
     Hundreds of small tensors cost more to update than to train; the parameters become views of a few flat ones, and
     so do their gradients. What is kept may be an average: with `ema_decay` β that of the values after steps 1 … n,
-    Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ, so that the initial values weigh nothing; with schedule_free the optimizer's own.
+    Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ, so that the initial values weigh nothing; with schedule_free the optimizer's own. Steps that the
+    gradient scaler skips are not among the n; the learning rates' schedule counts them, for it ends with the training.
     """
 
     def __init__(
@@ -317,7 +318,8 @@ class FlatOptimizer:
         self._optimizers = make_optimizers(optimizer, self._flat, [group.lr for group in groups], weight_decay)
         self._param_groups = [group for each in self._optimizers for group in each.param_groups]
         self._schedule_free: list[Any] = list(self._optimizers) if optimizer == "schedule_free" else []
-        self._ema_decay, self._num_updates = ema_decay, 0
+        self._ema_decay = ema_decay
+        self._num_averaged = torch.zeros((), dtype=torch.float64, device=self._flat[0].device)
         self._averages = [flat.detach().clone() for flat in self._flat] if ema_decay else []
 
     def set_step(self, step: int) -> dict[str, float]:
@@ -343,19 +345,30 @@ class FlatOptimizer:
         return {branch: torch.stack(values).norm() for branch, values in norms.items()}
 
     def update(self, total_norm: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
-        """Clip the gradient of all groups together to `max_grad_norm` and take one step, without reading back."""
+        """Clip the gradient of all groups together to `max_grad_norm` and take one step, without reading back.
+
+        While the scaler is on, a gradient that is not finite skips the step for all groups.
+        """
+        stepped = total_norm.isfinite()
+        # With several optimizers the scaler reads back, too, but asks each about its own gradients, and clipping has
+        # spread a NaN to those of all.
+        if scaler.is_enabled() and len(self._optimizers) > 1 and not stepped:
+            return
         factor = (self._max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
         for flat in self._flat:
             assert flat.grad is not None
             flat.grad.mul_(factor)
         for optimizer in self._optimizers:
             scaler.step(optimizer)
-        self._average()
+        if self._averages:
+            self._average(stepped)
 
-    def _average(self) -> None:
-        self._num_updates += 1
-        for average, flat in zip(self._averages, self._flat, strict=bool(self._averages)):
-            weight = (1 - self._ema_decay) / (1 - self._ema_decay**self._num_updates)
+    def _average(self, stepped: torch.Tensor) -> None:
+        """Take the values into the averages where `stepped`, a scalar on the device, is true; else change nothing."""
+        self._num_averaged += stepped
+        weight = (1 - self._ema_decay) / (1 - self._ema_decay**self._num_averaged)
+        weight = torch.where(stepped, weight, 0).to(torch.float32)
+        for average, flat in zip(self._averages, self._flat, strict=True):
             average.lerp_(flat.detach(), weight)
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import JSONPreview
 
+from dreamartist_pipeline.datasets.whole_files import written_whole
+
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
 
@@ -47,13 +49,8 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         """Write the concept under a temporary name, then rename it."""
         from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._filepath.with_name(f".{self._filepath.name}.partial")
-        try:
+        with written_whole(self._filepath) as temporary:
             temporary.write_bytes(write_tensors(data.tensors, data.metadata))
-            temporary.replace(self._filepath)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def preview(self) -> JSONPreview:
         """Show the metadata and the tensors' names and shapes, without reading the tensors."""

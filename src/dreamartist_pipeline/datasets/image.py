@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
 
+from dreamartist_pipeline.datasets.whole_files import written_whole
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
@@ -182,15 +184,10 @@ KEPT_TEXTS = ("parameters", "dreamartist")
 
 def save_image(image: "Image", file: Path, **save_args: Any) -> None:
     """Write an image under a temporary name beside it, then rename: readers see the old file or the whole new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix.lower() == ".png" and (texts := _texts(image)) is not None:
         save_args = {"pnginfo": texts, **save_args}
-    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
+    with written_whole(file) as temporary:
         image.save(temporary, **save_args)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _texts(image: "Image") -> "PngInfo | None":

@@ -14,6 +14,7 @@ from filelock import FileLock
 from kedro.io import AbstractDataset, DatasetError
 
 from dreamartist_pipeline.datasets.image import save_image
+from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,9 +136,8 @@ def _save_batch(files: Sequence[Path], images: Iterable[Image]) -> None:
 
 
 def _save_json(file: Path, content: Any) -> None:
-    temporary = file.with_suffix(".json.partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    with written_whole(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class ImageStoreDataset(AbstractDataset[None, ImageStore]):

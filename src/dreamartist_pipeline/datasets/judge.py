@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset, DatasetError
+
+from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.judge import Judge
@@ -55,10 +56,8 @@ class JudgeDataset(AbstractDataset["Judge", "Judge"]):
             "channels": data.channels,
         }
         weights = {name: value.to(torch.float16).contiguous() for name, value in data.state_dict().items()}
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._filepath.with_suffix(".tmp")
-        save_file(weights, temporary, metadata={_HEADER: json.dumps(header)})
-        os.replace(temporary, self._filepath)
+        with written_whole(self._filepath) as temporary:
+            save_file(weights, temporary, metadata={_HEADER: json.dumps(header)})
 
     def _exists(self) -> bool:
         return self._filepath.exists()

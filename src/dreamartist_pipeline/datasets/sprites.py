@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset, DatasetError
 
+from dreamartist_pipeline.datasets.whole_files import written_whole
+
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.sprites import SpriteSet
 
@@ -90,11 +92,9 @@ class SpriteSetDataset(AbstractDataset["SpriteSet", "SpriteSet"]):
     def save(self, data: SpriteSet) -> None:
         from safetensors.torch import save_file
 
-        self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._filepath.with_suffix(".tmp")
         names = {"objects": json.dumps(data.objects), "styles": json.dumps(data.styles)}
-        save_file({"images": data.images.contiguous()}, temporary, metadata=names)
-        os.replace(temporary, self._filepath)
+        with written_whole(self._filepath) as temporary:
+            save_file({"images": data.images.contiguous()}, temporary, metadata=names)
 
     def _exists(self) -> bool:
         return self._filepath.exists()
@@ -123,10 +123,8 @@ class CheckpointStore:
     def save(self, name: str, state: dict[str, Any]) -> None:
         import torch
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self._file(name).with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self._file(name))
+        with written_whole(self._file(name)) as temporary:
+            torch.save(state, temporary)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.pt"

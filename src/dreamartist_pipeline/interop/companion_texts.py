@@ -33,18 +33,20 @@ class ExportOutline:
     zero_terminal_snr: bool = False
 
 
-def diffusers_script(outline: ExportOutline, sampler: SamplerParams, strength: StrengthParams) -> str:
+def diffusers_script(outline: ExportOutline, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
     """Return a script that draws with one adapter per branch in plain diffusers."""
     settings = {
         "loras": dict(outline.diffusers_loras),
         "words": [word for words in outline.words.values() for word in words],
         "prompt": outline.prompt,
         "negative_prompt": outline.negative_prompt,
+        "seed": seed,
         "strength": {"positive": strength.positive, "negative": strength.negative},
         "scheduler": sampler.scheduler,
         "scheduler_options": sampler.scheduler_options,
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale,
+        "batch_size": sampler.batch_size,
         "clip_skip": outline.clip_skip,
         "zero_terminal_snr": outline.zero_terminal_snr,
     }

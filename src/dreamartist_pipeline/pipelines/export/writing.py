@@ -127,7 +127,7 @@ def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportP
     outline = describe(source, files, params)
     texts = {README: readme(outline)}
     if outline.has_script:
-        texts[SCRIPT] = diffusers_script(outline, params.sampler, params.strength)
+        texts[SCRIPT] = diffusers_script(outline, params.seed, params.sampler, params.strength)
     if outline.has_workflow:
         texts[WORKFLOW] = _workflow(source, outline, params)
     return {name: text.encode() for name, text in texts.items()}

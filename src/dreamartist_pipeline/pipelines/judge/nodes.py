@@ -9,11 +9,8 @@ from dreamartist_pipeline.params import JudgeParams, PretrainParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.judge import Judge
-    from dreamartist_pipeline.core.pretraining import StepReport
     from dreamartist_pipeline.core.sprites import SpriteSet
     from dreamartist_pipeline.datasets.sprites import CheckpointStore, SpritePackages
-
-_REPORT_EVERY = 25
 
 
 class Tracker(Protocol):
@@ -36,9 +33,10 @@ def render_test_sprites(packages: SpritePackages, pretrain: PretrainParams) -> S
 def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: CheckpointStore, tracker: Tracker) -> Judge:
     """Train the judge on disturbed scenes with every tint; resumes from its last checkpoint."""
     import torch
+    from tqdm.auto import tqdm
 
     from dreamartist_pipeline.core.judge import IMAGE_PX, Judge, JudgeVocabulary, augment, draw_hard_scenes, judge_loss
-    from dreamartist_pipeline.core.pretraining import StageSettings, fit_stage, hidden_matrices
+    from dreamartist_pipeline.core.pretraining import StageReporter, StageSettings, fit_stage, hidden_matrices
     from dreamartist_pipeline.core.sprites import compose
 
     vocabulary = JudgeVocabulary(tuple(dict.fromkeys(sprites.objects)), tuple(dict.fromkeys(sprites.styles)))
@@ -54,7 +52,8 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
     store = checkpoints.of_recipe(_recipe(params, vocabulary))
     checkpoint = store.load("judge")
     settings = StageSettings.of(stage, params.seed)
-    with _StepReport(stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) as report:
+    start = checkpoint["step"] if checkpoint else 0
+    with tqdm(total=stage.num_steps, initial=start, desc="judge", unit="step") as bar:
         fit_stage(
             list(judge.parameters()),
             loss_of,
@@ -62,7 +61,7 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
             matrices=hidden_matrices(judge),
             checkpoint=checkpoint,
             save_checkpoint=lambda state: store.save("judge", state),
-            on_step=report,
+            on_step=StageReporter("judge", stage.num_steps, bar, tracker),
         )
     return judge.eval().requires_grad_(False)
 
@@ -106,30 +105,3 @@ def _recipe(params: JudgeParams, vocabulary: object) -> str:
     """Hash what decides the weights, so that a checkpoint never continues another recipe."""
     decisive = params.model_dump_json(exclude={"num_test_scenes"}, exclude_defaults=True) + repr(vocabulary)
     return hashlib.sha256(decisive.encode()).hexdigest()[:12]
-
-
-class _StepReport:
-    """Shows each step on a progress bar and sends averaged losses to the tracker."""
-
-    def __init__(self, num_steps: int, start: int, tracker: Tracker) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=num_steps, initial=start, desc="judge", unit="step")
-        self._num_steps, self._tracker = num_steps, tracker
-        self._losses: list[float] = []
-
-    def __enter__(self) -> _StepReport:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, report: StepReport) -> None:
-        self._bar.update()
-        self._losses.append(report.loss)
-        if report.step % _REPORT_EVERY and report.step != self._num_steps:
-            return
-        loss = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}")
-        self._tracker.log_metrics({"judge/loss": loss, "judge/lr": report.lr}, step=report.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_tex
 from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
 from dreamartist_pipeline.core.pretraining import (
     Checkpoint,
+    StageReporter,
     StageSettings,
-    StepReport,
     autoencoder_loss,
     averaged_weights,
     denoiser_loss,
@@ -36,35 +35,8 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.datasets.sprites import CheckpointStore
 
 _VALIDATION_SCENES = 256
-_REPORT_EVERY = 25
 _NUM_SHOWN_OBJECTS = 64
 _DRAWN_AT_ONCE = 16
-
-
-@dataclass
-class StageReporter:
-    """Progress bar and live metrics of rank 0; averages the loss between two reports."""
-
-    name: str
-    num_steps: int
-    start: int
-    tracker: Any
-
-    def __post_init__(self) -> None:
-        self._bar = tqdm(total=self.num_steps, initial=self.start, desc=self.name, unit="step")
-        self._losses: list[float] = []
-
-    def __call__(self, report: StepReport) -> None:
-        """Take note of one step."""
-        self._bar.update()
-        self._losses.append(report.loss)
-        if report.step % _REPORT_EVERY and report.step != self.num_steps:
-            return
-        loss = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}")
-        values = {"loss": loss, "lr": report.lr, "grad_norm": report.grad_norm}
-        self.tracker.log_metrics({f"{self.name}/{key}": value for key, value in values.items()}, step=report.step)
 
 
 def fit_autoencoder(
@@ -218,16 +190,17 @@ def _fit(
     checkpoint = store.load(name)
     settings = StageSettings.of(stage, seed, bf16=_device().type == "cuda")
     first = not dist.is_initialized() or dist.get_rank() == 0
-    reporter = StageReporter(name, stage.num_steps, checkpoint["step"] if checkpoint else 0, tracker) if first else None
-    fit_stage(
-        [parameter for network in networks for parameter in network.parameters()],
-        loss_of,
-        settings,
-        matrices=hidden_matrices(*networks),
-        checkpoint=checkpoint,
-        save_checkpoint=save,
-        on_step=reporter,
-    )
+    start = checkpoint["step"] if checkpoint else 0
+    with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=not first) as bar:
+        fit_stage(
+            [parameter for network in networks for parameter in network.parameters()],
+            loss_of,
+            settings,
+            matrices=hidden_matrices(*networks),
+            checkpoint=checkpoint,
+            save_checkpoint=save,
+            on_step=StageReporter(name, stage.num_steps, bar, tracker),
+        )
 
 
 def assemble_untrained(

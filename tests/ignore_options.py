@@ -1,0 +1,121 @@
+"""Ignore one option after the other, and confirm that the test which proves it fails.
+
+    python tests/ignore_options.py [OPTION ...]      for example training.loss, or nothing for all (some minutes)
+
+To ignore an option, whoever reads it gets its default. What is required has none: OTHER_VALUES holds a value that is
+not the one in its proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from dreamartist_pipeline.params import SamplerParams, ScheduleParams
+
+TESTS = Path(__file__).resolve().parent
+USED_TWICE = (SamplerParams, ScheduleParams)  # only one of their places may ignore the option
+OTHER_VALUES: dict[str, Any] = {
+    "LoRAGroup.layers": ("re:.*(attn2|mlp)$",),
+    "LoRAGroup.lr": 1e-4,
+    "LoRAGroup.rank": 1,
+    "evaluation.prior_prompts": ("a cat", "a dog", "a bird"),
+    "evaluation.prompts": ("a {pt1}",),
+    "export.title": "other",
+    "generate.prompts": ("a cat",),
+    "ingestion.bucket.side_px": 64,
+    "prompts.num_prompts": 3,
+    "regularization.sampler": SamplerParams(),
+    "training.caption_transforms.kind": "tag_shuffle",
+    "training.num_steps": 1,
+}
+
+
+class Outcomes:
+    """A plugin of pytest that counts the tests that ran, and keeps what the first failure says."""
+
+    def __init__(self) -> None:
+        self.num_tests, self.failure = 0, ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.num_tests += report.when == "call"
+        if report.failed and not self.failure:
+            self.failure = next((x for x in str(report.longrepr).splitlines() if x.startswith("E ")), "E failed")[1:]
+
+
+def main(chosen: list[str]) -> int:
+    proofs = load_proofs()
+    unnoticed = 0
+    for option, proof in sorted(proofs.proofs().items()):
+        if chosen and not option.startswith(tuple(chosen)):
+            continue
+        with ignored(option, proofs.roots(), proofs.model_in):
+            outcomes = run(proof)
+        unnoticed += not outcomes.failure
+        say = f"noticed:{outcomes.failure:.100}" if outcomes.failure else f"NOT NOTICED by {proof}"
+        sys.stdout.write(f"{option:<40} {say}{'' if outcomes.num_tests else ' (no test ran to its end)'}\n")
+        sys.stdout.flush()
+    return 1 if unnoticed else 0
+
+
+def load_proofs() -> Any:
+    spec = importlib.util.spec_from_file_location("every_option", TESTS / "test_every_option.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules["every_option"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def ignored(
+    option: str, roots: dict[str, type[BaseModel]], model_in: Callable[[Any], type[BaseModel] | None]
+) -> Iterator[None]:
+    """Let nobody read the option's value within; what is validated and written down stays as it is."""
+    root, *names = option.split(".")
+    owners: list[Any] = [roots[root]]
+    for name in names[:-1]:
+        owners.append(model_in(owners[-1].model_fields[name].annotation))
+    owner, name = owners[-1], names[-1]
+    field = owner.model_fields[name]
+    value = OTHER_VALUES.get(option, field.get_default(call_default_factory=True))
+    if field.is_required() and option not in OTHER_VALUES:
+        raise SystemExit(f"{option} has no default: add another value than its proof's to OTHER_VALUES")
+    reader = always(value)
+    if owner in USED_TWICE and len(owners) > 1:
+        owner, name, reader = owners[-2], names[-2], changed(names[-2], {name: value})
+    type.__setattr__(owner, name, reader)
+    try:
+        yield
+    finally:
+        type.__delattr__(owner, name)
+
+
+def always(value: Any) -> property:
+    """Return what hides an instance's own value: a property comes before it."""
+    return property(lambda self: value)
+
+
+def changed(name: str, changes: dict[str, Any]) -> property:
+    """Return what hides an instance's own model by one with changes."""
+    return property(lambda self: self.__dict__[name].model_copy(update=changes))
+
+
+def run(proof: str) -> Outcomes:
+    """Run a test, until its first failure, without a word."""
+    outcomes = Outcomes()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main(["-q", "-x", "-p", "no:cacheprovider", str(TESTS / proof)], plugins=[outcomes])
+    return outcomes
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
