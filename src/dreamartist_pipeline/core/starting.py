@@ -221,7 +221,7 @@ def _fill(taking: _Taking) -> None:
         target.down[ranks] = update.down.to(target.down)
         target.up[:, ranks] = (update.up * factor).to(target.up)
         if update.bias is not None and target.bias is not None:
-            target.bias += (update.bias * factor).to(target.bias)
+            target.bias.add_((update.bias * factor).to(target.bias))
 
 
 # ------------------------------------------------------------------------------------------------- words
