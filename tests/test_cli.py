@@ -29,6 +29,7 @@ OPTION = next(param for param in run.params if param.name == "params")
             {"generate": {"prompts": "a red fox, blue background"}, "subject": "fox"},
         ),
         ("generate.prompts=[one, two]", {"generate": {"prompts": ["one", "two"]}}),
+        ("generate.prompts=a 🦊 asleep", {"generate": {"prompts": "a 🦊 asleep"}}),
         ("generate.prompts={cat:1.2} asleep, blue", {"generate": {"prompts": "{cat:1.2} asleep, blue"}}),
         ("generate.negative_prompt=a {cat: 1.2}", {"generate": {"negative_prompt": "a {cat: 1.2}"}}),
         ("training.templates={pt1}", {"training": {"templates": "{pt1}"}}),

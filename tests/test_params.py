@@ -262,6 +262,8 @@ def test_a_scheduler_that_cannot_draw_is_refused_with_what_to_do(name: str, mess
     ("options", "message"),
     [
         ({"prediction_type": "epsilon", "beta_start": 0.1}, "beta_start, prediction_type describe the base model"),
+        ({"rescale_betas_zero_snr": False}, "rescale_betas_zero_snr describe the base model"),
+        ({"timestep_type": "continuous"}, "timestep_type describe the base model"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas is for models trained by flow matching"),
     ],
 )

@@ -48,7 +48,7 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
         if name in RUN_SETTINGS and text != "null":
             texts[name] = _home(text)
         elif name.rpartition(".")[2] in _PROMPT_KEYS and not text.startswith(("[", "'", '"')) and text != "null":
-            others.append(f"{name}={json.dumps(text)}")
+            others.append(f"{name}={json.dumps(text, ensure_ascii=False)}")
         else:
             others.append(item)
     return texts | cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(others)))

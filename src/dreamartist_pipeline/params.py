@@ -112,8 +112,9 @@ _UNFIT_SCHEDULERS = {  # the reason -> classes of diffusers
     "draws its noise with torchsde, not from one generator per image (DPMSolverMultistepScheduler with "
     "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same equation)": ("DPMSolverSDEScheduler",),
 }
-_BASE_MODELS_OWN = (  # what a scheduler takes from the base model
-    *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "trained_betas"),
+_BASE_MODELS_OWN = (  # what a scheduler takes from the base model, or from the concept trained on it
+    *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr"),
+    *("timestep_type", "trained_betas"),
 )
 
 

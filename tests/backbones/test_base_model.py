@@ -213,6 +213,22 @@ def test_every_scheduler_samples_the_zero_terminal_schedule_from_its_last_timest
     assert images[0].tobytes() != images[1].tobytes()
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "euler_a", "unipc"])
+def test_the_schedule_is_rescaled_for_a_base_model_whose_files_do_not_speak_of_it(
+    tiny_base_model: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(tiny_base_model, tmp_path / "model")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    silent = {key: value for key, value in config.items() if key not in ("rescale_betas_zero_snr", "timestep_spacing")}
+    file.write_text(json.dumps(silent))
+    rescaled = with_zero_terminal_snr(load_backbone(BaseModelFiles(tmp_path / "model"), DeviceParams(device="cpu")))
+    scheduler = make_scheduler(rescaled, SamplerParams(scheduler=name, num_inference_steps=3))
+    scheduler.set_timesteps(3)
+    assert round(float(scheduler.timesteps[0])) == 999
+    assert float(scheduler.alphas_cumprod[-1]) < 1e-6
+
+
 def test_a_rescaled_schedule_rescaled_again_stays(backbone: Backbone) -> None:
     once = with_zero_terminal_snr(backbone)
     twice = with_zero_terminal_snr(once)

@@ -615,6 +615,13 @@ def test_a_bias_starts_at_zero_and_gets_its_branchs_gradient_alone(kind: str) ->
     assert negative.grad is None or not negative.grad.any()
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_under_autocast_a_bias_does_not_change_the_outputs_dtype(kind: str) -> None:
+    _, stack = _adapted(kind, _layer_spec(POSITIVE, bias=True), _layer_spec(NEGATIVE))
+    with torch.autocast("cpu", torch.bfloat16):  # rows come as float32 out of a normalisation
+        assert stack.layers["layer"](_rows(kind)).dtype == torch.bfloat16
+
+
 def test_a_bias_is_one_of_its_groups_parameters() -> None:
     _, stack = _adapted("linear", _layer_spec(POSITIVE, rank=2, bias=True), _layer_spec(NEGATIVE, rank=2))
     counts = [sum(p.numel() for p in parameters) for parameters in stack.parameters_by_group().values()]

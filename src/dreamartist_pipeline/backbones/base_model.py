@@ -238,11 +238,13 @@ def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
     Raises:
         InputError: the model predicts ε.
     """
-    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    own = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    defaults = backbone.scheduler_config.get("_use_default_values", ())  # diffusers ignores what is named there
+    kept_defaults = {"_use_default_values": [name for name in defaults if name not in own]}
     return dataclasses.replace(
         backbone,
         schedule=backbone.schedule.with_zero_terminal_snr(),
-        scheduler_config={**backbone.scheduler_config, **config},
+        scheduler_config={**backbone.scheduler_config, **own, **kept_defaults},
     )
 
 

@@ -475,7 +475,7 @@ class BranchLoRALinear(BranchLoRALayer):
             hidden = hidden * active.repeat_interleave(hidden.shape[1] // active.shape[1], dim=1).to(x.dtype)
         updated = torch.baddbmm(y.reshape(self.num_branches, -1, y.shape[-1]), hidden, up.to(x.dtype))
         if self.has_bias:
-            updated = updated + self._learned_bias()[:, None].to(x.dtype)  # [nb, 1, out]
+            updated = updated + self._learned_bias()[:, None].to(updated.dtype)  # [nb, 1, out]
         return updated.reshape(y.shape)
 
     def _stacked(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
