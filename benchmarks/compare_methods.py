@@ -44,6 +44,8 @@ METHODS = {  # method in conf/base/parameters_training.yml -> row of the table
     "dreambooth-lora": "DreamBooth by LoRA, rare word",
     "pivotal-tuning": "pivotal tuning: word and LoRA",
     "dreamartist": "DreamArtist: a pair of words",
+    "tutorial": "DreamArtist++, the tutorial's values",
+    "toolkit": "DreamArtist++, the toolkit's preset",
     "dreamartist-plus-plus": "DreamArtist++",
 }
 BASE_ROW, CEILING_ROW = "base model, class word", "autoencoder's reconstruction (ceiling)"
