@@ -47,6 +47,11 @@ def test_a_parameter_without_a_value_is_refused() -> None:
         parse_params(CONTEXT, OPTION, "subject")
 
 
+def test_a_list_that_yaml_cannot_read_is_refused_with_how_to_write_it() -> None:
+    with pytest.raises(click.BadParameter, match="in YAML for generate.prompts, such as .* got 'generate.prompts=.a {pt1"):
+        parse_params(CONTEXT, OPTION, "generate.prompts=[a {pt1}, blue background]")
+
+
 def test_a_picture_may_lie_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert parse_params(CONTEXT, OPTION, "image=~/cat.jpg") == {"image": "/home/me/cat.jpg"}

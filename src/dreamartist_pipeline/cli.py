@@ -18,6 +18,7 @@ from kedro.framework.cli.project import run as kedro_run
 from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, input_error_in
@@ -51,7 +52,22 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
             others.append(f"{name}={json.dumps(text, ensure_ascii=False)}")
         else:
             others.append(item)
+    for item in others:
+        _check_yaml(item, ctx, param)
     return texts | cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(others)))
+
+
+def _check_yaml(item: str, ctx: click.Context, param: click.Parameter) -> None:
+    try:
+        OmegaConf.from_dotlist([item])
+    except YAMLError as error:
+        name = item.partition("=")[0]
+        raise click.BadParameter(
+            f"expected a value or a list in YAML for {name}, such as {name}=['a cat, asleep', 'a dog']; got '{item}', "
+            f"which cannot be read; put texts with commas, colons or braces in quotes",
+            ctx,
+            param,
+        ) from error
 
 
 def _home(text: str) -> str:
