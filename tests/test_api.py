@@ -6,6 +6,7 @@ learned vectors to the token embedding, runs text encoder and UNet once per bran
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -34,7 +35,7 @@ from dreamartist_pipeline.api import (
 )
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import FORMAT, Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter, trigger_words
@@ -288,7 +289,7 @@ def test_a_scheduler_that_draws_noise_is_refused(
 
 
 def test_a_folder_that_is_not_there_is_named(backbone: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a folder of the toolkit's files"):
+    with pytest.raises(InputError, match="expected a folder at .*nowhere; got none"):
         read_toolkit_concept(backbone, tmp_path / "nowhere")
 
 
@@ -344,6 +345,19 @@ def test_words_that_are_no_pair_have_to_be_named(backbone: Backbone, concept: Co
         read_toolkit_concept(backbone, tmp_path)
     named: Any = read_toolkit_concept(backbone, tmp_path, words=("my-fox", "other"))
     assert named.value("words") == {"pt1": ["my-fox", "other"]}
+
+
+def test_a_toolkit_folder_is_checked_as_by_the_import(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
+    adapters = {"positive": branch_adapter(concept, "positive")}
+    words = [dataclasses.replace(word, vectors=torch.ones(2, 7)) for word in trigger_words(concept)]
+    for name, file in write_toolkit(adapters, words, step=1).items():
+        (tmp_path / name).write_bytes(file)
+    with pytest.raises(InputError, match="vectors of width 32 for 'my-fox'; got 7"):
+        read_toolkit_concept(backbone, tmp_path)
+    for word in words:
+        (tmp_path / f"{word.name}.pt").unlink()
+    with pytest.raises(InputError, match=r"expected the words \['a-x', 'a-y'\]; got \[\]; name the pair in `words`"):
+        read_toolkit_concept(backbone, tmp_path, words=("a-x", "a-y"))
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -419,8 +433,11 @@ def test_what_is_no_concept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a safetensors file"):
         read_concept(tmp_path / "text.safetensors")
     (tmp_path / "lora.safetensors").write_bytes(save({"lora_unet_x.alpha": torch.ones(1)}))
-    with pytest.raises(InputError, match="expected a concept file of format"):
+    with pytest.raises(InputError, match="expected a concept of this project in .*lora.safetensors"):
         read_concept(tmp_path / "lora.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(save({}, {"format": FORMAT}))
+    with pytest.raises(InputError, match="with 'num_branches' in its metadata"):
+        read_concept(tmp_path / "half.safetensors")
 
 
 def test_the_documented_pictures_are_drawn(

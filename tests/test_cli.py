@@ -48,7 +48,9 @@ def test_a_parameter_without_a_value_is_refused() -> None:
 
 
 def test_a_list_that_yaml_cannot_read_is_refused_with_how_to_write_it() -> None:
-    with pytest.raises(click.BadParameter, match="in YAML for generate.prompts, such as .* got 'generate.prompts=.a {pt1"):
+    with pytest.raises(
+        click.BadParameter, match="in YAML for generate.prompts, such as .* got 'generate.prompts=.a {pt1"
+    ):
         parse_params(CONTEXT, OPTION, "generate.prompts=[a {pt1}, blue background]")
 
 

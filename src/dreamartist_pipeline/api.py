@@ -18,6 +18,7 @@ from torch import nn
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, has_zero_terminal_snr
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
+from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
@@ -28,12 +29,15 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.prompt_tokens import by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
-from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, build_concept
-from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
-from dreamartist_pipeline.interop.toolkit import SLOT, read_toolkit, toolkit_words
+from dreamartist_pipeline.datasets.user_files import UserFiles
+from dreamartist_pipeline.interop import concept_file
+from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
+from dreamartist_pipeline.interop.foreign_concept import PositiveActsOn, make_concept, read_toolkit_folder, settled
+from dreamartist_pipeline.interop.toolkit import SLOT
 from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams
 
 _NUM_BRANCHES = 2
+_WORDS_ARGUMENT = "`words`"
 _CPU = DeviceParams(device="cpu")
 _FULL_STRENGTH = StrengthParams()
 _FIVE_DDIM_STEPS = SamplerParams(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
@@ -59,10 +63,7 @@ def read_concept(path: str | Path) -> Concept:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"expected a concept's file at {file}; got none; correct the path, or train the concept")
-    data = file.read_bytes()
-    concept = Concept(read_tensors(data, str(file)), read_metadata(data))
-    concept.value("num_branches")  # is it a concept at all
-    return concept
+    return concept_file.read_concept(file.read_bytes(), str(file))
 
 
 def draw_images(
@@ -120,32 +121,29 @@ def read_toolkit_concept(
     words: tuple[str, str] | None = None,
     clip_skip: int = 0,
     step: int | None = None,
+    *,
+    positive_acts_on: PositiveActsOn = "both",
 ) -> Concept:
-    """Read the reference toolkit's files of one step as a concept for this base model.
+    """Read the reference toolkit's files of one step as a concept for this base model, as `import.toolkit` does.
 
     Args:
         backbone: the base model that it was trained on; the files do not say which.
         folder: `{unet,text_encoder}[-neg]-STEP.safetensors` (or `.ckpt`) and the words as `WORD-STEP.pt` or `WORD.pt`;
             or a folder with all these in `ckpts/`.
         words: (positive, negative); None takes the two `.pt` files, of which the negative ends in "-neg".
-        clip_skip: as it was trained; the files do not say.
+        clip_skip: as it was trained; the files do not say. What is for layers that it leaves out is not read.
         step: which step; None takes the newest.
+        positive_acts_on: what positive adapters act on where there are no negative ones: "both" sides of the guidance,
+            as in other tools, or the "positive" one alone.
 
     Raises:
-        InputError: no such folder, no files of that step, a file that does not belong there, or words that are no
-            pair.
+        InputError: no such folder, no files of that step, a file that does not belong there or to this base model, or
+            words that are no pair or cannot be used.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"expected a folder of the toolkit's files at {folder}; got none; correct the path")
-    inner = Path(folder) / "ckpts"
-    source = inner if inner.is_dir() else Path(folder)
-    files = {file.name: file.read_bytes() for file in sorted(source.iterdir()) if file.is_file()}
-    networks = {"unet": backbone.unet, "text_encoder": backbone.text_encoder}
-    modules = {network: [name for name, _ in module.named_modules()] for network, module in networks.items()}
-    adapters, vectors = read_toolkit(files, modules, step)
-    learned = toolkit_words(vectors, {SLOT: words} if words else {}, "`words`")
-    identity = BaseModelIdentity(backbone.name, backbone.fingerprint)
-    return build_concept(adapters, learned, identity, clip_skip=clip_skip)
+    layout, names = layout_of(backbone, clip_skip), {SLOT: words} if words else {}
+    read = read_toolkit_folder(UserFiles(Path()), str(folder), layout, names, step, _WORDS_ARGUMENT)
+    imported = settled(read, layout, positive_acts_on, _WORDS_ARGUMENT)
+    return make_concept(imported, BaseModelIdentity(backbone.name, backbone.fingerprint), clip_skip=clip_skip)
 
 
 def sample_latents(

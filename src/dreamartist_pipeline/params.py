@@ -576,7 +576,7 @@ class ImportParams(Params):
     names: dict[str, FilePair] = Field(default_factory=dict)  # slot -> trigger words; default: the files' names
     toolkit: str | None = None  # a folder of the reference toolkit's files, in place of the above
     step: Annotated[int, Field(ge=0)] | None = None  # of these; None: the newest
-    class_word: str = ""
+    class_word: Plain = ""
     clip_skip: Annotated[int, Field(ge=0)] = 0  # as it was trained; no file says it
     replace: bool = False  # whether a concept of this subject may be replaced
 

@@ -38,6 +38,15 @@ def test_one_branch_has_no_negative_words() -> None:
     assert Vocabulary.build(NAMES, (2, 3), 10, num_branches=1).words == (Word("my-cat", "pt1", POSITIVE, 10, 2),)
 
 
+def test_words_may_have_numbers_of_vectors_of_their_own_and_no_partner() -> None:
+    counts = {"negative.a": 3, "positive.a": 2, "positive.b": 5}
+    assert Vocabulary.of_counts({"a": ("a-x", "a-neg"), "b": ("b-x", "")}, counts, 10).words == (
+        Word("a-neg", "a", NEGATIVE, 10, 3),
+        Word("a-x", "a", POSITIVE, 13, 2),
+        Word("b-x", "b", POSITIVE, 15, 5),
+    )
+
+
 def test_a_prompt_is_cut_at_trigger_words_that_stand_alone(vocabulary: Vocabulary) -> None:
     negative, positive = vocabulary.words
     assert vocabulary.split_prompt("a My-Cat, my-cat-neg and my-cats") == [

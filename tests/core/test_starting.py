@@ -37,6 +37,7 @@ def stack(*specs: LoRASpec, device: str = "cpu", num_branches: int = 2) -> Adapt
 def concept(
     *updates: tuple[str, int, str],
     words: dict[str, torch.Tensor] | None = None,
+    names: dict[str, list[str]] | None = None,
     alpha: float = 0.5,
     **metadata: Any,
 ) -> Concept:
@@ -46,7 +47,7 @@ def concept(
         tensors |= {f"unet.{layer}.{group}.{branch}.down": DOWN, f"unet.{layer}.{group}.{branch}.up": UP}
     tensors |= {f"words.{key}": vectors for key, vectors in (words or {}).items()}
     fields = [{"alpha": alpha, **metadata.pop("group", {})} for _ in range(1 + max([g for _, g, _ in updates] or [0]))]
-    values = {"words": {"pt1": ["my-x", "my-x-neg"]}, "num_vectors": [1, 2], "num_branches": 2}
+    values = {"words": names or {"pt1": ["my-x", "my-x-neg"]}, "num_vectors": [1, 2], "num_branches": 2}
     values |= {"lora_unet": fields, "lora_text_encoder": [], **metadata}
     return Concept(tensors, {"format": FORMAT} | {name: to_json(value) for name, value in values.items()})
 
@@ -160,6 +161,16 @@ def test_a_layer_without_a_group_is_refused(specs: list[LoRASpec], update: tuple
         take_over({"unet": stack(*specs)}, None, concept(update))
 
 
+def test_without_branches_the_groups_of_one_need_a_guidance_scale_above_1() -> None:
+    for branch in ("positive", "negative"):
+        with pytest.raises(
+            InputError, match=f"got none for 1: unet.a .{branch}.; raise training.guidance_scale above 1"
+        ):
+            take_over({"unet": stack(spec("shared"), num_branches=1)}, None, concept(("a", 0, branch)))
+    with pytest.raises(InputError, match=r"unet.b \(shared\); add groups"):
+        take_over({"unet": stack(spec("shared"), num_branches=1)}, None, concept(("b", 0, "shared")))
+
+
 def test_a_network_without_groups_is_refused() -> None:
     with pytest.raises(InputError, match=r"got none for 2: unet.a \(positive\), unet.b \(positive\)"):
         take_over({}, None, concept(("a", 0, "positive"), ("b", 0, "positive")))
@@ -244,3 +255,19 @@ def test_other_words_are_refused_with_the_values_to_set(words: WordEmbedding | N
     message = r"set training.words.names=\{\"pt1\":\[\"my-x\",\"my-x-neg\"\]\} and training.words.num_vectors=\[1,2\]"
     with pytest.raises(InputError, match=message):
         take_over({}, words, concept(words=VECTORS))
+
+
+def test_words_that_no_training_can_have_are_refused_with_the_reason() -> None:
+    vectors = VECTORS | {"positive.other": torch.zeros(5, 2)}
+    names = {"pt1": ["my-x", "my-x-neg"], "other": ["bad-x", ""]}
+    with pytest.raises(
+        InputError, match="one number of vectors for all words of a branch: start from a concept with one"
+    ):
+        take_over({}, embedding(), concept(words=vectors, names=names, num_vectors=[None, 2]))
+
+
+def test_a_word_by_itself_needs_a_partner_in_a_training() -> None:
+    vectors = VECTORS | {"positive.other": torch.zeros(1, 2)}
+    names = {"pt1": ["my-x", "my-x-neg"], "other": ["bad-x", ""]}
+    with pytest.raises(InputError, match=r'"other":\["bad-x","bad-x-neg"\]'):
+        take_over({}, embedding(), concept(words=vectors, names=names))

@@ -124,20 +124,25 @@ def test_positive_words_alone_make_a_concept_of_one_branch() -> None:
     assert built.value("words") == {"pt1": ["cat-x", "cat-x-neg"]}
 
 
-def test_half_a_pair_of_words_is_refused() -> None:
+def test_a_negative_word_without_a_positive_one_is_refused() -> None:
     words = [
         TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
-        TriggerWord("b-x", "pt2", "positive", torch.zeros(2, 4)),
-        TriggerWord("a-neg", "pt1", "negative", torch.zeros(2, 4)),
+        TriggerWord("b-neg", "pt2", "negative", torch.zeros(2, 4)),
     ]
-    with pytest.raises(InputError, match=r"positive words for \['pt1', 'pt2'\] and negative ones for \['pt1'\]"):
+    with pytest.raises(InputError, match=r"got none for \['pt2'\]; give its file"):
         build_concept({}, words, TINY)
 
 
-def test_words_of_one_branch_with_other_numbers_of_vectors_are_refused() -> None:
-    words = [TriggerWord(f"{n}-x", f"pt{n}", "positive", torch.zeros(n, 4)) for n in (1, 2)]
-    with pytest.raises(InputError, match="same number of vectors; got {'1-x': 1, '2-x': 2}"):
-        build_concept({}, words, TINY)
+def test_a_word_may_stand_by_itself_beside_a_pair_with_other_numbers_of_vectors() -> None:
+    words = [
+        TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
+        TriggerWord("a-neg", "pt1", "negative", torch.zeros(3, 4)),
+        TriggerWord("bad-x", "quality", "positive", torch.zeros(5, 4)),
+    ]
+    built = build_concept({}, words, TINY)
+    assert built.value("words") == {"pt1": ["a-x", "a-neg"], "quality": ["bad-x", ""]}
+    assert (built.value("num_vectors"), built.value("num_branches")) == ([None, 3], 2)
+    assert [(w.name, len(w.vectors)) for w in trigger_words(built)] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
 
 
 def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -93,3 +95,28 @@ def test_a_1x1_kernel_may_come_without_its_axes_and_a_matrix_with_them() -> None
     layers = fitted(adapter, "x", SHAPES).networks["unet"]
     assert (layers[PROJ_IN].down.shape, layers[PROJ_IN].up.shape) == ((2, 4, 1, 1), (6, 2, 1, 1))
     assert (layers[ATTENTION].down.shape, layers[ATTENTION].up.shape) == ((2, 6), (5, 2))
+
+
+@pytest.mark.parametrize("part", ["down", "up", "bias", "scale"])
+def test_numbers_that_are_not_finite_are_refused_by_layer(part: str) -> None:
+    values = {"down": torch.ones(2, 6), "up": torch.ones(5, 2), "bias": torch.ones(5), "scale": torch.ones(())}
+    values[part].view(-1)[-1] = float("nan") if part == "up" else float("inf")
+    factors = LoRAFactors(values["down"], values["up"], float(values["scale"]), values["bias"])
+    with pytest.raises(InputError, match=f"finite numbers in x; got 1 of 1 layers with .*: unet.{ATTENTION}; make"):
+        fitted(BranchAdapter({"unet": {ATTENTION: factors}}), "x", SHAPES)
+
+
+@pytest.mark.parametrize("changes", [{"alpha": torch.ones(3)}, {"rank": 0}])
+def test_several_alphas_and_no_ranks_are_refused(changes: dict[str, Any]) -> None:
+    rank = changes.get("rank", 2)
+    tensors = {"lora_down.weight": torch.ones(rank, 6), "lora_up.weight": torch.ones(5, rank), "alpha": torch.ones(())}
+    file = write_tensors({f"{NAME}.{key}": changes.get(key, value) for key, value in tensors.items()}, {})
+    with pytest.raises(InputError, match=f"x to hold down .* at most one alpha .* for unet.{ATTENTION}; got"):
+        read_lora(file, "x", SHAPES)
+
+
+@pytest.mark.parametrize("config", ["[1]", "{", '{"unet.lora_alpha": "four"}'])
+def test_a_configuration_that_is_none_is_refused(config: str) -> None:
+    tensors = {f"unet.{ATTENTION}.lora_A.weight": torch.ones(2, 6), f"unet.{ATTENTION}.lora_B.weight": torch.ones(5, 2)}
+    with pytest.raises(InputError, match="expected a JSON object with numbers for lora_alpha .* of x; got"):
+        read_lora(write_tensors(tensors, {"lora_adapter_metadata": config}), "x", SHAPES)

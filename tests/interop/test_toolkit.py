@@ -153,6 +153,21 @@ def test_trained_weights_of_the_base_model_are_refused() -> None:
         read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
 
 
+def test_a_pickled_file_with_something_else_than_tensors_is_refused() -> None:
+    turning: dict[str, object] = {}
+    turning |= {"lora": turning}
+    for content, came in (
+        ({"lora": {f"{ATTENTION}.___.alpha": "one"}}, f"'lora:{ATTENTION}.___.alpha' in unet-1.ckpt; got a str"),
+        ({"lora": 3}, "'lora' in unet-1.ckpt; got a int"),
+        (turning, "'lora:lora' in unet-1.ckpt; got a dict"),
+        ({"lora": {"a": torch.zeros(1).expand(9, 9)}}, r"'lora:a' in unet-1.ckpt; got a view of shape \(9, 9\)"),
+    ):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        with pytest.raises(InputError, match=f"expected a tensor with all its numbers as {came}"):
+            read_toolkit({"unet-1.ckpt": buffer.getvalue()}, MODULES)
+
+
 # --------------------------------------------------------------------------------------------- words
 
 

@@ -84,10 +84,46 @@ def test_what_is_no_embedding_is_refused() -> None:
 
 
 def test_a_damaged_file_is_refused_by_name() -> None:
-    for damaged in (b"not a file at all", saved({"*": VECTORS})[:-40], b""):
+    for damaged in (b"not a file at all", saved({"*": VECTORS})[:-40], b"", b"h\x00.", b"a" * 100):
         with pytest.raises(InputError, match="expected an embedding in fox.pt"):
             read_embedding(damaged, "fox.pt")
 
 
 def test_the_reference_toolkits_older_form_is_read() -> None:
     assert torch.equal(read_embedding(saved({"emb_params": VECTORS, "name": "my-fox"}), "my-fox.pt"), VECTORS)
+
+
+def test_a_view_of_fewer_numbers_than_it_has_is_refused_before_it_is_copied() -> None:
+    file = saved({"emb_params": torch.zeros(1).expand(100_000, 768)})
+    assert len(file) < 2000
+    with pytest.raises(InputError, match=r"'emb_params' in big.pt; got a view of shape \(100000, 768\) of 1 numbers"):
+        read_embedding(file, "big.pt")
+    assert torch.equal(read_embedding(saved({"emb_params": VECTORS.T}), "turned.pt"), VECTORS.T)
+
+
+def test_a_tensor_without_its_numbers_is_refused() -> None:
+    for tensor in (torch.empty(9, 768, device="meta"), torch.eye(2).to_sparse()):
+        with pytest.raises(InputError, match=r"in x.pt; got a sparse, quantized or empty \(meta\) one"):
+            read_embedding(saved({"emb_params": tensor}), "x.pt")
+
+
+def test_a_single_number_is_no_embedding() -> None:
+    for name, file in (
+        ("x.pt", saved({"*": torch.tensor(1.0)})),
+        ("x.safetensors", write_tensors({"*": torch.tensor(1.0)}, {})),
+    ):
+        with pytest.raises(InputError, match=rf"one embedding \[n, D\] in {name}; got {{'\*': \(\)}}"):
+            read_embedding(file, name)
+
+
+def test_a_dictionary_that_holds_itself_is_refused() -> None:
+    content: dict[str, object] = {}
+    content["string_to_param"] = content
+    with pytest.raises(InputError, match=r"expected one embedding \[n, D\] in x.pt"):
+        read_embedding(saved(content), "x.pt")
+
+
+def test_numbers_of_a_type_that_torch_has_not_are_refused() -> None:
+    header = b'{"a":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}'
+    with pytest.raises(InputError, match="expected a safetensors file x.safetensors"):
+        read_embedding(len(header).to_bytes(8, "little") + header + bytes(2), "x.safetensors")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dreamartist_pipeline.api import open_base_model, read_toolkit_concept
 from dreamartist_pipeline.backbones.base_model import Backbone
@@ -24,14 +26,24 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
-from dreamartist_pipeline.params import ExportParams, ImportParams, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.interop.word_files import read_embedding
+from dreamartist_pipeline.params import (
+    DeviceParams,
+    ExportParams,
+    ImportParams,
+    SamplerParams,
+    StrengthParams,
+    TrainingParams,
+)
 from dreamartist_pipeline.pipelines.export.nodes import write_files
 from dreamartist_pipeline.pipelines.importing import create_pipeline
 from dreamartist_pipeline.pipelines.importing.nodes import import_concept
+from dreamartist_pipeline.pipelines.training.nodes import check_training
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=2, guidance_scale=3.0)
-PAIR = {
+TEXT_LAYERS = ["mlp.fc1", "mlp.fc2", *(f"self_attn.{part}_proj" for part in ("k", "out", "q", "v"))]
+PAIR: dict[str, Any] = {
     "positive": "lora/fox.safetensors",
     "negative": "lora/fox-neg.safetensors",
     "words": {"pt1": ["embeddings/my-fox.safetensors", "embeddings/my-fox-neg.safetensors"]},
@@ -145,11 +157,82 @@ def test_a_positive_lora_may_act_on_the_positive_side_alone(run: Run) -> None:
     assert report["notes"] == ["the negative side has no adapter: it follows the base model"]
 
 
+def test_a_positive_half_of_a_toolkits_folder_is_the_same_concept_by_both_ways(
+    run: Run, backbone: Backbone, folder: Path
+) -> None:
+    (folder / "half").mkdir()
+    for name in ("unet-3.safetensors", "text_encoder-3.safetensors"):
+        shutil.copy(folder / "toolkit" / name, folder / "half")
+    for options, branch in (({}, "shared"), ({"positive_acts_on": "positive"}, "positive")):
+        imported, report = run(toolkit="half", **options)
+        came = read_toolkit_concept(backbone, folder / "half", **options)
+        assert came.metadata == imported.metadata
+        assert came.tensors.keys() == imported.tensors.keys()
+        assert report["adapters"].keys() == {branch}
+
+
 def test_an_embedding_alone_is_a_concept(run: Run, backbone: Backbone, concept: Concept) -> None:
     imported, report = run(words={"pt1": "toolkit/my-fox.pt"})
     assert list(imported.tensors) == ["words.positive.pt1"]
     assert report["words"] == [{"slot": "pt1", "branch": "positive", "name": "my-fox", "vectors": 2}]
     assert (draw(backbone, imported, "a my-fox") != draw(backbone, imported, "a red dog")).any()
+
+
+def test_a_word_of_its_own_length_may_stand_by_itself_beside_a_pair(
+    run: Run, backbone: Backbone, folder: Path, tiny_base_model: Path
+) -> None:
+    vectors = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    (folder / "bad-hands-5.safetensors").write_bytes(write_tensors({"emb_params": vectors}, {}))
+    imported, report = run(**PAIR | {"words": PAIR["words"] | {"quality": "bad-hands-5.safetensors"}})
+    assert [word["vectors"] for word in report["words"]] == [2, 3, 5]
+    loaded = attach(backbone, imported, StrengthParams())
+    assert loaded.vocabulary is not None
+    assert {word.name: word.num_vectors for word in loaded.vocabulary.words} == {
+        "my-fox": 2,
+        "my-fox-neg": 3,
+        "bad-hands-5": 5,
+    }
+    assert torch.equal(draw(backbone, imported), draw(backbone, run(**PAIR)[0]))
+    assert (draw(backbone, imported, "a my-fox, bad-hands-5") != draw(backbone, imported)).any()
+    exported = write_files(str(tiny_base_model), imported, ExportParams(title="fox"))
+    assert torch.equal(read_embedding(exported["embeddings/bad-hands-5.safetensors"], "x.safetensors"), vectors)
+
+
+def test_what_clip_skip_leaves_out_is_left_out_of_the_concept_and_reported(
+    run: Run, backbone: Backbone, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        imported, report = run(**PAIR, clip_skip=1)
+    layers = [f"encoder.layers.1.{name}" for name in TEXT_LAYERS]
+    assert report["left_out"] == {"positive": layers, "negative": layers}
+    assert not [name for name in imported.tensors if "encoder.layers.1" in name]
+    note = "6 text-encoder layers of the positive LoRA are left out: clip_skip 1 skips them"
+    assert note in report["notes"][0] and note in caplog.text
+    everything = Concept(concept.tensors, concept.metadata | {"clip_skip": "1"})
+    assert (draw(backbone, imported) - draw(backbone, everything)).abs().max() <= 1
+    assert run(**PAIR)[1]["left_out"] == {}
+
+
+def test_a_concept_with_clip_skip_is_a_start(
+    run: Run, tiny_base_model: Path, make_training_params: Callable[..., TrainingParams], tmp_path: Path
+) -> None:
+    imported, _ = run(**PAIR, clip_skip=1)
+    file = tmp_path / "concept.safetensors"
+    file.write_bytes(write_tensors(imported.tensors, imported.metadata))
+    params = make_training_params(clip_skip=1, start_from=str(file))
+    plan = check_training(str(tiny_base_model), params, "", DeviceParams(device="cpu"), UserFiles(tmp_path))
+    assert plan["start"]["taken_over"]["text_encoder.0.positive"] == 6
+
+
+def test_a_lora_of_which_clip_skip_leaves_nothing_is_refused(run: Run, folder: Path) -> None:
+    name = "lora_te_text_model_encoder_layers_1_mlp_fc1"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 32), f"{name}.lora_up.weight": torch.ones(96, 1)}
+    (folder / "last.safetensors").write_bytes(write_tensors(tensors, {}))
+    run(positive="last.safetensors")
+    with pytest.raises(InputError, match="got only text-encoder layers that clip_skip leaves out; lower"):
+        run(positive="last.safetensors", clip_skip=1)
+    _, report = run(positive="lora/fox.safetensors", negative="last.safetensors", clip_skip=1)
+    assert report["adapters"].keys() == {"positive"}  # a pair stays one: the positive LoRA is not made to act on both
 
 
 def test_several_files_of_one_branch_add_up(run: Run, concept: Concept) -> None:
@@ -220,7 +303,11 @@ def test_a_concept_in_place_is_only_replaced_when_asked(run: Run) -> None:
         ),
         (
             {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "bad hands"}},
-            "without spaces; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
+            "without spaces or braces; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
+        ),
+        (
+            {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "my{cat}"}},
+            "without spaces or braces; got 'my{cat}'; name it, such as import.names.pt1=my-cat",
         ),
         ({"toolkit": "nowhere"}, "expected a folder at .*nowhere; got none"),
         ({"toolkit": "lora"}, "expected files named"),
@@ -241,12 +328,34 @@ def test_a_lora_of_another_base_model_is_refused_by_layer(run: Run, folder: Path
 
 
 def test_an_embedding_of_another_width_or_longer_than_a_prompt_is_refused(run: Run, folder: Path) -> None:
-    for name, shape in (("wide", (1, 768)), ("long", (23, 32))):
+    for name, shape in (("wide", (1, 768)), ("long", (23, 32)), ("empty", (0, 32))):
         (folder / f"my-{name}.safetensors").write_bytes(write_tensors({"emb_params": torch.ones(shape)}, {}))
     with pytest.raises(InputError, match="vectors of width 32 for 'my-wide'; got 768"):
         run(words={"pt1": "my-wide.safetensors"})
-    with pytest.raises(InputError, match="at most 22 vectors for 'my-long'"):
+    with pytest.raises(InputError, match="expected 1 to 22 vectors for 'my-long'.* got 23"):
         run(words={"pt1": "my-long.safetensors"})
+    with pytest.raises(InputError, match="expected 1 to 22 vectors for 'my-empty'.* got 0"):
+        run(words={"pt1": "my-empty.safetensors"})
+
+
+def test_an_embedding_with_numbers_that_are_not_finite_is_refused(run: Run, folder: Path) -> None:
+    for name, number in (("nan", float("nan")), ("inf", float("inf"))):
+        vectors = torch.cat([torch.ones(2, 31), torch.full((2, 1), number)], dim=1)
+        (folder / f"my-{name}.safetensors").write_bytes(write_tensors({"emb_params": vectors}, {}))
+        with pytest.raises(InputError, match=f"expected finite vectors for 'my-{name}'"):
+            run(words={"pt1": f"my-{name}.safetensors"})
+
+
+def test_weights_in_the_class_word_are_refused() -> None:
+    with pytest.raises(ValidationError, match="class_word"):
+        ImportParams(class_word="{cat:1.2}")
+
+
+def test_names_for_a_toolkits_folder_without_words_are_refused(run: Run, folder: Path) -> None:
+    (folder / "wordless").mkdir()
+    shutil.copy(folder / "toolkit/unet-3.safetensors", folder / "wordless")
+    with pytest.raises(InputError, match=r"expected the words \['my-x'\]; got \[\]; name the pair in import.names.pt1"):
+        run(toolkit="wordless", names={"pt1": "my-x"})
 
 
 def test_the_pipeline_gives_a_concept_and_a_report() -> None:

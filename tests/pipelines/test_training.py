@@ -619,6 +619,11 @@ def test_a_start_that_cannot_be_taken_over_is_refused_in_the_plan(
         (tiny_base_model, {"start_from": str(tmp_path / "lora.safetensors")}, "kedro run --pipeline import"),
         (other_tiny_base_model, {}, "expected the base model that the concept was trained on"),
         (tiny_base_model, {"clip_skip": 1}, "training.clip_skip 0, .* got 1; set it to 0"),
+        (
+            tiny_base_model,
+            {"zero_terminal_snr": True},
+            "zero_terminal_snr false, .* got true; set it to false",
+        ),
         (tiny_base_model, {"lora_unet": narrow}, "set training.lora_unet.0.rank to 2"),
         (tiny_base_model, {"lora_text_encoder": ()}, "got none for 24: text_encoder"),
     ]

@@ -26,7 +26,7 @@ from dreamartist_pipeline.backbones.base_model import (
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters, select_layers
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, stack
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches, stack
 from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
@@ -220,7 +220,7 @@ def _read_spec(fields: Mapping[str, Any]) -> LoRASpec:
 class LoadedConcept:
     """A concept ready to draw with; without a concept, the base model itself.
 
-    trigger_words: slot -> (positive, negative).
+    trigger_words: slot -> (positive, negative); the latter is "" for a word by itself.
     """
 
     backbone: Backbone
@@ -288,15 +288,20 @@ def check_base_model(concept: Concept, name: str, fingerprint: str) -> None:
 
 def _load_words(own: Backbone, concept: Concept, trigger_words: dict[str, tuple[str, str]]) -> Vocabulary:
     embedding = own.text_encoder.get_input_embeddings()
-    positive, negative = concept.value("num_vectors")
-    num_branches = concept.value("num_branches")
-    vocabulary = Vocabulary.build(trigger_words, (positive, negative), embedding.num_embeddings, num_branches)
     vectors = concept.part(WORDS)
-    if missing := [word.key for word in vocabulary.words if word.key not in vectors]:
+    expected = [
+        f"{BRANCH_NAMES[branch]}.{slot}"
+        for slot, (_, negative) in trigger_words.items()
+        for branch in branches(concept.value("num_branches"))
+        if branch == POSITIVE or negative
+    ]
+    if missing := [key for key in expected if key not in vectors]:
         raise InputError(
             f"expected the vectors of every trigger word in the concept; {', '.join(missing)} are missing; "
             "the file is incomplete: train the concept again"
         )
+    counts = {key: len(vectors[key]) for key in expected}
+    vocabulary = Vocabulary.of_counts(trigger_words, counts, embedding.num_embeddings)
     _put_words(own, vocabulary, [vectors[word.key] for word in vocabulary.words])
     return vocabulary
 

@@ -125,8 +125,8 @@ class LoRASpec:
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        """The names of the tensors that an update of this group has."""
-        return frozenset(("down", "up", "bias") if self.bias else ("down", "up"))
+        """The names of the tensors that an update of this group has; see `tensor_names`."""
+        return tensor_names(self.bias)
 
     @property
     def branch_name(self) -> str:
@@ -152,6 +152,11 @@ class LoRASpec:
                 f"outputs; got {lowest}; lower it"
             )
         return lowest
+
+
+def tensor_names(has_bias: bool) -> frozenset[str]:
+    """Return the names of an update's tensors. Metadata of older concepts do not speak of a bias: they have none."""
+    return frozenset(("down", "up", "bias") if has_bias else ("down", "up"))
 
 
 def _rank_in(rank: int | float, out_features: int) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, branches
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.errors import InputError
 
 # ------------------------------------------------------------------------------------------------- vocabulary
@@ -67,11 +67,34 @@ class Vocabulary:
         Raises:
             InputError: one word fills two places, upper and lower case being the same.
         """
+        positive, negative = num_vectors
+        counts = {
+            f"{BRANCH_NAMES[branch]}.{slot}": negative if branch == NEGATIVE else positive
+            for slot in names
+            for branch in branches(num_branches)
+        }
+        return cls.of_counts(names, counts, first_id)
+
+    @classmethod
+    def of_counts(
+        cls, names: Mapping[str, tuple[str, str]], num_vectors: Mapping[str, int], first_id: int
+    ) -> Vocabulary:
+        """Number the vectors of trigger words that each have a number of their own.
+
+        Args:
+            names: slot -> (positive, negative) trigger word.
+            num_vectors: "<branch>.<slot>" -> how many vectors the word has; words that are not in it are left out.
+            first_id: the size of the base vocabulary.
+
+        Raises:
+            InputError: one word fills two places, upper and lower case being the same.
+        """
         words: list[Word] = []
         for slot, (positive, negative) in names.items():
-            for branch in branches(num_branches):
-                name = negative if branch == NEGATIVE else positive
-                count = num_vectors[1] if branch == NEGATIVE else num_vectors[0]
+            for branch, name in ((NEGATIVE, negative), (POSITIVE, positive)):
+                count = num_vectors.get(f"{BRANCH_NAMES[branch]}.{slot}")
+                if count is None:
+                    continue
                 if any(word.name.lower() == name.lower() for word in words):
                     raise InputError(
                         f"expected every trigger word once, got {name!r} twice; give slot {slot!r} another one"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from dreamartist_pipeline.core.adapters import SHARED, AdapterStack, LowRankUpdate, factors_by_update
+from dreamartist_pipeline.core.adapters import SHARED, AdapterStack, LowRankUpdate, factors_by_update, tensor_names
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept
+from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, to_json
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 
@@ -115,9 +115,19 @@ def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taki
     if without_place:
         raise InputError(
             f"expected a LoRA group for every layer of the concept in {_OPTION}; got none for {len(without_place)}: "
-            f"{_alike(without_place)}; add groups of that branch (p, n, or none for shared) whose layers match them"
+            f"{_alike(without_place)}; {_advice(without_place, stacks)}"
         )
     return takings
+
+
+def _advice(without_place: Sequence[tuple[str, str]], stacks: Mapping[str, AdapterStack]) -> str:
+    layers = [layer for adapters in stacks.values() for layer in adapters.layers.values()]
+    if any(layer.num_branches == 1 for layer in layers) and any(branch != SHARED for _, branch in without_place):
+        return (
+            "raise training.guidance_scale above 1: at 1 there are no branches, and every group acts on both sides of "
+            "the guidance"
+        )
+    return "add groups of that branch (p, n, or none for shared) whose layers match them"
 
 
 def _alike(without_place: Sequence[tuple[str, str]]) -> str:
@@ -133,17 +143,13 @@ def _updates(network: str, concept: Concept) -> dict[str, dict[str, list[_Update
     specs = concept.value(f"lora_{network}")
     found: dict[str, dict[str, list[_Update]]] = {}
     for (layer, group, branch), factors in sorted(factors_by_update(concept.part(network)).items()):
-        if group >= len(specs) or set(factors) != _tensor_names(specs[group]):
+        if group >= len(specs) or set(factors) != tensor_names(specs[group].get("bias", False)):
             raise InputError(
                 f"expected all tensors of one of {len(specs)} LoRA groups in {network}.{layer} of {_OPTION}; got "
                 f"{', '.join(sorted(factors))} of group {group}; start from another concept"
             )
         found.setdefault(layer, {}).setdefault(branch, []).append(_update(factors, specs[group]))
     return found
-
-
-def _tensor_names(spec: Mapping[str, Any]) -> set[str]:
-    return {"down", "up"} | ({"bias"} if spec.get("bias") else set())  # older concepts do not speak of a bias
 
 
 def _update(factors: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> _Update:
@@ -234,11 +240,23 @@ def _check_words(words: WordEmbedding | None, concept: Concept) -> None:
     if wrong := [key for key, word in expected.items() if here.get(key) != word]:
         differing = [f"{key} {expected[key]} where the training has {here.get(key, 'none')}" for key in sorted(wrong)]
         raise InputError(
-            f"expected the trigger words of the concept in {_OPTION}; got (word, vectors) {'; '.join(differing)}; set "
-            f"training.words.names={concept.metadata['words']} and "
-            f"training.words.num_vectors={concept.metadata['num_vectors']}, and keep a guidance_scale above 1 for "
-            "negative words"
+            f"expected the trigger words of the concept in {_OPTION}; got (word, vectors) {'; '.join(differing)}; "
+            f"{_words_to_set(concept)}"
         )
+
+
+def _words_to_set(concept: Concept) -> str:
+    """Say with which words a training can begin with a concept."""
+    if None in concept.value("num_vectors"):
+        return (
+            "a training has one number of vectors for all words of a branch: start from a concept with one slot, "
+            "imported without the other words"
+        )
+    names = {slot: (word, partner or f"{word}-neg") for slot, (word, partner) in concept.value("words").items()}
+    return (
+        f"set training.words.names={to_json(names)} and training.words.num_vectors={concept.metadata['num_vectors']}, "
+        "and keep a guidance_scale above 1 for negative words"
+    )
 
 
 def _name(key: str, concept: Concept) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dreamartist_pipeline.core.adapters import SHARED, factors_by_update
+from dreamartist_pipeline.core.adapters import SHARED, factors_by_update, tensor_names
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
 from dreamartist_pipeline.core.errors import InputError
@@ -112,7 +112,7 @@ def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoR
     _check_static(network, specs)
     groups: dict[str, list[LoRAFactors]] = {}
     for (layer, group, of_branch), factors in sorted(factors_by_update(concept.part(network)).items()):
-        if group >= len(specs) or set(factors) != _tensor_names(specs[group]):
+        if group >= len(specs) or set(factors) != tensor_names(specs[group].get("bias", False)):
             raise InputError(
                 f"expected all tensors of one of {len(specs)} LoRA groups; got {sorted(factors)} of group {group} in "
                 f"{network}.{layer}; the file is incomplete: train the concept again"
@@ -131,10 +131,6 @@ def _check_static(network: str, specs: Sequence[Mapping[str, Any]]) -> None:
                 f"{fields['timestep_min_rank']}, which LoRA files of other tools cannot express; draw with "
                 "kedro run --pipeline generate, or train without timestep_min_rank"
             )
-
-
-def _tensor_names(fields: Mapping[str, Any]) -> set[str]:
-    return {"down", "up"} | ({"bias"} if fields.get("bias") else set())  # older concepts do not speak of a bias
 
 
 def _scaled(factors: Mapping[str, torch.Tensor], alpha: float) -> LoRAFactors:
@@ -195,14 +191,14 @@ def build_concept(
     Args:
         adapters: branch name -> its adapter, "shared" for one that acts on both; a branch without one follows the base
             model.
-        words: positive words, and negative ones for all slots or for none.
+        words: a positive word, or a pair, for every slot; each with its own number of vectors.
         base_model: what the files were made for; nobody but the caller can know.
         class_word: stands in for a slot without a word.
         num_steps: how long it was trained, as far as is known.
         clip_skip: how many of the text encoder's last layers it was trained without; no file says it.
 
     Raises:
-        InputError: words of one branch that differ in their number of vectors, or a slot with half a pair.
+        InputError: a negative word without a positive one.
     """
     metadata = {
         "format": FORMAT,
@@ -251,15 +247,20 @@ def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFacto
 
 
 def _words_metadata(words: Sequence[TriggerWord], only_shared: bool) -> dict[str, str]:
+    """Return the entries about words. A word by itself beside pairs has "" for a partner.
+
+    Where no word has a partner, there is one branch, and names of partners are what a training would call them.
+    """
     by_branch = {branch: {word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES}
     positive, negative = by_branch["positive"], by_branch["negative"]
-    if negative and set(negative) != set(positive):
+    if alone := negative.keys() - positive.keys():
         raise InputError(
-            f"expected a positive and a negative word in every slot, or positive words only; got positive words for "
-            f"{sorted(positive)} and negative ones for {sorted(negative)}; give the missing files"
+            f"expected a positive word in every slot that has a negative one; got none for {sorted(alone)}; give its "
+            "file, or give the negative word alone as the positive one of a slot"
         )
     names = {
-        slot: (word.name, negative[slot].name if negative else f"{word.name}-neg") for slot, word in positive.items()
+        slot: (word.name, (negative[slot].name if slot in negative else "") if negative else f"{word.name}-neg")
+        for slot, word in positive.items()
     }
     return {
         "words": to_json(names),
@@ -268,11 +269,7 @@ def _words_metadata(words: Sequence[TriggerWord], only_shared: bool) -> dict[str
     }
 
 
-def _num_vectors(words: Iterable[TriggerWord]) -> int:
-    """Return how many vectors each of these words has."""
-    counts = {word.name: len(word.vectors) for word in words}
-    if len(set(counts.values())) > 1:
-        raise InputError(
-            f"expected the words of one branch to have the same number of vectors; got {counts}; use one slot a concept"
-        )
-    return next(iter(counts.values()), 1)
+def _num_vectors(words: Iterable[TriggerWord]) -> int | None:
+    """Return how many vectors each of these words has; None where they differ, so that only the tensors say it."""
+    counts = {len(word.vectors) for word in words} or {1}
+    return counts.pop() if len(counts) == 1 else None

@@ -15,7 +15,7 @@ def read_concept(file: bytes, name: str) -> Concept:
         name: what to call it in an error.
 
     Raises:
-        InputError: not a safetensors file, or one of another tool.
+        InputError: not a safetensors file, one of another tool, or one without the metadata of a concept.
     """
     tensors, metadata = read_tensors(file, name), read_metadata(file)
     if metadata.get("format") != FORMAT:
@@ -23,4 +23,6 @@ def read_concept(file: bytes, name: str) -> Concept:
             f"expected a concept of this project in {name}; got a safetensors file of another kind; make a concept of "
             "it first (kedro run --pipeline import), and name that one"
         )
-    return Concept(tensors, metadata)
+    concept = Concept(tensors, metadata)
+    concept.value("num_branches")  # is it a whole one
+    return concept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -10,13 +11,11 @@ import torch
 
 from dreamartist_pipeline.core.concept import FORMAT
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import Shapes
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.peft_files import read_peft
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
-
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""network -> layer -> the shape of its weight, of every Linear and Conv2d of the base model"""
 
 _SHOWN = 3  # layers named in an error
 _READERS = {"kohya": read_kohya, "peft": read_peft}
@@ -92,7 +91,7 @@ def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
     """Return the adapter with every factor in the shape its layer needs; 1 × 1 kernels come with and without axes.
 
     Raises:
-        InputError: shapes that belong to another base model; the message names layers.
+        InputError: shapes that belong to another base model, or numbers that are not finite; the message names layers.
     """
     networks: dict[str, dict[str, LoRAFactors]] = {}
     wrong = []
@@ -110,7 +109,17 @@ def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
             f"expected {name} to fit the layers of this base model; got {len(wrong)} of {adapter.num_layers} that do "
             f"not: {'; '.join(wrong[:_SHOWN])}; set base_model to the one it was made for, or give another file"
         )
+    if infinite := [".".join(at) for at, factors in adapter.by_layer().items() if not _is_finite(factors)]:
+        raise InputError(
+            f"expected finite numbers in {name}; got {len(infinite)} of {adapter.num_layers} layers with some that are "
+            f"infinite or no numbers: {', '.join(infinite[:_SHOWN])}; make or download it again"
+        )
     return BranchAdapter(networks)
+
+
+def _is_finite(factors: LoRAFactors) -> bool:
+    tensors = [tensor for tensor in (factors.down, factors.up, factors.bias) if tensor is not None]
+    return math.isfinite(factors.scale) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _is_reshape(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:

@@ -54,7 +54,7 @@ def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> B
     parts = read_parts(
         file, name, "the peft format", lambda key: place_by_suffix(key, _SUFFIXES, lambda stem: _layer(stem, known))
     )
-    config = json.loads(read_metadata(file).get(_CONFIG, "{}"))
+    config = _config(file, name)
     factors = {
         at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name), part.get("bias"))
         for at, part in parts.items()
@@ -66,6 +66,27 @@ def _layer(stem: str, known: Mapping[str, tuple[str, str]]) -> tuple[str, str] |
     """Find a layer by its name; savers of transformers 5 leave `text_model.` out."""
     network, _, layer = stem.partition(".")
     return known.get(f"{network}.{external_name(network, layer)}")
+
+
+def _config(file: bytes, name: str) -> Mapping[str, Any]:
+    """Return diffusers' entry of the metadata, `{}` without one.
+
+    Raises:
+        InputError: it is no JSON object, or an alpha in it is no number.
+    """
+    text = read_metadata(file).get(_CONFIG, "{}")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not all(
+        isinstance(value, int | float) for key, value in config.items() if key.endswith(".lora_alpha")
+    ):
+        raise InputError(
+            f"expected a JSON object with numbers for lora_alpha as {_CONFIG} of {name}; got {text[:80]!r}; "
+            "save it by diffusers"
+        )
+    return config
 
 
 def _scale(config: Mapping[str, Any], network: str, rank: int, name: str) -> float:

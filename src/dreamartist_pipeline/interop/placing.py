@@ -28,7 +28,8 @@ def read_parts(
         place: key -> layer and part; None for a key that has no place.
 
     Raises:
-        InputError: not a safetensors file, keys without a place (the first are listed), or half a pair.
+        InputError: not a safetensors file, keys without a place (the first are listed), half a pair, or shapes that do
+            not go together.
     """
     return place_tensors(read_tensors(file, name), name, form, place)
 
@@ -39,7 +40,7 @@ def place_tensors(
     """Return what `read_parts` does, of tensors that have been read.
 
     Raises:
-        InputError: keys without a place (the first are listed), or half a pair.
+        InputError: keys without a place (the first are listed), half a pair, or shapes that do not go together.
     """
     parts: dict[Layer, dict[str, torch.Tensor]] = {}
     unknown = []
@@ -48,11 +49,11 @@ def place_tensors(
             unknown.append(key)
         else:
             at, part = found
-            parts.setdefault(at, {})[part] = tensor.float()
+            parts.setdefault(at, {})[part] = tensor
     _refuse_unknown(unknown, name, form)
     for at, members in parts.items():
-        _check_pair(members, name, at)
-    return parts
+        _check_factors(members, name, at)
+    return {at: {part: tensor.float() for part, tensor in members.items()} for at, members in parts.items()}
 
 
 def place_by_suffix(
@@ -74,15 +75,16 @@ def _refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
         )
 
 
-def _check_pair(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
-    """Raise an InputError when a layer lacks one of its two factors, or when they do not belong together."""
+def _check_factors(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
+    """Raise an InputError when a layer lacks one of its two factors, or when its tensors do not belong together."""
     whole = {"down", "up"} <= part.keys() and min(part["down"].dim(), part["up"].dim()) >= 2
-    fits = whole and part["down"].shape[0] == part["up"].shape[1]
-    if not fits or ("bias" in part and part["bias"].shape != part["up"].shape[:1]):
+    fits = whole and part["down"].shape[0] == part["up"].shape[1] > 0
+    fits = fits and ("bias" not in part or part["bias"].shape == part["up"].shape[:1])
+    if not fits or ("alpha" in part and part["alpha"].numel() != 1):
         came = {factor: tuple(tensor.shape) for factor, tensor in sorted(part.items())}
         raise InputError(
-            f"expected {name} to hold down [rank, in] and up [out, rank] (a bias: [out]) for {'.'.join(at)}; "
-            f"got {came}; the file is incomplete: make or download it again"
+            f"expected {name} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for "
+            f"{'.'.join(at)}; got {came}; the file is incomplete: make or download it again"
         )
 
 

@@ -27,14 +27,14 @@ def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
         name: what to call it in an error.
 
     Raises:
-        InputError: not a whole safetensors file.
+        InputError: not a whole safetensors file, or numbers of a type that torch does not have.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         return dict(load(file))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: an exotic type, such as F4
         raise InputError(
             f"expected a safetensors file {name}; got something else ({error}); give the right file, or make it again"
         ) from error

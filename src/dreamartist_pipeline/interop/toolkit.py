@@ -11,14 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, TriggerWord
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
-from dreamartist_pipeline.interop.pickled_weights import load_weights
+from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding_pt
@@ -180,17 +179,19 @@ def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Se
 
 
 def _tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
-    is_pickled = name.endswith(".ckpt")
-    tensors = _unfolded(load_weights(file, name, "adapters")) if is_pickled else read_tensors(file, name)
+    tensors = _pickled_tensors(file, name) if name.endswith(".ckpt") else read_tensors(file, name)
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(_AVERAGES)}
 
 
-def _unfolded(nested: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    """Return the tensors of nested mappings with keys joined by ':', as a safetensors file has them."""
-    flat: dict[str, torch.Tensor] = {}
-    for key, value in nested.items():
-        flat |= _unfolded(value, f"{prefix}{key}:") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _pickled_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pickled file, `{"lora": {key: tensor}, …}`, named as in safetensors: `lora:key`."""
+    flat: dict[str, object] = {}
+    for section, value in load_weights(file, name, "adapters").items():
+        if isinstance(value, Mapping):
+            flat |= {f"{section}:{key}": tensor for key, tensor in value.items()}
+        else:
+            flat[str(section)] = value
+    return {key: dense_tensor(value, key, name) for key, value in flat.items()}
 
 
 # ------------------------------------------------------------------------------------------------- its words

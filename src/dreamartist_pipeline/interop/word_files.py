@@ -11,7 +11,7 @@ import torch
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import TriggerWord
 from dreamartist_pipeline.interop.file_facts import FileFacts
-from dreamartist_pipeline.interop.pickled_weights import load_weights
+from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 
 _KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is told the token
@@ -43,14 +43,14 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
         InputError: not such a file, several embeddings in it, or something that needs code to be run to be read.
     """
     vectors = _old_form(file, name) if name.endswith((".pt", ".bin")) else read_tensors(file, name)
-    tensors = [value for value in vectors.values() if isinstance(value, torch.Tensor)]
-    if len(tensors) != 1 or tensors[0].dim() > 2:
+    tensors = [dense_tensor(value, key, name) for key, value in vectors.items() if isinstance(value, torch.Tensor)]
+    if len(tensors) != 1 or tensors[0].dim() not in (1, 2):
         came = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
         raise InputError(
             f"expected one embedding [n, D] in {name}; got {came}; give an embedding for a Stable Diffusion 1.x or 2.x "
             "text encoder"
         )
-    tensor = tensors[0].detach().float()
+    tensor = tensors[0].float()
     return tensor[None] if tensor.dim() == 1 else tensor
 
 

@@ -10,9 +10,11 @@ from dreamartist_pipeline.params import ImportParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
-    from dreamartist_pipeline.pipelines.importing.reading import UserFiles
+    from dreamartist_pipeline.interop.user_files import UserFiles
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
     Concept = UserFiles = Any
+
+_NAMES = "import.names.{slot}"  # where users name the words of a slot
 
 log = logging.getLogger(__name__)
 
@@ -26,28 +28,26 @@ def import_concept(
         The concept, and the report: layers, ranks and vectors by branch, and the files with their SHA-256.
 
     Raises:
-        InputError: nothing to import, a concept that would be replaced unasked, a file that is missing, of another
-            kind or for another base model, or a trigger word that already means something.
+        InputError: nothing to import, a concept that would be replaced unasked, a file that is missing, damaged, of
+            another kind or for another base model, or a trigger word that cannot be used.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
-    from dreamartist_pipeline.backbones.prompts import check_clip_skip
-    from dreamartist_pipeline.pipelines.importing.reading import (
-        check_words,
-        layer_shapes,
-        make_concept,
-        read_lora_files,
-        read_toolkit_folder,
-    )
+    from dreamartist_pipeline.backbones.layouts import layout_of
+    from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
+    from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, settled
+    from dreamartist_pipeline.pipelines.importing.reading import read_single_files
     from dreamartist_pipeline.pipelines.importing.reporting import describe, summary
 
     check_request(concept_in_place, params)
     files = BaseModelFiles(base_model)
-    outline = load_outline(files)
-    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
-    read = read_lora_files if params.toolkit is None else read_toolkit_folder
-    imported = read(user_files, params, layer_shapes(outline))
-    check_words(imported.words, outline)
-    concept = make_concept(imported, params, files.name, files.fingerprint())
+    layout = layout_of(load_outline(files), params.clip_skip)
+    if params.toolkit is None:
+        read = read_single_files(user_files, params, layout)
+    else:
+        read = read_toolkit_folder(user_files, params.toolkit, layout, params.names, params.step, _NAMES)
+    imported = settled(read, layout, params.positive_acts_on, _NAMES)
+    identity = BaseModelIdentity(files.name, files.fingerprint())
+    concept = make_concept(imported, identity, params.class_word, params.clip_skip)
     report = describe(imported, concept)
     log.info("Imported:\n%s", summary(report))
     return concept, report

@@ -8,7 +8,7 @@ from typing import Any
 from dreamartist_pipeline.core.adapters import SHARED
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
-from dreamartist_pipeline.pipelines.importing.reading import Imported
+from dreamartist_pipeline.interop.foreign_concept import Imported
 
 _NOTES = {
     SHARED: "the positive LoRA acts on both sides of the guidance, as in other tools (import.positive_acts_on)",
@@ -30,7 +30,15 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
             for word in imported.words
         ],
         "sources": [dataclasses.asdict(source) for source in imported.sources],
-        "notes": [_NOTES[branch] for branch in imported.adapters if len(imported.adapters) == 1],
+        "left_out": {branch: list(layers) for branch, layers in imported.left_out.items()},
+        "notes": [
+            *(_NOTES[branch] for branch in imported.adapters if len(imported.adapters) == 1),
+            *(
+                f"{len(layers)} text-encoder layers of the {branch} LoRA are left out: clip_skip "
+                f"{concept.metadata['clip_skip']} skips them, so that they would act on nothing"
+                for branch, layers in imported.left_out.items()
+            ),
+        ],
     }
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.core.embeddings import WordEmbedding
     from dreamartist_pipeline.core.prompt_tokens import PromptTokens
     from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
-    from dreamartist_pipeline.pipelines.training.starting import UserFiles
+    from dreamartist_pipeline.interop.user_files import UserFiles
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
     Concept = DataFrame = Figure = UserFiles = Any
 

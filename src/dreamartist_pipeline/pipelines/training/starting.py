@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from dreamartist_pipeline.backbones.concepts import check_base_model, clip_skip_of
+from dreamartist_pipeline.backbones.concepts import check_base_model, clip_skip_of, has_zero_terminal_snr
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.starting import Start, take_over
 from dreamartist_pipeline.interop.concept_file import read_concept
+from dreamartist_pipeline.interop.user_files import UserFiles
 from dreamartist_pipeline.params import TrainingParams
-
-
-class UserFiles(Protocol):
-    """Where the concept's file is."""
-
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes."""
 
 
 def read_start(user_files: UserFiles | None, params: TrainingParams) -> Start | None:
@@ -56,12 +50,14 @@ def begin_from(
         `{}`, or `{"start": {"sha256": …, "taken_over": {group: layers or vectors}}}`.
 
     Raises:
-        InputError: the concept belongs to another base model, or something of it has no place in this training.
+        InputError: the concept belongs to another base model, text layer or noise schedule, or something of it has no
+            place in this training.
     """
     if start is None:
         return {}
     check_base_model(start.concept, *base_model)
     _check_clip_skip(start.concept, params)
+    _check_noise_schedule(start.concept, params)
     return {"start": {"sha256": start.sha256, "taken_over": take_over(stacks, words, start.concept)}}
 
 
@@ -72,4 +68,14 @@ def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
         raise InputError(
             f"expected training.clip_skip {expected}, which the concept in training.start_from was trained with; got "
             f"{params.clip_skip}; set it to {expected}"
+        )
+
+
+def _check_noise_schedule(concept: Concept, params: TrainingParams) -> None:
+    """Confirm that the training has the noise schedule that the concept was trained with."""
+    expected, came = (str(value).lower() for value in (has_zero_terminal_snr(concept), params.zero_terminal_snr))
+    if came != expected:
+        raise InputError(
+            f"expected training.zero_terminal_snr {expected}, as the concept in training.start_from was trained; got "
+            f"{came}; set it to {expected}"
         )

@@ -1,0 +1,196 @@
+"""From files of other tools to a concept: what they hold, checked against the base model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dreamartist_pipeline.core.adapters import SHARED
+from dreamartist_pipeline.core.concept import Concept, to_json
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import ModelLayout
+from dreamartist_pipeline.interop.branch_adapters import (
+    BaseModelIdentity,
+    BranchAdapter,
+    TriggerWord,
+    build_concept,
+)
+from dreamartist_pipeline.interop.foreign_lora import fitted
+from dreamartist_pipeline.interop.toolkit import SLOT, files_of_step, read_toolkit, toolkit_words
+from dreamartist_pipeline.interop.user_files import UserFiles
+
+PositiveActsOn = Literal["both", "positive"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that was read: its name, the SHA-256 of its bytes, and what it holds."""
+
+    file: str
+    sha256: str
+    holds: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What the files hold.
+
+    adapters: branch name, or "shared" for both -> its adapter. num_steps: how long it was trained, 0 when unknown.
+    left_out: branch name -> layers whose updates act on nothing.
+    """
+
+    adapters: dict[str, BranchAdapter]
+    words: tuple[TriggerWord, ...]
+    sources: tuple[Source, ...]
+    num_steps: int = 0
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def source(name: str, file: bytes, holds: str) -> Source:
+    """Return a file's entry in the list of sources."""
+    return Source(name, hashlib.sha256(file).hexdigest(), holds)
+
+
+def read_toolkit_folder(
+    user_files: UserFiles,
+    folder: str,
+    layout: ModelLayout,
+    names: Mapping[str, Sequence[str]],
+    step: int | None,
+    option: str,
+) -> Imported:
+    """Read the files of one step out of a folder that the reference toolkit left.
+
+    Args:
+        user_files: reads them.
+        folder: with the files, or with all these in `ckpts/`.
+        layout: of the base model.
+        names: slot -> positive and, perhaps, negative word; empty: one pair, of which the negative ends in "-neg".
+        step: which one; None takes the newest.
+        option: where users name the words of a slot, for an error: "import.names.{slot}".
+
+    Raises:
+        InputError: there is no such folder or step, nothing in it, words that are not there or no pair, or a file that
+            does not belong there or to this base model.
+    """
+    paths = user_files.names(folder)
+    of_step = files_of_step(paths, step)
+    files = {name: user_files.read(paths[name]) for name in of_step.names}
+    modules = {network: list(layers) for network, layers in layout.shapes.items()}
+    found, vectors = read_toolkit(files, modules, step)
+    words = toolkit_words(vectors, names, option.format(slot=SLOT))
+    if not (found or words):
+        raise InputError(f"expected adapters or words in {folder}; got none; give the folder of a training")
+    adapters = {branch: fitted(adapter, f"the {branch} adapters", layout.shapes) for branch, adapter in found.items()}
+    word_of = {of_step.words[word.name]: word for word in words}
+    sources = [
+        source(name, file, f"{word_of[name].branch} word {word_of[name].name}")
+        if name in word_of
+        else source(name, file, "adapters, HCP-Diffusion")
+        for name, file in files.items()
+    ]
+    return Imported(adapters, tuple(words), tuple(sources), of_step.step or 0)
+
+
+def settled(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveActsOn, option: str) -> Imported:
+    """Return what becomes the concept: adapters on the branches that they act on, and words that can be used.
+
+    Args:
+        imported: as read.
+        layout: of the base model.
+        positive_acts_on: what a positive adapter acts on where there is no negative one; both, as in other tools.
+        option: where users name the words of a slot, for an error: "import.names.{slot}".
+
+    Raises:
+        InputError: a word that cannot be typed, is known to the base model or is there twice, vectors that do not fit,
+            or nothing that acts on anything.
+    """
+    adapters = imported.adapters
+    if positive_acts_on == "both" and set(adapters) == {"positive"}:
+        adapters = {SHARED: adapters["positive"]}
+    _check_words(imported.words, layout, option)
+    left_out = {branch: layers for branch, a in adapters.items() if (layers := _skipped(a, layout))}
+    used = {branch: _without(adapter, left_out.get(branch, ())) for branch, adapter in adapters.items()}
+    used = {branch: adapter for branch, adapter in used.items() if adapter.num_layers}
+    if not (used or imported.words):
+        raise InputError(
+            "expected adapters that act on something; got only text-encoder layers that clip_skip leaves out; lower "
+            "clip_skip"
+        )
+    return replace(imported, adapters=used, left_out=left_out)
+
+
+def make_concept(
+    imported: Imported, base_model: BaseModelIdentity, class_word: str = "", clip_skip: int = 0
+) -> Concept:
+    """Return the concept; its metadata name the files it was made of.
+
+    Raises:
+        InputError: a negative word without a positive one.
+    """
+    concept = build_concept(imported.adapters, imported.words, base_model, class_word, imported.num_steps, clip_skip)
+    sources = to_json([[source.file, source.sha256] for source in imported.sources])
+    return Concept(concept.tensors, concept.metadata | {"imported_from": sources})
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def _skipped(adapter: BranchAdapter, layout: ModelLayout) -> tuple[str, ...]:
+    return tuple(layer for layer in adapter.networks.get("text_encoder", {}) if layer in layout.skipped)
+
+
+def _without(adapter: BranchAdapter, text_layers: Sequence[str]) -> BranchAdapter:
+    """Return the adapter without some layers of the text encoder."""
+    networks = {
+        network: {
+            layer: factors for layer, factors in layers.items() if network != "text_encoder" or layer not in text_layers
+        }
+        for network, layers in adapter.networks.items()
+    }
+    return BranchAdapter({network: layers for network, layers in networks.items() if layers})
+
+
+# ------------------------------------------------------------------------------------------------- words
+
+
+def _check_words(words: Sequence[TriggerWord], layout: ModelLayout, option: str) -> None:
+    for word in words:
+        _check_name(word, [other.name for other in words if other is not word], option.format(slot=word.slot))
+        layout.check_word(word.name)
+        _check_vectors(word, layout)
+
+
+def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
+    if not word.name or re.search(r"[\s{}]", word.name):
+        named = re.sub(r"[\s{}]+", "-", word.name).strip("-") or "my-word"
+        raise InputError(
+            f"expected a trigger word without spaces or braces; got {word.name!r}; name it, such as {option}={named}"
+        )
+    if word.name.lower() in map(str.lower, others):
+        raise InputError(
+            f"expected every trigger word once; got {word.name!r} twice; name them apart, such as "
+            f"{option}=[{word.name}, {word.name}-neg]"
+        )
+
+
+def _check_vectors(word: TriggerWord, layout: ModelLayout) -> None:
+    count, width = word.vectors.shape
+    if width != layout.text_width:
+        raise InputError(
+            f"expected vectors of width {layout.text_width} for {word.name!r}; got {width}; give an embedding for "
+            "this base model, or set base_model to the one it was made for"
+        )
+    if not 1 <= count <= layout.max_vectors:
+        raise InputError(
+            f"expected 1 to {layout.max_vectors} vectors for {word.name!r}, which is what a prompt holds; got {count}; "
+            "give another embedding"
+        )
+    if not word.vectors.isfinite().all():
+        raise InputError(
+            f"expected finite vectors for {word.name!r}; got some that are infinite or no numbers; make or download "
+            "the embedding again"
+        )
