@@ -27,7 +27,14 @@ from dreamartist_pipeline.hooks import (
     run_name,
     written_files,
 )
-from dreamartist_pipeline.params import DeviceParams, ExportParams, PromptsParams, TrainingParams
+from dreamartist_pipeline.params import (
+    DeviceParams,
+    EvaluationParams,
+    ExportParams,
+    GenerateParams,
+    PromptsParams,
+    TrainingParams,
+)
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 
 LORA = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
@@ -139,19 +146,104 @@ def test_what_can_be_exported_is_accepted(option: Any, formats: Any) -> None:
     check_exportable(params, ExportParams(title="fox", formats=formats))
 
 
-@pytest.mark.parametrize(("name", "refused"), [("__default__", True), ("train", False), ("export", False)])
-def test_only_a_run_that_exports_what_it_trains_asks_whether_it_can(
-    name: str, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    params = TrainingParams.model_validate(training(lora_unet=[LORA | {"timestep_min_rank": 1}])["training"])
+def before_run(names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Do what happens before a run of these pipelines, whose files are all there; `changes` are to sections."""
+    sections = {
+        "evaluation": EvaluationParams.model_validate(
+            {"prompts": ["a {pt1}"], "prior_prompts": ["a cat"], **changes.get("evaluation", {})}
+        ),
+        "export": ExportParams.model_validate({"title": "fox", **changes.get("export", {})}),
+        "generate": GenerateParams.model_validate({"prompts": ["a {pt1}"], **changes.get("generate", {})}),
+        **build_parameters(training(**changes.get("training", {}))),
+    }
     catalog = DataCatalog.from_config({}, {})
-    catalog["params:training"], catalog["params:export"] = params, ExportParams(title="fox")
-    monkeypatch.setattr(DataCatalog, "exists", lambda *_: True)  # of the files that such a run starts from
-    if refused:
-        with pytest.raises(InputError, match="because this run exports what it trains"):
-            ConfigurationHooks().before_pipeline_run(register_pipelines()[name], catalog)
-    else:
-        ConfigurationHooks().before_pipeline_run(register_pipelines()[name], catalog)
+    for section, params in sections.items():
+        catalog[f"params:{section}"] = params
+    monkeypatch.setattr(DataCatalog, "exists", lambda *_: True)
+    pipeline = sum((register_pipelines()[name] for name in names.split(",")), Pipeline([]))
+    ConfigurationHooks().before_pipeline_run(pipeline, catalog)
+
+
+@pytest.mark.parametrize("names", ["__default__", "train,export"])
+def test_a_run_that_exports_what_it_trains_asks_whether_it_can(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [LORA | {"timestep_min_rank": 1}]
+    with pytest.raises(InputError, match="because this run exports what it trains"):
+        before_run(names, monkeypatch, training={"lora_unet": groups})
+
+
+@pytest.mark.parametrize("names", ["train", "export", "import,export"])
+def test_a_run_that_exports_nothing_that_it_trains_does_not_ask(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before_run(names, monkeypatch, training={"lora_unet": [LORA | {"timestep_min_rank": 1}]})
+
+
+HEUN = {"scheduler": "HeunDiscreteScheduler"}
+WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale": "3.0"}
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (
+            "__default__",
+            {"evaluation": {"sampler": {"scheduler_options": {"nonsense": 1}}}},
+            "evaluation: .*'nonsense'",
+        ),
+        ("__default__", {"export": {"sampler": {"scheduler_options": {"algorithm_type": "x"}}}}, "export: .*diffusers"),
+        ("train,generate", {"generate": {"sampler": {"scheduler_options": {"nonsense": 1}}}}, "generate: .*'nonsense'"),
+        (
+            "__default__",
+            {"training": {"zero_terminal_snr": True}, "evaluation": {"sampler": HEUN}},
+            "evaluation: .*ends without signal; got HeunDiscreteScheduler",
+        ),
+        (
+            "train,generate",
+            {"training": {"zero_terminal_snr": True}, "generate": {"sampler": HEUN}},
+            "generate: .*ends without signal; got HeunDiscreteScheduler",
+        ),
+        (
+            "__default__",
+            {"training": {"zero_terminal_snr": True}, "export": {"sampler": HEUN}},
+            "export: .*ends without signal; got HeunDiscreteScheduler",
+        ),
+        ("__default__", {"export": {"sampler": {"scheduler": "PNDMScheduler"}}}, "export: .*ComfyUI.*PNDMScheduler"),
+        (
+            "train,export",
+            {"export": {"sampler": {"scheduler_options": {"algorithm_type": "sde-dpmsolver++"}}}},
+            "export: .*that a ComfyUI workflow can say.*algorithm_type",
+        ),
+        (
+            "train,export",
+            {
+                "training": WORDS | {"lora_unet": []},
+                "export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["embeddings"]},
+            },
+            "export: .*ComfyUI.*TCDScheduler",
+        ),
+    ],
+)
+def test_a_sampler_that_comes_after_the_training_is_checked_before_it(
+    names: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=message):
+        before_run(names, monkeypatch, **changes)
+
+
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        ("__default__", {"evaluation": {"sampler": HEUN}, "export": {"sampler": HEUN}}),
+        ("evaluate", {"training": {"zero_terminal_snr": True}, "evaluation": {"sampler": HEUN}}),  # another training's
+        ("train,export", {"export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["peft"]}}),  # no workflow
+        (
+            "train,export",
+            {"training": WORDS, "export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["kohya"]}},
+        ),
+    ],
+)
+def test_a_sampler_that_suits_what_the_run_does_is_accepted(
+    names: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_run(names, monkeypatch, **changes)
 
 
 def test_a_run_is_named_after_subject_pipeline_method_and_what_differs() -> None:

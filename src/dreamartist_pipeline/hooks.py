@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.early_checks import early_check_of
 from dreamartist_pipeline.params import LORA_FORMATS_WITHOUT_BIAS, SECTIONS, ExportParams, LoRAGroup, TrainingParams
 
 if TYPE_CHECKING:
@@ -74,17 +75,41 @@ class ConfigurationHooks:
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Look for everything the pipeline starts from, so that a missing file is not found after minutes of work.
+        """Look for everything that would end the run after minutes or hours of work: missing files, unfit parameters.
 
         Raises:
-            InputError: it exports what it trains, and no file of other tools could hold that.
+            InputError: it exports what it trains, and no file of other tools could hold that; or a node's own check of
+                its parameters fails.
             DatasetError: what is missing, in its dataset's own words.
         """
-        if "concept" in pipeline.all_outputs() and "params:export" in pipeline.inputs():
-            check_exportable(catalog.load("params:training"), catalog.load("params:export"))
+        training = catalog.load("params:training") if _trains(pipeline) else None
+        if training is not None and "params:export" in pipeline.inputs():
+            check_exportable(training, catalog.load("params:export"))
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
                 catalog.load(name)
+        for node in pipeline.nodes:
+            run_early_check(node, catalog, training)
+
+
+def _trains(pipeline: Pipeline) -> bool:
+    """Say whether a run makes its concept by training; an import makes one, too."""
+    return any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes)
+
+
+def run_early_check(node: Node, catalog: DataCatalog, training: TrainingParams | None) -> None:
+    """Check a node's parameters as its function asks for; `training` is that of the same run, if it has one.
+
+    Raises:
+        InputError: what is wrong, after the name of the section.
+    """
+    early = early_check_of(node.func)
+    if early is None:
+        return
+    try:
+        early.check(catalog.load(f"params:{early.section}"), training)
+    except InputError as error:
+        raise InputError(f"{early.section}: {error}") from error
 
 
 def register_project_root(project_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_a_missing_file_is_named(copied_model: Path, file: str, message: str) ->
         BaseModelFiles(copied_model).check()
 
 
+@pytest.mark.parametrize("load", [load_outline, lambda files: load_backbone(files, CPU)])
+def test_a_model_that_takes_more_than_latents_is_refused_before_its_weights_are_read(
+    copied_model: Path, load: Callable[[BaseModelFiles], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copied_model / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(InputError, match="takes the 4 channels of its latents; got 9 input channels in .*inpainting"):
+        load(BaseModelFiles(copied_model))
+
+
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"", None])
 def test_truncated_weights_are_named(copied_model: Path, content: bytes | None) -> None:
     weights = copied_model / "unet" / "diffusion_pytorch_model.safetensors"

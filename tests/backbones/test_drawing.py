@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dreamartist_pipeline.backbones import concepts, drawing
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, encode_images, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, draw_latents, generate
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
@@ -125,6 +126,24 @@ def test_what_the_mask_keeps_is_the_picture(backbone: Backbone, picture: Image.I
     assert not torch.isclose(latents[..., 4:], sampled[..., 4:], atol=1e-3).all(dim=(1, 2)).any()
 
 
+def test_a_picture_is_encoded_once_and_sampled_for_every_image(
+    backbone: Backbone, picture: Image.Image, mask: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, init = attach(backbone, None, StrengthParams()), InitPicture(picture, mask, 0.5)
+    singly = SAMPLER.model_copy(update={"batch_size": 1})
+    apart = [generate(backbone, base, [p], "", [s], singly, init=init)[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    encodings: list[torch.Size] = []
+
+    def counted(backbone: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encodings.append(images.shape)
+        return encode_images(backbone, images)
+
+    monkeypatch.setattr(concepts, "encode_images", counted)
+    together = generate(backbone, base, PROMPTS, "", SEEDS, singly, init=init)
+    assert encodings == [(1, 3, 32, 32)]
+    assert [image.tobytes() for image in together] == [image.tobytes() for image in apart]
+
+
 # --------------------------------------------------------------------------------------------- sizes
 
 
@@ -196,6 +215,21 @@ def test_an_image_says_what_it_started_from(backbone: Backbone, picture: Image.I
     assert (said["denoise"], said["init_image"]["size_px"], said["size_px"]) == (0.5, [32, 32], [32, 32])
     assert said["init_image"]["sha256"] != said["init_mask"]["sha256"]
     assert image.info["parameters"].endswith("Size: 32x32, Model: tiny, Denoising strength: 0.5")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": list(np.arange(2))},
+        {"sampler": SamplerParams(scheduler="SASolverScheduler", scheduler_options={"tau_func": lambda _: 0.0})},
+    ],
+)
+def test_what_an_image_cannot_say_of_itself_is_refused_before_one_is_drawn(
+    backbone: Backbone, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "generate", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(InputError, match="expected settings that images can hold as JSON"):
+        draw(backbone, None, request(**changes))
 
 
 def test_scheduler_and_its_options_are_in_the_settings(backbone: Backbone) -> None:

@@ -122,6 +122,10 @@ def test_an_option_that_the_scheduler_does_not_know_is_refused_before_a_model_is
         ("DDIMScheduler", {"timestep_spacing": "sometimes"}, 4),
         ("dpmsolver++", {"algorithm_type": "nonsense"}, 4),
         ("LCMScheduler", {}, 80),  # has 50 timesteps by default
+        ("DDPMScheduler", {"variance_type": "learned"}, 4),  # these fail in the steps
+        ("SASolverScheduler", {"predictor_order": 9}, 20),  # not before the fifth
+        ("ddim", {"clip_sample": True, "clip_sample_range": "x"}, 4),
+        ("unipc", {"solver_order": 0}, 4),
     ],
 )
 def test_what_diffusers_refuses_is_said_before_a_model_is_loaded(
@@ -130,6 +134,18 @@ def test_what_diffusers_refuses_is_said_before_a_model_is_loaded(
     sampler = SamplerParams(scheduler=name, scheduler_options=options, num_inference_steps=steps)
     with pytest.raises(InputError, match=rf"got {name}.* for {steps} steps, to which diffusers says"):
         check_sampler(sampler)
+
+
+def test_an_error_without_words_is_named_by_its_kind() -> None:
+    sampler = SamplerParams(scheduler="SASolverScheduler", scheduler_options={"predictor_order": 9})
+    with pytest.raises(InputError, match="to which diffusers says: AssertionError; correct them"):
+        check_sampler(sampler)
+
+
+@pytest.mark.parametrize("name", [*SHORT_SCHEDULERS, *SCHEDULER_CLASSES])
+def test_every_scheduler_passes_with_its_own_settings(name: str) -> None:
+    for steps in (4, 50):
+        check_sampler(SamplerParams(scheduler=name, num_inference_steps=steps))
 
 
 def test_a_schedule_without_signal_at_its_end_needs_a_scheduler_that_can_follow_it(backbone: Backbone) -> None:

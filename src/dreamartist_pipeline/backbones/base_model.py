@@ -135,13 +135,14 @@ def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
     """Load every part of the base model, frozen and in eval mode; the autoencoder stays in float32.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, the device is not there, or
-            the prediction type is unknown.
+        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, the device is not there, the
+            prediction type is unknown, or the UNet takes more than latents.
     """
     files.check()
     target, dtype = pick_device(device), getattr(torch, device.dtype)
     options: dict[str, Any] = {"local_files_only": files.hub_id is None}
     with _readable(files):
+        _check_channels(files, options)
         scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options)
         unet = UNet2DConditionModel.from_pretrained(files.source, subfolder="unet", torch_dtype=dtype, **options)
         autoencoder = AutoencoderKL.from_pretrained(files.source, subfolder="vae", torch_dtype=torch.float32, **options)
@@ -179,11 +180,13 @@ def load_outline(files: BaseModelFiles) -> Outline:
     """Read the base model's configuration and tokenizer; no weight is loaded.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read, or the hub cannot be reached.
+        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, or the UNet takes more than
+            latents.
     """
     files.check()
     options: dict[str, Any] = {"local_files_only": files.hub_id is None}
     with _readable(files):
+        _check_channels(files, options)
         unet_config = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
         text_config = CLIPTextConfig.from_pretrained(files.source, subfolder="text_encoder", **options)
         tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
@@ -259,6 +262,23 @@ def _readable(files: BaseModelFiles) -> Iterator[None]:
             f"expected to read a base model from {where}; got: {error}; "
             "correct base_model, or download the model again (a hub id needs the network, or its files in the cache)"
         ) from error
+
+
+def _check_channels(files: BaseModelFiles, options: dict[str, Any]) -> None:
+    """Confirm, by the configurations alone, that the UNet takes noisy latents and nothing beside them.
+
+    Raises:
+        InputError: it has other input channels than latents have.
+    """
+    unet = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
+    autoencoder = AutoencoderKL.load_config(files.source, subfolder="vae", **options)
+    in_channels, latent_channels = unet.get("in_channels", 4), autoencoder.get("latent_channels", 4)  # their defaults
+    if in_channels != latent_channels:
+        raise InputError(
+            f"expected a text-to-image model, whose UNet takes the {latent_channels} channels of its latents; got "
+            f"{in_channels} input channels in {files.source}, as inpainting models have for a mask and a picture; "
+            "set base_model to the model that it was made from (generate redraws a part of a picture with init_mask)"
+        )
 
 
 def _freeze(module: Any, device: torch.device) -> Any:

@@ -354,7 +354,7 @@ def generate(
         sampler: scheduler, steps, guidance scale and batch size.
         progress: called with the number of new images after each batch.
         size_px: (width, height); None: the base model's size.
-        init: a picture to start from, and what of it is drawn anew; it is brought to `size_px`.
+        init: a picture to start from, and what of it is drawn anew; it is brought to `size_px`, and encoded once.
 
     Raises:
         ValueError: not one seed per prompt.
@@ -362,19 +362,19 @@ def generate(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+    size_px = size_px or (backbone.image_px, backbone.image_px)
+    shape = _latent_shape(backbone, size_px)
+    picture = None if init is None else _encode_picture(backbone, fit_picture(init, size_px))
     images: list[Image.Image] = []
     for start in range(0, len(prompts), sampler.batch_size):
         rows = slice(start, start + sampler.batch_size)
-        latents = draw_latents(
-            backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, size_px=size_px, init=init
-        )
+        latents = _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, shape, picture)
         images += to_images(decode_latents(backbone, latents))
         if progress:
             progress(len(prompts[rows]))
     return images
 
 
-@torch.no_grad()
 def draw_latents(
     backbone: Backbone,
     loaded: LoadedConcept,
@@ -391,11 +391,51 @@ def draw_latents(
     Raises:
         InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
     """
-    hidden = _text_states(loaded.prompts, prompts, negative_prompt)
     size_px = size_px or (backbone.image_px, backbone.image_px)
     shape = _latent_shape(backbone, size_px)
+    picture = None if init is None else _encode_picture(backbone, fit_picture(init, size_px))
+    return _draw_batch(backbone, loaded, prompts, negative_prompt, seeds, sampler, shape, picture)
+
+
+@dataclass(frozen=True)
+class _EncodedPicture:
+    """A picture to start from, as the distribution of its latents.
+
+    mean, std: `[1, C, h, w]`, times the scaling factor. denoise, mask: see `KnownLatents`.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    denoise: float
+    mask: torch.Tensor | None
+
+    def sample(self, generators: Sequence[torch.Generator]) -> KnownLatents:
+        """Sample its latents for every image with the image's own generator, which moves on by as much."""
+        noise = initial_noise(self.mean.shape[1:], generators).to(self.mean.device)  # [B, C, h, w]
+        return KnownLatents(self.mean + self.std * noise, self.denoise, self.mask)
+
+
+def _encode_picture(backbone: Backbone, init: InitPicture) -> _EncodedPicture:
+    mean, std = encode_images(backbone, to_tensor([init.image]))
+    mask = None if init.mask is None else redrawn(init.mask, (mean.shape[3], mean.shape[2])).to(backbone.device)
+    return _EncodedPicture(mean, std, init.denoise, mask)
+
+
+@torch.no_grad()
+def _draw_batch(
+    backbone: Backbone,
+    loaded: LoadedConcept,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    seeds: Sequence[int],
+    sampler: SamplerParams,
+    shape: tuple[int, int, int],
+    picture: _EncodedPicture | None,
+) -> torch.Tensor:
+    """Return the latents `[B, C, h, w]` of one batch; shape: (C, h, w)."""
+    hidden = _text_states(loaded.prompts, prompts, negative_prompt)
     generators = image_generators(seeds)
-    known = None if init is None else _known_latents(backbone, fit_picture(init, size_px), generators)
+    known = None if picture is None else picture.sample(generators)
     noise = initial_noise(shape, generators).to(backbone.device)
     if known is not None and known.mask is not None:
         # diffusers encodes the masked picture here, for models with inputs for it; the seeds shall mean the same.
@@ -420,14 +460,6 @@ def _latent_shape(backbone: Backbone, size_px: tuple[int, int]) -> tuple[int, in
             f"got {width} × {height} px; round them"
         )
     return int(backbone.unet.config.in_channels), height // backbone.latent_scale, width // backbone.latent_scale
-
-
-def _known_latents(backbone: Backbone, init: InitPicture, generators: Sequence[torch.Generator]) -> KnownLatents:
-    """Encode a picture once, and sample its latents for every image with the image's own generator."""
-    mean, std = encode_images(backbone, to_tensor([init.image]))  # [1, C, h, w]
-    latents = mean + std * initial_noise(mean.shape[1:], generators).to(backbone.device)
-    mask = None if init.mask is None else redrawn(init.mask, (mean.shape[3], mean.shape[2])).to(backbone.device)
-    return KnownLatents(latents, init.denoise, mask)
 
 
 def _text_states(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> torch.Tensor:

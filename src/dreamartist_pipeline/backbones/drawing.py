@@ -14,6 +14,7 @@ from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
 from dreamartist_pipeline.core.captions import fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, picture_size
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 
@@ -65,7 +66,8 @@ def draw(
         progress: called with the number of new images after each batch.
 
     Raises:
-        InputError: a concept of another base model, or a size or scheduler that does not go with them.
+        InputError: a concept of another base model, a size or scheduler that does not go with them, or settings that
+            no image could hold.
     """
     loaded = attach(backbone, concept, request.strength)
     class_word = "" if concept is None else concept.metadata["class_word"]
@@ -73,6 +75,7 @@ def draw(
     size_px = request.size_px or _own_size(backbone, request.init)
     init = None if request.init is None else fit_picture(request.init, size_px)
     rows = [(prompt, seed) for prompt in prompts for seed in request.seeds]
+    texts = _texts_of_images(rows, backbone, concept, request, size_px)  # first, so that no drawn image is lost
     images = generate(
         backbone,
         loaded,
@@ -84,9 +87,8 @@ def draw(
         size_px=size_px,
         init=init,
     )
-    common = _common_settings(backbone, concept, request, size_px)
-    for (prompt, seed), image in zip(rows, images, strict=True):
-        image.info.update(_texts({"prompt": prompt, "seed": seed, **common}))
+    for image, said in zip(images, texts, strict=True):
+        image.info.update(said)
     return Drawn(prompts, tuple(images), init)
 
 
@@ -99,6 +101,28 @@ def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str) -> str:
 def _own_size(backbone: Backbone, init: InitPicture | None) -> tuple[int, int]:
     side_px = backbone.image_px
     return (side_px, side_px) if init is None else picture_size(init, side_px)
+
+
+def _texts_of_images(
+    rows: Sequence[tuple[str, int]],
+    backbone: Backbone,
+    concept: Concept | None,
+    request: DrawingRequest,
+    size_px: tuple[int, int],
+) -> list[dict[str, str]]:
+    """Return what each image, of one (prompt, seed), says of itself.
+
+    Raises:
+        InputError: something of it cannot be written as JSON.
+    """
+    try:
+        common = _common_settings(backbone, concept, request, size_px)
+        return [_texts({"prompt": prompt, "seed": seed, **common}) for prompt, seed in rows]
+    except (TypeError, ValueError) as error:  # json's and pydantic's
+        raise InputError(
+            f"expected settings that images can hold as JSON; got one that cannot be written ({error}); "
+            "give plain numbers, texts and lists, also in scheduler_options"
+        ) from error
 
 
 def _common_settings(

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
 from diffusers import DDPMScheduler
 
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.sampling import image_generators, sample_latents
 from dreamartist_pipeline.params import SamplerParams
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ _DRAWING_NOISE = (  # at every step; the others only with an SDE as algorithm_ty
     *("DDPMParallelScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
     *("LCMScheduler", "SASolverScheduler", "TCDScheduler"),
 )
-_REFUSALS = (ValueError, NotImplementedError, TypeError, KeyError, ImportError)  # of diffusers, for options
 
 
 def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
@@ -36,6 +37,8 @@ def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
 def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> None:
     """Confirm, before a base model is loaded, that the scheduler takes its options and its number of steps.
 
+    It takes all of its steps, on zeros: some options are first used then, and higher orders after a few steps only.
+
     Args:
         sampler: as configured.
         zero_terminal_snr: whether it has to follow a noise schedule that ends without signal.
@@ -45,8 +48,15 @@ def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> No
     """
     scheduler = _build({**DDPMScheduler().config, _ZERO_SNR: zero_terminal_snr}, sampler)
     try:
-        scheduler.set_timesteps(sampler.num_inference_steps)
-    except _REFUSALS as error:
+        sample_latents(
+            lambda latents, _: torch.zeros_like(latents),
+            scheduler,
+            torch.zeros(1, 4, 2, 2),
+            sampler.guidance_scale,
+            sampler.num_inference_steps,
+            generators=image_generators([0]),
+        )
+    except Exception as error:  # an unfit value fails wherever it is first used, as an error of any kind
         raise _refused(sampler, error) from error
 
 
@@ -68,7 +78,7 @@ def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
         )
     try:
         return kind.from_config(config, **{**preset, **sampler.scheduler_options})
-    except _REFUSALS as error:
+    except Exception as error:  # see check_sampler
         raise _refused(sampler, error) from error
 
 
@@ -103,7 +113,8 @@ def _check_options(sampler: SamplerParams, known: list[str]) -> None:
 
 def _refused(sampler: SamplerParams, error: Exception) -> InputError:
     options = f" with scheduler_options {sampler.scheduler_options}" if sampler.scheduler_options else ""
+    said = str(error) or type(error).__name__
     return InputError(
         f"expected a scheduler that can be set up; got {sampler.scheduler}{options} for {sampler.num_inference_steps} "
-        f"steps, to which diffusers says: {error}; correct them, or choose another scheduler"
+        f"steps, to which diffusers says: {said}; correct them, or choose another scheduler"
     )

@@ -76,7 +76,7 @@ def build_workflow(
     Raises:
         InputError: ComfyUI has nothing like the scheduler or one of its options.
     """
-    sampler_name, scheduler = _comfyui_sampler(sampler, picture.zero_terminal_snr)
+    sampler_name, scheduler = comfyui_sampler(sampler, picture.zero_terminal_snr)
     model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
     text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
@@ -114,8 +114,12 @@ def build_workflow(
     return nodes
 
 
-def _comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[str, str]:
-    """Return KSampler's sampler_name and scheduler."""
+def comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[str, str]:
+    """Return KSampler's sampler_name and scheduler.
+
+    Raises:
+        InputError: ComfyUI has nothing like the scheduler or one of its options.
+    """
     if sampler.scheduler not in _SAMPLERS:
         raise InputError(
             f"expected a scheduler that ComfyUI has too, for the workflow; got {sampler.scheduler}; "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams
+from dreamartist_pipeline.early_checks import checked_early
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
 
 if TYPE_CHECKING:
@@ -40,6 +41,18 @@ class Tracker(Protocol):
         """Log a picture."""
 
 
+def check_evaluation(params: EvaluationParams, training: TrainingParams | None) -> None:
+    """Confirm that the scheduler can draw, also by the noise schedule of a training in the same run.
+
+    Raises:
+        InputError: it cannot.
+    """
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
+
+    check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
+
+
+@checked_early("evaluation", check_evaluation)
 def evaluate_concept(
     base_model: str,
     concept: Concept,

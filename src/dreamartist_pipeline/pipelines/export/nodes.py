@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dreamartist_pipeline.params import DeviceParams, ExportParams
+from dreamartist_pipeline.early_checks import checked_early
+from dreamartist_pipeline.params import DeviceParams, ExportParams, TrainingParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
@@ -17,6 +18,28 @@ log = logging.getLogger(__name__)
 _CHECKED_ON = DeviceParams(device="cpu", dtype="float32")  # so that only the files can make a difference
 
 
+def check_export(params: ExportParams, training: TrainingParams | None) -> None:
+    """Confirm that the scheduler can draw and, where what this run trains gets a workflow, that ComfyUI has it.
+
+    Raises:
+        InputError: it cannot, or ComfyUI does not.
+    """
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
+    from dreamartist_pipeline.interop.comfyui import comfyui_sampler
+
+    zero_terminal_snr = training is not None and training.zero_terminal_snr
+    check_sampler(params.sampler, zero_terminal_snr)
+    if training is not None and _will_have_workflow(params, training):
+        comfyui_sampler(params.sampler, zero_terminal_snr)
+
+
+def _will_have_workflow(params: ExportParams, training: TrainingParams) -> bool:
+    """Say whether the formats hold all that a workflow needs of what will be trained."""
+    has_loras = bool(training.lora_unet or training.lora_text_encoder)
+    return ("kohya" in params.formats or not has_loras) and ("embeddings" in params.formats or not training.words.names)
+
+
+@checked_early("export", check_export)
 def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict[str, bytes]:
     """Return name -> bytes of every file of the export.
 

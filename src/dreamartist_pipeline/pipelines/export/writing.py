@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dreamartist_pipeline.backbones.base_model import Backbone, Outline
+from dreamartist_pipeline.backbones.concepts import clip_skip_of, has_zero_terminal_snr
 from dreamartist_pipeline.core.captions import fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
@@ -64,8 +65,8 @@ def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) 
         num_steps=concept.value("num_steps"),
         is_v2=outline.text_encoder.config.hidden_size == _SD2_TEXT_WIDTH,
         workflow_px=int(outline.unet.config.sample_size) * _SD_LATENT_SCALE,
-        clip_skip=concept.value("clip_skip") if "clip_skip" in concept.metadata else 0,
-        zero_terminal_snr="zero_terminal_snr" in concept.metadata and concept.value("zero_terminal_snr"),
+        clip_skip=clip_skip_of(concept),
+        zero_terminal_snr=has_zero_terminal_snr(concept),
     )
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from dreamartist_pipeline.params import DeviceParams, GenerateParams
+from dreamartist_pipeline.early_checks import checked_early
+from dreamartist_pipeline.params import DeviceParams, GenerateParams, TrainingParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.drawing import DrawingRequest, Drawn
@@ -18,6 +19,18 @@ else:  # Kedro resolves the hints of a node when it registers the pipelines, wit
 log = logging.getLogger(__name__)
 
 
+def check_generate(params: GenerateParams, training: TrainingParams | None) -> None:
+    """Confirm that the scheduler can draw, also by the noise schedule of a training in the same run.
+
+    Raises:
+        InputError: it cannot.
+    """
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
+
+    check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
+
+
+@checked_early("generate", check_generate)
 def generate_images(
     base_model: str,
     concept: Concept,
