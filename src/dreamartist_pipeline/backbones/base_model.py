@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.core.adapters import set_noise_levels
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
@@ -30,6 +31,8 @@ _PARTS = {  # part -> the file that describes it
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
+transformers_logging.disable_progress_bar()  # of weights from the disk, within the bars of a run
+
 _PARTS_WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 _VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either spelling of a tokenizer
 
