@@ -219,9 +219,14 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
             },
             "export: .*ComfyUI.*TCDScheduler",
         ),
+        (
+            "__default__",
+            {"evaluation": {"evaluators": ["clip:/no/such/folder"]}},
+            "evaluation: expected a folder with a clip model",
+        ),
     ],
 )
-def test_a_sampler_that_comes_after_the_training_is_checked_before_it(
+def test_what_comes_after_the_training_is_checked_before_it(
     names: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match=message):

@@ -27,14 +27,14 @@ from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
-from dreamartist_pipeline.core.prompt_tokens import by_branch
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
-from dreamartist_pipeline.interop.foreign_concept import PositiveActsOn, make_concept, read_toolkit_folder, settled
+from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, settled
 from dreamartist_pipeline.interop.toolkit import SLOT
-from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, LossParams, PositiveActsOn, SamplerParams, StrengthParams
 
 _NUM_BRANCHES = 2
 _WORDS_ARGUMENT = "`words`"
@@ -239,21 +239,11 @@ def step_values(
         raise InputError(
             "expected a loss on the prediction alone, got a reconstruction_weight, which needs the picture; set it to 0"
         )
-    latents, noise, timesteps = (given.to(backbone.device) for given in (latents, noise, timesteps))
-    mask = None if mask is None else mask.to(backbone.device)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.schedule, (), _NUM_BRANCHES)
-    rows = len(latents)
-    batch = Batch(
-        latents=latents,
-        noise=noise,
-        timesteps=timesteps,
-        tokens=by_branch([loaded.prompts.tokenize([each]) for each in (negative_prompt, prompt)]),  # [1, 2, L]
-        prompt_of_row=torch.zeros(rows, dtype=torch.long, device=backbone.device),
-        row_weight=torch.full((rows,), 1 / rows, device=backbone.device),
-        mask=mask,
-    )
-    guidance = GuidanceScale.parse(guidance_scale).at(timesteps, trainee.schedule.num_train_timesteps)
+    tokens = by_branch([loaded.prompts.tokenize([each]) for each in (negative_prompt, prompt)])  # [1, 2, L]
+    batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
+    guidance = GuidanceScale.parse(guidance_scale).at(batch.timesteps, trainee.schedule.num_train_timesteps)
     prediction = combined_prediction(trainee, batch, guidance)
     delta = loss.huber_delta if loss.kind == "huber" else None
     by_row = row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, delta)
@@ -267,6 +257,26 @@ def step_values(
             name: torch.zeros_like(parameter) if gradient is None else gradient
             for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
         },
+    )
+
+
+def _batch_of_one_prompt(
+    tokens: PromptTokens,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> Batch:
+    """Return a step's batch on the device of the tokens `[1, 2, L]`, every row with the same prompt and weight."""
+    rows, device = len(latents), tokens.ids.device
+    return Batch(
+        latents=latents.to(device),
+        noise=noise.to(device),
+        timesteps=timesteps.to(device),
+        tokens=tokens,
+        prompt_of_row=torch.zeros(rows, dtype=torch.long, device=device),
+        row_weight=torch.full((rows,), 1 / rows, device=device),
+        mask=None if mask is None else mask.to(device),
     )
 
 

@@ -565,13 +565,16 @@ class ExportParams(Params):
 FilePair = Annotated[Texts, Field(min_length=1, max_length=2)]
 """(positive,) or (positive, negative); a positive one may stand alone."""
 
+PositiveActsOn = Literal["both", "positive"]
+"""What a positive LoRA acts on where there is no negative one; both sides, as in other tools."""
+
 
 class ImportParams(Params):
     """Which files of other tools become a concept; whether there are any is checked when the pipeline runs."""
 
     positive: Texts = ()  # LoRA files, kohya or peft; several add up
     negative: Texts = ()
-    positive_acts_on: Literal["both", "positive"] = "both"  # without a negative LoRA; both: as in other tools
+    positive_acts_on: PositiveActsOn = "both"
     words: dict[str, FilePair] = Field(default_factory=dict)  # slot -> embedding files
     names: dict[str, FilePair] = Field(default_factory=dict)  # slot -> trigger words; default: the files' names
     toolkit: str | None = None  # a folder of the reference toolkit's files, in place of the above

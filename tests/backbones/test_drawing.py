@@ -92,7 +92,7 @@ def one_by_one(plain: dict[str, Any], kind_of_pipeline: str, name: str, **argume
 def ours(backbone: Backbone, name: str, init: InitPicture) -> torch.Tensor:
     sampler = SamplerParams(scheduler=name, num_inference_steps=10, guidance_scale=4.0)
     base = attach(backbone, None, StrengthParams())
-    return draw_latents(backbone, base, PROMPTS, "background", SEEDS, sampler, init=init)
+    return torch.cat(list(draw_latents(backbone, base, PROMPTS, "background", SEEDS, sampler, init=init)))
 
 
 # --------------------------------------------------------------------------------------------- beside diffusers
@@ -162,7 +162,7 @@ def test_a_size_is_drawn_as_diffusers_draws_it(tiny_base_model: Path, backbone: 
         output_type="latent",
     ).images
     base = attach(backbone, None, StrengthParams())
-    latents = draw_latents(backbone, base, PROMPTS[:1], "", [5], SAMPLER, size_px=(48, 24))
+    (latents,) = draw_latents(backbone, base, PROMPTS[:1], "", [5], SAMPLER, size_px=(48, 24))
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
     assert generate(backbone, base, PROMPTS[:1], "", [5], SAMPLER, size_px=(48, 24))[0].size == (48, 24)
 

@@ -78,7 +78,7 @@ def test_every_scheduler_draws_what_diffusers_draws(
     ).images
     sampler = SamplerParams(scheduler=name, num_inference_steps=6, guidance_scale=4.0)
     base = attach(backbone, None, StrengthParams())
-    latents = draw_latents(backbone, base, PROMPTS, NEGATIVE_PROMPT, SEEDS, sampler)
+    (latents,) = draw_latents(backbone, base, PROMPTS, NEGATIVE_PROMPT, SEEDS, sampler)
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
 

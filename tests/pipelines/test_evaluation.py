@@ -132,6 +132,13 @@ def _params(**changes: object) -> EvaluationParams:
     return EvaluationParams(**{**values, **changes})
 
 
+def _evaluate(
+    base_model: Path, concept: Concept, params: EvaluationParams
+) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
+    picture = _picture("white", "red")
+    return evaluate_concept(str(base_model), concept, picture, params=params, device=CPU, tracker=RecordingTracker())
+
+
 @pytest.fixture(scope="module")
 def zero_step_concept(tiny_base_model: Path) -> Concept:
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
@@ -172,14 +179,7 @@ def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
     tiny_base_model: Path, zero_step_concept: Concept
 ) -> None:
     params = _params(evaluators=())
-    _, metrics, table = evaluate_concept(
-        str(tiny_base_model),
-        zero_step_concept,
-        _picture("white", "red"),
-        params=params,
-        device=CPU,
-        tracker=RecordingTracker(),
-    )
+    _, metrics, table = _evaluate(tiny_base_model, zero_step_concept, params)
     assert metrics["prior_drift_pixels"] == 0
     assert (table.query("kind == 'prior'")["drift_pixels"] == 0).all()
 
@@ -193,28 +193,16 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
     params = TrainingParams(num_steps=0, guidance_scale="1.0", class_word="sks fox", lora_unet=[group], **conditions)
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     concept = start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
-    _, metrics, table = evaluate_concept(
-        str(tiny_base_model),
-        concept,
-        _picture("white", "red"),
-        params=_params(evaluators=()),
-        device=CPU,
-        tracker=RecordingTracker(),
-    )
+    _, metrics, table = _evaluate(tiny_base_model, concept, _params(evaluators=()))
     assert {"a fox, blue background", "a sks fox, blue background"} <= set(table["prompt"])
     assert metrics["prior_drift_pixels"] == 0  # the base model is drawn under the concept's conditions
 
 
 def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, zero_step_concept: Concept) -> None:
     tables = [
-        evaluate_concept(
-            str(tiny_base_model),
-            zero_step_concept,
-            _picture("white", "red"),
-            params=_params(prompts=(prompt,), evaluators=()),
-            device=CPU,
-            tracker=RecordingTracker(),
-        )[2].query("kind == 'subject'")
+        _evaluate(tiny_base_model, zero_step_concept, _params(prompts=(prompt,), evaluators=()))[2].query(
+            "kind == 'subject'"
+        )
         for prompt in ("a red {pt1}, blue background", "a red {pt1:1.8}, {blue background:1.5}")
     ]
     plain, weighted = tables
@@ -232,14 +220,7 @@ def test_strengths_by_name_are_logged_and_written_on_the_sheet(
 ) -> None:
     params = _params(evaluators=(), strength="reference")
     with caplog.at_level("INFO"):
-        evaluate_concept(
-            str(tiny_base_model),
-            zero_step_concept,
-            _picture("white", "orange"),
-            params=params,
-            device=CPU,
-            tracker=RecordingTracker(),
-        )
+        _evaluate(tiny_base_model, zero_step_concept, params)
     assert "Adapter strengths: 0.8 positive, 0.65 negative." in caplog.messages
     assert _sampling_line(params).endswith("adapter strength 0.8 positive, 0.65 negative")
 
@@ -248,13 +229,10 @@ def test_a_scheduler_that_cannot_be_set_up_is_refused_before_a_model_is_loaded(
     tmp_path: Path, zero_step_concept: Concept
 ) -> None:
     with pytest.raises(InputError, match="got 'nonsense'"):
-        evaluate_concept(
-            str(tmp_path / "no base model"),
+        _evaluate(
+            tmp_path / "no base model",
             zero_step_concept,
-            _picture("white", "orange"),
-            params=_params(evaluators=(), sampler=SamplerParams(scheduler_options={"nonsense": 1})),
-            device=CPU,
-            tracker=RecordingTracker(),
+            _params(evaluators=(), sampler=SamplerParams(scheduler_options={"nonsense": 1})),
         )
 
 
@@ -263,14 +241,7 @@ def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
 ) -> None:
     monkeypatch.setattr("dreamartist_pipeline.backbones.concepts.generate", pytest.fail)
     with pytest.raises(InputError, match="expected a folder with a clip model"):
-        evaluate_concept(
-            str(tiny_base_model),
-            zero_step_concept,
-            _picture("white", "red"),
-            params=_params(evaluators=("clip:/no/such/folder",)),
-            device=CPU,
-            tracker=RecordingTracker(),
-        )
+        _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=("clip:/no/such/folder",)))
 
 
 def test_the_pipeline_reads_and_writes_the_named_data() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -360,18 +360,11 @@ def generate(
         ValueError: not one seed per prompt.
         InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
-    size_px = size_px or (backbone.image_px, backbone.image_px)
-    shape = _latent_shape(backbone, size_px)
-    picture = None if init is None else _encode_picture(backbone, fit_picture(init, size_px))
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), sampler.batch_size):
-        rows = slice(start, start + sampler.batch_size)
-        latents = _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, shape, picture)
+    for latents in draw_latents(backbone, loaded, prompts, negative_prompt, seeds, sampler, size_px=size_px, init=init):
         images += to_images(decode_latents(backbone, latents))
         if progress:
-            progress(len(prompts[rows]))
+            progress(len(latents))
     return images
 
 
@@ -385,16 +378,21 @@ def draw_latents(
     *,
     size_px: tuple[int, int] | None = None,
     init: InitPicture | None = None,
-) -> torch.Tensor:
-    """Return the latents `[B, C, h, w]` of the images of one batch; see `generate`.
+) -> Iterator[torch.Tensor]:
+    """Yield the latents `[B, C, h, w]` of one batch of images after the other; see `generate`.
 
     Raises:
+        ValueError: not one seed per prompt.
         InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
     """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
     size_px = size_px or (backbone.image_px, backbone.image_px)
     shape = _latent_shape(backbone, size_px)
     picture = None if init is None else _encode_picture(backbone, fit_picture(init, size_px))
-    return _draw_batch(backbone, loaded, prompts, negative_prompt, seeds, sampler, shape, picture)
+    for start in range(0, len(prompts), sampler.batch_size):
+        rows = slice(start, start + sampler.batch_size)
+        yield _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, shape, picture)
 
 
 @dataclass(frozen=True)

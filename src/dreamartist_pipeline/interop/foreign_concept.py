@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from dreamartist_pipeline.core.adapters import SHARED
 from dreamartist_pipeline.core.concept import Concept, to_json
@@ -21,8 +20,7 @@ from dreamartist_pipeline.interop.branch_adapters import (
 from dreamartist_pipeline.interop.foreign_lora import fitted
 from dreamartist_pipeline.interop.toolkit import SLOT, files_of_step, read_toolkit, toolkit_words
 from dreamartist_pipeline.interop.user_files import UserFiles
-
-PositiveActsOn = Literal["both", "positive"]
+from dreamartist_pipeline.params import PositiveActsOn
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,16 @@ class Tracker(Protocol):
 
 
 def check_evaluation(params: EvaluationParams, training: TrainingParams | None) -> None:
-    """Confirm that the scheduler can draw, also by the noise schedule of a training in the same run.
+    """Confirm that the evaluators are there, and that the scheduler can draw by the noise schedule of a training.
 
     Raises:
-        InputError: it cannot.
+        InputError: one is missing, or it cannot.
     """
+    from dreamartist_pipeline.backbones.evaluators import check_evaluator
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
+    for name in params.evaluators:
+        check_evaluator(name)
     check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamartist_pipeline.core.adapters import SHARED
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
 from dreamartist_pipeline.interop.foreign_concept import Imported
 
 _NOTES = {
@@ -47,10 +47,15 @@ def _networks(adapter: BranchAdapter) -> dict[str, dict[str, Any]]:
         network: {
             "layers": len(layers),
             "ranks": sorted({factors.rank for factors in layers.values()}),
-            "parameters": sum(factors.down.numel() + factors.up.numel() for factors in layers.values()),
+            "parameters": sum(_num_parameters(factors) for factors in layers.values()),
         }
         for network, layers in adapter.networks.items()
     }
+
+
+def _num_parameters(factors: LoRAFactors) -> int:
+    bias = 0 if factors.bias is None else factors.bias.numel()
+    return factors.down.numel() + factors.up.numel() + bias
 
 
 def summary(report: dict[str, Any]) -> str:
