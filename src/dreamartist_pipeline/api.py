@@ -33,7 +33,7 @@ from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
 from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, settled
-from dreamartist_pipeline.interop.toolkit import SLOT
+from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.params import DeviceParams, LossParams, PositiveActsOn, SamplerParams, StrengthParams
 
 _NUM_BRANCHES = 2

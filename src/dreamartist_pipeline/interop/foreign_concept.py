@@ -18,7 +18,8 @@ from dreamartist_pipeline.interop.branch_adapters import (
     build_concept,
 )
 from dreamartist_pipeline.interop.foreign_lora import fitted
-from dreamartist_pipeline.interop.toolkit import SLOT, files_of_step, read_toolkit, toolkit_words
+from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words
+from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.interop.user_files import UserFiles
 from dreamartist_pipeline.params import PositiveActsOn
 

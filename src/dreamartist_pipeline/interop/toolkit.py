@@ -20,9 +20,9 @@ from dreamartist_pipeline.interop.layer_names import external_name, layers_by_na
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
+from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding_pt
 
-SLOT = "pt1"  # of the one pair of words
 _NEGATIVE_SUFFIX = "-neg"
 _FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.(?:safetensors|ckpt)")
 _WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?\.pt")

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from dreamartist_pipeline.core.errors import InputError
 
-SLOT = "pt1"  # the slot that this project's own templates have
+SLOT = "pt1"  # of the one pair of words, in templates and prompts of this project
 
 _SCHEDULES = {"one_cycle": "one_cycle", "constant_with_warmup": "constant", "constant": "constant", "cosine": "cosine"}
 _WEIGHTINGS = {"MSELoss": "none", "MinSNRLoss": "min_snr", "SoftMinSNRLoss": "soft_min_snr"}
