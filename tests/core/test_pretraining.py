@@ -204,33 +204,3 @@ def test_the_denoiser_loss_is_the_weighted_squared_error_of_v():
             denoiser, text_encoder, latents, ids, ids[:1], alphas_cumprod, torch.Generator().manual_seed(0)
         )
         assert loss.item() == pytest.approx(expected, abs=1e-4)
-
-
-def _learn_on_a_rank(rank: int, meeting: str, folder: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    matrices = _learned_matrices()
-    torch.save([m.detach() for m in matrices], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def _learned_matrices() -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    matrices = [nn.Parameter(torch.randn(16, side, generator=generator)) for side in (16, 24, 48)]
-    optimizer = Muon(matrices, lr=0.1)
-    for matrix in matrices:
-        matrix.grad = matrix.detach() + 1
-    optimizer.step()
-    return matrices
-
-
-def test_two_processes_that_share_muons_work_get_the_same_matrices_as_one(tmp_path):
-    import torch.multiprocessing as mp
-
-    mp.spawn(_learn_on_a_rank, ((tmp_path / "meeting").as_uri(), str(tmp_path)), nprocs=2)
-    alone = _learned_matrices()
-    for rank in range(2):
-        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))

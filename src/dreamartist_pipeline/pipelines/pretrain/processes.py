@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ def run_on_processes(work: Callable[..., Any], num_processes: int, *args: Any) -
         num_processes: 1 calls it directly.
     """
     import torch
-    import torch.distributed as dist
     import torch.multiprocessing as mp
 
     if num_processes == 1:
@@ -35,7 +35,6 @@ def run_on_processes(work: Callable[..., Any], num_processes: int, *args: Any) -
         try:
             return _join_and_work(work, 0, num_processes, meeting, args)
         finally:
-            dist.destroy_process_group()
             for process in others:
                 process.join(timeout=30)
                 process.terminate()
@@ -44,8 +43,25 @@ def run_on_processes(work: Callable[..., Any], num_processes: int, *args: Any) -
 
 def _join_and_work(work: Callable[..., Any], rank: int, num_processes: int, meeting: str, args: tuple[Any, ...]) -> Any:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
+    with _process_group(meeting, rank, num_processes):
+        return work(*args)
+
+
+@contextmanager
+def _process_group(meeting: str, rank: int, num_processes: int) -> Iterator[None]:
+    """Be a member of a gloo group that is gone, with its threads, afterwards.
+
+    torch.distributed.nn's functions have the group of their import's time as a default argument, and an optimizer's
+    first step imports them. A group held that way outlives its destruction, and now and then a thread of it that finds
+    the interpreter gone aborts the process. Imported before the group exists, they hold none.
+    """
+    import torch.distributed as dist
+    import torch.distributed.nn  # noqa: F401
+
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
-    return work(*args)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Several processes that train as one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dreamartist_pipeline.core.pretraining import Muon
+from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
+
+
+def _learned_matrices() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(16, side, generator=generator)) for side in (16, 24, 48)]
+    optimizer = Muon(matrices, lr=0.1)
+    for matrix in matrices:
+        matrix.grad = matrix.detach() + 1
+    optimizer.step()
+    return [matrix.detach() for matrix in matrices]
+
+
+def _save_learned_matrices(folder: Path) -> int:
+    torch.save(_learned_matrices(), folder / f"{dist.get_rank()}.pt")
+    return dist.get_world_size()
+
+
+def test_two_processes_that_share_muons_work_get_the_same_matrices_as_one(tmp_path):
+    assert run_on_processes(_save_learned_matrices, 2, tmp_path) == 2
+    alone = _learned_matrices()
+    for rank in range(2):
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def _fail() -> None:
+    raise ValueError("no such sprite")
+
+
+def test_an_error_on_the_processes_is_raised_and_leaves_no_group():
+    with pytest.raises(ValueError, match="no such sprite"):
+        run_on_processes(_fail, 2)
+    assert not dist.is_initialized()
+
+
+def _names_of_threads() -> list[str]:
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads as Linux gives them")
+def test_no_thread_of_the_group_outlives_it():
+    """In a process of its own: only an optimizer's first step makes the imports that would keep the group."""
+    subprocess.run([sys.executable, __file__], check=True, timeout=300)
+
+
+if __name__ == "__main__":
+    run_on_processes(_learned_matrices, 2)
+    assert not [name for name in _names_of_threads() if "gloo" in name], _names_of_threads()
