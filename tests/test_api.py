@@ -54,6 +54,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 PROMPTS = {"positive": "a my-fox, the background", "negative": "a my-fox-neg, the background"}
 WEIGHTED = {"positive": "a {my-fox:1.4}, {the background}", "negative": "a {my-fox-neg:0.6}, the background"}
 WEIGHT_OF = {"positive": {"my-fox": 1.4, "the": 1.1, "background": 1.1}, "negative": {"my-fox-neg": 0.6}}
+DDIM = SamplerParams(scheduler="ddim", num_inference_steps=2)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 MIXED = [  # several groups on one layer, other ranks and alphas, convolutions, biases, one group for both branches
     {"lr": 1e-3, "rank": 2, "branch": "p", "alpha": 3.0, "layers": [r"re:.*\.attn.?$", r"re:.*resnets\.0$"]},
@@ -281,6 +282,70 @@ def test_the_kind_of_error_is_the_one_asked_for(
         step_values(backbone, concept, *prompts, **given, loss=LossParams(reconstruction_weight=1.0))
 
 
+def test_slots_are_the_words_of_their_branch(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
+) -> None:
+    named = step_values(backbone, concept, PROMPTS["positive"], PROMPTS["negative"], **given)
+    slots = step_values(backbone, concept, "a {pt1}, the background", "a {pt1}, the background", **given)
+    assert torch.equal(named.prediction, slots.prediction)
+
+    def sampled(prompt: str, negative_prompt: str) -> torch.Tensor:
+        return sample_latents(backbone, concept, prompt, negative_prompt, given["latents"], sampler=DDIM)
+
+    assert torch.equal(sampled("a {pt1}", "{pt1}, {red}"), sampled("a my-fox", "my-fox-neg, {red}"))
+    assert not torch.equal(sampled("a {pt1}", "{pt1}, {red}"), sampled("a my-fox", "my-fox-neg, red"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"latents": torch.zeros(3, 5, 8, 8)},
+            r"expected latents \[B, 4, h, w\] of this base model; got \[3, 5, 8, 8\]",
+        ),
+        ({"latents": torch.zeros(0, 4, 8, 8)}, r"expected latents .* got \[0, 4, 8, 8\]"),
+        ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "expected finite numbers as latents"),
+        (
+            {"noise": torch.zeros(1, 4, 8, 8)},
+            r"expected noise \[3, 4, 8, 8\], to go with the latents; got \[1, 4, 8, 8\]",
+        ),
+        ({"timesteps": torch.tensor(5)}, r"expected timesteps \[3\].* got \[\]"),
+        ({"timesteps": torch.tensor([0, 1000, 3])}, r"integers from 0 to 999; got \[0, 1000, 3\]"),
+        ({"timesteps": torch.tensor([-1, 1, 3])}, r"integers from 0 to 999; got \[-1, 1, 3\]"),
+        ({"timesteps": torch.tensor([0.0, 1.0, 2.0])}, r"integers from 0 to 999; got \[0.0"),
+        ({"mask": torch.ones(3, 8, 8)}, r"expected mask \[3, 1, 8, 8\].* got \[3, 8, 8\]"),
+        ({"prompt": "cat " * 80 + "{pt1}"}, "expected the trigger words within the first"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor], changed: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {"prompt": "a {pt1}", "negative_prompt": "a {pt1}", **given}
+    with pytest.raises(InputError, match=message):
+        step_values(backbone, concept, **(arguments | changed))
+
+
+def test_given_latents_and_words_are_checked_before_they_are_sampled(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(InputError, match=r"expected latents \[B, 4, h, w\]"):
+        sample_latents(backbone, concept, "a {pt1}", "", given["latents"][0])
+    with pytest.raises(InputError, match="expected the trigger words within the first"):
+        sample_latents(backbone, concept, "a {pt1}", "cat " * 80 + "my-fox-neg", given["latents"])
+    too_many = SamplerParams(scheduler="ddim", num_inference_steps=1001)
+    with pytest.raises(InputError, match="expected a scheduler that can be set up; got ddim for 1001 steps"):
+        sample_latents(backbone, concept, "", "", given["latents"], sampler=too_many)
+
+
+def test_gradients_are_returned_where_the_caller_has_turned_them_off_and_a_scale_may_be_a_number(
+    backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
+) -> None:
+    values = step_values(backbone, concept, "a {pt1}", "a {pt1}", **given)
+    with torch.no_grad():
+        again = step_values(backbone, concept, "a {pt1}", "a {pt1}", **given, guidance_scale=3)
+    assert all(torch.equal(values.gradients[name], gradient) for name, gradient in again.gradients.items())
+
+
 def test_a_scheduler_that_draws_noise_is_refused(
     backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
 ) -> None:
@@ -347,6 +412,38 @@ def test_words_that_are_no_pair_have_to_be_named(backbone: Backbone, concept: Co
     assert named.value("words") == {"pt1": ["my-fox", "other"]}
 
 
+@pytest.mark.parametrize(
+    ("gone", "warning"),
+    [
+        ("*-neg-1.safetensors", "has no negative adapters: the positive ones act on both sides of the guidance"),
+        ("my-fox-neg.pt", "has negative adapters, but no negative word"),
+        ("none", None),
+    ],
+)
+def test_what_a_pair_lacks_is_said(
+    backbone: Backbone,
+    concept: Concept,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    gone: str,
+    warning: str | None,
+) -> None:
+    adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
+    for name, file in write_toolkit(adapters, trigger_words(concept), step=1).items():
+        (tmp_path / name).write_bytes(file)
+    for file in tmp_path.glob(gone):
+        file.unlink()
+    read_toolkit_concept(backbone, tmp_path)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ([] if warning is None else [f"{tmp_path} {warning}"])
+
+
+def test_words_given_as_one_text_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    text: Any = "my-fox"
+    with pytest.raises(InputError, match=r"expected `words` as \(positive, negative\); got the text 'my-fox'"):
+        read_toolkit_concept(backbone, tmp_path, words=text)
+
+
 def test_a_toolkit_folder_is_checked_as_by_the_import(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
     adapters = {"positive": branch_adapter(concept, "positive")}
     words = [dataclasses.replace(word, vectors=torch.ones(2, 7)) for word in trigger_words(concept)]
@@ -356,7 +453,7 @@ def test_a_toolkit_folder_is_checked_as_by_the_import(backbone: Backbone, concep
         read_toolkit_concept(backbone, tmp_path)
     for word in words:
         (tmp_path / f"{word.name}.pt").unlink()
-    with pytest.raises(InputError, match=r"expected the words \['a-x', 'a-y'\]; got \[\]; name the pair in `words`"):
+    with pytest.raises(InputError, match=r"expected the words \['a-x', 'a-y'\]; got \[\], .*; name these in `words`"):
         read_toolkit_concept(backbone, tmp_path, words=("a-x", "a-y"))
 
 

@@ -6,6 +6,7 @@ that results can be compared with those of any other implementation.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, has_zero_terminal_snr
-from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
+from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
-from dreamartist_pipeline.core.adapters import BranchLoRALayer
-from dreamartist_pipeline.core.branches import GuidanceScale
+from dreamartist_pipeline.core.adapters import SHARED, BranchLoRALayer
+from dreamartist_pipeline.core.branches import NEGATIVE, GuidanceScale
+from dreamartist_pipeline.core.captions import fill_negative_prompt
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
@@ -32,7 +34,7 @@ from dreamartist_pipeline.core.training import Batch, Trainee, combined_predicti
 from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
-from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, settled
+from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
 from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.params import DeviceParams, LossParams, PositiveActsOn, SamplerParams, StrengthParams
 
@@ -43,6 +45,8 @@ _FULL_STRENGTH = StrengthParams()
 _FIVE_DDIM_STEPS = SamplerParams(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
 _DEFAULT_SAMPLER = SamplerParams()
 _PLAIN_LOSS = LossParams(weighting="none")
+
+log = logging.getLogger(__name__)
 
 
 def open_base_model(folder: str | Path, device: DeviceParams = _CPU) -> Backbone:
@@ -86,7 +90,7 @@ def draw_images(
         backbone: the base model.
         concept: what was trained on it, or None.
         prompts: one or several; '{pt1}' is the positive trigger word.
-        negative_prompt: of the other side; the negative trigger word acts only if it is written here.
+        negative_prompt: of the other side; the negative trigger word, '{pt1}', acts only if it is written here.
         seeds: one image each, which depends on nothing but its own seed.
         strength: a factor on each branch's adapter; "reference" is the toolkit's 0.8 positive, 0.65 negative.
         sampler: scheduler, steps, guidance scale, batch size.
@@ -126,6 +130,8 @@ def read_toolkit_concept(
 ) -> Concept:
     """Read the reference toolkit's files of one step as a concept for this base model, as `import.toolkit` does.
 
+    What a pair lacks where it may, all negative adapters or the negative word, is logged as a warning.
+
     Args:
         backbone: the base model that it was trained on; the files do not say which.
         folder: `{unet,text_encoder}[-neg]-STEP.safetensors` (or `.ckpt`) and the words as `WORD-STEP.pt` or `WORD.pt`;
@@ -137,12 +143,15 @@ def read_toolkit_concept(
             as in other tools, or the "positive" one alone.
 
     Raises:
-        InputError: no such folder, no files of that step, a file that does not belong there or to this base model, or
-            words that are no pair or cannot be used.
+        InputError: no such folder, no files of that step, a file that does not belong there or to this base model, half
+            of a pair of adapters, or words that are no pair or cannot be used.
     """
+    if isinstance(words, str):
+        raise InputError(f"expected `words` as (positive, negative); got the text {words!r}; give both")
     layout, names = layout_of(backbone, clip_skip), {SLOT: words} if words else {}
     read = read_toolkit_folder(UserFiles(Path()), str(folder), layout, names, step, _WORDS_ARGUMENT)
     imported = settled(read, layout, positive_acts_on, _WORDS_ARGUMENT)
+    _warn_of_halves(imported, str(folder))
     return make_concept(imported, BaseModelIdentity(backbone.name, backbone.fingerprint), clip_skip=clip_skip)
 
 
@@ -161,8 +170,8 @@ def sample_latents(
     Args:
         backbone: the base model.
         concept: what was trained on it, or None.
-        prompt: of the positive branch, trigger word in it.
-        negative_prompt: of the negative branch; the negative trigger word acts only if it is written here.
+        prompt: of the positive branch, trigger word or '{pt1}' in it.
+        negative_prompt: of the negative branch; the negative trigger word, '{pt1}', acts only if it is written here.
         latents: `[B, C, h, w]` standard normal, float32.
         strength: a factor on each branch's adapter.
         sampler: scheduler, steps and s.
@@ -171,8 +180,11 @@ def sample_latents(
         Denoised latents `[B, C, h, w]`, before the autoencoder's scaling factor is taken out.
 
     Raises:
-        InputError: a scheduler that draws noise on the way, or a concept of another base model.
+        InputError: a scheduler that draws noise on the way or cannot be set up, a concept of another base model, or
+            latents that are not the base model's, or a trigger word beyond the text encoder's context.
     """
+    _check_latents(latents, "latents", backbone)
+    check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
     loaded = attach(backbone, concept, StrengthParams.model_validate(strength))
     scheduler = make_scheduler(loaded.backbone, sampler)
     if draws_noise(scheduler):
@@ -180,8 +192,12 @@ def sample_latents(
             f"expected a scheduler that draws no noise, got {sampler.scheduler}; "
             "choose ddim, dpmsolver++, euler or unipc"
         )
+    filled = (
+        fill_negative_prompt(negative_prompt, loaded.negative_words),
+        fill_prompt(prompt, loaded, _class_word(concept)),
+    )
     with torch.no_grad():
-        states = _text_states(loaded, prompt, negative_prompt, len(latents))
+        states = _text_states(loaded, filled, len(latents))
         return sampling.sample_latents(
             lambda noisy, timesteps: loaded.backbone.denoise(noisy, timesteps, states),
             scheduler,
@@ -196,7 +212,8 @@ class StepValues:
     """What one training step computes, before any update.
 
     prediction: combined, `[B, C, h, w]`. row_losses: `[B]`; loss: their mean. gradients: of the loss, by the tensor's
-    name in the concept; of the factors and vectors themselves, without any clipping.
+    name in the concept; of the factors and vectors themselves as the concept holds them, without any clipping. A
+    concept read from files of other tools holds `down` as it is in the file and `up` times alpha.
     """
 
     prediction: torch.Tensor = field(repr=False)
@@ -214,7 +231,7 @@ def step_values(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    guidance_scale: str = "3.0",
+    guidance_scale: str | float = "3.0",
     loss: LossParams = _PLAIN_LOSS,
     mask: torch.Tensor | None = None,
 ) -> StepValues:
@@ -225,30 +242,43 @@ def step_values(
     Args:
         backbone: the base model.
         concept: adapters and words as they are; nothing is changed.
-        prompt, negative_prompt: as the template gives them, each with its branch's trigger word.
+        prompt, negative_prompt: as the template gives them, each with its branch's trigger word or with '{pt1}'.
         latents, noise: `[B, C, h, w]` float32.
-        timesteps: `[B]` int64.
-        guidance_scale: "3.0" or "low-high:curve".
+        timesteps: `[B]` integers from 0.
+        guidance_scale: a number, or "3.0", or "low-high:curve".
         loss: kind of error and SNR weighting.
         mask: attention mask `[B, 1, h, w]`, or None.
 
     Raises:
-        InputError: a reconstruction loss is asked for, which needs the picture.
+        InputError: a reconstruction loss is asked for, which needs the picture; tensors that do not go together or not
+            with the base model; or a concept of another base model.
     """
     if loss.reconstruction_weight:
         raise InputError(
             "expected a loss on the prediction alone, got a reconstruction_weight, which needs the picture; set it to 0"
         )
+    _check_latents(latents, "latents", backbone)
+    _check_shape(noise, "noise", tuple(latents.shape))
+    _check_timesteps(timesteps, len(latents), backbone.schedule.num_train_timesteps)
+    if mask is not None:
+        _check_shape(mask, "mask", (len(latents), 1, *latents.shape[2:]))
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.schedule, (), _NUM_BRANCHES)
-    tokens = by_branch([loaded.prompts.tokenize([each]) for each in (negative_prompt, prompt)])  # [1, 2, L]
+    class_word = _class_word(concept)
+    filled = (
+        fill_prompt(negative_prompt, loaded, class_word, NEGATIVE),
+        fill_prompt(prompt, loaded, class_word),
+    )
+    loaded.prompts.check_not_cut(filled)
+    tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
-    guidance = GuidanceScale.parse(guidance_scale).at(batch.timesteps, trainee.schedule.num_train_timesteps)
-    prediction = combined_prediction(trainee, batch, guidance)
+    guidance = GuidanceScale.parse(str(guidance_scale)).at(batch.timesteps, trainee.schedule.num_train_timesteps)
     delta = loss.huber_delta if loss.kind == "huber" else None
-    by_row = row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, delta)
     learned = dict(_learned(loaded))
-    gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
+    with torch.enable_grad():  # also where the caller has turned gradients off
+        prediction = combined_prediction(trainee, batch, guidance)
+        by_row = row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, delta)
+        gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
     return StepValues(
         prediction.detach(),
         by_row.detach(),
@@ -258,6 +288,48 @@ def step_values(
             for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
         },
     )
+
+
+def _class_word(concept: Concept | None) -> str:
+    return "" if concept is None else concept.metadata["class_word"]
+
+
+def _warn_of_halves(imported: Imported, folder: str) -> None:
+    """Say what a pair of the toolkit's lacks where it may lack it."""
+    if SHARED in imported.adapters:
+        log.warning("%s has no negative adapters: the positive ones act on both sides of the guidance", folder)
+    elif "positive" in imported.adapters and "negative" not in imported.adapters:
+        log.warning("%s has no negative adapters: the negative side follows the base model", folder)
+    branches = {word.branch for word in imported.words}
+    if branches == {"positive"} and "negative" in imported.adapters:
+        log.warning("%s has negative adapters, but no negative word", folder)
+
+
+def _check_latents(latents: torch.Tensor, name: str, backbone: Backbone) -> None:
+    channels = backbone.unet.config.in_channels
+    if latents.dim() != 4 or latents.shape[1] != channels or not latents.numel():
+        raise InputError(
+            f"expected {name} [B, {channels}, h, w] of this base model; got {list(latents.shape)}; "
+            "make them of that shape"
+        )
+    if not latents.isfinite().all():
+        raise InputError(f"expected finite numbers as {name}; got some that are infinite or no numbers; correct them")
+
+
+def _check_shape(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(
+            f"expected {name} {list(shape)}, to go with the latents; got {list(tensor.shape)}; make it of that shape"
+        )
+
+
+def _check_timesteps(timesteps: torch.Tensor, rows: int, num_train_timesteps: int) -> None:
+    _check_shape(timesteps, "timesteps", (rows,))
+    if timesteps.is_floating_point() or not ((timesteps >= 0) & (timesteps < num_train_timesteps)).all():
+        raise InputError(
+            f"expected timesteps that are integers from 0 to {num_train_timesteps - 1}; got {timesteps.tolist()}; "
+            "correct them"
+        )
 
 
 def _batch_of_one_prompt(
@@ -280,9 +352,10 @@ def _batch_of_one_prompt(
     )
 
 
-def _text_states(loaded: LoadedConcept, prompt: str, negative_prompt: str, rows: int) -> torch.Tensor:
-    """Return `[2·rows, L, D]`, negative rows first; every row of a branch has the same prompt."""
-    tokens = loaded.prompts.tokenize([negative_prompt, prompt])  # negative rows first
+def _text_states(loaded: LoadedConcept, prompts: tuple[str, str], rows: int) -> torch.Tensor:
+    """Return `[2·rows, L, D]` of (negative, positive) prompt; every row of a branch has the same prompt."""
+    loaded.prompts.check_not_cut(prompts)
+    tokens = loaded.prompts.tokenize(prompts)
     return loaded.prompts.encode(tokens).repeat_interleave(rows, dim=0)
 
 

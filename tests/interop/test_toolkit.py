@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import branch_adapter, trigger_words
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter, trigger_words
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words, write_toolkit
 
@@ -125,6 +125,56 @@ def test_a_file_of_another_name_is_refused() -> None:
         read_toolkit({"fox.safetensors": b""}, MODULES)
 
 
+def test_files_without_weights_are_passed_over() -> None:
+    names = ["unet-7.safetensors", "README.md", "train.yaml", ".DS_Store", "._unet-7.safetensors", "grid.png"]
+    assert files_of_step(names).names == ["unet-7.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "add"),
+    [
+        (["unet-7"], "add unet-7,"),
+        (["text_encoder-neg-7"], "add text_encoder-neg-7,"),
+        (["unet-neg-7", "text_encoder-neg-7"], None),
+        (["text_encoder-7", "text_encoder-neg-7"], None),
+    ],
+)
+def test_half_of_a_pair_of_adapters_is_refused(gone: list[str], add: str | None) -> None:
+    names = [f"{name}.safetensors" for name in SIX if name not in gone]
+    if add is None:
+        assert files_of_step(names).names == sorted(names)
+    else:
+        with pytest.raises(InputError, match=f"expected a pair of adapters for every network.*{add}"):
+            files_of_step(names)
+
+
+def test_negative_adapters_of_another_step_alone_are_no_pair() -> None:
+    names = ["unet-7.safetensors", "unet-neg-7.safetensors", "unet-9.safetensors"]
+    with pytest.raises(InputError, match=r"got unet-9.safetensors; add unet-neg-9, choose another step"):
+        files_of_step(names)
+    assert files_of_step(names, 7).names == ["unet-7.safetensors", "unet-neg-7.safetensors"]
+
+
+def test_a_network_of_one_branch_alone_has_an_empty_file_in_the_other(concept: Concept) -> None:
+    positive, negative = (branch_adapter(concept, branch) for branch in BRANCHES)
+    alone = BranchAdapter({"unet": negative.networks["unet"]})
+    files = write_toolkit({"positive": positive, "negative": alone}, (), 7)
+    assert set(files) == {f"{name}.safetensors" for name in SIX}
+    adapters, _ = read_toolkit(files, MODULES)
+    assert {branch: list(a.networks) for branch, a in adapters.items()} == {
+        "negative": ["unet"],
+        "positive": ["text_encoder", "unet"],
+    }
+    assert list(read_toolkit(write_toolkit({"negative": alone}, (), 7), MODULES)[0]) == ["negative"]
+
+
+def test_a_word_of_other_steps_alone_is_refused() -> None:
+    names = ["unet-7.safetensors", "unet-9.safetensors", "my-fox-7.pt", "my-fox-9.pt", "my-fox-neg-7.pt"]
+    with pytest.raises(InputError, match=r"every word at step 9.*got my-fox-neg-7.pt of another step alone"):
+        files_of_step(names)
+    assert set(files_of_step(names, 7).words) == {"my-fox", "my-fox-neg"}
+
+
 def test_two_files_for_one_network_are_refused(concept: Concept) -> None:
     files = written(concept)
     with pytest.raises(InputError, match="one file for a network"):
@@ -185,10 +235,15 @@ def test_words_are_paired_by_their_ending_or_by_name() -> None:
 
 @pytest.mark.parametrize("names", [{"pt1": ("a", "c")}, {"pt1": ("a",)}])
 def test_words_that_are_not_those_named_are_refused(names: dict[str, tuple[str, ...]]) -> None:
-    with pytest.raises(InputError, match=r"expected the words .* got \['a', 'b'\]; name the pair in OPTION"):
+    with pytest.raises(InputError, match=r"expected the words .* got \['a', 'b'\], the names of the files; name"):
         toolkit_words({"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, names, "OPTION")
 
 
 def test_words_that_are_no_pair_have_to_be_named() -> None:
     with pytest.raises(InputError, match="one word and its '-neg' partner; got a, b; name the pair in OPTION"):
         toolkit_words({"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, {}, "OPTION")
+
+
+def test_a_word_that_cannot_be_typed_is_renamed_by_its_file() -> None:
+    with pytest.raises(InputError, match=r"got my \{fox\}.pt; rename it, such as my-fox.pt"):
+        toolkit_words({"my {fox}": torch.zeros(1, 4)}, {}, "OPTION")

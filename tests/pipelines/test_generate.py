@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def test_a_weighted_slot_weights_the_trigger_word_and_is_kept_in_the_image(
     assert image != draw("a my-fox", "{red:0.5} cat")[0]
     assert image != draw(prompt, "red cat")[0]
     assert (settings["prompt"], settings["negative_prompt"]) == ("a {my-fox:1.5}", "{red:0.5} cat")
+
+
+def test_a_slot_in_the_negative_prompt_is_the_negative_word(tiny_base_model: Path, concept: Concept) -> None:
+    def draw(negative_prompt: str) -> tuple[bytes, Any]:
+        params = GenerateParams(
+            prompts=("a {pt1}",), negative_prompt=negative_prompt, images_per_prompt=1, sampler=SAMPLER
+        )
+        image = generate_images(str(tiny_base_model), concept, params, CPU)[0]["000_0"]
+        return image.tobytes(), json.loads(image.info["dreamartist"])["negative_prompt"]
+
+    assert draw("{pt1}, {red}") == draw("my-fox-neg, {red}") != draw("my-fox, {red}")
+    assert draw("{pt1}, {red}")[1] == "my-fox-neg, {red}"
 
 
 def test_a_concept_without_a_trigger_word_is_asked_for_by_its_class_word(

@@ -354,7 +354,9 @@ def test_weights_in_the_class_word_are_refused() -> None:
 def test_names_for_a_toolkits_folder_without_words_are_refused(run: Run, folder: Path) -> None:
     (folder / "wordless").mkdir()
     shutil.copy(folder / "toolkit/unet-3.safetensors", folder / "wordless")
-    with pytest.raises(InputError, match=r"expected the words \['my-x'\]; got \[\]; name the pair in import.names.pt1"):
+    with pytest.raises(
+        InputError, match=r"expected the words \['my-x'\]; got \[\], the names of the files; name these"
+    ):
         run(toolkit="wordless", names={"pt1": "my-x"})
 
 

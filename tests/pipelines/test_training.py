@@ -144,7 +144,7 @@ def test_the_plan_is_shown_per_branch(
         ),
         ({"words": {"names": {"pt1": ("cat", "my-cat-neg")}}}, "'cat' is already a single token"),
         ({"words": {"names": {"pt1": ("my-cat", "My-Cat")}}}, "every trigger word once"),
-        ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "num_vectors": (30, 2)}}, "shorten the template"),
+        ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "num_vectors": (30, 2)}}, "take fewer vectors"),
         ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "init_text": ("*[0.1, 9]", "*[0.1]")}}, "init_text"),
         ({"lora_unet": [{"lr": 1e-3, "rank": 1, "layers": ["re:.*atn1$"]}]}, "near names are .*attn1"),
         ({"preview": {"every": 1, "sampler": {"scheduler_options": {"nonsense": 1}}}}, "got 'nonsense'"),

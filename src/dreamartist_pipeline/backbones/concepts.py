@@ -228,6 +228,15 @@ class LoadedConcept:
     vocabulary: Vocabulary | None
     trigger_words: dict[str, tuple[str, str]]
 
+    @property
+    def negative_words(self) -> dict[str, str]:
+        """Slot -> the word that a negative prompt's slot stands for: the negative one, or the only one there is."""
+        words = {word.key: word.name for word in self.vocabulary.words} if self.vocabulary else {}
+        return {
+            slot: words.get(f"{BRANCH_NAMES[NEGATIVE]}.{slot}", positive)
+            for slot, (positive, _) in self.trigger_words.items()
+        }
+
 
 def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
     """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.

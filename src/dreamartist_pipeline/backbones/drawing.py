@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
-from dreamartist_pipeline.core.captions import fill_template, slot_names
+from dreamartist_pipeline.core.branches import POSITIVE
+from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, picture_size
@@ -56,8 +57,9 @@ def draw(
 ) -> Drawn:
     """Draw every prompt from every seed, one adapter per branch.
 
-    A slot becomes the concept's positive trigger word, or its class word if it has none. Every image says in `info` how
-    it was drawn: `parameters` in the form of A1111, `dreamartist` as JSON with all of it.
+    A slot becomes the concept's positive trigger word, or its class word if it has none; in the negative prompt its
+    negative one. Every image says in `info` how it was drawn: `parameters` in the form of A1111, `dreamartist` as JSON
+    with all of it.
 
     Args:
         backbone: the base model.
@@ -66,12 +68,14 @@ def draw(
         progress: called with the number of new images after each batch.
 
     Raises:
-        InputError: a concept of another base model, a size or scheduler that does not go with them, or settings that
-            no image could hold.
+        InputError: a concept of another base model, a size or scheduler that does not go with them, a trigger word
+            beyond the text encoder's context, or settings that no image could hold.
     """
     loaded = attach(backbone, concept, request.strength)
     class_word = "" if concept is None else concept.metadata["class_word"]
     prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
+    request = replace(request, negative_prompt=fill_negative_prompt(request.negative_prompt, loaded.negative_words))
+    loaded.prompts.check_not_cut([*prompts, request.negative_prompt])
     size_px = request.size_px or _own_size(backbone, request.init)
     init = None if request.init is None else fit_picture(request.init, size_px)
     rows = [(prompt, seed) for prompt in prompts for seed in request.seeds]
@@ -92,9 +96,9 @@ def draw(
     return Drawn(prompts, tuple(images), init)
 
 
-def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str) -> str:
-    """Fill a prompt's slots with the concept's positive trigger words, all others with its class word."""
-    words = {slot: positive for slot, (positive, _) in loaded.trigger_words.items()}
+def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str, branch: int = POSITIVE) -> str:
+    """Fill a prompt's slots with the trigger words of a branch, all others with the class word."""
+    words = {slot: pair[0 if branch == POSITIVE else 1] for slot, pair in loaded.trigger_words.items()}
     return fill_template(prompt, dict.fromkeys(slot_names(prompt), class_word) | words)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,18 +62,30 @@ class PromptTokenizer:
             InputError: no word stands by itself, the prompt with its words is longer than the text encoder's context,
                 or it has braces that cannot be read.
         """
-        inner = [token_id for token_id, _ in self._inner_tokens(prompt)]
-        learned = {i for word in (self._vocabulary.words if self._vocabulary else ()) for i in word.ids}
-        if not learned & set(inner):
+        if not self._learned_ids & {token_id for token_id, _ in self._inner_tokens(prompt)}:
             raise InputError(
                 f"expected a trigger word that stands by itself in every prompt; got {prompt!r}; put spaces or commas "
                 "around the template's slot"
             )
-        if learned & set(inner[self.max_tokens - 2 :]):
+        self.check_not_cut(prompt)
+
+    def check_not_cut(self, prompt: str) -> None:
+        """Confirm that no vector of a trigger word is cut off.
+
+        Raises:
+            InputError: the prompt with its words is longer than the text encoder's context, or it has braces that
+                cannot be read.
+        """
+        inner = [token_id for token_id, _ in self._inner_tokens(prompt)]
+        if self._learned_ids & set(inner[self.max_tokens - 2 :]):
             raise InputError(
                 f"expected the trigger words within the first {self.max_tokens - 2} tokens of every prompt; "
-                f"{prompt!r} with its words is {len(inner)} tokens long; shorten the template or take fewer vectors"
+                f"{prompt!r} with its words is {len(inner)} tokens long; shorten it or take fewer vectors"
             )
+
+    @property
+    def _learned_ids(self) -> set[int]:
+        return {i for word in (self._vocabulary.words if self._vocabulary else ()) for i in word.ids}
 
     def _inner_tokens(self, prompt: str) -> list[tuple[int, float]]:
         """Return (id, weight) of all tokens between start and end, however many there are."""
@@ -117,6 +129,11 @@ class PromptEncoder:
         self.vocabulary = vocabulary
         max_positions = backbone.text_encoder.config.max_position_embeddings
         self._tokenizer = PromptTokenizer(backbone.tokenizer, max_positions, vocabulary)
+
+    def check_not_cut(self, prompts: Iterable[str]) -> None:
+        """Confirm that no trigger word of any prompt is cut off; see `PromptTokenizer.check_not_cut`."""
+        for prompt in prompts:
+            self._tokenizer.check_not_cut(prompt)
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Return `[N, L]` tokens on the backbone's device; see `PromptTokenizer.tokenize`."""

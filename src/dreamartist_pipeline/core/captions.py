@@ -37,6 +37,18 @@ def fill_template(template: str, slots: Mapping[str, str]) -> str:
     return _tidy(_SLOT.sub(fill, template))
 
 
+def fill_negative_prompt(prompt: str, words: Mapping[str, str]) -> str:
+    """Fill a negative prompt's slots, slot -> word; 'pt1' (any number), 'class' and 'caption' without one become empty.
+
+    Any other '{name}' is a weighted word here, not a slot.
+
+    >>> fill_negative_prompt("{pt1}, {blurry}, {class}", {"pt1": "my-cat-neg"})
+    'my-cat-neg, {blurry}'
+    """
+    weighted = {name: f"{{{name}}}" for name in slot_names(prompt) if not _USUAL_SLOT.fullmatch(name)}
+    return fill_template(prompt, {**weighted, **words})
+
+
 def slot_names(template: str, words: Collection[str] = ()) -> list[str]:
     """Return the names of a template's slots, in order.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +20,7 @@ from dreamartist_pipeline.interop.foreign_lora import fitted
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words
 from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.interop.user_files import UserFiles
+from dreamartist_pipeline.interop.word_files import typable
 from dreamartist_pipeline.params import PositiveActsOn
 
 
@@ -164,8 +164,8 @@ def _check_words(words: Sequence[TriggerWord], layout: ModelLayout, option: str)
 
 
 def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
-    if not word.name or re.search(r"[\s{}]", word.name):
-        named = re.sub(r"[\s{}]+", "-", word.name).strip("-") or "my-word"
+    if not word.name or word.name != typable(word.name):
+        named = typable(word.name) or "my-word"
         raise InputError(
             f"expected a trigger word without spaces or braces; got {word.name!r}; name it, such as {option}={named}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,16 +24,23 @@ def load_weights(file: bytes, name: str, holds: str) -> Mapping[str, Any]:
         InputError: not such a file, no mapping, or something that needs code to be run to be read.
     """
     try:
-        content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):  # a dictionary, in the first embeddings
+            content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes that are no pickle the unpickler fails by chance: KeyError, IndexError, …
-        first_line = str(error).partition("\n")[0]  # torch goes on with advice to trust the file
         raise InputError(
-            f"expected {holds} in {name} that loads without running code; got {type(error).__name__}: "
-            f"{first_line}; give it as .safetensors"
+            f"expected {holds} in {name} that loads without running code; got {_refused(error)}; "
+            "make or download it again, or have the tool that made it save plain tensors"
         ) from error
     if not isinstance(content, Mapping):
         raise InputError(f"expected {holds} in {name}; got a {type(content).__name__}; give another file")
     return content
+
+
+def _refused(error: Exception) -> str:
+    """Say why a file was not opened; torch's own words advise to trust it."""
+    if call := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"one that asks for {call[1]}"
+    return f"a damaged or unusual one ({type(error).__name__})"
 
 
 def dense_tensor(value: object, key: object, name: str) -> torch.Tensor:

@@ -16,7 +16,8 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
     """Return a safetensors file; equal content gives equal bytes."""
     from safetensors.torch import save
 
-    return sort_header(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata)))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return sort_header(save(contiguous, metadata=dict(metadata) or None))  # {} without tensors makes a broken header
 
 
 def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 A training leaves in `ckpts/`, for every step saved, `{unet,unet-neg,text_encoder,text_encoder-neg}-{step}.safetensors`
 (or `.ckpt`, pickled) with keys `lora:<module>.___.<alpha | …>`, and every word as `<word>-{step}.pt` in the old form.
-alpha is already divided by the rank, and scales a bias too. A network that it did not train has a file without tensors.
+alpha is already divided by the rank, and scales a bias too. A network that it did not train has a file without tensors,
+so that where there are negative adapters, each network has a pair of files.
 Words made by its `create_embedding`, and those written here, are `<word>.pt`.
 """
 
@@ -21,10 +22,11 @@ from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weig
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit_config import SLOT
-from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding_pt
+from dreamartist_pipeline.interop.word_files import read_embedding, typable, write_embedding_pt
 
 _NEGATIVE_SUFFIX = "-neg"
 _FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.(?:safetensors|ckpt)")
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?\.pt")
 _KEY = re.compile(r"lora:(?P<module>.+)\.(?:___|lora_block)\.(?P<part>.+)")  # the latter in its first files
 _PARTS = {
@@ -41,7 +43,9 @@ _AVERAGES = ("lora_ema:", "base_ema:")  # beside the weights themselves, which i
 
 
 def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[TriggerWord], step: int) -> dict[str, bytes]:
-    """Return file name -> bytes of the toolkit's layout, in float32; a network without adapters has no file.
+    """Return file name -> bytes of the toolkit's layout, in float32.
+
+    A network without adapters has no file, and one with adapters of one branch alone an empty file for the other.
 
     Args:
         adapters: branch name -> its adapter.
@@ -49,11 +53,13 @@ def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[Trigger
         step: the number of training steps, part of the names.
     """
     files = {}
-    for branch, adapter in adapters.items():
+    networks = sorted({network for adapter in adapters.values() for network in adapter.networks})
+    for branch in ("positive", "negative") if "negative" in adapters else adapters:
+        layers_of = adapters[branch].networks if branch in adapters else {}
         suffix = _NEGATIVE_SUFFIX if branch == "negative" else ""
-        for network, layers in adapter.networks.items():
+        for network in networks:
             tensors: dict[str, torch.Tensor] = {}
-            for layer, factors in layers.items():
+            for layer, factors in layers_of.get(network, {}).items():
                 prefix = f"lora:{external_name(network, layer)}.___"
                 tensors[f"{prefix}.alpha"] = torch.tensor(factors.scale)
                 tensors[f"{prefix}.layer.lora_down.weight"] = factors.down
@@ -88,17 +94,20 @@ def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitSte
     """Choose the files of one step.
 
     A number at the end of a word's file is a step only where there are adapters of it, or when it is the one asked
-    for; a word may end in a number of its own. A word saved at the step goes before one without a step.
+    for; a word may end in a number of its own. A word saved at the step goes before one without a step. Files that hold
+    no weights, such as a README, are passed over.
 
     Args:
         names: of all files.
         step: which one; None takes the newest.
 
     Raises:
-        InputError: a file that does not belong here, or no adapters of that step.
+        InputError: weights that do not belong here, no adapters of that step, half of a pair of adapters, or a word of
+            other steps only.
     """
     matches = {name: match for name in sorted(names) if (match := _FILE.fullmatch(name))}
-    if strangers := [name for name in names if name not in matches and not name.endswith(".pt")]:
+    weights = [name for name in names if name.endswith(_WEIGHTS) and not name.startswith(".")]
+    if strangers := [name for name in weights if name not in matches and not name.endswith(".pt")]:
         raise InputError(
             "expected files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt; got "
             f"{', '.join(sorted(strangers))}; leave them out"
@@ -110,13 +119,30 @@ def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitSte
         )
     chosen = step if step is not None else max(steps, default=None)
     adapters = [name for name, match in matches.items() if int(match["step"]) == chosen]
+    _check_pairs([matches[name] for name in adapters], any(match["negative"] for match in matches.values()))
     known = {*steps, chosen} - {None}
-    return ToolkitStep(chosen, tuple(adapters), _words_of_step(names, known, chosen))
+    return ToolkitStep(chosen, tuple(adapters), _words_of_step(weights, known, chosen))
+
+
+def _check_pairs(adapters: Sequence[re.Match[str]], has_negative: bool) -> None:
+    """Confirm that where a folder has negative adapters, of any step, every network of this step has both files."""
+    found = {(match["network"], match["negative"] or "") for match in adapters}
+    if not (has_negative and found):
+        return
+    networks = sorted({network for network, _ in found})
+    pairs = [(network, half) for network in networks for half in ("", _NEGATIVE_SUFFIX)]
+    if missing := [f"{network}{half}-{adapters[0]['step']}" for network, half in pairs if (network, half) not in found]:
+        raise InputError(
+            f"expected a pair of adapters for every network, as the folder has negative ones; got "
+            f"{', '.join(match[0] for match in adapters)}; add {', '.join(missing)}, choose another step, or "
+            "copy what belongs together into a folder of its own"
+        )
 
 
 def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int | None) -> dict[str, str]:
     without_step: dict[str, str] = {}
     of_step: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
     for name in sorted(names):
         match = _WORD_FILE.fullmatch(name)
         if match is None:
@@ -125,7 +151,15 @@ def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int |
             without_step[name.removesuffix(".pt")] = name
         elif int(match["step"]) == chosen:
             of_step[match["word"]] = name
-    return without_step | of_step
+        else:
+            elsewhere[match["word"]] = name
+    words = without_step | of_step
+    if lost := [file for word, file in elsewhere.items() if word not in words]:
+        raise InputError(
+            f"expected every word at step {chosen}, whose adapters are read; got {', '.join(lost)} of another step "
+            "alone; choose that step, or rename the file to WORD.pt if it belongs here"
+        )
+    return words
 
 
 # ------------------------------------------------------------------------------------------------- reading them
@@ -208,8 +242,14 @@ def toolkit_words(
         option: where users name the pairs, for an error.
 
     Raises:
-        InputError: words that are no pair, a word that is not there, or one that has no place.
+        InputError: words that are no pair or cannot be typed, a word that is not there, or one that has no place.
     """
+    for word in vectors:
+        if word != typable(word):
+            raise InputError(
+                f"expected trigger words without spaces or braces as names of files; got {word}.pt; rename it, such as "
+                f"{typable(word)}.pt"
+            )
     pairs = names or {SLOT: _pair(sorted(vectors), option)}
     words = [
         TriggerWord(word, slot, branch, vectors[word])
@@ -219,7 +259,10 @@ def toolkit_words(
     ]
     named = [word for pair in pairs.values() for word in pair if word]
     if sorted(named) != sorted(vectors):
-        raise InputError(f"expected the words {named}; got {sorted(vectors)}; name the pair in {option}")
+        raise InputError(
+            f"expected the words {named}; got {sorted(vectors)}, the names of the files; name these in {option}, or "
+            "rename the files"
+        )
     return words
 
 
@@ -228,7 +271,7 @@ def _pair(words: Sequence[str], option: str) -> tuple[str, str]:
     positive = [word for word in words if word not in negative]
     if len(positive) > 1 or len(negative) > 1:
         raise InputError(
-            f"expected one word and its '-neg' partner; got {', '.join(words)}; name the pair in {option}, or give the "
-            "step that the files are of"
+            f"expected one word and its '-neg' partner; got {', '.join(words)}; name the pair in {option}; where the "
+            "numbers are steps, give the step, or keep the files of one step"
         )
     return (positive or [""])[0], (negative or [""])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weig
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 
 _KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is told the token
+
+
+def typable(name: str) -> str:
+    """Return a trigger word as it can be written in a prompt: without spaces and braces."""
+    return re.sub(r"[\s{}]+", "-", name).strip("-") if re.search(r"[\s{}]", name) else name
 
 
 def write_embedding(word: TriggerWord, facts: FileFacts, dtype: torch.dtype) -> bytes:
@@ -58,4 +64,6 @@ def _old_form(file: bytes, name: str) -> Mapping[str, Any]:
     """Open a `.pt` or `.bin` file: the vectors are in `string_to_param`, or at the top."""
     content = load_weights(file, name, "an embedding")
     inner = content.get("string_to_param", content)
+    if isinstance(inner, torch.nn.ParameterDict):  # the form of the first textual inversions
+        inner = vars(inner).get("_parameters")  # however old the torch that wrote it
     return inner if isinstance(inner, Mapping) else {}

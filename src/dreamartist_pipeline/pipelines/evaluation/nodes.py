@@ -141,9 +141,12 @@ def _drawer(
     backbone: Backbone, loaded: LoadedConcept, params: EvaluationParams, progress: Callable[[int], None]
 ) -> Draw:
     from dreamartist_pipeline.backbones.concepts import generate
+    from dreamartist_pipeline.core.captions import fill_negative_prompt
+
+    negative_prompt = fill_negative_prompt(params.negative_prompt, loaded.negative_words)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        return generate(backbone, loaded, prompts, params.negative_prompt, seeds, params.sampler, progress)
+        return generate(backbone, loaded, prompts, negative_prompt, seeds, params.sampler, progress)
 
     return draw
 

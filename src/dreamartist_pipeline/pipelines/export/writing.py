@@ -10,7 +10,7 @@ import torch
 
 from dreamartist_pipeline.backbones.base_model import Backbone, Outline
 from dreamartist_pipeline.backbones.concepts import clip_skip_of, has_zero_terminal_snr
-from dreamartist_pipeline.core.captions import fill_template, slot_names
+from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, TriggerWord, branch_adapter, trigger_words
@@ -137,6 +137,8 @@ def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportP
 def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> ExportOutline:
     """Return what the export holds, with the example prompts filled in."""
     words = {branch: [word for word in source.words if word.branch == branch] for branch in BRANCHES}
+    slots = {branch: {word.slot: word.name for word in found} for branch, found in words.items()}
+    unnamed = dict.fromkeys(slot_names(params.prompt), source.class_word)
     loras = {b: name for b in source.adapters if (name := lora_name(b, "kohya", params)) in files}
     diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
@@ -146,18 +148,14 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
         loras=loras,
         diffusers_loras=diffusers_loras,
         words={b: [word.name for word in found] for b, found in words.items()} if has_words else {},
-        prompt=_fill(params.prompt, words["positive"], source.class_word),
-        negative_prompt=_fill(params.negative_prompt, words["negative"], ""),
+        prompt=fill_template(params.prompt, unnamed | slots["positive"]),
+        negative_prompt=fill_negative_prompt(params.negative_prompt, slots["positive"] | slots["negative"]),
         has_workflow=has_words and len(loras) == len(source.adapters),
         has_script=has_words and len(diffusers_loras) == len(source.adapters),
         branches_are_equal=_branches_are_equal(source),
         clip_skip=source.clip_skip,
         zero_terminal_snr=source.zero_terminal_snr,
     )
-
-
-def _fill(prompt: str, words: list[TriggerWord], otherwise: str) -> str:
-    return fill_template(prompt, dict.fromkeys(slot_names(prompt), otherwise) | {w.slot: w.name for w in words})
 
 
 def _diffusers_lora(branch: str, source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> str | None:
