@@ -330,3 +330,14 @@ def test_one_file_or_name_may_stand_alone_in_an_import() -> None:
 def test_an_import_that_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ImportParams(**values)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        LoRAGroup.model_validate({"lr": value, "rank": 1, "layers": ["re:.*"]})
+
+
+def test_a_single_word_is_no_template_but_a_misspelt_preset() -> None:
+    with pytest.raises(ValidationError, match="a template or a preset out of object, style, caption"):
+        TrainingParams.model_validate({"num_steps": 1, "templates": "styel"})

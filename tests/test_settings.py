@@ -89,6 +89,14 @@ def test_one_entry_of_a_list_cannot_be_changed_alone() -> None:
         load_parameters(SimpleNamespace(config_loader=loader))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("changed", [{"training": {"num_steps": 10}}, {"pretrain": {"seed": 1}}])
+def test_an_unknown_method_or_recipe_is_refused_where_its_values_are_changed_too(changed: dict[str, Any]) -> None:
+    for setting in ("method", "recipe"):
+        with pytest.raises(OmegaConfBaseException) as raised:
+            load("parameters", **{setting: "nope"}, **changed)
+        assert f"expected a {setting} out of" in str(input_error_in(raised.value))
+
+
 def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(OmegaConfBaseException) as raised:
         load("parameters", method="lorra")

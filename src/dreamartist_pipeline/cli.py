@@ -20,13 +20,13 @@ from kedro.validation.exceptions import ParameterValidationError
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.errors import InputError, TrainingError
 from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, input_error_in
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
 _KEPT_ENVIRONMENTS = ("base", "local", "test", "sd15")
 _PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
-_READABLE = (InputError, ParameterValidationError, DatasetError)
+_READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 
 
 def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[str, Any]) -> dict[str, Any]:

@@ -52,9 +52,9 @@ PRODIGY_LR = (0.01, 10.0)  # Prodigy multiplies lr with a rate that it estimates
 
 
 class Params(BaseModel):
-    """Base of all parameter models: misspelt keys are errors, values never change after validation."""
+    """Base of all parameter models: misspelt keys and infinite numbers are errors, and values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------- shared
@@ -377,7 +377,11 @@ class TrainingParams(Params):
     @field_validator("templates", mode="before")
     @classmethod
     def _preset_is_its_templates(cls, value: object) -> object:
-        return TEMPLATE_PRESETS.get(value, value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if re.fullmatch(r"\w+", value) and value not in TEMPLATE_PRESETS:
+            raise ValueError(f"expected a template or a preset out of {', '.join(TEMPLATE_PRESETS)}")
+        return TEMPLATE_PRESETS.get(value, value)
 
     @field_validator("lora_text_encoder")
     @classmethod

@@ -14,6 +14,7 @@ from dreamartist_pipeline.core.adapters import LoRASpec, inject
 from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.training import (
     BatchSource,
@@ -254,7 +255,7 @@ def test_one_branch_trains_too(make_training_params: MakeParams) -> None:
 
 def test_a_branch_without_gradient_is_refused_by_name(make_training_params: MakeParams) -> None:
     trainee = make_trainee(untrained=NEGATIVE)  # up is zero and so is down: nothing can ever move
-    with pytest.raises(RuntimeError, match="gradient for the adapters of the negative branch in the first step"):
+    with pytest.raises(TrainingError, match="gradient for the adapters of the negative branch in the first step"):
         fit(trainee, make_data(), make_training_params())
 
 
@@ -262,8 +263,17 @@ def test_a_loss_that_is_not_finite_stops_the_training(make_training_params: Make
     data = make_data()
     assert data.regularization is not None
     broken = TrainingData(data.reference, LatentImages(*_infinite(data.regularization)))
-    with pytest.raises(RuntimeError, match="finite"):
+    with pytest.raises(TrainingError, match="finite"):
         fit(make_trainee(), broken, make_training_params())
+
+
+def test_an_update_that_leaves_no_finite_numbers_stops_the_training_even_after_the_last_loss(
+    make_training_params: MakeParams,
+) -> None:
+    trainee = make_trainee()
+    groups = [dataclasses.replace(group, lr=1e39) if group.kind == "words" else group for group in trainee.groups]
+    with pytest.raises(TrainingError, match=r"expected finite numbers in words\..* after the last step"):
+        fit(dataclasses.replace(trainee, groups=groups), make_data(), make_training_params(num_steps=1))
 
 
 def _infinite(images: LatentImages) -> tuple[torch.Tensor, torch.Tensor, PromptTokens, bool]:
@@ -428,5 +438,5 @@ def test_a_first_step_at_a_scale_of_one_is_no_missing_gradient(make_training_par
 
 def test_a_negative_branch_that_only_ever_meets_a_scale_of_one_is_refused(make_training_params: MakeParams) -> None:
     params = make_training_params(guidance_scale="1.0-3.0", timesteps=(0.0, 0.05))  # timestep 0 alone
-    with pytest.raises(RuntimeError, match="gradient for the adapters of the negative branch"):
+    with pytest.raises(TrainingError, match="gradient for the adapters of the negative branch"):
         fit(make_trainee(), make_data(), params)

@@ -468,6 +468,33 @@ def test_without_trigger_words_a_preset_says_the_class_word(
     assert fill_prompt("a {pt1}", params) == "a fox"
 
 
+def test_a_trigger_word_in_the_caption_is_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    with pytest.raises(InputError, match="got 'a red My-Fox, sitting', in which my-fox is a trigger word"):
+        check_training(str(tiny_base_model), make_training_params(), "a red My-Fox, sitting")
+
+
+@pytest.mark.parametrize(
+    ("template", "caption", "said"),
+    [
+        ("a {pt1}", "sitting", ["The caption 'sitting' is not used", "caption_transforms change nothing"]),
+        ("a {pt1}, {caption}", "", ["caption_transforms change nothing"]),
+        ("a {pt1}, {caption:0.9}", "sitting", []),
+    ],
+)
+def test_a_caption_that_is_not_used_is_said(
+    tiny_base_model: Path,
+    make_training_params: MakeParams,
+    caplog: pytest.LogCaptureFixture,
+    template: str,
+    caption: str,
+    said: list[str],
+) -> None:
+    params = make_training_params(templates=(template,), caption_transforms=("tag_shuffle",))
+    check_training(str(tiny_base_model), params, caption)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [warning.startswith(start) for warning, start in zip(warnings, said, strict=True)] == [True] * len(said)
+
+
 def test_a_caption_whose_braces_cannot_be_read_is_refused_before_a_model_is_read(
     make_training_params: MakeParams,
 ) -> None:

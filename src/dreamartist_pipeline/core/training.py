@@ -22,6 +22,7 @@ from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat
 from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.embeddings import WordEmbedding
+from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
 from dreamartist_pipeline.core.optimizers import make_optimizers
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, concatenate
@@ -30,6 +31,7 @@ from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 ADAPTERS, WORDS = "adapters", "words"
 _READ_EVERY_ON_GPU = 10  # steps between reads of the loss; every read waits for the device
 _ONE_CYCLE_START, _ONE_CYCLE_END = 1 / 25, 1 / 25e4  # of the peak; torch.optim.lr_scheduler.OneCycleLR's defaults
+_WHAT_MAY_HELP = "lower the learning rates, or run the base model in float32"
 
 HistoryRow = dict[str, float]
 
@@ -504,7 +506,8 @@ def fit(
             kept then.
 
     Raises:
-        RuntimeError: some branch has received no gradient in the first step, or the loss is no longer finite.
+        TrainingError: some branch has received no gradient in the first step, or the loss, or what has been learned, is
+            no longer finite.
     """
     device = data.reference.mean.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -512,14 +515,23 @@ def fit(
         history: list[HistoryRow] = []
         for record in _records(trainee, data, params, on_preview):
             if not math.isfinite(record.loss):
-                raise RuntimeError(
-                    f"expected a finite loss; got {record.loss} at step {record.step}; lower the learning rates, "
-                    "or run the base model in float32"
+                raise TrainingError(
+                    f"expected a finite loss; got {record.loss} at step {record.step}; {_WHAT_MAY_HELP}"
                 )
             history.append(record.row())
             if on_step:
                 on_step(record)
+        _check_learned(trainee.groups)
         return history
+
+
+def _check_learned(groups: Sequence[ParameterGroup]) -> None:
+    """Confirm that the last update, whose loss no step sees, has left finite numbers everywhere."""
+    for group in groups:
+        if not all(parameter.isfinite().all() for parameter in group.parameters):
+            raise TrainingError(
+                f"expected finite numbers in {group.name} after the last step; got others; {_WHAT_MAY_HELP}"
+            )
 
 
 @dataclass(frozen=True)
@@ -628,12 +640,12 @@ def check_gradients(norms: dict[str, dict[str, torch.Tensor]]) -> None:
         norms: kind -> branch -> gradient norm.
 
     Raises:
-        RuntimeError: one of them is zero; the message names branch and kind.
+        TrainingError: one of them is zero; the message names branch and kind.
     """
     for kind, by_branch in norms.items():
         for branch, norm in by_branch.items():
             if norm.item() == 0:
-                raise RuntimeError(
+                raise TrainingError(
                     f"expected a gradient for the {kind} of the {branch} branch in the first step; got none; "
                     "check that every template holds a slot and that the base model is a trained one"
                 )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
     from dreamartist_pipeline.core.adapters import AdapterStack
     from dreamartist_pipeline.core.concept import Concept
-    from dreamartist_pipeline.core.embeddings import WordEmbedding
+    from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
     from dreamartist_pipeline.core.prompt_tokens import PromptTokens
     from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
     from dreamartist_pipeline.interop.user_files import UserFiles
@@ -76,10 +76,10 @@ def check_training(
 
     Raises:
         InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
-            something, a template without its slot, a caption whose braces cannot be read, words that do not fit into
-            the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an optimizer that cannot run here,
-            a preview's scheduler that cannot be set up, a noise schedule that this base model cannot be trained with,
-            or a concept to start from of which something has no place in this training.
+            something, a template without its slot, a caption with a trigger word or with braces that cannot be read,
+            words that do not fit into the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an
+            optimizer that cannot run here, a preview's scheduler that cannot be set up, a noise schedule that this base
+            model cannot be trained with, or a concept to start from of which something has no place in this training.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.core.training import branch_table, lr_factor, parameter_groups
@@ -87,6 +87,7 @@ def check_training(
 
     check_templates(params)
     _check_braces(params, caption)
+    _say_what_is_not_used(params, caption)
     _check_optimizers(params, device)
     _check_preview(params)
     start, files = read_start(user_files, params), BaseModelFiles(base_model)
@@ -231,10 +232,32 @@ def _planned(
         words = WordEmbedding(embedding, vocabulary, initial)
         max_positions = outline.text_encoder.config.max_position_embeddings
         tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
+        _check_caption(caption, vocabulary)
         for pair in _template_prompts(params, caption):
             for branch in branches(params.num_branches):
                 tokenizer.check_fits(pair[branch])
     return stacks, words
+
+
+def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
+    """Confirm that trigger words come from templates alone: a caption is the same in both branches."""
+    from dreamartist_pipeline.core.errors import InputError
+
+    if found := [part.name for part in vocabulary.split_prompt(caption) if not isinstance(part, str)]:
+        raise InputError(
+            f"expected a caption of what the picture shows beside the subject; got {caption!r}, in which {found[0]} is "
+            "a trigger word, which both branches would learn; take it out, templates say it"
+        )
+
+
+def _say_what_is_not_used(params: TrainingParams, caption: str) -> None:
+    from dreamartist_pipeline.core.captions import slot_names
+
+    has_slot = any("caption" in slot_names(template) for template in params.templates)
+    if caption and not has_slot:
+        log.warning("The caption %r is not used: no template has {caption}.", caption)
+    if params.caption_transforms and not (caption and has_slot):
+        log.warning("caption_transforms change nothing: there is no caption, or no template has {caption}.")
 
 
 def _check_branches_train(groups: Sequence[ParameterGroup], params: TrainingParams) -> None:
@@ -307,7 +330,7 @@ def train_concept(
 
     Raises:
         InputError: the plan was made for other parameters, another base model or another concept to start from.
-        RuntimeError: a branch receives no gradient, or the loss is no longer finite.
+        TrainingError: a branch receives no gradient, or the loss or what is learned is no longer finite.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
