@@ -42,6 +42,11 @@ def test_a_comma_separates_parameters_only_before_another_key(text: str, expecte
     assert parse_params(CONTEXT, OPTION, text) == expected
 
 
+def test_a_parameter_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match="expected every parameter once; got import.positive twice"):
+        parse_params(CONTEXT, OPTION, "import.positive=a.pt, import.positive = b.pt")
+
+
 def test_a_parameter_without_a_value_is_refused() -> None:
     with pytest.raises(click.BadParameter, match="expected key=value; got 'subject'"):
         parse_params(CONTEXT, OPTION, "subject")

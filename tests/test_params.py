@@ -103,6 +103,7 @@ def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], message: 
         ({"pt1": ["my-cat", "my-cat"]}, "same trigger word 'my-cat' in both branches"),
         ({"pt1": ["my-cat", ""]}, "needs a trigger word per branch"),
         ({"pt1": ["my cat", "my-cat-neg"]}, "contains a space; use a hyphen"),
+        ({"pt1": ["my/cat", "my-cat-neg"]}, "contains a slash; it names a file"),
     ],
 )
 def test_a_pair_of_trigger_words_that_cannot_work_is_refused(names: dict[str, Any], message: str) -> None:

@@ -42,6 +42,9 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     for item in items:
         if "=" not in item:
             raise click.BadParameter(f"expected key=value; got '{item}'; separate several by commas", ctx, param)
+    names = [item.partition("=")[0].strip() for item in items]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise click.BadParameter(f"expected every parameter once; got {twice[0]} twice; leave one out", ctx, param)
     texts: dict[str, Any] = {}
     others: list[str] = []
     for item in items:

@@ -295,6 +295,8 @@ class WordsParams(Params):
                     raise ValueError(f"trigger word {word!r} contains a space; use a hyphen")
                 if re.search(r"[{}]", word):
                     raise ValueError(f"trigger word {word!r} contains a brace; weights belong into templates")
+                if re.search(r"[/\\]", word):
+                    raise ValueError(f"trigger word {word!r} contains a slash; it names a file when exported")
         return names
 
 

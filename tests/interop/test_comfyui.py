@@ -82,6 +82,13 @@ def test_trigger_words_become_embeddings_only_where_they_stand_alone() -> None:
     assert embedding_prompt("a cat", []) == "a cat"
 
 
+def test_a_prompt_is_written_so_that_comfyui_finds_its_embeddings_and_weights_nothing() -> None:
+    words = ["my-Fox"]
+    assert embedding_prompt("A MY-FOX.", words) == "A embedding:my-Fox ."
+    assert embedding_prompt("photo,my-fox's den", words) == "photo, embedding:my-Fox 's den"
+    assert embedding_prompt("my-fox (blue)", words) == r"embedding:my-Fox \(blue\)"
+
+
 def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:
     workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
     check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")

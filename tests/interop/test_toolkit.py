@@ -55,11 +55,21 @@ def pickled(files: Files) -> Files:
     return changed
 
 
+def shouted(files: Files) -> Files:
+    return {
+        f"{stem}.{suffix.upper()}": file for name, file in files.items() for stem, _, suffix in [name.rpartition(".")]
+    }
+
+
+def shouted_pickles(files: Files) -> Files:
+    return shouted(pickled(files))
+
+
 def as_left_by_a_training(files: Files) -> Files:
     return {name.replace(".pt", "-7.pt"): file for name, file in files.items()}
 
 
-LAYOUTS = [newer, first, with_averages, pickled, as_left_by_a_training]
+LAYOUTS = [newer, first, with_averages, pickled, shouted, shouted_pickles, as_left_by_a_training]
 
 
 def test_the_files_are_those_six_with_alpha_divided_by_the_rank(concept: Concept) -> None:
@@ -188,6 +198,16 @@ def test_a_training_of_words_alone_leaves_empty_files_and_has_no_adapters(concep
     words = {name: file for name, file in written(concept).items() if name.endswith(".pt")}
     adapters, vectors = read_toolkit(words | {"unet-7.safetensors": save({})}, MODULES)
     assert adapters == {} and set(vectors) == {"my-fox", "my-fox-neg"}
+
+
+def test_a_tensor_in_two_spellings_is_refused() -> None:
+    key = f"lora:{ATTENTION}.___."
+    tensors = {f"{key}layer.W_down": torch.ones(2, 6), f"{key}layer.W_up": torch.ones(5, 2)}
+    tensors |= {f"{key}alpha": torch.tensor(1.0), f"{key}scale": torch.tensor(2.0)}
+    with pytest.raises(
+        InputError, match=f"every tensor once in unet-1.safetensors; got alpha of unet.{ATTENTION} twice"
+    ):
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
 
 
 def test_a_file_without_alpha_is_refused() -> None:

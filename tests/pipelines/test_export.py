@@ -363,13 +363,27 @@ def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
     assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path)
 
 
+def test_the_script_draws_trigger_words_with_capitals(
+    tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path
+) -> None:
+    words = json.dumps({"pt1": ["my-Fox", "my-Fox-neg"]})
+    concept = dataclasses.replace(concept, metadata={**concept.metadata, "words": words})
+    files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
+    assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path, prompt="A MY-FOX, background")
+
+
 def assert_script_draws(
-    tiny_base_model: Path, backbone: Backbone, concept: Concept, files: dict[str, bytes], tmp_path: Path
+    tiny_base_model: Path,
+    backbone: Backbone,
+    concept: Concept,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    prompt: str = "a my-fox, background",
 ) -> None:
     """Draw with the exported script and with the concept, and compare the images."""
     FileFolderDataset(path=str(tmp_path / "export")).save(files)
     script = import_script(tmp_path / "export" / "generate_with_diffusers.py")
-    prompt, seeds = "a my-fox, background", [3, 4]
+    seeds = [3, 4]
     noise = initial_noise((4, 8, 8), image_generators(seeds))
     pipe = script.load(str(tiny_base_model)).to("cpu", torch.float32)
     drawn = script.draw(pipe, prompt, "a red cat", seeds, latents=noise)

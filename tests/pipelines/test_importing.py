@@ -303,11 +303,11 @@ def test_a_concept_in_place_is_only_replaced_when_asked(run: Run) -> None:
         ),
         (
             {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "bad hands"}},
-            "without spaces or braces; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
+            "without spaces, braces or slashes; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
         ),
         (
             {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "my{cat}"}},
-            "without spaces or braces; got 'my{cat}'; name it, such as import.names.pt1=my-cat",
+            "without spaces, braces or slashes; got 'my{cat}'; name it, such as import.names.pt1=my-cat",
         ),
         ({"toolkit": "nowhere"}, "expected a folder at .*nowhere; got none"),
         ({"toolkit": "lora"}, "expected files named"),

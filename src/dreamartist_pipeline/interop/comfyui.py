@@ -163,9 +163,22 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def embedding_prompt(prompt: str, words: Iterable[str]) -> str:
-    """Return a prompt with every trigger word as ComfyUI asks for an embedding, `embedding:my-cat`."""
-    names = sorted(map(re.escape, words), key=len, reverse=True)
-    return re.sub(rf"(?<![\w:-])({'|'.join(names) or '(?!)'})(?![\w-])", r"embedding:\1", prompt)
+    """Return a prompt with every trigger word as ComfyUI asks for an embedding, `embedding:my-cat`.
+
+    ComfyUI splits at spaces and takes only commas off a name, and weights what is in parentheses, which is plain text
+    here: words get spaces around them, parentheses a backslash.
+    """
+    name_of = {word.lower(): word for word in words}
+    alternatives = "|".join(sorted(map(re.escape, name_of), key=len, reverse=True)) or "(?!)"
+
+    def embedding(match: re.Match[str]) -> str:
+        before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+        apart_before = "" if not before or before.isspace() else " "
+        apart_after = "" if not after or after.isspace() or after == "," else " "
+        return f"{apart_before}embedding:{name_of[match[0].lower()]}{apart_after}"
+
+    asked = re.sub(rf"(?<![\w:-])(?:{alternatives})(?![\w-])", embedding, prompt, flags=re.IGNORECASE)
+    return re.sub(r"[()]", r"\\\g<0>", asked)
 
 
 def check_workflow(workflow: Mapping[str, Any], lora_files: Iterable[str], name: str) -> None:

@@ -99,13 +99,15 @@ def _diffusers(outline: ExportOutline) -> str:
 
 def _a1111(outline: ExportOutline) -> str:
     positive = ", ".join(outline.words.get("positive", ()))
-    negative = ", ".join(outline.words.get("negative", ()))
+    written = outline.negative_prompt
+    negative = ", ".join(word for word in outline.words.get("negative", ()) if word not in written)
     lora = outline.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
     if outline.branches_are_equal:
         return "\n".join(
             [
                 "A1111 / Forge: equivalent, because both branches have the same LoRA here",
                 f"  prompt           {outline.prompt} <lora:{lora}:1>",
+                *([f"  negative prompt  {outline.negative_prompt}"] if outline.negative_prompt else []),
             ]
         )
     return "\n".join(
@@ -115,6 +117,6 @@ def _a1111(outline: ExportOutline) -> str:
             "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
             f"  prompt           {outline.prompt}{f' <lora:{lora}:1>' if lora else ''}"
             + (f"   (trigger word: {positive})" if positive else ""),
-            f"  negative prompt  {', '.join(part for part in (negative, outline.negative_prompt) if part)}",
+            f"  negative prompt  {', '.join(part for part in (negative, written) if part)}",
         ]
     )

@@ -167,7 +167,8 @@ def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
     if not word.name or word.name != typable(word.name):
         named = typable(word.name) or "my-word"
         raise InputError(
-            f"expected a trigger word without spaces or braces; got {word.name!r}; name it, such as {option}={named}"
+            f"expected a trigger word without spaces, braces or slashes; got {word.name!r}; name it, such as "
+            f"{option}={named}"
         )
     if word.name.lower() in map(str.lower, others):
         raise InputError(

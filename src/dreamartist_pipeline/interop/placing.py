@@ -40,7 +40,8 @@ def place_tensors(
     """Return what `read_parts` does, of tensors that have been read.
 
     Raises:
-        InputError: keys without a place (the first are listed), half a pair, or shapes that do not go together.
+        InputError: keys without a place (the first are listed), half a pair, a tensor that is there twice, or shapes
+            that do not go together.
     """
     parts: dict[Layer, dict[str, torch.Tensor]] = {}
     unknown = []
@@ -49,6 +50,11 @@ def place_tensors(
             unknown.append(key)
         else:
             at, part = found
+            if part in parts.get(at, ()):
+                raise InputError(
+                    f"expected every tensor once in {name}; got {part} of {'.'.join(at)} twice, also as "
+                    f"{key!r}; make or download the file again"
+                )
             parts.setdefault(at, {})[part] = tensor
     _refuse_unknown(unknown, name, form)
     for at, members in parts.items():

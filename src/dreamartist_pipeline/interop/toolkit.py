@@ -25,9 +25,9 @@ from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.interop.word_files import read_embedding, typable, write_embedding_pt
 
 _NEGATIVE_SUFFIX = "-neg"
-_FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.(?:safetensors|ckpt)")
+_FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.(?i:safetensors|ckpt)")
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-_WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?\.pt")
+_WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?(?P<suffix>\.(?i:pt))")
 _KEY = re.compile(r"lora:(?P<module>.+)\.(?:___|lora_block)\.(?P<part>.+)")  # the latter in its first files
 _PARTS = {
     "alpha": "alpha",
@@ -106,8 +106,8 @@ def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitSte
             other steps only.
     """
     matches = {name: match for name in sorted(names) if (match := _FILE.fullmatch(name))}
-    weights = [name for name in names if name.endswith(_WEIGHTS) and not name.startswith(".")]
-    if strangers := [name for name in weights if name not in matches and not name.endswith(".pt")]:
+    weights = [name for name in names if name.lower().endswith(_WEIGHTS) and not name.startswith(".")]
+    if strangers := [name for name in weights if name not in matches and not name.lower().endswith(".pt")]:
         raise InputError(
             "expected files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt; got "
             f"{', '.join(sorted(strangers))}; leave them out"
@@ -148,7 +148,7 @@ def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int |
         if match is None:
             continue
         if match["step"] is None or int(match["step"]) not in steps:
-            without_step[name.removesuffix(".pt")] = name
+            without_step[name.removesuffix(match["suffix"])] = name
         elif int(match["step"]) == chosen:
             of_step[match["word"]] = name
         else:
@@ -213,7 +213,7 @@ def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Se
 
 
 def _tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
-    tensors = _pickled_tensors(file, name) if name.endswith(".ckpt") else read_tensors(file, name)
+    tensors = _pickled_tensors(file, name) if name.lower().endswith(".ckpt") else read_tensors(file, name)
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(_AVERAGES)}
 
 
@@ -247,8 +247,8 @@ def toolkit_words(
     for word in vectors:
         if word != typable(word):
             raise InputError(
-                f"expected trigger words without spaces or braces as names of files; got {word}.pt; rename it, such as "
-                f"{typable(word)}.pt"
+                f"expected trigger words without spaces and braces as names of files; got {word}.pt; rename it, such "
+                f"as {typable(word)}.pt"
             )
     pairs = names or {SLOT: _pair(sorted(vectors), option)}
     words = [

@@ -19,8 +19,8 @@ _KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is 
 
 
 def typable(name: str) -> str:
-    """Return a trigger word as it can be written in a prompt: without spaces and braces."""
-    return re.sub(r"[\s{}]+", "-", name).strip("-") if re.search(r"[\s{}]", name) else name
+    """Return a trigger word as it can be written in a prompt and name a file: without spaces, braces and slashes."""
+    return re.sub(r"[\s{}/\\]+", "-", name).strip("-.") if re.search(r"[\s{}/\\]", name) else name
 
 
 def write_embedding(word: TriggerWord, facts: FileFacts, dtype: torch.dtype) -> bytes:
@@ -48,7 +48,7 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
     Raises:
         InputError: not such a file, several embeddings in it, or something that needs code to be run to be read.
     """
-    vectors = _old_form(file, name) if name.endswith((".pt", ".bin")) else read_tensors(file, name)
+    vectors = _old_form(file, name) if name.lower().endswith((".pt", ".bin")) else read_tensors(file, name)
     tensors = [dense_tensor(value, key, name) for key, value in vectors.items() if isinstance(value, torch.Tensor)]
     if len(tensors) != 1 or tensors[0].dim() not in (1, 2):
         came = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
