@@ -133,6 +133,11 @@ def test_the_readme_labels_the_fallback_as_not_equivalent(files: dict[str, bytes
     assert "negative prompt  my-fox-neg" in text
 
 
+def test_a_prompt_that_would_lose_its_trigger_word_is_refused(tiny_base_model: Path, concept: Concept) -> None:
+    with pytest.raises(InputError, match="expected the trigger words within the first"):
+        export(tiny_base_model, concept, formats=("embeddings",), prompt="cat " * 90 + "{pt1}")
+
+
 def test_equal_concepts_give_equal_files(tiny_base_model: Path, concept: Concept, files: dict[str, bytes]) -> None:
     assert write_files(str(tiny_base_model), concept, EVERYTHING) == files
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import Backbone
+from dreamartist_pipeline.backbones.concepts import attach
 from dreamartist_pipeline.backbones.lora_files import (
     Probe,
     base_prediction,
@@ -42,6 +43,7 @@ from dreamartist_pipeline.pipelines.export.writing import (
     SCRIPT,
     WORKFLOW,
     ExportSource,
+    describe,
     lora_name,
     read_source,
 )
@@ -102,9 +104,12 @@ def check_export(
         Plain values: title, dtype, base model, and per file its size, hash, what was compared, differences and limits.
 
     Raises:
-        InputError: a file does not give back the concept; the message names it.
+        InputError: a file does not give back the concept, which the message names, or an example prompt is longer than
+            the text encoder's context and would lose a trigger word.
     """
     truth = _Truth(backbone, concept, read_source(concept, backbone, backbone.name))
+    outline = describe(truth.source, files, params)
+    attach(backbone, concept, params.strength).prompts.check_not_cut([outline.prompt, outline.negative_prompt])
     entries: dict[str, dict[str, Any]] = {name: {} for name in files}
     for form in _READERS:
         for branch in truth.source.adapters:
