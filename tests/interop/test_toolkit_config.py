@@ -351,6 +351,17 @@ def test_a_group_without_layers_is_left_out_and_named() -> None:
     assert "lora_text_encoder.0.layers" in imported.left_out
 
 
+def test_a_layer_that_leads_nowhere_is_no_selector() -> None:
+    imported = imported_from(PLAIN_GROUP.replace("[conv_in]", "[conv_in, '${x.y}']") + "data: {batch_size: 4}\n")
+    assert imported.parameters["training"]["lora_unet"][0]["layers"] == ["conv_in"]
+    assert "lora_unet.0.layers.1" in imported.left_out
+
+
+def test_a_branch_there_is_not_is_refused() -> None:
+    with pytest.raises(InputError, match=r"training.lora_unet.0.branch: .*got 0"):
+        imported_from(TUTORIAL.replace("branch: p", "branch: 0"))
+
+
 @pytest.mark.parametrize(("given", "kept"), [("p: 0.0", 0.0), ("p: 0.3", 0.3), ("p: null", 0.1)])
 def test_a_dropout_of_0_stays_0(given: str, kept: float) -> None:
     text = f"{PAIR}data: {{batch_size: 4, text_transforms: {{transforms: [{{_target_: x.TagDropout, {given}}}]}}}}\n"
@@ -481,6 +492,7 @@ def test_two_pairs_without_templates_for_both_get_one_and_it_is_named(files: dic
     params = as_run(imported)
     assert params.words.names == NAMES
     assert params.templates[-1] == "a {pt1} and a {pt2}, {caption}"
+    assert imported.left_out["data.prompt_template"].startswith("'t.txt': ")
     assert "a {pt1} and a {pt2}" in imported.left_out["data.prompt_template"]
 
 
@@ -528,6 +540,12 @@ def test_a_rate_of_words_alone_that_is_scaled_is_scaled_once() -> None:
     text = PAIR + ONE_SET + TRAINED + "train: {scale_lr_pt: True}\n"
     training = imported_from(text).parameters["training"]
     assert (training["scale_lr"], training["words"]["lr"]) == (True, 0.003)
+
+
+def test_a_rate_of_words_that_is_scaled_as_the_others_is_named() -> None:
+    text = PAIR + ONE_SET + TRAINED
+    assert "multiplied" in imported_from(text + "train: {scale_lr: True}\n").left_out["train.scale_lr_pt"]
+    assert "train.scale_lr_pt" not in imported_from(text + "train: {scale_lr: False}\n").left_out
 
 
 def test_no_schedule_is_a_constant_rate() -> None:

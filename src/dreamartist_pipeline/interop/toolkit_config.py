@@ -300,11 +300,12 @@ class _Source:
             if key not in self._taken and value not in (None, "", [], {})
         }
         lost = {key: f"{text!r}: {self._reason(key, why)}" for key, (text, why) in self._unresolved.items()}
+        named = unused | lost
         assumed = {
-            key: f"{lost[key]}; {reason}" if key in lost else f"not given: {reason}"
+            key: f"{named[key]}; {reason}" if key in named else f"not given: {reason}"
             for key, reason in self._assumed.items()
         }
-        return unused | lost | assumed
+        return named | assumed
 
     def _reason(self, key: str, default: str = "no counterpart here") -> str:
         if key in self._notes:
@@ -355,6 +356,7 @@ def _lora_group(source: _Source, prefix: str) -> dict[str, Any] | None:
     places = [f"{prefix}.layers.{index}" for index in source.children(f"{prefix}.layers")]
     if isinstance(source.values.get(f"{prefix}.layers"), str):
         places = [f"{prefix}.layers"]
+    places = [place for place in places if source.values[place] is not None]
     if not places:
         source.assume(f"{prefix}.layers", "a group without layers trains nothing; it is left out")
         return None
@@ -370,7 +372,7 @@ def _lora_group(source: _Source, prefix: str) -> dict[str, Any] | None:
         branch = branch or (kind if kind in ("p", "n") else None)
         if kind not in ("p", "n", "lora", "dapp", None):
             source.note(f"{prefix}.type", "only plain LoRA layers are trained")
-    group |= {"branch": branch} if branch else {}
+    group |= {"branch": branch} if branch not in (None, "") else {}
     for key in _GROUP_KEYS:
         if (value := source.take(f"{prefix}.{key}")) is not None:
             group[key] = value
@@ -514,8 +516,11 @@ def _words_parameters(source: _Source, words: _Words, training: dict[str, Any]) 
 def _words_lr(source: _Source, lr: float, batch_size: int, scale_lr: bool) -> float:
     """Return the words' rate such that it is right after `scale_lr`, which is one switch for everything here."""
     scale_words = source.take("train.scale_lr_pt")
-    scale_words = scale_lr if scale_words is None else bool(scale_words)
-    if scale_words == scale_lr:
+    if scale_words is None and scale_lr:
+        source.assume(
+            "train.scale_lr_pt", "true, as scale_lr: the words' lr is multiplied by the total batch size, too"
+        )
+    if scale_words is None or bool(scale_words) == scale_lr:
         return lr
     return lr * batch_size if scale_words else lr / batch_size
 
@@ -659,7 +664,10 @@ def _templates(
     used = {slot for line in fitting for slot in _SLOT_NAME.findall(line)}
     if len(words.names) > 1 and not set(words.names) <= used:
         fitting.append(f"{' and '.join(f'a {{{slot}}}' for slot in words.names)}, {{caption}}")
-        source.assume(f"{reference}.prompt_template", f"no template has every slot; added is {fitting[-1]!r}")
+        place = keys[0] if keys else f"{reference}.prompt_template"
+        if lines:
+            source.note(place, "some slot is in none of the templates that are kept")
+        source.assume(place, f"{fitting[-1]!r} is added, so that every slot is in a template")
     if fitting:
         return {"templates": fitting, "preview": {"prompts": fitting[:2]}}
     # The method's own previews say the words it would have named itself.
