@@ -527,6 +527,21 @@ def test_words_of_the_regularization_set_are_named() -> None:
     assert "prompt database" in left_out["data_class.text_transforms.transforms.0.word_names.pt1.0"]
 
 
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ("data: {batch_size: 7, source: {img_root: imgs}}", "data.source.img_root"),
+        ("data: {one: {batch_size: 7, source: {s: {img_root: imgs}}}}", "data.one.source.s.img_root"),
+        ("dataloader: {threads: 2}\ndata: {batch_size: 7}", "dataloader.threads"),
+    ],
+)
+def test_the_data_set_is_found_in_every_layout(data: str, key: str) -> None:
+    imported = imported_from(f"{PAIR}{data}\n")
+    assert imported.parameters["training"]["batch_size"] == 7
+    assert key in imported.left_out
+    assert not [name for name in imported.left_out if name.endswith("batch_size")]
+
+
 def test_a_picture_without_words_may_be_the_only_data_set() -> None:
     assert (
         imported_from(PLAIN_GROUP + "data: {batch_size: 3, word_names: {pt1: ''}}\n").parameters["training"][

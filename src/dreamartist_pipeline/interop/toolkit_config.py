@@ -550,12 +550,17 @@ def _data_sets(source: _Source) -> tuple[str, str | None]:
 
 
 def _data_set_names(source: _Source) -> list[str]:
+    """Return the keys of all data sets: those with a key of data sets below them, or what `data` itself says."""
     names: list[str] = []
     for top in source.children(""):
-        if re.fullmatch(r"data\w*", top):
-            below = [f"{top}.{name}" for name in source.children(top)]
-            nested = [name for name in below if set(source.children(name)) & set(_DATA_SET_KEYS)]
-            names += nested or ([top] if below else [])
+        below = source.children(top)
+        if not re.fullmatch(r"data\w*", top) or not below:
+            continue
+        if set(below) & set(_DATA_SET_KEYS):
+            names.append(top)
+            continue
+        nested = [f"{top}.{name}" for name in below if set(source.children(f"{top}.{name}")) & set(_DATA_SET_KEYS)]
+        names += nested or ([top] if top in ("data", "data_class") else [])
     return names
 
 
