@@ -133,6 +133,23 @@ def test_an_imported_configuration_becomes_an_environment(toolkit_file: Path) ->
     assert "kedro run --env DreamArtist-plus-plus --pipeline train" in result.output
 
 
+def test_what_the_file_leaves_open_is_said_and_written_above_the_values(toolkit_file: Path) -> None:
+    toolkit_file.write_text(CONFIG.replace("batch_size: 3, ", "loss_weight: 0.5, "), encoding="utf-8")
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    assert "data.batch_size = not given: 4" in result.output
+    text = Path("conf/mine/parameters.yml").read_text()
+    assert "# Not carried over, or not given: data.batch_size = not given: 4" in text
+    assert yaml.safe_load(text)["training"]["batch_size"] == 4
+
+
+def test_values_that_no_run_would_take_write_no_environment(toolkit_file: Path) -> None:
+    toolkit_file.write_text(CONFIG.replace("'2.0'", "'1.0'"), encoding="utf-8")
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    assert result.exit_code == 1
+    assert "guidance_scale is 1" in result.output
+    assert not Path("conf/mine").exists()
+
+
 def test_templates_are_found_from_the_toolkits_root(toolkit_file: Path) -> None:
     templates = toolkit_file.parents[1] / "templates"
     templates.mkdir()

@@ -140,11 +140,11 @@ def import_config(file: Path, name: str | None, force: bool) -> None:
         click.secho(f"Error: {error}", fg="red", err=True)
         raise click.exceptions.Exit(1) from error
     notes = [f"{key} = {reason}" for key, reason in imported.left_out.items()]
-    head = "\n".join([f"Imported from {file.name}.", *(f"Not carried over: {note}" for note in notes)])
+    head = "\n".join([f"Imported from {file.name}.", *(f"Not carried over, or not given: {note}" for note in notes)])
     _write_yaml(folder / "globals.yml", imported.settings, head)
     _write_yaml(folder / "parameters.yml", imported.parameters, head)
     click.echo(f"Wrote {folder}/globals.yml and {folder}/parameters.yml.")
-    click.echo("\n".join([f"\nNot carried over: {len(notes)}", *(f"  {note}" for note in notes)]))
+    click.echo("\n".join([f"\nNot carried over, or not given: {len(notes)}", *(f"  {note}" for note in notes)]))
     click.echo(f"\nTrain with it: kedro run --env {name} --pipeline train --params subject=NAME,image=FILE")
 
 
