@@ -16,6 +16,7 @@ from dreamartist_pipeline.hooks import (
     ConfigurationHooks,
     RunRecordHooks,
     build_parameters,
+    check_environment,
     check_exportable,
     check_names,
     check_picture_is_named,
@@ -249,6 +250,14 @@ def test_a_sampler_that_suits_what_the_run_does_is_accepted(
     names: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_run(names, monkeypatch, **changes)
+
+
+def test_an_environment_without_a_folder_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    for name in ("base", "local"):
+        (tmp_path / name).mkdir()
+    check_environment(tmp_path, "local")
+    with pytest.raises(InputError, match="expected an environment out of base, local; got 'loc'"):
+        check_environment(tmp_path, "loc")
 
 
 def test_a_run_is_named_after_subject_pipeline_method_and_what_differs() -> None:

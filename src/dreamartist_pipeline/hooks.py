@@ -64,9 +64,11 @@ class ConfigurationHooks:
         dictionary where another annotation of that node cannot be evaluated; here the schema decides.
 
         Raises:
-            InputError: an unknown key, method or subject, or values outside their bounds, all at once.
+            InputError: an environment that is not there, an unknown key, method or subject, or values outside their
+                bounds, all at once.
         """
         register_project_root(context.project_path)
+        check_environment(Path(context.config_loader.conf_source), context.config_loader.env)
         given = context.config_loader.runtime_params or {}
         check_names(given, origin="--params")
         check_picture_is_named(given)
@@ -206,6 +208,19 @@ def _not_exportable(group: LoRAGroup, formats: Sequence[str]) -> tuple[str, Sequ
     if group.bias:
         return "bias=true", [form for form in formats if form in LORA_FORMATS_WITHOUT_BIAS]
     return "", ()
+
+
+def check_environment(source: Path, env: str | None) -> None:
+    """Refuse an environment (`--env`) that has no folder.
+
+    Raises:
+        InputError: with those there are.
+    """
+    if env and not (source / env).is_dir():
+        known = ", ".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
+        raise InputError(
+            f"expected an environment out of {known}; got '{env}'; choose one (--env NAME), or make {source / env}"
+        )
 
 
 def check_subject(subject: object) -> None:
