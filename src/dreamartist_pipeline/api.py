@@ -183,7 +183,7 @@ def sample_latents(
         InputError: a scheduler that draws noise on the way or cannot be set up, a concept of another base model, or
             latents that are not the base model's, or a trigger word beyond the text encoder's context.
     """
-    _check_latents(latents, "latents", backbone)
+    _check_latents(latents, backbone)
     check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
     loaded = attach(backbone, concept, StrengthParams.model_validate(strength))
     scheduler = make_scheduler(loaded.backbone, sampler)
@@ -257,18 +257,11 @@ def step_values(
         raise InputError(
             "expected a loss on the prediction alone, got a reconstruction_weight, which needs the picture; set it to 0"
         )
-    _check_latents(latents, "latents", backbone)
-    _check_shape(noise, "noise", tuple(latents.shape))
-    _check_timesteps(timesteps, len(latents), backbone.schedule.num_train_timesteps)
-    if mask is not None:
-        _check_shape(mask, "mask", (len(latents), 1, *latents.shape[2:]))
+    _check_step(backbone, latents, noise, timesteps, mask)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.schedule, (), _NUM_BRANCHES)
     class_word = _class_word(concept)
-    filled = (
-        fill_prompt(negative_prompt, loaded, class_word, NEGATIVE),
-        fill_prompt(prompt, loaded, class_word),
-    )
+    filled = (fill_prompt(negative_prompt, loaded, class_word, NEGATIVE), fill_prompt(prompt, loaded, class_word))
     loaded.prompts.check_not_cut(filled)
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
@@ -305,15 +298,30 @@ def _warn_of_halves(imported: Imported, folder: str) -> None:
         log.warning("%s has negative adapters, but no negative word", folder)
 
 
-def _check_latents(latents: torch.Tensor, name: str, backbone: Backbone) -> None:
+def _check_latents(latents: torch.Tensor, backbone: Backbone) -> None:
     channels = backbone.unet.config.in_channels
     if latents.dim() != 4 or latents.shape[1] != channels or not latents.numel():
         raise InputError(
-            f"expected {name} [B, {channels}, h, w] of this base model; got {list(latents.shape)}; "
+            f"expected latents [B, {channels}, h, w] of this base model; got {list(latents.shape)}; "
             "make them of that shape"
         )
     if not latents.isfinite().all():
-        raise InputError(f"expected finite numbers as {name}; got some that are infinite or no numbers; correct them")
+        raise InputError("expected finite numbers as latents; got some that are infinite or no numbers; correct them")
+
+
+def _check_step(
+    backbone: Backbone,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    """Confirm that a step's tensors go together and with the base model."""
+    _check_latents(latents, backbone)
+    _check_shape(noise, "noise", tuple(latents.shape))
+    _check_timesteps(timesteps, len(latents), backbone.schedule.num_train_timesteps)
+    if mask is not None:
+        _check_shape(mask, "mask", (len(latents), 1, *latents.shape[2:]))
 
 
 def _check_shape(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:

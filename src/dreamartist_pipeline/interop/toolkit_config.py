@@ -673,14 +673,7 @@ def _templates(
         if lines:
             source.note(place, "some slot is in none of the templates that are kept")
         source.assume(place, f"{fitting[-1]!r} is added, so that every slot is in a template")
-    if fitting:
-        return {"templates": fitting, "preview": {"prompts": fitting[:2]}}
-    # The method's own previews say the words it would have named itself.
-    return (
-        {"preview": {"prompts": [f"a {{{SLOT}}}, {color} background" for color in ("blue", "green")]}}
-        if words.names
-        else {}
-    )
+    return {"templates": fitting, "preview": {"prompts": fitting[:2]}} if fitting else {}
 
 
 def _take_texts(source: _Source, words: _Words, lines: list[str]) -> None:
