@@ -67,7 +67,7 @@ bench: $(READY) ## print speed and quality tables (trains many subjects: hours o
 sprites: $(PRETRAIN_READY) $(SPRITE_FILES) ## fetch and render the drawings behind the base model (a minute; needs npm)
 	$(BIN)/kedro run --pipeline pretrain --nodes render_sprites,render_held_out_sprites $(ARGS)
 
-pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model from scratch (hours on a CPU; resumes)
+pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)
 
 judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that scores the base model's pictures (half an hour on a CPU; resumes)

@@ -635,19 +635,38 @@ class EmbeddedModelSize(Params):
         return self
 
 
+class PublishedObjects(Params):
+    """Which drawings captions name by their published names."""
+
+    min_styles: Count  # that draw an object
+    max_words: Count = 3  # of its name
+    look_alikes: dict[str, Texts] = Field(default_factory=dict)  # word -> names of drawings that one of them stands for
+    left_out: Texts = ()
+
+
 class StageParams(Params):
-    """One stage of pretraining."""
+    """One stage of pretraining: warm-up, a constant rate, and a decay to zero at its end."""
 
     num_steps: Count
     batch_size: Count  # per process
     lr: Positive  # AdamW's: of embeddings, norms, biases and the outermost layers
     matrix_lr: Positive | None = None  # Muon's: of the matrices and kernels between them; None: AdamW's too
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    restarts: tuple[Count, ...] = ()  # steps at which warm-up and cosine decay begin again
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # of all steps, over which the rate falls to 0
+    decay_now: bool = False  # begin the decay where the last checkpoint is, whatever num_steps says
+    minutes: Positive | None = None  # size num_steps by the throughput of the first steps instead
     ema_decay: Probability = 0.999
     weight_decay: NonNegative = 0.0
-    checkpoint_every: Count = 250
+    checkpoint_minutes: NonNegative = 10.0  # 0: after every step
     num_scenes: Count = 24_000  # distinct captioned scenes drawn for the stage
+
+
+class DenoiserParams(StageParams):
+    """The stage of UNet and text encoder, whose scenes are drawn anew for every step."""
+
+    tinted_share: Probability = 0.25  # of objects
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    drawing_processes: Annotated[int, Field(ge=0)] = 0  # that draw scenes ahead; 0: between the steps
 
 
 class PretrainParams(Params):
@@ -661,11 +680,13 @@ class PretrainParams(Params):
     autoencoder_only_packages: tuple[str, ...] = ()
     held_out_styles: dict[str, str] = Field(default_factory=dict)
     objects: dict[str, str]  # word in captions -> code point
-    all_objects: bool = False  # beside these, whatever every style draws, by its published label
+    published_objects: PublishedObjects | None = None  # beside these, by their published names
     held_out_objects: dict[str, str] = Field(default_factory=dict)
+    keep_autoencoder: bool = False  # take the one of `base_model`
+    continue_denoiser: bool = False  # begin with UNet and text encoder of `base_model`; new words begin fresh
     autoencoder: StageParams
     towers: StageParams
-    denoiser: StageParams
+    denoiser: DenoiserParams
 
 
 # ------------------------------------------------------------------------------------------------- the judge

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
 from torch import nn
 
+from dreamartist_pipeline.core import pretraining
 from dreamartist_pipeline.core.pretraining import (
     Muon,
+    Plan,
     StageReporter,
     StageSettings,
     StepReport,
     averaged_weights,
     denoiser_loss,
+    draw_timesteps,
     fit_stage,
     hidden_matrices,
     normalize_latents,
     orthogonalized,
+    plan_of,
     psnr,
-    warmup_cosine,
+    warmup_stable_decay,
 )
 
 
 def settings(num_steps: int = 6, **changes: object) -> StageSettings:
-    values = {"batch_size": 4, "lr": 0.1, "warmup_steps": 1, "ema_decay": 0.5, "seed": 0, "checkpoint_every": 2}
+    values = {"batch_size": 4, "lr": 0.1, "warmup_steps": 1, "ema_decay": 0.5, "seed": 0, "checkpoint_minutes": 0.0}
     return StageSettings(num_steps=num_steps, **{**values, **changes})
 
 
@@ -41,7 +46,7 @@ def run(weight: nn.Parameter, **kwargs: object) -> list[dict]:
 
 class RecordingBarAndTracker:
     def __init__(self) -> None:
-        self.num_updates, self.shown, self.tracked = 0, [], {}
+        self.num_updates, self.shown, self.tracked, self.total = 0, [], {}, None
 
     def update(self) -> None:
         self.num_updates += 1
@@ -55,22 +60,29 @@ class RecordingBarAndTracker:
 
 def test_the_mean_loss_is_reported_every_25_steps_and_at_the_end():
     seen = RecordingBarAndTracker()
-    report = StageReporter("towers", 40, seen, seen)
+    report = StageReporter("towers", 64, seen, seen)
     for step in range(11, 41):  # resumed after ten steps
-        report(StepReport(step, loss=float(step), lr=1e-3, grad_norm=2.0))
+        report(StepReport(step, 40, loss=float(step), lr=1e-3, grad_norm=2.0, seconds=0.5))
     assert seen.num_updates == 30
-    assert seen.shown == [{"loss": "18.0000", "lr": "1.0e-03"}, {"loss": "33.0000", "lr": "1.0e-03"}]
-    assert seen.tracked == {
-        25: {"towers/loss": 18.0, "towers/lr": 1e-3, "towers/grad_norm": 2.0},  # the mean of 11 to 25
-        40: {"towers/loss": 33.0, "towers/lr": 1e-3, "towers/grad_norm": 2.0},
+    assert [shown["loss"] for shown in seen.shown] == ["18.0000", "33.0000"]  # the means of 11 to 25, 26 to 40
+    assert list(seen.tracked) == [25, 40]
+    assert seen.tracked[25] == {
+        "towers/loss": 18.0,
+        "towers/lr": 1e-3,
+        "towers/grad_norm": 2.0,
+        "towers/samples": 25 * 64,
+        "towers/samples_per_s": 128.0,
+        "towers/done": 25 / 40,
+        "towers/hours_to_go": 15 * 0.5 / 3600,
     }
+    assert seen.total == 40
 
 
 def test_a_resumed_run_ends_in_the_same_weights_as_an_uninterrupted_one():
     whole, resumed = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     saved = run(whole)
-    assert [state["step"] for state in saved] == [2, 4, 6]
-    run(resumed, checkpoint=saved[0])
+    assert [state["step"] for state in saved] == [1, 2, 3, 4, 5, 6]
+    run(resumed, checkpoint=saved[1])
     assert torch.equal(whole, resumed)
 
 
@@ -142,16 +154,80 @@ def test_averaged_weights_are_put_back_afterwards():
     assert weight.tolist() == [0.0, 0.0]
 
 
-def test_warm_up_is_linear_and_the_end_is_low():
-    assert warmup_cosine(0, 100, 10) == pytest.approx(0.1)
-    assert warmup_cosine(50, 100, 10) == pytest.approx(0.5)
-    assert warmup_cosine(99, 100, 10) == pytest.approx(0.02)
+def test_the_rate_warms_up_stays_and_falls_by_a_root_to_nearly_nothing():
+    plan = Plan(num_steps=100, decay_from=80)
+    factors = [warmup_stable_decay(step, plan, 10) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10:81] == [1.0] * 71
+    assert factors[85] == pytest.approx(0.5)  # a quarter of the way: 1 - sqrt(1/4)
+    assert factors[99] == pytest.approx(1 - (19 / 20) ** 0.5)
 
 
-def test_the_schedule_begins_again_at_a_restart():
-    first = [warmup_cosine(step, 40, 10) for step in range(40)]
-    second = [warmup_cosine(step, 60, 10) for step in range(60)]
-    assert [warmup_cosine(step, 100, 10, restarts=(40,)) for step in range(100)] == first + second
+def test_a_stage_ends_with_its_share_of_decay():
+    assert plan_of(settings(num_steps=100, decay_share=0.15), None) == Plan(100, 85)
+
+
+def test_a_longer_training_continues_at_the_constant_rate_where_no_decay_has_begun():
+    checkpoint = {"step": 80, "plan": [100, 80]}
+    assert plan_of(settings(num_steps=200, decay_share=0.2), checkpoint) == Plan(200, 160)
+
+
+def test_the_decay_begins_where_it_is_told_to_and_makes_up_its_share():
+    checkpoint = {"step": 80, "plan": [1000, 850]}
+    assert plan_of(settings(num_steps=1000, decay_share=0.2, decay_now=True), checkpoint) == Plan(100, 80)
+
+
+@pytest.mark.parametrize("changes", [{"num_steps": 500}, {"decay_now": True}])
+def test_a_decay_that_has_begun_goes_on_as_it_was_planned(changes):
+    checkpoint = {"step": 85, "plan": [100, 80]}
+    assert plan_of(settings(**{"num_steps": 100, **changes}), checkpoint) == Plan(100, 80)
+
+
+def test_minutes_size_the_stage_by_its_first_steps(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(pretraining.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(pretraining, "_SIZED_AFTER", 4)
+    weight, seen = nn.Parameter(torch.zeros(3)), []
+    fit_stage([weight], lambda generator: weight.sum(), settings(10**6, minutes=1.0), on_step=seen.append)
+    assert seen[0].num_steps == 10**6
+    assert seen[3].num_steps == seen[-1].num_steps == seen[-1].step
+    assert 10 < seen[-1].step < 60  # two readings of the clock a step, each a second: about 30 steps a minute
+
+
+def test_a_stopped_stage_ends_with_a_checkpoint_of_its_last_step():
+    weight, saved = nn.Parameter(torch.zeros(3)), []
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return weight.sum()
+
+    seen: list[StepReport] = []
+    with pytest.raises(KeyboardInterrupt, match="step 3"):
+        fit_stage(
+            [weight], loss_of, settings(checkpoint_minutes=60.0), save_checkpoint=saved.append, on_step=seen.append
+        )
+    assert [checkpoint["step"] for checkpoint in saved] == [3]
+
+
+def test_checkpoints_are_taken_by_the_clock_and_at_the_end(monkeypatch):
+    clock = iter(range(0, 10**6, 30))  # half a minute a reading
+    monkeypatch.setattr(pretraining.time, "monotonic", lambda: float(next(clock)))
+    weight, saved = nn.Parameter(torch.zeros(3)), []
+    fit_stage(
+        [weight], lambda generator: weight.sum(), settings(7, checkpoint_minutes=2.0), save_checkpoint=saved.append
+    )
+    assert [checkpoint["step"] for checkpoint in saved] == [2, 4, 6, 7]  # taking one reads it, too
+
+
+def test_uniform_timesteps_are_everywhere_and_logit_normal_ones_mostly_in_the_middle():
+    uniform, normal = (
+        draw_timesteps(20_000, 1000, density, torch.Generator().manual_seed(0))
+        for density in ("uniform", "logit_normal")
+    )
+    assert ((uniform >= 250) & (uniform < 750)).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert ((normal >= 250) & (normal < 750)).float().mean().item() == pytest.approx(0.728, abs=0.02)  # P(|x| < ln 3)
+    assert normal.min() >= 0 and normal.max() < 1000
 
 
 def test_psnr_of_an_error_of_a_tenth_of_the_range_is_twenty_db():

@@ -65,9 +65,8 @@ def test_the_bundled_database_is_what_its_script_makes() -> None:
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    recipe = yaml.safe_load(script.RECIPE.read_text(encoding="utf-8"))["_recipes"]["cpu"]
 
-    made = script.make_table(list(recipe["objects"]), list(recipe["styles"].values()))
+    made = script.make_table(*script.vocabulary())
 
     pd.testing.assert_frame_equal(PromptDatabaseDataset(filepath=str(BUNDLED)).load(), made)
 
@@ -75,7 +74,7 @@ def test_the_bundled_database_is_what_its_script_makes() -> None:
 def test_the_bundled_database_names_no_held_out_object() -> None:
     recipe = yaml.safe_load((ROOT / "conf" / "base" / "parameters_pretrain.yml").read_text(encoding="utf-8"))[
         "_recipes"
-    ]["cpu"]
+    ]["world"]
     prompts = PromptDatabaseDataset(filepath=str(BUNDLED)).load()["prompt"]
 
     assert prompts.is_unique

@@ -217,9 +217,9 @@ def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(proj
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones(project: Path) -> None:
-    result = kedro_run(project, "--pipeline", "pretrain", "--params", "recipe=ful")
+    result = kedro_run(project, "--pipeline", "pretrain", "--params", "recipe=wrld")
     assert result.returncode == 1
-    assert "expected a recipe out of cpu, full, sample; got 'ful'; did you mean 'full'?" in result.stderr
+    assert "expected a recipe out of sample, world; got 'wrld'; did you mean 'world'?" in result.stderr
 
 
 def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:

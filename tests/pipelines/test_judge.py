@@ -37,7 +37,14 @@ def sprites() -> SpriteSet:
 
 @pytest.fixture
 def params() -> JudgeParams:
-    training = {"num_steps": 4, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 2, "num_scenes": 16, "warmup_steps": 1}
+    training = {
+        "num_steps": 4,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "checkpoint_minutes": 0.0,
+        "num_scenes": 16,
+        "warmup_steps": 1,
+    }
     return JudgeParams(channels=(4, 4, 8, 8), training=training, num_test_scenes=40)
 
 

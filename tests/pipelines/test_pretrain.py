@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_tokenizer, build_unet
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.sprites import CheckpointStore, PretrainedFolderDataset
 from dreamartist_pipeline.interop.sprite_packages import choose_sprites, icon_svg
 from dreamartist_pipeline.params import PretrainParams
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
+    build_vocabulary,
     draw_samples,
     render_held_out_sprites,
     render_sprites,
@@ -19,6 +22,7 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
     train_denoiser,
     train_towers,
 )
+from dreamartist_pipeline.pipelines.pretrain.stages import DenoiserParts, assemble_untrained
 
 CIRCLE = '<circle cx="8" cy="8" r="7" fill="#d02020"/>'
 SQUARE = '<rect x="2" y="2" width="12" height="12" fill="#2040d0"/>'
@@ -51,7 +55,14 @@ def packages() -> dict[str, Any]:
 
 @pytest.fixture
 def params() -> PretrainParams:
-    stage = {"num_steps": 2, "batch_size": 2, "lr": 1e-3, "matrix_lr": 1e-3, "checkpoint_every": 1, "num_scenes": 16}
+    stage = {
+        "num_steps": 2,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "matrix_lr": 1e-3,
+        "checkpoint_minutes": 0.0,
+        "num_scenes": 16,
+    }
     size = {
         "image_px": 16,
         "latent_channels": 4,
@@ -93,14 +104,43 @@ def test_an_object_that_a_style_lacks_is_an_error(packages, params):
         list(choose_sprites(packages, params))
 
 
-def test_all_objects_are_named_by_their_labels_unless_listed_held_out_or_named_twice(packages, params):
-    for emoji, label in zip(packages["emojibase-data"]["data"], ("red apple", "Box!", "fox"), strict=True):
+def published(packages: dict[str, Any], params: PretrainParams, labels: list[str], **rule: Any) -> list[str]:
+    """Return the words of the sprites in the style `noto` when the drawings have these published names."""
+    for emoji, label in zip(packages["emojibase-data"]["data"], labels, strict=True):
         emoji["label"] = label
-    chosen = choose_sprites(packages, params.model_copy(update={"all_objects": True}))
-    assert [(word, style) for _, word, style in chosen if style == "noto"] == [("apple", "noto"), ("box", "noto")]
-    packages["emojibase-data"]["data"][1]["label"] = "fox"
-    chosen = choose_sprites(packages, params.model_copy(update={"all_objects": True}))
-    assert [(word, style) for _, word, style in chosen if style == "noto"] == [("apple", "noto"), ("", "noto")]
+    params = PretrainParams.model_validate(params.model_dump() | {"published_objects": {"min_styles": 2} | rule})
+    return [word for _, word, style in choose_sprites(packages, params) if style == "noto"]
+
+
+def test_published_objects_have_their_published_names_in_plain_letters(packages, params):
+    assert published(packages, params, ["red apple", "Woman’s Boxé!", "fox"]) == ["apple", "womans boxe"]
+
+
+def test_a_published_name_that_is_taken_held_out_or_given_twice_names_nothing(packages, params):
+    for label in ("apple", "fox", "red apple"):
+        assert published(packages, params, ["red apple", label, "face"]) == ["apple", ""]
+
+
+def test_published_objects_need_enough_styles_and_a_short_name(packages, params):
+    assert published(packages, params, ["red apple", "a big old box", "fox"]) == ["apple", ""]
+    assert published(packages, params, ["red apple", "a big old box", "fox"], max_words=4) == ["apple", "a big old box"]
+    assert published(packages, params, ["red apple", "box", "fox"], min_styles=3) == ["apple", ""]
+
+
+def test_one_of_several_look_alikes_stands_for_all(packages, params):
+    packages["emojibase-data"]["data"].append({"hexcode": "1F4E7", "group": 3})
+    packages["noto"]["icons"]["icons"]["box two"] = {"body": SQUARE}
+    packages["noto"]["chars"]["1f4e7"] = "box two"
+    packages["noto-v1"]["icons"] = {"icons": {"apple": {"body": CIRCLE}, "box two": {"body": SQUARE}}}
+    labels, alike = ["red apple", "box", "fox", "crate"], {"look_alikes": {"chest": ["box", "crate"]}}
+    assert published(packages, params, labels, **alike) == ["apple", "", "chest"]  # both styles draw the crate
+    assert published(packages, params, labels, **alike, left_out=["crate"]) == ["apple", "", ""]
+    assert published(packages, params, labels, **alike, left_out=["crate"], min_styles=1) == ["apple", "chest", ""]
+
+
+def test_a_listed_name_that_nobody_published_is_an_error(packages, params):
+    with pytest.raises(InputError, match="got 'bax'; correct or remove"):
+        published(packages, params, ["red apple", "box", "fox"], left_out=["bax"])
 
 
 def test_held_out_objects_are_rendered_apart_in_every_style(packages, params):
@@ -127,16 +167,16 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
         store = CheckpointStore(tmp_path / folder / "checkpoints")
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
-                train_autoencoder(sprites, held_out, params, store, InterruptingTracker())
+                train_autoencoder(sprites, held_out, "", params, store, InterruptingTracker())
         autoencoder = PretrainedFolderDataset(path=str(tmp_path / folder / "autoencoder"))
-        autoencoder.save(train_autoencoder(sprites, held_out, params, store, tracker))
+        autoencoder.save(train_autoencoder(sprites, held_out, "", params, store, tracker))
         tokenizer, towers, model = (
             PretrainedFolderDataset(path=str(tmp_path / folder / name)) for name in ("tokenizer", "towers", "model")
         )
-        for dataset, trained in zip((tokenizer, towers), train_towers(sprites, params, store, tracker), strict=True):
-            dataset.save(trained)
+        tokenizer.save(build_vocabulary(sprites, params, store))
+        towers.save(train_towers(sprites, tokenizer.load(), params, store, tracker))
         paths = autoencoder.load(), tokenizer.load(), towers.load()
-        pipeline = train_denoiser(sprites, *paths, params, store, tracker)
+        pipeline = train_denoiser(sprites, *paths, "", params, store, tracker)
         model.save(pipeline)
         return {**pipeline.unet.state_dict(), **{f"vae.{k}": v for k, v in pipeline.vae.state_dict().items()}}
 
@@ -150,9 +190,46 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert ("samples", 2) in tracker.images
     logged = {name for metrics, _ in tracker.metrics for name in metrics}
-    assert {"autoencoder/psnr_db", "towers/captions_found", "towers/loss", "denoiser/loss"} <= logged
+    assert {
+        "autoencoder/psnr_db",
+        "towers/captions_found",
+        "towers/loss",
+        "denoiser/loss",
+        "denoiser/caption_gap",
+    } <= logged
     samples, objects = draw_samples(str(tmp_path / "whole" / "model"), params)
     assert samples.width > 8 * 16
     assert objects.height > 16  # one picture and its word
     written = "".join(path.read_text() for path in (tmp_path / "whole" / "model").rglob("*.json"))
     assert str(tmp_path) not in written
+
+
+def test_a_base_model_is_continued_with_a_larger_vocabulary_and_its_own_autoencoder(packages, params, tmp_path):
+    known = build_tokenizer(["a red apple, noto style"] * 4, tmp_path / "known", params.size.max_tokens)
+    larger = build_tokenizer(["a red apple, noto style", "a zebra"] * 4, tmp_path / "larger", params.size.max_tokens)
+    start = StableDiffusionPipeline(
+        vae=build_autoencoder(params.size),
+        text_encoder=build_text_encoder(params.size, known),
+        tokenizer=known,
+        unet=build_unet(params.size),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    start.save_pretrained(tmp_path / "start")
+    keeping = params.model_copy(update={"keep_autoencoder": True})
+    kept = train_autoencoder(None, None, str(tmp_path / "start"), keeping, None, RecordingTracker())
+    kept.save_pretrained(tmp_path / "kept")
+
+    parts = DenoiserParts(str(tmp_path / "kept"), "", str(tmp_path / "larger"), str(tmp_path / "start"))
+    begun = assemble_untrained(parts, params)
+
+    for old, new in ((start.vae, begun.vae), (start.unet, begun.unet)):
+        assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
+    old, new = (model.text_encoder.get_input_embeddings().weight for model in (start, begun))
+    shared = known.get_vocab().keys() & larger.get_vocab().keys()
+    assert {"apple</w>", "style</w>"} <= shared
+    assert all(torch.equal(old[known.get_vocab()[t]], new[larger.get_vocab()[t]]) for t in shared)
+    fresh = new[larger.get_vocab()["zebra</w>"]].std().item()
+    assert fresh == pytest.approx(old.std().item(), rel=0.5)

@@ -2,7 +2,8 @@
 
     python data/01_raw/prompts/make_embedded_world.py
 
-Objects and styles are those of conf/base/parameters_pretrain.yml; the captions are the ones its training scenes carry.
+Objects and styles are those that the judge beside it knows, in the order of conf/base/parameters_pretrain.yml, objects
+known by their published names after them; the captions are the ones the base model's training scenes carry.
 Columns: prompt; objects (named ones, separated by a comma); style (as named in the prompt, or ''); background (its main
 colour as named in the prompt, or '').
 """
@@ -17,11 +18,24 @@ import torch
 import yaml
 
 from dreamartist_pipeline.core.sprites import Shown, SpriteSet, draw_scenes
+from dreamartist_pipeline.datasets.judge import JudgeDataset
 
 FOLDER = Path(__file__).resolve().parent
+JUDGE = FOLDER.parent / "judge" / "judge.safetensors"
 RECIPE = FOLDER.parents[2] / "conf" / "base" / "parameters_pretrain.yml"
 NUM_PROMPTS = 2000
 SEED = 20240
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """Return the objects and the styles of the picture world."""
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["_recipes"]["world"]
+    known = JudgeDataset(filepath=str(JUDGE)).load().vocabulary
+    objects = dict.fromkeys([*recipe["objects"], *sorted(known.objects)])
+    return (
+        [word for word in objects if word in known.objects],
+        [style for style in recipe["styles"].values() if style in known.styles],
+    )
 
 
 def make_table(objects: list[str], styles: list[str]) -> pd.DataFrame:
@@ -48,8 +62,7 @@ def describe(shown: Shown) -> dict[str, str]:
 
 
 def main() -> None:
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["_recipes"]["cpu"]
-    table = make_table(list(recipe["objects"]), list(recipe["styles"].values()))
+    table = make_table(*vocabulary())
     table.to_parquet(FOLDER / "embedded_world.parquet", index=False)
     print(f"{len(table)} prompts in {FOLDER / 'embedded_world.parquet'}")
 

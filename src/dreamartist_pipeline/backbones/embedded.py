@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -63,6 +64,29 @@ def build_unet(size: EmbeddedModelSize) -> UNet2DConditionModel:
 def build_text_encoder(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Return an untrained CLIP text encoder for the tokenizer's vocabulary."""
     return CLIPTextModel(_text_config(size, tokenizer))
+
+
+@torch.no_grad()
+def take_over_text_encoder(
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    weights: Mapping[str, torch.Tensor],
+    known: CLIPTokenizer,
+) -> None:
+    """Give a text encoder the weights of one with another vocabulary, in place; words that it lacked begin fresh.
+
+    Args:
+        text_encoder: for the vocabulary of `tokenizer`.
+        weights: the other one's state dict, for the vocabulary of `known`.
+    """
+    name = next(key for key in weights if key.endswith("token_embedding.weight"))
+    vectors = weights[name]  # [vocabulary, width]
+    rows = vectors.mean() + vectors.std() * torch.randn(len(tokenizer), vectors.shape[1])
+    known_ids = known.get_vocab()
+    for token, row in tokenizer.get_vocab().items():
+        if token in known_ids:
+            rows[row] = vectors[known_ids[token]]
+    text_encoder.load_state_dict({**weights, name: rows})
 
 
 def build_towers(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPModel:

@@ -1,17 +1,20 @@
-"""Training the embedded base model from scratch: autoencoder, text and image towers, then UNet and text encoder.
+"""Training the embedded base model: autoencoder, text and image towers, then UNet and text encoder.
 
-All stages share one loop (`fit_stage`): Muon for the hidden matrices and AdamW for the rest, warm-up and cosine decay,
-gradient clipping, an exponential moving average of the weights, and a checkpoint that restores all of it. Every step
-draws its randomness from (seed, rank, step), so an interrupted run that resumes ends in the same weights as one that
-was never interrupted.
+All stages share one loop (`fit_stage`): Muon for the hidden matrices and AdamW for the rest, warm-up, a constant rate
+and a decay, gradient clipping, an exponential moving average of the weights, and a checkpoint that restores all of it.
+Every step draws its randomness from (seed, rank, step), so an interrupted run that resumes ends in the same weights as
+one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,6 +26,7 @@ from dreamartist_pipeline.params import StageParams
 
 Checkpoint = dict[str, Any]
 _REPORT_EVERY = 25  # steps
+_SIZED_AFTER = 100  # steps, whose throughput decides how many fit into a stage's minutes
 
 
 class Autoencoder(Protocol):
@@ -37,7 +41,7 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage is optimised; the schedule depends on `num_steps` only, never on the clock."""
+    """How one stage is optimised."""
 
     num_steps: int
     batch_size: int  # per process
@@ -45,9 +49,11 @@ class StageSettings:
     warmup_steps: int
     ema_decay: float
     seed: int
-    checkpoint_every: int
+    decay_share: float = 0.2
+    decay_now: bool = False
+    minutes: float | None = None
+    checkpoint_minutes: float = 10.0
     matrix_lr: float | None = None  # of the parameters handed over as matrices; None: they are AdamW's too
-    restarts: tuple[int, ...] = ()  # steps at which the learning rate's schedule begins again
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     bf16: bool = False  # autocast; on a CPU without native bfloat16 it is several times slower than float32
@@ -55,21 +61,44 @@ class StageSettings:
     @classmethod
     def of(cls, stage: StageParams, seed: int, bf16: bool = False) -> StageSettings:
         """Return the settings that a stage's parameters describe."""
-        return cls(**stage.model_dump(exclude={"num_scenes"}), seed=seed, bf16=bf16)
+        names = {field.name for field in fields(cls)}
+        return cls(**stage.model_dump(include=names), seed=seed, bf16=bf16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a stage takes, and from which step on its rate falls; fixed once the decay has begun."""
+
+    num_steps: int
+    decay_from: int
+
+    @classmethod
+    def lasting(cls, num_steps: int, decay_share: float) -> Plan:
+        """Return the plan of so many steps, the last share of which are the decay."""
+        return cls(num_steps, num_steps - math.ceil(decay_share * num_steps))
+
+    @classmethod
+    def decaying_from(cls, step: int, decay_share: float) -> Plan:
+        """Return the plan whose decay begins at `step` and makes up its share of all steps."""
+        return cls(max(step + 1, round(step / (1 - min(decay_share, 0.99)))), step)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did; the gradient's norm is the one before clipping."""
+    """What one step did, and of how many; the gradient's norm is the one before clipping, seconds its duration."""
 
     step: int
+    num_steps: int
     loss: float
     lr: float
     grad_norm: float
+    seconds: float
 
 
 class ProgressBar(Protocol):
     """What reporting needs of a tqdm bar."""
+
+    total: float | None
 
     def update(self) -> object:
         """Count one more step."""
@@ -86,22 +115,40 @@ class Tracker(Protocol):
 
 
 class StageReporter:
-    """Moves a stage's progress bar, and from time to time shows and tracks the mean loss since the last time."""
+    """Moves a stage's progress bar, and from time to time shows and tracks what the last steps did on average.
 
-    def __init__(self, name: str, num_steps: int, bar: ProgressBar, tracker: Tracker) -> None:
-        self._name, self._num_steps, self._bar, self._tracker = name, num_steps, bar, tracker
-        self._losses: list[float] = []
+    Args:
+        name: of the stage.
+        batch_size: of all processes together.
+        bar: the progress bar.
+        tracker: where curves go: loss, rate, gradient norm, samples per second, done share and hours to go.
+    """
+
+    def __init__(self, name: str, batch_size: int, bar: ProgressBar, tracker: Tracker) -> None:
+        self._name, self._batch_size, self._bar, self._tracker = name, batch_size, bar, tracker
+        self._reports: list[StepReport] = []
 
     def __call__(self, report: StepReport) -> None:
         """Take note of one step."""
+        self._bar.total = report.num_steps
         self._bar.update()
-        self._losses.append(report.loss)
-        if report.step % _REPORT_EVERY and report.step != self._num_steps:
+        self._reports.append(report)
+        if report.step % _REPORT_EVERY and report.step != report.num_steps:
             return
-        loss = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}")
-        values = {"loss": loss, "lr": report.lr, "grad_norm": report.grad_norm}
+        count = len(self._reports)
+        loss, seconds = (sum(getattr(r, key) for r in self._reports) / count for key in ("loss", "seconds"))
+        self._reports.clear()
+        samples_per_s = self._batch_size / seconds
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{report.lr:.1e}", samples_per_s=f"{samples_per_s:.0f}")
+        values = {
+            "loss": loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "samples": report.step * self._batch_size,
+            "samples_per_s": samples_per_s,
+            "done": report.step / report.num_steps,
+            "hours_to_go": (report.num_steps - report.step) * seconds / 3600,
+        }
         self._tracker.log_metrics({f"{self._name}/{key}": value for key, value in values.items()}, step=report.step)
 
 
@@ -123,37 +170,101 @@ def fit_stage(
         settings: the stage's schedule.
         matrices: those of `parameters` that Muon optimises (see `hidden_matrices`); AdamW optimises the others.
         checkpoint: state to resume from, as `save_checkpoint` received it.
-        save_checkpoint: called every `checkpoint_every` steps and at the end, on rank 0 only.
+        save_checkpoint: called every `checkpoint_minutes`, at the end, and before a stop by SIGINT or SIGTERM ends the
+            stage, on rank 0 only.
         on_step: called after every step, on rank 0 only.
+
+    Raises:
+        KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint.
     """
-    device = parameters[0].device
     optimizers = _build_optimizers(parameters, matrices, settings)
     averages = [p.detach().clone() for p in parameters]
-    start = _restore(checkpoint, parameters, averages, optimizers) if checkpoint else 0
-    for step in range(start, settings.num_steps):
-        factor = warmup_cosine(step, settings.num_steps, settings.warmup_steps, settings.restarts)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * factor
-        generator = step_generator(settings.seed, _rank(), step, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            loss = loss_of(generator)
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward()
-        average_gradients(parameters)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = min(settings.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-        done = step + 1
-        if _rank() == 0 and on_step:
-            on_step(StepReport(done, loss.item(), settings.lr * factor, float(grad_norm)))
-        if _rank() == 0 and save_checkpoint and (done % settings.checkpoint_every == 0 or done == settings.num_steps):
-            save_checkpoint(_snapshot(done, parameters, averages, optimizers))
+    step = _restore(checkpoint, parameters, averages, optimizers) if checkpoint else 0
+    plan = plan_of(settings, checkpoint)
+    saved = begun = time.monotonic()
+    with stop_requests() as stopped:
+        while step < plan.num_steps:
+            clock = time.monotonic()
+            factor = warmup_stable_decay(step, plan, settings.warmup_steps)
+            loss, grad_norm = _take_step(step, factor, parameters, averages, optimizers, loss_of, settings)
+            step, now = step + 1, time.monotonic()
+            if settings.minutes and checkpoint is None and step == _SIZED_AFTER:
+                plan = _sized(settings, (now - begun) / step)
+            if _rank() == 0 and on_step:
+                on_step(
+                    StepReport(step, plan.num_steps, loss.item(), settings.lr * factor, float(grad_norm), now - clock)
+                )
+            due = now - saved >= 60 * settings.checkpoint_minutes or step == plan.num_steps or stopped()
+            if due and _rank() == 0 and save_checkpoint:
+                save_checkpoint(_snapshot(step, plan, parameters, averages, optimizers))
+                saved = time.monotonic()
+            if stopped():
+                raise KeyboardInterrupt(f"stopped after step {step}; the same command continues")
     for parameter, average in zip(parameters, averages, strict=True):
         parameter.data.copy_(average)
+
+
+def _take_step(
+    step: int,
+    factor: float,
+    parameters: Sequence[nn.Parameter],
+    averages: list[torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    settings: StageSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Optimise once, at `factor` times the learning rates; return the loss and the gradients' norm before clipping."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
+    device = parameters[0].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        loss = loss_of(step_generator(settings.seed, _rank(), step, device))
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    average_gradients(parameters)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    decay = min(settings.ema_decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
+    return loss, grad_norm
+
+
+def plan_of(settings: StageSettings, checkpoint: Checkpoint | None) -> Plan:
+    """Return the plan of the parameters, or that of the checkpoint where its decay has begun already."""
+    if checkpoint is None:
+        return Plan.lasting(settings.num_steps, settings.decay_share)
+    step, begun = checkpoint["step"], Plan(*checkpoint["plan"])
+    if step > begun.decay_from:
+        return begun
+    if settings.decay_now:
+        return Plan.decaying_from(step, settings.decay_share)
+    return begun if settings.minutes else Plan.lasting(max(step, settings.num_steps), settings.decay_share)
+
+
+def _sized(settings: StageSettings, seconds_per_step: float) -> Plan:
+    """Return the plan that takes `settings.minutes` in all, the same on every rank."""
+    num_steps = [max(_SIZED_AFTER + 1, int(60 * (settings.minutes or 0) / seconds_per_step))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(num_steps)
+    return Plan.lasting(num_steps[0], settings.decay_share)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within, SIGINT and SIGTERM only make the yielded function return True; no signal reaches other threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -169,12 +280,11 @@ def averaged_weights(parameters: Sequence[nn.Parameter], checkpoint: Checkpoint)
             parameter.data.copy_(value)
 
 
-def warmup_cosine(step: int, num_steps: int, warmup_steps: int, restarts: Sequence[int] = ()) -> float:
-    """Linear warm-up to 1, then half a cosine down to 0.02; again after every restart (Loshchilov & Hutter 2017)."""
-    begin = max([r for r in restarts if r <= step], default=0)
-    end = min([r for r in restarts if r > step], default=num_steps)
-    warm = min(1.0, (step - begin + 1) / max(1, warmup_steps))
-    return warm * max(0.02, 0.5 + 0.5 * math.cos(math.pi * (step - begin) / (end - begin)))
+def warmup_stable_decay(step: int, plan: Plan, warmup_steps: int) -> float:
+    """Linear warm-up to 1, a constant rate, then 1 − √progress down to 0 (Hägele et al. 2024)."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    progress = (step - plan.decay_from) / (plan.num_steps - plan.decay_from)
+    return warm * (1 - math.sqrt(max(0.0, progress)))
 
 
 def step_generator(seed: int, rank: int, step: int, device: torch.device) -> torch.Generator:
@@ -200,12 +310,14 @@ def _rank() -> int:
 
 def _snapshot(
     step: int,
+    plan: Plan,
     parameters: Sequence[nn.Parameter],
     averages: Sequence[torch.Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> Checkpoint:
     return {
         "step": step,
+        "plan": [plan.num_steps, plan.decay_from],
         "parameters": [p.detach().clone() for p in parameters],
         "averages": [a.clone() for a in averages],
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -400,6 +512,7 @@ def denoiser_loss(
     *,
     prompt_dropout: float = 0.1,
     snr_gamma: float = 5.0,
+    density: str = "uniform",
 ) -> torch.Tensor:
     """v-prediction loss with a capped-SNR weight and prompts dropped for classifier-free guidance.
 
@@ -410,11 +523,12 @@ def denoiser_loss(
         latents: `[B, C, h, w]`.
         token_ids: `[B, L]` of the captions; `empty_ids` `[1, L]` stands in for dropped ones.
         alphas_cumprod: `[T]` of the noise schedule.
+        density: of the timesteps, see `draw_timesteps`.
     """
     batch, device = len(latents), latents.device
     dropped = torch.rand(batch, 1, device=device, generator=generator) < prompt_dropout
     hidden = text_encoder(torch.where(dropped, empty_ids, token_ids))[0]
-    timesteps = torch.randint(len(alphas_cumprod), (batch,), device=device, generator=generator)
+    timesteps = draw_timesteps(batch, len(alphas_cumprod), density, generator)
     noise = torch.randn(latents.shape, device=device, generator=generator)
     alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy_latents = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -423,3 +537,11 @@ def denoiser_loss(
     snr = (alpha / (1 - alpha)).flatten()
     weight = (snr.clamp(max=snr_gamma) + 1) / (snr + 1)
     return (weight * F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))).mean()
+
+
+def draw_timesteps(num: int, num_train_timesteps: int, density: str, generator: torch.Generator) -> torch.Tensor:
+    """Draw int64 timesteps `[num]`: uniform, or logit-normal around the middle (Esser et al. 2024, m = 0, s = 1)."""
+    if density == "uniform":
+        return torch.randint(num_train_timesteps, (num,), device=generator.device, generator=generator)
+    fraction = torch.randn(num, device=generator.device, generator=generator).sigmoid()
+    return (fraction * num_train_timesteps).long()

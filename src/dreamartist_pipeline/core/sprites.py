@@ -36,7 +36,7 @@ LAYOUTS: tuple[str, ...] = ("one", "small", "twins", "beside", "stacked")
 
 _COLOR_JITTER = 12  # ± levels of 255, so that a colour word means a small region and not one value
 _MID_LUMINANCE = 0.55  # luminance that a tint maps onto its pure colour
-_TINTED_SHARE = 0.25  # of objects
+TINTED_SHARE = 0.25  # of objects
 _USUAL_WORDING = 0.8  # share of the first wording of each part of a caption
 _NO_TINT = [0.0, 0.0, 0.0, 0.0]
 
@@ -146,6 +146,7 @@ def draw_scenes(
     seed: int,
     choices: Sequence[int] | None = None,
     tints_of: TintRule = seen_tints,
+    tinted_share: float = TINTED_SHARE,
 ) -> Scenes:
     """Draw random scenes with captions.
 
@@ -155,13 +156,14 @@ def draw_scenes(
         seed: the same seed draws the same scenes.
         choices: sprite indices to draw from; by default all that have a name.
         tints_of: which tints an object may have.
+        tinted_share: share of the objects that have one.
     """
     rng = random.Random(seed)
     pool = list(choices) if choices is not None else sprites.named()
     by_style: dict[str, list[int]] = {}
     for index in pool:
         by_style.setdefault(sprites.styles[index], []).append(index)
-    painter = _Painter(sprites, pool, by_style, tints_of, rng)
+    painter = _Painter(sprites, pool, by_style, tints_of, tinted_share, rng)
     drawn = [painter.draw() for _ in range(num_scenes)]
     return _stack(drawn, rng)
 
@@ -181,6 +183,7 @@ class _Painter:
     pool: Sequence[int]
     by_style: dict[str, list[int]]
     tints_of: TintRule
+    tinted_share: float
     rng: random.Random
 
     def draw(self) -> _Scene:
@@ -208,7 +211,7 @@ class _Painter:
 
     def _tint(self, index: int, background: str) -> str:
         allowed = [tint for tint in self.tints_of(self.sprites.objects[index]) if tint != background]
-        return self.rng.choice(allowed) if self.rng.random() < _TINTED_SHARE else ""
+        return self.rng.choice(allowed) if self.rng.random() < self.tinted_share else ""
 
 
 def _places(layout: str, rng: random.Random) -> tuple[_Place, _Place]:

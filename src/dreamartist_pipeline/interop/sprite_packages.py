@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,45 +27,77 @@ _MIN_COVERAGE = 0.02  # of opaque pixels; less is an empty or unreadable drawing
 def choose_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator[tuple[str, str, str]]:
     """Yield (svg, object word or "", style word) of every sprite the model may see.
 
-    Objects in captions are those of `params.objects` in the packages of `params.styles`, and with `params.all_objects`
-    everything else that all these packages draw. All other drawings of all packages widen what the autoencoder sees.
-    Held-out objects and styles are left out of everything.
+    Objects in captions are those of `params.objects` in the packages of `params.styles`, and those that
+    `params.published_objects` describes. All other drawings of all packages widen what the autoencoder sees. Held-out
+    objects and styles are left out of everything.
 
     Raises:
         InputError: if a named object is missing from a style.
     """
     labels = _published_labels(packages, params)
-    words = {_normal(code): word for word, code in params.objects.items()}
-    if params.all_objects:
-        words = _common_words(packages, params, labels) | words
+    named = {_normal(code): word for word, code in params.objects.items()}
+    words = _published_words(packages, params, labels) | named
     for package in (*params.styles, *params.autoencoder_only_packages):
         style, names = params.styles.get(package, ""), icon_names(packages, package)
         for code in labels:
             if code in names:
                 yield icon_svg(packages[package]["icons"], names[code]), words.get(code, "") if style else "", style
-            elif style and code in words:
+            elif style and code in named:
                 raise InputError(
-                    f"expected {words[code]!r} ({code}) in the sprite package {package!r}, found none; "
+                    f"expected {named[code]!r} ({code}) in the sprite package {package!r}, found none; "
                     "remove it from pretrain.objects"
                 )
 
 
 def _published_labels(packages: SpritePackages, params: PretrainParams) -> dict[str, str]:
-    """Return the labels of all code points of drawable groups that are not held out."""
+    """Return the labels, in plain letters, of all code points of drawable groups that are not held out."""
     held_out = {_normal(code) for code in params.held_out_objects.values()}
     return {
-        code: str(emoji.get("label", ""))
+        code: _plain(str(emoji.get("label", "")))
         for emoji in packages[EMOJI_NAMES]["data"]
         if emoji.get("group") in _DRAWN_GROUPS and (code := _normal(emoji["hexcode"])) not in held_out
     }
 
 
-def _common_words(packages: SpritePackages, params: PretrainParams, labels: dict[str, str]) -> dict[str, str]:
-    """Name what every style draws by its label in plain letters; labels that are taken or held out name nothing."""
-    drawn = set.intersection(*(set(icon_names(packages, package)) for package in params.styles))
-    words = {code: " ".join(re.findall(r"[a-z]+", labels[code].lower())) for code in labels if code in drawn}
-    taken = Counter([*words.values(), *params.objects, *params.held_out_objects])
-    return {code: word for code, word in words.items() if word and taken[word] == 1}
+def _plain(label: str) -> str:
+    """Return a label in lower case and plain letters: "Piñata" is "pinata", "woman’s hat" is "womans hat"."""
+    letters = unicodedata.normalize("NFKD", label.lower().replace("’", ""))
+    return " ".join(re.findall(r"[a-z]+", "".join(c for c in letters if not unicodedata.combining(c))))
+
+
+def _published_words(packages: SpritePackages, params: PretrainParams, labels: dict[str, str]) -> dict[str, str]:
+    """Return code point -> word of the objects known by their published names.
+
+    Names that are taken, held out or given twice name nothing. Of look-alikes the first of those that most styles draw
+    stands for all, under the name they share.
+
+    Raises:
+        InputError: a listed name is no published one.
+    """
+    rule = params.published_objects
+    if rule is None:
+        return {}
+    drawn = Counter(code for package in params.styles for code in icon_names(packages, package))
+    code_of = {label: code for code, label in labels.items() if drawn[code] >= rule.min_styles}
+    _check_published({*rule.left_out, *(label for group in rule.look_alikes.values() for label in group)}, labels)
+    taken = {*params.objects, *params.held_out_objects, *rule.left_out}
+    ambiguous = {label for label, count in Counter(labels.values()).items() if count > 1}
+    shared = {label for group in rule.look_alikes.values() for label in group}
+    alone = {label: [label] for label in code_of if label not in shared and len(label.split()) <= rule.max_words}
+    words: dict[str, str] = {}
+    for word, group in ({**alone, **rule.look_alikes}).items():
+        known = [label for label in group if label in code_of and label not in taken | ambiguous]
+        if word and word not in taken and known:
+            words[code_of[max(known, key=lambda label: drawn[code_of[label]])]] = word
+    return words
+
+
+def _check_published(names: Iterable[str], labels: dict[str, str]) -> None:
+    if unknown := sorted(set(names) - set(labels.values())):
+        raise InputError(
+            f"expected published names in pretrain.published_objects, got {', '.join(map(repr, unknown))}; "
+            "correct or remove them"
+        )
 
 
 def choose_held_out_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator[tuple[str, str, str]]:

@@ -36,36 +36,51 @@ def render_held_out_sprites(packages: SpritePackages, params: PretrainParams) ->
 def train_autoencoder(
     sprites: SpriteSet,
     held_out_sprites: SpriteSet,
+    base_model: str,
     params: PretrainParams,
     checkpoints: CheckpointStore,
     tracker: Any,
 ) -> AutoencoderKL:
-    """Train the autoencoder on scenes of all sprites; resumes from its last checkpoint."""
+    """Train the autoencoder on scenes of all sprites, or keep the base model's; resumes from its last checkpoint."""
+    from diffusers import AutoencoderKL
+
     from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
     from dreamartist_pipeline.pipelines.pretrain.stages import fit_autoencoder
 
+    if params.keep_autoencoder:
+        return AutoencoderKL.from_pretrained(base_model, subfolder="vae", local_files_only=True)
     store = checkpoints.of_recipe(_recipe(params, "autoencoder"))
     return run_on_processes(fit_autoencoder, _num_processes(params), sprites, held_out_sprites, params, store, tracker)
 
 
-def train_towers(
-    sprites: SpriteSet, params: PretrainParams, checkpoints: CheckpointStore, tracker: Any
-) -> tuple[CLIPTokenizer, CLIPModel]:
-    """Build the vocabulary of the captions, then train text and image tower; resumes from its last checkpoint."""
+def build_vocabulary(sprites: SpriteSet, params: PretrainParams, checkpoints: CheckpointStore) -> CLIPTokenizer:
+    """Learn the byte pairs of the captions."""
     from dreamartist_pipeline.backbones.embedded import build_tokenizer
+    from dreamartist_pipeline.core.sprites import draw_scenes
+
+    captions = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3).captions
+    folder = checkpoints.of_recipe(_recipe(params, "towers")).path / "tokenizer"
+    return build_tokenizer(captions, folder, params.size.max_tokens)
+
+
+def train_towers(
+    sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, checkpoints: CheckpointStore, tracker: Any
+) -> CLIPModel:
+    """Train text and image tower; resumes from its last checkpoint."""
+    from transformers import CLIPTokenizer
+
     from dreamartist_pipeline.core.sprites import draw_scenes
     from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
     from dreamartist_pipeline.pipelines.pretrain.stages import fit_towers, token_ids_of
 
     store = checkpoints.of_recipe(_recipe(params, "towers"))
     scenes = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3)
-    folder = store.path / "tokenizer"
-    tokenizer = build_tokenizer(scenes.captions, folder, params.size.max_tokens)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
     token_ids = token_ids_of(tokenizer, list(scenes.captions))
     towers = run_on_processes(
-        fit_towers, _num_processes(params), sprites, scenes, token_ids, str(folder), params, store, tracker
+        fit_towers, _num_processes(params), sprites, scenes, token_ids, tokenizer_path, params, store, tracker
     )
-    return tokenizer, towers.half()
+    return towers.half()
 
 
 def train_denoiser(
@@ -73,37 +88,21 @@ def train_denoiser(
     autoencoder_path: str,
     tokenizer_path: str,
     towers_path: str,
+    base_model: str,
     params: PretrainParams,
     checkpoints: CheckpointStore,
     tracker: Any,
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder on captioned scenes; resumes from its last checkpoint."""
     import torch
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTokenizer
 
-    from dreamartist_pipeline.core.sprites import draw_scenes
     from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
-    from dreamartist_pipeline.pipelines.pretrain.stages import encode_scenes, fit_denoiser, token_ids_of
+    from dreamartist_pipeline.pipelines.pretrain.stages import DenoiserParts, fit_denoiser
 
     store = checkpoints.of_recipe(_recipe(params, "autoencoder", "towers", "denoiser"))
-    scenes = draw_scenes(sprites, params.denoiser.num_scenes, params.seed + 2)
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
-    autoencoder = AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True)
-    latents = encode_scenes(autoencoder, sprites, scenes, params.size.image_px)
-    token_ids = token_ids_of(tokenizer, list(scenes.captions))
-    pipeline = run_on_processes(
-        fit_denoiser,
-        _num_processes(params),
-        autoencoder_path,
-        towers_path,
-        tokenizer_path,
-        latents,
-        token_ids,
-        params,
-        store,
-        tracker,
-    )
+    start = base_model if params.continue_denoiser else None
+    parts = DenoiserParts(autoencoder_path, towers_path, tokenizer_path, start)
+    pipeline = run_on_processes(fit_denoiser, _num_processes(params), sprites, parts, params, store, tracker)
     return pipeline.to(torch.float16)
 
 
@@ -124,9 +123,13 @@ def draw_samples(base_model_path: str, params: PretrainParams) -> tuple[Image.Im
     return sample_grid(pipeline, images_per_prompt=4), object_grid(pipeline, params)
 
 
+_STAGES = ("autoencoder", "towers", "denoiser")
+_HOW_LONG = {"num_steps", "decay_now", "minutes", "checkpoint_minutes", "drawing_processes"}
+
+
 def _recipe(params: PretrainParams, *stages: str) -> str:
-    """Hash what decides a stage's result, so that a checkpoint never continues another recipe."""
-    ignored = {"num_processes", *({"autoencoder", "towers", "denoiser"} - set(stages))}
+    """Hash what decides a stage's result but for its length, so that a checkpoint never continues another recipe."""
+    ignored = {"num_processes": True} | {name: _HOW_LONG if name in stages else True for name in _STAGES}
     return hashlib.sha256(params.model_dump_json(exclude=ignored, exclude_defaults=True).encode()).hexdigest()[:12]
 
 

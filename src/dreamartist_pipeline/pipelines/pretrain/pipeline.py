@@ -5,6 +5,7 @@ from __future__ import annotations
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
+    build_vocabulary,
     draw_samples,
     render_held_out_sprites,
     render_sprites,
@@ -27,14 +28,20 @@ def create_pipeline() -> Pipeline:
             ),
             node(
                 train_autoencoder,
-                ["sprites", "held_out_sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                ["sprites", "held_out_sprites", "base_model", "params:pretrain", "pretrain_checkpoints", "tracker"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
             node(
+                build_vocabulary,
+                ["sprites", "params:pretrain", "pretrain_checkpoints"],
+                "pretrained_tokenizer",
+                name="build_vocabulary",
+            ),
+            node(
                 train_towers,
-                ["sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
-                ["pretrained_tokenizer", "pretrained_towers"],
+                ["sprites", "pretrained_tokenizer", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                "pretrained_towers",
                 name="train_towers",
             ),
             node(
@@ -44,6 +51,7 @@ def create_pipeline() -> Pipeline:
                     "pretrained_autoencoder",
                     "pretrained_tokenizer",
                     "pretrained_towers",
+                    "base_model",
                     "params:pretrain",
                     "pretrain_checkpoints",
                     "tracker",

@@ -42,8 +42,12 @@ def run_on_processes(work: Callable[..., Any], num_processes: int, *args: Any) -
 
 
 def _join_and_work(work: Callable[..., Any], rank: int, num_processes: int, meeting: str, args: tuple[Any, ...]) -> Any:
+    import signal
+
     import torch
 
+    if rank > 0:  # Ctrl-C reaches every process; rank 0 takes its checkpoint first and then ends the others
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     with _process_group(meeting, rank, num_processes):
         return work(*args)

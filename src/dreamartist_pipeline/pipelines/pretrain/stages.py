@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_towers, build_unet
+from dreamartist_pipeline.backbones.embedded import (
+    build_autoencoder,
+    build_text_encoder,
+    build_towers,
+    build_unet,
+    take_over_text_encoder,
+)
 from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
 from dreamartist_pipeline.core.pretraining import (
     Checkpoint,
@@ -24,9 +32,10 @@ from dreamartist_pipeline.core.pretraining import (
     hidden_matrices,
     normalize_latents,
     psnr,
+    step_generator,
 )
 from dreamartist_pipeline.core.sprites import Scenes, SpriteSet, compose, draw_scenes
-from dreamartist_pipeline.params import PretrainParams, StageParams
+from dreamartist_pipeline.params import DenoiserParams, PretrainParams, StageParams
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -51,7 +60,10 @@ def fit_autoencoder(
     autoencoder = build_autoencoder(params.size).to(device, memory_format=torch.channels_last)
     images = sprites.images.to(device)
     scenes = draw_scenes(sprites, stage.num_scenes, params.seed + 1, _half_named_half_any(sprites)).to(device)
-    paint = partial(_paint, images, scenes, params.size.image_px)
+
+    def paint(chosen: torch.Tensor) -> torch.Tensor:
+        return compose(images, scenes.rows(chosen), params.size.image_px)
+
     unseen_scenes = draw_scenes(held_out, _VALIDATION_SCENES, params.seed + 1).to(device)
     unseen = compose(held_out.images.to(device), unseen_scenes, params.size.image_px)
 
@@ -109,7 +121,7 @@ def fit_towers(
 
     def compare(chosen: torch.Tensor) -> Any:
         with torch.autocast(device.type, enabled=False):
-            pixels = (_paint(images, scenes, params.size.image_px, chosen) / 2 + 0.5 - mean) / std
+            pixels = (compose(images, scenes.rows(chosen), params.size.image_px) / 2 + 0.5 - mean) / std
         return towers(input_ids=token_ids[chosen], pixel_values=pixels, return_loss=True)
 
     num_training = len(scenes) - min(_VALIDATION_SCENES, len(scenes) // 4)
@@ -135,46 +147,101 @@ def fit_towers(
     return towers.cpu().eval()
 
 
+@dataclass(frozen=True)
+class DenoiserParts:
+    """Folders of what the denoiser is trained with.
+
+    start: a base model to continue from; None: a fresh UNet, and the text tower as text encoder.
+    """
+
+    autoencoder: str
+    towers: str
+    tokenizer: str
+    start: str | None = None
+
+
 def fit_denoiser(
-    autoencoder_path: str,
-    towers_path: str,
-    tokenizer_path: str,
-    latents: torch.Tensor,
-    token_ids: torch.Tensor,
-    params: PretrainParams,
-    store: CheckpointStore,
-    tracker: Any,
+    sprites: SpriteSet, parts: DenoiserParts, params: PretrainParams, store: CheckpointStore, tracker: Any
 ) -> StableDiffusionPipeline:
-    """Train UNet and text encoder on cached latents; on every rank, each with modules of its own.
+    """Train UNet and text encoder on scenes drawn anew for every step; on every rank, each with modules of its own.
 
-    The text encoder starts as the text tower and goes on learning, which a model of this size needs.
-
-    Args:
-        latents: `[N, C, h, w]` of the scenes, float32.
-        token_ids: `[N, L]` of their captions, int64.
+    The text encoder goes on learning, which a model of this size needs.
     """
     device, stage = _device(), params.denoiser
-    pipeline = assemble_untrained(autoencoder_path, towers_path, tokenizer_path, params).to(device)
+    pipeline = assemble_untrained(parts, params).to(device)
     unet = pipeline.unet.to(memory_format=torch.channels_last).train()
+    autoencoder = pipeline.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     text_encoder = pipeline.text_encoder.train()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     empty_ids = token_ids_of(pipeline.tokenizer, [""]).to(device)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
-    latents, token_ids = latents.to(device), token_ids.to(device)
+    images = sprites.images.to(device)
+    checkpoint = store.load("denoiser")
+    batches = _SceneBatches.of(sprites, pipeline.tokenizer, stage, params.seed).starting_at(
+        checkpoint["step"] if checkpoint else 0
+    )
+
+    def encode(scenes: Scenes) -> torch.Tensor:
+        with torch.no_grad():
+            painted = compose(images, scenes, params.size.image_px)
+            latents: torch.Tensor = autoencoder.encode(painted).latent_dist.mode().float()
+        return latents
+
+    def loss_of_scenes(scenes: Scenes, token_ids: torch.Tensor, generator: torch.Generator, **options: Any) -> Any:
+        latents, ids = encode(scenes.to(device)), token_ids.to(device)
+        return denoiser_loss(unet, text_encoder, latents, ids, empty_ids, alphas_cumprod, generator, **options)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(latents), (stage.batch_size,), device=device, generator=generator)
-        return denoiser_loss(
-            unet, text_encoder, latents[chosen], token_ids[chosen], empty_ids, alphas_cumprod, generator
-        )
+        loss: torch.Tensor = loss_of_scenes(*next(batches), generator, density=stage.timestep_density)
+        return loss
+
+    held_back = draw_scenes(sprites, _VALIDATION_SCENES, params.seed + 7, tinted_share=stage.tinted_share)
+    held_back_ids = token_ids_of(pipeline.tokenizer, list(held_back.captions))
+
+    @torch.no_grad()
+    def validate(token_ids: torch.Tensor) -> float:
+        generator = torch.Generator(device).manual_seed(params.seed)
+        rows = zip(torch.arange(len(held_back)).split(64), token_ids.split(64), strict=True)
+        losses = [loss_of_scenes(held_back.rows(chosen), ids, generator, prompt_dropout=0.0) for chosen, ids in rows]
+        return torch.stack(losses).mean().item()
 
     def save(checkpoint: Checkpoint) -> None:
         store.save("denoiser", checkpoint)
+        step = checkpoint["step"]
         with averaged_weights(parameters, checkpoint):
-            tracker.log_image(sample_grid(pipeline), key="samples", step=checkpoint["step"])
+            right, wrong = validate(held_back_ids), validate(held_back_ids.roll(1, dims=0))
+            tracker.log_metrics({"denoiser/held_back_loss": right, "denoiser/caption_gap": wrong - right}, step=step)
+            tracker.log_image(sample_grid(pipeline), key="samples", step=step)
+        tqdm.write(f"denoiser after {step} steps: loss {right:.4f}, with captions of other scenes {wrong:.4f}")
 
     _fit("denoiser", [unet, text_encoder], loss_of, stage, params.seed, store, tracker, save)
     return pipeline.to("cpu")
+
+
+@dataclass(frozen=True)
+class _SceneBatches(Dataset[tuple[Scenes, torch.Tensor]]):
+    """Step -> this rank's scenes of that step and the token ids `[B, L]` of their captions."""
+
+    names: SpriteSet  # without images: they are composed where the training is
+    tokenizer: Any
+    stage: DenoiserParams
+    seed: int
+    rank: int
+
+    @classmethod
+    def of(cls, sprites: SpriteSet, tokenizer: Any, stage: DenoiserParams, seed: int) -> _SceneBatches:
+        names = replace(sprites, images=sprites.images[:0])
+        return cls(names, tokenizer, stage, seed, dist.get_rank() if dist.is_initialized() else 0)
+
+    def __getitem__(self, step: int) -> tuple[Scenes, torch.Tensor]:
+        seed = step_generator(self.seed + 2, self.rank, step, torch.device("cpu")).initial_seed()
+        scenes = draw_scenes(self.names, self.stage.batch_size, seed, tinted_share=self.stage.tinted_share)
+        return scenes, token_ids_of(self.tokenizer, list(scenes.captions))
+
+    def starting_at(self, step: int) -> Iterator[tuple[Scenes, torch.Tensor]]:
+        """Iterate over the batches from this step on, without end."""
+        workers = self.stage.drawing_processes
+        return iter(DataLoader(self, batch_size=None, sampler=itertools.count(step), num_workers=workers))
 
 
 def _fit(
@@ -188,8 +255,9 @@ def _fit(
     save: Any,
 ) -> None:
     checkpoint = store.load(name)
-    settings = StageSettings.of(stage, seed, bf16=_device().type == "cuda")
+    settings = StageSettings.of(stage, seed, bf16=_has_bfloat16(_device()))
     first = not dist.is_initialized() or dist.get_rank() == 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
     start = checkpoint["step"] if checkpoint else 0
     with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=not first) as bar:
         fit_stage(
@@ -199,24 +267,28 @@ def _fit(
             matrices=hidden_matrices(*networks),
             checkpoint=checkpoint,
             save_checkpoint=save,
-            on_step=StageReporter(name, stage.num_steps, bar, tracker),
+            on_step=StageReporter(name, stage.batch_size * world, bar, tracker),
         )
 
 
-def assemble_untrained(
-    autoencoder_path: str, towers_path: str, tokenizer_path: str, params: PretrainParams
-) -> StableDiffusionPipeline:
-    """Put a new UNet beside a trained autoencoder and a trained text tower, with Stable Diffusion's noise schedule."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPModel, CLIPTokenizer
+def assemble_untrained(parts: DenoiserParts, params: PretrainParams) -> StableDiffusionPipeline:
+    """Put UNet and text encoder as they begin beside a trained autoencoder, with Stable Diffusion's noise schedule."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(parts.tokenizer, local_files_only=True)
     autoencoder = build_autoencoder(params.size)  # and not the loaded one, whose configuration names its folder
-    autoencoder.load_state_dict(AutoencoderKL.from_pretrained(autoencoder_path, local_files_only=True).state_dict())
-    text_encoder = build_text_encoder(params.size, tokenizer)
-    towers = CLIPModel.from_pretrained(towers_path, local_files_only=True)
-    text_encoder.load_state_dict(towers.text_model.state_dict())
+    autoencoder.load_state_dict(_weights(AutoencoderKL, parts.autoencoder))
     torch.manual_seed(params.seed)
+    text_encoder, unet = build_text_encoder(params.size, tokenizer), build_unet(params.size)
+    if parts.start is None:
+        text_encoder.load_state_dict(
+            CLIPModel.from_pretrained(parts.towers, local_files_only=True).text_model.state_dict()
+        )
+    else:
+        unet.load_state_dict(_weights(UNet2DConditionModel, f"{parts.start}/unet"))
+        known = CLIPTokenizer.from_pretrained(f"{parts.start}/tokenizer", local_files_only=True)
+        take_over_text_encoder(text_encoder, tokenizer, _weights(CLIPTextModel, f"{parts.start}/text_encoder"), known)
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -230,7 +302,7 @@ def assemble_untrained(
         vae=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=build_unet(params.size),
+        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -238,23 +310,10 @@ def assemble_untrained(
     )
 
 
-@torch.no_grad()
-def encode_scenes(
-    autoencoder: AutoencoderKL, sprites: SpriteSet, scenes: Scenes, size_px: int, batch_size: int = 64
-) -> torch.Tensor:
-    """Return the latent means of all scenes, `[N, C, h, w]` on the CPU, in order."""
-    device = _device()
-    autoencoder, images, scenes = autoencoder.to(device), sprites.images.to(device), scenes.to(device)
-    batches = torch.arange(len(scenes), device=device).split(batch_size)
-    progress = tqdm(batches, desc="scenes to latents", unit="batch")
-    painted = (_paint(images, scenes, size_px, batch) for batch in progress)
-    encoded = [autoencoder.encode(batch).latent_dist.mode().cpu() for batch in painted]
-    autoencoder.cpu()
-    return torch.cat(encoded)
-
-
-def _paint(images: torch.Tensor, scenes: Scenes, size_px: int, chosen: torch.Tensor) -> torch.Tensor:
-    return compose(images, scenes.rows(chosen), size_px)
+def _weights(kind: Any, folder: str) -> dict[str, torch.Tensor]:
+    loaded = kind.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    weights: dict[str, torch.Tensor] = loaded.state_dict()
+    return weights
 
 
 def token_ids_of(tokenizer: Any, captions: list[str]) -> torch.Tensor:
@@ -324,3 +383,8 @@ def _side_by_side(images: torch.Tensor, restored: torch.Tensor) -> Any:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Say whether the device multiplies bfloat16 natively; emulated, it is slower than float32."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
