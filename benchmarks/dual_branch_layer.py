@@ -311,7 +311,7 @@ def load_unet(folder: Path | None, device: torch.device, dtype: torch.dtype) -> 
     """Return a frozen UNet and the length of its text: the folder's, or a random one of the embedded model's size."""
     from diffusers import UNet2DConditionModel
 
-    from dreamartist_pipeline.backbones.embedded import build_unet
+    from dreamartist_pipeline.embedded.model import build_unet
     from dreamartist_pipeline.params import EmbeddedModelSize
 
     size = EmbeddedModelSize()

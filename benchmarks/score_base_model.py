@@ -36,7 +36,8 @@ from dreamartist_pipeline.backbones.base_model import (
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import image_grid, to_images, to_tensor
-from dreamartist_pipeline.core.judge import (
+from dreamartist_pipeline.embedded.datasets import JudgeDataset, SpritePackagesDataset, SpriteSetDataset
+from dreamartist_pipeline.embedded.judge import (
     IMAGE_PX,
     Judge,
     JudgeVocabulary,
@@ -46,19 +47,9 @@ from dreamartist_pipeline.core.judge import (
     said_in_caption,
     truth_of,
 )
-from dreamartist_pipeline.core.pretraining import psnr
-from dreamartist_pipeline.core.sprites import (
-    Scenes,
-    Shown,
-    SpriteSet,
-    TintRule,
-    compose,
-    draw_scenes,
-    seen_tints,
-    unseen_tints,
-)
-from dreamartist_pipeline.datasets.judge import JudgeDataset
-from dreamartist_pipeline.datasets.sprites import SpritePackagesDataset, SpriteSetDataset
+from dreamartist_pipeline.embedded.pretraining import psnr
+from dreamartist_pipeline.embedded.scenes import Scenes, Shown, TintRule, compose, draw_scenes, seen_tints, unseen_tints
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 from dreamartist_pipeline.params import SHORT_SCHEDULERS, DeviceParams, PretrainParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS
 
@@ -226,7 +217,7 @@ def reconstruct(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
 
 def held_out_sprites() -> SpriteSet | None:
     """Render the objects that no stage of training has seen, or return None where the packages are absent."""
-    from dreamartist_pipeline.interop.sprite_packages import choose_held_out_sprites, draw_sprites
+    from dreamartist_pipeline.embedded.sprites import choose_held_out_sprites, draw_sprites
 
     configuration = OmegaConfigLoader(conf_source=str(ROOT / "conf"), **CONFIG_LOADER_ARGS)
     entry, recipe = configuration["catalog"]["sprite_packages"], configuration["parameters"]["pretrain"]

@@ -24,10 +24,10 @@ from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, 
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.images import image_grid, to_tensor
-from dreamartist_pipeline.core.judge import Judge, agreement, judge_images, said_in_caption
-from dreamartist_pipeline.core.sprites import Shown, draw_scenes
 from dreamartist_pipeline.datasets.concept import ConceptDataset
-from dreamartist_pipeline.datasets.judge import JudgeDataset
+from dreamartist_pipeline.embedded.datasets import JudgeDataset
+from dreamartist_pipeline.embedded.judge import Judge, agreement, judge_images, said_in_caption
+from dreamartist_pipeline.embedded.scenes import Shown, draw_scenes
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from score_base_model import nameable
 

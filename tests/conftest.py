@@ -49,7 +49,7 @@ def build_tiny_base_model(folder: Path, seed: int) -> Path:
     """Write a tiny base model to `folder` and return it; another seed gives other weights."""
     from diffusers import DDIMScheduler
 
-    from dreamartist_pipeline.backbones import embedded
+    from dreamartist_pipeline.embedded import model as embedded
 
     tokenizer = embedded.build_tokenizer(_CORPUS * 2, folder / "tokenizer", TINY_SIZE.max_tokens)
     with torch.random.fork_rng():

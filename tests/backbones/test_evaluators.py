@@ -129,7 +129,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 def test_the_bundled_towers_are_an_evaluator_and_find_the_background_in_a_picture() -> None:
     from transformers import CLIPTokenizer
 
-    from dreamartist_pipeline.core.sprites import COLORS
+    from dreamartist_pipeline.embedded.colors import COLORS
 
     towers = PROJECT / "data/01_raw/towers"
     tokenizer = CLIPTokenizer.from_pretrained(PROJECT / "data/01_raw/base_model/tokenizer", local_files_only=True)

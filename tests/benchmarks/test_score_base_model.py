@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dreamartist_pipeline.core.judge import Judge, JudgeVocabulary, Verdict, truth_of
-from dreamartist_pipeline.core.sprites import Scenes, Shown, SpriteSet, unseen_tints
-from dreamartist_pipeline.datasets.judge import JudgeDataset
+from dreamartist_pipeline.embedded.datasets import JudgeDataset
+from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary, Verdict, truth_of
+from dreamartist_pipeline.embedded.scenes import Scenes, Shown, unseen_tints
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 _FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "score_base_model.py"
 

@@ -7,8 +7,8 @@ import importlib
 import pandas as pd
 import pytest
 
-from dreamartist_pipeline.core.judge import Judge, JudgeVocabulary
-from dreamartist_pipeline.core.sprites import Shown
+from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
+from dreamartist_pipeline.embedded.scenes import Shown
 
 
 @pytest.fixture(scope="module")

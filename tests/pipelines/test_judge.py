@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dreamartist_pipeline.core.judge import NOTHING, Verdict, truth_of
-from dreamartist_pipeline.core.sprites import Shown, SpriteSet
-from dreamartist_pipeline.datasets.sprites import CheckpointStore
+from dreamartist_pipeline.embedded.datasets import CheckpointStore
+from dreamartist_pipeline.embedded.judge import NOTHING, Verdict, truth_of
+from dreamartist_pipeline.embedded.scenes import Shown
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 from dreamartist_pipeline.params import JudgeParams
 from dreamartist_pipeline.pipelines.judge.measuring import accuracy_report
 from dreamartist_pipeline.pipelines.judge.nodes import measure_judge, train_judge

@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from dreamartist_pipeline.backbones.embedded import build_autoencoder, build_text_encoder, build_tokenizer, build_unet
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.datasets.sprites import CheckpointStore, PretrainedFolderDataset
-from dreamartist_pipeline.interop.sprite_packages import choose_sprites, icon_svg
+from dreamartist_pipeline.embedded.datasets import CheckpointStore, PretrainedFolderDataset
+from dreamartist_pipeline.embedded.model import build_autoencoder, build_text_encoder, build_tokenizer, build_unet
+from dreamartist_pipeline.embedded.sprites import choose_sprites, icon_svg
+from dreamartist_pipeline.embedded.stages import DenoiserParts, assemble_untrained
 from dreamartist_pipeline.params import PretrainParams
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
     build_vocabulary,
@@ -22,7 +23,6 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
     train_denoiser,
     train_towers,
 )
-from dreamartist_pipeline.pipelines.pretrain.stages import DenoiserParts, assemble_untrained
 
 CIRCLE = '<circle cx="8" cy="8" r="7" fill="#d02020"/>'
 SQUARE = '<rect x="2" y="2" width="12" height="12" fill="#2040d0"/>'

@@ -17,8 +17,9 @@ import pandas as pd
 import torch
 import yaml
 
-from dreamartist_pipeline.core.sprites import Shown, SpriteSet, draw_scenes
-from dreamartist_pipeline.datasets.judge import JudgeDataset
+from dreamartist_pipeline.embedded.scenes import Shown, draw_scenes
+from dreamartist_pipeline.embedded.sprites import SpriteSet
+from dreamartist_pipeline.embedded.datasets import JudgeDataset
 
 FOLDER = Path(__file__).resolve().parent
 JUDGE = FOLDER.parent / "judge" / "judge.safetensors"

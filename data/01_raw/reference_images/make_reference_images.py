@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from dreamartist_pipeline.datasets.sprites import SpritePackagesDataset
+from dreamartist_pipeline.embedded.datasets import SpritePackagesDataset
 from dreamartist_pipeline.pipelines.pretrain.rendering import icon_svg, rasterize
 
 FOLDER = Path(__file__).resolve().parent

@@ -121,11 +121,12 @@ def _agreement_rows(group: str, drawings: Drawings, reference: Image.Image) -> l
 
 def _agreement(template: str, image: Image.Image) -> TableRow:
     """Compare what a prompt asks for with what its image shows; agreement is None where nothing was asked."""
-    from dreamartist_pipeline.core import metrics
+    from dreamartist_pipeline.core.metrics import subject_part
+    from dreamartist_pipeline.embedded import colors
 
-    backgrounds, color = metrics.asked_backgrounds(template), metrics.asked_object_color(template)
-    seen_background = metrics.background_color(image)
-    seen_color = metrics.object_color(metrics.subject_part(image, template))
+    backgrounds, color = colors.asked_backgrounds(template), colors.asked_object_color(template)
+    seen_background = colors.background_color(image)
+    seen_color = colors.object_color(subject_part(image, template))
     return {
         "background_asked": " or ".join(backgrounds),
         "background_seen": seen_background,

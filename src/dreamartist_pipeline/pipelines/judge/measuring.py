@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dreamartist_pipeline.core.judge import ATTRIBUTES, Verdict, agreement, truth_of
-from dreamartist_pipeline.core.sprites import Shown
+from dreamartist_pipeline.embedded.judge import ATTRIBUTES, Verdict, agreement, truth_of
+from dreamartist_pipeline.embedded.scenes import Shown
 
 _NUM_CONFUSIONS = 12
 _CONFUSABLE = ("first_object", "style", "background", "pattern", "first_tint", "layout")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dreamartist_pipeline.params import JudgeParams, PretrainParams
 
 if TYPE_CHECKING:
-    from dreamartist_pipeline.core.judge import Judge
-    from dreamartist_pipeline.core.sprites import SpriteSet
-    from dreamartist_pipeline.datasets.sprites import CheckpointStore, SpritePackages
+    from dreamartist_pipeline.embedded.datasets import CheckpointStore, SpritePackages
+    from dreamartist_pipeline.embedded.judge import Judge
+    from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 
 class Tracker(Protocol):
@@ -35,9 +35,16 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
     import torch
     from tqdm.auto import tqdm
 
-    from dreamartist_pipeline.core.judge import IMAGE_PX, Judge, JudgeVocabulary, augment, draw_hard_scenes, judge_loss
-    from dreamartist_pipeline.core.pretraining import StageReporter, StageSettings, fit_stage, hidden_matrices
-    from dreamartist_pipeline.core.sprites import compose
+    from dreamartist_pipeline.embedded.judge import (
+        IMAGE_PX,
+        Judge,
+        JudgeVocabulary,
+        augment,
+        draw_hard_scenes,
+        judge_loss,
+    )
+    from dreamartist_pipeline.embedded.pretraining import StageReporter, StageSettings, fit_stage, hidden_matrices
+    from dreamartist_pipeline.embedded.scenes import compose
 
     vocabulary = JudgeVocabulary(tuple(dict.fromkeys(sprites.objects)), tuple(dict.fromkeys(sprites.styles)))
     torch.manual_seed(params.seed)
@@ -71,8 +78,8 @@ def measure_judge(judge: Judge, sprites: SpriteSet, params: JudgeParams, tracker
     import torch
     from tqdm.auto import tqdm
 
-    from dreamartist_pipeline.core.judge import IMAGE_PX, judge_images
-    from dreamartist_pipeline.core.sprites import all_tints, compose, draw_scenes
+    from dreamartist_pipeline.embedded.judge import IMAGE_PX, judge_images
+    from dreamartist_pipeline.embedded.scenes import all_tints, compose, draw_scenes
     from dreamartist_pipeline.pipelines.judge.measuring import accuracy_report
 
     scenes = draw_scenes(sprites, params.num_test_scenes, params.seed + 2, tints_of=all_tints)
@@ -95,7 +102,7 @@ def measure_judge(judge: Judge, sprites: SpriteSet, params: JudgeParams, tracker
 def _render_named(packages: SpritePackages, pretrain: PretrainParams, side_px: int) -> SpriteSet:
     from tqdm.auto import tqdm
 
-    from dreamartist_pipeline.interop.sprite_packages import choose_sprites, draw_sprites
+    from dreamartist_pipeline.embedded.sprites import choose_sprites, draw_sprites
 
     named = [drawing for drawing in choose_sprites(packages, pretrain) if drawing[1]]
     return draw_sprites(tqdm(named, desc=f"sprites of {side_px} px", unit="drawing"), side_px)

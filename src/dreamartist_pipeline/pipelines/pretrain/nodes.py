@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import CLIPModel, CLIPTokenizer
 
-    from dreamartist_pipeline.core.sprites import SpriteSet
-    from dreamartist_pipeline.datasets.sprites import CheckpointStore, SpritePackages
+    from dreamartist_pipeline.embedded.datasets import CheckpointStore, SpritePackages
+    from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 
 def render_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
     """Rasterise every drawing that the model may see."""
     from tqdm.auto import tqdm
 
-    from dreamartist_pipeline.interop.sprite_packages import choose_sprites, draw_sprites
+    from dreamartist_pipeline.embedded.sprites import choose_sprites, draw_sprites
 
     drawings = tqdm(list(choose_sprites(packages, params)), desc="sprites", unit="drawing")
     return draw_sprites(drawings, params.sprite_px)
@@ -28,7 +28,7 @@ def render_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSe
 
 def render_held_out_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
     """Rasterise the objects that no stage sees: the autoencoder is measured on them."""
-    from dreamartist_pipeline.interop.sprite_packages import choose_held_out_sprites, draw_sprites
+    from dreamartist_pipeline.embedded.sprites import choose_held_out_sprites, draw_sprites
 
     return draw_sprites(choose_held_out_sprites(packages, params), params.sprite_px)
 
@@ -44,8 +44,8 @@ def train_autoencoder(
     """Train the autoencoder on scenes of all sprites, or keep the base model's; resumes from its last checkpoint."""
     from diffusers import AutoencoderKL
 
-    from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
-    from dreamartist_pipeline.pipelines.pretrain.stages import fit_autoencoder
+    from dreamartist_pipeline.embedded.processes import run_on_processes
+    from dreamartist_pipeline.embedded.stages import fit_autoencoder
 
     if params.keep_autoencoder:
         return AutoencoderKL.from_pretrained(base_model, subfolder="vae", local_files_only=True)
@@ -55,8 +55,8 @@ def train_autoencoder(
 
 def build_vocabulary(sprites: SpriteSet, params: PretrainParams, checkpoints: CheckpointStore) -> CLIPTokenizer:
     """Learn the byte pairs of the captions."""
-    from dreamartist_pipeline.backbones.embedded import build_tokenizer
-    from dreamartist_pipeline.core.sprites import draw_scenes
+    from dreamartist_pipeline.embedded.model import build_tokenizer
+    from dreamartist_pipeline.embedded.scenes import draw_scenes
 
     captions = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3).captions
     folder = checkpoints.of_recipe(_recipe(params, "towers")).path / "tokenizer"
@@ -69,9 +69,9 @@ def train_towers(
     """Train text and image tower; resumes from its last checkpoint."""
     from transformers import CLIPTokenizer
 
-    from dreamartist_pipeline.core.sprites import draw_scenes
-    from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
-    from dreamartist_pipeline.pipelines.pretrain.stages import fit_towers, token_ids_of
+    from dreamartist_pipeline.embedded.processes import run_on_processes
+    from dreamartist_pipeline.embedded.scenes import draw_scenes
+    from dreamartist_pipeline.embedded.stages import fit_towers, token_ids_of
 
     store = checkpoints.of_recipe(_recipe(params, "towers"))
     scenes = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3)
@@ -96,8 +96,8 @@ def train_denoiser(
     """Train UNet and text encoder on captioned scenes; resumes from its last checkpoint."""
     import torch
 
-    from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
-    from dreamartist_pipeline.pipelines.pretrain.stages import DenoiserParts, fit_denoiser
+    from dreamartist_pipeline.embedded.processes import run_on_processes
+    from dreamartist_pipeline.embedded.stages import DenoiserParts, fit_denoiser
 
     store = checkpoints.of_recipe(_recipe(params, "autoencoder", "towers", "denoiser"))
     start = base_model if params.continue_denoiser else None
@@ -115,7 +115,7 @@ def draw_samples(base_model_path: str, params: PretrainParams) -> tuple[Image.Im
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from dreamartist_pipeline.pipelines.pretrain.stages import object_grid, sample_grid
+    from dreamartist_pipeline.embedded.stages import object_grid, sample_grid
 
     pipeline = StableDiffusionPipeline.from_pretrained(
         base_model_path, dtype=torch.float32, safety_checker=None, local_files_only=True

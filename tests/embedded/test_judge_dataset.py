@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from dreamartist_pipeline.core.images import to_tensor
-from dreamartist_pipeline.core.judge import IMAGE_PX, NOTHING, Judge, JudgeVocabulary, Verdict, judge_images
-from dreamartist_pipeline.core.sprites import COLORS
-from dreamartist_pipeline.datasets.judge import JudgeDataset
+from dreamartist_pipeline.embedded.colors import COLORS
+from dreamartist_pipeline.embedded.datasets import JudgeDataset
+from dreamartist_pipeline.embedded.judge import IMAGE_PX, NOTHING, Judge, JudgeVocabulary, Verdict, judge_images
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import pytest
 import torch
 from kedro.io import DatasetError
 
-from dreamartist_pipeline.core.sprites import SpriteSet
-from dreamartist_pipeline.datasets.sprites import (
+from dreamartist_pipeline.embedded.datasets import (
     CheckpointStore,
     PretrainedFolderDataset,
     SpritePackagesDataset,
     SpriteSetDataset,
 )
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 
 def write_package(folder: Path, **members: object) -> dict[str, object]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core import pretraining
-from dreamartist_pipeline.core.pretraining import (
+from dreamartist_pipeline.embedded import pretraining
+from dreamartist_pipeline.embedded.pretraining import (
     Muon,
     Plan,
     StageReporter,
@@ -236,7 +236,7 @@ def test_psnr_of_an_error_of_a_tenth_of_the_range_is_twenty_db():
 
 
 def test_normalised_latents_have_zero_mean_and_unit_deviation_and_decode_to_the_same_image():
-    from dreamartist_pipeline.backbones.embedded import build_autoencoder
+    from dreamartist_pipeline.embedded.model import build_autoencoder
     from dreamartist_pipeline.params import EmbeddedModelSize
 
     torch.manual_seed(0)

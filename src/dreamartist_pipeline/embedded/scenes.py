@@ -1,8 +1,8 @@
 """The embedded model's picture world: sprites composed into captioned scenes.
 
-A *sprite* is one emoji drawing with an alpha channel. A *scene* places one or two sprites, possibly tinted,
-on a coloured and possibly patterned background, and comes with a caption that says exactly what it shows.
-Drawing a scene (cheap, random) is kept apart from composing its pixels (batched tensor arithmetic on any device).
+A *scene* places one or two sprites, possibly tinted, on a coloured and possibly patterned background, and comes with a
+caption that says exactly what it shows. Drawing a scene (cheap, random) is kept apart from composing its pixels
+(batched tensor arithmetic on any device).
 """
 
 from __future__ import annotations
@@ -16,20 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 30),
-    "yellow": (250, 215, 50),
-    "green": (50, 160, 70),
-    "teal": (40, 170, 170),
-    "blue": (50, 100, 220),
-    "purple": (135, 70, 190),
-    "pink": (245, 150, 190),
-    "brown": (130, 85, 50),
-    "gray": (140, 140, 140),
-    "black": (25, 25, 25),
-    "white": (255, 255, 255),
-}
+from dreamartist_pipeline.embedded.colors import COLORS
+from dreamartist_pipeline.embedded.sprites import SpriteSet
+
 TINTS: tuple[str, ...] = tuple(name for name in COLORS if name not in ("black", "white"))
 PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted", "checkered")
 LAYOUTS: tuple[str, ...] = ("one", "small", "twins", "beside", "stacked")
@@ -42,24 +31,6 @@ _NO_TINT = [0.0, 0.0, 0.0, 0.0]
 
 _Place = tuple[float, float, float]  # centre x, centre y, side
 _NOWHERE: _Place = (0.5, 0.5, 0.0)
-
-
-@dataclass(frozen=True)
-class SpriteSet:
-    """Sprites with their names.
-
-    images: uint8 `[N, 4, side, side]`, RGBA with straight alpha.
-    objects: per sprite, the object's word in captions, or "" when it is never named (autoencoder only).
-    styles: per sprite, the style's word in captions.
-    """
-
-    images: torch.Tensor
-    objects: tuple[str, ...]
-    styles: tuple[str, ...]
-
-    def named(self) -> list[int]:
-        """Indices of the sprites that captions may name."""
-        return [i for i, name in enumerate(self.objects) if name]
 
 
 @dataclass(frozen=True)

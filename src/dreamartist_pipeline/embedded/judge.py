@@ -17,17 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dreamartist_pipeline.core.sprites import (
-    COLORS,
-    LAYOUTS,
-    PATTERNS,
-    TINTS,
-    Scenes,
-    Shown,
-    SpriteSet,
-    all_tints,
-    draw_scenes,
-)
+from dreamartist_pipeline.embedded.colors import COLORS
+from dreamartist_pipeline.embedded.scenes import LAYOUTS, PATTERNS, TINTS, Scenes, Shown, all_tints, draw_scenes
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 IMAGE_PX = 64
 NOTHING = "nothing"  # the second object of a scene that has one

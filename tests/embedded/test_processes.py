@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dreamartist_pipeline.core.pretraining import Muon
-from dreamartist_pipeline.pipelines.pretrain.processes import run_on_processes
+from dreamartist_pipeline.embedded.pretraining import Muon
+from dreamartist_pipeline.embedded.processes import run_on_processes
 
 
 def _learned_matrices() -> list[torch.Tensor]:

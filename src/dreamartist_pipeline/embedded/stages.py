@@ -13,15 +13,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from dreamartist_pipeline.backbones.embedded import (
+from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
+from dreamartist_pipeline.embedded.model import (
     build_autoencoder,
     build_text_encoder,
     build_towers,
     build_unet,
     take_over_text_encoder,
 )
-from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
-from dreamartist_pipeline.core.pretraining import (
+from dreamartist_pipeline.embedded.pretraining import (
     Checkpoint,
     StageReporter,
     StageSettings,
@@ -34,14 +34,15 @@ from dreamartist_pipeline.core.pretraining import (
     psnr,
     step_generator,
 )
-from dreamartist_pipeline.core.sprites import Scenes, SpriteSet, compose, draw_scenes
+from dreamartist_pipeline.embedded.scenes import Scenes, compose, draw_scenes
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 from dreamartist_pipeline.params import DenoiserParams, PretrainParams, StageParams
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPModel
 
-    from dreamartist_pipeline.datasets.sprites import CheckpointStore
+    from dreamartist_pipeline.embedded.datasets import CheckpointStore
 
 _VALIDATION_SCENES = 256
 _NUM_SHOWN_OBJECTS = 64

@@ -1,4 +1,4 @@
-"""From published icon packages to sprites: which drawings to take, what to call them, how to rasterise them."""
+"""Sprites, one drawing with an alpha channel each: which published ones to take, their names, how to rasterise them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import PretrainParams
@@ -15,13 +18,31 @@ from dreamartist_pipeline.params import PretrainParams
 if TYPE_CHECKING:
     import numpy as np
 
-    from dreamartist_pipeline.core.sprites import SpriteSet
-    from dreamartist_pipeline.datasets.sprites import SpritePackages
+    from dreamartist_pipeline.embedded.datasets import SpritePackages
 
 EMOJI_NAMES = "emojibase-data"  # code points with their groups
 NAMES_BY_CODE_POINT = "noto"  # the package whose icon names stand in where a package has no code points
 _DRAWN_GROUPS = {0, 3, 4, 5, 6, 7}  # faces, animals, food, travel, activities, objects; no people, symbols, flags
 _MIN_COVERAGE = 0.02  # of opaque pixels; less is an empty or unreadable drawing
+
+
+@dataclass(frozen=True)
+class SpriteSet:
+    """Sprites with their names.
+
+    Attributes:
+        images: uint8 `[N, 4, side, side]`, RGBA with straight alpha.
+        objects: per sprite, the object's word in captions, or "" when it is never named (autoencoder only).
+        styles: per sprite, the style's word in captions.
+    """
+
+    images: torch.Tensor
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]
+
+    def named(self) -> list[int]:
+        """Indices of the sprites that captions may name."""
+        return [i for i, name in enumerate(self.objects) if name]
 
 
 def choose_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator[tuple[str, str, str]]:
@@ -130,9 +151,6 @@ def icon_svg(collection: dict[str, Any], name: str) -> str:
 def draw_sprites(drawings: Iterable[tuple[str, str, str]], side_px: int) -> SpriteSet:
     """Render drawings, as `choose_sprites` yields them, to a sprite set; those that show nothing are left out."""
     import numpy as np
-    import torch
-
-    from dreamartist_pipeline.core.sprites import SpriteSet
 
     rendered = [(image, word, style) for svg, word, style in drawings if (image := rasterize(svg, side_px)) is not None]
     images, words, styles = zip(*rendered, strict=True)

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dreamartist_pipeline.core.judge import (
+from dreamartist_pipeline.embedded.judge import (
     ATTRIBUTES,
     HEADS,
     NOTHING,
@@ -24,7 +24,8 @@ from dreamartist_pipeline.core.judge import (
     said_in_caption,
     truth_of,
 )
-from dreamartist_pipeline.core.sprites import Shown, SpriteSet
+from dreamartist_pipeline.embedded.scenes import Shown
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 VOCABULARY = JudgeVocabulary(("cat", "dog", "sun"), ("flat", "noto"))
 CHANNELS = (4, 4, 8, 8)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamartist_pipeline.core.sprites import (
-    COLORS,
+from dreamartist_pipeline.embedded.colors import COLORS
+from dreamartist_pipeline.embedded.scenes import (
     LAYOUTS,
     TINTS,
     Scenes,
-    SpriteSet,
     all_tints,
     compose,
     draw_scenes,
@@ -18,6 +17,7 @@ from dreamartist_pipeline.core.sprites import (
     tinted,
     unseen_tints,
 )
+from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 SIZE_PX = 32
 

@@ -1,0 +1,1 @@
+"""The embedded base model and its picture world: sprites, scenes, the judge, pretraining, colour words."""
