@@ -1,4 +1,4 @@
-"""Datasets of the embedded world: published sprite packages, rendered sprites, checkpoints, trained folders, the judge."""
+"""Datasets of the embedded world: sprite packages, rendered sprites, checkpoints, trained folders, the judge."""
 
 from __future__ import annotations
 
