@@ -245,14 +245,13 @@ def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
 
 
 def test_the_pipeline_reads_and_writes_the_named_data() -> None:
-    pipeline = create_pipeline()
+    pipeline = create_pipeline(RecordingTracker())
     assert pipeline.inputs() == {
         "base_model",
         "concept",
         "prepared_image",
         "params:evaluation",
         "params:device",
-        "tracker",
     }
     assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_table"}
 
@@ -260,5 +259,5 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:
     from kedro.validation.type_extractor import TypeExtractor
 
-    types = TypeExtractor({"evaluation": create_pipeline()}).extract_types_from_pipelines()
+    types = TypeExtractor({"evaluation": create_pipeline(RecordingTracker())}).extract_types_from_pipelines()
     assert types == {"evaluation": EvaluationParams, "device": DeviceParams}

@@ -518,7 +518,7 @@ def test_an_empty_history_keeps_its_columns() -> None:
 
 
 def test_the_plan_depends_on_raw_inputs_only() -> None:
-    first = create_pipeline().grouped_nodes[0]
+    first = create_pipeline(RecordingTracker()).grouped_nodes[0]
     assert [node.name for node in first] == ["check_training"]
     raw = {"base_model", "params:training", "params:device", "reference_caption", "user_files"}
     assert set(first[0].inputs) == raw

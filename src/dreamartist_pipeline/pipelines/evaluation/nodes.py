@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
@@ -29,16 +30,6 @@ _PATIENCE_S = 2.0  # a progress bar appears after this long
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 """(prompts, seeds), one of each per image -> the images."""
-
-
-class Tracker(Protocol):
-    """What evaluation needs of the run's tracker."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers."""
-
-    def log_image(self, image: Image.Image, key: str, step: int) -> None:
-        """Log a picture."""
 
 
 def check_evaluation(params: EvaluationParams, training: TrainingParams | None) -> None:

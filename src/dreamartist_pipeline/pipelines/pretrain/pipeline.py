@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
     draw_samples,
     render_held_out_sprites,
@@ -14,7 +15,7 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
 )
 
 
-def create_pipeline() -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """Published drawings → sprites → autoencoder, towers → denoiser → base model."""
     return Pipeline(
         [
@@ -26,19 +27,19 @@ def create_pipeline() -> Pipeline:
                 name="render_held_out_sprites",
             ),
             node(
-                train_autoencoder,
-                ["sprites", "held_out_sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                tracked(train_autoencoder, tracker),
+                ["sprites", "held_out_sprites", "params:pretrain", "pretrain_checkpoints"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
             node(
-                train_towers,
-                ["sprites", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                tracked(train_towers, tracker),
+                ["sprites", "params:pretrain", "pretrain_checkpoints"],
                 ["pretrained_tokenizer", "pretrained_towers"],
                 name="train_towers",
             ),
             node(
-                train_denoiser,
+                tracked(train_denoiser, tracker),
                 [
                     "sprites",
                     "pretrained_autoencoder",
@@ -46,7 +47,6 @@ def create_pipeline() -> Pipeline:
                     "pretrained_towers",
                     "params:pretrain",
                     "pretrain_checkpoints",
-                    "tracker",
                 ],
                 "pretrained_base_model",
                 name="train_denoiser",

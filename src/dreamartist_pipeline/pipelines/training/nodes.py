@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import DeviceParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.figures import training_figure
 
@@ -36,16 +37,6 @@ _CAPTION_VARIANTS = 64  # drawn once per training, so that prompts are tokenized
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 
 log = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """Where live curves and previews go."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers."""
-
-    def log_image(self, image: Image, key: str, step: int) -> None:
-        """Log a picture."""
 
 
 class ImageStore(Protocol):
