@@ -167,8 +167,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "backbones/test_schedulers.py": {
         "test_options_reach_the_scheduler_over_those_of_a_short_name": ("SamplerParams.scheduler_options",),
     },
-    "pipelines/test_importing.py": {
+    "test_hooks.py": {
         "test_a_concept_in_place_is_only_replaced_when_asked": ("import.replace",),
+    },
+    "pipelines/test_importing.py": {
         "test_a_step_of_the_toolkits_folder_can_be_named": ("import.step",),
         "test_a_toolkits_folder_is_the_concept_that_the_python_call_reads": ("import.toolkit",),
         "test_names_class_word_and_clip_skip_are_those_given": (

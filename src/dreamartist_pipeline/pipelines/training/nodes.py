@@ -57,7 +57,7 @@ def check_training(
     params: TrainingParams,
     caption: str,
     device: DeviceParams = _ANY_DEVICE,
-    user_files: UserFiles | None = None,
+    start_files: UserFiles | None = None,
 ) -> dict[str, Any]:
     """Check the whole plan against the base model, before any long work and without loading its weights.
 
@@ -81,7 +81,7 @@ def check_training(
     _say_what_is_not_used(params, caption)
     _check_optimizers(params, device)
     _check_preview(params)
-    start, files = read_start(user_files, params), BaseModelFiles(base_model)
+    start, files = read_start(start_files or {}, params), BaseModelFiles(base_model)
     outline = load_outline(files)
     _check_timesteps(outline, params)
     _check_clip_skip(outline, params)
@@ -312,7 +312,7 @@ def train_concept(
     caption: str,
     device: DeviceParams,
     tracker: Tracker,
-    user_files: UserFiles | None = None,
+    start_files: UserFiles | None = None,
 ) -> tuple[Concept, DataFrame]:
     """Train both branches on the prepared image, from fresh values or from those of a concept.
 
@@ -328,7 +328,7 @@ def train_concept(
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
-    start = read_start(user_files, params)
+    start = read_start(start_files or {}, params)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
