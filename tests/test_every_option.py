@@ -34,7 +34,7 @@ from dreamartist_pipeline.backbones import base_model, concepts
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, pick_device
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.datasets.image_store import ImageStore
+from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.hooks import build_parameters, register_project_root
 from dreamartist_pipeline.params import (
     SECTIONS,
@@ -306,19 +306,6 @@ class Tracker:
         self.steps.append(step)
 
 
-class Store:
-    """One image of one colour."""
-
-    def __init__(self, color: str) -> None:
-        self._color = color
-
-    def captions(self, key: str) -> dict[str, str]:
-        return {"000000.png": "a red cat"}
-
-    def images(self, key: str) -> Iterator[Image.Image]:
-        yield Image.new("RGB", (32, 32), self._color)
-
-
 @dataclass(frozen=True)
 class Run:
     """What a training left behind; `steps_shown` are those with a preview."""
@@ -406,8 +393,7 @@ def run_training(model: Path, params: TrainingParams, color: str = "blue") -> Ru
         base_model=str(model),
         prepared_image=image,
         prepared_mask=Image.new("L", (32, 32), 127),
-        regularization_set={"key": "the-set"},
-        image_store=Store(color),
+        regularization_set=[("a red cat", functools.partial(Image.new, "RGB", (32, 32), color))],
         training_plan=check_training(str(model), params, CAPTION),
         params=params,
         caption=CAPTION,
@@ -693,7 +679,8 @@ def test_the_regularization_set_is_drawn_as_asked(
     tiny_base_model: Path, tmp_path: Path, drawings: list[dict[str, Any]]
 ) -> None:
     params = RegularizationParams(sampler=SAMPLER, negative_prompt="blurry")
-    make_regularization_set(str(tiny_base_model), ["a cat"] * 6, ImageStore(tmp_path), params, CPU)
+    sets = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path))
+    sets.save(make_regularization_set(str(tiny_base_model), ["a cat"] * 6, params, CPU))
     assert [(call["negative_prompt"], call["sampler"]) for call in drawings] == [("blurry", SAMPLER)] * 2
     assert [len(call["prompts"]) for call in drawings] == [5, 1]
 

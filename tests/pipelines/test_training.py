@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,10 @@ class RecordingTracker:
         self.images[step] = image
 
 
-class TwoImages:
-    """An image store with two captioned images of another size than the reference."""
-
-    def captions(self, key: str) -> dict[str, str]:
-        assert key == "the-set"
-        return {"000000.png": "a red cat", "000001.png": "a blue dog"}
-
-    def images(self, key: str) -> Iterator[Image.Image]:
-        yield from (Image.new("RGB", (48, 40), color) for color in ("red", "blue"))
+TWO_IMAGES = [  # of another size than the reference
+    (caption, functools.partial(Image.new, "RGB", (48, 40), color))
+    for caption, color in (("a red cat", "red"), ("a blue dog", "blue"))
+]
 
 
 def picture() -> Image.Image:
@@ -76,8 +72,7 @@ def train(
         base_model=str(base_model),
         prepared_image=picture(),
         prepared_mask=changes.pop("mask", MASK),
-        regularization_set={"key": "the-set"},
-        image_store=changes.pop("image_store", TwoImages()),
+        regularization_set=changes.pop("regularization_set", TWO_IMAGES),
         training_plan=plan,
         params=params,
         caption=CAPTION,
@@ -367,16 +362,9 @@ def test_a_plan_of_other_parameters_is_refused(tiny_base_model: Path, make_train
 def test_rows_from_an_empty_regularization_set_are_refused(
     tiny_base_model: Path, make_training_params: MakeParams
 ) -> None:
-    class NoImages(TwoImages):
-        def captions(self, key: str) -> dict[str, str]:
-            return {}
-
-        def images(self, key: str) -> Iterator[Image.Image]:
-            return iter(())
-
     with pytest.raises(InputError, match=r"regularization_batch_size=1; got an empty set; set it to 0"):
-        train(tiny_base_model, make_training_params(), image_store=NoImages())
-    train(tiny_base_model, make_training_params(regularization_batch_size=0, num_steps=0), image_store=NoImages())
+        train(tiny_base_model, make_training_params(), regularization_set=[])
+    train(tiny_base_model, make_training_params(regularization_batch_size=0, num_steps=0), regularization_set=[])
 
 
 # --------------------------------------------------------------------------------------------- the data

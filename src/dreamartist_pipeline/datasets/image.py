@@ -41,7 +41,7 @@ class ReferenceImageDataset(AbstractDataset[None, bytes]):
 
     def preview(self) -> ImagePreview:
         """Show the picture, scaled down."""
-        return _preview(self.load())
+        return _file_preview(self.load())
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -84,7 +84,7 @@ class OptionalImageDataset(AbstractDataset[None, bytes | None]):
     def preview(self) -> ImagePreview:
         """Show the picture, scaled down; nothing when there is none."""
         data = self.load()
-        return ImagePreview("") if data is None else _preview(data)
+        return ImagePreview("") if data is None else _file_preview(data)
 
     def _exists(self) -> bool:
         return self._filepath is None or self._filepath.is_file()
@@ -169,7 +169,7 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
 
     def preview(self) -> ImagePreview:
         """Show the image, scaled down."""
-        return _preview(_read(self._filepath, "an image", "run the pipeline that makes it"))
+        return _file_preview(_read(self._filepath, "an image", "run the pipeline that makes it"))
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -216,11 +216,16 @@ def _neighbours(file: Path) -> str:
     return f" (in {folder}: {', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
 
 
-def _preview(data: bytes) -> ImagePreview:
+def _file_preview(data: bytes) -> ImagePreview:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image_preview(image)
+
+
+def image_preview(image: "Image") -> ImagePreview:
+    """Return what kedro-viz shows of an image, scaled down."""
+    small = image.convert("RGBA" if image.has_transparency_data else "RGB")
     small.thumbnail((_PREVIEW_SIDE_PX, _PREVIEW_SIDE_PX))
     png = io.BytesIO()
     small.save(png, "PNG")

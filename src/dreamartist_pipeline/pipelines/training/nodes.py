@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import DeviceParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.figures import training_figure
@@ -37,16 +38,6 @@ _CAPTION_VARIANTS = 64  # drawn once per training, so that prompts are tokenized
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 
 log = logging.getLogger(__name__)
-
-
-class ImageStore(Protocol):
-    """Where the regularization set is."""
-
-    def captions(self, key: str) -> Mapping[str, str]:
-        """File name -> caption."""
-
-    def images(self, key: str) -> Iterator[Image]:
-        """Yield the images in the order of the captions."""
 
 
 # ------------------------------------------------------------------------------------------------- the plan
@@ -305,8 +296,7 @@ def train_concept(
     base_model: str,
     prepared_image: Image,
     prepared_mask: Image,
-    regularization_set: dict[str, Any],
-    image_store: ImageStore,
+    regularization_set: CaptionedImages,
     training_plan: dict[str, Any],
     params: TrainingParams,
     caption: str,
@@ -336,7 +326,7 @@ def train_concept(
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     _check_plan(training_plan, {"groups": _describe(groups), **begun})
     metadata = concept_metadata(backbone, params, factor) | ({"start_sha256": start.sha256} if start else {})
-    images = _regularization_images(regularization_set, image_store, params)
+    images = _regularization_images(regularization_set, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with _StepReport(params.num_steps, tracker) as report:
         preview = _preview(backbone, new, metadata, params, tracker)
@@ -435,9 +425,7 @@ def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
     return None if bool((weights == 1).all()) else weights[None]
 
 
-def _regularization_images(
-    regularization_set: Mapping[str, Any], image_store: ImageStore, params: TrainingParams
-) -> list[tuple[str, Image]]:
+def _regularization_images(regularization_set: CaptionedImages, params: TrainingParams) -> list[tuple[str, Image]]:
     """Return (caption, image) of the regularization set; nothing when the training takes no rows from it.
 
     Raises:
@@ -447,14 +435,12 @@ def _regularization_images(
 
     if not params.regularization_batch_size:
         return []
-    key = regularization_set["key"]
-    captioned = list(zip(image_store.captions(key).values(), image_store.images(key), strict=True))
-    if not captioned:
+    if not regularization_set:
         raise InputError(
             "expected regularization images, because training.regularization_batch_size="
             f"{params.regularization_batch_size}; got an empty set; set it to 0, or prompts.num_prompts to more than 0"
         )
-    return captioned
+    return [(caption, read()) for caption, read in regularization_set]
 
 
 def history_table(history: Sequence[Mapping[str, float]]) -> DataFrame:

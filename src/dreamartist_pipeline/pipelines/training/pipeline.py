@@ -32,7 +32,6 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "prepared_image": "prepared_image",
                     "prepared_mask": "prepared_mask",
                     "regularization_set": "regularization_set",
-                    "image_store": "image_store",
                     "training_plan": "training_plan",
                     "params": "params:training",
                     "caption": "reference_caption",
