@@ -13,13 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dreamartist_pipeline import settings
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset
-from dreamartist_pipeline.hooks import (
-    build_parameters,
-    input_error_in,
-    load_parameters,
-    register_parameters,
-    register_project_root,
-)
+from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_parameters, register_project_root
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -37,16 +31,13 @@ METHODS = (
 
 def config_loader(env: str = "local", **runtime_params: Any) -> OmegaConfigLoader:
     register_project_root(PROJECT)
-    return OmegaConfigLoader(
+    return settings.ProjectConfigLoader(
         conf_source=str(PROJECT / "conf"), env=env, runtime_params=runtime_params, **settings.CONFIG_LOADER_ARGS
     )
 
 
 def load(key: str, env: str = "local", **runtime_params: Any) -> dict[str, Any]:
-    loader = config_loader(env, **runtime_params)
-    if key == "catalog":
-        register_parameters(build_parameters(loader["parameters"]))
-    return loader[key]
+    return config_loader(env, **runtime_params)[key]
 
 
 def training(env: str = "base", **runtime_params: Any) -> TrainingParams:
@@ -173,7 +164,9 @@ def test_runs_go_to_the_server_that_the_environment_names(monkeypatch: pytest.Mo
 
 def test_the_catalog_names_the_files_that_parameters_name() -> None:
     single = {"positive": "cat.safetensors", "words": {"pt1": ["cat.pt", "cat-neg.pt"]}}
-    catalog = load("catalog", training={"start_from": "old.safetensors"}, **{"import": single})
+    loader = config_loader(training={"start_from": "old.safetensors"}, **{"import": single})
+    loader["parameters"] = build_parameters(loader["parameters"])  # as in a run; without hooks, they are plain
+    catalog = loader["catalog"]
     assert catalog["start_files"]["files"] == "old.safetensors"
     assert UserFilesDataset(path="/", files=catalog["import_files"]["files"])._describe() == {
         "files": ("cat.safetensors", "cat.pt", "cat-neg.pt")

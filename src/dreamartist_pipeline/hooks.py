@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
 import re
 import shlex
@@ -74,8 +73,7 @@ class ConfigurationHooks:
         check_names(given, origin="--params")
         check_picture_is_named(given)
         check_subject(settings_of(context)["subject"])
-        context.config_loader["parameters"] = parameters = build_parameters(load_parameters(context))
-        register_parameters(parameters)
+        context.config_loader["parameters"] = build_parameters(load_parameters(context))
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -121,16 +119,6 @@ def run_early_check(node: Node, catalog: DataCatalog, training: TrainingParams |
 def register_project_root(project_path: Path) -> None:
     """Let configuration files ask for `${project_root:}`; the package may lie elsewhere than the project."""
     OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
-
-
-def register_parameters(parameters: Mapping[str, Any]) -> None:
-    """Let the catalog name files as parameters do: `${parameter:training.start_from}`."""
-
-    def parameter(path: str) -> Any:
-        section, *names = path.split(".")
-        return functools.reduce(getattr, names, parameters[section])
-
-    OmegaConf.register_new_resolver("parameter", parameter, replace=True)
 
 
 def check_replaces_nothing(catalog: DataCatalog) -> None:

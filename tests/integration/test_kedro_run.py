@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -198,6 +200,61 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
     run = last_run(project)
     assert (run.info.status, run.data.tags["error"].split(":")[0]) == ("FAILED", "InputError")
     assert concept.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------- kedro-viz
+
+PICTURES = (
+    *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
+    *("contact_sheet", "generated_images", "generated_grid"),
+)
+DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
+    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
+    *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
+    *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    "MetricsHistoryDataset",
+}
+_SAVE_JSON = """
+import json, sys, fsspec
+from pathlib import Path
+from kedro_viz.api.rest.responses.save_responses import save_api_responses_to_fs
+from kedro_viz.server import load_and_populate_data
+load_and_populate_data(Path.cwd(), env="test", extra_params=json.loads(sys.argv[1]))
+save_api_responses_to_fs("viz", fsspec.filesystem("file"), True)
+"""
+
+
+@pytest.fixture(scope="module")
+def viz_nodes(project: Path, trained: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """Return what kedro-viz shows after a run, without hooks as it is started by default: dataset -> its JSON."""
+    given = dict(item.split("=") for item in settings(project).split(",") if "ingestion" not in item)
+    if not list((project / "data/07_model_output" / SUBJECT).rglob("000_0.png")):
+        result = kedro_run(project, "--pipeline", "generate", "--params", settings(project))
+        assert result.returncode == 0, result.stderr[-3000:]
+    command = [sys.executable, "-c", _SAVE_JSON, json.dumps(given)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=240)
+    nodes: dict[str, dict[str, Any]] = {}
+    for pipeline in ("__default__", "generate", "import"):
+        shown = json.loads((project / "viz/api/pipelines" / pipeline).read_text())
+        for node in shown["nodes"]:
+            if node["type"] == "data":
+                nodes[node["name"]] = node | json.loads((project / "viz/api/nodes" / node["id"]).read_text())
+    return nodes
+
+
+def test_kedro_viz_shows_nothing_but_data(viz_nodes: dict[str, dict[str, Any]]) -> None:
+    kinds = {name: node["dataset_type"].rpartition(".")[2].removeprefix("Mlflow") for name, node in viz_nodes.items()}
+    assert len(kinds) > 20
+    assert {name: kind for name, kind in kinds.items() if kind not in DATA} == {}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_kedro_viz_shows_pictures(viz_nodes: dict[str, dict[str, Any]], name: str) -> None:
+    from PIL import Image
+
+    assert viz_nodes[name]["preview_type"] == "ImagePreview"
+    shown = Image.open(io.BytesIO(base64.b64decode(viz_nodes[name]["preview"])))
+    assert min(shown.size) >= 32
 
 
 def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(project: Path) -> None:

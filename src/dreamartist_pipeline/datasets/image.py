@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
+from kedro_datasets.partitions import PartitionedDataset
 
+from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 _PREVIEW_SIDE_PX = 512
+_PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 
 
 class ReferenceImageDataset(AbstractDataset[None, bytes]):
@@ -178,6 +181,24 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
         return {"filepath": self._filepath.as_posix(), "save_args": self._save_args}
 
 
+class ImageRunsDataset(PartitionedDataset):  # type: ignore[misc]  # its library has no types
+    """Named images in a folder that is new for every run; a preview shows those of the newest.
+
+    Args:
+        path: this run's folder; the folders beside it that begin with a digit are those of earlier runs.
+        metadata: for kedro-viz.
+    """
+
+    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
+        super().__init__(path=path, dataset=ImageDataset, filename_suffix=".png", metadata=metadata)
+
+    def preview(self) -> ImagePreview:
+        """Show the first images of the newest run."""
+        runs = sorted(folder for folder in Path(self._path).parent.glob("[0-9]*") if folder.is_dir())
+        files = sorted(runs[-1].glob("*.png")) if runs else []
+        return grid_preview([(file.stem, ImageDataset(filepath=str(file)).load) for file in files])
+
+
 KEPT_TEXTS = ("parameters", "dreamartist")
 """What of `image.info` goes into a PNG: how the image was drawn, and nothing that a user's own picture brings along."""
 
@@ -198,6 +219,17 @@ def _texts(image: "Image") -> "PngInfo | None":
     for key in kept:
         texts.add_itxt(key, image.info[key])
     return texts if kept else None
+
+
+def grid_preview(captioned: CaptionedImages) -> ImagePreview:
+    """Return what kedro-viz shows of several images: the first ones, each above its caption; nothing of none."""
+    from dreamartist_pipeline.core.images import image_grid
+
+    first = captioned[:_PREVIEWED]
+    if not first:
+        return ImagePreview("")
+    images, captions = [read() for _, read in first], [caption for caption, _ in first]
+    return image_preview(image_grid(images, _PREVIEW_COLUMNS, captions, _PREVIEW_CELL_PX))
 
 
 def _read(file: Path, what: str, remedy: str) -> bytes:

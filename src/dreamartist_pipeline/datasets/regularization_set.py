@@ -16,14 +16,13 @@ from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
 
 from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw
-from dreamartist_pipeline.datasets.image import image_preview, save_image
+from dreamartist_pipeline.datasets.image import grid_preview, save_image
 from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CAPTIONS, _MANIFEST = "image_captions.json", "manifest.json"
-_PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 _DAMAGE = (OSError, SyntaxError, ValueError)  # Pillow's, of a missing file too
 
 log = logging.getLogger(__name__)
@@ -77,13 +76,7 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
 
     def preview(self) -> ImagePreview:
         """Show the first pictures with their captions."""
-        from dreamartist_pipeline.core.images import image_grid
-
-        first = self.load()[:_PREVIEWED]
-        if not first:
-            return ImagePreview("")
-        captions = [caption for caption, _ in first]
-        return image_preview(image_grid([read() for _, read in first], _PREVIEW_COLUMNS, captions, _PREVIEW_CELL_PX))
+        return grid_preview(self.load())
 
     def _folder(self, key: str) -> Path:
         if not re.fullmatch(r"[\w-]+", key):
