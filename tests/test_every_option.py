@@ -99,6 +99,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipelines/test_evaluation.py": {
+        "test_towers_beside_the_base_model_score_prompts_and_colours_are_read": (
+            "evaluation.text_image_model",
+            "evaluation.color_agreement",
+        ),
         "test_the_node_returns_sheet_metrics_and_table_and_tracks_them": (
             "evaluation.prompts",
             "evaluation.prior_prompts",
