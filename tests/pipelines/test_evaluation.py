@@ -43,11 +43,10 @@ class MeanColor:
 
 class RecordingTracker:
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
         self.images: dict[str, Image.Image] = {}
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.metrics |= metrics
+        raise AssertionError("numbers are an output")
 
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
         self.images[key] = image
@@ -162,7 +161,10 @@ def _evaluate(
     base_model: Path, concept: Concept, params: EvaluationParams
 ) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
     picture = _picture("white", "red")
-    return evaluate_concept(str(base_model), concept, picture, params=params, device=CPU, tracker=RecordingTracker())
+    sheet, metrics, _, table = evaluate_concept(
+        str(base_model), concept, picture, params=params, device=CPU, tracker=RecordingTracker()
+    )
+    return sheet, metrics, table
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +181,17 @@ def zero_step_concept(tiny_base_model: Path) -> Concept:
     return start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
 
 
-def test_the_node_returns_sheet_metrics_and_table_and_tracks_them(
+def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     tiny_base_model: Path, zero_step_concept: Concept
 ) -> None:
     tracker = RecordingTracker()
     reference = _picture("white", "orange")
-    sheet, metrics, table = evaluate_concept(
+    sheet, metrics, scores, table = evaluate_concept(
         str(tiny_base_model), zero_step_concept, reference, params=_params(), device=CPU, tracker=tracker
     )
     assert isinstance(sheet, Image.Image)
-    assert tracker.metrics == metrics == json.loads(json.dumps(metrics))
+    assert metrics == json.loads(json.dumps(metrics))
+    assert scores == {name: {"value": value, "step": 0} for name, value in metrics.items()}
     assert tracker.images == {"contact_sheet": sheet}
     assert isinstance(table, pd.DataFrame)
     assert table.groupby(["kind", "group"]).size().to_dict() == {
@@ -331,7 +334,7 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
         "params:evaluation",
         "params:device",
     }
-    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_table"}
+    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", "evaluation_table"}
 
 
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:

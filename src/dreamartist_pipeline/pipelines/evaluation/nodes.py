@@ -56,11 +56,12 @@ def evaluate_concept(
     params: EvaluationParams,
     device: DeviceParams,
     tracker: Tracker,
-) -> tuple[Image.Image, dict[str, float], DataFrame]:
+) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
     Returns:
-        The contact sheet, flat metrics (see `measuring.measure`), and a table with one row per measured image.
+        The contact sheet, flat metrics (see `measuring.measure`), the same as kedro-mlflow takes them, and a table with
+        one row per measured image.
 
     Raises:
         InputError: an evaluator is unknown, the scheduler cannot be set up, the base model is incomplete, or the
@@ -80,9 +81,9 @@ def evaluate_concept(
     evidence, words = _draw_evidence(backbone, concept, prepared_image, params)
     measured = measure(evidence, evaluators, text_image, _reads_colors(params, base_model))
     sheet = draw_sheet(evidence, measured.metrics, params, words, evaluators[0].label if evaluators else None)
-    tracker.log_metrics(measured.metrics, step=0)
     tracker.log_image(sheet, key="contact_sheet", step=0)
-    return sheet, measured.metrics, DataFrame(measured.rows)
+    history = {name: {"value": value, "step": 0} for name, value in measured.metrics.items()}
+    return sheet, measured.metrics, history, DataFrame(measured.rows)
 
 
 # ---------------------------------------------------------------------------------------------- drawing

@@ -21,7 +21,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "params": "params:evaluation",
                     "device": "params:device",
                 },
-                outputs=["contact_sheet", "evaluation_metrics", "evaluation_table"],
+                outputs=["contact_sheet", "evaluation_metrics", "evaluation_scores", "evaluation_table"],
                 name="evaluate_concept",
                 tags="evaluation",
             )
