@@ -34,7 +34,7 @@ from dreamartist_pipeline.backbones import base_model, concepts
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, pick_device
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.datasets.image_store import ImageStore
+from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.hooks import build_parameters, register_project_root
 from dreamartist_pipeline.params import (
     SECTIONS,
@@ -99,6 +99,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipelines/test_evaluation.py": {
+        "test_towers_beside_the_base_model_score_prompts_and_colours_are_read": (
+            "evaluation.text_image_model",
+            "evaluation.color_agreement",
+        ),
         "test_the_node_returns_sheet_metrics_and_table_and_tracks_them": (
             "evaluation.prompts",
             "evaluation.prior_prompts",
@@ -167,8 +171,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "backbones/test_schedulers.py": {
         "test_options_reach_the_scheduler_over_those_of_a_short_name": ("SamplerParams.scheduler_options",),
     },
-    "pipelines/test_importing.py": {
+    "test_hooks.py": {
         "test_a_concept_in_place_is_only_replaced_when_asked": ("import.replace",),
+    },
+    "pipelines/test_importing.py": {
         "test_a_step_of_the_toolkits_folder_can_be_named": ("import.step",),
         "test_a_toolkits_folder_is_the_concept_that_the_python_call_reads": ("import.toolkit",),
         "test_names_class_word_and_clip_skip_are_those_given": (
@@ -304,19 +310,6 @@ class Tracker:
         self.steps.append(step)
 
 
-class Store:
-    """One image of one colour."""
-
-    def __init__(self, color: str) -> None:
-        self._color = color
-
-    def captions(self, key: str) -> dict[str, str]:
-        return {"000000.png": "a red cat"}
-
-    def images(self, key: str) -> Iterator[Image.Image]:
-        yield Image.new("RGB", (32, 32), self._color)
-
-
 @dataclass(frozen=True)
 class Run:
     """What a training left behind; `steps_shown` are those with a preview."""
@@ -404,8 +397,7 @@ def run_training(model: Path, params: TrainingParams, color: str = "blue") -> Ru
         base_model=str(model),
         prepared_image=image,
         prepared_mask=Image.new("L", (32, 32), 127),
-        regularization_set={"key": "the-set"},
-        image_store=Store(color),
+        regularization_set=[("a red cat", functools.partial(Image.new, "RGB", (32, 32), color))],
         training_plan=check_training(str(model), params, CAPTION),
         params=params,
         caption=CAPTION,
@@ -691,7 +683,8 @@ def test_the_regularization_set_is_drawn_as_asked(
     tiny_base_model: Path, tmp_path: Path, drawings: list[dict[str, Any]]
 ) -> None:
     params = RegularizationParams(sampler=SAMPLER, negative_prompt="blurry")
-    make_regularization_set(str(tiny_base_model), ["a cat"] * 6, ImageStore(tmp_path), params, CPU)
+    sets = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path))
+    sets.save(make_regularization_set(str(tiny_base_model), ["a cat"] * 6, params, CPU))
     assert [(call["negative_prompt"], call["sampler"]) for call in drawings] == [("blurry", SAMPLER)] * 2
     assert [len(call["prompts"]) for call in drawings] == [5, 1]
 

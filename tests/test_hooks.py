@@ -33,6 +33,7 @@ from dreamartist_pipeline.params import (
     EvaluationParams,
     ExportParams,
     GenerateParams,
+    ImportParams,
     PromptsParams,
     TrainingParams,
 )
@@ -113,6 +114,22 @@ def test_a_missing_input_is_found_before_the_run(tmp_path: Path) -> None:
         ConfigurationHooks().before_pipeline_run(pipeline, catalog)
 
 
+def test_a_concept_in_place_is_only_replaced_when_asked(tmp_path: Path) -> None:
+    file = tmp_path / "concept.safetensors"
+    pipeline = Pipeline([node(lambda params: params, "params:import", "concept", name="import_concept")])
+
+    def before_run(**values: Any) -> None:
+        catalog = DataCatalog({"concept": ConceptDataset(filepath=str(file))})
+        catalog["params:import"] = ImportParams(**values)
+        ConfigurationHooks().before_pipeline_run(pipeline, catalog)
+
+    before_run()
+    file.touch()
+    with pytest.raises(InputError, match=f"{file} is there already; .*import.replace=true"):
+        before_run()
+    before_run(replace=True)
+
+
 ALL_FORMATS = ("kohya", "peft", "toolkit", "embeddings")
 
 
@@ -155,6 +172,7 @@ def before_run(names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> N
         ),
         "export": ExportParams.model_validate({"title": "fox", **changes.get("export", {})}),
         "generate": GenerateParams.model_validate({"prompts": ["a {pt1}"], **changes.get("generate", {})}),
+        "import": ImportParams(replace=True),
         **build_parameters(training(**changes.get("training", {}))),
     }
     catalog = DataCatalog.from_config({}, {})

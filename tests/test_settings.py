@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline import settings
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.datasets.user_files import UserFilesDataset
 from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_parameters, register_project_root
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 
@@ -30,7 +31,7 @@ METHODS = (
 
 def config_loader(env: str = "local", **runtime_params: Any) -> OmegaConfigLoader:
     register_project_root(PROJECT)
-    return OmegaConfigLoader(
+    return settings.ProjectConfigLoader(
         conf_source=str(PROJECT / "conf"), env=env, runtime_params=runtime_params, **settings.CONFIG_LOADER_ARGS
     )
 
@@ -161,6 +162,14 @@ def test_runs_go_to_the_server_that_the_environment_names(monkeypatch: pytest.Mo
     assert load("mlflow")["server"]["mlflow_tracking_uri"] == "http://runs.example:5000"
 
 
-def test_an_import_looks_for_a_concept_where_it_would_write_one() -> None:
-    catalog = load("catalog", subject="cat")
-    assert catalog["concept_in_place"]["filepath"] == catalog["concept"]["dataset"]["filepath"]
+def test_the_catalog_names_the_files_that_parameters_name() -> None:
+    single = {"positive": "cat.safetensors", "words": {"pt1": ["cat.pt", "cat-neg.pt"]}}
+    loader = config_loader(training={"start_from": "old.safetensors"}, **{"import": single})
+    loader["parameters"] = build_parameters(loader["parameters"])  # as in a run; without hooks, they are plain
+    catalog = loader["catalog"]
+    assert catalog["start_files"]["files"] == "old.safetensors"
+    assert UserFilesDataset(path="/", files=catalog["import_files"]["files"])._describe() == {
+        "files": ("cat.safetensors", "cat.pt", "cat-neg.pt")
+    }
+    assert catalog["toolkit_files"]["folder"] is None
+    assert load("catalog", **{"import": {"toolkit": "run-1"}})["toolkit_files"]["folder"] == "run-1"

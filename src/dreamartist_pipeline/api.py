@@ -31,7 +31,7 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
-from dreamartist_pipeline.datasets.user_files import UserFiles
+from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
 from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
@@ -149,7 +149,9 @@ def read_toolkit_concept(
     if isinstance(words, str):
         raise InputError(f"expected `words` as (positive, negative); got the text {words!r}; give both")
     layout, names = layout_of(backbone, clip_skip), {SLOT: words} if words else {}
-    read = read_toolkit_folder(UserFiles(Path()), str(folder), layout, names, step, _WORDS_ARGUMENT)
+    read = read_toolkit_folder(
+        folder_files(Path(folder).expanduser()), str(folder), layout, names, step, _WORDS_ARGUMENT
+    )
     imported = settled(read, layout, positive_acts_on, _WORDS_ARGUMENT)
     _warn_of_halves(imported, str(folder))
     return make_concept(imported, BaseModelIdentity(backbone.name, backbone.fingerprint), clip_skip=clip_skip)

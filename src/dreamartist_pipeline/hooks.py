@@ -80,13 +80,15 @@ class ConfigurationHooks:
         """Look for everything that would end the run after minutes or hours of work: missing files, unfit parameters.
 
         Raises:
-            InputError: it exports what it trains, and no file of other tools could hold that; or a node's own check of
-                its parameters fails.
+            InputError: it exports what it trains, and no file of other tools could hold that; it imports a concept over
+                another one; or a node's own check of its parameters fails.
             DatasetError: what is missing, in its dataset's own words.
         """
         training = catalog.load("params:training") if _trains(pipeline) else None
         if training is not None and "params:export" in pipeline.inputs():
             check_exportable(training, catalog.load("params:export"))
+        if "params:import" in pipeline.inputs() and not catalog.load("params:import").replace:
+            check_replaces_nothing(catalog)
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
                 catalog.load(name)
@@ -117,6 +119,19 @@ def run_early_check(node: Node, catalog: DataCatalog, training: TrainingParams |
 def register_project_root(project_path: Path) -> None:
     """Let configuration files ask for `${project_root:}`; the package may lie elsewhere than the project."""
     OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
+
+
+def check_replaces_nothing(catalog: DataCatalog) -> None:
+    """Refuse an import over a concept that is there.
+
+    Raises:
+        InputError: with its path.
+    """
+    if catalog.exists("concept"):
+        raise InputError(
+            f"expected a subject without a concept; {_path_of(catalog, 'concept')} is there already; choose another "
+            "name (subject=NAME), or replace it (import.replace=true)"
+        )
 
 
 def check_names(names: Collection[str], origin: str) -> None:
@@ -438,11 +453,17 @@ def written_files(pipeline: Pipeline, catalog: DataCatalog, project_path: Path) 
     """Return name and path, relative to the project, of everything the pipeline stores on disk."""
     files = []
     for name in sorted(pipeline.all_outputs()):
-        dataset = catalog.get(name)
-        path = getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None)
+        path = _path_of(catalog, name)
         if path is not None:
-            files.append((name, _relative(Path(str(path)), project_path)))
+            files.append((name, _relative(Path(path), project_path)))
     return files
+
+
+def _path_of(catalog: DataCatalog, name: str) -> str | None:
+    """Return where a dataset keeps its data, if that is a file or a folder."""
+    dataset = catalog.get(name)
+    path = getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None)
+    return None if path is None else str(path)
 
 
 def look_at_it(settings: Mapping[str, Any], run_params: Mapping[str, Any], project_path: Path) -> list[str]:

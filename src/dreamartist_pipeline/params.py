@@ -476,6 +476,10 @@ class EvaluationParams(Params):
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
     evaluators: Texts = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
+    # CLIPScore: "clip:FOLDER_OR_HUB_ID", None for none, or the towers that were trained with the base model, if any.
+    text_image_model: Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None = "auto"
+    # Colours as named in prompts, read from the pixels. None: for the embedded base model, which has such prompts.
+    color_agreement: bool | None = None
 
     @field_validator("evaluators")
     @classmethod

@@ -16,18 +16,20 @@ from dreamartist_pipeline.pipelines import (
     regularization,
     training,
 )
+from dreamartist_pipeline.tracking import MLflowTracker
 
 
 def register_pipelines() -> dict[str, Pipeline]:
     """Return the pipelines that `kedro run --pipeline NAME` knows."""
+    tracker = MLflowTracker()
     stages = {
         "ingestion": ingestion.create_pipeline(),
         "prompts": prompts.create_pipeline(),
         "regularization": regularization.create_pipeline(),
-        "training": training.create_pipeline(),
+        "training": training.create_pipeline(tracker),
     }
     train = sum(stages.values(), Pipeline([]))
-    evaluate = evaluation.create_pipeline()
+    evaluate = evaluation.create_pipeline(tracker)
     exporting = export.create_pipeline()
     return {
         **stages,
@@ -36,8 +38,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "export": exporting,
         "generate": generate.create_pipeline(),
         "import": importing.create_pipeline(),
-        "pretrain": pretrain.create_pipeline(),
-        "judge": judge.create_pipeline(),
+        "pretrain": pretrain.create_pipeline(tracker),
+        "judge": judge.create_pipeline(tracker),
         "train": train,
         "__default__": train + evaluate + exporting,
     }

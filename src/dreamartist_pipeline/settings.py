@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import warnings
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
+
+from kedro.config import OmegaConfigLoader
+from omegaconf import OmegaConf
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, RunRecordHooks
@@ -42,6 +47,25 @@ def choose(options: str, name: str, *, _root_: Any) -> Any:
     return table[name]
 
 
+class ProjectConfigLoader(OmegaConfigLoader):
+    """Kedro's, whose catalog may name files as parameters do: `${parameter:training.start_from}`."""
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        """Return the merged configuration of a kind, such as `catalog`."""
+        if key == "catalog":
+            resolver = functools.partial(parameter, self["parameters"])
+            OmegaConf.register_new_resolver("parameter", resolver, replace=True)
+        configuration: dict[str, Any] = super().__getitem__(key)
+        return configuration
+
+
+def parameter(parameters: Mapping[str, Any], path: str) -> Any:
+    """Return the parameter of that dotted path, out of plain mappings or of the models that they have become."""
+    section, *names = path.split(".")
+    return functools.reduce(lambda values, name: dict(values)[name], names, parameters[section])
+
+
+CONFIG_LOADER_CLASS = ProjectConfigLoader
 HOOKS = (ConfigurationHooks(), RunRecordHooks(), ConsoleHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
 CONFIG_LOADER_ARGS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from dreamartist_pipeline.backbones.evaluators import Evaluator, load_evaluator
+from dreamartist_pipeline.backbones.evaluators import (
+    Evaluator,
+    load_evaluator,
+    load_text_image_model,
+    own_towers,
+)
 from dreamartist_pipeline.core.errors import InputError
 
 
@@ -76,7 +82,7 @@ def test_image_mode_and_size_do_not_matter_to_the_caller(efficientnet: Evaluator
 
 def test_clip_is_loaded_from_a_folder(clip_folder: Path) -> None:
     evaluator = load_evaluator(f"clip:{clip_folder}")
-    assert evaluator.size_px == 32
+    assert evaluator.processor.size == {"height": 32, "width": 32}
     assert evaluator.label == "clip-tiny-clip"
     assert evaluator.embed([_ball("red")]).shape == (1, 24)
 
@@ -126,22 +132,50 @@ def test_a_model_without_some_of_its_weights_is_refused(dinov2_folder: Path, tmp
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def test_the_bundled_towers_are_an_evaluator_and_find_the_background_in_a_picture() -> None:
-    from transformers import CLIPTokenizer
+def test_a_models_own_processor_is_used_without_its_cropping(clip_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessorPil
 
+    folder = shutil.copytree(clip_folder, tmp_path / "own")
+    CLIPImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 48}).save_pretrained(folder)
+    wide = Image.new("RGB", (64, 32), "white")
+    wide.paste("black", (0, 0, 8, 32))  # outside of a crop of the middle
+    prepared = load_evaluator(f"clip:{folder}")._prepare([wide])
+    assert prepared.shape == (1, 3, 32, 32)
+    assert (float(prepared.min()), float(prepared.max())) == (-1.0, 1.0)
+
+
+def test_pictures_are_resized_and_normalised_as_by_hand(efficientnet: Evaluator) -> None:
+    image = _ladder()
+    resized = torch.tensor(list(image.resize((224, 224), Image.Resampling.BICUBIC).tobytes()), dtype=torch.float32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((resized.reshape(224, 224, 3) / 255 - mean) / std).permute(2, 0, 1)
+    torch.testing.assert_close(efficientnet._prepare([image])[0], expected)
+
+
+def test_a_clip_model_without_a_tokenizer_cannot_read_texts(clip_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a tokenizer of 99 words .*; give a model with its tokenizer"):
+        load_text_image_model(f"clip:{clip_folder}", str(tmp_path))
+
+
+def test_the_bundled_towers_belong_to_the_bundled_base_model_and_to_no_other(
+    tiny_base_model: Path, tmp_path: Path
+) -> None:
+    base_model = PROJECT / "data/01_raw/base_model"
+    assert own_towers(str(base_model)) == PROJECT / "data/01_raw/towers"
+    assert own_towers(str(tiny_base_model)) is None
+    other = shutil.copytree(tiny_base_model / "text_encoder", tmp_path / "base_model" / "text_encoder")
+    shutil.copytree(PROJECT / "data/01_raw/towers", tmp_path / "towers", ignore=lambda *_: ["model.safetensors"])
+    assert own_towers(str(other.parent)) is None  # of other words
+    assert own_towers("hub:stable-diffusion-v1-5/stable-diffusion-v1-5") is None
+
+
+def test_the_bundled_towers_score_a_picture_highest_with_its_own_background() -> None:
     from dreamartist_pipeline.embedded.colors import COLORS
 
-    towers = PROJECT / "data/01_raw/towers"
-    tokenizer = CLIPTokenizer.from_pretrained(PROJECT / "data/01_raw/base_model/tokenizer", local_files_only=True)
-    pictures = []
-    for color in COLORS.values():
-        pictures.append(Image.new("RGB", (64, 64), color))
-        ImageDraw.Draw(pictures[-1]).ellipse((16, 16, 48, 48), fill=(200, 120, 60))
-    images = load_evaluator(f"clip:{towers}").embed(pictures)
-    captions = [f"a ball, {name} background" for name in COLORS]
-    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        texts = CLIPModel.from_pretrained(towers, local_files_only=True).float().get_text_features(input_ids=ids)
-    directions = torch.nn.functional.normalize(texts.pooler_output, dim=1)
-    found = (images @ directions.T).argmax(dim=1)
-    assert (found == torch.arange(len(COLORS))).sum() >= 10  # of 12
+    model = load_text_image_model("auto", str(PROJECT / "data/01_raw/base_model"))
+    assert model is not None
+    fox = Image.open(PROJECT / "data/01_raw/reference_images/fox.png")
+    scores = dict(zip(COLORS, model.score([fox] * 12, [f"a fox, {name} background" for name in COLORS]), strict=True))
+    assert max(scores, key=lambda name: float(scores[name])) == "white"
+    assert 1 < scores["white"] < 2.5
+    assert model.score([fox], ["two cats, red background"]) < 0.5

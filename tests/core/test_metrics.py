@@ -55,6 +55,12 @@ def test_similarity_is_the_cosine() -> None:
     assert torch.allclose(values, torch.tensor([1.0, 0.0, 0.5**0.5]))
 
 
+def test_clip_score_is_two_and_a_half_times_the_cosine_and_never_negative() -> None:
+    images = torch.tensor([[1.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
+    texts = torch.tensor([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert torch.allclose(metrics.clip_score(images, texts), torch.tensor([2.5, 1.5, 0.0]))
+
+
 def test_mean_pairwise_distance_of_orthogonal_and_equal_rows() -> None:
     assert metrics.mean_pairwise_distance(torch.eye(3)) == pytest.approx(1.0)
     assert metrics.mean_pairwise_distance(torch.ones(4, 2)) == pytest.approx(0.0, abs=1e-6)

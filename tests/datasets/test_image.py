@@ -12,6 +12,7 @@ from PIL import Image
 from dreamartist_pipeline.datasets.image import (
     CaptionDataset,
     ImageDataset,
+    ImageRunsDataset,
     OptionalImageDataset,
     ReferenceImageDataset,
     save_image,
@@ -168,3 +169,20 @@ def test_a_png_keeps_how_it_was_drawn_and_nothing_else(tmp_path: Path) -> None:
     dataset = ImageDataset(filepath=str(tmp_path / "image.png"))
     dataset.save(image)
     assert dataset.load().info == {"parameters": "a fox, ≤ 3"}
+
+
+def test_images_of_a_run_are_read_by_name_and_the_newest_run_is_previewed(tmp_path: Path) -> None:
+    for run, colors in (("2026-01-02", ["red"]), ("2026-01-03", ["green"] * 9)):
+        images = {f"{index:03d}_7": Image.new("RGB", (16, 16), color) for index, color in enumerate(colors)}
+        ImageRunsDataset(path=str(tmp_path / run)).save(images)
+    (tmp_path / "export").mkdir()
+    to_come = ImageRunsDataset(path=str(tmp_path / "2026-01-04"))
+    shown = Image.open(io.BytesIO(base64.b64decode(to_come.preview())))
+    assert shown.width == 4 * 124 + 4
+    assert shown.getpixel((60, 60)) == (0, 128, 0)
+    assert inspect.signature(to_come.preview).return_annotation.__name__ == "ImagePreview"
+    assert sorted(ImageRunsDataset(path=str(tmp_path / "2026-01-03")).load())[0] == "000_7"
+
+
+def test_without_a_run_there_is_nothing_to_preview(tmp_path: Path) -> None:
+    assert ImageRunsDataset(path=str(tmp_path / "2026-01-04")).preview() == ""

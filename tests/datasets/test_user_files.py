@@ -1,4 +1,4 @@
-"""Files that users name, and looking for a result."""
+"""Files that users name."""
 
 from __future__ import annotations
 
@@ -8,49 +8,59 @@ import pytest
 from kedro.io import DatasetError
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.datasets.user_files import PlaceDataset, UserFilesDataset
+from dreamartist_pipeline.datasets.user_files import UserFilesDataset, UserFolderDataset, folder_files
 
 
 def test_a_path_is_relative_to_the_root_absolute_or_in_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cat.pt").write_bytes(b"1")
-    files = UserFilesDataset(path=str(tmp_path)).load()
-    assert files.read("cat.pt") == files.read(str(tmp_path / "cat.pt")) == b"1"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert UserFilesDataset(path="/nowhere").load().read("~/cat.pt") == b"1"
+    for root, path in ((tmp_path, "cat.pt"), (Path("/"), str(tmp_path / "cat.pt")), (Path("/nowhere"), "~/cat.pt")):
+        files = UserFilesDataset(path=str(root), files=path).load()
+        assert {name: read() for name, read in files.items()} == {path: b"1"}
 
 
-def test_a_missing_file_and_a_missing_folder_are_named(tmp_path: Path) -> None:
-    files = UserFilesDataset(path=str(tmp_path)).load()
-    with pytest.raises(InputError, match="expected a file at .*none.pt; got none"):
-        files.read("none.pt")
-    with pytest.raises(InputError, match="expected a file at .*; got a folder"):
-        files.read(".")
-    with pytest.raises(InputError, match="expected a folder at .*nowhere; got none"):
-        files.names("nowhere")
+def test_files_are_named_as_the_parameters_have_them_and_read_when_asked_for(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    files = UserFilesDataset(path=str(tmp_path), files=[("a",), (), {"pt1": ("b", "c")}]).load()
+    (tmp_path / "b").write_text("later")
+    assert {name: read() for name, read in files.items()} == {"a": b"a", "b": b"later", "c": b"c"}
+
+
+@pytest.mark.parametrize(("path", "got"), [("none.pt", "none"), (".", "a folder")])
+def test_a_missing_file_is_missed_and_named(tmp_path: Path, path: str, got: str) -> None:
+    dataset = UserFilesDataset(path=str(tmp_path), files=[path])
+    assert not dataset.exists()
+    with pytest.raises(DatasetError, match=f"expected a file at .*; got {got}; correct the path") as raised:
+        dataset.load()
+    assert isinstance(raised.value.__cause__, InputError)  # whose message users see alone
+
+
+def test_a_missing_folder_is_missed_and_named(tmp_path: Path) -> None:
+    dataset = UserFolderDataset(path=str(tmp_path), folder="nowhere")
+    assert not dataset.exists()
+    with pytest.raises(DatasetError, match="expected a folder at .*nowhere; got none"):
+        dataset.load()
+
+
+def test_nothing_named_is_no_files(tmp_path: Path) -> None:
+    for dataset in (UserFilesDataset(path="/", files=None), UserFolderDataset(path="/", folder=None)):
+        assert dataset.exists()
+        assert dataset.load() == {}
 
 
 def test_a_folder_gives_its_files_or_those_of_its_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "cfg.yaml").write_bytes(b"")
-    files = UserFilesDataset(path=str(tmp_path)).load()
-    assert list(files.names(".")) == ["cfg.yaml"]
+    assert list(folder_files(tmp_path)) == ["cfg.yaml"]
     (tmp_path / "ckpts").mkdir()
     (tmp_path / "ckpts" / "unet-1.safetensors").write_bytes(b"2")
-    names = files.names(".")
-    assert list(names) == ["unet-1.safetensors"]
-    assert files.read(names["unet-1.safetensors"]) == b"2"
+    files = UserFolderDataset(path=str(tmp_path.parent), folder=tmp_path.name).load()
+    assert {name: read() for name, read in files.items()} == {"unet-1.safetensors": b"2"}
 
 
-def test_a_place_is_the_path_where_there_is_a_file(tmp_path: Path) -> None:
-    place = PlaceDataset(filepath=str(tmp_path / "concept.safetensors"))
-    assert place.load() is None
-    (tmp_path / "concept.safetensors").touch()
-    assert place.load() == f"{tmp_path}/concept.safetensors"
-
-
-def test_nothing_is_saved_through_them(tmp_path: Path) -> None:
-    for dataset in (UserFilesDataset(path=str(tmp_path)), PlaceDataset(filepath=str(tmp_path / "x"))):
-        assert dataset.exists()
-        with pytest.raises(DatasetError):
-            dataset.save("x")
+def test_nothing_is_saved_through_them() -> None:
+    for dataset in (UserFilesDataset(path="/", files=None), UserFolderDataset(path="/", folder=None)):
+        with pytest.raises(DatasetError, match="only read"):
+            dataset.save({})  # type: ignore[arg-type]

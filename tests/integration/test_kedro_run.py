@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -16,9 +18,36 @@ PROJECT = Path(__file__).resolve().parents[2]
 SUBJECT = "button"
 
 
-def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+_PROFILED_RUN = """
+import json, sys, threading
+from pathlib import Path
+from kedro.framework.cli.utils import find_run_command
+from kedro.framework.startup import bootstrap_project
+
+calls, root = set(), str(Path("src/dreamartist_pipeline").resolve()) + "/"
+
+def note(frame, event, _):
+    if event == "call" and frame.f_code.co_name != "<module>" and frame.f_back is not None:
+        ends = frame.f_code.co_filename, frame.f_back.f_code.co_filename
+        if ends[0] != ends[1] and all(end.startswith(root) for end in ends):
+            called, calling = (end.removeprefix(root).removesuffix(".py").replace("/", ".") for end in ends)
+            calls.add((calling, called + ":" + frame.f_code.co_qualname))
+
+bootstrap_project(Path.cwd())
+run = find_run_command("dreamartist_pipeline")
+threading.setprofile(note)
+sys.setprofile(note)
+run(sys.argv[1:], standalone_mode=False)
+sys.setprofile(None)
+Path("calls.json").write_text(json.dumps(sorted(calls)))
+"""
+"""Runs `kedro run` and writes calls.json: [calling module, called module:function] between the project's files."""
+
+
+def kedro_run(project: Path, *arguments: str, profiled: bool = False) -> subprocess.CompletedProcess[str]:
     """Run `kedro run --env test` in the project, on one thread."""
-    command = [sys.executable, "-m", "kedro", "run", "--env", "test", *arguments]
+    kedro = ("-c", _PROFILED_RUN) if profiled else ("-m", "kedro", "run")
+    command = [sys.executable, *kedro, "--env", "test", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
     environment.pop("MLFLOW_TRACKING_URI", None)
     return subprocess.run(
@@ -66,8 +95,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> 
 
 @pytest.fixture(scope="module")
 def trained(project: Path) -> subprocess.CompletedProcess[str]:
-    """Train, evaluate and export once (the default pipeline), for all tests that look at the results."""
-    result = kedro_run(project, "--params", settings(project))
+    """Train, evaluate and export once (the default pipeline), for all tests that look at the results and the calls."""
+    result = kedro_run(project, "--params", settings(project), profiled=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -102,7 +131,9 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert run.info.run_name.startswith(f"{SUBJECT} · default · dreamartist-plus-plus · ingestion.bucket.side_px=32")
     assert run.data.params["training.lora_unet.1.branch"] == "n"
     assert run.data.params["training.words.names.pt1"] == f"['my-{SUBJECT}', 'my-{SUBJECT}-neg']"
+    measured = json.loads((project / "data/08_reporting" / SUBJECT / "evaluation_metrics.json").read_text())
     assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
+    assert measured.items() <= run.data.metrics.items()
     assert run.data.tags["command_line"].endswith(settings(project))
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
     assert {"concept", "evaluation", "export", "training"} <= {
@@ -198,6 +229,101 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
     run = last_run(project)
     assert (run.info.status, run.data.tags["error"].split(":")[0]) == ("FAILED", "InputError")
     assert concept.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------- layers
+
+LAYERS = (  # from the lowest; each calls those below it
+    ("params", "prompt_weights", "early_checks"),
+    ("core",),
+    ("backbones", "interop", "datasets"),
+    ("pipelines",),
+    ("hooks", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
+)
+CALLED_BACK = {  # what is handed down to be called
+    "backbones.base_model:Backbone.denoise": "core.training",
+    "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
+    "backbones.prompts:PromptEncoder.encode": "core.training",
+    "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
+    "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
+    "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
+    "pipelines.training.nodes:_StepReport.__call__": "core.training",
+    "pipelines.training.nodes:_preview.<locals>.draw": "core.training",
+    "pipelines.training.nodes:train_concept": "core.tracking",
+    "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.nodes",
+    "tracking:MLflowTracker.log_metrics": "pipelines.training.nodes",
+}
+
+
+def layer_of(module: str) -> int:
+    package = module.partition(".")[0]
+    return next(height for height, names in enumerate(LAYERS) if package in names)
+
+
+@pytest.mark.usefixtures("trained")
+def test_calls_go_down_the_layers_but_for_named_callbacks(project: Path) -> None:
+    upward: dict[str, list[str]] = {}
+    calls = json.loads((project / "calls.json").read_text())
+    for calling, called in calls:
+        if layer_of(calling) < layer_of(called.partition(":")[0]):
+            upward.setdefault(called, []).append(calling)
+    assert len(calls) > 200
+    assert {called: ", ".join(callers) for called, callers in upward.items()} == CALLED_BACK
+
+
+# --------------------------------------------------------------------------------------------- kedro-viz
+
+PICTURES = (
+    *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
+    *("contact_sheet", "generated_images", "generated_grid"),
+)
+DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
+    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
+    *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
+    *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    "MetricsHistoryDataset",
+}
+_SAVE_JSON = """
+import json, sys, fsspec
+from pathlib import Path
+from kedro_viz.api.rest.responses.save_responses import save_api_responses_to_fs
+from kedro_viz.server import load_and_populate_data
+load_and_populate_data(Path.cwd(), env="test", extra_params=json.loads(sys.argv[1]))
+save_api_responses_to_fs("viz", fsspec.filesystem("file"), True)
+"""
+
+
+@pytest.fixture(scope="module")
+def viz_nodes(project: Path, trained: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """Return what kedro-viz shows after a run, without hooks as it is started by default: dataset -> its JSON."""
+    given = dict(item.split("=") for item in settings(project).split(",") if "ingestion" not in item)
+    if not list((project / "data/07_model_output" / SUBJECT).rglob("000_0.png")):
+        result = kedro_run(project, "--pipeline", "generate", "--params", settings(project))
+        assert result.returncode == 0, result.stderr[-3000:]
+    command = [sys.executable, "-c", _SAVE_JSON, json.dumps(given)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=240)
+    nodes: dict[str, dict[str, Any]] = {}
+    for pipeline in ("__default__", "generate", "import"):
+        shown = json.loads((project / "viz/api/pipelines" / pipeline).read_text())
+        for node in shown["nodes"]:
+            if node["type"] == "data":
+                nodes[node["name"]] = node | json.loads((project / "viz/api/nodes" / node["id"]).read_text())
+    return nodes
+
+
+def test_kedro_viz_shows_nothing_but_data(viz_nodes: dict[str, dict[str, Any]]) -> None:
+    kinds = {name: node["dataset_type"].rpartition(".")[2].removeprefix("Mlflow") for name, node in viz_nodes.items()}
+    assert len(kinds) > 20
+    assert {name: kind for name, kind in kinds.items() if kind not in DATA} == {}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_kedro_viz_shows_pictures(viz_nodes: dict[str, dict[str, Any]], name: str) -> None:
+    from PIL import Image
+
+    assert viz_nodes[name]["preview_type"] == "ImagePreview"
+    shown = Image.open(io.BytesIO(base64.b64decode(viz_nodes[name]["preview"])))
+    assert min(shown.size) >= 32
 
 
 def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(project: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
-from dreamartist_pipeline.pipelines.evaluation.nodes import _sampling_line, evaluate_concept
+from dreamartist_pipeline.pipelines.evaluation.nodes import _sampling_line, check_evaluation, evaluate_concept
 
 CPU = DeviceParams(device="cpu")
 
@@ -41,11 +43,10 @@ class MeanColor:
 
 class RecordingTracker:
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
         self.images: dict[str, Image.Image] = {}
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.metrics |= metrics
+        raise AssertionError("numbers are an output")
 
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
         self.images[key] = image
@@ -74,11 +75,34 @@ def evidence() -> Evidence:
 
 
 def test_agreement_is_the_share_of_images_that_follow_the_prompt(evidence: Evidence) -> None:
-    metrics = measure(evidence, []).metrics
+    metrics = measure(evidence, [], color_agreement=True).metrics
     assert metrics["background_agreement/base"] == 0.75
     assert metrics["background_agreement/concept"] == 1.0
     assert metrics["color_agreement/base"] == 0.0
     assert metrics["color_agreement/concept"] == 1.0
+
+
+def test_colours_are_read_where_asked_for_alone(evidence: Evidence) -> None:
+    measured = measure(evidence, [])
+    assert not [name for name in (*measured.metrics, *measured.rows[0]) if "agree" in name or "background" in name]
+
+
+def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_for_the_subject(
+    evidence: Evidence,
+) -> None:
+    asked: list[list[str]] = []
+
+    class OnePoint:
+        def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+            asked.append(list(texts))
+            assert len(images) == len(texts)
+            return torch.tensor([0.25, 0.5, 0.75, 1.0])
+
+    measured = measure(dataclasses.replace(evidence, class_word="fox"), [], OnePoint())
+    assert asked == [["a fox, blue background"] * 2 + ["a red fox, green background"] * 2] * 2
+    assert measured.metrics["clip_score/base"] == measured.metrics["clip_score/concept"] == 0.625
+    assert [row.get("clip_score") for row in measured.rows[:5]] == [0.25, 0.5, 0.75, 1.0, 0.25]
+    assert "clip_score/base" not in measure(evidence, []).metrics
 
 
 def test_prior_drift_is_the_mean_distance_of_both_models_images(evidence: Evidence) -> None:
@@ -116,7 +140,8 @@ def test_diversity_is_zero_where_all_seeds_give_one_image(evidence: Evidence) ->
 
 def test_what_nothing_asks_for_is_left_out(evidence: Evidence) -> None:
     one = {group: Drawings(("a {pt1}",), ["a fox"], (7,), [[_picture("blue", "red")]]) for group in (BASE, CONCEPT)}
-    metrics = measure(Evidence(evidence.reference, evidence.reference, one, evidence.prior), [MeanColor()]).metrics
+    only = Evidence(evidence.reference, evidence.reference, one, evidence.prior)
+    metrics = measure(only, [MeanColor()], color_agreement=True).metrics
     assert not [name for name in metrics if "agreement" in name or "diversity" in name]
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -136,7 +161,10 @@ def _evaluate(
     base_model: Path, concept: Concept, params: EvaluationParams
 ) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
     picture = _picture("white", "red")
-    return evaluate_concept(str(base_model), concept, picture, params=params, device=CPU, tracker=RecordingTracker())
+    sheet, metrics, _, table = evaluate_concept(
+        str(base_model), concept, picture, params=params, device=CPU, tracker=RecordingTracker()
+    )
+    return sheet, metrics, table
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +181,17 @@ def zero_step_concept(tiny_base_model: Path) -> Concept:
     return start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
 
 
-def test_the_node_returns_sheet_metrics_and_table_and_tracks_them(
+def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     tiny_base_model: Path, zero_step_concept: Concept
 ) -> None:
     tracker = RecordingTracker()
     reference = _picture("white", "orange")
-    sheet, metrics, table = evaluate_concept(
+    sheet, metrics, scores, table = evaluate_concept(
         str(tiny_base_model), zero_step_concept, reference, params=_params(), device=CPU, tracker=tracker
     )
     assert isinstance(sheet, Image.Image)
-    assert tracker.metrics == metrics == json.loads(json.dumps(metrics))
+    assert metrics == json.loads(json.dumps(metrics))
+    assert scores == {name: {"value": value, "step": 0} for name, value in metrics.items()}
     assert tracker.images == {"contact_sheet": sheet}
     assert isinstance(table, pd.DataFrame)
     assert table.groupby(["kind", "group"]).size().to_dict() == {
@@ -173,6 +202,59 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_them(
     assert table["prompt"].iloc[0] == "a fox, blue background"
     assert "a my-fox, blue background" in set(table["prompt"])
     assert {"efficientnet-lite0/similarity/concept", "efficientnet-lite0/prior_drift"} <= set(metrics)
+
+
+@pytest.fixture(scope="module")
+def base_model_with_towers(tiny_base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny base model with CLIP towers beside it; they are in `clip`, too, with a tokenizer."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = shutil.copytree(tiny_base_model, tmp_path_factory.mktemp("with_towers") / "base_model")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 24}
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=tower | text, vision_config=vision, projection_dim=24)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = CLIPModel(config)
+    model.save_pretrained(folder.with_name("towers"))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder.with_name("clip"))
+    return folder
+
+
+def test_towers_beside_the_base_model_score_prompts_and_colours_are_read(
+    base_model_with_towers: Path, tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _, metrics, table = _evaluate(base_model_with_towers, zero_step_concept, _params(evaluators=()))
+    assert 0 <= metrics["clip_score/base"] == pytest.approx(table["clip_score"][table["group"] == BASE].mean())
+    assert {"background_agreement/concept", "clip_score/concept"} <= set(metrics)
+    assert "no text-image score" not in caplog.text
+    values = {"text_image_model": None, "color_agreement": False}
+    _, metrics, _ = _evaluate(base_model_with_towers, zero_step_concept, _params(evaluators=(), **values))
+    assert not [name for name in metrics if "clip_score" in name or "agreement" in name]
+
+
+def test_without_a_clip_model_the_score_is_left_out_and_the_run_says_so(
+    tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _, metrics, table = _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=()))
+    assert "Without a CLIP model for tiny there is no text-image score" in caplog.text
+    assert "clip_score" not in table
+    assert not [name for name in metrics if "clip_score" in name or "agreement" in name]
+
+
+def test_a_clip_model_named_for_the_score_is_used_with_any_base_model(
+    base_model_with_towers: Path, tiny_base_model: Path, zero_step_concept: Concept
+) -> None:
+    named = f"clip:{base_model_with_towers.with_name('clip')}"
+    _, metrics, _ = _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=(), text_image_model=named))
+    assert 0 <= metrics["clip_score/concept"] <= 2.5
+    with pytest.raises(InputError, match="expected a folder with a clip model"):
+        check_evaluation(_params(text_image_model="clip:/no/such/folder"), None)
 
 
 def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
@@ -199,10 +281,9 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
 
 
 def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, zero_step_concept: Concept) -> None:
+    asked = {"evaluators": (), "color_agreement": True}
     tables = [
-        _evaluate(tiny_base_model, zero_step_concept, _params(prompts=(prompt,), evaluators=()))[2].query(
-            "kind == 'subject'"
-        )
+        _evaluate(tiny_base_model, zero_step_concept, _params(prompts=(prompt,), **asked))[2].query("kind == 'subject'")
         for prompt in ("a red {pt1}, blue background", "a red {pt1:1.8}, {blue background:1.5}")
     ]
     plain, weighted = tables
@@ -245,20 +326,19 @@ def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
 
 
 def test_the_pipeline_reads_and_writes_the_named_data() -> None:
-    pipeline = create_pipeline()
+    pipeline = create_pipeline(RecordingTracker())
     assert pipeline.inputs() == {
         "base_model",
         "concept",
         "prepared_image",
         "params:evaluation",
         "params:device",
-        "tracker",
     }
-    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_table"}
+    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", "evaluation_table"}
 
 
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:
     from kedro.validation.type_extractor import TypeExtractor
 
-    types = TypeExtractor({"evaluation": create_pipeline()}).extract_types_from_pipelines()
+    types = TypeExtractor({"evaluation": create_pipeline(RecordingTracker())}).extract_types_from_pipelines()
     assert types == {"evaluation": EvaluationParams, "device": DeviceParams}

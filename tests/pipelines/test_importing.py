@@ -23,7 +23,7 @@ from dreamartist_pipeline.cli import parse_params
 from dreamartist_pipeline.cli import run as run_command
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.datasets.user_files import UserFiles
+from dreamartist_pipeline.datasets.user_files import UserFilesDataset, folder_files
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding
@@ -84,8 +84,12 @@ def _no_weight_is_loaded(monkeypatch: pytest.MonkeyPatch, backbone: Backbone) ->
 
 @pytest.fixture
 def run(tiny_base_model: Path, folder: Path) -> Callable[..., tuple[Concept, dict[str, Any]]]:
-    def run(in_place: str | None = None, **values: Any) -> tuple[Concept, dict[str, Any]]:
-        return import_concept(str(tiny_base_model), UserFiles(folder), in_place, ImportParams(**values))
+    def run(**values: Any) -> tuple[Concept, dict[str, Any]]:
+        params = ImportParams(**values)
+        named = [params.positive, params.negative, params.words]
+        files = UserFilesDataset(path=str(folder), files=named).load()
+        in_folder = {} if params.toolkit is None else folder_files(folder / params.toolkit)
+        return import_concept(str(tiny_base_model), files, in_folder, params)
 
     return run
 
@@ -220,7 +224,7 @@ def test_a_concept_with_clip_skip_is_a_start(
     file = tmp_path / "concept.safetensors"
     file.write_bytes(write_tensors(imported.tensors, imported.metadata))
     params = make_training_params(clip_skip=1, start_from=str(file))
-    plan = check_training(str(tiny_base_model), params, "", DeviceParams(device="cpu"), UserFiles(tmp_path))
+    plan = check_training(str(tiny_base_model), params, "", DeviceParams(device="cpu"), {str(file): file.read_bytes})
     assert plan["start"]["taken_over"]["text_encoder.0.positive"] == 6
 
 
@@ -283,16 +287,9 @@ def test_nothing_to_import_is_refused(run: Run) -> None:
         run()
 
 
-def test_a_concept_in_place_is_only_replaced_when_asked(run: Run) -> None:
-    with pytest.raises(InputError, match="models/cat/concept.safetensors is there already; .*import.replace=true"):
-        run("models/cat/concept.safetensors", **PAIR)
-    run("models/cat/concept.safetensors", **PAIR, replace=True)
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"positive": "lora/none.safetensors"}, "expected a file at .*none.safetensors; got none"),
         ({"positive": "README.txt"}, "expected a safetensors file README.txt"),
         ({"positive": "embeddings/my-fox.safetensors"}, "got an embedding .*; give it in import.words"),
         ({"words": {"pt1": "lora/fox.safetensors"}}, r"expected one embedding \[n, D\] in fox.safetensors"),
@@ -309,7 +306,6 @@ def test_a_concept_in_place_is_only_replaced_when_asked(run: Run) -> None:
             {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "my{cat}"}},
             "without spaces, braces or slashes; got 'my{cat}'; name it, such as import.names.pt1=my-cat",
         ),
-        ({"toolkit": "nowhere"}, "expected a folder at .*nowhere; got none"),
         ({"toolkit": "lora"}, "expected files named"),
         ({**PAIR, "clip_skip": 2}, "clip_skip below the text encoder's 2 layers"),
     ],

@@ -173,7 +173,7 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
         tokenizer, towers, model = (
             PretrainedFolderDataset(path=str(tmp_path / folder / name)) for name in ("tokenizer", "towers", "model")
         )
-        tokenizer.save(build_vocabulary(sprites, params, store))
+        tokenizer.save(build_vocabulary(sprites, params))
         towers.save(train_towers(sprites, tokenizer.load(), params, store, tracker))
         paths = autoencoder.load(), tokenizer.load(), towers.load()
         pipeline = train_denoiser(sprites, *paths, "", params, store, tracker)

@@ -12,7 +12,7 @@ from dreamartist_pipeline.backbones import base_model as base_model_module
 from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.datasets.image_store import ImageStore
+from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.pipelines.regularization import create_pipeline
 from dreamartist_pipeline.pipelines.regularization.nodes import describe_set, make_regularization_set
@@ -22,69 +22,68 @@ PARAMS = RegularizationParams(sampler=SamplerParams(num_inference_steps=2, batch
 CPU = DeviceParams(device="cpu")
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "regularization")
+def make(base_model: Path, folder: Path, params: RegularizationParams = PARAMS) -> RegularizationSetDataset:
+    """Draw a set as the node and its dataset do."""
+    made = RegularizationSetDataset(filepath=str(folder / "fox.json"), path=str(folder / "sets"))
+    made.save(make_regularization_set(base_model.as_posix(), PROMPTS, params, CPU))
+    return made
 
 
-def make(base_model: Path, store: ImageStore, params: RegularizationParams = PARAMS) -> dict[str, Any]:
-    return make_regularization_set(base_model.as_posix(), PROMPTS, store, params, CPU)
-
-
-def files_of(store: ImageStore, key: str) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in store.folder(key).iterdir()}
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
 
 
 # --------------------------------------------------------------------------------------------- drawing
 
 
-def test_the_base_model_draws_one_image_per_prompt(tiny_base_model: Path, store: ImageStore) -> None:
-    made = make(tiny_base_model, store)
+def test_the_base_model_draws_one_image_per_prompt(tiny_base_model: Path, tmp_path: Path) -> None:
+    made = make(tiny_base_model, tmp_path).load()
 
-    assert made["num_images"] == 3
-    assert made["base_model_fingerprint"] == BaseModelFiles(tiny_base_model).fingerprint()
-    assert list(store.captions(made["key"]).values()) == PROMPTS
-    assert [image.size for image in store.images(made["key"])] == [(32, 32)] * 3
-    assert store.manifest(made["key"]) == made == json.loads(json.dumps(made))
+    assert [caption for caption, _ in made] == PROMPTS
+    assert [read().size for _, read in made] == [(32, 32)] * 3
+    manifest = json.loads((tmp_path / "fox.json").read_text())
+    assert manifest["num_images"] == 3
+    assert manifest["base_model_fingerprint"] == BaseModelFiles(tiny_base_model).fingerprint()
+    assert json.loads((tmp_path / "sets" / manifest["key"] / "manifest.json").read_text()) == manifest
 
 
-def test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i(tiny_base_model: Path, store: ImageStore) -> None:
-    made = make(tiny_base_model, store)
+def test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i(tiny_base_model: Path, tmp_path: Path) -> None:
+    made = make(tiny_base_model, tmp_path).load()
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     loaded = concepts.attach(backbone, None, StrengthParams())
     expected = concepts.generate(backbone, loaded, PROMPTS, "", [5, 6, 7], PARAMS.sampler)
 
-    drawn = list(store.images(made["key"]))
-
-    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
+    assert [read().tobytes() for _, read in made] == [image.tobytes() for image in expected]
 
 
-def test_a_complete_set_is_used_again_without_loading_the_base_model(
-    tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_whole_set_is_used_again_without_loading_the_base_model(
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = make(tiny_base_model, store)
+    make(tiny_base_model, tmp_path)
+    before = files_in(tmp_path)
     monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
 
     with caplog.at_level(logging.INFO):
-        again = make(tiny_base_model, store)
+        make(tiny_base_model, tmp_path)
 
-    assert again == made
-    assert f"The regularization set {made['key']} (3 images) is complete and is used again." in caplog.text
+    assert files_in(tmp_path) == before
+    assert " (3 images) is complete and is used again." in caplog.text
 
 
 def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
-    tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+    made = make_regularization_set(tiny_base_model.as_posix(), [], PARAMS, CPU)
+    dataset = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path / "sets"))
 
-    made = make_regularization_set(tiny_base_model.as_posix(), [], store, PARAMS, CPU)
+    dataset.save(made)
 
-    assert made["num_images"] == 0
-    assert store.has(made["key"])
+    assert dataset.load() == []
 
 
 def test_an_interrupted_set_is_continued_to_the_same_bytes(
-    tiny_base_model: Path, store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate = concepts.generate
 
@@ -95,40 +94,37 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(
 
     monkeypatch.setattr(concepts, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        make(tiny_base_model, store)
+        make(tiny_base_model, tmp_path / "continued")
     asked: list[list[str]] = []
     monkeypatch.setattr(concepts, "generate", lambda *args: asked.append(args[2]) or generate(*args))
 
-    made = make(tiny_base_model, store)
+    make(tiny_base_model, tmp_path / "continued")
 
     assert asked == [PROMPTS[2:]]
     monkeypatch.undo()
-    at_once = ImageStore(tmp_path / "at_once")
-    make(tiny_base_model, at_once)
-    assert files_of(store, made["key"]) == files_of(at_once, made["key"])
+    make(tiny_base_model, tmp_path / "at_once")
+    assert files_in(tmp_path / "continued") == files_in(tmp_path / "at_once")
 
 
-def test_other_parameters_make_another_set_and_leave_the_first(tiny_base_model: Path, store: ImageStore) -> None:
-    first = make(tiny_base_model, store)
-    before = files_of(store, first["key"])
+def test_other_parameters_make_another_set_and_leave_the_first(tiny_base_model: Path, tmp_path: Path) -> None:
+    make(tiny_base_model, tmp_path)
+    first = files_in(tmp_path / "sets")
 
-    second = make(tiny_base_model, store, PARAMS.model_copy(update={"seed": 6}))
+    make(tiny_base_model, tmp_path, PARAMS.model_copy(update={"seed": 6}))
 
-    assert second["key"] != first["key"]
-    assert files_of(store, first["key"]) == before
-    assert store.has(second["key"])
+    both = files_in(tmp_path / "sets")
+    assert first.items() < both.items()
+    assert len({name.split("/")[0] for name in both if name.endswith(".png")}) == 2
 
 
-def test_an_incomplete_base_model_is_refused_before_anything_is_written(
-    tiny_base_model: Path, store: ImageStore, tmp_path: Path
-) -> None:
+def test_an_incomplete_base_model_is_refused_before_anything_is_written(tiny_base_model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(tiny_base_model, tmp_path / "broken")
     shutil.rmtree(broken / "vae")
 
     with pytest.raises(InputError, match="vae"):
-        make(broken, store)
+        make(broken, tmp_path)
 
-    assert not store.root.exists()
+    assert not (tmp_path / "sets").exists()
 
 
 # --------------------------------------------------------------------------------------------- the key
@@ -188,7 +184,6 @@ def test_the_stage_goes_from_base_model_and_prompts_to_the_set() -> None:
     assert stage.inputs() == {
         "base_model",
         "regularization_prompts",
-        "image_store",
         "params:regularization",
         "params:device",
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from dreamartist_pipeline.backbones.concepts import attach, generate, start_conc
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
-from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
 from dreamartist_pipeline.pipelines.training.nodes import (
@@ -51,15 +51,10 @@ class RecordingTracker:
         self.images[step] = image
 
 
-class TwoImages:
-    """An image store with two captioned images of another size than the reference."""
-
-    def captions(self, key: str) -> dict[str, str]:
-        assert key == "the-set"
-        return {"000000.png": "a red cat", "000001.png": "a blue dog"}
-
-    def images(self, key: str) -> Iterator[Image.Image]:
-        yield from (Image.new("RGB", (48, 40), color) for color in ("red", "blue"))
+TWO_IMAGES = [  # of another size than the reference
+    (caption, functools.partial(Image.new, "RGB", (48, 40), color))
+    for caption, color in (("a red cat", "red"), ("a blue dog", "blue"))
+]
 
 
 def picture() -> Image.Image:
@@ -77,8 +72,7 @@ def train(
         base_model=str(base_model),
         prepared_image=picture(),
         prepared_mask=changes.pop("mask", MASK),
-        regularization_set={"key": "the-set"},
-        image_store=changes.pop("image_store", TwoImages()),
+        regularization_set=changes.pop("regularization_set", TWO_IMAGES),
         training_plan=plan,
         params=params,
         caption=CAPTION,
@@ -368,16 +362,9 @@ def test_a_plan_of_other_parameters_is_refused(tiny_base_model: Path, make_train
 def test_rows_from_an_empty_regularization_set_are_refused(
     tiny_base_model: Path, make_training_params: MakeParams
 ) -> None:
-    class NoImages(TwoImages):
-        def captions(self, key: str) -> dict[str, str]:
-            return {}
-
-        def images(self, key: str) -> Iterator[Image.Image]:
-            return iter(())
-
     with pytest.raises(InputError, match=r"regularization_batch_size=1; got an empty set; set it to 0"):
-        train(tiny_base_model, make_training_params(), image_store=NoImages())
-    train(tiny_base_model, make_training_params(regularization_batch_size=0, num_steps=0), image_store=NoImages())
+        train(tiny_base_model, make_training_params(), regularization_set=[])
+    train(tiny_base_model, make_training_params(regularization_batch_size=0, num_steps=0), regularization_set=[])
 
 
 # --------------------------------------------------------------------------------------------- the data
@@ -518,9 +505,9 @@ def test_an_empty_history_keeps_its_columns() -> None:
 
 
 def test_the_plan_depends_on_raw_inputs_only() -> None:
-    first = create_pipeline().grouped_nodes[0]
+    first = create_pipeline(RecordingTracker()).grouped_nodes[0]
     assert [node.name for node in first] == ["check_training"]
-    raw = {"base_model", "params:training", "params:device", "reference_caption", "user_files"}
+    raw = {"base_model", "params:training", "params:device", "reference_caption", "start_files"}
     assert set(first[0].inputs) == raw
 
 
@@ -544,9 +531,13 @@ def start_file(start: Concept, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def begun(base_model: Path, params: TrainingParams, plan: dict[str, Any] | None = None) -> Concept:
-    files = UserFiles(Path())
-    plan = plan or check_training(str(base_model), params, CAPTION, CPU, files)
-    return train(base_model, params, plan=plan, user_files=files)[0]
+    plan = plan or check_training(str(base_model), params, CAPTION, CPU, files_of(params))
+    return train(base_model, params, plan=plan, start_files=files_of(params))[0]
+
+
+def files_of(params: TrainingParams) -> dict[str, Callable[[], bytes]]:
+    assert params.start_from is not None
+    return {params.start_from: Path(params.start_from).read_bytes}
 
 
 WIDER = {
@@ -596,7 +587,7 @@ def test_the_plan_shows_what_is_taken_over(
 ) -> None:
     params = make_training_params(start_from=str(start_file))
     with caplog.at_level(logging.INFO):
-        plan = check_training(str(tiny_base_model), params, CAPTION, CPU, UserFiles(Path()))
+        plan = check_training(str(tiny_base_model), params, CAPTION, CPU, files_of(params))
     assert plan["start"]["sha256"] == hashlib.sha256(start_file.read_bytes()).hexdigest()
     assert plan["start"]["taken_over"]["text_encoder.0.positive"] == 12
     assert plan["start"]["taken_over"]["words.negative.pt1"] == 3
@@ -609,7 +600,7 @@ def test_a_plan_made_for_another_start_is_refused(
     tiny_base_model: Path, make_training_params: MakeParams, start_file: Path
 ) -> None:
     params = make_training_params(num_steps=0, start_from=str(start_file))
-    plan = check_training(str(tiny_base_model), params, CAPTION, CPU, UserFiles(Path()))
+    plan = check_training(str(tiny_base_model), params, CAPTION, CPU, files_of(params))
     changed = plan | {"start": plan["start"] | {"sha256": "another"}}
     for other in (changed, check_training(str(tiny_base_model), make_training_params(), CAPTION)):
         with pytest.raises(InputError, match="got another one, from an earlier run"):
@@ -642,7 +633,6 @@ def test_a_start_that_cannot_be_taken_over_is_refused_in_the_plan(
     save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors")
     narrow = [{"lr": 1e-3, "rank": 1, "layers": (r"re:.*\.attn.?$",), "branch": branch} for branch in "pn"]
     refused = [
-        (tiny_base_model, {"start_from": "nowhere.safetensors"}, "expected a file at nowhere.safetensors; got none"),
         (tiny_base_model, {"start_from": str(tmp_path / "lora.safetensors")}, "kedro run --pipeline import"),
         (other_tiny_base_model, {}, "expected the base model that the concept was trained on"),
         (tiny_base_model, {"clip_skip": 1}, "training.clip_skip 0, .* got 1; set it to 0"),
@@ -657,4 +647,4 @@ def test_a_start_that_cannot_be_taken_over_is_refused_in_the_plan(
     for model, changes, message in refused:
         params = make_training_params(**{"start_from": str(start_file), **changes})
         with pytest.raises(InputError, match=message):
-            check_training(str(model), params, CAPTION, CPU, UserFiles(Path()))
+            check_training(str(model), params, CAPTION, CPU, files_of(params))

@@ -12,14 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.metrics import clip_score
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of each channel, in 0..1."""
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -32,16 +38,14 @@ _BATCH_SIZE = 16
 class Evaluator:
     """An image network with its preprocessing.
 
-    name: as it was asked for. features: images `[B, 3, size_px, size_px]`, normalised by `mean` and `std` of each
-    channel (in 0..1) -> features `[B, D]`, of any length.
+    name: as it was asked for. features: prepared images `[B, 3, S, S]` -> features `[B, D]`, of any length. processor:
+    of transformers; resizes to the network's square without cropping, and normalises.
     """
 
     name: str
     features: Callable[[torch.Tensor], torch.Tensor]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    processor: Any
     device: torch.device
-    size_px: int = _INPUT_PX
 
     @property
     def label(self) -> str:
@@ -62,11 +66,29 @@ class Evaluator:
         return F.normalize(torch.cat(rows), dim=1)
 
     def _prepare(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        size = (self.size_px, self.size_px)
-        resized = [np.array(image.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for image in images]
-        batch = torch.from_numpy(np.stack(resized)).to(self.device).float() / 255  # [B, H, W, 3]
-        mean, std = torch.tensor(self.mean, device=self.device), torch.tensor(self.std, device=self.device)
-        return ((batch - mean) / std).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        rgb = [image.convert("RGB") for image in images]
+        prepared: torch.Tensor = self.processor(rgb, return_tensors="pt")["pixel_values"].to(self.device)
+        return prepared
+
+
+@dataclass(frozen=True)
+class TextImageModel:
+    """A CLIP model that says how well pictures fit texts.
+
+    images: the evaluator of its image tower. embed_texts: texts -> embeddings `[N, D]`.
+    """
+
+    images: Evaluator
+    embed_texts: Callable[[Sequence[str]], torch.Tensor]
+
+    @property
+    def label(self) -> str:
+        """The name without folders."""
+        return self.images.label
+
+    def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+        """Return the CLIPScore of each picture with its text: float32 `[N]`."""
+        return clip_score(self.images.embed(images), self.embed_texts(texts))
 
 
 def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
@@ -86,7 +108,7 @@ def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
         return _clip(name, source, target)
     if kind == "dinov2":
         return _dinov2(name, source, target)
-    return Evaluator(name, _efficientnet_lite0(target), *_IMAGENET, device=target)
+    return Evaluator(name, _efficientnet_lite0(target), _square(_INPUT_PX, _IMAGENET), target)
 
 
 def check_evaluator(name: str) -> None:
@@ -129,22 +151,118 @@ def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.
 
 
 def _clip(name: str, source: str, device: torch.device) -> Evaluator:
+    return _image_tower(_load_clip(name, source, device), name, source)
+
+
+def _load_clip(name: str, source: str, device: torch.device) -> CLIPModel:
     from transformers import CLIPModel  # whole: the vision tower alone does not read the width of its projection
 
-    network = _from_pretrained(CLIPModel, name, source, "clip").to(device)
+    return cast("CLIPModel", _from_pretrained(CLIPModel, name, source, "clip").to(device))
 
+
+def _image_tower(network: CLIPModel, name: str, source: str) -> Evaluator:
     def features(images: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = network.visual_projection(network.vision_model(pixel_values=images).pooler_output)
         return projected
 
-    return Evaluator(name, features, *CLIP_NORMALIZATION, device, int(network.config.vision_config.image_size))
+    processor = _processor(source, int(network.config.vision_config.image_size), CLIP_NORMALIZATION)
+    return Evaluator(name, features, processor, network.device)
 
 
 def _dinov2(name: str, source: str, device: torch.device) -> Evaluator:
     from transformers import Dinov2Model
 
     network = _from_pretrained(Dinov2Model, name, source, "dinov2").to(device)
-    return Evaluator(name, lambda images: network(pixel_values=images).pooler_output, *_IMAGENET, device)
+    processor = _processor(source, _INPUT_PX, _IMAGENET)
+    return Evaluator(name, lambda images: network(pixel_values=images).pooler_output, processor, device)
+
+
+def _square(side_px: int, normalization: Normalization) -> Any:
+    """Return a processor that resizes whole pictures to a square, and normalises them."""
+    from transformers import CLIPImageProcessorPil
+
+    size, (mean, std) = {"height": side_px, "width": side_px}, normalization
+    return CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=mean, image_std=std)
+
+
+def _processor(source: str, side_px: int, usual: Normalization) -> Any:
+    """Return the model's own processor, without its cropping; the usual one of its kind where a folder has none."""
+    from transformers import AutoImageProcessor
+
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+        return _square(side_px, usual)
+    size = {"height": side_px, "width": side_px}
+    return AutoImageProcessor.from_pretrained(
+        folder if folder.is_dir() else source, backend="pil", size=size, do_center_crop=False
+    )
+
+
+# ------------------------------------------------------------------------------------------------- texts and pictures
+
+
+def load_text_image_model(
+    name: str | None, base_model: str, device: torch.device | str = "cpu"
+) -> TextImageModel | None:
+    """Load the CLIP model that compares pictures with texts.
+
+    Args:
+        name: "clip:FOLDER_OR_HUB_ID" with a tokenizer, "auto" for the base model's own towers, or None.
+        base_model: its folder, or `hub:OWNER/NAME`.
+        device: where it runs.
+
+    Returns:
+        None where none was asked for, or the base model has no towers.
+
+    Raises:
+        InputError: see `load_evaluator`; or the model has no tokenizer.
+    """
+    own = own_towers(base_model)
+    if name is None or (name == "auto" and own is None):
+        return None
+    tokenizer = f"{base_model}/tokenizer" if name == "auto" else name.removeprefix("clip:")
+    name = f"clip:{own}" if name == "auto" else name
+    source = name.removeprefix("clip:")
+    network = _load_clip(name, source, torch.device(device)).float()
+    return TextImageModel(_image_tower(network, name, source), _text_tower(network, name, tokenizer))
+
+
+def own_towers(base_model: str) -> Path | None:
+    """Return the folder of the CLIP towers that a base model was trained with, as the embedded one was.
+
+    They lie in `towers` beside its folder, and their vocabulary is of the same size.
+    """
+    folder = Path(base_model).resolve()
+    files = folder / "text_encoder" / "config.json", folder.with_name("towers") / "config.json"
+    if not all(file.is_file() for file in files):
+        return None
+    encoder, towers = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    same_words = encoder["vocab_size"] == towers.get("text_config", {}).get("vocab_size")
+    return folder.with_name("towers") if same_words else None
+
+
+def _text_tower(network: CLIPModel, name: str, source: str) -> Callable[[Sequence[str]], torch.Tensor]:
+    from transformers import CLIPTokenizer
+
+    folder = Path(source).expanduser()
+    tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else source)
+    expected = network.config.text_config.vocab_size
+    if len(tokenizer) != expected:  # transformers makes a tokenizer of almost nothing where there are no files
+        raise InputError(
+            f"expected a tokenizer of {expected} words with {name!r}, got one of {len(tokenizer)} in {source!r}; "
+            "give a model with its tokenizer, or set evaluation.text_image_model to null"
+        )
+
+    @torch.inference_mode()
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(network.device)
+        pooled = network.text_model(**tokens).pooler_output
+        return F.normalize(network.text_projection(pooled).float().cpu(), dim=1)
+
+    return embed
+
+
+# ------------------------------------------------------------------------------------------------- files
 
 
 def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any:

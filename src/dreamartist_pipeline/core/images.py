@@ -22,16 +22,6 @@ MIN_SIDE_PX = 8
 NEUTRAL_GREY = 127  # the attention mask's grey that weighs exactly 1
 MAX_ATTENTION = 5.0  # the weight of white
 
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE_OF_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD")  # phone photos with a depth or gain map, layered files: take frame 0
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
@@ -63,15 +53,13 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
         with _pillow_pixel_limit(max_pixels):  # holds for pictures inside the file, too
             _check_still(image, name)
             image.load()
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+            ImageOps.exif_transpose(image, in_place=True)
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"expected {name} to have at most {max_pixels:,} pixels; got more ({error})") from error
     except _DAMAGE as error:
         raise _damaged(name, f"{image.format} file", error) from error
-    if orientation in _TRANSPOSE_OF_ORIENTATION:
-        image = image.transpose(_TRANSPOSE_OF_ORIENTATION[orientation])
     return _to_rgb_or_rgba(image, name)
 
 

@@ -85,6 +85,15 @@ def similarity(embeddings: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
     return torch.nn.functional.cosine_similarity(embeddings.float(), reference.float()[None], dim=1)
 
 
+def clip_score(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Return how well each image `[N, D]` fits its text `[N, D]`: float32 `[N]`, 0 to 2.5.
+
+    2.5 · max(cos, 0): CLIPScore (Hessel et al. 2021, eq. 1), here without the words "A photo depicts" before the text.
+    """
+    cosine = torch.nn.functional.cosine_similarity(images.float(), texts.float(), dim=1)
+    return 2.5 * cosine.clamp(min=0)
+
+
 def mean_pairwise_distance(embeddings: torch.Tensor) -> float:
     """Return the mean of 1 - cosine over all pairs of rows of `[N, D]`: 0 when all images are the same.
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
+from kedro_datasets.partitions import PartitionedDataset
 
+from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 _PREVIEW_SIDE_PX = 512
+_PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 
 
 class ReferenceImageDataset(AbstractDataset[None, bytes]):
@@ -41,7 +44,7 @@ class ReferenceImageDataset(AbstractDataset[None, bytes]):
 
     def preview(self) -> ImagePreview:
         """Show the picture, scaled down."""
-        return _preview(self.load())
+        return _file_preview(self.load())
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -84,7 +87,7 @@ class OptionalImageDataset(AbstractDataset[None, bytes | None]):
     def preview(self) -> ImagePreview:
         """Show the picture, scaled down; nothing when there is none."""
         data = self.load()
-        return ImagePreview("") if data is None else _preview(data)
+        return ImagePreview("") if data is None else _file_preview(data)
 
     def _exists(self) -> bool:
         return self._filepath is None or self._filepath.is_file()
@@ -169,13 +172,31 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
 
     def preview(self) -> ImagePreview:
         """Show the image, scaled down."""
-        return _preview(_read(self._filepath, "an image", "run the pipeline that makes it"))
+        return _file_preview(_read(self._filepath, "an image", "run the pipeline that makes it"))
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix(), "save_args": self._save_args}
+
+
+class ImageRunsDataset(PartitionedDataset):  # type: ignore[misc]  # its library has no types
+    """Named images in a folder that is new for every run; a preview shows those of the newest.
+
+    Args:
+        path: this run's folder; the folders beside it that begin with a digit are those of earlier runs.
+        metadata: for kedro-viz.
+    """
+
+    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
+        super().__init__(path=path, dataset=ImageDataset, filename_suffix=".png", metadata=metadata)
+
+    def preview(self) -> ImagePreview:
+        """Show the first images of the newest run."""
+        runs = sorted(folder for folder in Path(self._path).parent.glob("[0-9]*") if folder.is_dir())
+        files = sorted(runs[-1].glob("*.png")) if runs else []
+        return grid_preview([(file.stem, ImageDataset(filepath=str(file)).load) for file in files])
 
 
 KEPT_TEXTS = ("parameters", "dreamartist")
@@ -200,6 +221,17 @@ def _texts(image: "Image") -> "PngInfo | None":
     return texts if kept else None
 
 
+def grid_preview(captioned: CaptionedImages) -> ImagePreview:
+    """Return what kedro-viz shows of several images: the first ones, each above its caption; nothing of none."""
+    from dreamartist_pipeline.core.images import image_grid
+
+    first = captioned[:_PREVIEWED]
+    if not first:
+        return ImagePreview("")
+    images, captions = [read() for _, read in first], [caption for caption, _ in first]
+    return image_preview(image_grid(images, _PREVIEW_COLUMNS, captions, _PREVIEW_CELL_PX))
+
+
 def _read(file: Path, what: str, remedy: str) -> bytes:
     if file.is_file():
         return file.read_bytes()
@@ -216,11 +248,16 @@ def _neighbours(file: Path) -> str:
     return f" (in {folder}: {', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
 
 
-def _preview(data: bytes) -> ImagePreview:
+def _file_preview(data: bytes) -> ImagePreview:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image_preview(image)
+
+
+def image_preview(image: "Image") -> ImagePreview:
+    """Return what kedro-viz shows of an image, scaled down."""
+    small = image.convert("RGBA" if image.has_transparency_data else "RGB")
     small.thumbnail((_PREVIEW_SIDE_PX, _PREVIEW_SIDE_PX))
     png = io.BytesIO()
     small.save(png, "PNG")

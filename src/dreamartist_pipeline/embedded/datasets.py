@@ -15,14 +15,13 @@ from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.embedded.judge import Judge
-    from dreamartist_pipeline.embedded.sprites import SpriteSet
+    from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 JUDGE_FORMAT = "dreamartist-judge/1"
 _JUDGE_HEADER = "judge"  # one entry, so that the same judge gives the same bytes
-SpritePackages = dict[str, dict[str, Any]]  # package -> JSON file's stem -> its content
 
 
-class SpritePackagesDataset(AbstractDataset[None, SpritePackages]):
+class SpritePackagesDataset(AbstractDataset[None, "SpritePackages"]):
     """Published icon packages (npm tarballs), verified against their SHA-256 before a byte is parsed.
 
     Args:

@@ -22,11 +22,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import StageParams
 
 Checkpoint = dict[str, Any]
 _REPORT_EVERY = 25  # steps
 _SIZED_AFTER = 100  # steps, whose throughput decides how many fit into a stage's minutes
+
+
+class Checkpoints(Protocol):
+    """Where the checkpoints of the stages are kept, by name."""
+
+    def of_recipe(self, recipe: str) -> Checkpoints:
+        """Return those of one recipe, which no other one sees."""
+
+    def load(self, name: str) -> Checkpoint | None:
+        """Return the latest of that name, or None."""
+
+    def save(self, name: str, state: Checkpoint) -> None:
+        """Replace it, whole or not at all."""
 
 
 class Autoencoder(Protocol):
@@ -105,13 +119,6 @@ class ProgressBar(Protocol):
 
     def set_postfix(self, **values: str) -> None:
         """Show values beside the bar."""
-
-
-class Tracker(Protocol):
-    """What reporting needs of the run's tracker."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Record values at a step."""
 
 
 class StageReporter:

@@ -18,7 +18,8 @@ from dreamartist_pipeline.params import PretrainParams
 if TYPE_CHECKING:
     import numpy as np
 
-    from dreamartist_pipeline.embedded.datasets import SpritePackages
+SpritePackages = dict[str, dict[str, Any]]
+"""Package -> stem of a JSON file -> its content."""
 
 EMOJI_NAMES = "emojibase-data"  # code points with their groups
 NAMES_BY_CODE_POINT = "noto"  # the package whose icon names stand in where a package has no code points

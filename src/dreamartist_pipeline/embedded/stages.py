@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.embedded.model import (
     build_autoencoder,
     build_text_encoder,
@@ -23,6 +24,7 @@ from dreamartist_pipeline.embedded.model import (
 )
 from dreamartist_pipeline.embedded.pretraining import (
     Checkpoint,
+    Checkpoints,
     StageReporter,
     StageSettings,
     autoencoder_loss,
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPModel
 
-    from dreamartist_pipeline.embedded.datasets import CheckpointStore
 
 _VALIDATION_SCENES = 256
 _NUM_SHOWN_OBJECTS = 64
@@ -50,7 +51,7 @@ _DRAWN_AT_ONCE = 16
 
 
 def fit_autoencoder(
-    sprites: SpriteSet, held_out: SpriteSet, params: PretrainParams, store: CheckpointStore, tracker: Any
+    sprites: SpriteSet, held_out: SpriteSet, params: PretrainParams, store: Checkpoints, tracker: Tracker
 ) -> AutoencoderKL:
     """Train the autoencoder and fold its latent statistics in; on every rank.
 
@@ -102,8 +103,8 @@ def fit_towers(
     token_ids: torch.Tensor,
     tokenizer_path: str,
     params: PretrainParams,
-    store: CheckpointStore,
-    tracker: Any,
+    store: Checkpoints,
+    tracker: Tracker,
 ) -> CLIPModel:
     """Train text and image tower to find each other's match (Radford et al. 2021); on every rank.
 
@@ -162,7 +163,7 @@ class DenoiserParts:
 
 
 def fit_denoiser(
-    sprites: SpriteSet, parts: DenoiserParts, params: PretrainParams, store: CheckpointStore, tracker: Any
+    sprites: SpriteSet, parts: DenoiserParts, params: PretrainParams, store: Checkpoints, tracker: Tracker
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder on scenes drawn anew for every step; on every rank, each with modules of its own.
 
@@ -251,8 +252,8 @@ def _fit(
     loss_of: Any,
     stage: StageParams,
     seed: int,
-    store: CheckpointStore,
-    tracker: Any,
+    store: Checkpoints,
+    tracker: Tracker,
     save: Any,
 ) -> None:
     checkpoint = store.load(name)

@@ -54,7 +54,7 @@ def source(name: str, file: bytes, holds: str) -> Source:
 
 
 def read_toolkit_folder(
-    user_files: UserFiles,
+    files: UserFiles,
     folder: str,
     layout: ModelLayout,
     names: Mapping[str, Sequence[str]],
@@ -64,22 +64,21 @@ def read_toolkit_folder(
     """Read the files of one step out of a folder that the reference toolkit left.
 
     Args:
-        user_files: reads them.
-        folder: with the files, or with all these in `ckpts/`.
+        files: those of the folder.
+        folder: what it is called in messages.
         layout: of the base model.
         names: slot -> positive and, perhaps, negative word; empty: one pair, of which the negative ends in "-neg".
         step: which one; None takes the newest.
         option: where users name the words of a slot, for an error: "import.names.{slot}".
 
     Raises:
-        InputError: there is no such folder or step, nothing in it, words that are not there or no pair, or a file that
+        InputError: there is no such step, nothing in it, words that are not there or no pair, or a file that
             does not belong there or to this base model.
     """
-    paths = user_files.names(folder)
-    of_step = files_of_step(paths, step)
-    files = {name: user_files.read(paths[name]) for name in of_step.names}
+    of_step = files_of_step(files, step)
+    contents = {name: files[name]() for name in of_step.names}
     modules = {network: list(layers) for network, layers in layout.shapes.items()}
-    found, vectors = read_toolkit(files, modules, step)
+    found, vectors = read_toolkit(contents, modules, step)
     words = toolkit_words(vectors, names, option.format(slot=SLOT))
     if not (found or words):
         raise InputError(f"expected adapters or words in {folder}; got none; give the folder of a training")
@@ -89,7 +88,7 @@ def read_toolkit_folder(
         source(name, file, f"{word_of[name].branch} word {word_of[name].name}")
         if name in word_of
         else source(name, file, "adapters, HCP-Diffusion")
-        for name, file in files.items()
+        for name, file in contents.items()
     ]
     return Imported(adapters, tuple(words), tuple(sources), of_step.step or 0)
 

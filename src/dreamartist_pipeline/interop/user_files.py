@@ -1,15 +1,8 @@
-"""Where the files lie that users name."""
+"""Files of users, read when they are asked for."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
-
-class UserFiles(Protocol):
-    """Reads files by the paths that users write."""
-
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes."""
-
-    def names(self, path: str) -> dict[str, str]:
-        """Return name -> path of the files of a folder; in its `ckpts`, where it has one."""
+UserFiles = Mapping[str, Callable[[], bytes]]
+"""A path as it is written in the parameters, or a file's name in a folder -> what reads the file."""

@@ -26,6 +26,13 @@ class Embedder(Protocol):
         """Return embeddings `[N, D]` with rows of length 1."""
 
 
+class TextImageScorer(Protocol):
+    """What measuring needs of a model that compares pictures with texts."""
+
+    def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+        """Return how well each picture fits its text `[N]`."""
+
+
 @dataclass(frozen=True)
 class Drawings:
     """What one model drew: `images[prompt][seed]`.
@@ -54,13 +61,15 @@ class Evidence:
     """Everything that is measured.
 
     subject, prior: by BASE and CONCEPT; prompts with the subject's slot, and prompts without it, same seeds.
-    reconstruction: the reference after the autoencoder, the best that any concept can reach.
+    reconstruction: the reference after the autoencoder, the best that any concept can reach. class_word: what prompts
+    call the subject where a trigger word would mean nothing.
     """
 
     reference: Image.Image
     reconstruction: Image.Image
     subject: dict[str, Drawings]
     prior: dict[str, Drawings]
+    class_word: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,19 @@ class Measurements:
     metrics: dict[str, float]
 
 
-def measure(evidence: Evidence, embedders: Sequence[Embedder]) -> Measurements:
+def measure(
+    evidence: Evidence,
+    embedders: Sequence[Embedder],
+    text_image: TextImageScorer | None = None,
+    color_agreement: bool = False,
+) -> Measurements:
     """Measure all images with arithmetic on their pixels and with each evaluator.
 
     Metrics, where <group> is base or concept:
 
-    * `background_agreement/<group>`, `color_agreement/<group>`: share of images that follow the prompt, 0..1;
+    * `clip_score/<group>`, with `text_image`: mean CLIPScore of an image with its prompt;
+    * `background_agreement/<group>`, `color_agreement/<group>`, with `color_agreement`: share of images that follow the
+      prompt, 0..1;
     * `copying_pixels/<group>`: 1 - distance (0..1) of the image that is nearest to the reference;
     * `prior_drift_pixels`: mean distance, 0..1, between both models' images of prompts without trigger word;
 
@@ -88,13 +104,16 @@ def measure(evidence: Evidence, embedders: Sequence[Embedder]) -> Measurements:
     * `<evaluator>/diversity/<group>`: mean distance between the seeds of one prompt;
     * `<evaluator>/prior_drift`: mean distance of prior images between both models.
     """
-    rows = {group: _agreement_rows(group, drawings, evidence.reference) for group, drawings in evidence.subject.items()}
+    rows = {group: _subject_rows(group, drawings, evidence.reference) for group, drawings in evidence.subject.items()}
     prior_rows = _drift_rows(evidence.prior)
     metrics: dict[str, float] = {}
     for embedder in embedders:
         metrics |= _embedding_metrics(embedder, evidence, rows, prior_rows)
     for group, group_rows in rows.items():
-        metrics |= _shares(group, group_rows)
+        if text_image is not None:
+            metrics[f"clip_score/{group}"] = _add_scores(group_rows, evidence, group, text_image)
+        if color_agreement:
+            metrics |= _add_agreement(group_rows, evidence.subject[group], group)
         metrics[f"copying_pixels/{group}"] = max(row["copying_pixels"] for row in group_rows)
     metrics["prior_drift_pixels"] = _mean([row["drift_pixels"] for row in prior_rows])
     return Measurements([row for group in rows.values() for row in group] + prior_rows, metrics)
@@ -103,7 +122,7 @@ def measure(evidence: Evidence, embedders: Sequence[Embedder]) -> Measurements:
 # ---------------------------------------------------------------------------------------------- pixels
 
 
-def _agreement_rows(group: str, drawings: Drawings, reference: Image.Image) -> list[TableRow]:
+def _subject_rows(group: str, drawings: Drawings, reference: Image.Image) -> list[TableRow]:
     from dreamartist_pipeline.core.metrics import image_distance
 
     return [
@@ -112,10 +131,9 @@ def _agreement_rows(group: str, drawings: Drawings, reference: Image.Image) -> l
             "group": group,
             "prompt": prompt,
             "seed": seed,
-            **_agreement(template, image),
             "copying_pixels": 1 - image_distance(image.resize(reference.size), reference),
         }
-        for template, prompt, seed, image in drawings.cells()
+        for _, prompt, seed, image in drawings.cells()
     ]
 
 
@@ -154,13 +172,34 @@ def _drift_rows(prior: dict[str, Drawings]) -> list[TableRow]:
     ]
 
 
-def _shares(group: str, rows: Sequence[TableRow]) -> dict[str, float]:
+def _add_agreement(rows: Sequence[TableRow], drawings: Drawings, group: str) -> dict[str, float]:
+    """Add to each row what its prompt asks for and its image shows, and return the shares that agree."""
     shares = {}
+    for row, (template, _, _, image) in zip(rows, drawings.cells(), strict=True):
+        row.update(_agreement(template, image))
     for name in ("background", "color"):
         answers = [float(row[f"{name}_agrees"]) for row in rows if row[f"{name}_agrees"] is not None]
         if answers:
             shares[f"{name}_agreement/{group}"] = _mean(answers)
     return shares
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+
+def _add_scores(rows: Sequence[TableRow], evidence: Evidence, group: str, text_image: TextImageScorer) -> float:
+    """Add to each row how well its image fits its prompt, in which the class word stands for the subject."""
+    from dreamartist_pipeline.core.captions import fill_template, slot_names
+
+    drawings = evidence.subject[group]
+    texts = [
+        fill_template(template, dict.fromkeys(slot_names(template), evidence.class_word))
+        for template, _, _, _ in drawings.cells()
+    ]
+    scores = text_image.score(drawings.flat(), texts).tolist()
+    for row, score in zip(rows, scores, strict=True):
+        row["clip_score"] = score
+    return _mean(scores)
 
 
 # ---------------------------------------------------------------------------------------------- embeddings

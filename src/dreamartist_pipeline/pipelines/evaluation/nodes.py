@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from dreamartist_pipeline.backbones.base_model import Backbone
     from dreamartist_pipeline.backbones.concepts import LoadedConcept
-    from dreamartist_pipeline.backbones.evaluators import Evaluator
+    from dreamartist_pipeline.backbones.evaluators import Evaluator, TextImageModel
     from dreamartist_pipeline.core.concept import Concept
     from dreamartist_pipeline.core.figures import SheetSection
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
@@ -31,16 +32,6 @@ Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 """(prompts, seeds), one of each per image -> the images."""
 
 
-class Tracker(Protocol):
-    """What evaluation needs of the run's tracker."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers."""
-
-    def log_image(self, image: Image.Image, key: str, step: int) -> None:
-        """Log a picture."""
-
-
 def check_evaluation(params: EvaluationParams, training: TrainingParams | None) -> None:
     """Confirm that the evaluators are there, and that the scheduler can draw by the noise schedule of a training.
 
@@ -50,7 +41,8 @@ def check_evaluation(params: EvaluationParams, training: TrainingParams | None) 
     from dreamartist_pipeline.backbones.evaluators import check_evaluator
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
-    for name in params.evaluators:
+    text_image = () if params.text_image_model in (None, "auto") else (params.text_image_model,)
+    for name in (*params.evaluators, *text_image):
         check_evaluator(name)
     check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
 
@@ -64,11 +56,12 @@ def evaluate_concept(
     params: EvaluationParams,
     device: DeviceParams,
     tracker: Tracker,
-) -> tuple[Image.Image, dict[str, float], DataFrame]:
+) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
     Returns:
-        The contact sheet, flat metrics (see `measuring.measure`), and a table with one row per measured image.
+        The contact sheet, flat metrics (see `measuring.measure`), the same as kedro-mlflow takes them, and a table with
+        one row per measured image.
 
     Raises:
         InputError: an evaluator is unknown, the scheduler cannot be set up, the base model is incomplete, or the
@@ -84,12 +77,13 @@ def evaluate_concept(
     log.info("Adapter strengths: %s.", params.strength)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     evaluators = _load_evaluators(params, backbone)
+    text_image = _load_text_image_model(params, base_model, backbone)
     evidence, words = _draw_evidence(backbone, concept, prepared_image, params)
-    measured = measure(evidence, evaluators)
+    measured = measure(evidence, evaluators, text_image, _reads_colors(params, base_model))
     sheet = draw_sheet(evidence, measured.metrics, params, words, evaluators[0].label if evaluators else None)
-    tracker.log_metrics(measured.metrics, step=0)
     tracker.log_image(sheet, key="contact_sheet", step=0)
-    return sheet, measured.metrics, DataFrame(measured.rows)
+    history = {name: {"value": value, "step": 0} for name, value in measured.metrics.items()}
+    return sheet, measured.metrics, history, DataFrame(measured.rows)
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -99,6 +93,25 @@ def _load_evaluators(params: EvaluationParams, backbone: Backbone) -> list[Evalu
     from dreamartist_pipeline.backbones.evaluators import load_evaluator
 
     return [load_evaluator(name, backbone.device) for name in params.evaluators]
+
+
+def _load_text_image_model(params: EvaluationParams, base_model: str, backbone: Backbone) -> TextImageModel | None:
+    from dreamartist_pipeline.backbones.evaluators import load_text_image_model
+
+    model = load_text_image_model(params.text_image_model, base_model, backbone.device)
+    if model is None:
+        log.info(
+            "Without a CLIP model for %s there is no text-image score; "
+            "evaluation.text_image_model=clip:FOLDER_OR_HUB_ID names one.",
+            backbone.name,
+        )
+    return model
+
+
+def _reads_colors(params: EvaluationParams, base_model: str) -> bool:
+    from dreamartist_pipeline.backbones.evaluators import own_towers
+
+    return own_towers(base_model) is not None if params.color_agreement is None else params.color_agreement
 
 
 def _draw_evidence(
@@ -125,7 +138,7 @@ def _draw_evidence(
         draw = {group: _drawer(backbone, loaded[group], params, bar.update) for group in loaded}
         subject = {group: _draw(draw[group], params.prompts, fillings[group], params) for group in loaded}
         prior = {group: _draw(draw[group], params.prior_prompts, {}, params) for group in loaded}
-    return Evidence(reference, reconstruction, subject, prior), words
+    return Evidence(reference, reconstruction, subject, prior, params.class_word), words
 
 
 def _reconstruct(backbone: Backbone, image: Image.Image) -> Image.Image:
@@ -249,6 +262,9 @@ def _score_lines(metrics: dict[str, float], evaluator: str | None) -> list[str]:
             f"similarity to the reference ({evaluator}): base {base:.2f}, concept {concept:.2f}; "
             f"the autoencoder's own reconstruction {ceiling:.2f}"
         )
+    if f"clip_score/{CONCEPT}" in metrics:
+        base, concept = (metrics[f"clip_score/{group}"] for group in (BASE, CONCEPT))
+        lines.append(f"CLIPScore of prompts: base {base:.2f}, concept {concept:.2f}")
     for name, text in (("background", "background as asked"), ("color", "object colour as asked")):
         if f"{name}_agreement/{CONCEPT}" in metrics:
             base, concept = (metrics[f"{name}_agreement/{group}"] for group in (BASE, CONCEPT))

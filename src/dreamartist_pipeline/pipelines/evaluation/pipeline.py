@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 
 
-def create_pipeline() -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """Contact sheet, metrics and a table of all images, with and without the concept."""
     return Pipeline(
         [
             node(
-                evaluate_concept,
+                tracked(evaluate_concept, tracker),
                 inputs={
                     "base_model": "base_model",
                     "concept": "concept",
                     "prepared_image": "prepared_image",
                     "params": "params:evaluation",
                     "device": "params:device",
-                    "tracker": "tracker",
                 },
-                outputs=["contact_sheet", "evaluation_metrics", "evaluation_table"],
+                outputs=["contact_sheet", "evaluation_metrics", "evaluation_scores", "evaluation_table"],
                 name="evaluate_concept",
                 tags="evaluation",
             )

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def import_concept(
-    base_model: str, user_files: UserFiles, concept_in_place: str | None, params: ImportParams
+    base_model: str, import_files: UserFiles, toolkit_files: UserFiles, params: ImportParams
 ) -> tuple[Concept, dict[str, Any]]:
     """Make a concept of LoRA and embedding files, checked against the base model without loading its weights.
 
@@ -28,8 +28,8 @@ def import_concept(
         The concept, and the report: layers, ranks and vectors by branch, and the files with their SHA-256.
 
     Raises:
-        InputError: nothing to import, a concept that would be replaced unasked, a file that is missing, damaged, of
-            another kind or for another base model, or a trigger word that cannot be used.
+        InputError: nothing to import, a file that is damaged, of another kind or for another base model, or a trigger
+            word that cannot be used.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.backbones.layouts import layout_of
@@ -38,13 +38,13 @@ def import_concept(
     from dreamartist_pipeline.pipelines.importing.reading import read_single_files
     from dreamartist_pipeline.pipelines.importing.reporting import describe, summary
 
-    check_request(concept_in_place, params)
+    check_request(params)
     files = BaseModelFiles(base_model)
     layout = layout_of(load_outline(files), params.clip_skip)
     if params.toolkit is None:
-        read = read_single_files(user_files, params, layout)
+        read = read_single_files(import_files, params, layout)
     else:
-        read = read_toolkit_folder(user_files, params.toolkit, layout, params.names, params.step, _NAMES)
+        read = read_toolkit_folder(toolkit_files, params.toolkit, layout, params.names, params.step, _NAMES)
     imported = settled(read, layout, params.positive_acts_on, _NAMES)
     identity = BaseModelIdentity(files.name, files.fingerprint())
     concept = make_concept(imported, identity, params.class_word, params.clip_skip)
@@ -53,19 +53,14 @@ def import_concept(
     return concept, report
 
 
-def check_request(concept_in_place: str | None, params: ImportParams) -> None:
-    """Confirm that there is something to import, and that nothing is replaced unasked.
+def check_request(params: ImportParams) -> None:
+    """Confirm that there is something to import.
 
     Raises:
-        InputError: neither files nor a folder, or a concept of this subject without `replace`.
+        InputError: neither files nor a folder.
     """
     if not (params.positive or params.negative or params.words or params.toolkit):
         raise InputError(
             "expected files to import; got none; name them, such as import.positive=cat.safetensors, "
             "import.words.pt1=my-cat.safetensors, or import.toolkit=FOLDER"
-        )
-    if concept_in_place is not None and not params.replace:
-        raise InputError(
-            f"expected a subject without a concept; {concept_in_place} is there already; choose another name "
-            "(subject=NAME), or replace it (import.replace=true)"
         )

@@ -15,8 +15,8 @@ def create_pipeline() -> Pipeline:
                 import_concept,
                 inputs={
                     "base_model": "base_model",
-                    "user_files": "user_files",
-                    "concept_in_place": "concept_in_place",
+                    "import_files": "import_files",
+                    "toolkit_files": "toolkit_files",
                     "params": "params:import",
                 },
                 outputs=["concept", "import_report"],

@@ -15,18 +15,18 @@ from dreamartist_pipeline.params import ImportParams
 _BRANCHES = ("positive", "negative")
 
 
-def read_single_files(user_files: UserFiles, params: ImportParams, layout: ModelLayout) -> Imported:
+def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayout) -> Imported:
     """Read the LoRA files of each branch, and the embedding files of each slot.
 
     Raises:
-        InputError: a file that is missing, of another kind, or for another base model.
+        InputError: a file of another kind, or for another base model.
     """
     sources: list[Source] = []
     adapters: dict[str, BranchAdapter] = {}
     for branch, paths in (("positive", params.positive), ("negative", params.negative)):
         members = []
         for path in paths:
-            file, name = user_files.read(path), PurePath(path).name
+            file, name = files[path](), PurePath(path).name
             lora = read_lora(file, name, layout.shapes)
             members.append(lora.adapter)
             sources.append(source(name, file, f"{branch} LoRA, {lora.form}"))
@@ -36,7 +36,7 @@ def read_single_files(user_files: UserFiles, params: ImportParams, layout: Model
     for slot, paths in params.words.items():
         names = params.names.get(slot, [PurePath(path).stem for path in paths])
         for branch, path, word in zip(_BRANCHES, paths, names, strict=False):
-            file, name = user_files.read(path), PurePath(path).name
+            file, name = files[path](), PurePath(path).name
             words.append(TriggerWord(word, slot, branch, read_embedding(file, name)))
             sources.append(source(name, file, f"{branch} word {word}"))
     return Imported(adapters, tuple(words), tuple(sources))

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import JudgeParams, PretrainParams
 
 if TYPE_CHECKING:
-    from dreamartist_pipeline.embedded.datasets import CheckpointStore, SpritePackages
     from dreamartist_pipeline.embedded.judge import Judge
-    from dreamartist_pipeline.embedded.sprites import SpriteSet
-
-
-class Tracker(Protocol):
-    """What this pipeline needs of the run's tracker."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Record values at a step."""
+    from dreamartist_pipeline.embedded.pretraining import Checkpoints
+    from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 
 def render_training_sprites(packages: SpritePackages, pretrain: PretrainParams, params: JudgeParams) -> SpriteSet:
@@ -30,7 +24,7 @@ def render_test_sprites(packages: SpritePackages, pretrain: PretrainParams) -> S
     return _render_named(packages, pretrain, pretrain.sprite_px)
 
 
-def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: CheckpointStore, tracker: Tracker) -> Judge:
+def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoints, tracker: Tracker) -> Judge:
     """Train the judge on disturbed scenes with every tint; resumes from its last checkpoint."""
     import torch
     from tqdm.auto import tqdm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.judge.nodes import (
     measure_judge,
     render_test_sprites,
@@ -12,13 +13,13 @@ from dreamartist_pipeline.pipelines.judge.nodes import (
 )
 
 
-def create_pipeline() -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """Published drawings → sprites at two sizes → judge, trained on one → its accuracy on the other."""
     return Pipeline(
         [
             node(render_training_sprites, ["sprite_packages", "params:pretrain", "params:judge"], "judge_sprites"),
             node(render_test_sprites, ["sprite_packages", "params:pretrain"], "judge_test_sprites"),
-            node(train_judge, ["judge_sprites", "params:judge", "judge_checkpoints", "tracker"], "judge"),
-            node(measure_judge, ["judge", "judge_test_sprites", "params:judge", "tracker"], "judge_accuracy"),
+            node(tracked(train_judge, tracker), ["judge_sprites", "params:judge", "judge_checkpoints"], "judge"),
+            node(tracked(measure_judge, tracker), ["judge", "judge_test_sprites", "params:judge"], "judge_accuracy"),
         ]
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import PretrainParams
 
 if TYPE_CHECKING:
@@ -12,8 +15,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import CLIPModel, CLIPTokenizer
 
-    from dreamartist_pipeline.embedded.datasets import CheckpointStore, SpritePackages
-    from dreamartist_pipeline.embedded.sprites import SpriteSet
+    from dreamartist_pipeline.embedded.pretraining import Checkpoints
+    from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 
 def render_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
@@ -38,8 +41,8 @@ def train_autoencoder(
     held_out_sprites: SpriteSet,
     base_model: str,
     params: PretrainParams,
-    checkpoints: CheckpointStore,
-    tracker: Any,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
 ) -> AutoencoderKL:
     """Train the autoencoder on scenes of all sprites, or keep the base model's; resumes from its last checkpoint."""
     from diffusers import AutoencoderKL
@@ -53,18 +56,18 @@ def train_autoencoder(
     return run_on_processes(fit_autoencoder, _num_processes(params), sprites, held_out_sprites, params, store, tracker)
 
 
-def build_vocabulary(sprites: SpriteSet, params: PretrainParams, checkpoints: CheckpointStore) -> CLIPTokenizer:
+def build_vocabulary(sprites: SpriteSet, params: PretrainParams) -> CLIPTokenizer:
     """Learn the byte pairs of the captions."""
     from dreamartist_pipeline.embedded.model import build_tokenizer
     from dreamartist_pipeline.embedded.scenes import draw_scenes
 
     captions = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3).captions
-    folder = checkpoints.of_recipe(_recipe(params, "towers")).path / "tokenizer"
-    return build_tokenizer(captions, folder, params.size.max_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        return build_tokenizer(captions, Path(folder), params.size.max_tokens)
 
 
 def train_towers(
-    sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, checkpoints: CheckpointStore, tracker: Any
+    sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, checkpoints: Checkpoints, tracker: Tracker
 ) -> CLIPModel:
     """Train text and image tower; resumes from its last checkpoint."""
     from transformers import CLIPTokenizer
@@ -90,8 +93,8 @@ def train_denoiser(
     towers_path: str,
     base_model: str,
     params: PretrainParams,
-    checkpoints: CheckpointStore,
-    tracker: Any,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder on captioned scenes; resumes from its last checkpoint."""
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
     build_vocabulary,
     draw_samples,
@@ -15,7 +16,7 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
 )
 
 
-def create_pipeline() -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """Published drawings → sprites → autoencoder, towers → denoiser → base model."""
     return Pipeline(
         [
@@ -27,25 +28,20 @@ def create_pipeline() -> Pipeline:
                 name="render_held_out_sprites",
             ),
             node(
-                train_autoencoder,
-                ["sprites", "held_out_sprites", "base_model", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                tracked(train_autoencoder, tracker),
+                ["sprites", "held_out_sprites", "base_model", "params:pretrain", "pretrain_checkpoints"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
+            node(build_vocabulary, ["sprites", "params:pretrain"], "pretrained_tokenizer", name="build_vocabulary"),
             node(
-                build_vocabulary,
-                ["sprites", "params:pretrain", "pretrain_checkpoints"],
-                "pretrained_tokenizer",
-                name="build_vocabulary",
-            ),
-            node(
-                train_towers,
-                ["sprites", "pretrained_tokenizer", "params:pretrain", "pretrain_checkpoints", "tracker"],
+                tracked(train_towers, tracker),
+                ["sprites", "pretrained_tokenizer", "params:pretrain", "pretrain_checkpoints"],
                 "pretrained_towers",
                 name="train_towers",
             ),
             node(
-                train_denoiser,
+                tracked(train_denoiser, tracker),
                 [
                     "sprites",
                     "pretrained_autoencoder",
@@ -54,7 +50,6 @@ def create_pipeline() -> Pipeline:
                     "base_model",
                     "params:pretrain",
                     "pretrain_checkpoints",
-                    "tracker",
                 ],
                 "pretrained_base_model",
                 name="train_denoiser",

@@ -5,54 +5,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.image_set import ImagesToDraw
 from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from tqdm import tqdm
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
 
 _PATIENCE_S = 2.0  # a progress bar appears after this long
 
-log = logging.getLogger(__name__)
-
-DrawBatch = Callable[[Sequence[int]], Iterable["Image"]]
-"""Indices of some images -> those images, in the same order."""
-
-
-class ImageStore(Protocol):
-    """What drawing a set needs of the store that keeps it."""
-
-    def has(self, key: str) -> bool:
-        """Whether the set is complete."""
-
-    def num_present(self, key: str) -> int:
-        """How many images of an unfinished set are there already."""
-
-    def write(
-        self, key: str, captions: Sequence[str], draw_batch: DrawBatch, batch_size: int, manifest: Mapping[str, Any]
-    ) -> None:
-        """Draw what is missing, batch by batch, and publish the set when it is complete."""
-
 
 def make_regularization_set(
-    base_model: str,
-    regularization_prompts: list[str],
-    image_store: ImageStore,
-    params: RegularizationParams,
-    device: DeviceParams,
-) -> dict[str, Any]:
-    """Draw one image per prompt with the base model, unless exactly this set is already there.
+    base_model: str, regularization_prompts: list[str], params: RegularizationParams, device: DeviceParams
+) -> ImagesToDraw:
+    """Say which set is wanted: one image per prompt, drawn by the base model where exactly this set is not there.
 
-    Image i has the seed `params.seed` + i. The images stream into `image_store`; an interrupted set is continued.
-
-    Returns:
-        The set's manifest: its key in the store, and what made it.
+    Image i has the seed `params.seed` + i.
 
     Raises:
         InputError: the base model cannot be used, or the scheduler cannot be set up.
@@ -64,20 +36,8 @@ def make_regularization_set(
     files = BaseModelFiles(base_model)
     files.check()
     manifest = describe_set(files.fingerprint(), regularization_prompts, params, device)
-    key, num_images = manifest["key"], manifest["num_images"]
-    if image_store.has(key):
-        log.info("The regularization set %s (%d images) is complete and is used again.", key, num_images)
-        return manifest
-    log.info(
-        "Drawing the regularization set %s: %d images, %d of them already there.",
-        key,
-        num_images,
-        image_store.num_present(key),
-    )
-    with _progress_bar(num_images) as bar:
-        draw_batch = _base_model_draws(files, regularization_prompts, params, device, bar)
-        image_store.write(key, regularization_prompts, draw_batch, params.sampler.batch_size, manifest)
-    return manifest
+    draw = functools.partial(_draw, files, regularization_prompts, params, device)
+    return ImagesToDraw(manifest["key"], regularization_prompts, params.sampler.batch_size, manifest, draw)
 
 
 def describe_set(
@@ -110,31 +70,24 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _progress_bar(num_images: int) -> tqdm:
+def _draw(
+    files: BaseModelFiles,
+    prompts: Sequence[str],
+    params: RegularizationParams,
+    device: DeviceParams,
+    batches: Sequence[Sequence[int]],
+) -> Iterator[Image]:
+    """Draw the images of batches of prompt indices."""
     from tqdm import tqdm
 
-    return tqdm(total=num_images, desc="regularization set", unit="image", delay=_PATIENCE_S)
-
-
-def _base_model_draws(
-    files: BaseModelFiles, prompts: Sequence[str], params: RegularizationParams, device: DeviceParams, bar: tqdm
-) -> DrawBatch:
-    """Return what draws the images of some prompt indices; the base model is loaded when the first are asked for."""
     from dreamartist_pipeline.backbones.base_model import load_backbone
-    from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
+    from dreamartist_pipeline.backbones.concepts import attach, generate
 
-    @functools.cache
-    def load() -> LoadedConcept:
-        loaded = attach(load_backbone(files, device), None, StrengthParams())
-        bar.unpause()  # its rate is that of drawing, without the loading
-        return loaded
-
-    def draw_batch(indices: Sequence[int]) -> Iterator[Image]:
-        bar.update(indices[0] - bar.n)  # images of an earlier, interrupted run
-        chosen, seeds = [prompts[i] for i in indices], [params.seed + i for i in indices]
-        loaded = load()
-        for image in generate(loaded.backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler):
-            bar.update()
-            yield image
-
-    return draw_batch
+    loaded = attach(load_backbone(files, device), None, StrengthParams())
+    present = len(prompts) - sum(map(len, batches))  # of an earlier, interrupted run
+    with tqdm(total=len(prompts), initial=present, desc="regularization set", unit="image", delay=_PATIENCE_S) as bar:
+        for batch in batches:
+            chosen, seeds = [prompts[i] for i in batch], [params.seed + i for i in batch]
+            for image in generate(loaded.backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler):
+                bar.update()
+                yield image

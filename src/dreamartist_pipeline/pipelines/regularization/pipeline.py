@@ -16,7 +16,6 @@ def create_pipeline() -> Pipeline:
                 inputs={
                     "base_model": "base_model",
                     "regularization_prompts": "regularization_prompts",
-                    "image_store": "image_store",
                     "params": "params:regularization",
                     "device": "params:device",
                 },

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.image_set import CaptionedImages
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import DeviceParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.figures import training_figure
 
@@ -38,26 +40,6 @@ _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 log = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Where live curves and previews go."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers."""
-
-    def log_image(self, image: Image, key: str, step: int) -> None:
-        """Log a picture."""
-
-
-class ImageStore(Protocol):
-    """Where the regularization set is."""
-
-    def captions(self, key: str) -> Mapping[str, str]:
-        """File name -> caption."""
-
-    def images(self, key: str) -> Iterator[Image]:
-        """Yield the images in the order of the captions."""
-
-
 # ------------------------------------------------------------------------------------------------- the plan
 
 
@@ -66,7 +48,7 @@ def check_training(
     params: TrainingParams,
     caption: str,
     device: DeviceParams = _ANY_DEVICE,
-    user_files: UserFiles | None = None,
+    start_files: UserFiles | None = None,
 ) -> dict[str, Any]:
     """Check the whole plan against the base model, before any long work and without loading its weights.
 
@@ -90,7 +72,7 @@ def check_training(
     _say_what_is_not_used(params, caption)
     _check_optimizers(params, device)
     _check_preview(params)
-    start, files = read_start(user_files, params), BaseModelFiles(base_model)
+    start, files = read_start(start_files or {}, params), BaseModelFiles(base_model)
     outline = load_outline(files)
     _check_timesteps(outline, params)
     _check_clip_skip(outline, params)
@@ -314,14 +296,13 @@ def train_concept(
     base_model: str,
     prepared_image: Image,
     prepared_mask: Image,
-    regularization_set: dict[str, Any],
-    image_store: ImageStore,
+    regularization_set: CaptionedImages,
     training_plan: dict[str, Any],
     params: TrainingParams,
     caption: str,
     device: DeviceParams,
     tracker: Tracker,
-    user_files: UserFiles | None = None,
+    start_files: UserFiles | None = None,
 ) -> tuple[Concept, DataFrame]:
     """Train both branches on the prepared image, from fresh values or from those of a concept.
 
@@ -337,7 +318,7 @@ def train_concept(
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
-    start = read_start(user_files, params)
+    start = read_start(start_files or {}, params)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
@@ -345,7 +326,7 @@ def train_concept(
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     _check_plan(training_plan, {"groups": _describe(groups), **begun})
     metadata = concept_metadata(backbone, params, factor) | ({"start_sha256": start.sha256} if start else {})
-    images = _regularization_images(regularization_set, image_store, params)
+    images = _regularization_images(regularization_set, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with _StepReport(params.num_steps, tracker) as report:
         preview = _preview(backbone, new, metadata, params, tracker)
@@ -444,9 +425,7 @@ def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
     return None if bool((weights == 1).all()) else weights[None]
 
 
-def _regularization_images(
-    regularization_set: Mapping[str, Any], image_store: ImageStore, params: TrainingParams
-) -> list[tuple[str, Image]]:
+def _regularization_images(regularization_set: CaptionedImages, params: TrainingParams) -> list[tuple[str, Image]]:
     """Return (caption, image) of the regularization set; nothing when the training takes no rows from it.
 
     Raises:
@@ -456,14 +435,12 @@ def _regularization_images(
 
     if not params.regularization_batch_size:
         return []
-    key = regularization_set["key"]
-    captioned = list(zip(image_store.captions(key).values(), image_store.images(key), strict=True))
-    if not captioned:
+    if not regularization_set:
         raise InputError(
             "expected regularization images, because training.regularization_batch_size="
             f"{params.regularization_batch_size}; got an empty set; set it to 0, or prompts.num_prompts to more than 0"
         )
-    return captioned
+    return [(caption, read()) for caption, read in regularization_set]
 
 
 def history_table(history: Sequence[Mapping[str, float]]) -> DataFrame:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.training.nodes import check_training, plot_history, train_concept
 
 
-def create_pipeline() -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """The plan, checked before any long work; the concept; the curves of its training."""
     return Pipeline(
         [
@@ -18,26 +19,24 @@ def create_pipeline() -> Pipeline:
                     "params": "params:training",
                     "caption": "reference_caption",
                     "device": "params:device",
-                    "user_files": "user_files",
+                    "start_files": "start_files",
                 },
                 outputs="training_plan",
                 name="check_training",
                 tags="training",
             ),
             node(
-                train_concept,
+                tracked(train_concept, tracker),
                 inputs={
                     "base_model": "base_model",
                     "prepared_image": "prepared_image",
                     "prepared_mask": "prepared_mask",
                     "regularization_set": "regularization_set",
-                    "image_store": "image_store",
                     "training_plan": "training_plan",
                     "params": "params:training",
                     "caption": "reference_caption",
                     "device": "params:device",
-                    "tracker": "tracker",
-                    "user_files": "user_files",
+                    "start_files": "start_files",
                 },
                 outputs=["concept", "training_history"],
                 name="train_concept",

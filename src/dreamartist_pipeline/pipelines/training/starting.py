@@ -17,16 +17,15 @@ from dreamartist_pipeline.interop.user_files import UserFiles
 from dreamartist_pipeline.params import TrainingParams
 
 
-def read_start(user_files: UserFiles | None, params: TrainingParams) -> Start | None:
+def read_start(files: UserFiles, params: TrainingParams) -> Start | None:
     """Return what the training begins with; None without `start_from`.
 
     Raises:
-        InputError: there is no such file, or it is no concept.
+        InputError: it is no concept.
     """
     if params.start_from is None:
         return None
-    assert user_files is not None
-    file = user_files.read(params.start_from)
+    file = files[params.start_from]()
     return Start(read_concept(file, params.start_from), hashlib.sha256(file).hexdigest())
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from kedro.io import AbstractDataset, DatasetError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Tracker:
+class MLflowTracker:
     """Writes to the MLflow run that is active in this thread, in the background; without one, it does nothing."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -37,28 +35,3 @@ def metric_name(name: str) -> str:
     MLflow refuses a whole batch of metrics for one wrong name, and in the background nobody sees it.
     """
     return re.sub(r"[^\w\-. :/]", "_", re.sub(r"\[(\w+)\]", r".\1", name))
-
-
-class TrackerDataset(AbstractDataset[None, Tracker]):
-    """Loads to a Tracker."""
-
-    def __init__(self, *, metadata: dict[str, Any] | None = None) -> None:
-        self.metadata = metadata
-
-    def load(self) -> Tracker:
-        """Return a tracker of whichever MLflow run is active when it is used."""
-        return Tracker()
-
-    def save(self, data: None) -> None:
-        """Refuse: nodes write through the tracker.
-
-        Raises:
-            DatasetError: always.
-        """
-        raise DatasetError("a tracker is written through by the nodes that load it; it is not saved")
-
-    def _exists(self) -> bool:
-        return True
-
-    def _describe(self) -> dict[str, Any]:
-        return {"writes_to": "the active MLflow run"}

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kedro.io import DatasetError
 from PIL import Image
 
-from dreamartist_pipeline.datasets.tracking import TrackerDataset, metric_name
+from dreamartist_pipeline.tracking import MLflowTracker, metric_name
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def run_id(tmp_path: Path) -> Iterator[str]:
 def test_metrics_of_every_step_reach_the_active_run(run_id: str) -> None:
     import mlflow
 
-    tracker = TrackerDataset().load()
+    tracker = MLflowTracker()
     for step in range(3):
         tracker.log_metrics({"loss": 1.0 / (step + 1), "lr/unet[0]": 0.5}, step=step)
     mlflow.flush_async_logging()
@@ -39,7 +38,7 @@ def test_metrics_of_every_step_reach_the_active_run(run_id: str) -> None:
 def test_images_reach_the_active_run(run_id: str) -> None:
     import mlflow
 
-    TrackerDataset().load().log_image(Image.new("RGB", (4, 4)), key="preview", step=2)
+    MLflowTracker().log_image(Image.new("RGB", (4, 4)), key="preview", step=2)
     mlflow.flush_artifact_async_logging()
     files = [file.path for file in mlflow.MlflowClient().list_artifacts(run_id, "images")]
     assert any("preview" in file and file.endswith(".png") for file in files)
@@ -49,7 +48,7 @@ def test_without_an_active_run_nothing_is_written() -> None:
     import mlflow
 
     assert mlflow.active_run() is None
-    tracker = TrackerDataset().load()
+    tracker = MLflowTracker()
     tracker.log_metrics({"loss": 1.0}, step=0)
     tracker.log_image(Image.new("RGB", (4, 4)), key="preview", step=0)
     assert mlflow.active_run() is None
@@ -61,8 +60,3 @@ def test_without_an_active_run_nothing_is_written() -> None:
 )
 def test_names_that_mlflow_refuses_are_spelt_otherwise(name: str, accepted: str) -> None:
     assert metric_name(name) == accepted
-
-
-def test_a_tracker_is_not_saved() -> None:
-    with pytest.raises(DatasetError, match="it is not saved"):
-        TrackerDataset().save(object())  # type: ignore[arg-type]

@@ -1,0 +1,219 @@
+"""The regularization set: drawn while it is saved, resumable, published whole, shared, and read on demand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from kedro.io import DatasetError
+from PIL import Image
+
+from dreamartist_pipeline.core.image_set import ImagesToDraw
+from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
+
+KEY = "0123abcd"
+CAPTIONS = ("a red cat", "a blue dog", "a bee", "a lion", "a cake")
+NAMES = [f"{index:06d}.png" for index in range(5)]
+
+
+class Artist:
+    """Draws image i in grey 10 · i, remembers what it was asked for, and may fail at one image."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at = fails_at
+        self.asked: list[list[int]] = []
+
+    def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[Image.Image]:
+        for batch in batches:
+            self.asked.append(list(batch))
+            for index in batch:
+                if index == self.fails_at:
+                    raise KeyboardInterrupt
+                yield Image.new("RGB", (8, 8), (10 * index,) * 3)
+
+
+def dataset_in(folder: Path, subject: str = "fox") -> RegularizationSetDataset:
+    return RegularizationSetDataset(
+        filepath=str(folder / subject / "regularization_set.json"), path=str(folder / "sets")
+    )
+
+
+def wanted(artist: Artist, captions: Sequence[str] = CAPTIONS) -> ImagesToDraw:
+    return ImagesToDraw(KEY, captions, 2, {"key": KEY, "seed": 7}, artist)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> RegularizationSetDataset:
+    return dataset_in(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "sets" / KEY
+
+
+def greys(dataset: RegularizationSetDataset) -> list[int]:
+    return [read().getpixel((0, 0))[0] for _, read in dataset.load()]
+
+
+def test_a_set_is_drawn_in_batches_and_read_back_in_order(dataset: RegularizationSetDataset) -> None:
+    artist = Artist()
+    assert not dataset.exists()
+    dataset.save(wanted(artist))
+    assert artist.asked == [[0, 1], [2, 3], [4]]
+    assert dataset.exists()
+    assert tuple(caption for caption, _ in dataset.load()) == CAPTIONS
+    assert greys(dataset) == [0, 10, 20, 30, 40]
+
+
+def test_the_folder_holds_images_captions_and_manifest_and_nothing_else(
+    dataset: RegularizationSetDataset, folder: Path
+) -> None:
+    dataset.save(wanted(Artist()))
+    assert {path.name for path in folder.parent.iterdir()} == {KEY, f".{KEY}.lock"}
+    assert sorted(path.name for path in folder.iterdir()) == [*NAMES, "image_captions.json", "manifest.json"]
+    assert json.loads((folder / "image_captions.json").read_text())["000001.png"] == "a blue dog"
+    assert json.loads((folder / "manifest.json").read_text()) == {"key": KEY, "seed": 7}
+
+
+def test_each_image_is_on_disk_before_the_next_is_drawn(dataset: RegularizationSetDataset, folder: Path) -> None:
+    present = []
+
+    def watching(batches: Sequence[Sequence[int]]) -> Iterator[Image.Image]:
+        for _ in (index for batch in batches for index in batch):
+            present.append(len(list(folder.with_name(f"{KEY}.partial").glob("*.png"))))
+            yield Image.new("RGB", (8, 8))
+
+    dataset.save(ImagesToDraw(KEY, CAPTIONS, 5, {"key": KEY}, watching))
+    assert present == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on_at_its_unfinished_batch(
+    dataset: RegularizationSetDataset, folder: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        dataset.save(wanted(Artist(fails_at=3)))
+    assert not dataset.exists()
+    assert not folder.exists()
+    artist = Artist()
+    dataset.save(wanted(artist))
+    assert artist.asked == [[2, 3], [4]]  # a batch is drawn whole, or its images could differ in the last bit
+    assert greys(dataset) == [0, 10, 20, 30, 40]
+
+
+def test_a_whole_set_is_shared_by_subjects_and_not_drawn_again(
+    dataset: RegularizationSetDataset, tmp_path: Path, folder: Path
+) -> None:
+    dataset.save(wanted(Artist()))
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.png")}
+    artist, another = Artist(), dataset_in(tmp_path, "owl")
+    another.save(wanted(artist))
+    assert artist.asked == []
+    assert greys(another) == greys(dataset)
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.png")} == before
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip, lambda file: file.write_bytes(b"")])
+def test_a_missing_or_damaged_image_is_drawn_again(
+    dataset: RegularizationSetDataset, folder: Path, damage: object
+) -> None:
+    dataset.save(wanted(Artist()))
+    damage(folder / NAMES[4])  # type: ignore[operator]
+    artist = Artist()
+    dataset.save(wanted(artist))
+    assert artist.asked == [[4]]
+    assert greys(dataset) == [0, 10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("name", ["image_captions.json", "manifest.json"])
+def test_damaged_texts_are_written_again_without_drawing(
+    dataset: RegularizationSetDataset, folder: Path, name: str
+) -> None:
+    dataset.save(wanted(Artist()))
+    before = (folder / name).read_bytes()
+    (folder / name).write_text("{")
+    artist = Artist()
+    dataset.save(wanted(artist))
+    assert (folder / name).read_bytes() == before
+    assert artist.asked == []
+
+
+def test_a_set_that_is_no_longer_whole_is_not_read(dataset: RegularizationSetDataset, folder: Path) -> None:
+    with pytest.raises(DatasetError, match="expected a whole regularization set"):
+        dataset.load()
+    dataset.save(wanted(Artist()))
+    flip(folder / NAMES[1])
+    (_, first), (_, second), *_ = dataset.load()
+    assert first().size == (8, 8)
+    with pytest.raises(DatasetError, match=f"expected an image of the regularization set in .*{NAMES[1]}"):
+        second()
+    (folder / NAMES[1]).unlink()
+    assert not dataset.exists()
+    with pytest.raises(DatasetError, match=f"expected a whole regularization set in {folder}"):
+        dataset.load()
+
+
+def test_an_empty_set_is_whole(dataset: RegularizationSetDataset) -> None:
+    artist = Artist()
+    dataset.save(wanted(artist, captions=()))
+    assert dataset.exists()
+    assert dataset.load() == []
+    assert dataset.preview() == ""
+    assert artist.asked == []
+
+
+def test_too_few_images_are_an_error_and_publish_nothing(dataset: RegularizationSetDataset, folder: Path) -> None:
+    few = ImagesToDraw(KEY, CAPTIONS, 2, {"key": KEY}, lambda batches: iter([Image.new("RGB", (8, 8))]))
+    with pytest.raises(DatasetError, match="expected 5 images to be drawn; got 1"):
+        dataset.save(few)
+    assert not folder.exists()
+    assert not dataset.exists()
+
+
+def test_a_key_cannot_leave_the_folder(dataset: RegularizationSetDataset) -> None:
+    with pytest.raises(DatasetError, match=r"expected a key of letters, digits, '_' and '-'; got '\.\./x'"):
+        dataset.save(ImagesToDraw("../x", CAPTIONS, 2, {"key": "../x"}, Artist()))
+
+
+def test_the_first_pictures_are_previewed_with_their_captions(dataset: RegularizationSetDataset) -> None:
+    dataset.save(wanted(Artist(), captions=CAPTIONS * 2))
+    preview = Image.open(io.BytesIO(base64.b64decode(dataset.preview())))
+    assert preview.width == 4 * 124 + 4
+    assert preview.height > 2 * 124  # two rows of four, and the captions below them
+    assert preview.getpixel((2 * 124 + 60, 60))[0] == pytest.approx(20, abs=1)
+
+
+def test_of_two_runs_that_want_the_same_set_one_draws_it_and_the_other_waits(tmp_path: Path) -> None:
+    started, drawn = threading.Event(), []
+
+    def slow(batches: Sequence[Sequence[int]]) -> Iterator[Image.Image]:
+        started.set()
+        time.sleep(0.2)
+        for index in (index for batch in batches for index in batch):
+            drawn.append(index)
+            yield Image.new("RGB", (8, 8))
+
+    both = ImagesToDraw(KEY, ("a", "b"), 2, {"key": KEY}, slow)
+    first = threading.Thread(target=dataset_in(tmp_path).save, args=(both,))
+    first.start()
+    started.wait()
+    dataset_in(tmp_path, "owl").save(both)
+    first.join()
+    assert drawn == [0, 1]
+    assert dataset_in(tmp_path, "owl").exists()
