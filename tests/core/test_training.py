@@ -16,9 +16,10 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
+from dreamartist_pipeline.core.schedules import schedule_factor
+from dreamartist_pipeline.core.trainer import train
 from dreamartist_pipeline.core.training import (
     BatchSource,
-    FlatOptimizer,
     LatentImages,
     ParameterGroup,
     StepRecord,
@@ -29,7 +30,7 @@ from dreamartist_pipeline.core.training import (
     fit,
     parameter_groups,
     reconstruction_loss,
-    schedule_factor,
+    training_state,
 )
 from dreamartist_pipeline.params import LossParams, PreviewParams, ScheduleParams, TrainingParams
 
@@ -179,31 +180,36 @@ def test_a_schedule_holds_for_the_shortest_trainings(kind: str, num_steps: int, 
     assert max(factors) > 0
 
 
-def test_flat_updates_equal_adamw_on_single_tensors_with_clipping() -> None:
+def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_params: MakeParams) -> None:
     torch.manual_seed(0)
     shapes = [(3, 2), (4,), (2, 2, 1)]
     flat = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     plain = [nn.Parameter(p.detach().clone()) for p in flat]
-    groups = [
+    groups = (
         ParameterGroup("a", "adapters", "negative", 1e-2, (flat[0], flat[1])),
         ParameterGroup("b", "adapters", "positive", 3e-2, (flat[2],)),
-    ]
-    optimizer = FlatOptimizer(groups, 0.1, ScheduleParams(kind="constant"), 3, max_grad_norm=0.5)
+    )
+    trainee = dataclasses.replace(make_trainee(), groups=groups)
+    state = training_state(trainee, make_training_params(weight_decay=0.1))
     reference = torch.optim.AdamW(
         [{"params": plain[:2], "lr": 1e-2}, {"params": plain[2:], "lr": 3e-2}], weight_decay=0.1
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for step in range(3):
-        optimizer.set_step(step)
+    totals: list[float] = []
+
+    def clip(norms: torch.Tensor) -> None:
+        totals.append(norms.norm().item())
+        nn.utils.clip_grads_with_norm_(state.parameters, 0.5, norms.norm())
+
+    def loss_of(step: int) -> tuple[torch.Tensor, None]:
+        return sum((p**3).sum() for p in flat), None  # type: ignore[return-value]
+
+    for _ in train(state, 3, set_rates=lambda step: None, loss_of=loss_of, clip=clip):
         reference.zero_grad()
-        for parameters in (flat, plain):
-            sum((p**3).sum() for p in parameters).backward()  # type: ignore[union-attr]
-        total = torch.stack(list(optimizer.grad_norms().values())).norm()
-        assert total.item() == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
-        optimizer.update(total, scaler)
+        sum((p**3).sum() for p in plain).backward()  # type: ignore[union-attr]
+        assert totals[-1] == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
         reference.step()
-    for ours, theirs in zip(flat, plain, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        for ours, theirs in zip(flat, plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_purposes_have_seeds_of_their_own() -> None:
