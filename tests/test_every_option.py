@@ -53,6 +53,7 @@ from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
 from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
+from dreamartist_pipeline.pipelines.training import reporting
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
 
 TESTS = Path(__file__).resolve().parent
@@ -659,7 +660,8 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(call)
         return [Image.new("RGB", (32, 32), "gray")] * len(call["prompts"])
 
-    monkeypatch.setattr(concepts, "generate", record)
+    for module in (concepts, reporting):
+        monkeypatch.setattr(module, "generate", record)
     return calls
 
 

@@ -23,14 +23,9 @@ from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.user_files import UserFiles
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
-from dreamartist_pipeline.pipelines.training.nodes import (
-    check_training,
-    fill_prompt,
-    history_table,
-    plot_history,
-    train_concept,
-    training_data,
-)
+from dreamartist_pipeline.pipelines.training.data import fill_prompt, training_data
+from dreamartist_pipeline.pipelines.training.nodes import check_training, plot_history, train_concept
+from dreamartist_pipeline.pipelines.training.reporting import history_table
 
 MakeParams = Callable[..., TrainingParams]
 CPU = DeviceParams(device="cpu")
