@@ -146,7 +146,7 @@ def stirred(backbone: Backbone, make_training_params: MakeParams) -> tuple[NewCo
     params = make_training_params()
     new = start_concept(backbone, params, 1, 0)
     stir(new)
-    return new, params, BatchSource(make_data(new, params), params, 1000).draw()
+    return new, params, BatchSource(make_data(new, params), params, 1000).draw(0)
 
 
 def test_a_step_equals_plain_diffusers_with_merged_weights(
@@ -208,7 +208,7 @@ def test_training_lowers_the_loss_on_batches_it_did_not_see(
 
     def loss() -> float:
         source = BatchSource(data, make_training_params(seed=99, batch_size=16), 1000)
-        batch = source.draw()
+        batch = source.draw(0)
         with torch.no_grad():
             prediction = combined_prediction(trainee, batch, torch.full((17,), 3.0))
             losses = row_losses(prediction, batch, backbone.schedule, "min_snr", 2.0)

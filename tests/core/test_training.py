@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,12 +56,12 @@ class ToyModel(nn.Module):
         return (self.image(latents.flatten(1)) + self.text(hidden.mean(1))).view_as(latents)
 
 
-def make_trainee(num_branches: int = 2, untrained: int | None = None) -> Trainee:
+def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: float = 0.0) -> Trainee:
     """Return a toy trainee with LoRA and a word in every branch, but no LoRA gradient in branch `untrained`."""
     torch.manual_seed(0)
     model = ToyModel()
     specs = [
-        LoRASpec(name=f"toy.{branch}", rank=2, layers=("image", "text"), lr=1e-2, branch=branch)
+        LoRASpec(name=f"toy.{branch}", rank=2, layers=("image", "text"), lr=1e-2, branch=branch, dropout=dropout)
         for branch in (NEGATIVE, POSITIVE)[-num_branches:]
     ]
     stack = inject(model, specs, num_branches, torch.Generator().manual_seed(0))
@@ -72,7 +73,9 @@ def make_trainee(num_branches: int = 2, untrained: int | None = None) -> Trainee
     vocabulary = Vocabulary.build({"pt1": ("pos", "neg")}, (1, 1), _VOCABULARY, num_branches)
     words = WordEmbedding(model.embedding, vocabulary, [torch.full((1, 4), 0.1) for _ in vocabulary.words])
     model.embedding = words  # type: ignore[assignment]
-    return Trainee(model.denoise, model.encode, _SCHEDULE, parameter_groups({"toy": stack}, words, 1e-2), num_branches)
+    stack.train()
+    groups = parameter_groups({"toy": stack}, words, 1e-2)
+    return Trainee(model.denoise, model.encode, _SCHEDULE, groups, num_branches, latent_adapters=(stack,))
 
 
 def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> TrainingData:
@@ -97,15 +100,15 @@ def trained_values(trainee: Trainee) -> list[torch.Tensor]:
 
 def test_a_regularization_image_meets_only_its_own_prompt(make_training_params: MakeParams) -> None:
     source = BatchSource(make_data(), make_training_params(regularization_batch_size=2), 20)
-    for _ in range(10):
-        batch = source.draw()
+    for step in range(10):
+        batch = source.draw(step)
         first_tokens = batch.tokens.ids[batch.prompt_of_row[2:], 0, 0]  # 3, 4, 5 for the means 10, 20, 30
         assert torch.equal(batch.latents[2:, 0, 0, 0], (first_tokens - 2) * 10.0)
 
 
 def test_reference_latents_are_sampled_afresh_from_the_posterior(make_training_params: MakeParams) -> None:
     source = BatchSource(make_data(), make_training_params(batch_size=1000), 20)
-    first, second = source.draw().latents[:1000], source.draw().latents[:1000]
+    first, second = source.draw(0).latents[:1000], source.draw(1).latents[:1000]
     assert not torch.equal(first, second)
     assert first.mean().item() == pytest.approx(1, abs=0.01)
     assert first.std().item() == pytest.approx(0.1, abs=0.01)
@@ -115,20 +118,20 @@ def test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the
     make_training_params: MakeParams,
 ) -> None:
     params = make_training_params(batch_size=4, regularization_batch_size=2, loss=LossParams(regularization_weight=0.5))
-    weights = BatchSource(make_data(), params, 20).draw().row_weight
+    weights = BatchSource(make_data(), params, 20).draw(0).row_weight
     assert weights.tolist() == [0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_the_mask_holds_for_reference_rows_only(make_training_params: MakeParams) -> None:
     mask = torch.tensor([[0.0, 1.0], [2.0, 5.0]]).view(1, 1, 2, 2)
-    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), 20).draw()
+    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), 20).draw(0)
     assert batch.mask is not None
     assert batch.mask[0, 0].tolist() == [[0.0, 1.0], [2.0, 5.0]]
     assert batch.mask[1, 0].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def test_each_distinct_prompt_of_a_batch_is_encoded_once(make_training_params: MakeParams) -> None:
-    batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw()
+    batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw(0)
     assert len(batch.tokens) == 2  # the one template, one caption
     assert batch.prompt_of_row.tolist() == [0] * 6 + [1]
 
@@ -139,10 +142,21 @@ def test_tokens_keep_their_weights_in_a_batch(make_training_params: MakeParams) 
     weights = torch.tensor([[[1.0, 1.0, 1.5], [1.0, 1.2, 1.0]]])
     weighted = dataclasses.replace(data.reference, tokens=PromptTokens(data.reference.tokens.ids, weights))
     params = make_training_params(batch_size=2)
-    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, 20).draw()
+    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, 20).draw(0)
     assert batch.tokens.weights is not None
     assert batch.tokens.weights[batch.prompt_of_row].tolist() == [*weights.tolist() * 2, [[1.0] * 3] * 2]
-    assert BatchSource(data, params, 20).draw().tokens.weights is None
+    assert BatchSource(data, params, 20).draw(0).tokens.weights is None
+
+
+def test_a_batch_depends_on_the_seed_and_the_step_alone(make_training_params: MakeParams) -> None:
+    params = make_training_params(noise_offset=0.1, timesteps=(0.0, 1.0))
+    in_order, alone, other = (BatchSource(make_data(), p, 20) for p in (params, params, make_training_params(seed=1)))
+    for step in range(3):
+        expected = in_order.draw(step)
+    drawn = alone.draw(2)
+    for name in ("latents", "noise", "timesteps", "prompt_of_row"):
+        assert torch.equal(getattr(drawn, name), getattr(expected, name)), name
+    assert not torch.equal(drawn.latents, other.draw(2).latents)
 
 
 # --------------------------------------------------------------------------------------------- optimisation
@@ -212,9 +226,12 @@ def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_
             torch.testing.assert_close(ours, theirs)
 
 
-def test_purposes_have_seeds_of_their_own() -> None:
-    assert len({derived_seed(seed, purpose) for seed in range(3) for purpose in ("choices", "noises")}) == 6
-    assert derived_seed(5, "noises") == derived_seed(5, "noises")
+def test_purposes_and_steps_have_seeds_of_their_own() -> None:
+    steps = (None, 0, 1, 98)  # 98 is the letter b: "a" and step 98 are not "ab"
+    seeds = {derived_seed(seed, purpose, step) for seed in range(3) for purpose in ("a", "ab") for step in steps}
+    assert len(seeds) == 24
+    assert max(seeds) < 2**63
+    assert derived_seed(5, "noises", 7) == derived_seed(5, "noises", 7)
 
 
 # --------------------------------------------------------------------------------------------- the loop
@@ -237,11 +254,77 @@ def test_the_same_seed_trains_the_same_bits_and_another_seed_others(make_trainin
     assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
 
 
-def test_training_leaves_the_global_random_state_alone(make_training_params: MakeParams) -> None:
-    trainee = make_trainee()
-    before = torch.get_rng_state()
-    fit(trainee, make_data(), make_training_params())
-    assert torch.equal(torch.get_rng_state(), before)
+def test_training_neither_uses_nor_changes_the_global_random_state(make_training_params: MakeParams) -> None:
+    results = []
+    for seed in (0, 1):
+        trainee = make_trainee(dropout=0.5)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        fit(trainee, make_data(), make_training_params(noise_offset=0.1))
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(trained_values(trainee))
+    assert all(map(torch.equal, *results))
+
+
+def test_every_step_drops_other_activations(make_training_params: MakeParams) -> None:
+    trainee = make_trainee(dropout=0.5)
+    layers = [layer for layer in trainee.latent_adapters[0].layers.values() if layer.has_dropout]
+    seen: list[list[torch.Tensor]] = []
+    params = make_training_params(batch_size=8)
+    fit(trainee, make_data(), params, lambda record: seen.append([layer.mask.clone() for layer in layers]))  # type: ignore[union-attr]
+    assert [mask.shape for mask in seen[0]] == [(2, 9, 2), (2, 9, 2)]  # branches, rows, ranks
+    assert not torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+# --------------------------------------------------------------------------------------------- continuing
+
+
+def states_of_a_whole_training(trainee: Trainee, params: TrainingParams) -> tuple[dict[int, dict[str, Any]], list[Any]]:
+    """Train to the end; return the state after every step, 0 included, and the history."""
+    state = training_state(trainee, params)
+    states = {0: state.state_dict()}
+    history = fit(trainee, make_data(), params, lambda r: states.update({r.step: state.state_dict()}), state=state)
+    return states, history
+
+
+CONSTANT = {"kind": "constant"}
+SCHEDULE_FREE = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "optimizer": "schedule_free"}
+CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "ema_decay": ({"ema_decay": 0.9}, {}),
+    "prodigy": ({"optimizer": "prodigy", "lora_unet": [{"lr": 1.0, "rank": 1, "layers": ("image",)}]}, {}),
+    "schedule_free": ({"words": SCHEDULE_FREE, "words_schedule": CONSTANT}, {}),
+    "float16": ({"ema_decay": 0.9}, {"half_precision": True}),
+    "dropout": ({"noise_offset": 0.1}, {"dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("taken_after", [0, 1, 3, 6])
+def test_a_continued_training_ends_in_the_same_bytes(
+    make_training_params: MakeParams, name: str, taken_after: int
+) -> None:
+    changes, of_trainee = CONTINUED[name]
+    params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
+
+    def trainee() -> Trainee:
+        toy = make_trainee(dropout=of_trainee.get("dropout", 0.0))
+        return dataclasses.replace(toy, half_precision=of_trainee.get("half_precision", False))
+
+    whole, continued = trainee(), trainee()
+    states, history = states_of_a_whole_training(whole, params)
+    state = training_state(continued, params)
+    for parameter in state.parameters:
+        parameter.data.fill_(7.0)  # nothing of the fresh values may remain
+    state.load_state_dict(states[taken_after])
+    rest = fit(continued, make_data(), params, state=state)
+    assert all(map(torch.equal, trained_values(continued), trained_values(whole)))
+    assert [without_time(row) for row in rest] == [without_time(row) for row in history[taken_after:]]
+
+
+def without_time(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key != "seconds"}
 
 
 def test_zero_steps_change_nothing(make_training_params: MakeParams) -> None:
@@ -333,7 +416,7 @@ def test_the_table_says_what_each_branch_trains() -> None:
 
 def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_params: MakeParams) -> None:
     plain, shifted = (
-        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), 20).draw()
+        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), 20).draw(0)
         for offset in (0.0, 0.5)
     )
     shift = shifted.noise - plain.noise  # [501, 2, 2, 2]
@@ -344,7 +427,7 @@ def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_par
 
 
 def test_timesteps_stay_within_their_limits(make_training_params: MakeParams) -> None:
-    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), 20).draw()
+    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), 20).draw(0)
     assert set(batch.timesteps.tolist()) == set(range(5, 10))
 
 
@@ -366,7 +449,7 @@ def with_decoder(trainee: Trainee, factor: float = 2.0) -> Trainee:
 
 def test_the_reconstruction_compares_decoded_latents_with_the_image(make_training_params: MakeParams) -> None:
     trainee, data = with_decoder(make_trainee()), make_data(mask=torch.tensor([[1.0, 0.0], [0.0, 0.0]])[None, None])
-    batch = BatchSource(data, make_training_params(), 20).draw()
+    batch = BatchSource(data, make_training_params(), 20).draw(0)
     pixels = torch.zeros(1, 3, 4, 2)
     loss = reconstruction_loss(trainee, batch.noise[:2], batch, pixels, "l1")  # a perfect prediction: ẑ₀ is z₀
     assert loss.item() == pytest.approx(2 * batch.latents[:2, 0, 0, 0].abs().mean().item() / 4, rel=1e-4)
@@ -435,7 +518,7 @@ def test_a_first_step_at_a_scale_of_one_is_no_missing_gradient(make_training_par
     first_at_zero = next(
         seed
         for seed in range(200)
-        if BatchSource(make_data(), make_training_params(seed=seed, **wide), 20).draw().timesteps.item() == 0
+        if BatchSource(make_data(), make_training_params(seed=seed, **wide), 20).draw(0).timesteps.item() == 0
     )
     history = fit(make_trainee(), make_data(), make_training_params(seed=first_at_zero, **wide))
     assert history[0]["guidance_scale"] == 1

@@ -272,11 +272,11 @@ def test_every_option_of_the_objective_changes_what_is_learned_and_repeats(
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(
     tiny_base_model: Path, make_training_params: MakeParams, tmp_path: Path
 ) -> None:
-    dropout = [{"lr": 1e-3, "rank": 4, "layers": [r"re:.*\.attn.?$"], "dropout": 0.3}]
+    unet, text = ([{"lr": 1e-3, "rank": 4, "layers": [layers], "dropout": 0.3}] for layers in (r"re:.*", r"re:.*mlp$"))
     files = []
     for seed in (3, 3, 4):
         torch.manual_seed(len(files))  # whatever the process did before
-        concept, _ = train(tiny_base_model, make_training_params(seed=seed, lora_unet=dropout))
+        concept, _ = train(tiny_base_model, make_training_params(seed=seed, lora_unet=unet, lora_text_encoder=text))
         dataset = ConceptDataset(filepath=str(tmp_path / f"{len(files)}.safetensors"))
         dataset.save(concept)
         files.append((tmp_path / f"{len(files)}.safetensors").read_bytes())

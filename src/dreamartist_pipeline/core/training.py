@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,7 @@ class Trainee:
     denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
     encode: tokens `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
     num_branches: nb, 2 (negative, positive) or 1 (positive alone).
+    latent_adapters, prompt_adapters: those in `denoise` and in `encode`, whose dropout is drawn before every step.
     decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, with gradients; only the reconstruction loss needs it.
     """
 
@@ -103,6 +105,8 @@ class Trainee:
     num_branches: int
     half_precision: bool = False  # float16 base: small gradients need a scaled loss
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    latent_adapters: tuple[AdapterStack, ...] = ()
+    prompt_adapters: tuple[AdapterStack, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class Batch:
 
 
 class BatchSource:
-    """Draws batches; all of its randomness comes from one seed."""
+    """Draws batches; the batch of a step depends on the seed and the step alone."""
 
     def __init__(self, data: TrainingData, params: TrainingParams, num_train_timesteps: int) -> None:
         self._data = data
@@ -163,27 +167,26 @@ class BatchSource:
         self._num_regularization = params.regularization_batch_size if data.regularization else 0
         self._timesteps = timestep_range(params.timesteps, num_train_timesteps)
         self._noise_offset = params.noise_offset
-        self._choices = torch.Generator().manual_seed(derived_seed(params.seed, "choices"))
+        self._seed = params.seed
         device = data.reference.mean.device
-        self._noises = torch.Generator(device).manual_seed(derived_seed(params.seed, "noises"))
-        self._offsets = torch.Generator(device).manual_seed(derived_seed(params.seed, "noise_offsets"))
         self._prompts = data.reference.tokens
         if data.regularization:
             self._prompts = concatenate([self._prompts, data.regularization.tokens])  # [P + N, nb, L]
         self._row_weight = self._weights(params.loss.regularization_weight).to(device)
         self._mask = self._row_masks()
 
-    def draw(self) -> Batch:
-        """Return the next batch."""
+    def draw(self, step: int) -> Batch:
+        """Return the batch of a step, from 0."""
         device = self._data.reference.mean.device
-        mean, std, prompts = self._rows()
-        noises = torch.randn((2, *mean.shape), generator=self._noises, device=device)
+        mean, std, prompts = self._rows(step_generator(self._seed, "choices", step))
+        noises_of_step = step_generator(self._seed, "noises", step, device)
+        noises = torch.randn((2, *mean.shape), generator=noises_of_step, device=device)
         rows = (len(mean),)
-        timesteps = torch.randint(*self._timesteps, rows, generator=self._noises, device=device)
+        timesteps = torch.randint(*self._timesteps, rows, generator=noises_of_step, device=device)
         distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
         return Batch(
             latents=mean + std * noises[0],
-            noise=self._shifted(noises[1]),
+            noise=self._shifted(noises[1], step),
             timesteps=timesteps,
             tokens=self._prompts[distinct.to(device)],
             prompt_of_row=prompt_of_row.to(device),
@@ -191,35 +194,30 @@ class BatchSource:
             mask=self._mask,
         )
 
-    def _shifted(self, noise: torch.Tensor) -> torch.Tensor:
+    def _shifted(self, noise: torch.Tensor, step: int) -> torch.Tensor:
         """Add `noise_offset · N(0, 1)` per row and channel, so that mean brightness is learned too (Guttenberg 2023).
 
-        The offsets have a random stream of their own: with and without them, all else is drawn alike.
+        The offsets have a generator of their own: with and without them, all else is drawn alike.
         """
         if not self._noise_offset:
             return noise
         shape = (*noise.shape[:2], 1, 1)
-        return noise + self._noise_offset * torch.randn(shape, generator=self._offsets, device=noise.device)
+        offsets = step_generator(self._seed, "noise_offsets", step, noise.device)
+        return noise + self._noise_offset * torch.randn(shape, generator=offsets, device=noise.device)
 
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rows(self, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose images and prompts: mean and std `[B, C, h, w]`, prompt index `[B]` on the CPU."""
         reference = self._data.reference
-        image, prompt = self._pick(reference, self._num_reference)
+        image, prompt = _pick(reference, self._num_reference, choices)
         mean, std = reference.mean[image], reference.std[image]
         if self._num_regularization:
             regularization = self._data.regularization
             assert regularization is not None
-            image, other = self._pick(regularization, self._num_regularization)
+            image, other = _pick(regularization, self._num_regularization, choices)
             mean = torch.cat([mean, regularization.mean[image]])
             std = torch.cat([std, regularization.std[image]])
             prompt = torch.cat([prompt, other + len(reference.tokens)])
         return mean, std, prompt
-
-    def _pick(self, images: LatentImages, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        prompt = torch.randint(len(images.tokens), (num_rows,), generator=self._choices)
-        if images.paired:
-            return prompt, prompt
-        return torch.randint(len(images.mean), (num_rows,), generator=self._choices), prompt
 
     def _weights(self, regularization_weight: float) -> torch.Tensor:
         weights = [1 / self._num_reference] * self._num_reference
@@ -232,6 +230,14 @@ class BatchSource:
             return None
         unmasked = torch.ones_like(mask).expand(self._num_regularization, -1, -1, -1)
         return torch.cat([mask.expand(self._num_reference, -1, -1, -1), unmasked])  # [B, 1, h, w]
+
+
+def _pick(images: LatentImages, num_rows: int, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose an image and a prompt for every row: indices `[num_rows]` on the CPU."""
+    prompt = torch.randint(len(images.tokens), (num_rows,), generator=choices)
+    if images.paired:
+        return prompt, prompt
+    return torch.randint(len(images.mean), (num_rows,), generator=choices), prompt
 
 
 def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
@@ -297,9 +303,16 @@ def lr_factor(params: TrainingParams) -> int:
     return params.batch_size + params.regularization_batch_size if params.scale_lr else 1
 
 
-def derived_seed(seed: int, purpose: str) -> int:
-    """Return a seed for one purpose, so that no two streams of one training are the same."""
-    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0] >> 1)
+def derived_seed(seed: int, purpose: str, step: int | None = None) -> int:
+    """Return a seed of 63 bits for one purpose, and one step of it, so that no two draws of a training are the same."""
+    spawn_key = () if step is None else (step,)
+    sequence = np.random.SeedSequence([seed, *purpose.encode()], spawn_key=spawn_key)
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def step_generator(seed: int, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a fresh generator for one purpose in one step: no random state has to be kept between steps."""
+    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step))
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -401,22 +414,17 @@ def fit(
         TrainingError: some branch has received no gradient in the first step, or the loss, or what has been learned, is
             no longer finite.
     """
-    device = data.reference.mean.device
     state = state or training_state(trainee, params)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derived_seed(params.seed, "dropout"))
-        history: list[HistoryRow] = []
-        for record in _records(_Steps(trainee, data, params, state), on_preview):
-            if not math.isfinite(record.loss):
-                raise TrainingError(
-                    f"expected a finite loss; got {record.loss} at step {record.step}; {_WHAT_MAY_HELP}"
-                )
-            history.append(record.row())
-            if on_step:
-                on_step(record)
-        state.keep_averages()
-        _check_learned(trainee.groups)
-        return history
+    history: list[HistoryRow] = []
+    for record in _records(_Steps(trainee, data, params, state), on_preview):
+        if not math.isfinite(record.loss):
+            raise TrainingError(f"expected a finite loss; got {record.loss} at step {record.step}; {_WHAT_MAY_HELP}")
+        history.append(record.row())
+        if on_step:
+            on_step(record)
+    state.keep_averages()
+    _check_learned(trainee.groups)
+    return history
 
 
 def _check_learned(groups: Sequence[ParameterGroup]) -> None:
@@ -456,7 +464,7 @@ class _Steps:
         self._members = {key: torch.tensor(members, device=self.device) for key, members in indices.items()}
         self.rates: dict[str, float] = {}
         self.grad_norms: dict[tuple[str, str], torch.Tensor] = {}
-        self._check_next, self._checked = False, False
+        self._check_next, self._checked, self._measured = False, False, False
 
     @property
     def norm_names(self) -> list[str]:
@@ -477,8 +485,9 @@ class _Steps:
     def loss(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of a step's batch, and its parts: reference, regularization, reconstruction, guidance."""
         params, trainee = self.params, self._trainee
-        batch = self._batches.draw()
+        batch = self._batches.draw(step)
         guidance = self._guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        self._draw_dropout(batch, step)
         prediction = combined_prediction(trainee, batch, guidance)
         losses = _row_losses(trainee, prediction, batch, params)
         loss = (batch.row_weight * losses).sum()
@@ -490,6 +499,23 @@ class _Steps:
         is_last = step + 1 == params.num_steps
         self._check_next = not self._checked and (is_last or _reaches_both_branches(trainee, guidance))
         return loss, _parts(losses, reconstruction, guidance, params.batch_size)
+
+    def _draw_dropout(self, batch: Batch, step: int) -> None:
+        """Draw the step's dropout masks of all adapters, before the pass that applies them."""
+        adapters_by_rows = [
+            (len(batch.tokens), self._trainee.prompt_adapters),
+            (len(batch.latents), self._trainee.latent_adapters),
+        ]
+        adapters = [(rows, each) for rows, stacks in adapters_by_rows for each in stacks if each.has_dropout]
+        if adapters and not self._measured:
+            with ExitStack() as measuring, torch.no_grad():
+                for _, each in adapters:
+                    measuring.enter_context(each.measuring())
+                combined_prediction(self._trainee, batch, torch.ones_like(batch.row_weight))
+            self._measured = True
+        masks = step_generator(self.params.seed, "dropout", step, self.device)
+        for rows, each in adapters:
+            each.draw_masks(rows, masks)
 
     def clip(self, norms: torch.Tensor) -> None:
         """Clip the gradients of each kind together, once those of all branches have been verified."""

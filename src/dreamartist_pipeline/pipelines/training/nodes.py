@@ -113,6 +113,8 @@ def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
         num_branches=new.num_branches,
         half_precision=new.backbone.dtype == torch.float16,
         decode=lambda latents: decode_with_gradients(new.backbone, latents),
+        latent_adapters=tuple(adapters for network, adapters in new.stacks.items() if network == "unet"),
+        prompt_adapters=tuple(adapters for network, adapters in new.stacks.items() if network == "text_encoder"),
     )
 
 
