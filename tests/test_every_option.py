@@ -555,8 +555,8 @@ def test_scale_lr_multiplies_every_rate_by_the_rows_of_a_batch(train: Train) -> 
     [
         ({"kind": "constant", "warmup_steps": 2}, [1 / 3, 2 / 3, 1]),
         ({"kind": "cosine", "warmup_steps": 1}, [1 / 2, 1, 0]),
-        ({"kind": "one_cycle", "warmup_steps": 1}, [1 / 25, 1, 1 / 25e4]),
-        ({"kind": "one_cycle"}, [1, 0.5, 0]),
+        ({"kind": "one_cycle", "warmup_steps": 2}, [1 / 25, 1, 1 / 25e4]),
+        ({"kind": "one_cycle"}, [0.75, 0.25, 0]),
     ],
 )
 def test_adapters_and_words_each_follow_their_own_schedule(

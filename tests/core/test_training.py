@@ -17,7 +17,6 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
-from dreamartist_pipeline.core.schedules import schedule_factor
 from dreamartist_pipeline.core.trainer import train
 from dreamartist_pipeline.core.training import (
     BatchSource,
@@ -162,38 +161,6 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone(make_training_params: Ma
 # --------------------------------------------------------------------------------------------- optimisation
 
 
-def test_one_cycle_follows_torch() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=51, pct_start=11 / 51, cycle_momentum=False
-    )
-    for step in range(50):  # torch's phase ends at pct_start · 51 − 1 = step 10
-        expected = reference.get_last_lr()[0]
-        assert schedule_factor(ScheduleParams(kind="one_cycle", warmup_steps=10), step, 51) == pytest.approx(expected)
-        optimizer.step()
-        reference.step()
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("constant", [1 / 3, 2 / 3, 1, 1, 1]), ("cosine", [1 / 3, 2 / 3, 1, 0.5, 0])],
-)
-def test_a_schedule_warms_up_and_then_holds_or_falls(kind: str, expected: list[float]) -> None:
-    schedule = ScheduleParams(kind=kind, warmup_steps=2)
-    assert [schedule_factor(schedule, step, 5) for step in range(5)] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("kind", ["constant", "cosine", "one_cycle"])
-@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 5), (2, 2), (3, 1)])
-def test_a_schedule_holds_for_the_shortest_trainings(kind: str, num_steps: int, warmup_steps: int) -> None:
-    factors = [
-        schedule_factor(ScheduleParams(kind=kind, warmup_steps=warmup_steps), step, num_steps)
-        for step in range(num_steps)
-    ]
-    assert all(0 <= factor <= 1 for factor in factors)
-    assert max(factors) > 0
-
-
 def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_params: MakeParams) -> None:
     torch.manual_seed(0)
     shapes = [(3, 2), (4,), (2, 2, 1)]
@@ -224,6 +191,29 @@ def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_
         reference.step()
         for ours, theirs in zip(flat, plain, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_one_cycle_sets_beta1_of_its_parameters_alone(make_training_params: MakeParams, name: str) -> None:
+    params = make_training_params(
+        optimizer=name,
+        lora_unet=[{"lr": 1.0, "rank": 1, "layers": ("image",)}],
+        lora_text_encoder=(),
+        schedule={"kind": "one_cycle", "warmup_steps": 2},
+        words_schedule=CONSTANT,
+    )
+    trainee = make_trainee()
+    state = training_state(trainee, params)
+    seen: list[list[float]] = []
+
+    def beta1s(record: StepRecord) -> None:
+        groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+        assert all(group["betas"][1] == 0.999 for group in groups)
+        seen.append([group["betas"][0] for group in groups])
+
+    fit(trainee, make_data(), params, beta1s, state=state)
+    # two groups of adapters, two words
+    assert seen == [[0.95, 0.95, 0.9, 0.9], [0.85, 0.85, 0.9, 0.9], [pytest.approx(0.95)] * 2 + [0.9, 0.9]]
 
 
 def test_purposes_and_steps_have_seeds_of_their_own() -> None:
@@ -361,8 +351,9 @@ def test_an_update_that_leaves_no_finite_numbers_stops_the_training_even_after_t
 ) -> None:
     trainee = make_trainee()
     groups = [dataclasses.replace(group, lr=1e39) if group.kind == "words" else group for group in trainee.groups]
+    params = make_training_params(num_steps=1, words_schedule=CONSTANT)
     with pytest.raises(TrainingError, match=r"expected finite numbers in words\..* after the last step"):
-        fit(dataclasses.replace(trainee, groups=groups), make_data(), make_training_params(num_steps=1))
+        fit(dataclasses.replace(trainee, groups=groups), make_data(), params)
 
 
 def _infinite(images: LatentImages) -> tuple[torch.Tensor, torch.Tensor, PromptTokens, bool]:

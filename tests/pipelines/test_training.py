@@ -31,6 +31,7 @@ MakeParams = Callable[..., TrainingParams]
 CPU = DeviceParams(device="cpu")
 CAPTION = "white background"
 MASK = Image.new("L", (32, 32), 127)
+CONSTANT = {"kind": "constant"}
 
 
 class RecordingTracker:
@@ -219,8 +220,9 @@ def test_limits_that_hold_no_timestep_are_refused_in_the_plan(
 def test_a_concept_draws_with_the_noise_schedule_it_was_trained_with(
     tiny_base_model: Path, make_training_params: MakeParams
 ) -> None:
-    concept, _ = train(tiny_base_model, make_training_params(zero_terminal_snr=True, num_steps=1))
-    plain, _ = train(tiny_base_model, make_training_params(num_steps=1))
+    params = {"num_steps": 1, "words_schedule": CONSTANT}
+    concept, _ = train(tiny_base_model, make_training_params(zero_terminal_snr=True, **params))
+    plain, _ = train(tiny_base_model, make_training_params(**params))
     assert (concept.metadata["zero_terminal_snr"], plain.metadata["zero_terminal_snr"]) == ("true", "false")
     assert not torch.equal(concept.tensors["words.positive.pt1"], plain.tensors["words.positive.pt1"])
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
@@ -580,7 +582,8 @@ def test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from(
 def test_a_concept_trains_on_from_its_start_and_remembers_its_hash(
     tiny_base_model: Path, make_training_params: MakeParams, start: Concept, start_file: Path
 ) -> None:
-    came = begun(tiny_base_model, make_training_params(num_steps=1, start_from=str(start_file)))
+    params = {"schedule": CONSTANT, "words_schedule": CONSTANT}
+    came = begun(tiny_base_model, make_training_params(num_steps=1, start_from=str(start_file), **params))
     assert came.metadata["start_sha256"] == hashlib.sha256(start_file.read_bytes()).hexdigest()
     for name, tensor in start.tensors.items():
         assert 0 < (came.tensors[name] - tensor).abs().max() < 0.02, name  # one step of AdamW

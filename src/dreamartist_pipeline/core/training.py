@@ -26,7 +26,7 @@ from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, concatenate
-from dreamartist_pipeline.core.schedules import schedule_factor
+from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
 from dreamartist_pipeline.core.trainer import Averages, TrainingState, normalized_ema, train
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 
@@ -472,7 +472,7 @@ class _Steps:
         return [f"{branch}/{kind}" for kind, branch in self._members]
 
     def set_rates(self, step: int) -> None:
-        """Set every group's learning rate for `step` (from 0)."""
+        """Set every group's learning rate for `step` (from 0), and Adam's β₁ where the schedule says it."""
         by_parameter = {
             id(group["params"][0]): group for optimizer in self.state.optimizers for group in optimizer.param_groups
         }
@@ -480,6 +480,8 @@ class _Steps:
         for parameter, group in zip(self.state.parameters, self._trainee.groups, strict=True):
             target, schedule = by_parameter[id(parameter)], _settings(self.params, group.kind).schedule
             target["lr"] = group.lr * schedule_factor(schedule, step, self.params.num_steps)
+            if (beta1 := scheduled_beta1(schedule, step, self.params.num_steps)) is not None:
+                target["betas"] = (beta1, *target["betas"][1:])
             self.rates[group.name] = target["lr"] * target.get("d", 1.0)
 
     def loss(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
