@@ -318,7 +318,7 @@ class Store:
         yield Image.new("RGB", (32, 32), self._color)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a training left behind; `steps_shown` are those with a preview."""
 
@@ -578,6 +578,27 @@ def test_a_clipped_gradient_moves_less(train: Train) -> None:
     # |g| is at most 1e-9 then, and AdamW moves a value by lr · |g| / (|g| + 1e-8)
     assert 0 < clipped.largest(".up") <= LR / 11 * 1.001
     assert clipped.first("grad_norm/positive/adapters") == plain.first("grad_norm/positive/adapters")
+
+
+@proves("training.clip")
+def test_adapters_and_words_are_clipped_together_or_apart(train: Train) -> None:
+    def norms(run: Run) -> dict[str, float]:
+        parts = ("negative", "positive")
+        return {
+            kind: math.hypot(*(run.first(f"grad_norm/{part}/{kind}") for part in parts))
+            for kind in ("adapters", "words")
+        }
+
+    small = 1e-9  # a gradient g is clipped to g · small / norm, and AdamW moves a value by lr · |g| / (|g| + 1e-8)
+    start, together, apart = train(num_steps=0), *(train(max_grad_norm=small, clip=c) for c in ("together", "apart"))
+    assert norms(together) == norms(apart)  # before clipping
+    moved = {
+        run: torch.cat([(run[w] - start[w]).flatten() for w in ("words.negative.pt1", "words.positive.pt1")]).norm()
+        for run in (together, apart)
+    }
+    share = norms(apart)["words"] / math.hypot(*norms(apart).values())
+    assert share < 0.5
+    assert (moved[together] / moved[apart]).item() == pytest.approx(share, rel=0.1)  # nearly linear for so small a g
 
 
 # --------------------------------------------------------------------------------------------- the objective

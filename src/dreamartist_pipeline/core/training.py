@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _READ_EVERY_ON_GPU = 10  # steps between reads of the loss; every read waits for
 _WHAT_MAY_HELP = "lower the learning rates, or run the base model in float32"
 
 HistoryRow = dict[str, float]
+_Key = TypeVar("_Key")
 
 
 # ------------------------------------------------------------------------------------------------- what is trained
@@ -458,13 +459,19 @@ class _Steps:
         self._trainee, self._data = trainee, data
         self._batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
         self._guidance_scale = GuidanceScale.parse(params.guidance_scale)
-        indices: dict[tuple[str, str], list[int]] = {}
-        for index, group in enumerate(trainee.groups):
-            indices.setdefault((group.kind, group.branch), []).append(index)
-        self._members = {key: torch.tensor(members, device=self.device) for key, members in indices.items()}
+        self._members = self._indices(lambda group: (group.kind, group.branch))
+        clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
+        self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
         self.rates: dict[str, float] = {}
         self.grad_norms: dict[tuple[str, str], torch.Tensor] = {}
         self._check_next, self._checked, self._measured = False, False, False
+
+    def _indices(self, key_of: Callable[[ParameterGroup], _Key]) -> dict[_Key, torch.Tensor]:
+        """Return the indices of the groups that share a key, on the device."""
+        indices: dict[_Key, list[int]] = {}
+        for index, group in enumerate(self._trainee.groups):
+            indices.setdefault(key_of(group), []).append(index)
+        return {key: torch.tensor(members, device=self.device) for key, members in indices.items()}
 
     @property
     def norm_names(self) -> list[str]:
@@ -520,19 +527,13 @@ class _Steps:
             each.draw_masks(rows, masks)
 
     def clip(self, norms: torch.Tensor) -> None:
-        """Clip the gradients of each kind together, once those of all branches have been verified."""
+        """Clip the gradients, once those of all branches have been verified."""
         self.grad_norms = {key: norms[members].norm() for key, members in self._members.items()}
         if self._check_next:
             check_gradients(self.grad_norms)
             self._checked = True
-        for kind in dict.fromkeys(kind for kind, _ in self._members):
-            parameters = [
-                parameter
-                for parameter, group in zip(self.state.parameters, self._trainee.groups, strict=True)
-                if group.kind == kind
-            ]
-            total = torch.stack([norm for key, norm in self.grad_norms.items() if key[0] == kind]).norm()
-            nn.utils.clip_grads_with_norm_(parameters, self.params.max_grad_norm, total)
+        for parameters, members in self._clipped_together:
+            nn.utils.clip_grads_with_norm_(parameters, self.params.max_grad_norm, norms[members].norm())
 
 
 def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterator[StepRecord]:
