@@ -53,6 +53,7 @@ from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
 from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
+from dreamartist_pipeline.pipelines.training import reporting
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
 
 TESTS = Path(__file__).resolve().parent
@@ -103,7 +104,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "evaluation.text_image_model",
             "evaluation.color_agreement",
         ),
-        "test_the_node_returns_sheet_metrics_and_table_and_tracks_them": (
+        "test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet": (
             "evaluation.prompts",
             "evaluation.prior_prompts",
             "evaluation.class_word",
@@ -310,7 +311,7 @@ class Tracker:
         self.steps.append(step)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a training left behind; `steps_shown` are those with a preview."""
 
@@ -546,8 +547,8 @@ def test_scale_lr_multiplies_every_rate_by_the_rows_of_a_batch(train: Train) -> 
     [
         ({"kind": "constant", "warmup_steps": 2}, [1 / 3, 2 / 3, 1]),
         ({"kind": "cosine", "warmup_steps": 1}, [1 / 2, 1, 0]),
-        ({"kind": "one_cycle", "warmup_steps": 1}, [1 / 25, 1, 1 / 25e4]),
-        ({"kind": "one_cycle"}, [1, 0.5, 0]),
+        ({"kind": "one_cycle", "warmup_steps": 2}, [1 / 25, 1, 1 / 25e4]),
+        ({"kind": "one_cycle"}, [0.75, 0.25, 0]),
     ],
 )
 def test_adapters_and_words_each_follow_their_own_schedule(
@@ -569,6 +570,27 @@ def test_a_clipped_gradient_moves_less(train: Train) -> None:
     # |g| is at most 1e-9 then, and AdamW moves a value by lr · |g| / (|g| + 1e-8)
     assert 0 < clipped.largest(".up") <= LR / 11 * 1.001
     assert clipped.first("grad_norm/positive/adapters") == plain.first("grad_norm/positive/adapters")
+
+
+@proves("training.clip")
+def test_adapters_and_words_are_clipped_together_or_apart(train: Train) -> None:
+    def norms(run: Run) -> dict[str, float]:
+        parts = ("negative", "positive")
+        return {
+            kind: math.hypot(*(run.first(f"grad_norm/{part}/{kind}") for part in parts))
+            for kind in ("adapters", "words")
+        }
+
+    small = 1e-9  # a gradient g is clipped to g · small / norm, and AdamW moves a value by lr · |g| / (|g| + 1e-8)
+    start, together, apart = train(num_steps=0), *(train(max_grad_norm=small, clip=c) for c in ("together", "apart"))
+    assert norms(together) == norms(apart)  # before clipping
+    moved = {
+        run: torch.cat([(run[w] - start[w]).flatten() for w in ("words.negative.pt1", "words.positive.pt1")]).norm()
+        for run in (together, apart)
+    }
+    share = norms(apart)["words"] / math.hypot(*norms(apart).values())
+    assert share < 0.5
+    assert (moved[together] / moved[apart]).item() == pytest.approx(share, rel=0.1)  # nearly linear for so small a g
 
 
 # --------------------------------------------------------------------------------------------- the objective
@@ -651,7 +673,8 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(call)
         return [Image.new("RGB", (32, 32), "gray")] * len(call["prompts"])
 
-    monkeypatch.setattr(concepts, "generate", record)
+    for module in (concepts, reporting):
+        monkeypatch.setattr(module, "generate", record)
     return calls
 
 

@@ -367,6 +367,7 @@ class TrainingParams(Params):
     schedule: ScheduleParams = ScheduleParams()
     words_schedule: ScheduleParams = ScheduleParams()
     max_grad_norm: Positive = 1.0
+    clip: Literal["together", "apart"] = "together"  # the gradients of adapters and words, to max_grad_norm
     optimizer: OptimizerName = "adamw"  # of the adapters; the words have their own
     ema_decay: Probability = 0.0  # above 0, what is kept are running averages of adapters and words
     timesteps: tuple[Fraction, Fraction] = (0.0, 1.0)  # [low, high) as fractions of all timesteps

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
@@ -146,7 +148,7 @@ def stirred(backbone: Backbone, make_training_params: MakeParams) -> tuple[NewCo
     params = make_training_params()
     new = start_concept(backbone, params, 1, 0)
     stir(new)
-    return new, params, BatchSource(make_data(new, params), params, 1000).draw()
+    return new, params, BatchSource(make_data(new, params), params, 1000).draw(0)
 
 
 def test_a_step_equals_plain_diffusers_with_merged_weights(
@@ -163,6 +165,64 @@ def test_a_step_equals_plain_diffusers_with_merged_weights(
     torch.testing.assert_close(
         loss, independent_loss(batch, expected, backbone.schedule.alphas_cumprod), rtol=1e-5, atol=0
     )
+
+
+def plain_groups(new: NewConcept, params: TrainingParams) -> list[dict[str, Any]]:
+    """Return torch's parameter groups of all adapters and words, as configured."""
+    assert new.words is not None
+    lora = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
+    groups = [
+        {"params": [tensor], "lr": lora[network][update.group].lr, "weight_decay": params.weight_decay}
+        for network in new.stacks
+        for _, update in updates_of(new, network)
+        for tensor in (update.down, update.up)
+    ]
+    return groups + [{"params": [v], "lr": params.words.lr, "weight_decay": 0.0} for v in new.words.vectors]
+
+
+def train_plainly(backbone: Backbone, new: NewConcept, params: TrainingParams, num_steps: int) -> list[float]:
+    """Take the first steps of a training with torch alone, parameter by parameter; return the joint gradient norms."""
+    groups = plain_groups(new, params)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in groups],
+        total_steps=params.num_steps,
+        pct_start=params.schedule.warmup_steps / params.num_steps,
+        cycle_momentum=True,
+    )
+    source, norms = BatchSource(make_data(new, params), params, 1000), []
+    for step in range(num_steps):
+        batch = source.draw(step)
+        negative, positive = (one_branch(backbone, new, batch, branch) for branch in (NEGATIVE, POSITIVE))
+        loss = independent_loss(batch, negative + 3.0 * (positive - negative), backbone.schedule.alphas_cumprod)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(parameters, params.max_grad_norm).item())
+        optimizer.step()
+        scheduler.step()
+    return norms
+
+
+def test_three_steps_equal_torchs_adamw_one_cycle_and_joint_clipping(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    schedule = {"kind": "one_cycle", "warmup_steps": 2}
+    layers = (r"re:.*\.attn.?$",)
+    lora = [{"lr": lr, "rank": 2, "branch": branch, "layers": layers} for branch, lr in (("p", 3e-4), ("n", 2e-4))]
+    params = make_training_params(
+        num_steps=5, schedule=schedule, words_schedule=schedule, max_grad_norm=0.05, lora_unet=lora
+    )
+    ours, plain = (start_concept(backbone, params, 1, 0) for _ in range(2))
+    start = ours.snapshot({})
+    seen: list[Concept] = []
+    fit(make_trainee(ours, params), make_data(ours, params), params, lambda record: seen.append(ours.snapshot({})))
+    norms = train_plainly(backbone, plain, params, num_steps=3)
+    assert all(norm > 2 * params.max_grad_norm for norm in norms)
+    for name, tensor in plain.snapshot({}).tensors.items():
+        assert (tensor - start.tensors[name]).abs().max() > 5e-5, name
+        torch.testing.assert_close(seen[2].tensors[name], tensor, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_each_branch_gets_exactly_its_own_gradient(
@@ -208,7 +268,7 @@ def test_training_lowers_the_loss_on_batches_it_did_not_see(
 
     def loss() -> float:
         source = BatchSource(data, make_training_params(seed=99, batch_size=16), 1000)
-        batch = source.draw()
+        batch = source.draw(0)
         with torch.no_grad():
             prediction = combined_prediction(trainee, batch, torch.full((17,), 3.0))
             losses = row_losses(prediction, batch, backbone.schedule, "min_snr", 2.0)

@@ -82,6 +82,13 @@ def _randomize(stack: AdapterStack) -> AdapterStack:
     return stack
 
 
+def _draw_masks(stack: AdapterStack, model: nn.Module, x: torch.Tensor, seed: int = 0) -> None:
+    """Draw the dropout masks of passes like that of `x`, two branches."""
+    with stack.measuring():
+        model(x)
+    stack.draw_masks(len(x) // 2, _generator(seed))
+
+
 @pytest.fixture
 def model() -> Iterator[Model]:
     with torch.random.fork_rng():
@@ -322,12 +329,11 @@ def test_a_branch_gets_no_gradient_from_the_other_ones_rows(model: Model, x: tor
 def test_checkpointing_changes_no_gradient(model: Model, x: torch.Tensor, checkpointing: str) -> None:
     stack = _randomize(inject(model, [_spec(POSITIVE, dropout=0.3), _spec(NEGATIVE, rank=1)], 2, _generator()))
     stack.train()
+    _draw_masks(stack, model, x)
 
     def gradients(how: str) -> dict[str, list[torch.Tensor]]:
         model.zero_grad()
-        with torch.random.fork_rng():
-            torch.manual_seed(5)  # the same dropout
-            combine(model(x.requires_grad_(), how), torch.full((2,), 3.0), 2).square().sum().backward()
+        combine(model(x.requires_grad_(), how), torch.full((2,), 3.0), 2).square().sum().backward()
         return _gradients(stack)
 
     plain, recomputed = gradients("none"), gradients(checkpointing)
@@ -392,9 +398,10 @@ def test_dropout_acts_on_the_update_only_and_only_in_training(kind: str) -> None
     assert torch.equal(layer(x) - base(x), whole)  # not training: no randomness
     stack.train()
     assert not base.training
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        dropped = layer(x) - base(x)
+    _draw_masks(stack, layer, x)
+    assert layer.training and not base.training
+    dropped = layer(x) - base(x)
+    assert torch.equal(layer(x) - base(x), dropped)  # the same mask until the next is drawn
     negative, positive = split(dropped, 2)
     torch.testing.assert_close(negative, split(whole, 2)[NEGATIVE])  # its group has no dropout
     ratio = (positive / split(whole, 2)[POSITIVE]).movedim(1, -1)  # a single rank: whole vectors are dropped or kept
@@ -402,8 +409,45 @@ def test_dropout_acts_on_the_update_only_and_only_in_training(kind: str) -> None
     torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.75), rtol=1e-3, atol=1e-3)
     assert ratio[~kept].abs().max() < 1e-3
     assert 0.6 < kept.float().mean() < 0.9
+    stack.draw_masks(100, _generator(1))
+    assert not torch.equal(layer(x) - base(x), dropped)
+    stack.draw_masks(100, _generator(0))
+    assert torch.equal(layer(x) - base(x), dropped)
     stack.train(False)
     assert torch.equal(layer(x) - base(x), whole)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_mask_covers_every_row_position_and_rank(kind: str) -> None:
+    base: nn.Module = nn.Linear(8, 6) if kind == "linear" else nn.Conv2d(8, 6, 3, stride=2, padding=1)
+    x = torch.zeros((4, 3, 5, 8) if kind == "linear" else (4, 8, 6, 10))
+    model = nn.ModuleDict({"layer": base})
+    specs = [_spec(POSITIVE, layers=("layer",), rank=3, dropout=0.5), _spec(NEGATIVE, layers=("layer",), rank=1)]
+    stack = inject(model, specs, 2, _generator())
+    layer = stack.layers["layer"]
+    with stack.measuring():
+        layer(x)
+    stack.draw_masks(2 * 100, _generator())
+    assert layer.mask is not None
+    assert layer.mask.shape == ((2, 200 * 15, 3) if kind == "linear" else (2, 200, 3, 3, 5))
+    by_rank = layer.mask if kind == "linear" else layer.mask.flatten(3).transpose(2, 3).flatten(1, 2)
+    assert by_rank[NEGATIVE].all()
+    torch.testing.assert_close(by_rank[POSITIVE].float().mean(0), torch.full((3,), 0.5), atol=0.03, rtol=0)
+
+
+def test_training_without_masks_or_with_those_of_another_batch_is_refused() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, 6)})
+    stack = inject(model, [_spec(POSITIVE, layers=("layer",), dropout=0.5)], 2, _generator())
+    layer, x = stack.layers["layer"], torch.zeros(4, 8)
+    stack.train()
+    with pytest.raises(RuntimeError, match="expected the positions of a row, got none"):
+        stack.draw_masks(2, _generator())
+    with pytest.raises(RuntimeError, match=r"expected a dropout mask of \(2, 2, 2\), got none; call draw_masks first"):
+        layer(x)
+    _draw_masks(stack, layer, x)
+    layer(x)
+    with pytest.raises(RuntimeError, match=r"of \(2, 4, 2\), got \(2, 2, 2\)"):
+        layer(torch.zeros(8, 8))
 
 
 def test_adapters_start_in_the_mode_of_their_layer(model: Model, x: torch.Tensor) -> None:

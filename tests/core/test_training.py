@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
+from dreamartist_pipeline.core.trainer import train
 from dreamartist_pipeline.core.training import (
     BatchSource,
-    FlatOptimizer,
     LatentImages,
     ParameterGroup,
     StepRecord,
@@ -29,7 +30,7 @@ from dreamartist_pipeline.core.training import (
     fit,
     parameter_groups,
     reconstruction_loss,
-    schedule_factor,
+    training_state,
 )
 from dreamartist_pipeline.params import LossParams, PreviewParams, ScheduleParams, TrainingParams
 
@@ -54,12 +55,12 @@ class ToyModel(nn.Module):
         return (self.image(latents.flatten(1)) + self.text(hidden.mean(1))).view_as(latents)
 
 
-def make_trainee(num_branches: int = 2, untrained: int | None = None) -> Trainee:
+def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: float = 0.0) -> Trainee:
     """Return a toy trainee with LoRA and a word in every branch, but no LoRA gradient in branch `untrained`."""
     torch.manual_seed(0)
     model = ToyModel()
     specs = [
-        LoRASpec(name=f"toy.{branch}", rank=2, layers=("image", "text"), lr=1e-2, branch=branch)
+        LoRASpec(name=f"toy.{branch}", rank=2, layers=("image", "text"), lr=1e-2, branch=branch, dropout=dropout)
         for branch in (NEGATIVE, POSITIVE)[-num_branches:]
     ]
     stack = inject(model, specs, num_branches, torch.Generator().manual_seed(0))
@@ -71,7 +72,9 @@ def make_trainee(num_branches: int = 2, untrained: int | None = None) -> Trainee
     vocabulary = Vocabulary.build({"pt1": ("pos", "neg")}, (1, 1), _VOCABULARY, num_branches)
     words = WordEmbedding(model.embedding, vocabulary, [torch.full((1, 4), 0.1) for _ in vocabulary.words])
     model.embedding = words  # type: ignore[assignment]
-    return Trainee(model.denoise, model.encode, _SCHEDULE, parameter_groups({"toy": stack}, words, 1e-2), num_branches)
+    stack.train()
+    groups = parameter_groups({"toy": stack}, words, 1e-2)
+    return Trainee(model.denoise, model.encode, _SCHEDULE, groups, num_branches, latent_adapters=(stack,))
 
 
 def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> TrainingData:
@@ -96,15 +99,15 @@ def trained_values(trainee: Trainee) -> list[torch.Tensor]:
 
 def test_a_regularization_image_meets_only_its_own_prompt(make_training_params: MakeParams) -> None:
     source = BatchSource(make_data(), make_training_params(regularization_batch_size=2), 20)
-    for _ in range(10):
-        batch = source.draw()
+    for step in range(10):
+        batch = source.draw(step)
         first_tokens = batch.tokens.ids[batch.prompt_of_row[2:], 0, 0]  # 3, 4, 5 for the means 10, 20, 30
         assert torch.equal(batch.latents[2:, 0, 0, 0], (first_tokens - 2) * 10.0)
 
 
 def test_reference_latents_are_sampled_afresh_from_the_posterior(make_training_params: MakeParams) -> None:
     source = BatchSource(make_data(), make_training_params(batch_size=1000), 20)
-    first, second = source.draw().latents[:1000], source.draw().latents[:1000]
+    first, second = source.draw(0).latents[:1000], source.draw(1).latents[:1000]
     assert not torch.equal(first, second)
     assert first.mean().item() == pytest.approx(1, abs=0.01)
     assert first.std().item() == pytest.approx(0.1, abs=0.01)
@@ -114,20 +117,20 @@ def test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the
     make_training_params: MakeParams,
 ) -> None:
     params = make_training_params(batch_size=4, regularization_batch_size=2, loss=LossParams(regularization_weight=0.5))
-    weights = BatchSource(make_data(), params, 20).draw().row_weight
+    weights = BatchSource(make_data(), params, 20).draw(0).row_weight
     assert weights.tolist() == [0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_the_mask_holds_for_reference_rows_only(make_training_params: MakeParams) -> None:
     mask = torch.tensor([[0.0, 1.0], [2.0, 5.0]]).view(1, 1, 2, 2)
-    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), 20).draw()
+    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), 20).draw(0)
     assert batch.mask is not None
     assert batch.mask[0, 0].tolist() == [[0.0, 1.0], [2.0, 5.0]]
     assert batch.mask[1, 0].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def test_each_distinct_prompt_of_a_batch_is_encoded_once(make_training_params: MakeParams) -> None:
-    batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw()
+    batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw(0)
     assert len(batch.tokens) == 2  # the one template, one caption
     assert batch.prompt_of_row.tolist() == [0] * 6 + [1]
 
@@ -138,77 +141,87 @@ def test_tokens_keep_their_weights_in_a_batch(make_training_params: MakeParams) 
     weights = torch.tensor([[[1.0, 1.0, 1.5], [1.0, 1.2, 1.0]]])
     weighted = dataclasses.replace(data.reference, tokens=PromptTokens(data.reference.tokens.ids, weights))
     params = make_training_params(batch_size=2)
-    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, 20).draw()
+    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, 20).draw(0)
     assert batch.tokens.weights is not None
     assert batch.tokens.weights[batch.prompt_of_row].tolist() == [*weights.tolist() * 2, [[1.0] * 3] * 2]
-    assert BatchSource(data, params, 20).draw().tokens.weights is None
+    assert BatchSource(data, params, 20).draw(0).tokens.weights is None
+
+
+def test_a_batch_depends_on_the_seed_and_the_step_alone(make_training_params: MakeParams) -> None:
+    params = make_training_params(noise_offset=0.1, timesteps=(0.0, 1.0))
+    in_order, alone, other = (BatchSource(make_data(), p, 20) for p in (params, params, make_training_params(seed=1)))
+    for step in range(3):
+        expected = in_order.draw(step)
+    drawn = alone.draw(2)
+    for name in ("latents", "noise", "timesteps", "prompt_of_row"):
+        assert torch.equal(getattr(drawn, name), getattr(expected, name)), name
+    assert not torch.equal(drawn.latents, other.draw(2).latents)
 
 
 # --------------------------------------------------------------------------------------------- optimisation
 
 
-def test_one_cycle_follows_torch() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=51, pct_start=11 / 51, cycle_momentum=False
-    )
-    for step in range(50):  # torch's phase ends at pct_start · 51 − 1 = step 10
-        expected = reference.get_last_lr()[0]
-        assert schedule_factor(ScheduleParams(kind="one_cycle", warmup_steps=10), step, 51) == pytest.approx(expected)
-        optimizer.step()
-        reference.step()
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("constant", [1 / 3, 2 / 3, 1, 1, 1]), ("cosine", [1 / 3, 2 / 3, 1, 0.5, 0])],
-)
-def test_a_schedule_warms_up_and_then_holds_or_falls(kind: str, expected: list[float]) -> None:
-    schedule = ScheduleParams(kind=kind, warmup_steps=2)
-    assert [schedule_factor(schedule, step, 5) for step in range(5)] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("kind", ["constant", "cosine", "one_cycle"])
-@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 5), (2, 2), (3, 1)])
-def test_a_schedule_holds_for_the_shortest_trainings(kind: str, num_steps: int, warmup_steps: int) -> None:
-    factors = [
-        schedule_factor(ScheduleParams(kind=kind, warmup_steps=warmup_steps), step, num_steps)
-        for step in range(num_steps)
-    ]
-    assert all(0 <= factor <= 1 for factor in factors)
-    assert max(factors) > 0
-
-
-def test_flat_updates_equal_adamw_on_single_tensors_with_clipping() -> None:
+def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_params: MakeParams) -> None:
     torch.manual_seed(0)
     shapes = [(3, 2), (4,), (2, 2, 1)]
     flat = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     plain = [nn.Parameter(p.detach().clone()) for p in flat]
-    groups = [
+    groups = (
         ParameterGroup("a", "adapters", "negative", 1e-2, (flat[0], flat[1])),
         ParameterGroup("b", "adapters", "positive", 3e-2, (flat[2],)),
-    ]
-    optimizer = FlatOptimizer(groups, 0.1, ScheduleParams(kind="constant"), 3, max_grad_norm=0.5)
+    )
+    trainee = dataclasses.replace(make_trainee(), groups=groups)
+    state = training_state(trainee, make_training_params(weight_decay=0.1))
     reference = torch.optim.AdamW(
         [{"params": plain[:2], "lr": 1e-2}, {"params": plain[2:], "lr": 3e-2}], weight_decay=0.1
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for step in range(3):
-        optimizer.set_step(step)
+    totals: list[float] = []
+
+    def clip(norms: torch.Tensor) -> None:
+        totals.append(norms.norm().item())
+        nn.utils.clip_grads_with_norm_(state.parameters, 0.5, norms.norm())
+
+    def loss_of(step: int) -> tuple[torch.Tensor, None]:
+        return sum((p**3).sum() for p in flat), None  # type: ignore[return-value]
+
+    for _ in train(state, 3, set_rates=lambda step: None, loss_of=loss_of, clip=clip):
         reference.zero_grad()
-        for parameters in (flat, plain):
-            sum((p**3).sum() for p in parameters).backward()  # type: ignore[union-attr]
-        total = torch.stack(list(optimizer.grad_norms().values())).norm()
-        assert total.item() == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
-        optimizer.update(total, scaler)
+        sum((p**3).sum() for p in plain).backward()  # type: ignore[union-attr]
+        assert totals[-1] == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
         reference.step()
-    for ours, theirs in zip(flat, plain, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        for ours, theirs in zip(flat, plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
-def test_purposes_have_seeds_of_their_own() -> None:
-    assert len({derived_seed(seed, purpose) for seed in range(3) for purpose in ("choices", "noises")}) == 6
-    assert derived_seed(5, "noises") == derived_seed(5, "noises")
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_one_cycle_sets_beta1_of_its_parameters_alone(make_training_params: MakeParams, name: str) -> None:
+    params = make_training_params(
+        optimizer=name,
+        lora_unet=[{"lr": 1.0, "rank": 1, "layers": ("image",)}],
+        lora_text_encoder=(),
+        schedule={"kind": "one_cycle", "warmup_steps": 2},
+        words_schedule=CONSTANT,
+    )
+    trainee = make_trainee()
+    state = training_state(trainee, params)
+    seen: list[list[float]] = []
+
+    def beta1s(record: StepRecord) -> None:
+        groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+        assert all(group["betas"][1] == 0.999 for group in groups)
+        seen.append([group["betas"][0] for group in groups])
+
+    fit(trainee, make_data(), params, beta1s, state=state)
+    # two groups of adapters, two words
+    assert seen == [[0.95, 0.95, 0.9, 0.9], [0.85, 0.85, 0.9, 0.9], [pytest.approx(0.95)] * 2 + [0.9, 0.9]]
+
+
+def test_purposes_and_steps_have_seeds_of_their_own() -> None:
+    steps = (None, 0, 1, 98)  # 98 is the letter b: "a" and step 98 are not "ab"
+    seeds = {derived_seed(seed, purpose, step) for seed in range(3) for purpose in ("a", "ab") for step in steps}
+    assert len(seeds) == 24
+    assert max(seeds) < 2**63
+    assert derived_seed(5, "noises", 7) == derived_seed(5, "noises", 7)
 
 
 # --------------------------------------------------------------------------------------------- the loop
@@ -231,11 +244,77 @@ def test_the_same_seed_trains_the_same_bits_and_another_seed_others(make_trainin
     assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
 
 
-def test_training_leaves_the_global_random_state_alone(make_training_params: MakeParams) -> None:
-    trainee = make_trainee()
-    before = torch.get_rng_state()
-    fit(trainee, make_data(), make_training_params())
-    assert torch.equal(torch.get_rng_state(), before)
+def test_training_neither_uses_nor_changes_the_global_random_state(make_training_params: MakeParams) -> None:
+    results = []
+    for seed in (0, 1):
+        trainee = make_trainee(dropout=0.5)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        fit(trainee, make_data(), make_training_params(noise_offset=0.1))
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(trained_values(trainee))
+    assert all(map(torch.equal, *results))
+
+
+def test_every_step_drops_other_activations(make_training_params: MakeParams) -> None:
+    trainee = make_trainee(dropout=0.5)
+    layers = [layer for layer in trainee.latent_adapters[0].layers.values() if layer.has_dropout]
+    seen: list[list[torch.Tensor]] = []
+    params = make_training_params(batch_size=8)
+    fit(trainee, make_data(), params, lambda record: seen.append([layer.mask.clone() for layer in layers]))  # type: ignore[union-attr]
+    assert [mask.shape for mask in seen[0]] == [(2, 9, 2), (2, 9, 2)]  # branches, rows, ranks
+    assert not torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+# --------------------------------------------------------------------------------------------- continuing
+
+
+def states_of_a_whole_training(trainee: Trainee, params: TrainingParams) -> tuple[dict[int, dict[str, Any]], list[Any]]:
+    """Train to the end; return the state after every step, 0 included, and the history."""
+    state = training_state(trainee, params)
+    states = {0: state.state_dict()}
+    history = fit(trainee, make_data(), params, lambda r: states.update({r.step: state.state_dict()}), state=state)
+    return states, history
+
+
+CONSTANT = {"kind": "constant"}
+SCHEDULE_FREE = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "optimizer": "schedule_free"}
+CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "ema_decay": ({"ema_decay": 0.9}, {}),
+    "prodigy": ({"optimizer": "prodigy", "lora_unet": [{"lr": 1.0, "rank": 1, "layers": ("image",)}]}, {}),
+    "schedule_free": ({"words": SCHEDULE_FREE, "words_schedule": CONSTANT}, {}),
+    "float16": ({"ema_decay": 0.9}, {"half_precision": True}),
+    "dropout": ({"noise_offset": 0.1}, {"dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("taken_after", [0, 1, 3, 6])
+def test_a_continued_training_ends_in_the_same_bytes(
+    make_training_params: MakeParams, name: str, taken_after: int
+) -> None:
+    changes, of_trainee = CONTINUED[name]
+    params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
+
+    def trainee() -> Trainee:
+        toy = make_trainee(dropout=of_trainee.get("dropout", 0.0))
+        return dataclasses.replace(toy, half_precision=of_trainee.get("half_precision", False))
+
+    whole, continued = trainee(), trainee()
+    states, history = states_of_a_whole_training(whole, params)
+    state = training_state(continued, params)
+    for parameter in state.parameters:
+        parameter.data.fill_(7.0)  # nothing of the fresh values may remain
+    state.load_state_dict(states[taken_after])
+    rest = fit(continued, make_data(), params, state=state)
+    assert all(map(torch.equal, trained_values(continued), trained_values(whole)))
+    assert [without_time(row) for row in rest] == [without_time(row) for row in history[taken_after:]]
+
+
+def without_time(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key != "seconds"}
 
 
 def test_zero_steps_change_nothing(make_training_params: MakeParams) -> None:
@@ -272,8 +351,9 @@ def test_an_update_that_leaves_no_finite_numbers_stops_the_training_even_after_t
 ) -> None:
     trainee = make_trainee()
     groups = [dataclasses.replace(group, lr=1e39) if group.kind == "words" else group for group in trainee.groups]
+    params = make_training_params(num_steps=1, words_schedule=CONSTANT)
     with pytest.raises(TrainingError, match=r"expected finite numbers in words\..* after the last step"):
-        fit(dataclasses.replace(trainee, groups=groups), make_data(), make_training_params(num_steps=1))
+        fit(dataclasses.replace(trainee, groups=groups), make_data(), params)
 
 
 def _infinite(images: LatentImages) -> tuple[torch.Tensor, torch.Tensor, PromptTokens, bool]:
@@ -327,7 +407,7 @@ def test_the_table_says_what_each_branch_trains() -> None:
 
 def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_params: MakeParams) -> None:
     plain, shifted = (
-        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), 20).draw()
+        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), 20).draw(0)
         for offset in (0.0, 0.5)
     )
     shift = shifted.noise - plain.noise  # [501, 2, 2, 2]
@@ -338,7 +418,7 @@ def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_par
 
 
 def test_timesteps_stay_within_their_limits(make_training_params: MakeParams) -> None:
-    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), 20).draw()
+    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), 20).draw(0)
     assert set(batch.timesteps.tolist()) == set(range(5, 10))
 
 
@@ -360,7 +440,7 @@ def with_decoder(trainee: Trainee, factor: float = 2.0) -> Trainee:
 
 def test_the_reconstruction_compares_decoded_latents_with_the_image(make_training_params: MakeParams) -> None:
     trainee, data = with_decoder(make_trainee()), make_data(mask=torch.tensor([[1.0, 0.0], [0.0, 0.0]])[None, None])
-    batch = BatchSource(data, make_training_params(), 20).draw()
+    batch = BatchSource(data, make_training_params(), 20).draw(0)
     pixels = torch.zeros(1, 3, 4, 2)
     loss = reconstruction_loss(trainee, batch.noise[:2], batch, pixels, "l1")  # a perfect prediction: ẑ₀ is z₀
     assert loss.item() == pytest.approx(2 * batch.latents[:2, 0, 0, 0].abs().mean().item() / 4, rel=1e-4)
@@ -429,7 +509,7 @@ def test_a_first_step_at_a_scale_of_one_is_no_missing_gradient(make_training_par
     first_at_zero = next(
         seed
         for seed in range(200)
-        if BatchSource(make_data(), make_training_params(seed=seed, **wide), 20).draw().timesteps.item() == 0
+        if BatchSource(make_data(), make_training_params(seed=seed, **wide), 20).draw(0).timesteps.item() == 0
     )
     history = fit(make_trainee(), make_data(), make_training_params(seed=first_at_zero, **wide))
     assert history[0]["guidance_scale"] == 1

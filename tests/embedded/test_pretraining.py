@@ -16,7 +16,6 @@ from dreamartist_pipeline.embedded.pretraining import (
     StageReporter,
     StageSettings,
     StepReport,
-    averaged_weights,
     denoiser_loss,
     draw_timesteps,
     fit_stage,
@@ -142,16 +141,26 @@ def test_muon_learns_a_matrix():
 
 def test_training_ends_with_the_moving_average_and_not_the_last_weights():
     weight = nn.Parameter(torch.zeros(3))
-    last = run(weight)[-1]
-    assert torch.equal(weight, last["averages"][0])
+    last = run(weight)[-1]["state"]
+    assert torch.equal(weight, last["averages"]["values"][0])
     assert not torch.equal(weight, last["parameters"][0])
 
 
-def test_averaged_weights_are_put_back_afterwards():
-    weight = nn.Parameter(torch.zeros(2))
-    with averaged_weights([weight], {"averages": [torch.ones(2)]}):
-        assert weight.tolist() == [1.0, 1.0]
-    assert weight.tolist() == [0.0, 0.0]
+def test_a_checkpoint_is_looked_at_with_the_averages_in_place_and_training_goes_on_without_them():
+    weight, seen, saved = nn.Parameter(torch.zeros(3)), [], []
+
+    def save(checkpoint: dict) -> None:
+        seen.append(weight.detach().clone())
+        saved.append(checkpoint)
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        if saved:
+            assert torch.equal(weight, saved[-1]["state"]["parameters"][0])
+        return (weight - torch.randn(3, generator=generator)).pow(2).mean()
+
+    fit_stage([weight], loss_of, settings(3), save_checkpoint=save)
+    for looked_at, checkpoint in zip(seen, saved, strict=True):
+        assert torch.equal(looked_at, checkpoint["state"]["averages"]["values"][0])
 
 
 def test_the_rate_warms_up_stays_and_falls_by_a_root_to_nearly_nothing():
@@ -190,7 +199,7 @@ def test_minutes_size_the_stage_by_its_first_steps(monkeypatch):
     weight, seen = nn.Parameter(torch.zeros(3)), []
     fit_stage([weight], lambda generator: weight.sum(), settings(10**6, minutes=1.0), on_step=seen.append)
     assert seen[0].num_steps == 10**6
-    assert seen[3].num_steps == seen[-1].num_steps == seen[-1].step
+    assert seen[4].num_steps == seen[-1].num_steps == seen[-1].step
     assert 10 < seen[-1].step < 60  # two readings of the clock a step, each a second: about 30 steps a minute
 
 
@@ -217,7 +226,7 @@ def test_checkpoints_are_taken_by_the_clock_and_at_the_end(monkeypatch):
     fit_stage(
         [weight], lambda generator: weight.sum(), settings(7, checkpoint_minutes=2.0), save_checkpoint=saved.append
     )
-    assert [checkpoint["step"] for checkpoint in saved] == [2, 4, 6, 7]  # taking one reads it, too
+    assert [checkpoint["step"] for checkpoint in saved] == [3, 7]
 
 
 def test_uniform_timesteps_are_everywhere_and_logit_normal_ones_mostly_in_the_middle():

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config import ImportedConfig, read_toolkit_config
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, TrainingParams
-from dreamartist_pipeline.pipelines.training.nodes import check_templates
+from dreamartist_pipeline.pipelines.training.plan import check_templates
 
 BASE = """
 exp_dir: exps/${hcp.time:}

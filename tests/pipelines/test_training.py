@@ -23,19 +23,15 @@ from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
-from dreamartist_pipeline.pipelines.training.nodes import (
-    check_training,
-    fill_prompt,
-    history_table,
-    plot_history,
-    train_concept,
-    training_data,
-)
+from dreamartist_pipeline.pipelines.training.data import fill_prompt, training_data
+from dreamartist_pipeline.pipelines.training.nodes import check_training, plot_history, train_concept
+from dreamartist_pipeline.pipelines.training.reporting import history_table
 
 MakeParams = Callable[..., TrainingParams]
 CPU = DeviceParams(device="cpu")
 CAPTION = "white background"
 MASK = Image.new("L", (32, 32), 127)
+CONSTANT = {"kind": "constant"}
 
 
 class RecordingTracker:
@@ -218,8 +214,9 @@ def test_limits_that_hold_no_timestep_are_refused_in_the_plan(
 def test_a_concept_draws_with_the_noise_schedule_it_was_trained_with(
     tiny_base_model: Path, make_training_params: MakeParams
 ) -> None:
-    concept, _ = train(tiny_base_model, make_training_params(zero_terminal_snr=True, num_steps=1))
-    plain, _ = train(tiny_base_model, make_training_params(num_steps=1))
+    params = {"num_steps": 1, "words_schedule": CONSTANT}
+    concept, _ = train(tiny_base_model, make_training_params(zero_terminal_snr=True, **params))
+    plain, _ = train(tiny_base_model, make_training_params(**params))
     assert (concept.metadata["zero_terminal_snr"], plain.metadata["zero_terminal_snr"]) == ("true", "false")
     assert not torch.equal(concept.tensors["words.positive.pt1"], plain.tensors["words.positive.pt1"])
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
@@ -271,11 +268,11 @@ def test_every_option_of_the_objective_changes_what_is_learned_and_repeats(
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(
     tiny_base_model: Path, make_training_params: MakeParams, tmp_path: Path
 ) -> None:
-    dropout = [{"lr": 1e-3, "rank": 4, "layers": [r"re:.*\.attn.?$"], "dropout": 0.3}]
+    unet, text = ([{"lr": 1e-3, "rank": 4, "layers": [layers], "dropout": 0.3}] for layers in (r"re:.*", r"re:.*mlp$"))
     files = []
     for seed in (3, 3, 4):
         torch.manual_seed(len(files))  # whatever the process did before
-        concept, _ = train(tiny_base_model, make_training_params(seed=seed, lora_unet=dropout))
+        concept, _ = train(tiny_base_model, make_training_params(seed=seed, lora_unet=unet, lora_text_encoder=text))
         dataset = ConceptDataset(filepath=str(tmp_path / f"{len(files)}.safetensors"))
         dataset.save(concept)
         files.append((tmp_path / f"{len(files)}.safetensors").read_bytes())
@@ -576,7 +573,8 @@ def test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from(
 def test_a_concept_trains_on_from_its_start_and_remembers_its_hash(
     tiny_base_model: Path, make_training_params: MakeParams, start: Concept, start_file: Path
 ) -> None:
-    came = begun(tiny_base_model, make_training_params(num_steps=1, start_from=str(start_file)))
+    params = {"schedule": CONSTANT, "words_schedule": CONSTANT}
+    came = begun(tiny_base_model, make_training_params(num_steps=1, start_from=str(start_file), **params))
     assert came.metadata["start_sha256"] == hashlib.sha256(start_file.read_bytes()).hexdigest()
     for name, tensor in start.tensors.items():
         assert 0 < (came.tensors[name] - tensor).abs().max() < 0.02, name  # one step of AdamW

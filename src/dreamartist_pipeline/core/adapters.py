@@ -15,7 +15,8 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -337,6 +338,8 @@ class BranchLoRALayer(nn.Module):
             does not, `[num_branches, number of biases]`.
         noise_level: t / (T − 1) of each row, `[num_branches·B]`, as `set_noise_levels` left it.
         rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
+        positions: of a row's rank activations, `(N / B,)` or `(h, w)`, as `AdapterStack.measuring` found them.
+        mask: which rank activations are kept while training, as `draw_mask` left it.
     """
 
     base: nn.Linear | nn.Conv2d
@@ -380,6 +383,8 @@ class BranchLoRALayer(nn.Module):
         self.has_timestep_rank = any(update.spec.timestep_min_rank is not None for update in updates)
         self.rank_ranges = nn.Buffer(self._rank_ranges(), persistent=False)
         self.has_dropout = any(update.spec.dropout for update in updates)
+        self.positions: tuple[int, ...] | None = None
+        self.mask: torch.Tensor | None = None
         self.train(base.training)
 
     @property
@@ -441,16 +446,39 @@ class BranchLoRALayer(nn.Module):
         active: torch.Tensor = index < torch.round(full - (full - lowest) * level)
         return active.to(full.dtype)
 
-    def _drop(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Drop rank activations, each with its group's probability, and scale up the others; only while training.
+    def draw_mask(self, num_rows: int, generator: torch.Generator) -> None:
+        """Draw which rank activations are kept, each with its group's probability, for passes of `num_rows` a branch.
 
-        Dropping between down and up follows kohya's `network_dropout`. The mask comes from torch's global generator,
-        the only one that gradient checkpointing restores when it computes a layer for the second time.
+        The mask stays until the next call: gradient checkpointing computes a layer again during the backward pass.
+
+        Raises:
+            RuntimeError: the positions of a row are not known.
+        """
+        if self.positions is None:
+            raise RuntimeError(
+                "expected the positions of a row, got none; call the model within AdapterStack.measuring"
+            )
+        shape, keep = self._mask_layout(num_rows, self.positions)
+        self.mask = torch.rand(shape, generator=generator, device=keep.device, dtype=keep.dtype) < keep
+
+    def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Return the shape of the mask and the probabilities, which broadcast to it."""
+        raise NotImplementedError
+
+    def _drop(self, hidden: torch.Tensor, keep: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Drop rank activations by the mask and scale up the others; only while training.
+
+        Dropping between down and up follows kohya's `network_dropout`.
+
+        Raises:
+            RuntimeError: there is no mask, or that of another batch.
         """
         if not (self.training and self.has_dropout):
             return hidden
-        keep = keep.expand_as(hidden)
-        return hidden * (torch.bernoulli(keep) / keep).to(hidden.dtype)
+        if mask is None or mask.shape != hidden.shape:
+            drawn = "none" if mask is None else tuple(mask.shape)
+            raise RuntimeError(f"expected a dropout mask of {tuple(hidden.shape)}, got {drawn}; call draw_masks first")
+        return hidden * (mask / keep).to(hidden.dtype)
 
 
 class BranchLoRALinear(BranchLoRALayer):
@@ -474,7 +502,7 @@ class BranchLoRALinear(BranchLoRALayer):
         rows = x.reshape(self.num_branches, -1, x.shape[-1])  # [nb, N, in]
         down = self._stacked([update.effective_down() for update in self.updates])  # [nb, R, in]
         up = self._stacked([update.effective_up().mT for update in self.updates]) * self.scale  # [nb, R, out]
-        hidden = self._drop(torch.bmm(rows, down.mT.to(x.dtype)), self.keep)  # [nb, N, R]
+        hidden = self._drop(torch.bmm(rows, down.mT.to(x.dtype)), self.keep, self.mask)  # [nb, N, R]
         if self.has_timestep_rank:
             active = self._active(x.shape[0])
             hidden = hidden * active.repeat_interleave(hidden.shape[1] // active.shape[1], dim=1).to(x.dtype)
@@ -482,6 +510,9 @@ class BranchLoRALinear(BranchLoRALayer):
         if self.has_bias:
             updated = updated + self._learned_bias()[:, None].to(updated.dtype)  # [nb, 1, out]
         return updated.reshape(y.shape)
+
+    def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
+        return (self.num_branches, num_rows * math.prod(positions), self.keep.shape[-1]), self.keep  # [nb, N, R]
 
     def _stacked(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Stack factors `[rank, width]` by branch: `[num_branches, R, width]`, zeros where a branch has fewer ranks."""
@@ -512,6 +543,10 @@ class BranchLoRAConv2d(BranchLoRALayer):
         ]
         return torch.cat(outputs)
 
+    def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
+        keep = self.keep[..., None, None]  # [nb, 1, R, 1, 1]
+        return (self.num_branches, num_rows, keep.shape[2], *positions), keep
+
     def _update(self, row: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the update of one branch's rows, `[B, in, H, W]` to `[B, out, h, w]`."""
         updates = [self.updates[i] for i in self.rows[row]]
@@ -520,7 +555,7 @@ class BranchLoRAConv2d(BranchLoRALayer):
         up = torch.cat([update.effective_up() for update in updates], dim=1) * scale  # [out, R, 1, 1]
         base = self.base
         hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation)  # [B, R, h, w]
-        hidden = self._drop(hidden, keep)
+        hidden = self._drop(hidden, keep, None if self.mask is None else self.mask[row, :, : len(down)])
         if self.has_timestep_rank:
             active = self._active(len(x) * self.num_branches)[row, :, : len(down)]
             hidden = hidden * active[..., None, None].to(x.dtype)
@@ -589,6 +624,39 @@ class AdapterStack:
         for layer in self.layers.values():
             layer.training = mode
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any layer has dropout."""
+        return any(layer.has_dropout for layer in self.layers.values())
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Let a pass of the model within, without dropout, find out the shapes of the dropout masks."""
+        hooks = [layer.register_forward_hook(_note_positions) for layer in self.layers.values() if layer.has_dropout]
+        modes = [layer.training for layer in self.layers.values()]
+        self.train(False)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for layer, mode in zip(self.layers.values(), modes, strict=True):
+                layer.training = mode
+
+    def draw_masks(self, num_rows: int, generator: torch.Generator) -> None:
+        """Draw the dropout masks of the next passes; without them, a layer with dropout refuses to train.
+
+        Args:
+            num_rows: of each branch in those passes.
+            generator: on the layers' device; draws layer after layer.
+
+        Raises:
+            RuntimeError: no pass has been measured.
+        """
+        for layer in self.layers.values():
+            if layer.has_dropout:
+                layer.draw_mask(num_rows, generator)
+
     def remove_from(self, model: nn.Module) -> None:
         """Put the frozen layers back into the model."""
         for name, layer in self.layers.items():
@@ -596,6 +664,11 @@ class AdapterStack:
 
     def _updates(self) -> list[tuple[str, LowRankUpdate]]:
         return [(name, update) for name, layer in self.layers.items() for update in layer.updates]
+
+
+def _note_positions(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    assert isinstance(layer, BranchLoRALayer)
+    layer.positions = tuple(output.shape[2:] if isinstance(layer, BranchLoRAConv2d) else output.shape[1:-1])
 
 
 def inject(model: nn.Module, specs: Sequence[LoRASpec], num_branches: int, generator: torch.Generator) -> AdapterStack:

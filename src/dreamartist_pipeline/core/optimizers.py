@@ -32,38 +32,47 @@ def check_optimizer(name: str, device: torch.device) -> None:
         )
 
 
-def make_optimizers(
-    name: str, parameters: Sequence[nn.Parameter], rates: Sequence[float], weight_decay: float
-) -> list[Optimizer]:
-    """Return the optimizers of one kind of parameters; their parameter groups are `parameters`, in order.
+def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Move parameters into one flat tensor; they and their gradients become views of it and of its gradient.
+
+    Hundreds of small tensors cost more to update than to train.
+    """
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [parameter.numel() for parameter in parameters]
+    views = zip(parameters, torch.split(flat.data, sizes), torch.split(flat.grad, sizes), strict=True)
+    for parameter, values, gradient in views:
+        parameter.data = values.view(parameter.shape)
+        parameter.grad = gradient.view(parameter.shape)
+    return flat
+
+
+def make_optimizers(name: str, groups: Sequence[dict[str, Any]]) -> list[Optimizer]:
+    """Return the optimizers of some parameters; their parameter groups are `groups`, in order.
 
     adamw: torch's. adamw8bit: with moments of 8 bits (Dettmers et al. 2022). prodigy (Mishchenko and Defazio 2024)
-    finds the rate by itself, and `rates` are factors of it; an optimizer per tensor, so that each has an estimate of
+    finds the rate by itself, and `lr` is a factor of it; an optimizer per group, so that each has an estimate of
     its own and factors may differ; safeguarded for warm-up, as the library advises for diffusion models (its other
     advice, bias correction, holds the estimate back for the first hundred steps: too long here). schedule_free: AdamW
     whose evaluation point is an average (Defazio et al. 2024).
 
     Args:
         name: of the optimizer.
-        parameters: one flat tensor a group.
-        rates: the peak learning rate of each.
-        weight_decay: decoupled, as in AdamW.
+        groups: torch's parameter groups with `params`, the peak `lr`, and a decoupled `weight_decay`.
 
     Raises:
         InputError: an unknown name.
     """
-    groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(parameters, rates, strict=True)]
     match name:
         case "adamw":
-            return [torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)]
+            return [torch.optim.AdamW(groups, fused=True)]
         case "adamw8bit":
-            return [_from_library(name, "AdamW8bit", "bitsandbytes.optim")(groups, weight_decay=weight_decay)]
+            return [_from_library(name, "AdamW8bit", "bitsandbytes.optim")(groups)]
         case "prodigy":
             prodigy = _from_library(name, "Prodigy")
-            options = {"weight_decay": weight_decay, "safeguard_warmup": True}
-            return [prodigy([group], lr=rate, **options) for group, rate in zip(groups, rates, strict=True)]
+            return [prodigy([group], lr=group["lr"], safeguard_warmup=True) for group in groups]
         case "schedule_free":
-            optimizer = _from_library(name, "AdamWScheduleFree")(groups, weight_decay=weight_decay)
+            optimizer = _from_library(name, "AdamWScheduleFree")(groups)
             optimizer.train()
             return [optimizer]
     raise InputError(f"expected an optimizer among adamw, {', '.join(LIBRARIES)}, got {name!r}; correct optimizer")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dreamartist_pipeline.core.branches import combine, repeat
+from dreamartist_pipeline.core.branches import POSITIVE, combine, repeat, split
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(latents `[2B, C, h, w]` as negative | positive, timesteps `[2B]`) -> the model's prediction, same shape."""
@@ -92,12 +92,11 @@ def sample_latents(
     timesteps = scheduler.timesteps if known is None else _last_timesteps(scheduler, num_inference_steps, known.denoise)
     latents = _start(scheduler, noise, timesteps, known)
     rows = len(latents)
-    guidance = torch.full((rows,), guidance_scale, device=latents.device)
     options = _step_options(scheduler, generators)
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         prediction = denoise(repeat(scaled, _NUM_BRANCHES), timestep.expand(_NUM_BRANCHES * rows))
-        combined = combine(prediction.float(), guidance, _NUM_BRANCHES)
+        combined = _guided(prediction.float(), guidance_scale)
         latents = scheduler.step(combined, timestep, latents, **options).prev_sample
         if known is not None and known.mask is not None:
             kept = _noised(scheduler, known.latents, noise, timesteps[index + 1 : index + 2])
@@ -105,6 +104,14 @@ def sample_latents(
         if progress:
             progress(index + 1)
     return latents
+
+
+def _guided(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Return the combined prediction `[B, C, h, w]`; at a scale of 1 the positive one exactly, without rounding."""
+    if guidance_scale == 1:
+        return split(prediction, _NUM_BRANCHES)[POSITIVE]
+    guidance = torch.full((len(prediction) // _NUM_BRANCHES,), guidance_scale, device=prediction.device)
+    return combine(prediction, guidance, _NUM_BRANCHES)
 
 
 def _last_timesteps(scheduler: Scheduler, num_inference_steps: int, denoise: float) -> torch.Tensor:

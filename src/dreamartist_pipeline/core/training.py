@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,16 +24,18 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
-from dreamartist_pipeline.core.optimizers import make_optimizers
+from dreamartist_pipeline.core.optimizers import flatten, make_optimizers
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, concatenate
+from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
+from dreamartist_pipeline.core.trainer import Averages, TrainingState, normalized_ema, train
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
 _READ_EVERY_ON_GPU = 10  # steps between reads of the loss; every read waits for the device
-_ONE_CYCLE_START, _ONE_CYCLE_END = 1 / 25, 1 / 25e4  # of the peak; torch.optim.lr_scheduler.OneCycleLR's defaults
 _WHAT_MAY_HELP = "lower the learning rates, or run the base model in float32"
 
 HistoryRow = dict[str, float]
+_Key = TypeVar("_Key")
 
 
 # ------------------------------------------------------------------------------------------------- what is trained
@@ -93,6 +95,7 @@ class Trainee:
     denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
     encode: tokens `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
     num_branches: nb, 2 (negative, positive) or 1 (positive alone).
+    latent_adapters, prompt_adapters: those in `denoise` and in `encode`, whose dropout is drawn before every step.
     decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, with gradients; only the reconstruction loss needs it.
     """
 
@@ -103,6 +106,8 @@ class Trainee:
     num_branches: int
     half_precision: bool = False  # float16 base: small gradients need a scaled loss
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    latent_adapters: tuple[AdapterStack, ...] = ()
+    prompt_adapters: tuple[AdapterStack, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ class Batch:
 
 
 class BatchSource:
-    """Draws batches; all of its randomness comes from one seed."""
+    """Draws batches; the batch of a step depends on the seed and the step alone."""
 
     def __init__(self, data: TrainingData, params: TrainingParams, num_train_timesteps: int) -> None:
         self._data = data
@@ -163,27 +168,26 @@ class BatchSource:
         self._num_regularization = params.regularization_batch_size if data.regularization else 0
         self._timesteps = timestep_range(params.timesteps, num_train_timesteps)
         self._noise_offset = params.noise_offset
-        self._choices = torch.Generator().manual_seed(derived_seed(params.seed, "choices"))
+        self._seed = params.seed
         device = data.reference.mean.device
-        self._noises = torch.Generator(device).manual_seed(derived_seed(params.seed, "noises"))
-        self._offsets = torch.Generator(device).manual_seed(derived_seed(params.seed, "noise_offsets"))
         self._prompts = data.reference.tokens
         if data.regularization:
             self._prompts = concatenate([self._prompts, data.regularization.tokens])  # [P + N, nb, L]
         self._row_weight = self._weights(params.loss.regularization_weight).to(device)
         self._mask = self._row_masks()
 
-    def draw(self) -> Batch:
-        """Return the next batch."""
+    def draw(self, step: int) -> Batch:
+        """Return the batch of a step, from 0."""
         device = self._data.reference.mean.device
-        mean, std, prompts = self._rows()
-        noises = torch.randn((2, *mean.shape), generator=self._noises, device=device)
+        mean, std, prompts = self._rows(step_generator(self._seed, "choices", step))
+        noises_of_step = step_generator(self._seed, "noises", step, device)
+        noises = torch.randn((2, *mean.shape), generator=noises_of_step, device=device)
         rows = (len(mean),)
-        timesteps = torch.randint(*self._timesteps, rows, generator=self._noises, device=device)
+        timesteps = torch.randint(*self._timesteps, rows, generator=noises_of_step, device=device)
         distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
         return Batch(
             latents=mean + std * noises[0],
-            noise=self._shifted(noises[1]),
+            noise=self._shifted(noises[1], step),
             timesteps=timesteps,
             tokens=self._prompts[distinct.to(device)],
             prompt_of_row=prompt_of_row.to(device),
@@ -191,35 +195,30 @@ class BatchSource:
             mask=self._mask,
         )
 
-    def _shifted(self, noise: torch.Tensor) -> torch.Tensor:
+    def _shifted(self, noise: torch.Tensor, step: int) -> torch.Tensor:
         """Add `noise_offset · N(0, 1)` per row and channel, so that mean brightness is learned too (Guttenberg 2023).
 
-        The offsets have a random stream of their own: with and without them, all else is drawn alike.
+        The offsets have a generator of their own: with and without them, all else is drawn alike.
         """
         if not self._noise_offset:
             return noise
         shape = (*noise.shape[:2], 1, 1)
-        return noise + self._noise_offset * torch.randn(shape, generator=self._offsets, device=noise.device)
+        offsets = step_generator(self._seed, "noise_offsets", step, noise.device)
+        return noise + self._noise_offset * torch.randn(shape, generator=offsets, device=noise.device)
 
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rows(self, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose images and prompts: mean and std `[B, C, h, w]`, prompt index `[B]` on the CPU."""
         reference = self._data.reference
-        image, prompt = self._pick(reference, self._num_reference)
+        image, prompt = _pick(reference, self._num_reference, choices)
         mean, std = reference.mean[image], reference.std[image]
         if self._num_regularization:
             regularization = self._data.regularization
             assert regularization is not None
-            image, other = self._pick(regularization, self._num_regularization)
+            image, other = _pick(regularization, self._num_regularization, choices)
             mean = torch.cat([mean, regularization.mean[image]])
             std = torch.cat([std, regularization.std[image]])
             prompt = torch.cat([prompt, other + len(reference.tokens)])
         return mean, std, prompt
-
-    def _pick(self, images: LatentImages, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        prompt = torch.randint(len(images.tokens), (num_rows,), generator=self._choices)
-        if images.paired:
-            return prompt, prompt
-        return torch.randint(len(images.mean), (num_rows,), generator=self._choices), prompt
 
     def _weights(self, regularization_weight: float) -> torch.Tensor:
         weights = [1 / self._num_reference] * self._num_reference
@@ -232,6 +231,14 @@ class BatchSource:
             return None
         unmasked = torch.ones_like(mask).expand(self._num_regularization, -1, -1, -1)
         return torch.cat([mask.expand(self._num_reference, -1, -1, -1), unmasked])  # [B, 1, h, w]
+
+
+def _pick(images: LatentImages, num_rows: int, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose an image and a prompt for every row: indices `[num_rows]` on the CPU."""
+    prompt = torch.randint(len(images.tokens), (num_rows,), generator=choices)
+    if images.paired:
+        return prompt, prompt
+    return torch.randint(len(images.mean), (num_rows,), generator=choices), prompt
 
 
 def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
@@ -292,159 +299,21 @@ def reconstruction_loss(
     return image_error(decoded, pixels.expand_as(decoded), mask, norm).mean()
 
 
-# ------------------------------------------------------------------------------------------------- optimisation
-
-
-class FlatOptimizer:
-    """An optimizer over one kind of parameters, laid end to end in one tensor per group.
-
-    Hundreds of small tensors cost more to update than to train; the parameters become views of a few flat ones, and
-    so do their gradients. What is kept may be an average: with `ema_decay` β that of the values after steps 1 … n,
-    Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ, so that the initial values weigh nothing; with schedule_free the optimizer's own. Steps that the
-    gradient scaler skips are not among the n; the learning rates' schedule counts them, for it ends with the training.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[ParameterGroup],
-        weight_decay: float,
-        schedule: ScheduleParams,
-        num_steps: int,
-        max_grad_norm: float,
-        optimizer: str = "adamw",
-        ema_decay: float = 0.0,
-    ) -> None:
-        self._groups = tuple(groups)
-        self._flat = [_flatten(group.parameters) for group in groups]
-        self._schedule, self._num_steps, self._max_grad_norm = schedule, num_steps, max_grad_norm
-        self._optimizers = make_optimizers(optimizer, self._flat, [group.lr for group in groups], weight_decay)
-        self._param_groups = [group for each in self._optimizers for group in each.param_groups]
-        self._schedule_free: list[Any] = list(self._optimizers) if optimizer == "schedule_free" else []
-        self._ema_decay = ema_decay
-        self._num_averaged = torch.zeros((), dtype=torch.float64, device=self._flat[0].device)
-        self._averages = [flat.detach().clone() for flat in self._flat] if ema_decay else []
-
-    def set_step(self, step: int) -> dict[str, float]:
-        """Set every group's learning rate for `step` (from 0), clear gradients, and return the rates by group name.
-
-        Prodigy's rate is the product with the one it has estimated so far.
-        """
-        factor = schedule_factor(self._schedule, step, self._num_steps)
-        rates = {}
-        for target, group, flat in zip(self._param_groups, self._groups, self._flat, strict=True):
-            target["lr"] = group.lr * factor
-            rates[group.name] = target["lr"] * target.get("d", 1.0)
-            assert flat.grad is not None
-            flat.grad.zero_()
-        return rates
-
-    def grad_norms(self) -> dict[str, torch.Tensor]:
-        """Return the gradient's norm per branch, scalars on the device."""
-        norms: dict[str, list[torch.Tensor]] = {}
-        for group, flat in zip(self._groups, self._flat, strict=True):
-            assert flat.grad is not None
-            norms.setdefault(group.branch, []).append(flat.grad.norm())
-        return {branch: torch.stack(values).norm() for branch, values in norms.items()}
-
-    def update(self, total_norm: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
-        """Clip the gradient of all groups together to `max_grad_norm` and take one step, without reading back.
-
-        While the scaler is on, a gradient that is not finite skips the step for all groups.
-        """
-        stepped = total_norm.isfinite()
-        # With several optimizers the scaler reads back, too, but asks each about its own gradients, and clipping has
-        # spread a NaN to those of all.
-        if scaler.is_enabled() and len(self._optimizers) > 1 and not stepped:
-            return
-        factor = (self._max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
-        for flat in self._flat:
-            assert flat.grad is not None
-            flat.grad.mul_(factor)
-        for optimizer in self._optimizers:
-            scaler.step(optimizer)
-        if self._averages:
-            self._average(stepped)
-
-    def _average(self, stepped: torch.Tensor) -> None:
-        """Take the values into the averages where `stepped`, a scalar on the device, is true; else change nothing."""
-        self._num_averaged += stepped
-        weight = (1 - self._ema_decay) / (1 - self._ema_decay**self._num_averaged)
-        weight = torch.where(stepped, weight, 0).to(torch.float32)
-        for average, flat in zip(self._averages, self._flat, strict=True):
-            average.lerp_(flat.detach(), weight)
-
-    def unscale(self, scaler: torch.amp.GradScaler) -> None:
-        """Undo the loss scale in the gradients."""
-        for optimizer in self._optimizers:
-            scaler.unscale_(optimizer)
-
-    def keep_averages(self) -> None:
-        """Put the averages into the parameters, where there are any; training goes on only within `averaged`."""
-        for optimizer in self._schedule_free:
-            optimizer.eval()
-        for average, flat in zip(self._averages, self._flat, strict=bool(self._averages)):
-            flat.data.copy_(average)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the averages in the parameters within, and afterwards exactly the values that train."""
-        if not self._averages and not self._schedule_free:
-            yield
-            return
-        training = [flat.detach().clone() for flat in self._flat]
-        self.keep_averages()
-        try:
-            yield
-        finally:
-            for optimizer in self._schedule_free:
-                optimizer.train()
-            for flat, values in zip(self._flat, training, strict=True):
-                flat.data.copy_(values)
-
-
-def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Move parameters into one flat tensor; they and their gradients become views of it and of its gradient."""
-    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    views = zip(parameters, torch.split(flat.data, sizes), torch.split(flat.grad, sizes), strict=True)
-    for parameter, values, gradient in views:
-        parameter.data = values.view(parameter.shape)
-        parameter.grad = gradient.view(parameter.shape)
-    return flat
-
-
-def schedule_factor(schedule: ScheduleParams, step: int, num_steps: int) -> float:
-    """Return the learning rate at `step` (from 0) as a fraction of its peak.
-
-    constant: linear warm-up, then 1. cosine: linear warm-up, then half a cosine to 0. one_cycle: half a cosine from
-    1/25 to 1 over the warm-up, then another down to 1/250000 (Smith & Topin 2018, with torch's OneCycleLR defaults).
-    """
-    warmup = min(schedule.warmup_steps, num_steps)
-    progress = (step - warmup) / max(1, num_steps - warmup - 1)
-    match schedule.kind:
-        case "constant":
-            return min(1.0, (step + 1) / (warmup + 1))
-        case "cosine":
-            return min(1.0, (step + 1) / (warmup + 1)) * _cosine(1.0, 0.0, max(0.0, progress))
-        case "one_cycle":
-            if step < warmup:
-                return _cosine(_ONE_CYCLE_START, 1.0, step / warmup)
-            return _cosine(1.0, _ONE_CYCLE_END, progress)
-
-
-def _cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
 def lr_factor(params: TrainingParams) -> int:
     """Return what `scale_lr` multiplies every learning rate by: the rows of a batch, or 1."""
     return params.batch_size + params.regularization_batch_size if params.scale_lr else 1
 
 
-def derived_seed(seed: int, purpose: str) -> int:
-    """Return a seed for one purpose, so that no two streams of one training are the same."""
-    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0] >> 1)
+def derived_seed(seed: int, purpose: str, step: int | None = None) -> int:
+    """Return a seed of 63 bits for one purpose, and one step of it, so that no two draws of a training are the same."""
+    spawn_key = () if step is None else (step,)
+    sequence = np.random.SeedSequence([seed, *purpose.encode()], spawn_key=spawn_key)
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def step_generator(seed: int, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a fresh generator for one purpose in one step: no random state has to be kept between steps."""
+    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step))
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -486,12 +355,48 @@ class StepRecord:
         }
 
 
+def training_state(trainee: Trainee, params: TrainingParams) -> TrainingState:
+    """Return the state of a training before its first step; the trainee's parameters become views of the state's.
+
+    There is one flat parameter per group. Averages are kept with `ema_decay`, without the steps that the gradient
+    scaler skips; the schedule of the learning rates counts those, for it ends with the training.
+    """
+    parameters = [flatten(group.parameters) for group in trainee.groups]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for group, parameter in zip(trainee.groups, parameters, strict=True):
+        settings = _settings(params, group.kind)
+        torch_group = {"params": [parameter], "lr": group.lr, "weight_decay": settings.weight_decay}
+        by_name.setdefault(settings.optimizer, []).append(torch_group)
+    return TrainingState(
+        parameters,
+        [optimizer for name, groups in by_name.items() for optimizer in make_optimizers(name, groups)],
+        Averages(parameters, normalized_ema(params.ema_decay)) if params.ema_decay else None,
+        torch.amp.GradScaler(parameters[0].device.type, enabled=trainee.half_precision),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How one kind of parameters is optimised."""
+
+    optimizer: str
+    weight_decay: float
+    schedule: ScheduleParams
+
+
+def _settings(params: TrainingParams, kind: str) -> _Settings:
+    if kind == WORDS:
+        return _Settings(params.words.optimizer, params.words.weight_decay, params.words_schedule)
+    return _Settings(params.optimizer, params.weight_decay, params.schedule)
+
+
 def fit(
     trainee: Trainee,
     data: TrainingData,
     params: TrainingParams,
     on_step: Callable[[StepRecord], None] | None = None,
     on_preview: Callable[[int], None] | None = None,
+    state: TrainingState | None = None,
 ) -> list[HistoryRow]:
     """Train the trainee's parameters in place and return one history row per step.
 
@@ -504,25 +409,23 @@ def fit(
         on_step: called once per step, in order; on a GPU in bursts, because reading the loss waits for the device.
         on_preview: called after every `params.preview.every`-th step with its number, the weights as they would be
             kept then.
+        state: where to begin, from `training_state`; None begins anew.
 
     Raises:
         TrainingError: some branch has received no gradient in the first step, or the loss, or what has been learned, is
             no longer finite.
     """
-    device = data.reference.mean.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derived_seed(params.seed, "dropout"))
-        history: list[HistoryRow] = []
-        for record in _records(trainee, data, params, on_preview):
-            if not math.isfinite(record.loss):
-                raise TrainingError(
-                    f"expected a finite loss; got {record.loss} at step {record.step}; {_WHAT_MAY_HELP}"
-                )
-            history.append(record.row())
-            if on_step:
-                on_step(record)
-        _check_learned(trainee.groups)
-        return history
+    state = state or training_state(trainee, params)
+    history: list[HistoryRow] = []
+    for record in _records(_Steps(trainee, data, params, state), on_preview):
+        if not math.isfinite(record.loss):
+            raise TrainingError(f"expected a finite loss; got {record.loss} at step {record.step}; {_WHAT_MAY_HELP}")
+        history.append(record.row())
+        if on_step:
+            on_step(record)
+    state.keep_averages()
+    _check_learned(trainee.groups)
+    return history
 
 
 def _check_learned(groups: Sequence[ParameterGroup]) -> None:
@@ -543,49 +446,112 @@ class _Pending:
     lr: dict[str, float]
 
 
-def _records(
-    trainee: Trainee, data: TrainingData, params: TrainingParams, on_preview: Callable[[int], None] | None
-) -> Iterator[StepRecord]:
-    device = data.reference.mean.device
-    read_every = _READ_EVERY_ON_GPU if device.type == "cuda" else 1
-    scaler = torch.amp.GradScaler(device.type, enabled=trainee.half_precision)
-    optimizers = _optimizers(trainee.groups, params)
-    batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
-    guidance_scale = GuidanceScale.parse(params.guidance_scale)
-    names = [f"{branch}/{kind}" for kind in optimizers for branch in _branches(trainee.groups, kind)]
-    pending: list[_Pending] = []
-    begun = time.perf_counter()
-    checked = False
-    for step in range(params.num_steps):
-        lr = {n: v for optimizer in optimizers.values() for n, v in optimizer.set_step(step).items()}
-        batch = batches.draw()
-        guidance = guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+class _Steps:
+    """The steps of one concept's training, as the loop asks for them.
+
+    Attributes:
+        rates: the current step's learning rate by group. Prodigy's is the product with the one it has estimated so far.
+        grad_norms: (kind, branch) -> the current step's gradient norm before clipping.
+    """
+
+    def __init__(self, trainee: Trainee, data: TrainingData, params: TrainingParams, state: TrainingState) -> None:
+        self.state, self.params, self.device = state, params, data.reference.mean.device
+        self._trainee, self._data = trainee, data
+        self._batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
+        self._guidance_scale = GuidanceScale.parse(params.guidance_scale)
+        self._members = self._indices(lambda group: (group.kind, group.branch))
+        clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
+        self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
+        self.rates: dict[str, float] = {}
+        self.grad_norms: dict[tuple[str, str], torch.Tensor] = {}
+        self._check_next, self._checked, self._measured = False, False, False
+
+    def _indices(self, key_of: Callable[[ParameterGroup], _Key]) -> dict[_Key, torch.Tensor]:
+        """Return the indices of the groups that share a key, on the device."""
+        indices: dict[_Key, list[int]] = {}
+        for index, group in enumerate(self._trainee.groups):
+            indices.setdefault(key_of(group), []).append(index)
+        return {key: torch.tensor(members, device=self.device) for key, members in indices.items()}
+
+    @property
+    def norm_names(self) -> list[str]:
+        """The names of the gradient norms that are reported, `<branch>/<kind>`."""
+        return [f"{branch}/{kind}" for kind, branch in self._members]
+
+    def set_rates(self, step: int) -> None:
+        """Set every group's learning rate for `step` (from 0), and Adam's β₁ where the schedule says it."""
+        by_parameter = {
+            id(group["params"][0]): group for optimizer in self.state.optimizers for group in optimizer.param_groups
+        }
+        self.rates = {}
+        for parameter, group in zip(self.state.parameters, self._trainee.groups, strict=True):
+            target, schedule = by_parameter[id(parameter)], _settings(self.params, group.kind).schedule
+            target["lr"] = group.lr * schedule_factor(schedule, step, self.params.num_steps)
+            if (beta1 := scheduled_beta1(schedule, step, self.params.num_steps)) is not None:
+                target["betas"] = (beta1, *target["betas"][1:])
+            self.rates[group.name] = target["lr"] * target.get("d", 1.0)
+
+    def loss(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a step's batch, and its parts: reference, regularization, reconstruction, guidance."""
+        params, trainee = self.params, self._trainee
+        batch = self._batches.draw(step)
+        guidance = self._guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        self._draw_dropout(batch, step)
         prediction = combined_prediction(trainee, batch, guidance)
         losses = _row_losses(trainee, prediction, batch, params)
         loss = (batch.row_weight * losses).sum()
         reconstruction = None
         if params.loss.reconstruction_weight:
             rows, norm = slice(params.batch_size), params.loss.reconstruction_norm
-            reconstruction = reconstruction_loss(trainee, prediction[rows], batch, data.pixels, norm)
+            reconstruction = reconstruction_loss(trainee, prediction[rows], batch, self._data.pixels, norm)
             loss = loss + params.loss.reconstruction_weight * reconstruction
-        torch.autograd.backward(scaler.scale(loss))
-        check = not checked and (step + 1 == params.num_steps or _reaches_both_branches(trainee, guidance))
-        checked = checked or check
-        norms = _update(optimizers, scaler, check)
-        measured = _measured(loss, losses, reconstruction, guidance, norms, params.batch_size)
-        pending.append(_Pending(step + 1, measured, lr))
-        preview_due = bool(params.preview.every) and (step + 1) % params.preview.every == 0
-        if preview_due or (step + 1) % read_every == 0 or step + 1 == params.num_steps:
-            yield from _read(pending, names, begun)
+        is_last = step + 1 == params.num_steps
+        self._check_next = not self._checked and (is_last or _reaches_both_branches(trainee, guidance))
+        return loss, _parts(losses, reconstruction, guidance, params.batch_size)
+
+    def _draw_dropout(self, batch: Batch, step: int) -> None:
+        """Draw the step's dropout masks of all adapters, before the pass that applies them."""
+        adapters_by_rows = [
+            (len(batch.tokens), self._trainee.prompt_adapters),
+            (len(batch.latents), self._trainee.latent_adapters),
+        ]
+        adapters = [(rows, each) for rows, stacks in adapters_by_rows for each in stacks if each.has_dropout]
+        if adapters and not self._measured:
+            with ExitStack() as measuring, torch.no_grad():
+                for _, each in adapters:
+                    measuring.enter_context(each.measuring())
+                combined_prediction(self._trainee, batch, torch.ones_like(batch.row_weight))
+            self._measured = True
+        masks = step_generator(self.params.seed, "dropout", step, self.device)
+        for rows, each in adapters:
+            each.draw_masks(rows, masks)
+
+    def clip(self, norms: torch.Tensor) -> None:
+        """Clip the gradients, once those of all branches have been verified."""
+        self.grad_norms = {key: norms[members].norm() for key, members in self._members.items()}
+        if self._check_next:
+            check_gradients(self.grad_norms)
+            self._checked = True
+        for parameters, members in self._clipped_together:
+            nn.utils.clip_grads_with_norm_(parameters, self.params.max_grad_norm, norms[members].norm())
+
+
+def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterator[StepRecord]:
+    params, state = steps.params, steps.state
+    read_every = _READ_EVERY_ON_GPU if steps.device.type == "cuda" else 1
+    pending: list[_Pending] = []
+    begun = time.perf_counter()
+    for done in train(state, params.num_steps, set_rates=steps.set_rates, loss_of=steps.loss, clip=steps.clip):
+        values = torch.stack([done.loss, *done.parts, *steps.grad_norms.values()])
+        pending.append(_Pending(done.step, values, steps.rates))
+        preview_due = bool(params.preview.every) and done.step % params.preview.every == 0
+        if preview_due or done.step % read_every == 0 or done.step == params.num_steps:
+            yield from _read(pending, steps.norm_names, begun)
             pending.clear()
             if preview_due and on_preview:
-                with ExitStack() as stack:
-                    for optimizer in optimizers.values():
-                        stack.enter_context(optimizer.averaged())
-                    on_preview(step + 1)
+                with state.averaged():
+                    on_preview(done.step)
             begun = time.perf_counter()
-    for optimizer in optimizers.values():
-        optimizer.keep_averages()
 
 
 def _row_losses(trainee: Trainee, prediction: torch.Tensor, batch: Batch, params: TrainingParams) -> torch.Tensor:
@@ -599,71 +565,32 @@ def _reaches_both_branches(trainee: Trainee, guidance: torch.Tensor) -> bool:
     return trainee.num_branches == 1 or bool((guidance != 1).any())
 
 
-def _optimizers(groups: Sequence[ParameterGroup], params: TrainingParams) -> dict[str, FlatOptimizer]:
-    """Return the adapters' and the words' optimizer, as far as there is something to train."""
-    settings = {
-        ADAPTERS: (params.weight_decay, params.schedule, params.optimizer),
-        WORDS: (params.words.weight_decay, params.words_schedule, params.words.optimizer),
-    }
-    by_kind = {kind: [group for group in groups if group.kind == kind] for kind in settings}
-    optimizers = {}
-    for kind, members in by_kind.items():
-        if members:
-            decay, schedule, name = settings[kind]
-            optimizers[kind] = FlatOptimizer(
-                members, decay, schedule, params.num_steps, params.max_grad_norm, name, params.ema_decay
-            )
-    return optimizers
-
-
-def _branches(groups: Sequence[ParameterGroup], kind: str) -> list[str]:
-    return list(dict.fromkeys(group.branch for group in groups if group.kind == kind))
-
-
-def _update(optimizers: dict[str, FlatOptimizer], scaler: torch.amp.GradScaler, check: bool) -> list[torch.Tensor]:
-    """Take one step with every optimizer and return all gradient norms, in the order of `names`."""
-    for optimizer in optimizers.values():
-        optimizer.unscale(scaler)
-    norms = {kind: optimizer.grad_norms() for kind, optimizer in optimizers.items()}
-    if check:
-        check_gradients(norms)
-    for kind, optimizer in optimizers.items():
-        optimizer.update(torch.stack(list(norms[kind].values())).norm(), scaler)
-    scaler.update()
-    return [norm for by_branch in norms.values() for norm in by_branch.values()]
-
-
-def check_gradients(norms: dict[str, dict[str, torch.Tensor]]) -> None:
+def check_gradients(norms: Mapping[tuple[str, str], torch.Tensor]) -> None:
     """Confirm that every branch's adapters and words received a gradient.
 
     Args:
-        norms: kind -> branch -> gradient norm.
+        norms: (kind, branch) -> gradient norm.
 
     Raises:
         TrainingError: one of them is zero; the message names branch and kind.
     """
-    for kind, by_branch in norms.items():
-        for branch, norm in by_branch.items():
-            if norm.item() == 0:
-                raise TrainingError(
-                    f"expected a gradient for the {kind} of the {branch} branch in the first step; got none; "
-                    "check that every template holds a slot and that the base model is a trained one"
-                )
+    for (kind, branch), norm in norms.items():
+        if norm.item() == 0:
+            raise TrainingError(
+                f"expected a gradient for the {kind} of the {branch} branch in the first step; got none; "
+                "check that every template holds a slot and that the base model is a trained one"
+            )
 
 
-def _measured(
-    loss: torch.Tensor,
-    losses: torch.Tensor,
-    reconstruction: torch.Tensor | None,
-    guidance: torch.Tensor,
-    norms: list[torch.Tensor],
-    num_reference: int,
+def _parts(
+    losses: torch.Tensor, reconstruction: torch.Tensor | None, guidance: torch.Tensor, num_reference: int
 ) -> torch.Tensor:
+    """Return the means that are reported: reference, regularization, reconstruction, guidance; NaN where absent."""
     rows = losses.detach()
     absent = rows.new_tensor(math.nan)
     regularization = rows[num_reference:].mean() if len(rows) > num_reference else absent
     decoded = absent if reconstruction is None else reconstruction.detach()
-    return torch.stack([loss.detach(), rows[:num_reference].mean(), regularization, decoded, guidance.mean(), *norms])
+    return torch.stack([rows[:num_reference].mean(), regularization, decoded, guidance.mean()])
 
 
 def _read(pending: Sequence[_Pending], names: Sequence[str], begun: float) -> Iterator[StepRecord]:

@@ -1,9 +1,9 @@
 """Training the embedded base model: autoencoder, text and image towers, then UNet and text encoder.
 
-All stages share one loop (`fit_stage`): Muon for the hidden matrices and AdamW for the rest, warm-up, a constant rate
-and a decay, gradient clipping, an exponential moving average of the weights, and a checkpoint that restores all of it.
-Every step draws its randomness from (seed, rank, step), so an interrupted run that resumes ends in the same weights as
-one that was never interrupted.
+All stages share the loop of concept training (`core.trainer`), with Muon for the hidden matrices and AdamW for the
+rest, warm-up, a constant rate and a decay, gradient clipping, a moving average of the weights, and checkpoints. Every
+step draws its randomness from (seed, rank, step), so an interrupted run that resumes ends in the same weights as one
+that was never interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dreamartist_pipeline.core.tracking import Tracker
+from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, train
 from dreamartist_pipeline.params import StageParams
 
 Checkpoint = dict[str, Any]
@@ -178,65 +179,97 @@ def fit_stage(
         matrices: those of `parameters` that Muon optimises (see `hidden_matrices`); AdamW optimises the others.
         checkpoint: state to resume from, as `save_checkpoint` received it.
         save_checkpoint: called every `checkpoint_minutes`, at the end, and before a stop by SIGINT or SIGTERM ends the
-            stage, on rank 0 only.
+            stage, on rank 0 only; the parameters hold their averages meanwhile.
         on_step: called after every step, on rank 0 only.
 
     Raises:
         KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint.
     """
-    optimizers = _build_optimizers(parameters, matrices, settings)
-    averages = [p.detach().clone() for p in parameters]
-    step = _restore(checkpoint, parameters, averages, optimizers) if checkpoint else 0
-    plan = plan_of(settings, checkpoint)
-    saved = begun = time.monotonic()
+    stage = _Stage(parameters, matrices, loss_of, settings, checkpoint)
+    is_first = _rank() == 0
+    saved = clock = time.monotonic()
     with stop_requests() as stopped:
-        while step < plan.num_steps:
-            clock = time.monotonic()
-            factor = warmup_stable_decay(step, plan, settings.warmup_steps)
-            loss, grad_norm = _take_step(step, factor, parameters, averages, optimizers, loss_of, settings)
-            step, now = step + 1, time.monotonic()
-            if settings.minutes and checkpoint is None and step == _SIZED_AFTER:
-                plan = _sized(settings, (now - begun) / step)
-            if _rank() == 0 and on_step:
-                on_step(
-                    StepReport(step, plan.num_steps, loss.item(), settings.lr * factor, float(grad_norm), now - clock)
-                )
-            due = now - saved >= 60 * settings.checkpoint_minutes or step == plan.num_steps or stopped()
-            if due and _rank() == 0 and save_checkpoint:
-                save_checkpoint(_snapshot(step, plan, parameters, averages, optimizers))
-                saved = time.monotonic()
+        for done in stage.steps():
+            clock, previous = time.monotonic(), clock
+            if on_step and is_first:
+                on_step(stage.report(done, clock - previous))
+            due = clock - saved >= 60 * settings.checkpoint_minutes or stage.is_done or stopped()
+            if due and save_checkpoint and is_first:
+                checkpoint = stage.checkpoint()
+                with stage.state.averaged():
+                    save_checkpoint(checkpoint)
+                saved = clock = time.monotonic()
             if stopped():
-                raise KeyboardInterrupt(f"stopped after step {step}; the same command continues")
-    for parameter, average in zip(parameters, averages, strict=True):
-        parameter.data.copy_(average)
+                raise KeyboardInterrupt(f"stopped after step {done.step}; the same command continues")
+    stage.state.keep_averages()
 
 
-def _take_step(
-    step: int,
-    factor: float,
-    parameters: Sequence[nn.Parameter],
-    averages: list[torch.Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-    loss_of: Callable[[torch.Generator], torch.Tensor],
-    settings: StageSettings,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Optimise once, at `factor` times the learning rates; return the loss and the gradients' norm before clipping."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * factor
-    device = parameters[0].device
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-        loss = loss_of(step_generator(settings.seed, _rank(), step, device))
-    for parameter in parameters:
-        parameter.grad = None
-    loss.backward()
-    average_gradients(parameters)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-    decay = min(settings.ema_decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-    return loss, grad_norm
+class _Stage:
+    """A stage's training state, its plan, and what the training loop asks of it."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        loss_of: Callable[[torch.Generator], torch.Tensor],
+        settings: StageSettings,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        averages = Averages(parameters, warmed_up_ema(settings.ema_decay))
+        self.state = TrainingState(parameters, _build_optimizers(parameters, matrices, settings), averages)
+        if checkpoint:
+            self.state.load_state_dict(checkpoint["state"])
+        self._loss_of, self._settings, self._device = loss_of, settings, parameters[0].device
+        self._plan = plan_of(settings, checkpoint)
+        self._is_sized = checkpoint is not None or not settings.minutes
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.step == self._plan.num_steps
+
+    def steps(self) -> Iterator[FinishedStep[None]]:
+        begun = time.monotonic()
+        while not self.is_done:
+            yield from train(
+                self.state,
+                self._plan.num_steps if self._is_sized else min(_SIZED_AFTER, self._plan.num_steps),
+                set_rates=self._set_rates,
+                loss_of=self._loss_of_step,
+                clip=self._clip,
+                average_gradients=average_gradients,
+            )
+            if not self._is_sized:
+                self._plan = _sized(self._settings, (time.monotonic() - begun) / self.state.step)
+                self._is_sized = True
+
+    def report(self, done: FinishedStep[None], seconds: float) -> StepReport:
+        lr = self._settings.lr * self._factor(done.step - 1)
+        norm = done.grad_norms.norm().item()
+        return StepReport(done.step, self._plan.num_steps, done.loss.item(), lr, norm, seconds)
+
+    def checkpoint(self) -> Checkpoint:
+        plan = [self._plan.num_steps, self._plan.decay_from]
+        return {"step": self.state.step, "plan": plan, "state": self.state.state_dict()}
+
+    def _factor(self, step: int) -> float:
+        return warmup_stable_decay(step, self._plan, self._settings.warmup_steps)
+
+    def _set_rates(self, step: int) -> None:
+        for optimizer in self.state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * self._factor(step)
+
+    def _loss_of_step(self, step: int) -> tuple[torch.Tensor, None]:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.bf16):
+            return self._loss_of(step_generator(self._settings.seed, _rank(), step, self._device)), None
+
+    def _clip(self, norms: torch.Tensor) -> None:
+        nn.utils.clip_grads_with_norm_(self.state.parameters, self._settings.max_grad_norm, norms.norm())
+
+
+def warmed_up_ema(decay: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the weight of the newest of n values: 1 − decay, and more at the start, where it is 9 / (n + 9)."""
+    return lambda num_steps: 1 - (num_steps / (num_steps + 9)).clamp(max=decay)
 
 
 def plan_of(settings: StageSettings, checkpoint: Checkpoint | None) -> Plan:
@@ -274,19 +307,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def averaged_weights(parameters: Sequence[nn.Parameter], checkpoint: Checkpoint) -> Iterator[None]:
-    """Put a checkpoint's moving averages into the parameters for the duration, to look at what they make."""
-    kept = [p.detach().clone() for p in parameters]
-    for parameter, average in zip(parameters, checkpoint["averages"], strict=True):
-        parameter.data.copy_(average)
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.data.copy_(value)
-
-
 def warmup_stable_decay(step: int, plan: Plan, warmup_steps: int) -> float:
     """Linear warm-up to 1, a constant rate, then 1 − √progress down to 0 (Hägele et al. 2024)."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
@@ -313,38 +333,6 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _snapshot(
-    step: int,
-    plan: Plan,
-    parameters: Sequence[nn.Parameter],
-    averages: Sequence[torch.Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Checkpoint:
-    return {
-        "step": step,
-        "plan": [plan.num_steps, plan.decay_from],
-        "parameters": [p.detach().clone() for p in parameters],
-        "averages": [a.clone() for a in averages],
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-
-
-def _restore(
-    checkpoint: Checkpoint,
-    parameters: Sequence[nn.Parameter],
-    averages: Sequence[torch.Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> int:
-    for parameter, average, value, mean in zip(
-        parameters, averages, checkpoint["parameters"], checkpoint["averages"], strict=True
-    ):
-        parameter.data.copy_(value)
-        average.copy_(mean)
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return int(checkpoint["step"])
 
 
 # ---------------------------------------------------------------------------------------------- optimizers

@@ -28,7 +28,6 @@ from dreamartist_pipeline.embedded.pretraining import (
     StageReporter,
     StageSettings,
     autoencoder_loss,
-    averaged_weights,
     denoiser_loss,
     fit_stage,
     hidden_matrices,
@@ -76,11 +75,9 @@ def fit_autoencoder(
             batch = paint(chosen)
         return autoencoder_loss(autoencoder, batch)
 
-    parameters = list(autoencoder.parameters())
-
     def save(checkpoint: Checkpoint) -> None:
         store.save("autoencoder", checkpoint)
-        with averaged_weights(parameters, checkpoint), torch.no_grad():
+        with torch.no_grad():
             restored = torch.cat(
                 [autoencoder.decode(autoencoder.encode(batch).latent_dist.mode()).sample for batch in unseen.split(64)]
             )
@@ -135,11 +132,9 @@ def fit_towers(
         ).loss
         return loss
 
-    parameters = list(towers.parameters())
-
     def save(checkpoint: Checkpoint) -> None:
         store.save("towers", checkpoint)
-        with averaged_weights(parameters, checkpoint), torch.no_grad():
+        with torch.no_grad():
             matches = compare(held_back).logits_per_image.argmax(dim=1) == torch.arange(len(held_back), device=device)
         found = matches.float().mean().item()
         tqdm.write(f"towers after {checkpoint['step']} steps: {found:.0%} of {len(matches)} unseen captions found")
@@ -174,7 +169,6 @@ def fit_denoiser(
     unet = pipeline.unet.to(memory_format=torch.channels_last).train()
     autoencoder = pipeline.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     text_encoder = pipeline.text_encoder.train()
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
     empty_ids = token_ids_of(pipeline.tokenizer, [""]).to(device)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
     images = sprites.images.to(device)
@@ -210,10 +204,9 @@ def fit_denoiser(
     def save(checkpoint: Checkpoint) -> None:
         store.save("denoiser", checkpoint)
         step = checkpoint["step"]
-        with averaged_weights(parameters, checkpoint):
-            right, wrong = validate(held_back_ids), validate(held_back_ids.roll(1, dims=0))
-            tracker.log_metrics({"denoiser/held_back_loss": right, "denoiser/caption_gap": wrong - right}, step=step)
-            tracker.log_image(sample_grid(pipeline), key="samples", step=step)
+        right, wrong = validate(held_back_ids), validate(held_back_ids.roll(1, dims=0))
+        tracker.log_metrics({"denoiser/held_back_loss": right, "denoiser/caption_gap": wrong - right}, step=step)
+        tracker.log_image(sample_grid(pipeline), key="samples", step=step)
         tqdm.write(f"denoiser after {step} steps: loss {right:.4f}, with captions of other scenes {wrong:.4f}")
 
     _fit("denoiser", [unet, text_encoder], loss_of, stage, params.seed, store, tracker, save)

@@ -1,0 +1,111 @@
+"""What a training reads: prompts, and images as latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image
+from tqdm import tqdm
+
+from dreamartist_pipeline.backbones.base_model import Backbone, encode_images
+from dreamartist_pipeline.backbones.prompts import PromptEncoder
+from dreamartist_pipeline.core.branches import branches
+from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.image_set import CaptionedImages
+from dreamartist_pipeline.core.images import attention_mask, fit_to_size, to_tensor
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
+from dreamartist_pipeline.core.training import LatentImages, TrainingData, derived_seed
+from dreamartist_pipeline.params import TrainingParams
+
+_ENCODE_BATCH = 8
+_CAPTION_VARIANTS = 64  # drawn once per training, so that prompts are tokenized once
+
+
+# ------------------------------------------------------------------------------------------------- prompts
+
+
+def template_prompts(params: TrainingParams, caption: str) -> list[tuple[str, str]]:
+    """Return (negative, positive) of every template."""
+    return [branch_prompts(template, params.words.names, params.class_word, caption) for template in params.templates]
+
+
+def training_prompts(params: TrainingParams, caption: str) -> list[tuple[str, str]]:
+    """Return (negative, positive) of every template with every variant of the caption, the same in both branches."""
+    transforms = [TagTransform(transform.kind, transform.p) for transform in params.caption_transforms]
+    seed = derived_seed(params.seed, "captions")
+    variants = caption_variants(caption, transforms, _CAPTION_VARIANTS, seed)
+    return [prompt for variant in variants for prompt in template_prompts(params, variant)]
+
+
+def fill_prompt(prompt: str, params: TrainingParams) -> str:
+    """Fill the slots of a preview prompt with the positive trigger words and the class word."""
+    return branch_prompts(prompt, params.words.names, params.class_word)[1]
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def training_data(
+    backbone: Backbone,
+    prompts: PromptEncoder,
+    image: Image,
+    mask: Image,
+    regularization: Sequence[tuple[str, Image]],
+    params: TrainingParams,
+    caption: str,
+) -> TrainingData:
+    """Encode the prepared image and the regularization set once, and tokenize every prompt.
+
+    `mask` is L, 127 where a pixel counts once. `regularization` holds (caption, image) pairs; images are brought to the
+    prepared image's size where theirs differs.
+    """
+    reference = _latent_images(backbone, [image], _tokens(prompts, training_prompts(params, caption), params))
+    others = None
+    if regularization:
+        captions = [(caption, caption) for caption, _ in regularization]  # no trigger word in either branch
+        fitted = [
+            other if other.size == image.size else fit_to_size(other, image.size, "crop", "white")
+            for _, other in regularization
+        ]
+        others = _latent_images(backbone, fitted, _tokens(prompts, captions, params), paired=True)
+    pixels = to_tensor([image]).to(reference.mean.device) if params.loss.reconstruction_weight else None
+    return TrainingData(reference, others, _latent_mask(mask, reference.mean), pixels)
+
+
+def _tokens(prompts: PromptEncoder, pairs: Sequence[tuple[str, str]], params: TrainingParams) -> PromptTokens:
+    """Tokenize (negative, positive) pairs: `[P, num_branches, L]`."""
+    return by_branch([prompts.tokenize([pair[branch] for pair in pairs]) for branch in branches(params.num_branches)])
+
+
+def _latent_images(
+    backbone: Backbone, images: Sequence[Image], tokens: PromptTokens, paired: bool = False
+) -> LatentImages:
+    starts = tqdm(range(0, len(images), _ENCODE_BATCH), desc="images to latents", unit="batch", delay=2.0)
+    encoded = [encode_images(backbone, to_tensor(images[start : start + _ENCODE_BATCH])) for start in starts]
+    mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    return LatentImages(mean, std, tokens, paired)
+
+
+def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
+    """Return the loss mask `[1, 1, h, w]` at the latents' size, or None when every pixel counts once."""
+    height, width = latents.shape[-2:]
+    weights = attention_mask(mask, (width, height)).to(latents.device)
+    return None if bool((weights == 1).all()) else weights[None]
+
+
+def regularization_images(regularization_set: CaptionedImages, params: TrainingParams) -> list[tuple[str, Image]]:
+    """Return (caption, image) of the regularization set; nothing when the training takes no rows from it.
+
+    Raises:
+        InputError: rows are to be taken from a set without images.
+    """
+    if not params.regularization_batch_size:
+        return []
+    if not regularization_set:
+        raise InputError(
+            "expected regularization images, because training.regularization_batch_size="
+            f"{params.regularization_batch_size}; got an empty set; set it to 0, or prompts.num_prompts to more than 0"
+        )
+    return [(caption, read()) for caption, read in regularization_set]

@@ -1,0 +1,248 @@
+"""The plan of a training: what each branch will train, checked before any long work and without loading weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, Outline, load_outline, pick_device
+from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters, skipped_layers
+from dreamartist_pipeline.backbones.prompts import (
+    PromptTokenizer,
+    check_clip_skip,
+    check_trigger_word,
+    initial_word_vectors,
+)
+from dreamartist_pipeline.backbones.schedulers import check_sampler
+from dreamartist_pipeline.core.adapters import AdapterStack
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
+from dreamartist_pipeline.core.captions import slot_names
+from dreamartist_pipeline.core.diffusion import check_zero_terminal_snr, timestep_range
+from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.optimizers import check_optimizer
+from dreamartist_pipeline.core.starting import Start
+from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_factor, parameter_groups
+from dreamartist_pipeline.params import DeviceParams, TrainingParams
+from dreamartist_pipeline.pipelines.training.data import template_prompts, training_prompts
+from dreamartist_pipeline.pipelines.training.starting import begin_from
+from dreamartist_pipeline.prompt_weights import parse_weights
+
+_GENERAL_SLOTS = ("class", "caption")
+
+log = logging.getLogger(__name__)
+
+
+def make_plan(
+    files: BaseModelFiles, params: TrainingParams, caption: str, device: DeviceParams, start: Start | None
+) -> dict[str, Any]:
+    """Check a training against its base model and return its plan.
+
+    Args:
+        files: of the base model.
+        params: of the training.
+        caption: of the reference image.
+        device: where it will train.
+        start: what it begins with; None starts fresh.
+
+    Raises:
+        InputError: the training cannot work; see the node `check_training`.
+    """
+    _check_without_model(params, caption, device)
+    outline = load_outline(files)
+    _check_timesteps(outline, params)
+    _check_clip_skip(outline, params)
+    stacks, words = _planned(outline, params, caption)
+    groups = parameter_groups(stacks, words, params.words.lr * lr_factor(params))
+    _check_branches_train(groups, params)
+    identity = (files.name, files.fingerprint() if start else "")  # reads all weights: only where it is compared
+    begun = begin_from(start, stacks, words, params, identity)
+    log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
+    return {
+        "num_branches": params.num_branches,
+        "num_steps": params.num_steps,
+        "guidance_scale": params.guidance_scale,
+        "rows": {"reference": params.batch_size, "regularization": params.regularization_batch_size},
+        "lr_factor": lr_factor(params),
+        **_what_trains(groups, begun),
+    }
+
+
+def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], begun: Mapping[str, Any]) -> None:
+    """Confirm that a plan was made for what is about to train.
+
+    Args:
+        plan: from `make_plan`.
+        groups: everything that trains.
+        begun: what `begin_from` returned.
+
+    Raises:
+        InputError: it was made for other parameters, another base model or another concept to start from.
+    """
+    if {key: plan[key] for key in ("groups", "start") if key in plan} != _what_trains(groups, begun):
+        raise InputError(
+            "expected the plan of these parameters and this base model; got another one, from an earlier run; "
+            "run the node check_training again"
+        )
+
+
+def _what_trains(groups: Sequence[ParameterGroup], begun: Mapping[str, Any]) -> dict[str, Any]:
+    return {"groups": _describe(groups), **begun}
+
+
+def _check_without_model(params: TrainingParams, caption: str, device: DeviceParams) -> None:
+    check_templates(params)
+    _check_braces(params, caption)
+    _warn_unused_options(params, caption)
+    _check_optimizers(params, device)
+    _check_preview(params)
+
+
+def _check_optimizers(params: TrainingParams, device: DeviceParams) -> None:
+    target = pick_device(device)
+    if params.lora_unet or params.lora_text_encoder:
+        check_optimizer(params.optimizer, target)
+    if params.words.names:
+        check_optimizer(params.words.optimizer, target)
+
+
+def _check_timesteps(outline: Outline, params: TrainingParams) -> None:
+    timestep_range(params.timesteps, outline.num_train_timesteps)
+    if params.zero_terminal_snr:
+        check_zero_terminal_snr(outline.prediction_type)
+
+
+def _check_clip_skip(outline: Outline, params: TrainingParams) -> None:
+    """Confirm that clip_skip fits the text encoder, and say which layers of the LoRA groups it leaves out.
+
+    Raises:
+        InputError: no layer of the text encoder remains.
+    """
+    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
+    selectors = [selector for group in params.lora_text_encoder for selector in group.layers]
+    if not (params.clip_skip and selectors):
+        return
+    if skipped := skipped_layers(outline.text_encoder, selectors, params.clip_skip):
+        log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
+
+
+def _check_braces(params: TrainingParams, caption: str) -> None:
+    """Confirm that the weighted words of templates and caption can be read.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    for prompt in [prompt for pair in training_prompts(params, caption) for prompt in pair]:
+        try:
+            parse_weights(prompt)
+        except ValueError as error:
+            raise InputError(f"{error}; it is made of a template and the reference image's caption") from error
+
+
+def _check_preview(params: TrainingParams) -> None:
+    if params.preview.every:
+        check_sampler(params.preview.sampler, params.zero_terminal_snr)
+
+
+def check_templates(params: TrainingParams) -> None:
+    """Confirm that every template holds a trigger word's slot, that every slot is used, and that none is unknown.
+
+    Without trigger words any template will do; its word slots are filled with the class word.
+
+    Raises:
+        InputError: naming the template or slot.
+    """
+    names = set(params.words.names)
+    if not names:
+        return
+    wanted = " or ".join(f"{{{name}}}" for name in sorted(names))
+    used: set[str] = set()
+    for template in params.templates:
+        slots = set(slot_names(template, names))
+        if not slots & names:
+            raise InputError(
+                f"expected the slot {wanted} in every template; got {template!r}; write it where it belongs"
+            )
+        if unknown := sorted(slots - names - set(_GENERAL_SLOTS)):
+            raise InputError(
+                f"expected only the slots {wanted}, {{class}} and {{caption}} in templates; got {{{unknown[0]}}} in "
+                f"{template!r}; correct it, or give its trigger words in words.names"
+            )
+        used |= slots
+    if unused := sorted(names - used):
+        raise InputError(
+            f"expected every slot of words.names in some template; got none with {{{unused[0]}}}; "
+            "add it to a template, or remove its trigger words"
+        )
+
+
+def _planned(
+    outline: Outline, params: TrainingParams, caption: str
+) -> tuple[dict[str, AdapterStack], WordEmbedding | None]:
+    """Put adapters and words into the weightless base model and return them: what would train."""
+    generator = torch.Generator()
+    networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
+    stacks = inject_adapters(networks, params, lr_factor(params), generator)
+    words = None
+    if params.words.names:
+        embedding = outline.text_encoder.get_input_embeddings()
+        vocabulary = build_vocabulary(params, embedding.num_embeddings)
+        for word in vocabulary.words:
+            check_trigger_word(outline.tokenizer, word.name)
+        shape = (embedding.num_embeddings, embedding.embedding_dim)
+        blank = torch.nn.Embedding(*shape, _weight=torch.zeros(shape))  # stands in for the weights not loaded
+        initial = initial_word_vectors(params.words, vocabulary, outline.tokenizer, blank, generator)
+        words = WordEmbedding(embedding, vocabulary, initial)
+        max_positions = outline.text_encoder.config.max_position_embeddings
+        tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
+        _check_caption(caption, vocabulary)
+        for pair in template_prompts(params, caption):
+            for branch in branches(params.num_branches):
+                tokenizer.check_fits(pair[branch])
+    return stacks, words
+
+
+def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
+    """Confirm that trigger words come from templates alone: a caption is the same in both branches."""
+    if found := [part.name for part in vocabulary.split_prompt(caption) if not isinstance(part, str)]:
+        raise InputError(
+            f"expected a caption of what the picture shows beside the subject; got {caption!r}, in which {found[0]} is "
+            "a trigger word, which both branches would learn; take it out, templates say it"
+        )
+
+
+def _warn_unused_options(params: TrainingParams, caption: str) -> None:
+    has_slot = any("caption" in slot_names(template) for template in params.templates)
+    if caption and not has_slot:
+        log.warning("The caption %r is not used: no template has {caption}.", caption)
+    if params.caption_transforms and not (caption and has_slot):
+        log.warning("caption_transforms change nothing: there is no caption, or no template has {caption}.")
+
+
+def _check_branches_train(groups: Sequence[ParameterGroup], params: TrainingParams) -> None:
+    trained = {group.branch for group in groups}
+    for branch in branches(params.num_branches):
+        name = BRANCH_NAMES[branch]
+        if not trained & {name, "shared"}:
+            raise InputError(
+                f"expected something to train in the {name} branch; got groups for {sorted(trained)} only; "
+                f"add a LoRA group with branch: {name[0]}, or trigger words"
+            )
+
+
+def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group.name,
+            "kind": group.kind,
+            "branch": group.branch,
+            "num_layers": group.num_layers,
+            "num_parameters": group.num_parameters,
+            "num_vectors": sum(len(p) for p in group.parameters) if group.kind == "words" else 0,
+            "lr": group.lr,
+        }
+        for group in groups
+    ]
