@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
@@ -23,7 +24,7 @@ from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import SHARED, BranchLoRALayer
-from dreamartist_pipeline.core.branches import NEGATIVE, GuidanceScale
+from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at
 from dreamartist_pipeline.core.captions import fill_negative_prompt
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
@@ -36,7 +37,14 @@ from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
 from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
 from dreamartist_pipeline.interop.toolkit_config import SLOT
-from dreamartist_pipeline.params import DeviceParams, LossParams, PositiveActsOn, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import (
+    DeviceParams,
+    GuidanceScale,
+    LossParams,
+    PositiveActsOn,
+    SamplerParams,
+    StrengthParams,
+)
 
 _NUM_BRANCHES = 2
 _WORDS_ARGUMENT = "`words`"
@@ -265,7 +273,7 @@ def step_values(
     loaded.prompts.check_not_cut(filled)
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
-    guidance = GuidanceScale.parse(str(guidance_scale)).at(batch.timesteps, trainee.schedule.num_train_timesteps)
+    guidance = guidance_at(_guidance(guidance_scale), batch.timesteps, trainee.schedule.num_train_timesteps)
     delta = loss.huber_delta if loss.kind == "huber" else None
     learned = dict(_learned(loaded))
     with torch.enable_grad():  # also where the caller has turned gradients off
@@ -281,6 +289,15 @@ def step_values(
             for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
         },
     )
+
+
+def _guidance(guidance_scale: str | float) -> GuidanceScale:
+    try:
+        return GuidanceScale.model_validate(guidance_scale)
+    except ValidationError as error:
+        raise InputError(
+            f"expected a guidance_scale from 1, such as '3.0' or '1.5-4.0:cos'; got {guidance_scale!r}; correct it"
+        ) from error
 
 
 def _class_word(concept: Concept | None) -> str:

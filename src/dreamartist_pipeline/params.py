@@ -10,7 +10,16 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dreamartist_pipeline.prompt_weights import checked_weights
 
@@ -46,8 +55,6 @@ TEMPLATE_PRESETS = {  # training.templates: NAME
     ),
     "caption": ("{pt1}, {caption}",),
 }
-_GUIDANCE = re.compile(r"^(?P<low>\d+(\.\d+)?)(-(?P<high>\d+(\.\d+)?)(:(?P<curve>[a-z0-9]+))?)?$")
-GUIDANCE_CURVES = ("ln", "cos", "cos2")
 PRODIGY_LR = (0.01, 10.0)  # Prodigy multiplies lr with a rate that it estimates; AdamW's rates would never train
 
 
@@ -226,6 +233,43 @@ class RegularizationParams(Params):
 # ------------------------------------------------------------------------------------------------- training
 
 
+_NUMBER = r"\d+(?:\.\d+)?(?:e\+?\d+)?"
+_GUIDANCE = re.compile(rf"(?P<low>{_NUMBER})(?:-(?P<high>{_NUMBER})(?::(?P<curve>\w+))?)?")
+
+
+class GuidanceScale(Params):
+    """The guidance scale as a function of the noise: `low` without noise, `high` at full noise.
+
+    Written as a number, or as "low-high:curve" with curve ln (linear, the default), cos or cos2.
+    """
+
+    low: Annotated[float, Field(ge=1)]
+    high: Annotated[float, Field(ge=1)]
+    curve: Literal["ln", "cos", "cos2"] = "ln"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_parsed(cls, value: object) -> object:
+        if isinstance(value, dict) or value is None:
+            return value
+        match = _GUIDANCE.fullmatch(str(value).strip())
+        if match is None:
+            raise ValueError(
+                f"guidance_scale is a number or 'low-high:curve', got {value!r}"
+            )
+        return {"low": match["low"], "high": match["high"] or match["low"], "curve": match["curve"] or "ln"}
+
+    @property
+    def num_branches(self) -> int:
+        """1 when the scale is constantly 1, so that the negative branch would cancel out; otherwise 2."""
+        return 1 if self.low == self.high == 1 else 2
+
+    @model_serializer
+    def __str__(self) -> str:
+        """Return the text that is parsed to this scale."""
+        return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}:{self.curve}"
+
+
 class LoRAGroup(Params):
     """One item of `lora_unet` / `lora_text_encoder`, as the reference tutorial writes it.
 
@@ -354,7 +398,7 @@ class TrainingParams(Params):
     num_steps: Annotated[int, Field(ge=0)]
     batch_size: Count = 4  # rows of the reference image
     regularization_batch_size: Annotated[int, Field(ge=0)] = 1
-    guidance_scale: str = "3.0"  # "3.0", or "low-high:curve" with curve ln, cos or cos2
+    guidance_scale: GuidanceScale = GuidanceScale(low=3.0, high=3.0)
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
     words: WordsParams = WordsParams()
@@ -392,19 +436,6 @@ class TrainingParams(Params):
             raise ValueError("timestep_min_rank is for lora_unet only: the text encoder does not know the timestep")
         return groups
 
-    @field_validator("guidance_scale", mode="before")
-    @classmethod
-    def _guidance_parses(cls, value: object) -> str:
-        text = str(value)
-        match = _GUIDANCE.match(text)
-        if not match:
-            raise ValueError(f"guidance_scale is a number or 'low-high:curve', got {text!r}")
-        if match["high"] and (match["curve"] or "ln") not in GUIDANCE_CURVES:
-            raise ValueError(f"guidance curve is one of {', '.join(GUIDANCE_CURVES)}, got {match['curve']!r}")
-        if float(match["low"]) < 1 or (match["high"] and float(match["high"]) < 1):
-            raise ValueError(f"guidance_scale is at least 1, got {text!r}")
-        return text
-
     @field_validator("timesteps")
     @classmethod
     def _timesteps_are_in_order(cls, timesteps: tuple[float, float]) -> tuple[float, float]:
@@ -415,9 +446,7 @@ class TrainingParams(Params):
     @property
     def num_branches(self) -> int:
         """2, or 1 when the guidance scale is constantly 1 (plain training, positive branch only)."""
-        match = _GUIDANCE.match(self.guidance_scale)
-        assert match is not None
-        return 1 if {float(match["low"]), float(match["high"] or match["low"])} == {1.0} else 2
+        return self.guidance_scale.num_branches
 
     @model_validator(mode="after")
     def _something_trains_in_every_branch(self) -> TrainingParams:

@@ -183,7 +183,7 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "base_model_fingerprint": backbone.fingerprint,
         "prediction_type": backbone.schedule.prediction_type,
         "zero_terminal_snr": to_json(params.zero_terminal_snr),
-        "guidance_scale": params.guidance_scale,
+        "guidance_scale": str(params.guidance_scale),
         "class_word": params.class_word,
         "clip_skip": to_json(params.clip_skip),
         "num_branches": to_json(params.num_branches),

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_at, repeat
 from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
@@ -551,7 +551,6 @@ def _records(
     scaler = torch.amp.GradScaler(device.type, enabled=trainee.half_precision)
     optimizers = _optimizers(trainee.groups, params)
     batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
-    guidance_scale = GuidanceScale.parse(params.guidance_scale)
     names = [f"{branch}/{kind}" for kind in optimizers for branch in _branches(trainee.groups, kind)]
     pending: list[_Pending] = []
     begun = time.perf_counter()
@@ -559,7 +558,7 @@ def _records(
     for step in range(params.num_steps):
         lr = {n: v for optimizer in optimizers.values() for n, v in optimizer.set_step(step).items()}
         batch = batches.draw()
-        guidance = guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        guidance = guidance_at(params.guidance_scale, batch.timesteps, len(trainee.schedule.alphas_cumprod))
         prediction = combined_prediction(trainee, batch, guidance)
         losses = _row_losses(trainee, prediction, batch, params)
         loss = (batch.row_weight * losses).sum()

@@ -103,7 +103,7 @@ def check_training(
     return {
         "num_branches": params.num_branches,
         "num_steps": params.num_steps,
-        "guidance_scale": params.guidance_scale,
+        "guidance_scale": str(params.guidance_scale),
         "rows": {"reference": params.batch_size, "regularization": params.regularization_batch_size},
         "lr_factor": lr_factor(params),
         "groups": _describe(groups),
