@@ -59,7 +59,8 @@ from dreamartist_pipeline.core.sprites import (
 )
 from dreamartist_pipeline.datasets.judge import JudgeDataset
 from dreamartist_pipeline.datasets.sprites import SpritePackagesDataset, SpriteSetDataset
-from dreamartist_pipeline.params import SHORT_SCHEDULERS, DeviceParams, PretrainParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, PretrainParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.schedulers import SHORT_SCHEDULERS
 from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS
 
 ROOT = Path(__file__).resolve().parents[1]

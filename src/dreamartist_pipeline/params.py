@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from dreamartist_pipeline.prompt_weights import checked_weights
+from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -74,51 +75,6 @@ class DeviceParams(Params):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-SHORT_SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
-"""Schedulers with settings that suit most; diffusers' class names stand for its own defaults."""
-
-SCHEDULER_CLASSES = (  # of diffusers: those that take the base model's noise schedule and prediction type
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-_UNFIT_SCHEDULERS = {  # the reason -> classes of diffusers
-    "is for models trained by flow matching or on another path from noise to picture": (
-        *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-        *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler"),
-        *("MiniMaxH3Scheduler", "PiflowScheduler", "SCMScheduler"),
-    ),
-    "has a noise schedule of its own in place of the base model's": (
-        *("CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CosineDPMSolverMultistepScheduler"),
-        *("DDPMWuerstchenScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "IPNDMScheduler"),
-        *("KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
-    ),
-    "draws tokens, not latents": (
-        *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
-        "VQDiffusionScheduler",
-    ),
-    "needs inputs at every step that drawing does not have": (
-        *("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),
-    ),
-    "goes from a picture to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
-    "draws its noise with torchsde, not from one generator per image (DPMSolverMultistepScheduler with "
-    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same equation)": ("DPMSolverSDEScheduler",),
-}
 _BASE_MODELS_OWN = (  # what a scheduler takes from the base model, or from the concept trained on it
     *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr"),
     *("timestep_type", "trained_betas"),
@@ -126,7 +82,7 @@ _BASE_MODELS_OWN = (  # what a scheduler takes from the base model, or from the 
 
 
 class SamplerParams(Params):
-    """How images are sampled: `scheduler` is one of SHORT_SCHEDULERS, or a class of diffusers by its name."""
+    """How images are sampled: `scheduler` is one of the table in schedulers.py."""
 
     scheduler: str = "dpmsolver++"
     scheduler_options: dict[str, Any] = Field(default_factory=dict)  # further arguments of the scheduler's class
@@ -137,14 +93,13 @@ class SamplerParams(Params):
     @field_validator("scheduler")
     @classmethod
     def _scheduler_can_draw(cls, name: str) -> str:
-        known = (*SHORT_SCHEDULERS, *SCHEDULER_CLASSES)
-        if name in known:
+        if name in SCHEDULERS:
             return name
-        for reason, classes in _UNFIT_SCHEDULERS.items():
+        for reason, classes in UNFIT_SCHEDULERS.items():
             if name in classes:
-                raise ValueError(f"{name} {reason}; choose one of {', '.join(known)}")
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+                raise ValueError(f"{name} {reason}; choose one of {', '.join(SCHEDULERS)}")
+        near = difflib.get_close_matches(name, SCHEDULERS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
         raise ValueError(f"there is no scheduler of this name that can be used here; {hint}")
 
     @field_validator("scheduler_options")
@@ -254,9 +209,7 @@ class GuidanceScale(Params):
             return value
         match = _GUIDANCE.fullmatch(str(value).strip())
         if match is None:
-            raise ValueError(
-                f"guidance_scale is a number or 'low-high:curve', got {value!r}"
-            )
+            raise ValueError(f"guidance_scale is a number or 'low-high:curve', got {value!r}")
         return {"low": match["low"], "high": match["high"] or match["low"], "curve": match["curve"] or "ln"}
 
     @property
