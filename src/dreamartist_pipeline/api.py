@@ -18,18 +18,19 @@ from pydantic import ValidationError
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
-from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, has_zero_terminal_snr
+from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
-from dreamartist_pipeline.core.adapters import SHARED, BranchLoRALayer
+from dreamartist_pipeline.core.adapters import BranchLoRALayer
 from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at
 from dreamartist_pipeline.core.captions import fill_negative_prompt
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
+from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import UserFiles
@@ -114,7 +115,7 @@ def draw_images(
         InputError: a concept of another base model, a scheduler that cannot be set up, or pictures that do not go
             together.
     """
-    check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
+    check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
     request = DrawingRequest(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
         negative_prompt=negative_prompt,
@@ -192,7 +193,7 @@ def sample_latents(
             latents that are not the base model's, or a trigger word beyond the text encoder's context.
     """
     _check_latents(latents, backbone)
-    check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
+    check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
     loaded = attach(backbone, concept, StrengthParams.model_validate(strength))
     scheduler = make_scheduler(loaded.backbone, sampler)
     if draws_noise(scheduler):
@@ -301,7 +302,7 @@ def _guidance(guidance_scale: str | float) -> GuidanceScale:
 
 
 def _class_word(concept: Concept | None) -> str:
-    return "" if concept is None else concept.metadata["class_word"]
+    return "" if concept is None else concept.metadata.class_word
 
 
 def _warn_of_halves(imported: Imported, folder: str) -> None:

@@ -223,22 +223,44 @@ class GuidanceScale(Params):
         return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}:{self.curve}"
 
 
+_BRANCH_OF = {"p": "positive", "n": "negative", None: "shared"}  # as the reference tutorial writes them
+
+BranchName = Annotated[
+    Literal["positive", "negative", "shared"],
+    BeforeValidator(lambda value: _BRANCH_OF.get(value, value) if isinstance(value, str | None) else value),
+]
+
+
 class LoRAGroup(Params):
     """One item of `lora_unet` / `lora_text_encoder`, as the reference tutorial writes it.
 
-    A float rank is a fraction of the layer's out_features (rounded, at least 1). Without `branch`, both halves share
-    it.
+    Attributes:
+        lr: learning rate.
+        rank: an integer, or a float: the fraction of a layer's out_features, rounded, at least 1.
+        layers: selectors, see `core.adapters.select_layers`.
+        branch: `p`, `n`, or left out where both branches share the group.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability with which a rank activation is dropped while training.
+        timestep_min_rank: as `rank`, UNet only; the active rank of a row falls linearly in its timestep t, from the
+            full rank at t = 0 to this one at t = T − 1, the last ranks being left out (T-LoRA, Soboleva et al. 2025,
+            without its orthogonal initialisation). None: all ranks at every t.
+        bias: whether the update has a learned bias. Like the reference toolkit's, it belongs to the up projection, so
+            that alpha / rank scales it too, and it trains by the group's learning rate and weight decay. It starts at
+            zero; the toolkit's (`hcpdiff.models.lora_layers`) starts as any nn.Linear's, at random, which changes the
+            first outputs. Its later form (`lora_layers_patch`) means to start at zero, too.
+        svd_init: whether down and up start at the weight's largest singular values, less that start (PiSSA); see
+            `core.adapters.PrincipalUpdate`.
     """
 
     lr: Positive
     rank: int | float
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
-    branch: Literal["p", "n"] | None = None
+    branch: BranchName = "shared"
     alpha: Positive = 1.0
     dropout: Probability = 0.0
-    timestep_min_rank: int | float | None = None  # UNet only: the active rank falls to it from t = 0 to T − 1 (T-LoRA)
-    bias: bool = False  # a learned bias beside the factors, as in the reference toolkit
-    svd_init: bool = False  # start at the weight's largest singular values, less that start (PiSSA)
+    timestep_min_rank: int | float | None = None
+    bias: bool = False
+    svd_init: bool = False
 
     @field_validator("rank", "timestep_min_rank")
     @classmethod
@@ -265,6 +287,19 @@ class LoRAGroup(Params):
                 except re.error as error:
                     raise ValueError(f"layer selector {selector!r} is not a regular expression: {error}") from error
         return layers
+
+
+class ResolvedGroup(LoRAGroup):
+    """A LoRA group as it trains and as a concept keeps it.
+
+    Attributes:
+        name: "<network>.<index>.<branch>".
+        lr: as applied, with `scale_lr`; 0 in concepts that were imported.
+        branch: "shared" in a training without a negative branch.
+    """
+
+    name: str
+    lr: NonNegative
 
 
 class WordsParams(Params):
@@ -406,13 +441,13 @@ class TrainingParams(Params):
         groups = self.lora_unet + self.lora_text_encoder
         if not groups and not self.words.names:
             raise ValueError("nothing to train: give lora_unet, lora_text_encoder or words.names")
-        if self.num_branches == 1 and any(group.branch == "n" for group in groups):
+        if self.num_branches == 1 and any(group.branch == "negative" for group in groups):
             raise ValueError("guidance_scale is 1, so there is no negative branch, but a LoRA group has branch: n")
         if self.num_branches == 2 and groups and not self.words.names:
-            for branch, name in (("p", "positive"), ("n", "negative")):
-                if not any(group.branch in (branch, None) for group in groups):
+            for branch in ("positive", "negative"):
+                if not any(group.branch in (branch, "shared") for group in groups):
                     raise ValueError(
-                        f"no LoRA group trains the {name} branch (branch: {branch}) and there are no words"
+                        f"no LoRA group trains the {branch} branch (branch: {branch[0]}) and there are no words"
                     )
         return self
 

@@ -21,11 +21,11 @@ from safetensors.torch import load, save
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
 from dreamartist_pipeline.backbones.lora_files import concept_predictions, file_prediction, make_probe
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.datasets.file_folder import FileFolderDataset
-from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
+from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, build_concept
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata
 from dreamartist_pipeline.interop.toolkit import read_toolkit
 from dreamartist_pipeline.params import DeviceParams, ExportParams, SamplerParams, StrengthParams, TrainingParams
@@ -363,7 +363,7 @@ def import_script(file: Path) -> ModuleType:
 def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
     tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path, clip_skip: int
 ) -> None:
-    concept = dataclasses.replace(concept, metadata={**concept.metadata, "clip_skip": str(clip_skip)})
+    concept = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"clip_skip": clip_skip}))
     files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
     assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path)
 
@@ -371,8 +371,8 @@ def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
 def test_the_script_draws_trigger_words_with_capitals(
     tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path
 ) -> None:
-    words = json.dumps({"pt1": ["my-Fox", "my-Fox-neg"]})
-    concept = dataclasses.replace(concept, metadata={**concept.metadata, "words": words})
+    words = {"pt1": ("my-Fox", "my-Fox-neg")}
+    concept = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"words": words}))
     files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
     assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path, prompt="A MY-FOX, background")
 

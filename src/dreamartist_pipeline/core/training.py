@@ -75,10 +75,10 @@ def parameter_groups(
     """
     groups = []
     for adapters in stacks.values():
-        for spec in adapters.specs:
-            parameters = tuple(adapters.parameters_by_group()[spec.name])
-            num_layers = adapters.num_layers_by_group()[spec.name]
-            groups.append(ParameterGroup(spec.name, ADAPTERS, spec.branch_name, spec.lr, parameters, num_layers))
+        for group in adapters.groups:
+            parameters = tuple(adapters.parameters_by_group()[group.name])
+            num_layers = adapters.num_layers_by_group()[group.name]
+            groups.append(ParameterGroup(group.name, ADAPTERS, group.branch, group.lr, parameters, num_layers))
     if words is not None:
         for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
             branch = BRANCH_NAMES[word.branch]

@@ -77,10 +77,9 @@ def evaluate_concept(
     from pandas import DataFrame
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
-    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
-    check_sampler(params.sampler, has_zero_terminal_snr(concept))
+    check_sampler(params.sampler, concept.metadata.zero_terminal_snr)
     log.info("Adapter strengths: %s.", params.strength)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     evaluators = _load_evaluators(params, backbone)
@@ -119,7 +118,7 @@ def _draw_evidence(
     }
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
     class_words = dict.fromkeys(_slots(params.prompts, words), params.class_word)
-    spoken = dict.fromkeys(class_words, concept.metadata["class_word"] or params.class_word)  # DreamBooth's rare word
+    spoken = dict.fromkeys(class_words, concept.metadata.class_word or params.class_word)  # DreamBooth's rare word
     fillings = {BASE: class_words, CONCEPT: spoken | words}
     with _progress_bar(num_images) as bar:
         draw = {group: _drawer(backbone, loaded[group], params, bar.update) for group in loaded}

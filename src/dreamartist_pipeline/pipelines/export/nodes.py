@@ -51,11 +51,10 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
             that cannot be set up or that ComfyUI does not have.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
-    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
     from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
-    check_sampler(params.sampler, has_zero_terminal_snr(concept))
+    check_sampler(params.sampler, concept.metadata.zero_terminal_snr)
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     files = BaseModelFiles(base_model)
     source = read_source(concept, load_outline(files), files.name)

@@ -69,12 +69,11 @@ def _request(
     concept: Concept, params: GenerateParams, init_image: bytes | None, init_mask: bytes | None
 ) -> DrawingRequest:
     """Return what is asked for, once it is clear that it can be drawn; no model is loaded for that."""
-    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
     from dreamartist_pipeline.backbones.drawing import DrawingRequest
     from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.core.init_picture import read_init_picture
 
-    check_sampler(params.sampler, has_zero_terminal_snr(concept))
+    check_sampler(params.sampler, concept.metadata.zero_terminal_snr)
     return DrawingRequest(
         prompts=params.prompts,
         negative_prompt=params.negative_prompt,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
     from dreamartist_pipeline.core.adapters import AdapterStack
-    from dreamartist_pipeline.core.concept import Concept
+    from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
     from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
     from dreamartist_pipeline.core.prompt_tokens import PromptTokens
     from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
@@ -344,7 +344,7 @@ def train_concept(
     begun = begin_from(start, new.stacks, new.words, params, (backbone.name, backbone.fingerprint))
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     _check_plan(training_plan, {"groups": _describe(groups), **begun})
-    metadata = concept_metadata(backbone, params, factor) | ({"start_sha256": start.sha256} if start else {})
+    metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
     images = _regularization_images(regularization_set, image_store, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with _StepReport(params.num_steps, tracker) as report:
@@ -507,7 +507,7 @@ class _StepReport:
 
 
 def _preview(
-    backbone: Backbone, new: NewConcept, metadata: Mapping[str, str], params: TrainingParams, tracker: Tracker
+    backbone: Backbone, new: NewConcept, metadata: ConceptMetadata, params: TrainingParams, tracker: Tracker
 ) -> Callable[[int], None] | None:
     """Return what draws the preview prompts with the concept so far, always from the same seeds."""
     from dreamartist_pipeline.backbones.concepts import attach, generate
