@@ -223,12 +223,18 @@ class GuidanceScale(Params):
         return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}:{self.curve}"
 
 
-_BRANCH_OF = {"p": "positive", "n": "negative", None: "shared"}  # as the reference tutorial writes them
+_BRANCHES = {"p": "positive", "n": "negative", None: "shared"}  # as the reference tutorial writes them
 
-BranchName = Annotated[
-    Literal["positive", "negative", "shared"],
-    BeforeValidator(lambda value: _BRANCH_OF.get(value, value) if isinstance(value, str | None) else value),
-]
+
+def _branch_name(value: object) -> object:
+    if value in _BRANCHES.values():  # as dumped
+        return value
+    if isinstance(value, str | None) and value in _BRANCHES:
+        return _BRANCHES[value]
+    raise ValueError(f"a branch is p or n, or left out where both share the group, got {value!r}")
+
+
+BranchName = Annotated[Literal["positive", "negative", "shared"], BeforeValidator(_branch_name)]
 
 
 class LoRAGroup(Params):
@@ -379,6 +385,10 @@ class PreviewParams(Params):
     seed: Seed = 0
 
 
+RUN_ONLY = "says how a training runs, and changes nothing of what comes out of it"
+"""Marks parameters that a concept's `config_sha256` leaves out: `name: Annotated[Type, RUN_ONLY]`."""
+
+
 class TrainingParams(Params):
     """One training of a concept."""
 
@@ -405,8 +415,9 @@ class TrainingParams(Params):
     noise_offset: NonNegative = 0.0  # standard deviation of a shift of the noise per row and channel
     zero_terminal_snr: bool = False  # no signal at the last timestep, in training and drawing; v-prediction only
     loss: LossParams = LossParams()
-    preview: PreviewParams = PreviewParams()
-    start_from: str | None = None  # a concept file, whose adapters and words are the initial values
+    preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
+    # A concept file, whose adapters and words are the initial values; the path says nothing about what is in it.
+    start_from: Annotated[str | None, RUN_ONLY] = None
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -430,6 +441,11 @@ class TrainingParams(Params):
         if timesteps[0] >= timesteps[1]:
             raise ValueError(f"timesteps is [low, high] with low below high, got {list(timesteps)}")
         return timesteps
+
+    def result_values(self) -> dict[str, Any]:
+        """Return what can change the concept, as JSON types: all parameters but those marked RUN_ONLY."""
+        run_only = {name for name, field in type(self).model_fields.items() if RUN_ONLY in field.metadata}
+        return self.model_dump(mode="json", exclude=run_only)
 
     @property
     def num_branches(self) -> int:

@@ -218,6 +218,20 @@ def test_ranks_that_change_with_the_timestep_have_to_be_the_same() -> None:
         take_over({"unet": stack(spec(rank=1, **changing))}, None, concept(("a", 0, "positive")))
 
 
+@pytest.mark.parametrize("factors", [{"down": torch.zeros(1, 4)}, {"up": torch.zeros(3, 1)}])
+def test_factors_of_another_layer_are_refused(factors: dict[str, torch.Tensor]) -> None:
+    start = concept(("a", 0, "positive"))
+    tensors = start.tensors | {f"unet.a.0.positive.{name}": tensor for name, tensor in factors.items()}
+    with pytest.raises(InputError, match=r"expected down \[rank, 3\] and up of 2 outputs for unet.a .*; got \(1, "):
+        take_over({"unet": stack(spec())}, None, Concept(tensors, start.metadata))
+
+
+def test_vectors_of_another_width_are_refused() -> None:
+    vectors = VECTORS | {"positive.pt1": torch.zeros(1, 3)}
+    with pytest.raises(InputError, match="expected vectors of width 2 .* got others for positive.pt1"):
+        take_over({}, embedding(), concept(words=vectors))
+
+
 def test_factors_that_are_not_known_here_are_refused() -> None:
     start = concept(("a", 0, "positive"))
     half = Concept({"unet.a.0.positive.up": UP}, start.metadata)

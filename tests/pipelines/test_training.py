@@ -294,6 +294,7 @@ def test_previews_do_not_change_what_is_learned(tiny_base_model: Path, make_trai
     with_previews, _ = train(tiny_base_model, make_training_params(preview=preview), tracker)
     without, _ = train(tiny_base_model, make_training_params())
     assert all(torch.equal(with_previews.tensors[name], tensor) for name, tensor in without.tensors.items())
+    assert with_previews.metadata == without.metadata
     assert list(tracker.images) == [1, 2, 3]
     assert tracker.images[1].width > 2 * 32
     assert tracker.images[1].tobytes() != tracker.images[3].tobytes()

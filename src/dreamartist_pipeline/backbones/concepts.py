@@ -195,15 +195,10 @@ def concept_metadata(
         num_vectors=params.words.num_vectors,
         init_text=params.words.init_text,
         lora=lora_groups(params, lr_factor),
-        config_sha256=hashlib.sha256(to_json(_without_paths(params)).encode()).hexdigest(),
+        config_sha256=hashlib.sha256(to_json(params.result_values()).encode()).hexdigest(),
         versions={name: version(name) for name in _VERSIONED},
         start_sha256=start_sha256,
     )
-
-
-def _without_paths(params: TrainingParams) -> dict[str, Any]:
-    """Return the configuration without the path it starts from: what is there is told by its own hash."""
-    return params.model_dump(mode="json", exclude={"start_from"})
 
 
 # ------------------------------------------------------------------------------------------------- a trained concept
