@@ -568,9 +568,6 @@ def check_denoise(denoise: float, num_inference_steps: int) -> None:
 # ------------------------------------------------------------------------------------------------- export
 
 
-LORA_FORMATS_WITHOUT_BIAS = ("kohya",)  # export refuses to write a LoRA with a bias in these
-
-
 class ExportParams(Params):
     """Which files for other tools are written, and how the examples among them draw."""
 

@@ -85,12 +85,6 @@ def test_a_concept_built_from_the_neutral_form_has_the_same_biases(concept_with_
             torch.testing.assert_close(factors.bias_for_scale(1.0), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rank_that_changes_with_the_timestep_is_no_lora_file(concept: Concept) -> None:
-    changing = with_groups(concept, "unet", {"timestep_min_rank": 1}, {}, {}, {})
-    with pytest.raises(InputError, match="expected LoRA groups of one rank"):
-        branch_adapter(changing, "positive")
-
-
 def test_words_come_by_branch_and_slot(concept: Concept) -> None:
     words = concept.trigger_words()
     assert [(w.name, w.branch, w.slot, len(w.vectors)) for w in words] == [

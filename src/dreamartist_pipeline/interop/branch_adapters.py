@@ -57,7 +57,7 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
     """Return everything that acts on the rows of one branch, "negative" or "positive".
 
     Raises:
-        InputError: a tensor belongs to no group, an update is incomplete, or its rank changes with the timestep.
+        InputError: a tensor belongs to no group, or an update is incomplete.
     """
     return BranchAdapter(
         {network: layers for network in NETWORKS if (layers := _branch_layers(concept, network, branch))}
@@ -65,23 +65,11 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
 
 
 def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
-    _check_static(concept.metadata.lora.get(network, ()))
     groups: dict[str, list[LoRAFactors]] = {}
     for update in concept.updates(network):
         if update.group.branch in (branch, SHARED):
             groups.setdefault(update.layer, []).append(update.factors)
     return {layer: _joined(members) for layer, members in groups.items()}
-
-
-def _check_static(groups: Sequence[ResolvedGroup]) -> None:
-    """Confirm that no group changes its rank with the timestep, which no other tool's files can say."""
-    for group in groups:
-        if group.timestep_min_rank is not None:
-            raise InputError(
-                f"expected LoRA groups of one rank; got {group.name} with timestep_min_rank {group.timestep_min_rank}, "
-                "which LoRA files of other tools cannot express; draw with kedro run --pipeline generate, or train "
-                "without timestep_min_rank"
-            )
 
 
 def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from dreamartist_pipeline.early_checks import checked_early
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams, TrainingParams
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Tracker(Protocol):
         """Log a picture."""
 
 
-def check_evaluation(params: EvaluationParams, training: TrainingParams | None) -> None:
-    """Confirm that the evaluators are there, and that the scheduler can draw by the noise schedule of a training.
+def check_evaluation(params: EvaluationParams, planned: PlannedConcept | None) -> None:
+    """Confirm that the evaluators are there, and that the scheduler can draw by the noise schedule of the concept.
 
     Raises:
         InputError: one is missing, or it cannot.
@@ -52,7 +52,7 @@ def check_evaluation(params: EvaluationParams, training: TrainingParams | None) 
 
     for name in params.evaluators:
         check_evaluator(name)
-    check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
+    check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 
 @checked_early("evaluation", check_evaluation)
@@ -77,9 +77,7 @@ def evaluate_concept(
     from pandas import DataFrame
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
-    from dreamartist_pipeline.backbones.schedulers import check_sampler
 
-    check_sampler(params.sampler, concept.metadata.zero_terminal_snr)
     log.info("Adapter strengths: %s.", params.strength)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     evaluators = _load_evaluators(params, backbone)

@@ -96,7 +96,6 @@ def check_training(
     _check_clip_skip(outline, params)
     stacks, words = _planned(outline, params, caption)
     groups = parameter_groups(stacks, words, params.words.lr * lr_factor(params))
-    _check_branches_train(groups, params)
     identity = (files.name, files.fingerprint() if start else "")  # reads all weights: only where it is compared
     begun = begin_from(start, stacks, words, params, identity)
     log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
@@ -258,20 +257,6 @@ def _say_what_is_not_used(params: TrainingParams, caption: str) -> None:
         log.warning("The caption %r is not used: no template has {caption}.", caption)
     if params.caption_transforms and not (caption and has_slot):
         log.warning("caption_transforms change nothing: there is no caption, or no template has {caption}.")
-
-
-def _check_branches_train(groups: Sequence[ParameterGroup], params: TrainingParams) -> None:
-    from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
-    from dreamartist_pipeline.core.errors import InputError
-
-    trained = {group.branch for group in groups}
-    for branch in branches(params.num_branches):
-        name = BRANCH_NAMES[branch]
-        if not trained & {name, "shared"}:
-            raise InputError(
-                f"expected something to train in the {name} branch; got groups for {sorted(trained)} only; "
-                f"add a LoRA group with branch: {name[0]}, or trigger words"
-            )
 
 
 def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
