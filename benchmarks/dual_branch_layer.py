@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dreamartist_pipeline.core.adapters import LoRASpec, inject, select_layers
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, combine, repeat
+from dreamartist_pipeline.core.adapters import inject, select_layers
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, repeat
+from dreamartist_pipeline.params import ResolvedGroup
 
 _SELECTORS = (r"re:.*\.attn.?$",)
 _GUIDANCE_SCALE = 3.0
@@ -182,16 +183,16 @@ class Stacked(Design):
     def __init__(self, unet: nn.Module, factors: Factors) -> None:
         down = next(iter(factors.values()))[0]
         layers = tuple(sorted({key.rpartition(".")[0] for key in factors}))
-        specs = [
-            LoRASpec(name=BRANCH_NAMES[branch], rank=down.shape[0], layers=layers, lr=1.0, branch=branch)
-            for branch in (NEGATIVE, POSITIVE)
+        groups = [
+            ResolvedGroup(name=branch, rank=down.shape[0], layers=layers, lr=1.0, branch=branch)
+            for branch in BRANCH_NAMES
         ]
         self.unet = unet
-        stack = inject(unet, specs, num_branches=2, generator=torch.Generator())
+        stack = inject(unet, groups, num_branches=2, generator=torch.Generator())
         self._parameters: dict[str, nn.Parameter] = {}
         for layer, module in stack.layers.items():
             for update in module.updates:
-                key = f"{layer}.{update.spec.branch_name}"
+                key = f"{layer}.{update.group.branch}"
                 update.down.data.copy_(factors[key][0])
                 update.up.data.copy_(factors[key][1])
                 self._parameters |= {f"{key}.down": update.down, f"{key}.up": update.up}

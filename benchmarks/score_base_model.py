@@ -50,7 +50,8 @@ from dreamartist_pipeline.embedded.judge import (
 from dreamartist_pipeline.embedded.pretraining import psnr
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, TintRule, compose, draw_scenes, seen_tints, unseen_tints
 from dreamartist_pipeline.embedded.sprites import SpriteSet
-from dreamartist_pipeline.params import SHORT_SCHEDULERS, DeviceParams, PretrainParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, PretrainParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.schedulers import SHORT_SCHEDULERS
 from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,6 +36,8 @@ OTHER_VALUES: dict[str, Any] = {
     "prompts.num_prompts": 3,
     "regularization.sampler": SamplerParams(),
     "training.caption_transforms.kind": "tag_shuffle",
+    "training.guidance_scale.high": 9.0,
+    "training.guidance_scale.low": 9.0,
     "training.num_steps": 1,
 }
 

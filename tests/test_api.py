@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import re
 import runpy
@@ -38,7 +37,7 @@ from dreamartist_pipeline.backbones.concepts import concept_metadata, start_conc
 from dreamartist_pipeline.core.concept import FORMAT, Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
-from dreamartist_pipeline.interop.branch_adapters import branch_adapter, trigger_words
+from dreamartist_pipeline.interop.branch_adapters import branch_adapter
 from dreamartist_pipeline.interop.toolkit import write_toolkit
 from dreamartist_pipeline.params import (
     DeviceParams,
@@ -117,7 +116,7 @@ class Independent:
 
     def merged(self, network: str, module: torch.nn.Module, branch: str) -> dict[str, torch.Tensor]:
         weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        alphas = [group["alpha"] for group in json.loads(self.concept.metadata[f"lora_{network}"])]
+        alphas = [group.alpha for group in self.concept.metadata.lora[network]]
         for name in [n for n in self.learned if n.startswith(f"{network}.") and n.endswith(".down")]:
             layer, group, of_branch, _ = name.removeprefix(f"{network}.").rsplit(".", 3)
             if of_branch not in (branch, "shared"):
@@ -231,7 +230,9 @@ def test_weighted_words_are_those_of_merged_weights_times_the_weights(
     concept: Concept, shifted_base_model: Path, given: dict[str, torch.Tensor]
 ) -> None:
     backbone = open_base_model(shifted_base_model)
-    concept = Concept(concept.tensors, {**concept.metadata, "base_model_fingerprint": backbone.fingerprint})
+    concept = Concept(
+        concept.tensors, concept.metadata.model_copy(update={"base_model_fingerprint": backbone.fingerprint})
+    )
     came = step_values(backbone, concept, WEIGHTED["positive"], WEIGHTED["negative"], **given)
     plain = Independent(shifted_base_model, concept, weight_of=WEIGHT_OF)
     latents, noise, timesteps = given["latents"], given["noise"], given["timesteps"]
@@ -372,7 +373,7 @@ def test_five_ddim_steps_from_a_toolkit_folder_are_those_of_merged_weights(
     backbone: Backbone, concept: Concept, tiny_base_model: Path, given: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
-    files = write_toolkit(adapters, trigger_words(concept), step=600)
+    files = write_toolkit(adapters, concept.trigger_words(), step=600)
     for name, file in files.items():
         (tmp_path / name).write_bytes(file)
     assert len(files) == 6
@@ -404,12 +405,12 @@ def test_without_a_concept_the_base_model_samples(backbone: Backbone, given: dic
 
 
 def test_words_that_are_no_pair_have_to_be_named(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
-    for name, file in write_toolkit({}, trigger_words(concept), step=1).items():
+    for name, file in write_toolkit({}, concept.trigger_words(), step=1).items():
         (tmp_path / name.replace("my-fox-neg", "other")).write_bytes(file)
     with pytest.raises(InputError, match="name the pair in `words`"):
         read_toolkit_concept(backbone, tmp_path)
     named: Any = read_toolkit_concept(backbone, tmp_path, words=("my-fox", "other"))
-    assert named.value("words") == {"pt1": ["my-fox", "other"]}
+    assert named.metadata.words == {"pt1": ("my-fox", "other")}
 
 
 @pytest.mark.parametrize(
@@ -429,7 +430,7 @@ def test_what_a_pair_lacks_is_said(
     warning: str | None,
 ) -> None:
     adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
-    for name, file in write_toolkit(adapters, trigger_words(concept), step=1).items():
+    for name, file in write_toolkit(adapters, concept.trigger_words(), step=1).items():
         (tmp_path / name).write_bytes(file)
     for file in tmp_path.glob(gone):
         file.unlink()
@@ -446,7 +447,7 @@ def test_words_given_as_one_text_are_refused(backbone: Backbone, tmp_path: Path)
 
 def test_a_toolkit_folder_is_checked_as_by_the_import(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
     adapters = {"positive": branch_adapter(concept, "positive")}
-    words = [dataclasses.replace(word, vectors=torch.ones(2, 7)) for word in trigger_words(concept)]
+    words = [dataclasses.replace(word, vectors=torch.ones(2, 7)) for word in concept.trigger_words()]
     for name, file in write_toolkit(adapters, words, step=1).items():
         (tmp_path / name).write_bytes(file)
     with pytest.raises(InputError, match="vectors of width 32 for 'my-fox'; got 7"):
@@ -533,7 +534,7 @@ def test_what_is_no_concept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a concept of this project in .*lora.safetensors"):
         read_concept(tmp_path / "lora.safetensors")
     (tmp_path / "half.safetensors").write_bytes(save({}, {"format": FORMAT}))
-    with pytest.raises(InputError, match="with 'num_branches' in its metadata"):
+    with pytest.raises(InputError, match="num_branches: Field required"):
         read_concept(tmp_path / "half.safetensors")
 
 

@@ -596,7 +596,7 @@ def test_adapters_and_words_are_clipped_together_or_apart(train: Train) -> None:
 # --------------------------------------------------------------------------------------------- the objective
 
 
-@proves("training.guidance_scale")
+@proves("training.guidance_scale.low", "training.guidance_scale.high", "training.guidance_scale.curve")
 @pytest.mark.parametrize(
     ("scale", "timesteps", "expected"),
     [
@@ -875,10 +875,10 @@ def test_the_reference_tutorials_block_can_be_pasted_and_trains_what_it_names(
     params = paste(TUTORIAL, tmp_path)
     groups = params.lora_unet + params.lora_text_encoder  # YAML 1.1 wants a dot in a float, and reads 1e-4 as text
     assert [(group.branch, group.rank, group.lr) for group in groups] == [
-        ("p", 3, 1e-4),
-        ("n", 3, 2e-5),
-        ("p", 1, 1e-5),
-        ("n", 1, 1e-5),
+        ("positive", 3, 1e-4),
+        ("negative", 3, 2e-5),
+        ("positive", 1, 1e-5),
+        ("negative", 1, 1e-5),
     ]
     run = run_training(tiny_base_model, params)
     for group in ("0.positive", "1.negative"):

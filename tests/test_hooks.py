@@ -10,6 +10,7 @@ import pytest
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.hooks import (
@@ -17,7 +18,6 @@ from dreamartist_pipeline.hooks import (
     RunRecordHooks,
     build_parameters,
     check_environment,
-    check_exportable,
     check_names,
     check_picture_is_named,
     check_subject,
@@ -35,7 +35,8 @@ from dreamartist_pipeline.params import (
     GenerateParams,
     ImportParams,
     PromptsParams,
-    TrainingParams,
+    RegularizationParams,
+    ResolvedGroup,
 )
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 
@@ -130,38 +131,15 @@ def test_a_concept_in_place_is_only_replaced_when_asked(tmp_path: Path) -> None:
     before_run(replace=True)
 
 
-ALL_FORMATS = ("kohya", "peft", "toolkit", "embeddings")
-
-
-@pytest.mark.parametrize(
-    ("option", "formats", "message"),
-    [
-        (
-            {"timestep_min_rank": 1},
-            ALL_FORMATS,
-            r"got training\.lora_unet\.0 with timestep_min_rank=1, which kohya, peft, toolkit, embeddings cannot hold; "
-            r"run without the export: kedro run --pipelines train,evaluate",
-        ),
-        (
-            {"bias": True},
-            ALL_FORMATS,
-            r"with bias=true, which kohya cannot hold; .* export\.formats=\[peft,toolkit,embeddings\], or run without",
-        ),
-        ({"bias": True}, ("kohya",), "which kohya cannot hold; run without the export"),
-    ],
+CONCEPT = ConceptMetadata(
+    base_model="tiny",
+    base_model_fingerprint="0123",
+    num_branches=2,
+    num_steps=3,
+    words={},
+    num_vectors=(3, 6),
+    lora={"unet": (ResolvedGroup(**LORA, name="unet.0.shared"),)},
 )
-def test_what_cannot_be_exported_is_said_before_it_is_trained(option: Any, formats: Any, message: str) -> None:
-    params = TrainingParams.model_validate(training(lora_unet=[LORA | option])["training"])
-    with pytest.raises(InputError, match=message):
-        check_exportable(params, ExportParams(title="fox", formats=formats))
-
-
-@pytest.mark.parametrize(
-    ("option", "formats"), [({}, ALL_FORMATS), ({"svd_init": True}, ALL_FORMATS), ({"bias": True}, ("peft", "toolkit"))]
-)
-def test_what_can_be_exported_is_accepted(option: Any, formats: Any) -> None:
-    params = TrainingParams.model_validate(training(lora_text_encoder=[LORA | option])["training"])
-    check_exportable(params, ExportParams(title="fox", formats=formats))
 
 
 def before_run(names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
@@ -171,6 +149,9 @@ def before_run(names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> N
             {"prompts": ["a {pt1}"], "prior_prompts": ["a cat"], **changes.get("evaluation", {})}
         ),
         "export": ExportParams.model_validate({"title": "fox", **changes.get("export", {})}),
+        "regularization": RegularizationParams.model_validate(
+            {"sampler": {"num_inference_steps": 2}, **changes.get("regularization", {})}
+        ),
         "generate": GenerateParams.model_validate({"prompts": ["a {pt1}"], **changes.get("generate", {})}),
         "import": ImportParams(replace=True),
         **build_parameters(training(**changes.get("training", {}))),
@@ -178,6 +159,7 @@ def before_run(names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> N
     catalog = DataCatalog.from_config({}, {})
     for section, params in sections.items():
         catalog[f"params:{section}"] = params
+    catalog["concept"] = Concept({}, CONCEPT.model_copy(update=changes.get("concept", {})))
     monkeypatch.setattr(DataCatalog, "exists", lambda *_: True)
     pipeline = sum((register_pipelines()[name] for name in names.split(",")), Pipeline([]))
     ConfigurationHooks().before_pipeline_run(pipeline, catalog)
@@ -186,7 +168,7 @@ def before_run(names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> N
 @pytest.mark.parametrize("names", ["__default__", "train,export"])
 def test_a_run_that_exports_what_it_trains_asks_whether_it_can(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [LORA | {"timestep_min_rank": 1}]
-    with pytest.raises(InputError, match="because this run exports what it trains"):
+    with pytest.raises(InputError, match="because this run exports them; got training.lora_unet.0 with"):
         before_run(names, monkeypatch, training={"lora_unet": groups})
 
 
@@ -237,6 +219,23 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
                 "export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["embeddings"]},
             },
             "export: .*ComfyUI.*TCDScheduler",
+        ),
+        ("evaluate", {"evaluation": {"sampler": {"scheduler_options": {"nonsense": 1}}}}, "evaluation: .*'nonsense'"),
+        (
+            "generate",
+            {"concept": {"zero_terminal_snr": True}, "generate": {"sampler": HEUN}},
+            "generate: .*ends without signal; got HeunDiscreteScheduler",
+        ),
+        (
+            "export",
+            {"concept": {"lora": {"unet": (ResolvedGroup(**LORA, name="unet.0.shared", timestep_min_rank=1),)}}},
+            r"export: .*got lora_unet.0 with timestep_min_rank=1",
+        ),
+        ("export", {"export": {"sampler": {"scheduler": "PNDMScheduler"}}}, "export: .*ComfyUI.*PNDMScheduler"),
+        (
+            "train",
+            {"regularization": {"sampler": {"scheduler_options": {"nonsense": 1}}}},
+            "regularization: .*'nonsense'",
         ),
         (
             "__default__",

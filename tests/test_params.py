@@ -15,6 +15,7 @@ from dreamartist_pipeline.params import (
     EvaluationParams,
     ExportParams,
     GenerateParams,
+    GuidanceScale,
     ImportParams,
     LoRAGroup,
     LossParams,
@@ -84,7 +85,7 @@ def test_parameters_never_change_after_validation() -> None:
         ({"rank": 0}, "an integer rank is at least 1, got 0"),
         ({"rank": 1.5}, "a float rank is a fraction of out_features between 0 and 1, got 1.5"),
         ({"lr": -1e-4}, "greater than 0"),
-        ({"branch": "pos"}, "'p' or 'n'"),
+        ({"branch": "pos"}, "a branch is p or n, .* got"),
         ({"layers": []}, "at least 1 item"),
         ({"layers": ["re:(unclosed"]}, "is not a regular expression"),
         ({"dropout": 1.0}, "less than 1"),
@@ -112,7 +113,8 @@ def test_a_pair_of_trigger_words_that_cannot_work_is_refused(names: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("scale", "num_branches"), [("1.0", 1), (1, 1), ("1-1", 1), ("3.0", 2), (3, 2), ("1-3:cos", 2), ("1.5-7:ln", 2)]
+    ("scale", "num_branches"),
+    [("1.0", 1), (1, 1), ("1-1", 1), ("1-1:cos", 1), ("3.0", 2), (3, 2), ("1-3:cos", 2), ("1.5-7:ln", 2)],
 )
 def test_only_a_guidance_scale_of_constantly_one_has_a_single_branch(scale: object, num_branches: int) -> None:
     assert training(guidance_scale=scale).num_branches == num_branches
@@ -122,14 +124,40 @@ def test_only_a_guidance_scale_of_constantly_one_has_a_single_branch(scale: obje
     ("scale", "message"),
     [
         ("high", "is a number or 'low-high:curve', got 'high'"),
-        ("1-3:sin", "one of ln, cos, cos2, got 'sin'"),
-        ("0.5", "at least 1"),
+        ("1-3:sin", "guidance_scale.curve\n.*'ln', 'cos' or 'cos2'.*'sin'"),
+        ("0.5", "guidance_scale.low\n.*greater than or equal to 1.*0.5"),
+        ("3-0.5", "guidance_scale.high\n.*greater than or equal to 1.*0.5"),
         ("__import__('os')", "is a number or"),
+        ("", "is a number or"),
+        ("3-", "is a number or"),
+        ("-1", "is a number or"),
+        ("3.0 or 1", "is a number or"),
+        ("9" * 400, "guidance_scale.low\n.*finite number"),
+        (True, "is a number or"),
+        (None, "guidance_scale"),
     ],
 )
-def test_a_guidance_scale_that_says_nothing_is_refused(scale: str, message: str) -> None:
+def test_a_guidance_scale_that_says_nothing_is_refused(scale: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         training(guidance_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("3.0", "3.0"),
+        (3, "3.0"),
+        (" 3.0", "3.0"),
+        ("1.5-4", "1.5-4.0:ln"),
+        ("4-1.5:cos", "4.0-1.5:cos"),
+        ("2-2:cos2", "2.0"),
+        (10**19, "1e+19"),
+    ],
+)
+def test_a_guidance_scale_is_parsed_once_and_dumped_as_a_text_that_means_the_same(written: object, read: str) -> None:
+    scale = training(guidance_scale=written).guidance_scale
+    assert (str(scale), scale.model_dump()) == (read, read)
+    assert str(GuidanceScale.model_validate(read)) == read
 
 
 def test_caption_transforms_keep_their_order_and_survive_a_dump() -> None:
@@ -342,3 +370,11 @@ def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
 def test_a_single_word_is_no_template_but_a_misspelt_preset() -> None:
     with pytest.raises(ValidationError, match="a template or a preset out of object, style, caption"):
         TrainingParams.model_validate({"num_steps": 1, "templates": "styel"})
+
+
+def test_what_only_says_how_a_training_runs_is_not_part_of_what_can_change_the_concept() -> None:
+    plain = training()
+    preview = {"every": 5, "prompts": ["a {pt1}"], "seed": 3}
+    assert training(preview=preview, start_from="start.safetensors").result_values() == plain.result_values()
+    assert training(seed=1).result_values() != plain.result_values()
+    assert plain.result_values().keys() == TrainingParams.model_fields.keys() - {"preview", "start_from"}

@@ -121,7 +121,7 @@ def test_the_toolkit_preset_is_the_reference_toolkits() -> None:
         ("n", 0.01875, 4e-5, 0.1),
     ]
     assert {(g.rank, g.lr) for g in preset.lora_text_encoder} == {(2, 2e-5)}
-    assert (preset.words.lr, preset.guidance_scale, preset.loss.snr_gamma) == (2.5e-3, "3.0", 2.0)
+    assert (preset.words.lr, str(preset.guidance_scale), preset.loss.snr_gamma) == (2.5e-3, "3.0", 2.0)
     assert (preset.num_steps, preset.schedule.kind, preset.schedule.warmup_steps) == (1000, "one_cycle", 200)
     assert (preset.batch_size, preset.regularization_batch_size, preset.scale_lr) == (4, 1, True)
 

@@ -14,21 +14,23 @@ from typing import Literal
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
-from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, has_zero_terminal_snr
+from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
-from dreamartist_pipeline.core.adapters import SHARED, BranchLoRALayer
-from dreamartist_pipeline.core.branches import NEGATIVE, GuidanceScale
+from dreamartist_pipeline.core.adapters import BranchLoRALayer
+from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at
 from dreamartist_pipeline.core.captions import fill_negative_prompt
 from dreamartist_pipeline.core.concept import WORDS, Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
+from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
@@ -36,7 +38,14 @@ from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
 from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
 from dreamartist_pipeline.interop.toolkit_config import SLOT
-from dreamartist_pipeline.params import DeviceParams, LossParams, PositiveActsOn, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import (
+    DeviceParams,
+    GuidanceScale,
+    LossParams,
+    PositiveActsOn,
+    SamplerParams,
+    StrengthParams,
+)
 
 _NUM_BRANCHES = 2
 _WORDS_ARGUMENT = "`words`"
@@ -106,7 +115,7 @@ def draw_images(
         InputError: a concept of another base model, a scheduler that cannot be set up, or pictures that do not go
             together.
     """
-    check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
+    check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
     request = DrawingRequest(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
         negative_prompt=negative_prompt,
@@ -186,7 +195,7 @@ def sample_latents(
             latents that are not the base model's, or a trigger word beyond the text encoder's context.
     """
     _check_latents(latents, backbone)
-    check_sampler(sampler, concept is not None and has_zero_terminal_snr(concept))
+    check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
     loaded = attach(backbone, concept, StrengthParams.model_validate(strength))
     scheduler = make_scheduler(loaded.backbone, sampler)
     if draws_noise(scheduler):
@@ -267,7 +276,7 @@ def step_values(
     loaded.prompts.check_not_cut(filled)
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
-    guidance = GuidanceScale.parse(str(guidance_scale)).at(batch.timesteps, trainee.schedule.num_train_timesteps)
+    guidance = guidance_at(_guidance(guidance_scale), batch.timesteps, trainee.schedule.num_train_timesteps)
     delta = loss.huber_delta if loss.kind == "huber" else None
     learned = dict(_learned(loaded))
     with torch.enable_grad():  # also where the caller has turned gradients off
@@ -285,8 +294,17 @@ def step_values(
     )
 
 
+def _guidance(guidance_scale: str | float) -> GuidanceScale:
+    try:
+        return GuidanceScale.model_validate(guidance_scale)
+    except ValidationError as error:
+        raise InputError(
+            f"expected a guidance_scale from 1, such as '3.0' or '1.5-4.0:cos'; got {guidance_scale!r}; correct it"
+        ) from error
+
+
 def _class_word(concept: Concept | None) -> str:
-    return "" if concept is None else concept.metadata["class_word"]
+    return "" if concept is None else concept.metadata.class_word
 
 
 def _warn_of_halves(imported: Imported, folder: str) -> None:

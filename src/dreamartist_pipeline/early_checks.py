@@ -1,21 +1,45 @@
-"""Checks of a node's parameters before the first node of a run, so that hours of work do not end at a wrong option.
+"""Checks before the first node of a run, so that a run fails at once on what would end it after minutes or hours.
 
-A node's function names its check; the hooks, which know no model library, call it.
+A node's function names its check; the hooks, which know no model library, call it, and the node does not repeat it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dreamartist_pipeline.params import TrainingParams
+from dreamartist_pipeline.params import LoRAGroup, TrainingParams
 
 _NAME = "early_check"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-Check = Callable[[Any, TrainingParams | None], None]
-"""(a section's parameters, those of the training that this run begins with or None); raises InputError."""
+
+@dataclass(frozen=True)
+class PlannedConcept:
+    """What is known of a run's concept before its first node: of one that it trains, or that is there already.
+
+    Attributes:
+        is_trained_here: whether the run trains it.
+        zero_terminal_snr: whether it is drawn with a noise schedule that ends without signal.
+        groups: network -> its LoRA groups.
+        has_words: whether it has trigger words.
+    """
+
+    is_trained_here: bool
+    zero_terminal_snr: bool
+    groups: Mapping[str, Sequence[LoRAGroup]]
+    has_words: bool
+
+    @classmethod
+    def of_training(cls, params: TrainingParams) -> PlannedConcept:
+        """Return what a training will make."""
+        groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
+        return cls(True, params.zero_terminal_snr, groups, bool(params.words.names))
+
+
+Check = Callable[[Any, PlannedConcept | None], None]
+"""(a section's parameters, the run's concept or None where there is none yet, as in an import); raises InputError."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.early_checks import early_check_of
-from dreamartist_pipeline.params import LORA_FORMATS_WITHOUT_BIAS, SECTIONS, ExportParams, LoRAGroup, TrainingParams
+from dreamartist_pipeline.early_checks import PlannedConcept, early_check_of
+from dreamartist_pipeline.params import SECTIONS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -80,29 +80,35 @@ class ConfigurationHooks:
         """Look for everything that would end the run after minutes or hours of work: missing files, unfit parameters.
 
         Raises:
-            InputError: it exports what it trains, and no file of other tools could hold that; it imports a concept over
-                another one; or a node's own check of its parameters fails.
-            DatasetError: what is missing, in its dataset's own words.
+            InputError: it imports a concept over another one, or a node's own check of its parameters fails.
+            DatasetError: what is missing or damaged, in its dataset's own words.
         """
-        training = catalog.load("params:training") if _trains(pipeline) else None
-        if training is not None and "params:export" in pipeline.inputs():
-            check_exportable(training, catalog.load("params:export"))
         if "params:import" in pipeline.inputs() and not catalog.load("params:import").replace:
             check_replaces_nothing(catalog)
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
                 catalog.load(name)
+        planned = planned_concept(pipeline, catalog)
         for node in pipeline.nodes:
-            run_early_check(node, catalog, training)
+            run_early_check(node, catalog, planned)
 
 
-def _trains(pipeline: Pipeline) -> bool:
-    """Say whether a run makes its concept by training; an import makes one, too."""
-    return any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes)
+def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept | None:
+    """Return what is known of a run's concept; None where it has none, or imports one.
+
+    Raises:
+        DatasetError: the concept in place is damaged.
+    """
+    if any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes):
+        return PlannedConcept.of_training(catalog.load("params:training"))
+    if "concept" not in pipeline.inputs():
+        return None
+    metadata = catalog.load("concept").metadata
+    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
 
 
-def run_early_check(node: Node, catalog: DataCatalog, training: TrainingParams | None) -> None:
-    """Check a node's parameters as its function asks for; `training` is that of the same run, if it has one.
+def run_early_check(node: Node, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
+    """Check a node's parameters as its function asks for.
 
     Raises:
         InputError: what is wrong, after the name of the section.
@@ -111,7 +117,7 @@ def run_early_check(node: Node, catalog: DataCatalog, training: TrainingParams |
     if early is None:
         return
     try:
-        early.check(catalog.load(f"params:{early.section}"), training)
+        early.check(catalog.load(f"params:{early.section}"), planned)
     except InputError as error:
         raise InputError(f"{early.section}: {error}") from error
 
@@ -195,34 +201,6 @@ def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
 def _hint(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else "remove it"
-
-
-def check_exportable(training: TrainingParams, export: ExportParams) -> None:
-    """Refuse a run that would train a concept and then fail to export it.
-
-    Raises:
-        InputError: an option of a LoRA group that files of other tools cannot hold.
-    """
-    for network in ("lora_unet", "lora_text_encoder"):
-        for index, group in enumerate(getattr(training, network)):
-            option, refusing = _not_exportable(group, export.formats)
-            if refusing:
-                others = [form for form in export.formats if form not in refusing]
-                raise InputError(
-                    "expected LoRA groups that other tools' files can hold, because this run exports what it trains; "
-                    f"got training.{network}.{index} with {option}, which {', '.join(refusing)} cannot hold; "
-                    + (f"leave these formats out, export.formats=[{','.join(others)}], or " if others else "")
-                    + "run without the export: kedro run --pipelines train,evaluate"
-                )
-
-
-def _not_exportable(group: LoRAGroup, formats: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the option that stands in the way, and the formats that it keeps from being written."""
-    if group.timestep_min_rank is not None:
-        return f"timestep_min_rank={group.timestep_min_rank}", formats
-    if group.bias:
-        return "bias=true", [form for form in formats if form in LORA_FORMATS_WITHOUT_BIAS]
-    return "", ()
 
 
 def check_environment(source: Path, env: str | None) -> None:

@@ -10,9 +10,19 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dreamartist_pipeline.prompt_weights import checked_weights
+from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -46,8 +56,6 @@ TEMPLATE_PRESETS = {  # training.templates: NAME
     ),
     "caption": ("{pt1}, {caption}",),
 }
-_GUIDANCE = re.compile(r"^(?P<low>\d+(\.\d+)?)(-(?P<high>\d+(\.\d+)?)(:(?P<curve>[a-z0-9]+))?)?$")
-GUIDANCE_CURVES = ("ln", "cos", "cos2")
 PRODIGY_LR = (0.01, 10.0)  # Prodigy multiplies lr with a rate that it estimates; AdamW's rates would never train
 
 
@@ -67,51 +75,6 @@ class DeviceParams(Params):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-SHORT_SCHEDULERS = ("ddim", "dpmsolver++", "euler", "euler_a", "unipc")
-"""Schedulers with settings that suit most; diffusers' class names stand for its own defaults."""
-
-SCHEDULER_CLASSES = (  # of diffusers: those that take the base model's noise schedule and prediction type
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-_UNFIT_SCHEDULERS = {  # the reason -> classes of diffusers
-    "is for models trained by flow matching or on another path from noise to picture": (
-        *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-        *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler"),
-        *("MiniMaxH3Scheduler", "PiflowScheduler", "SCMScheduler"),
-    ),
-    "has a noise schedule of its own in place of the base model's": (
-        *("CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CosineDPMSolverMultistepScheduler"),
-        *("DDPMWuerstchenScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "IPNDMScheduler"),
-        *("KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
-    ),
-    "draws tokens, not latents": (
-        *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
-        "VQDiffusionScheduler",
-    ),
-    "needs inputs at every step that drawing does not have": (
-        *("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),
-    ),
-    "goes from a picture to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
-    "draws its noise with torchsde, not from one generator per image (DPMSolverMultistepScheduler with "
-    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same equation)": ("DPMSolverSDEScheduler",),
-}
 _BASE_MODELS_OWN = (  # what a scheduler takes from the base model, or from the concept trained on it
     *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr"),
     *("timestep_type", "trained_betas"),
@@ -119,7 +82,7 @@ _BASE_MODELS_OWN = (  # what a scheduler takes from the base model, or from the 
 
 
 class SamplerParams(Params):
-    """How images are sampled: `scheduler` is one of SHORT_SCHEDULERS, or a class of diffusers by its name."""
+    """How images are sampled: `scheduler` is one of the table in schedulers.py."""
 
     scheduler: str = "dpmsolver++"
     scheduler_options: dict[str, Any] = Field(default_factory=dict)  # further arguments of the scheduler's class
@@ -130,14 +93,13 @@ class SamplerParams(Params):
     @field_validator("scheduler")
     @classmethod
     def _scheduler_can_draw(cls, name: str) -> str:
-        known = (*SHORT_SCHEDULERS, *SCHEDULER_CLASSES)
-        if name in known:
+        if name in SCHEDULERS:
             return name
-        for reason, classes in _UNFIT_SCHEDULERS.items():
+        for reason, classes in UNFIT_SCHEDULERS.items():
             if name in classes:
-                raise ValueError(f"{name} {reason}; choose one of {', '.join(known)}")
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+                raise ValueError(f"{name} {reason}; choose one of {', '.join(SCHEDULERS)}")
+        near = difflib.get_close_matches(name, SCHEDULERS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
         raise ValueError(f"there is no scheduler of this name that can be used here; {hint}")
 
     @field_validator("scheduler_options")
@@ -226,22 +188,85 @@ class RegularizationParams(Params):
 # ------------------------------------------------------------------------------------------------- training
 
 
+_NUMBER = r"\d+(?:\.\d+)?(?:e\+?\d+)?"
+_GUIDANCE = re.compile(rf"(?P<low>{_NUMBER})(?:-(?P<high>{_NUMBER})(?::(?P<curve>\w+))?)?")
+
+
+class GuidanceScale(Params):
+    """The guidance scale as a function of the noise: `low` without noise, `high` at full noise.
+
+    Written as a number, or as "low-high:curve" with curve ln (linear, the default), cos or cos2.
+    """
+
+    low: Annotated[float, Field(ge=1)]
+    high: Annotated[float, Field(ge=1)]
+    curve: Literal["ln", "cos", "cos2"] = "ln"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_parsed(cls, value: object) -> object:
+        if isinstance(value, dict) or value is None:
+            return value
+        match = _GUIDANCE.fullmatch(str(value).strip())
+        if match is None:
+            raise ValueError(f"guidance_scale is a number or 'low-high:curve', got {value!r}")
+        return {"low": match["low"], "high": match["high"] or match["low"], "curve": match["curve"] or "ln"}
+
+    @property
+    def num_branches(self) -> int:
+        """1 when the scale is constantly 1, so that the negative branch would cancel out; otherwise 2."""
+        return 1 if self.low == self.high == 1 else 2
+
+    @model_serializer
+    def __str__(self) -> str:
+        """Return the text that is parsed to this scale."""
+        return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}:{self.curve}"
+
+
+_BRANCHES = {"p": "positive", "n": "negative", None: "shared"}  # as the reference tutorial writes them
+
+
+def _branch_name(value: object) -> object:
+    if value in _BRANCHES.values():  # as dumped
+        return value
+    if isinstance(value, str | None) and value in _BRANCHES:
+        return _BRANCHES[value]
+    raise ValueError(f"a branch is p or n, or left out where both share the group, got {value!r}")
+
+
+BranchName = Annotated[Literal["positive", "negative", "shared"], BeforeValidator(_branch_name)]
+
+
 class LoRAGroup(Params):
     """One item of `lora_unet` / `lora_text_encoder`, as the reference tutorial writes it.
 
-    A float rank is a fraction of the layer's out_features (rounded, at least 1). Without `branch`, both halves share
-    it.
+    Attributes:
+        lr: learning rate.
+        rank: an integer, or a float: the fraction of a layer's out_features, rounded, at least 1.
+        layers: selectors, see `core.adapters.select_layers`.
+        branch: `p`, `n`, or left out where both branches share the group.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability with which a rank activation is dropped while training.
+        timestep_min_rank: as `rank`, UNet only; the active rank of a row falls linearly in its timestep t, from the
+            full rank at t = 0 to this one at t = T − 1, the last ranks being left out (T-LoRA, Soboleva et al. 2025,
+            without its orthogonal initialisation). None: all ranks at every t.
+        bias: whether the update has a learned bias. Like the reference toolkit's, it belongs to the up projection, so
+            that alpha / rank scales it too, and it trains by the group's learning rate and weight decay. It starts at
+            zero; the toolkit's (`hcpdiff.models.lora_layers`) starts as any nn.Linear's, at random, which changes the
+            first outputs. Its later form (`lora_layers_patch`) means to start at zero, too.
+        svd_init: whether down and up start at the weight's largest singular values, less that start (PiSSA); see
+            `core.adapters.PrincipalUpdate`.
     """
 
     lr: Positive
     rank: int | float
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
-    branch: Literal["p", "n"] | None = None
+    branch: BranchName = "shared"
     alpha: Positive = 1.0
     dropout: Probability = 0.0
-    timestep_min_rank: int | float | None = None  # UNet only: the active rank falls to it from t = 0 to T − 1 (T-LoRA)
-    bias: bool = False  # a learned bias beside the factors, as in the reference toolkit
-    svd_init: bool = False  # start at the weight's largest singular values, less that start (PiSSA)
+    timestep_min_rank: int | float | None = None
+    bias: bool = False
+    svd_init: bool = False
 
     @field_validator("rank", "timestep_min_rank")
     @classmethod
@@ -268,6 +293,19 @@ class LoRAGroup(Params):
                 except re.error as error:
                     raise ValueError(f"layer selector {selector!r} is not a regular expression: {error}") from error
         return layers
+
+
+class ResolvedGroup(LoRAGroup):
+    """A LoRA group as it trains and as a concept keeps it.
+
+    Attributes:
+        name: "<network>.<index>.<branch>".
+        lr: as applied, with `scale_lr`; 0 in concepts that were imported.
+        branch: "shared" in a training without a negative branch.
+    """
+
+    name: str
+    lr: NonNegative
 
 
 class WordsParams(Params):
@@ -347,6 +385,10 @@ class PreviewParams(Params):
     seed: Seed = 0
 
 
+RUN_ONLY = "says how a training runs, and changes nothing of what comes out of it"
+"""Marks parameters that a concept's `config_sha256` leaves out: `name: Annotated[Type, RUN_ONLY]`."""
+
+
 class TrainingParams(Params):
     """One training of a concept."""
 
@@ -354,7 +396,7 @@ class TrainingParams(Params):
     num_steps: Annotated[int, Field(ge=0)]
     batch_size: Count = 4  # rows of the reference image
     regularization_batch_size: Annotated[int, Field(ge=0)] = 1
-    guidance_scale: str = "3.0"  # "3.0", or "low-high:curve" with curve ln, cos or cos2
+    guidance_scale: GuidanceScale = GuidanceScale(low=3.0, high=3.0)
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
     words: WordsParams = WordsParams()
@@ -374,8 +416,9 @@ class TrainingParams(Params):
     noise_offset: NonNegative = 0.0  # standard deviation of a shift of the noise per row and channel
     zero_terminal_snr: bool = False  # no signal at the last timestep, in training and drawing; v-prediction only
     loss: LossParams = LossParams()
-    preview: PreviewParams = PreviewParams()
-    start_from: str | None = None  # a concept file, whose adapters and words are the initial values
+    preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
+    # A concept file, whose adapters and words are the initial values; the path says nothing about what is in it.
+    start_from: Annotated[str | None, RUN_ONLY] = None
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -393,19 +436,6 @@ class TrainingParams(Params):
             raise ValueError("timestep_min_rank is for lora_unet only: the text encoder does not know the timestep")
         return groups
 
-    @field_validator("guidance_scale", mode="before")
-    @classmethod
-    def _guidance_parses(cls, value: object) -> str:
-        text = str(value)
-        match = _GUIDANCE.match(text)
-        if not match:
-            raise ValueError(f"guidance_scale is a number or 'low-high:curve', got {text!r}")
-        if match["high"] and (match["curve"] or "ln") not in GUIDANCE_CURVES:
-            raise ValueError(f"guidance curve is one of {', '.join(GUIDANCE_CURVES)}, got {match['curve']!r}")
-        if float(match["low"]) < 1 or (match["high"] and float(match["high"]) < 1):
-            raise ValueError(f"guidance_scale is at least 1, got {text!r}")
-        return text
-
     @field_validator("timesteps")
     @classmethod
     def _timesteps_are_in_order(cls, timesteps: tuple[float, float]) -> tuple[float, float]:
@@ -413,25 +443,28 @@ class TrainingParams(Params):
             raise ValueError(f"timesteps is [low, high] with low below high, got {list(timesteps)}")
         return timesteps
 
+    def result_values(self) -> dict[str, Any]:
+        """Return what can change the concept, as JSON types: all parameters but those marked RUN_ONLY."""
+        run_only = {name for name, field in type(self).model_fields.items() if RUN_ONLY in field.metadata}
+        return self.model_dump(mode="json", exclude=run_only)
+
     @property
     def num_branches(self) -> int:
         """2, or 1 when the guidance scale is constantly 1 (plain training, positive branch only)."""
-        match = _GUIDANCE.match(self.guidance_scale)
-        assert match is not None
-        return 1 if {float(match["low"]), float(match["high"] or match["low"])} == {1.0} else 2
+        return self.guidance_scale.num_branches
 
     @model_validator(mode="after")
     def _something_trains_in_every_branch(self) -> TrainingParams:
         groups = self.lora_unet + self.lora_text_encoder
         if not groups and not self.words.names:
             raise ValueError("nothing to train: give lora_unet, lora_text_encoder or words.names")
-        if self.num_branches == 1 and any(group.branch == "n" for group in groups):
+        if self.num_branches == 1 and any(group.branch == "negative" for group in groups):
             raise ValueError("guidance_scale is 1, so there is no negative branch, but a LoRA group has branch: n")
         if self.num_branches == 2 and groups and not self.words.names:
-            for branch, name in (("p", "positive"), ("n", "negative")):
-                if not any(group.branch in (branch, None) for group in groups):
+            for branch in ("positive", "negative"):
+                if not any(group.branch in (branch, "shared") for group in groups):
                     raise ValueError(
-                        f"no LoRA group trains the {name} branch (branch: {branch}) and there are no words"
+                        f"no LoRA group trains the {branch} branch (branch: {branch[0]}) and there are no words"
                     )
         return self
 
@@ -538,9 +571,6 @@ def check_denoise(denoise: float, num_inference_steps: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- export
-
-
-LORA_FORMATS_WITHOUT_BIAS = ("kohya",)  # export refuses to write a LoRA with a bias in these
 
 
 class ExportParams(Params):

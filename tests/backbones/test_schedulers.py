@@ -21,12 +21,11 @@ from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators
 from dreamartist_pipeline.params import (
-    SCHEDULER_CLASSES,
-    SHORT_SCHEDULERS,
     DeviceParams,
     SamplerParams,
     StrengthParams,
 )
+from dreamartist_pipeline.schedulers import SCHEDULERS
 
 PROMPTS, NEGATIVE_PROMPT, SEEDS = ["a red cat", "a blue dog"], "background", [5, 6]
 SHORT = {
@@ -61,7 +60,7 @@ def scheduler_config(tiny_base_model: Path) -> Any:
     return diffusers.DDIMScheduler.from_pretrained(tiny_base_model, subfolder="scheduler").config
 
 
-@pytest.mark.parametrize("name", [*SHORT_SCHEDULERS, *SCHEDULER_CLASSES])
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_draws_what_diffusers_draws(
     pipeline: Any, scheduler_config: Any, backbone: Backbone, name: str
 ) -> None:
@@ -83,7 +82,7 @@ def test_every_scheduler_draws_what_diffusers_draws(
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*SHORT_SCHEDULERS, *SCHEDULER_CLASSES])
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_is_known_to_draw_noise_when_generators_matter(backbone: Backbone, name: str) -> None:
     scheduler = make_scheduler(backbone, SamplerParams(scheduler=name))
     assert draws_noise(scheduler) == (name in DRAWING_NOISE)
@@ -97,8 +96,10 @@ def test_solving_the_stochastic_equation_draws_noise(backbone: Backbone) -> None
 def test_every_scheduler_of_diffusers_is_offered_or_refused_with_a_reason() -> None:
     names = set(diffusers._import_structure["schedulers"])
     names = {name for name in names if name.endswith("Scheduler")} | {"DPMSolverSDEScheduler"}
-    assert names >= set(SCHEDULER_CLASSES)
-    for name in sorted(names - set(SCHEDULER_CLASSES)):
+    offered = {scheduler.class_name for scheduler in SCHEDULERS.values()}
+    assert names >= offered
+    assert offered <= SCHEDULERS.keys()  # each by its class's name too
+    for name in sorted(names - offered):
         with pytest.raises(ValidationError, match=rf"{name} (is for|has a|draws|needs|goes)"):
             SamplerParams(scheduler=name)
 
@@ -142,7 +143,7 @@ def test_an_error_without_words_is_named_by_its_kind() -> None:
         check_sampler(sampler)
 
 
-@pytest.mark.parametrize("name", [*SHORT_SCHEDULERS, *SCHEDULER_CLASSES])
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_passes_with_its_own_settings(name: str) -> None:
     for steps in (4, 50):
         check_sampler(SamplerParams(scheduler=name, num_inference_steps=steps))

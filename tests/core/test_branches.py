@@ -8,15 +8,14 @@ import torch
 from dreamartist_pipeline.core.branches import (
     NEGATIVE,
     POSITIVE,
-    GuidanceScale,
     branches,
     combine,
+    guidance_at,
     repeat,
     split,
     stack,
 )
-from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.params import TrainingParams
+from dreamartist_pipeline.params import GuidanceScale
 
 
 def test_the_negative_branch_comes_first() -> None:
@@ -74,7 +73,7 @@ def test_gradients_of_the_combination_are_one_minus_s_and_s() -> None:
 
 
 def test_a_constant_scale_is_the_same_at_every_timestep() -> None:
-    scale = GuidanceScale.parse("3.0").at(torch.tensor([0, 500, 999]), 1000)
+    scale = guidance_at(GuidanceScale.model_validate("3.0"), torch.tensor([0, 500, 999]), 1000)
     assert scale.dtype == torch.float32
     assert scale.tolist() == [3.0, 3.0, 3.0]
 
@@ -89,27 +88,8 @@ def test_a_constant_scale_is_the_same_at_every_timestep() -> None:
     ],
 )
 def test_high_noise_gets_the_upper_scale(text: str, middle: float) -> None:
-    scale = GuidanceScale.parse(text).at(torch.tensor([0, 50, 100]), 101)
+    scale = guidance_at(GuidanceScale.model_validate(text), torch.tensor([0, 50, 100]), 101)
     torch.testing.assert_close(scale, torch.tensor([1.5, middle, 4.5]))
-
-
-@pytest.mark.parametrize(("text", "count"), [("1", 1), ("1.0-1.0:cos", 1), ("3", 2), ("1-3:cos", 2)])
-def test_only_a_scale_of_constantly_one_needs_no_negative_branch(text: str, count: int) -> None:
-    assert GuidanceScale.parse(text).num_branches == count
-
-
-@pytest.mark.parametrize("text", ["", "high", "3-", "1-3:sin", "-1", "__import__('os')", "3.0 or 1"])
-def test_other_scales_are_refused(text: str) -> None:
-    with pytest.raises(
-        InputError, match=r"expected a guidance scale like '3.0' or '1.5-4.0:cos'.* correct guidance_scale"
-    ):
-        GuidanceScale.parse(text)
-
-
-@pytest.mark.parametrize("text", ["1", "3.0", "1-1", "1-3", "1.5-4.5:ln", "1.5-4.5:cos", "1.5-4.5:cos2"])
-def test_what_the_parameters_accept_is_read_with_the_same_number_of_branches(text: str) -> None:
-    params = TrainingParams(num_steps=1, guidance_scale=text, words={"names": {"pt1": ("my-cat", "my-cat-neg")}})
-    assert GuidanceScale.parse(params.guidance_scale).num_branches == params.num_branches
 
 
 _ROOT_HALF = math.sqrt(0.5)
@@ -129,16 +109,14 @@ _ROOT_HALF = math.sqrt(0.5)
     ],
 )
 def test_a_scale_runs_between_its_ends_in_either_direction(text: str, expected: tuple[float, ...]) -> None:
-    scale = GuidanceScale.parse(text)
-    torch.testing.assert_close(scale.at(torch.tensor([0, 50, 100]), 101), torch.tensor(expected).float())
+    scale = GuidanceScale.model_validate(text)
+    torch.testing.assert_close(guidance_at(scale, torch.tensor([0, 50, 100]), 101), torch.tensor(expected).float())
     assert scale.num_branches == 2
-    params = TrainingParams(num_steps=1, guidance_scale=text, words={"names": {"pt1": ("my-cat", "my-cat-neg")}})
-    assert params.num_branches == 2
 
 
 @pytest.mark.parametrize("curve", ["ln", "cos", "cos2"])
 def test_a_curve_never_leaves_its_ends(curve: str) -> None:
-    scale = GuidanceScale.parse(f"1.0-3.0:{curve}").at(torch.arange(1000), 1000)
+    scale = guidance_at(GuidanceScale.model_validate(f"1.0-3.0:{curve}"), torch.arange(1000), 1000)
     assert scale.min().item() == pytest.approx(1, abs=1e-6)
     assert scale.max().item() == pytest.approx(3, abs=1e-6)
     assert bool((scale.diff() >= -1e-6).all())

@@ -8,27 +8,26 @@ import pytest
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject
-from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE
-from dreamartist_pipeline.core.concept import FORMAT, Concept, to_json
+from dreamartist_pipeline.core.adapters import AdapterStack, inject
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.starting import take_over
+from dreamartist_pipeline.params import ResolvedGroup
 
 DOWN, UP = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0], [5.0]])  # rank 1: 3 inputs, 2 outputs
-BRANCHES = {"positive": POSITIVE, "negative": NEGATIVE, "shared": None}
 
 
 def model() -> nn.ModuleDict:
     return nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2), "c": nn.Conv2d(3, 2, 3)})
 
 
-def spec(branch: str = "positive", group: int = 0, layers: tuple[str, ...] = ("a",), **changes: Any) -> LoRASpec:
+def spec(branch: str = "positive", group: int = 0, layers: tuple[str, ...] = ("a",), **changes: Any) -> ResolvedGroup:
     values = {"rank": 3, "lr": 1.0, "alpha": 6.0} | changes
-    return LoRASpec(name=f"unet.{group}.{branch}", layers=layers, branch=BRANCHES[branch], **values)
+    return ResolvedGroup(name=f"unet.{group}.{branch}", layers=layers, branch=branch, **values)
 
 
-def stack(*specs: LoRASpec, device: str = "cpu", num_branches: int = 2) -> AdapterStack:
+def stack(*specs: ResolvedGroup, device: str = "cpu", num_branches: int = 2) -> AdapterStack:
     with torch.device(device):
         network = model()
     return inject(network, specs, num_branches, torch.Generator().manual_seed(0))
@@ -46,10 +45,19 @@ def concept(
     for layer, group, branch in updates:
         tensors |= {f"unet.{layer}.{group}.{branch}.down": DOWN, f"unet.{layer}.{group}.{branch}.up": UP}
     tensors |= {f"words.{key}": vectors for key, vectors in (words or {}).items()}
-    fields = [{"alpha": alpha, **metadata.pop("group", {})} for _ in range(1 + max([g for _, g, _ in updates] or [0]))]
-    values = {"words": names or {"pt1": ["my-x", "my-x-neg"]}, "num_vectors": [1, 2], "num_branches": 2}
-    values |= {"lora_unet": fields, "lora_text_encoder": [], **metadata}
-    return Concept(tensors, {"format": FORMAT} | {name: to_json(value) for name, value in values.items()})
+    options = {"alpha": alpha, "rank": 1, **metadata.pop("group", {})}
+    groups = {group: spec(branch, group, **options) for _, group, branch in updates}
+    fillers = [spec("positive", group) for group in range(max(groups, default=-1) + 1)]
+    values = {
+        "base_model": "tiny",
+        "base_model_fingerprint": "0123",
+        "num_steps": 1,
+        "words": (names or {"pt1": ("my-x", "my-x-neg")}) if words else {},
+        "num_vectors": (1, 2),
+        "num_branches": 2,
+        "lora": {"unet": [groups.get(group, filler) for group, filler in enumerate(fillers)]},
+    }
+    return Concept(tensors, ConceptMetadata.model_validate(values | metadata))
 
 
 def update_of(adapters: AdapterStack, layer: str = "a", index: int = 0) -> torch.Tensor:
@@ -84,8 +92,7 @@ def test_the_ranks_left_over_start_fresh() -> None:
 
 
 def test_a_bias_is_taken_over_by_a_group_that_has_one_and_refused_by_others() -> None:
-    groups = [{"alpha": 0.5, "bias": True}] * 2
-    start = concept(("a", 0, "positive"), ("a", 1, "positive"), lora_unet=groups)
+    start = concept(("a", 0, "positive"), ("a", 1, "positive"), group={"bias": True})
     bias = {f"unet.a.{group}.positive.bias": torch.tensor([1.0, -2.0]) for group in (0, 1)}
     start = Concept({**start.tensors, **bias}, start.metadata)
     adapters = stack(spec(bias=True))  # scale 6 / 3
@@ -156,7 +163,9 @@ def test_it_works_on_the_meta_device() -> None:
         ([spec()], ("a", 0, "shared"), r"unet.a \(shared\)"),
     ],
 )
-def test_a_layer_without_a_group_is_refused(specs: list[LoRASpec], update: tuple[str, int, str], place: str) -> None:
+def test_a_layer_without_a_group_is_refused(
+    specs: list[ResolvedGroup], update: tuple[str, int, str], place: str
+) -> None:
     with pytest.raises(InputError, match=f"got none for 1: {place}; add groups of that branch"):
         take_over({"unet": stack(*specs)}, None, concept(update))
 
@@ -178,7 +187,10 @@ def test_a_network_without_groups_is_refused() -> None:
 
 def test_layers_that_differ_in_their_numbers_are_named_once() -> None:
     layers = [
-        (f"blocks.{i}.conv{j}", 0, branch) for i in (0, 11) for j in (1, 2) for branch in ("positive", "negative")
+        (f"blocks.{i}.conv{j}", group, branch)
+        for i in (0, 11)
+        for j in (1, 2)
+        for group, branch in enumerate(("positive", "negative"))
     ]
     message = (
         r"got none for 8: unet.blocks.\*.conv1 \(negative, positive\), unet.blocks.\*.conv2 \(negative, positive\);"
@@ -206,10 +218,24 @@ def test_ranks_that_change_with_the_timestep_have_to_be_the_same() -> None:
         take_over({"unet": stack(spec(rank=1, **changing))}, None, concept(("a", 0, "positive")))
 
 
+@pytest.mark.parametrize("factors", [{"down": torch.zeros(1, 4)}, {"up": torch.zeros(3, 1)}])
+def test_factors_of_another_layer_are_refused(factors: dict[str, torch.Tensor]) -> None:
+    start = concept(("a", 0, "positive"))
+    tensors = start.tensors | {f"unet.a.0.positive.{name}": tensor for name, tensor in factors.items()}
+    with pytest.raises(InputError, match=r"expected down \[rank, 3\] and up of 2 outputs for unet.a .*; got \(1, "):
+        take_over({"unet": stack(spec())}, None, Concept(tensors, start.metadata))
+
+
+def test_vectors_of_another_width_are_refused() -> None:
+    vectors = VECTORS | {"positive.pt1": torch.zeros(1, 3)}
+    with pytest.raises(InputError, match="expected vectors of width 2 .* got others for positive.pt1"):
+        take_over({}, embedding(), concept(words=vectors))
+
+
 def test_factors_that_are_not_known_here_are_refused() -> None:
     start = concept(("a", 0, "positive"))
     half = Concept({"unet.a.0.positive.up": UP}, start.metadata)
-    with pytest.raises(InputError, match="got up of group 0"):
+    with pytest.raises(InputError, match=r"for a; got \{'up'"):
         take_over({"unet": stack(spec())}, None, half)
 
 
@@ -236,7 +262,7 @@ def test_words_begin_with_the_concepts_vectors() -> None:
 
 def test_a_word_that_the_concept_has_not_starts_fresh() -> None:
     words = embedding()
-    taken = take_over({}, words, concept(words={"positive.pt1": VECTORS["positive.pt1"]}))
+    taken = take_over({}, words, concept(words={"positive.pt1": VECTORS["positive.pt1"]}, num_branches=1))
     assert taken == {"words.positive.pt1": 1}
     assert words.tensors()["negative.pt1"].abs().max() == 0
 

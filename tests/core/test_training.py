@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core.adapters import LoRASpec, inject
-from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE
+from dreamartist_pipeline.core.adapters import inject
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
@@ -32,7 +32,7 @@ from dreamartist_pipeline.core.training import (
     reconstruction_loss,
     training_state,
 )
-from dreamartist_pipeline.params import LossParams, PreviewParams, ScheduleParams, TrainingParams
+from dreamartist_pipeline.params import LossParams, PreviewParams, ResolvedGroup, ScheduleParams, TrainingParams
 
 MakeParams = Callable[..., TrainingParams]
 _VOCABULARY = 10
@@ -59,15 +59,22 @@ def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: f
     """Return a toy trainee with LoRA and a word in every branch, but no LoRA gradient in branch `untrained`."""
     torch.manual_seed(0)
     model = ToyModel()
-    specs = [
-        LoRASpec(name=f"toy.{branch}", rank=2, layers=("image", "text"), lr=1e-2, branch=branch, dropout=dropout)
+    groups = [
+        ResolvedGroup(
+            name=f"toy.{branch}",
+            rank=2,
+            layers=("image", "text"),
+            lr=1e-2,
+            branch=BRANCH_NAMES[branch],
+            dropout=dropout,
+        )
         for branch in (NEGATIVE, POSITIVE)[-num_branches:]
     ]
-    stack = inject(model, specs, num_branches, torch.Generator().manual_seed(0))
+    stack = inject(model, groups, num_branches, torch.Generator().manual_seed(0))
     if untrained is not None:
         for layer in stack.layers.values():
             for update in layer.updates:
-                if update.spec.branch == untrained:
+                if update.group.branch == BRANCH_NAMES[untrained]:
                     update.down.data.zero_()
     vocabulary = Vocabulary.build({"pt1": ("pos", "neg")}, (1, 1), _VOCABULARY, num_branches)
     words = WordEmbedding(model.embedding, vocabulary, [torch.full((1, 4), 0.1) for _ in vocabulary.words])

@@ -9,14 +9,23 @@ import pytest
 import torch
 from kedro.io import DatasetError
 
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 
 
 @pytest.fixture
 def concept() -> Concept:
-    tensors = {"unet.a.0.positive.up": torch.arange(6.0).reshape(2, 3), "words.negative.pt1": torch.ones(6, 4)}
-    return Concept(tensors=tensors, metadata={"format": "dreamartist-concept-1", "b": "2", "a": "1"})
+    metadata = ConceptMetadata(
+        base_model="tiny",
+        base_model_fingerprint="0123",
+        num_branches=1,
+        num_steps=3,
+        words={"pt1": ("my-fox", "my-fox-neg")},
+        num_vectors=(6, 1),
+        lora={},
+    )
+    return Concept({"words.positive.pt1": torch.arange(24.0).reshape(6, 4)}, metadata)
 
 
 def dataset(folder: Path) -> ConceptDataset:
@@ -32,9 +41,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path, concept: Concept) -> None:
 
 
 def test_equal_concepts_give_equal_bytes_whatever_the_order_of_their_names(tmp_path: Path, concept: Concept) -> None:
-    reversed_concept = Concept(
-        tensors=dict(reversed(concept.tensors.items())), metadata=dict(reversed(concept.metadata.items()))
-    )
+    concept.tensors["unet.a.0.positive.up"] = torch.arange(6.0).reshape(2, 3)
+    reversed_concept = Concept(dict(reversed(concept.tensors.items())), concept.metadata)
     dataset(tmp_path / "1").save(concept)
     dataset(tmp_path / "2").save(reversed_concept)
     files = [tmp_path / name / "new" / "concept.safetensors" for name in "12"]
@@ -43,7 +51,7 @@ def test_equal_concepts_give_equal_bytes_whatever_the_order_of_their_names(tmp_p
 
 def test_a_failed_save_leaves_the_earlier_concept_as_it_was(tmp_path: Path, concept: Concept) -> None:
     dataset(tmp_path).save(concept)
-    unsavable = Concept(tensors={"x": "no tensor"}, metadata={})  # type: ignore[dict-item]
+    unsavable = Concept({"x": "no tensor"}, concept.metadata)  # type: ignore[dict-item]
     with pytest.raises(DatasetError):
         dataset(tmp_path).save(unsavable)
     assert dataset(tmp_path).load().metadata == concept.metadata
@@ -60,13 +68,15 @@ def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
 def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "concept.safetensors").write_bytes(content)
-    with pytest.raises(DatasetError, match=r"expected a concept \(safetensors\) at .*; got something else"):
+    with pytest.raises(DatasetError) as raised:
         dataset(tmp_path).load()
+    assert isinstance(raised.value.__cause__, InputError)  # which the command line shows alone
+    assert "expected a safetensors file" in str(raised.value.__cause__)
 
 
 def test_the_preview_shows_metadata_and_shapes(tmp_path: Path, concept: Concept) -> None:
     dataset(tmp_path).save(concept)
     assert json.loads(dataset(tmp_path).preview()) == {
-        "metadata": {"a": "1", "b": "2", "format": "dreamartist-concept-1"},
-        "tensors": {"unet.a.0.positive.up": [2, 3], "words.negative.pt1": [6, 4]},
+        "metadata": concept.metadata.write(),
+        "tensors": {"words.positive.pt1": [6, 4]},
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from dreamartist_pipeline.core.concept import FORMAT, Concept, to_json
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
+from dreamartist_pipeline.params import ResolvedGroup
 
 Files = dict[str, bytes]
 
@@ -44,21 +47,32 @@ def make_concept() -> Concept:
             tensors[f"{network}.{layer}.{group}.{branch}.{factor}"] = torch.randn(shape, generator=generator)
     tensors["words.positive.pt1"] = torch.randn(2, 4, generator=generator)
     tensors["words.negative.pt1"] = torch.randn(3, 4, generator=generator)
-    metadata = {
-        "format": FORMAT,
-        "base_model": "tiny",
-        "base_model_fingerprint": "0123",
-        "prediction_type": "epsilon",
-        "class_word": "fox",
-        "num_branches": "2",
-        "num_steps": "7",
-        "words": to_json({"pt1": ("my-fox", "my-fox-neg")}),
-        "num_vectors": "[2,3]",
-    }
-    for network, values in alphas.items():
-        groups = [{"alpha": a, "branch": b} for a, b in zip(values, branches[network], strict=True)]
-        metadata[f"lora_{network}"] = to_json(groups)
+    metadata = ConceptMetadata(
+        base_model="tiny",
+        base_model_fingerprint="0123",
+        prediction_type="epsilon",
+        class_word="fox",
+        num_branches=2,
+        num_steps=7,
+        words={"pt1": ("my-fox", "my-fox-neg")},
+        num_vectors=(2, 3),
+        lora={
+            network: tuple(
+                ResolvedGroup(name=f"{network}.{i}.{b}", alpha=a, branch=b, rank=2, layers=("re:.*",), lr=1.0)
+                for i, (a, b) in enumerate(zip(values, branches[network], strict=True))
+            )
+            for network, values in alphas.items()
+        },
+    )
     return Concept(tensors, metadata)
+
+
+def with_groups(concept: Concept, network: str, *changes: dict[str, Any]) -> Concept:
+    """Return the concept with one set of changes for each of a network's groups."""
+    groups = zip(concept.metadata.lora[network], changes, strict=True)
+    lora = {network: tuple(group.model_copy(update=change) for group, change in groups)}
+    metadata = concept.metadata.model_copy(update={"lora": concept.metadata.lora | lora})
+    return Concept(concept.tensors, metadata)
 
 
 def expected_updates(concept: Concept, branch: str) -> dict[tuple[str, str], torch.Tensor]:
@@ -78,15 +92,13 @@ BIASED = (("unet", 0), ("unet", 3), ("text_encoder", 1))  # network and group
 
 def make_concept_with_bias() -> Concept:
     """Return the same concept with a bias in BIASED groups: alone in a layer, beside a group without one, shared."""
-    plain, generator = make_concept(), torch.Generator().manual_seed(1)
-    tensors, metadata = dict(plain.tensors), dict(plain.metadata)
+    concept, generator = make_concept(), torch.Generator().manual_seed(1)
     for network, layer, group, branch, _, _, up in UPDATES:
         if (network, group) in BIASED:
-            tensors[f"{network}.{layer}.{group}.{branch}.bias"] = torch.randn(up[0], generator=generator)
-    for network in NUM_GROUPS:
-        groups = [fields | {"bias": (network, i) in BIASED} for i, fields in enumerate(plain.value(f"lora_{network}"))]
-        metadata[f"lora_{network}"] = to_json(groups)
-    return Concept(tensors, metadata)
+            concept.tensors[f"{network}.{layer}.{group}.{branch}.bias"] = torch.randn(up[0], generator=generator)
+    for network, count in NUM_GROUPS.items():
+        concept = with_groups(concept, network, *({"bias": (network, i) in BIASED} for i in range(count)))
+    return concept
 
 
 def expected_biases(concept: Concept, branch: str) -> dict[tuple[str, str], torch.Tensor]:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamartist_pipeline.core.concept import Concept, to_json
+from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import (
     BaseModelIdentity,
     BranchAdapter,
-    LoRAFactors,
-    TriggerWord,
     added_up,
     branch_adapter,
     build_concept,
-    trigger_words,
 )
 
-from .conftest import ATTENTION, CONV, expected_biases, expected_updates
+from .conftest import ATTENTION, CONV, expected_biases, expected_updates, with_groups
 
 TINY = BaseModelIdentity("tiny", "0123")
 
@@ -71,34 +69,24 @@ def test_a_bias_by_hand() -> None:
 def test_a_bias_that_metadata_do_not_agree_with_is_refused(
     concept_with_bias: Concept, group: int, has_bias: bool
 ) -> None:
-    groups = concept_with_bias.value("lora_unet")
-    groups[group]["bias"] = has_bias
-    wrong = Concept(concept_with_bias.tensors, {**concept_with_bias.metadata, "lora_unet": to_json(groups)})
-    with pytest.raises(InputError, match="expected all tensors of one of 4 LoRA groups"):
+    wrong = with_groups(concept_with_bias, "unet", *({"bias": has_bias} if i == group else {} for i in range(4)))
+    with pytest.raises(InputError, match="expected the tensors of one of 4 LoRA groups"):
         branch_adapter(wrong, "positive")
 
 
 def test_a_concept_built_from_the_neutral_form_has_the_same_biases(concept_with_bias: Concept) -> None:
     adapters = {branch: branch_adapter(concept_with_bias, branch) for branch in ("positive", "negative")}
     built = build_concept(adapters, (), TINY)
-    assert [fields["bias"] for fields in built.value("lora_unet")] == [True, True]
-    assert [fields["bias"] for fields in built.value("lora_text_encoder")] == [True, False]
+    assert [group.bias for group in built.metadata.lora["unet"]] == [True, True]
+    assert [group.bias for group in built.metadata.lora["text_encoder"]] == [True, False]
     for branch, adapter in adapters.items():
         for at, factors in branch_adapter(built, branch).by_layer().items():
             expected = adapter.by_layer()[at].bias_for_scale(1.0)
             torch.testing.assert_close(factors.bias_for_scale(1.0), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rank_that_changes_with_the_timestep_is_no_lora_file(concept: Concept) -> None:
-    groups = concept.value("lora_unet")
-    groups[0]["timestep_min_rank"] = 1
-    changing = Concept(concept.tensors, {**concept.metadata, "lora_unet": to_json(groups)})
-    with pytest.raises(InputError, match="expected LoRA groups of one rank"):
-        branch_adapter(changing, "positive")
-
-
 def test_words_come_by_branch_and_slot(concept: Concept) -> None:
-    words = trigger_words(concept)
+    words = concept.trigger_words()
     assert [(w.name, w.branch, w.slot, len(w.vectors)) for w in words] == [
         ("my-fox", "positive", "pt1", 2),
         ("my-fox-neg", "negative", "pt1", 3),
@@ -107,21 +95,21 @@ def test_words_come_by_branch_and_slot(concept: Concept) -> None:
 
 def test_a_concept_built_from_the_neutral_form_has_the_same_updates_and_words(concept: Concept) -> None:
     adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
-    built = build_concept(adapters, trigger_words(concept), TINY, "fox", 7)
+    built = build_concept(adapters, concept.trigger_words(), TINY, "fox", 7)
     for branch, adapter in adapters.items():
         again = branch_adapter(built, branch).by_layer()
         for at, factors in adapter.by_layer().items():
             torch.testing.assert_close(again[at].update(), factors.update(), rtol=1e-5, atol=1e-6)
-    assert [w.name for w in trigger_words(built)] == ["my-fox", "my-fox-neg"]
-    assert (built.value("num_vectors"), built.value("num_branches"), built.value("num_steps")) == ([2, 3], 2, 7)
-    assert built.metadata["base_model_fingerprint"] == "0123"
-    assert built.metadata["class_word"] == "fox"
+    assert [w.name for w in built.trigger_words()] == ["my-fox", "my-fox-neg"]
+    assert (built.metadata.num_vectors, built.metadata.num_branches, built.metadata.num_steps) == ((2, 3), 2, 7)
+    assert built.metadata.base_model_fingerprint == "0123"
+    assert built.metadata.class_word == "fox"
 
 
 def test_positive_words_alone_make_a_concept_of_one_branch() -> None:
     built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", torch.zeros(2, 4))], TINY)
-    assert built.value("num_branches") == 1
-    assert built.value("words") == {"pt1": ["cat-x", "cat-x-neg"]}
+    assert built.metadata.num_branches == 1
+    assert built.metadata.words == {"pt1": ("cat-x", "cat-x-neg")}
 
 
 def test_a_negative_word_without_a_positive_one_is_refused() -> None:
@@ -140,9 +128,9 @@ def test_a_word_may_stand_by_itself_beside_a_pair_with_other_numbers_of_vectors(
         TriggerWord("bad-x", "quality", "positive", torch.zeros(5, 4)),
     ]
     built = build_concept({}, words, TINY)
-    assert built.value("words") == {"pt1": ["a-x", "a-neg"], "quality": ["bad-x", ""]}
-    assert (built.value("num_vectors"), built.value("num_branches")) == ([None, 3], 2)
-    assert [(w.name, len(w.vectors)) for w in trigger_words(built)] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
+    assert built.metadata.words == {"pt1": ("a-x", "a-neg"), "quality": ("bad-x", "")}
+    assert (built.metadata.num_vectors, built.metadata.num_branches) == ((None, 3), 2)
+    assert [(w.name, len(w.vectors)) for w in built.trigger_words()] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
 
 
 def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:
@@ -152,7 +140,7 @@ def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:
 
 def test_a_tensor_of_an_unknown_group_is_named(concept: Concept) -> None:
     tensors = concept.tensors | {f"unet.{CONV}.9.positive.down": torch.zeros(1)}
-    with pytest.raises(InputError, match=rf"one of 4 LoRA groups; got \['down'\] of group 9 in unet.{CONV}"):
+    with pytest.raises(InputError, match=rf"one of 4 LoRA groups, .*; got \['down'\] of positive group 9 in {CONV}"):
         branch_adapter(Concept(tensors, concept.metadata), "positive")
 
 
@@ -169,8 +157,8 @@ def test_adapters_add_up_layer_by_layer(concept: Concept) -> None:
 def test_a_shared_adapter_makes_a_concept_of_one_branch_that_acts_on_both(concept: Concept) -> None:
     adapter = branch_adapter(concept, "positive")
     built = build_concept({"shared": adapter}, (), TINY)
-    assert built.value("num_branches") == 1
-    assert {group["branch"] for group in built.value("lora_unet")} == {"shared"}
+    assert built.metadata.num_branches == 1
+    assert {group.branch for group in built.metadata.lora["unet"]} == {"shared"}
     for branch in ("positive", "negative"):
         again = branch_adapter(built, branch).by_layer()
         for at, factors in adapter.by_layer().items():

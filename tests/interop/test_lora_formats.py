@@ -70,11 +70,6 @@ def test_a_round_trip_gives_the_branchs_biases_back(
     assert {at for at, factors in came.items() if factors.bias_for_scale(1.0).any()} == expected.keys()
 
 
-def test_a_bias_is_refused_in_the_kohya_format(concept_with_bias: Concept) -> None:
-    with pytest.raises(InputError, match=r"no place for one; got some in lora_unet; leave kohya out: export.formats="):
-        write_kohya(branch_adapter(concept_with_bias, "positive"), FACTS, torch.float32)
-
-
 def test_a_peft_network_has_a_bias_in_all_layers_or_in_none(concept_with_bias: Concept) -> None:
     file = write_peft(branch_adapter(concept_with_bias, "positive"), FACTS, torch.float32)
     biases = [key.removesuffix(".lora_B.bias") for key in read_tensors(file, "fox") if key.endswith(".bias")]

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter, trigger_words
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words, write_toolkit
 
@@ -22,7 +22,8 @@ SIX = ("unet-7", "unet-neg-7", "text_encoder-7", "text_encoder-neg-7")
 
 
 def written(concept: Concept, step: int = 7) -> Files:
-    return write_toolkit({branch: branch_adapter(concept, branch) for branch in BRANCHES}, trigger_words(concept), step)
+    adapters = {branch: branch_adapter(concept, branch) for branch in BRANCHES}
+    return write_toolkit(adapters, concept.trigger_words(), step)
 
 
 def first(files: Files) -> Files:

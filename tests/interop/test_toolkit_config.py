@@ -276,7 +276,7 @@ def test_the_tutorials_text_trains_both_branches_and_says_what_it_leaves_open() 
     imported = imported_from(TUTORIAL)
     params = as_run(imported)
     assert params.words.names == {"pt1": ("my-cat", "my-cat-neg")}
-    assert (params.num_branches, params.guidance_scale) == (2, "3.0")
+    assert (params.num_branches, str(params.guidance_scale)) == (2, "3.0")
     assert (params.batch_size, params.regularization_batch_size) == (4, 1)
     assert {
         "data.batch_size",

@@ -306,17 +306,6 @@ def test_strengths_by_name_are_logged_and_written_on_the_sheet(
     assert _sampling_line(params).endswith("adapter strength 0.8 positive, 0.65 negative")
 
 
-def test_a_scheduler_that_cannot_be_set_up_is_refused_before_a_model_is_loaded(
-    tmp_path: Path, zero_step_concept: Concept
-) -> None:
-    with pytest.raises(InputError, match="got 'nonsense'"):
-        _evaluate(
-            tmp_path / "no base model",
-            zero_step_concept,
-            _params(evaluators=(), sampler=SamplerParams(scheduler_options={"nonsense": 1})),
-        )
-
-
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:

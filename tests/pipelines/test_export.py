@@ -21,16 +21,17 @@ from safetensors.torch import load, save
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
 from dreamartist_pipeline.backbones.lora_files import concept_predictions, file_prediction, make_probe
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.datasets.file_folder import FileFolderDataset
-from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, TriggerWord, build_concept
+from dreamartist_pipeline.early_checks import PlannedConcept
+from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity, build_concept
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata
 from dreamartist_pipeline.interop.toolkit import read_toolkit
 from dreamartist_pipeline.params import DeviceParams, ExportParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.export import create_pipeline
-from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
+from dreamartist_pipeline.pipelines.export.nodes import check_export, check_files, write_files
 
 MakeParams = Callable[..., TrainingParams]
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=3, guidance_scale=3.0)
@@ -76,8 +77,14 @@ def files(tiny_base_model: Path, concept: Concept) -> dict[str, bytes]:
     return write_files(str(tiny_base_model), concept, EVERYTHING)
 
 
+def planned(concept: Concept) -> PlannedConcept:
+    metadata = concept.metadata
+    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
+
+
 def export(base_model: Path, concept: Concept, **changes: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
     params = ExportParams(**{"title": "fox", **changes})
+    check_export(params, planned(concept))  # as the hooks do
     return check_files(str(base_model), concept, write_files(str(base_model), concept, params), params)
 
 
@@ -315,7 +322,7 @@ def test_a_concept_with_biases_is_refused_in_the_kohya_format_and_drawn_by_the_s
     groups = [group | {"bias": True} for group in MIXED[:3]]
     text = [{"lr": 1e-3, "rank": 1, "branch": branch, "layers": [TEXT], "bias": branch == "p"} for branch in "pn"]
     biased = make_concept(backbone, make_training_params(lora_unet=groups, lora_text_encoder=text))
-    with pytest.raises(InputError, match=r"kohya .*; leave kohya out: export.formats=\[peft,toolkit,embeddings\]"):
+    with pytest.raises(InputError, match=r"kohya cannot hold; .* export.formats=\[peft,toolkit,embeddings\]"):
         export(tiny_base_model, biased)
     formats = ("peft", "toolkit", "embeddings")
     kept, report = export(tiny_base_model, biased, **EVERYTHING.model_dump() | {"formats": formats})
@@ -363,7 +370,7 @@ def import_script(file: Path) -> ModuleType:
 def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
     tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path, clip_skip: int
 ) -> None:
-    concept = dataclasses.replace(concept, metadata={**concept.metadata, "clip_skip": str(clip_skip)})
+    concept = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"clip_skip": clip_skip}))
     files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
     assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path)
 
@@ -371,8 +378,8 @@ def test_the_script_draws_in_plain_diffusers_what_the_concept_draws(
 def test_the_script_draws_trigger_words_with_capitals(
     tiny_base_model: Path, backbone: Backbone, concept: Concept, tmp_path: Path
 ) -> None:
-    words = json.dumps({"pt1": ["my-Fox", "my-Fox-neg"]})
-    concept = dataclasses.replace(concept, metadata={**concept.metadata, "words": words})
+    words = {"pt1": ("my-Fox", "my-Fox-neg")}
+    concept = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"words": words}))
     files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
     assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path, prompt="A MY-FOX, background")
 
@@ -418,10 +425,10 @@ def test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options(
     assert np.abs(np.asarray(without).astype(int) - np.asarray(expected)).max() > 1
 
 
-def test_a_scheduler_that_comfyui_does_not_have_is_refused(tiny_base_model: Path, concept: Concept) -> None:
+def test_a_scheduler_that_comfyui_does_not_have_is_refused(concept: Concept) -> None:
     params = ExportParams(title="fox", sampler=SamplerParams(scheduler="PNDMScheduler"))
     with pytest.raises(InputError, match="ComfyUI has too, for the workflow; got PNDMScheduler"):
-        write_files(str(tiny_base_model), concept, params)
+        check_export(params, planned(concept))
 
 
 def test_scheduler_options_are_checked_and_strengths_logged(
@@ -429,7 +436,7 @@ def test_scheduler_options_are_checked_and_strengths_logged(
 ) -> None:
     wrong = SamplerParams(scheduler_options={"nonsense": 1})
     with pytest.raises(InputError, match="got 'nonsense'"):
-        write_files(str(tiny_base_model), concept, ExportParams(title="fox", sampler=wrong))
+        check_export(ExportParams(title="fox", sampler=wrong), planned(concept))
     with caplog.at_level(logging.INFO):
         write_files(str(tiny_base_model), concept, EVERYTHING)
     assert "Adapter strengths in the workflow and the script: 0.8 positive, 0.5 negative." in caplog.messages

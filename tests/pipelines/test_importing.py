@@ -25,6 +25,7 @@ from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset, folder_files
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
+from dreamartist_pipeline.interop.concept_file import write_concept
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding
 from dreamartist_pipeline.params import (
@@ -114,8 +115,8 @@ def test_an_exported_pair_draws_as_the_concept_does(
 ) -> None:
     imported, _ = run(**PAIR | changes)
     assert (draw(backbone, imported) - draw(backbone, concept)).abs().max() <= 1
-    assert imported.value("words") == {"pt1": ["my-fox", "my-fox-neg"]}
-    assert imported.value("num_branches") == 2
+    assert imported.metadata.words == {"pt1": ("my-fox", "my-fox-neg")}
+    assert imported.metadata.num_branches == 2
 
 
 def test_a_toolkits_folder_is_the_concept_that_the_python_call_reads(
@@ -125,7 +126,7 @@ def test_a_toolkits_folder_is_the_concept_that_the_python_call_reads(
     expected = read_toolkit_concept(backbone, folder / "toolkit")
     assert imported.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(imported.tensors[name], tensor) for name, tensor in expected.tensors.items())
-    assert imported.value("num_steps") == 3
+    assert imported.metadata.num_steps == 3
     assert {source["holds"] for source in report["sources"]} == {
         "adapters, HCP-Diffusion",
         "positive word my-fox",
@@ -143,7 +144,7 @@ def test_one_lora_alone_acts_on_both_sides_and_says_so(
 ) -> None:
     with caplog.at_level(logging.INFO):
         imported, report = run(positive="lora/fox.safetensors")
-    assert imported.value("num_branches") == 1
+    assert imported.metadata.num_branches == 1
     assert report["adapters"].keys() == {"shared"}
     assert "acts on both sides of the guidance" in report["notes"][0]
     assert report["notes"][0] in caplog.text
@@ -212,7 +213,7 @@ def test_what_clip_skip_leaves_out_is_left_out_of_the_concept_and_reported(
     assert not [name for name in imported.tensors if "encoder.layers.1" in name]
     note = "6 text-encoder layers of the positive LoRA are left out: clip_skip 1 skips them"
     assert note in report["notes"][0] and note in caplog.text
-    everything = Concept(concept.tensors, concept.metadata | {"clip_skip": "1"})
+    everything = Concept(concept.tensors, concept.metadata.model_copy(update={"clip_skip": 1}))
     assert (draw(backbone, imported) - draw(backbone, everything)).abs().max() <= 1
     assert run(**PAIR)[1]["left_out"] == {}
 
@@ -222,7 +223,7 @@ def test_a_concept_with_clip_skip_is_a_start(
 ) -> None:
     imported, _ = run(**PAIR, clip_skip=1)
     file = tmp_path / "concept.safetensors"
-    file.write_bytes(write_tensors(imported.tensors, imported.metadata))
+    file.write_bytes(write_concept(imported))
     params = make_training_params(clip_skip=1, start_from=str(file))
     plan = check_training(str(tiny_base_model), params, "", DeviceParams(device="cpu"), {str(file): file.read_bytes})
     assert plan["start"]["taken_over"]["text_encoder.0.positive"] == 6
@@ -250,10 +251,10 @@ def test_several_files_of_one_branch_add_up(run: Run, concept: Concept) -> None:
 
 
 def test_names_class_word_and_clip_skip_are_those_given(run: Run) -> None:
-    names = {"pt1": ["my-own", "my-own-neg"]}
+    names = {"pt1": ("my-own", "my-own-neg")}
     imported, _ = run(**PAIR, names=names, class_word="fox", clip_skip=1)
-    assert imported.value("words") == names
-    assert (imported.metadata["class_word"], imported.value("clip_skip")) == ("fox", 1)
+    assert imported.metadata.words == names
+    assert (imported.metadata.class_word, imported.metadata.clip_skip) == ("fox", 1)
 
 
 def test_the_report_counts_and_names_the_files(run: Run, folder: Path, tiny_base_model: Path) -> None:
@@ -264,7 +265,7 @@ def test_the_report_counts_and_names_the_files(run: Run, folder: Path, tiny_base
     assert text == {"layers": 12, "ranks": [1], "parameters": 2 * (4 * 64 + 2 * 128)}
     sha256 = hashlib.sha256((folder / "lora/fox.safetensors").read_bytes()).hexdigest()
     assert report["sources"][0] == {"file": "fox.safetensors", "sha256": sha256, "holds": "positive LoRA, kohya"}
-    assert imported.value("imported_from")[0] == ["fox.safetensors", sha256]
+    assert imported.metadata.imported_from[0] == ("fox.safetensors", sha256)
 
 
 def test_every_documented_command_is_a_valid_import() -> None:

@@ -20,6 +20,7 @@ from dreamartist_pipeline.core.adapters import set_noise_levels
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
+from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
 
 HUB = "hub:"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -244,13 +245,12 @@ def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
     Raises:
         InputError: the model predicts ε.
     """
-    own = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     defaults = backbone.scheduler_config.get("_use_default_values", ())  # diffusers ignores what is named there
-    kept_defaults = {"_use_default_values": [name for name in defaults if name not in own]}
+    kept_defaults = {"_use_default_values": [name for name in defaults if name not in ZERO_TERMINAL_SNR]}
     return dataclasses.replace(
         backbone,
         schedule=backbone.schedule.with_zero_terminal_snr(),
-        scheduler_config={**backbone.scheduler_config, **own, **kept_defaults},
+        scheduler_config={**backbone.scheduler_config, **ZERO_TERMINAL_SNR, **kept_defaults},
     )
 
 

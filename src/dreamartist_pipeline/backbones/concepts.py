@@ -25,19 +25,19 @@ from dreamartist_pipeline.backbones.base_model import (
 )
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
-from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters, select_layers
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches, stack
-from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.adapters import AdapterStack, inject, load_adapters, select_layers
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, stack
+from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, ConceptMetadata, to_json
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, redrawn
+from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, initial_noise, sample_latents
-from dreamartist_pipeline.params import LoRAGroup, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.params import ResolvedGroup, SamplerParams, StrengthParams, TrainingParams
 
 _NUM_BRANCHES = 2  # when drawing, the negative rows are always there
 _VERSIONED = ("torch", "diffusers", "transformers")
-_BRANCH_OF_LETTER = {"n": NEGATIVE, "p": POSITIVE}
 
 
 # ------------------------------------------------------------------------------------------------- a new concept
@@ -57,7 +57,7 @@ class NewConcept:
     words: WordEmbedding | None
     num_branches: int
 
-    def snapshot(self, metadata: Mapping[str, str]) -> Concept:
+    def snapshot(self, metadata: ConceptMetadata) -> Concept:
         """Return a copy of what has been learned so far."""
         tensors = {
             f"{network}.{name}": tensor
@@ -66,7 +66,7 @@ class NewConcept:
         }
         if self.words is not None:
             tensors |= {f"{WORDS}.{key}": tensor for key, tensor in self.words.tensors().items()}
-        return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
+        return Concept(dict(sorted(tensors.items())), metadata)
 
 
 def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, seed: int) -> NewConcept:
@@ -99,14 +99,14 @@ def inject_adapters(
     Raises:
         InputError: a layer selector finds nothing, or only text-encoder layers that clip_skip leaves out.
     """
-    specs = lora_specs(params, lr_factor)
+    groups = lora_groups(params, lr_factor)
     if params.clip_skip:
-        used = _without_skipped(networks["text_encoder"], specs["text_encoder"], params.clip_skip)
-        specs = specs | {"text_encoder": used}
+        used = _without_skipped(networks["text_encoder"], groups["text_encoder"], params.clip_skip)
+        groups = groups | {"text_encoder": used}
     return {
-        network: inject(networks[network], specs[network], params.num_branches, generator)
+        network: inject(networks[network], groups[network], params.num_branches, generator)
         for network in NETWORKS
-        if specs[network]
+        if groups[network]
     }
 
 
@@ -118,55 +118,49 @@ def skipped_layers(text_encoder: nn.Module, selectors: Sequence[str], clip_skip:
     return [name for name in select_layers(text_encoder, selectors) if text_encoder.get_submodule(name) in left_out]
 
 
-def _without_skipped(text_encoder: nn.Module, specs: Sequence[LoRASpec], clip_skip: int) -> tuple[LoRASpec, ...]:
+def _without_skipped(
+    text_encoder: nn.Module, groups: Sequence[ResolvedGroup], clip_skip: int
+) -> tuple[ResolvedGroup, ...]:
     """Narrow the groups to the layers that text states come from.
 
     Raises:
         InputError: a group has no layer left.
     """
     narrowed = []
-    for spec in specs:
-        skipped = skipped_layers(text_encoder, spec.layers, clip_skip)
-        left = [name for name in select_layers(text_encoder, spec.layers) if name not in skipped]
+    for group in groups:
+        skipped = skipped_layers(text_encoder, group.layers, clip_skip)
+        left = [name for name in select_layers(text_encoder, group.layers) if name not in skipped]
         if not left:
             raise InputError(
-                f"expected layers in {spec.name} that text states come from; got {', '.join(skipped)}, which clip_skip="
-                f"{clip_skip} leaves out, so that nothing would train; select earlier layers, or lower clip_skip"
+                f"expected layers in {group.name} that text states come from; got {', '.join(skipped)}, which "
+                f"clip_skip={clip_skip} leaves out, so that nothing would train; select earlier layers, "
+                "or lower clip_skip"
             )
-        narrowed.append(dataclasses.replace(spec, layers=tuple(left)))
+        narrowed.append(group.model_copy(update={"layers": tuple(left)}))
     return tuple(narrowed)
 
 
-def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRASpec, ...]]:
+def lora_groups(params: TrainingParams, lr_factor: float) -> dict[str, tuple[ResolvedGroup, ...]]:
     """Return the LoRA groups of every network, with the learning rates as applied, named as `unet.0.positive`.
 
     Without a negative branch every group is one for all rows, so that drawing applies it to the negative rows too, as
     other tools apply a plain LoRA.
     """
-    groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
+    configured = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
     return {
         network: tuple(
-            _spec(group, f"{network}.{index}", lr_factor, params.num_branches) for index, group in enumerate(members)
+            ResolvedGroup.model_validate(
+                group.model_dump()
+                | {
+                    "name": f"{network}.{index}.{(branch := SHARED if params.num_branches == 1 else group.branch)}",
+                    "branch": branch,
+                    "lr": group.lr * lr_factor,
+                }
+            )
+            for index, group in enumerate(groups)
         )
-        for network, members in groups.items()
+        for network, groups in configured.items()
     }
-
-
-def _spec(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> LoRASpec:
-    branch = _BRANCH_OF_LETTER[group.branch] if group.branch else None
-    spec = LoRASpec(
-        name=name,
-        rank=group.rank,
-        layers=group.layers,
-        lr=group.lr * lr_factor,
-        branch=None if num_branches == 1 else branch,
-        alpha=group.alpha,
-        dropout=group.dropout,
-        timestep_min_rank=group.timestep_min_rank,
-        bias=group.bias,
-        svd_init=group.svd_init,
-    )
-    return dataclasses.replace(spec, name=f"{name}.{spec.branch_name}")
 
 
 def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary:
@@ -174,43 +168,37 @@ def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary
     return Vocabulary.build(params.words.names, params.words.num_vectors, vocabulary_size, params.num_branches)
 
 
-def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: float) -> dict[str, str]:
-    """Return what a concept needs to be used again, and what made it; neither times nor paths."""
-    specs = lora_specs(params, lr_factor)
-    return {
-        "format": FORMAT,
-        "base_model": backbone.name,
-        "base_model_fingerprint": backbone.fingerprint,
-        "prediction_type": backbone.schedule.prediction_type,
-        "zero_terminal_snr": to_json(params.zero_terminal_snr),
-        "guidance_scale": params.guidance_scale,
-        "class_word": params.class_word,
-        "clip_skip": to_json(params.clip_skip),
-        "num_branches": to_json(params.num_branches),
-        "num_steps": to_json(params.num_steps),
-        "seed": to_json(params.seed),
-        "templates": to_json(params.templates),
-        "words": to_json(params.words.names),  # slot -> (positive, negative)
-        "num_vectors": to_json(params.words.num_vectors),  # (positive, negative)
-        "init_text": to_json(params.words.init_text),
-        **{f"lora_{network}": to_json([_spec_fields(spec) for spec in specs[network]]) for network in NETWORKS},
-        "config_sha256": hashlib.sha256(to_json(_without_paths(params)).encode()).hexdigest(),
-        "versions": to_json({name: version(name) for name in _VERSIONED}),
-    }
+def concept_metadata(
+    backbone: Backbone, params: TrainingParams, lr_factor: float, start_sha256: str | None = None
+) -> ConceptMetadata:
+    """Return what a concept needs to be used again, and what made it.
 
-
-def _without_paths(params: TrainingParams) -> dict[str, Any]:
-    """Return the configuration without the path it starts from: what is there is told by its own hash."""
-    return params.model_dump(mode="json", exclude={"start_from"})
-
-
-def _spec_fields(spec: LoRASpec) -> dict[str, Any]:
-    return dataclasses.asdict(spec) | {"branch": spec.branch_name}
-
-
-def _read_spec(fields: Mapping[str, Any]) -> LoRASpec:
-    branch = BRANCH_NAMES.index(fields["branch"]) if fields["branch"] in BRANCH_NAMES else None
-    return LoRASpec(**{**fields, "branch": branch, "layers": tuple(fields["layers"])})
+    Args:
+        backbone: the base model it trains on.
+        params: of the training.
+        lr_factor: what every learning rate is multiplied by.
+        start_sha256: of the concept's file that it starts from, or None.
+    """
+    return ConceptMetadata(
+        base_model=backbone.name,
+        base_model_fingerprint=backbone.fingerprint,
+        prediction_type=backbone.schedule.prediction_type,
+        zero_terminal_snr=params.zero_terminal_snr,
+        guidance_scale=params.guidance_scale,
+        class_word=params.class_word,
+        clip_skip=params.clip_skip,
+        num_branches=params.num_branches,
+        num_steps=params.num_steps,
+        seed=params.seed,
+        templates=params.templates,
+        words=params.words.names,
+        num_vectors=params.words.num_vectors,
+        init_text=params.words.init_text,
+        lora=lora_groups(params, lr_factor),
+        config_sha256=hashlib.sha256(to_json(params.result_values()).encode()).hexdigest(),
+        versions={name: version(name) for name in _VERSIONED},
+        start_sha256=start_sha256,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- a trained concept
@@ -250,68 +238,50 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     own = share_weights(_with_schedule_of(concept, backbone))
     networks = {"unet": own.unet, "text_encoder": own.text_encoder}
     strengths = (strength.negative, strength.positive)
+    metadata = concept.metadata
     for network in NETWORKS:
-        specs = [_read_spec(fields) for fields in concept.value(f"lora_{network}")]
         if tensors := concept.part(network):
-            load_adapters(networks[network], tensors, specs, _NUM_BRANCHES, strengths)
-    trigger_words = {slot: (names[0], names[1]) for slot, names in concept.value("words").items()}
-    vocabulary = _load_words(own, concept, trigger_words) if trigger_words else None
-    return LoadedConcept(own, PromptEncoder(own, vocabulary, clip_skip_of(concept)), vocabulary, trigger_words)
+            load_adapters(networks[network], tensors, metadata.lora.get(network, ()), _NUM_BRANCHES, strengths)
+    vocabulary = _load_words(own, concept) if metadata.words else None
+    return LoadedConcept(own, PromptEncoder(own, vocabulary, metadata.clip_skip), vocabulary, metadata.words)
 
 
 def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
     """Return the base model alone, as it is to be compared with a concept: same schedule, same layer of text states."""
     own = _with_schedule_of(concept, backbone)
-    return LoadedConcept(own, PromptEncoder(own, clip_skip=clip_skip_of(concept)), None, {})
+    return LoadedConcept(own, PromptEncoder(own, clip_skip=concept.metadata.clip_skip), None, {})
 
 
 def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
-    return with_zero_terminal_snr(backbone) if has_zero_terminal_snr(concept) else backbone
-
-
-def has_zero_terminal_snr(concept: Concept) -> bool:
-    """Whether a concept was trained with a noise schedule that ends without signal; older files do not say."""
-    return "zero_terminal_snr" in concept.metadata and bool(concept.value("zero_terminal_snr"))
-
-
-def clip_skip_of(concept: Concept) -> int:
-    """Return the clip_skip a concept was trained with; 0 in files from before there was one."""
-    return int(concept.metadata.get("clip_skip", "0"))
+    return with_zero_terminal_snr(backbone) if concept.metadata.zero_terminal_snr else backbone
 
 
 def check_base_model(concept: Concept, name: str, fingerprint: str) -> None:
     """Confirm that a concept belongs to the base model of this name and fingerprint.
 
     Raises:
-        InputError: it was trained on another one, or is no concept.
+        InputError: it was trained on another one.
     """
-    concept.value("num_branches")  # is it a concept at all
-    expected = concept.metadata.get("base_model_fingerprint")
+    expected = concept.metadata.base_model_fingerprint
     if expected != fingerprint:
         raise InputError(
-            f"expected the base model that the concept was trained on, {concept.metadata.get('base_model')!r} with "
+            f"expected the base model that the concept was trained on, {concept.metadata.base_model!r} with "
             f"fingerprint {expected}; got {name!r} with fingerprint {fingerprint}; "
             "set base_model to the former, or train the concept again"
         )
 
 
-def _load_words(own: Backbone, concept: Concept, trigger_words: dict[str, tuple[str, str]]) -> Vocabulary:
+def _load_words(own: Backbone, concept: Concept) -> Vocabulary:
     embedding = own.text_encoder.get_input_embeddings()
-    vectors = concept.part(WORDS)
-    expected = [
-        f"{BRANCH_NAMES[branch]}.{slot}"
-        for slot, (_, negative) in trigger_words.items()
-        for branch in branches(concept.value("num_branches"))
-        if branch == POSITIVE or negative
-    ]
-    if missing := [key for key in expected if key not in vectors]:
+    words = {word.key: word.vectors for word in concept.trigger_words()}
+    if wrong := [key for key, vectors in words.items() if vectors.shape[1] != embedding.embedding_dim]:
         raise InputError(
-            f"expected the vectors of every trigger word in the concept; {', '.join(missing)} are missing; "
-            "the file is incomplete: train the concept again"
+            f"expected vectors of width {embedding.embedding_dim} for every trigger word; got others for "
+            f"{', '.join(wrong)}; load a concept that was trained on this base model"
         )
-    counts = {key: len(vectors[key]) for key in expected}
-    vocabulary = Vocabulary.of_counts(trigger_words, counts, embedding.num_embeddings)
-    _put_words(own, vocabulary, [vectors[word.key] for word in vocabulary.words])
+    counts = {key: len(vectors) for key, vectors in words.items()}
+    vocabulary = Vocabulary.of_counts(concept.metadata.words, counts, embedding.num_embeddings)
+    _put_words(own, vocabulary, [words[word.key] for word in vocabulary.words])
     return vocabulary
 
 

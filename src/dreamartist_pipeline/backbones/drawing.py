@@ -72,7 +72,7 @@ def draw(
             beyond the text encoder's context, or settings that no image could hold.
     """
     loaded = attach(backbone, concept, request.strength)
-    class_word = "" if concept is None else concept.metadata["class_word"]
+    class_word = "" if concept is None else concept.metadata.class_word
     prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
     request = replace(request, negative_prompt=fill_negative_prompt(request.negative_prompt, loaded.negative_words))
     loaded.prompts.check_not_cut([*prompts, request.negative_prompt])
@@ -140,7 +140,7 @@ def _common_settings(
         "strength": request.strength.model_dump(mode="json"),
         "base_model": backbone.name,
         "base_model_fingerprint": backbone.fingerprint,
-        "config_sha256": "" if concept is None else concept.metadata.get("config_sha256", ""),
+        "config_sha256": "" if concept is None else concept.metadata.config_sha256 or "",
     }
     if request.init is not None:
         settings["denoise"] = request.init.denoise

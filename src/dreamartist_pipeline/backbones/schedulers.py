@@ -14,15 +14,12 @@ from diffusers import DDPMScheduler
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators, sample_latents
 from dreamartist_pipeline.params import SamplerParams
+from dreamartist_pipeline.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.base_model import Backbone
 
 _ZERO_SNR = "rescale_betas_zero_snr"
-_DRAWING_NOISE = (  # at every step; the others only with an SDE as algorithm_type
-    *("DDPMParallelScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
-    *("LCMScheduler", "SASolverScheduler", "TCDScheduler"),
-)
 
 
 def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
@@ -63,44 +60,23 @@ def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> No
 def draws_noise(scheduler: Any) -> bool:
     """Whether a scheduler adds noise on the way, so that its result depends on a generator."""
     is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
-    return is_sde or type(scheduler).__name__ in _DRAWING_NOISE
+    return is_sde or SCHEDULERS[type(scheduler).__name__].draws_noise
 
 
 def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
-    name, preset = _class_and_preset(sampler.scheduler, config)
-    kind = getattr(diffusers, name)
+    scheduler, zero_terminal_snr = SCHEDULERS[sampler.scheduler], bool(config.get(_ZERO_SNR))
+    kind = getattr(diffusers, scheduler.class_name)
     known = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "args", "kwargs")]
     _check_options(sampler, known)
-    if config.get(_ZERO_SNR) and _ZERO_SNR not in known:
+    if zero_terminal_snr and _ZERO_SNR not in known:
         raise InputError(
             f"expected a scheduler that can follow this concept's or base model's noise schedule, which ends without "
             f"signal; got {sampler.scheduler}, which would draw with another; choose ddim, dpmsolver++ or euler"
         )
     try:
-        return kind.from_config(config, **{**preset, **sampler.scheduler_options})
+        return kind.from_config(config, **scheduler.options_for(zero_terminal_snr) | sampler.scheduler_options)
     except Exception as error:  # see check_sampler
         raise _refused(sampler, error) from error
-
-
-def _class_and_preset(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the class's name and our settings of it; a scheduler asked for by its class has diffusers' own.
-
-    Karras' spacing would spend half of its steps beyond the last timestep's noise where that holds no signal.
-    """
-    match name:
-        case "dpmsolver++":
-            karras = not config.get(_ZERO_SNR, False)
-            return "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": karras}
-        case "ddim":
-            return "DDIMScheduler", {"clip_sample": False}
-        case "euler":
-            return "EulerDiscreteScheduler", {}
-        case "euler_a":
-            return "EulerAncestralDiscreteScheduler", {}
-        case "unipc":
-            return "UniPCMultistepScheduler", {}
-        case _:
-            return name, {}
 
 
 def _check_options(sampler: SamplerParams, known: list[str]) -> None:

@@ -25,8 +25,8 @@ from torch import nn
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches, split
 from dreamartist_pipeline.core.errors import InputError
-
-SHARED = "shared"  # the name of a group without branch
+from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
+from dreamartist_pipeline.params import ResolvedGroup
 
 StartFactors = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """(weight, rank) -> down and up"""
@@ -91,76 +91,25 @@ def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: 
 # ------------------------------------------------------------------------------------------------- one group's update
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoRASpec:
-    """One LoRA group, independent of the layers it will find.
+def min_rank(group: ResolvedGroup, out_features: int, rank: int) -> int:
+    """Return the active rank of a group at the noisiest timestep in a layer with `rank` ranks.
 
-    Attributes:
-        name: shown to users, e.g. "unet[0]".
-        rank: an integer, or a float: the fraction of a layer's out_features, rounded, at least 1.
-        layers: selectors, see `select_layers`.
-        lr: learning rate; nothing here reads it.
-        branch: NEGATIVE, POSITIVE, or None for a group that acts on all rows.
-        alpha: the update is scaled by alpha / rank.
-        dropout: probability with which a rank activation is dropped while training.
-        timestep_min_rank: as `rank`; the active rank of a row falls linearly in its timestep t, from the full rank at
-            t = 0 to this one at t = T − 1, the last ranks being left out (T-LoRA, Soboleva et al. 2025, without its
-            orthogonal initialisation). None: all ranks at every t.
-        bias: whether the update has a learned bias. Like the reference toolkit's, it belongs to the up projection, so
-            that alpha / rank scales it too, and it trains by the group's learning rate and weight decay. It starts at
-            zero; the toolkit's (`hcpdiff.models.lora_layers`) starts as any nn.Linear's, at random, which changes the
-            first outputs. Its later form (`lora_layers_patch`) means to start at zero, too.
-        svd_init: whether down and up start from the weight's largest singular values, see `PrincipalUpdate`.
+    Raises:
+        InputError: it is above the rank itself.
     """
-
-    name: str
-    rank: int | float
-    layers: tuple[str, ...]
-    lr: float
-    branch: int | None = None
-    alpha: float = 1.0
-    dropout: float = 0.0
-    timestep_min_rank: int | float | None = None
-    bias: bool = False
-    svd_init: bool = False
-
-    @property
-    def tensor_names(self) -> frozenset[str]:
-        """The names of the tensors that an update of this group has; see `tensor_names`."""
-        return tensor_names(self.bias)
-
-    @property
-    def branch_name(self) -> str:
-        """The branch by name: "negative", "positive" or "shared"."""
-        return SHARED if self.branch is None else BRANCH_NAMES[self.branch]
-
-    def rank_for(self, out_features: int) -> int:
-        """Return the rank in a layer of so many outputs: 0.01875 gives 6 for 320."""
-        return _rank_in(self.rank, out_features)
-
-    def min_rank_for(self, out_features: int, rank: int) -> int:
-        """Return the active rank at the noisiest timestep in a layer with `rank` ranks.
-
-        Raises:
-            InputError: it is above the rank itself.
-        """
-        if self.timestep_min_rank is None:
-            return rank
-        lowest = _rank_in(self.timestep_min_rank, out_features)
-        if lowest > rank:
-            raise InputError(
-                f"expected timestep_min_rank of {self.name} to be at most its rank {rank} in a layer of {out_features} "
-                f"outputs; got {lowest}; lower it"
-            )
-        return lowest
+    if group.timestep_min_rank is None:
+        return rank
+    lowest = rank_in(group.timestep_min_rank, out_features)
+    if lowest > rank:
+        raise InputError(
+            f"expected timestep_min_rank of {group.name} to be at most its rank {rank} in a layer of {out_features} "
+            f"outputs; got {lowest}; lower it"
+        )
+    return lowest
 
 
-def tensor_names(has_bias: bool) -> frozenset[str]:
-    """Return the names of an update's tensors. Metadata of older concepts do not speak of a bias: they have none."""
-    return frozenset(("down", "up", "bias") if has_bias else ("down", "up"))
-
-
-def _rank_in(rank: int | float, out_features: int) -> int:
+def rank_in(rank: int | float, out_features: int) -> int:
+    """Return a group's rank in a layer of so many outputs: 0.01875 gives 6 for 320."""
     return rank if isinstance(rank, int) else max(1, round(rank * out_features))
 
 
@@ -168,17 +117,18 @@ class LowRankUpdate(nn.Module):
     """What one group adds to one layer: (alpha / rank) · (up (down x) + bias).
 
     Attributes:
-        group: the group's index among the specs.
+        index: the group's, among those of its network.
+        group: the group.
         down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution.
         up: `[out, rank]`, or `[out, rank, 1, 1]`.
         bias: `[out]`, or None.
     """
 
     def __init__(
-        self, group: int, spec: LoRASpec, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None = None
+        self, index: int, group: ResolvedGroup, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None = None
     ) -> None:
         super().__init__()
-        self.group, self.spec = group, spec
+        self.index, self.group = index, group
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.bias = None if bias is None else nn.Parameter(bias)
 
@@ -195,12 +145,12 @@ class LowRankUpdate(nn.Module):
     @property
     def scale(self) -> float:
         """The factor alpha / rank."""
-        return self.spec.alpha / self.rank
+        return self.group.alpha / self.rank
 
     @property
     def key(self) -> str:
         """The update's name inside its layer, "<group index>.<branch>"."""
-        return f"{self.group}.{self.spec.branch_name}"
+        return f"{self.index}.{self.group.branch}"
 
     def effective_down(self) -> torch.Tensor:
         """Return the factor that is multiplied with the rows, `[num_ranks, in, ...]`."""
@@ -241,13 +191,13 @@ class PrincipalUpdate(LowRankUpdate):
 
     def __init__(
         self,
-        group: int,
-        spec: LoRASpec,
+        index: int,
+        group: ResolvedGroup,
         start_down: torch.Tensor,
         start_up: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(group, spec, start_down.clone(), start_up.clone(), bias)
+        super().__init__(index, group, start_down.clone(), start_up.clone(), bias)
         self.start_down = nn.Buffer(start_down, persistent=False)
         self.start_up = nn.Buffer(start_up, persistent=False)
 
@@ -272,33 +222,29 @@ class PrincipalUpdate(LowRankUpdate):
 
 
 def _new_update(
-    layer: nn.Linear | nn.Conv2d, group: int, spec: LoRASpec, generator: torch.Generator, start: StartFactors
+    layer: nn.Linear | nn.Conv2d, index: int, group: ResolvedGroup, generator: torch.Generator, start: StartFactors
 ) -> LowRankUpdate:
     """Start an update at zero: down as a fresh nn.Linear, up zeros. Drawn on the CPU, so that devices agree.
 
     With svd_init, `start` gives both factors instead.
     """
     out_features = layer.weight.shape[0]
-    rank = spec.rank_for(out_features)
-    bias = torch.zeros(out_features) if spec.bias else None
-    if spec.svd_init:
-        _check_principal(layer, spec, rank)
-        return PrincipalUpdate(group, spec, *start(layer.weight, rank), bias)
+    rank = rank_in(group.rank, out_features)
+    bias = torch.zeros(out_features) if group.bias else None
+    if group.svd_init:
+        _check_principal(layer, group, rank)
+        return PrincipalUpdate(index, group, *start(layer.weight, rank), bias)
     down = torch.empty(rank, *layer.weight.shape[1:])
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     up = torch.zeros(out_features, rank, *[1] * (layer.weight.dim() - 2))
-    return LowRankUpdate(group, spec, down, up, bias)
+    return LowRankUpdate(index, group, down, up, bias)
 
 
-def _check_principal(layer: nn.Linear | nn.Conv2d, spec: LoRASpec, rank: int) -> None:
-    if spec.timestep_min_rank is not None:
-        raise InputError(
-            f"expected svd_init or timestep_min_rank in a LoRA group, got both in {spec.name}; leave out one of them"
-        )
+def _check_principal(layer: nn.Linear | nn.Conv2d, group: ResolvedGroup, rank: int) -> None:
     most = min(layer.weight.shape[0], layer.weight[0].numel())
     if rank > most:
         raise InputError(
-            f"expected a rank of at most {most} for svd_init of {spec.name} in a layer whose weight is "
+            f"expected a rank of at most {most} for svd_init of {group.name} in a layer whose weight is "
             f"{tuple(layer.weight.shape)}, got {rank}; lower it, or leave this layer out"
         )
 
@@ -365,7 +311,7 @@ class BranchLoRALayer(nn.Module):
         self.updates: Sequence[LowRankUpdate] = nn.ModuleList(updates).to(base.weight.device, dtype)  # type: ignore[assignment]
         self.num_branches = num_branches
         self.rows = [
-            [i for i, update in enumerate(updates) if update.spec.branch in (branch, None)]
+            [i for i, update in enumerate(updates) if update.group.branch in (BRANCH_NAMES[branch], SHARED)]
             for branch in branches(num_branches)
         ]
         totals = [sum(updates[i].num_ranks for i in row) for row in self.rows]
@@ -374,15 +320,15 @@ class BranchLoRALayer(nn.Module):
             [updates[i].scale * strengths[branch] for i in row]
             for branch, row in zip(branches(num_branches), self.rows, strict=True)
         ]
-        keeps = [[1 - updates[i].spec.dropout for i in row] for row in self.rows]
+        keeps = [[1 - updates[i].group.dropout for i in row] for row in self.rows]
         self.scale = nn.Buffer(self._per_rank(scales)[:, :, None], persistent=False)
         self.keep = nn.Buffer(self._per_rank(keeps)[:, None, :], persistent=False)
         self.has_bias = any(update.bias is not None for update in updates)
         self.bias_scale = nn.Buffer(self._bias_scale(scales), persistent=False)
         self.noise_level: torch.Tensor | None = None
-        self.has_timestep_rank = any(update.spec.timestep_min_rank is not None for update in updates)
+        self.has_timestep_rank = any(update.group.timestep_min_rank is not None for update in updates)
         self.rank_ranges = nn.Buffer(self._rank_ranges(), persistent=False)
-        self.has_dropout = any(update.spec.dropout for update in updates)
+        self.has_dropout = any(update.group.dropout for update in updates)
         self.positions: tuple[int, ...] | None = None
         self.mask: torch.Tensor | None = None
         self.train(base.training)
@@ -419,7 +365,7 @@ class BranchLoRALayer(nn.Module):
     def _rank_ranges(self) -> torch.Tensor:
         out_features = self.weight.shape[0]
         updates = [self.updates[i] for row in self.rows for i in row]
-        lowest = {id(update): update.spec.min_rank_for(out_features, update.num_ranks) for update in updates}
+        lowest = {id(update): min_rank(update.group, out_features, update.num_ranks) for update in updates}
         index = [
             [float(k) for i in row for k in range(self.updates[i].num_ranks)] + [0.0] * missing
             for row, missing in zip(self.rows, self.missing_ranks, strict=True)
@@ -584,27 +530,27 @@ class AdapterStack:
     """
 
     layers: dict[str, BranchLoRALayer]
-    specs: tuple[LoRASpec, ...]
+    groups: tuple[ResolvedGroup, ...]
 
     def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of each group, by the spec's name."""
-        found: dict[str, list[nn.Parameter]] = {spec.name: [] for spec in self.specs}
+        """Return the parameters of each group, by its name."""
+        found: dict[str, list[nn.Parameter]] = {group.name: [] for group in self.groups}
         for _, update in self._updates():
-            found[update.spec.name] += update.learned().values()
+            found[update.group.name] += update.learned().values()
         return found
 
     def parameters_by_branch(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of "negative", "positive" and "shared" groups."""
         found: dict[str, list[nn.Parameter]] = {name: [] for name in (*BRANCH_NAMES, SHARED)}
         for _, update in self._updates():
-            found[update.spec.branch_name] += update.learned().values()
+            found[update.group.branch] += update.learned().values()
         return found
 
     def num_layers_by_group(self) -> dict[str, int]:
-        """Return how many layers each group sits on, by the spec's name."""
-        found = {spec.name: 0 for spec in self.specs}
+        """Return how many layers each group sits on, by its name."""
+        found = {group.name: 0 for group in self.groups}
         for _, update in self._updates():
-            found[update.spec.name] += 1
+            found[update.group.name] += 1
         return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -671,35 +617,36 @@ def _note_positions(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: 
     layer.positions = tuple(output.shape[2:] if isinstance(layer, BranchLoRAConv2d) else output.shape[1:-1])
 
 
-def inject(model: nn.Module, specs: Sequence[LoRASpec], num_branches: int, generator: torch.Generator) -> AdapterStack:
-    """Replace the layers that the specs select by adapted ones, in place; the model's outputs stay the same.
+def inject(
+    model: nn.Module, groups: Sequence[ResolvedGroup], num_branches: int, generator: torch.Generator
+) -> AdapterStack:
+    """Replace the layers that the groups select by adapted ones, in place; the model's outputs stay the same.
 
     New layers are in the mode (training or not) of the ones they replace; see `AdapterStack.train` for dropout.
 
     Args:
         model: frozen base model without adapters.
-        specs: LoRA groups; several may select one layer, their updates add up.
+        groups: LoRA groups; several may select one layer, their updates add up.
         num_branches: of the batches to come; with 1, all rows are the positive branch's.
         generator: CPU generator of the initial values.
 
     Raises:
-        InputError: a selector yields no layer, a convolution is grouped, a group's branch does not exist, or svd_init
-            asks for more ranks than a weight has.
+        InputError: a selector yields no layer, a convolution is grouped, or svd_init asks for more ranks than a weight
+            has.
     """
     planned: dict[str, list[LowRankUpdate]] = {}
     start = functools.cache(principal_factors)  # the groups of both branches start alike
-    for group, spec in enumerate(specs):
-        _check_branch(spec, num_branches)
-        for name in select_layers(model, spec.layers):
+    for index, group in enumerate(groups):
+        for name in select_layers(model, group.layers):
             layer = _plain_layer(model, name)
-            planned.setdefault(name, []).append(_new_update(layer, group, spec, generator, start))
-    return _install(model, planned, specs, num_branches, (1.0, 1.0))
+            planned.setdefault(name, []).append(_new_update(layer, index, group, generator, start))
+    return _install(model, planned, groups, num_branches, (1.0, 1.0))
 
 
 def load_adapters(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
-    specs: Sequence[LoRASpec],
+    groups: Sequence[ResolvedGroup],
     num_branches: int,
     strengths: tuple[float, float] = (1.0, 1.0),
 ) -> AdapterStack:
@@ -708,56 +655,27 @@ def load_adapters(
     Args:
         model: frozen base model without adapters.
         tensors: as saved; they are copied.
-        specs: the groups they were trained as, for alpha and branch.
+        groups: those they were trained as, for alpha and branch.
         num_branches: of the batches to come.
-        strengths: (negative, positive), a factor on the updates of a branch's rows; a shared group feels both.
+        strengths: (negative, positive), a factor on the updates of a branch's rows; both act on a shared group.
 
     Raises:
-        InputError: a key, shape or group that does not belong to this model and these specs.
+        InputError: a key, shape or group that does not belong to this model and these groups.
     """
     planned: dict[str, list[LowRankUpdate]] = {}
-    for (layer_name, group, branch), found in sorted(factors_by_update(tensors).items()):
-        spec = specs[group] if group < len(specs) else None
-        if spec is None or spec.branch_name != branch or set(found) != spec.tensor_names:
-            bias = " and the bias" if spec is not None and spec.bias else ""
-            raise InputError(
-                f"expected both factors{bias} of one of {len(specs)} LoRA groups, got {sorted(found)} of {branch} "
-                f"group {group} in {layer_name}; load a file that belongs to these groups"
-            )
-        _check_branch(spec, num_branches)
-        _check_shapes(layer_name, _plain_layer(model, layer_name), found)
-        copies = {name: tensor.detach().clone() for name, tensor in found.items()}
-        planned.setdefault(layer_name, []).append(LowRankUpdate(group, spec, **copies))
-    return _install(model, planned, specs, num_branches, strengths)
-
-
-_KEY = re.compile(
-    rf"(?P<layer>.+)\.(?P<group>\d+)\.(?P<branch>{'|'.join((*BRANCH_NAMES, SHARED))})\.(?P<name>down|up|bias)"
-)
-
-
-def factors_by_update(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, int, str], dict[str, torch.Tensor]]:
-    """Gather the tensors of each (layer, group, branch name) from what `AdapterStack.state_dict` saved, by name.
-
-    Raises:
-        InputError: a key of another form.
-    """
-    found: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise InputError(
-                f"expected adapter tensors named '<layer>.<group>.<branch>.<down|up|bias>', got {key!r}; "
-                "load a concept that this project saved"
-            )
-        found.setdefault((match["layer"], int(match["group"]), match["branch"]), {})[match["name"]] = tensor
-    return found
+    for learned in learned_updates(tensors, groups):
+        factors = learned.factors
+        _check_shapes(learned.layer, _plain_layer(model, learned.layer), factors)
+        down, up = factors.down.detach().clone(), factors.up.detach().clone()
+        bias = None if factors.bias is None else factors.bias.detach().clone()
+        planned.setdefault(learned.layer, []).append(LowRankUpdate(learned.index, learned.group, down, up, bias))
+    return _install(model, planned, groups, num_branches, strengths)
 
 
 def _install(
     model: nn.Module,
     planned: Mapping[str, Sequence[LowRankUpdate]],
-    specs: Sequence[LoRASpec],
+    groups: Sequence[ResolvedGroup],
     num_branches: int,
     strengths: tuple[float, float],
 ) -> AdapterStack:
@@ -767,15 +685,7 @@ def _install(
         kind = BranchLoRALinear if isinstance(base, nn.Linear) else BranchLoRAConv2d
         layers[name] = kind(base, planned[name], num_branches, strengths)
         model.set_submodule(name, layers[name])
-    return AdapterStack(layers, tuple(specs))
-
-
-def _check_branch(spec: LoRASpec, num_branches: int) -> None:
-    if spec.branch is not None and spec.branch not in branches(num_branches):
-        raise InputError(
-            f"expected LoRA groups of the positive branch only, because guidance_scale is 1, got {spec.name} of the "
-            f"{spec.branch_name} branch; leave it out or raise guidance_scale"
-        )
+    return AdapterStack(layers, tuple(groups))
 
 
 def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
@@ -800,16 +710,11 @@ def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, tensors: Mapping[str, torch.Tensor]) -> None:
-    rank, out_features = tensors["down"].shape[0], layer.weight.shape[0]
-    expected = {
-        "down": (rank, *layer.weight.shape[1:]),
-        "up": (out_features, rank, *[1] * (layer.weight.dim() - 2)),
-        "bias": (out_features,),
-    }
-    came = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
-    if any(shape != expected[part] for part, shape in came.items()):
+def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, factors: LoRAFactors) -> None:
+    rank, out_features = factors.rank, layer.weight.shape[0]
+    down, up = (rank, *layer.weight.shape[1:]), (out_features, rank, *[1] * (layer.weight.dim() - 2))
+    if factors.down.shape != down or factors.up.shape != up:
         raise InputError(
-            f"expected adapters of shapes {' and '.join(str(expected[part]) for part in came)} for {name}, got "
-            f"{' and '.join(map(str, came.values()))}; load a concept that was trained on this base model"
+            f"expected adapters of shapes {down} and {up} for {name}, got {tuple(factors.down.shape)} and "
+            f"{tuple(factors.up.shape)}; load a concept that was trained on this base model"
         )

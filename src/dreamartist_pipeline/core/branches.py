@@ -8,13 +8,11 @@ Their predictions are combined as in classifier-free guidance, `neg + s · (pos 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import GuidanceScale
 
 NEGATIVE, POSITIVE = 0, 1
 BRANCH_NAMES = ("negative", "positive")
@@ -24,7 +22,6 @@ _CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cos": lambda r: torch.cos((r - 1) * math.pi / 2),
     "cos2": lambda r: 1 - torch.cos(r * math.pi / 2),
 }
-_GUIDANCE = re.compile(r"(?P<low>\d+(?:\.\d+)?)(?:-(?P<high>\d+(?:\.\d+)?)(?::(?P<curve>\w+))?)?")
 
 
 def branches(num_branches: int) -> tuple[int, ...]:
@@ -78,36 +75,7 @@ def combine(prediction: torch.Tensor, guidance: torch.Tensor, num_branches: int)
     return negative + scale * (positive - negative)
 
 
-@dataclass(frozen=True)
-class GuidanceScale:
-    """The guidance scale as a function of the timestep: `low` without noise, `high` at full noise."""
-
-    low: float
-    high: float
-    curve: str = "ln"
-
-    @classmethod
-    def parse(cls, text: str) -> GuidanceScale:
-        """Read "3.0", "1.5-4.0" or "1.5-4.0:cos"; the curve is ln (linear, the default), cos or cos2.
-
-        Raises:
-            InputError: the text has another form, or names an unknown curve.
-        """
-        match = _GUIDANCE.fullmatch(text.strip())
-        curve = (match["curve"] or "ln") if match else "ln"
-        if match is None or curve not in _CURVES:
-            raise InputError(
-                f"expected a guidance scale like '3.0' or '1.5-4.0:cos' with one of the curves {', '.join(_CURVES)}, "
-                f"got {text!r}; correct guidance_scale"
-            )
-        return cls(float(match["low"]), float(match["high"] or match["low"]), curve)
-
-    @property
-    def num_branches(self) -> int:
-        """1 when the scale is constantly 1, so that the negative branch would cancel out; otherwise 2."""
-        return 1 if self.low == self.high == 1 else 2
-
-    def at(self, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-        """Return `low + (high − low) · curve(t / (T − 1))` as float32 `[B]` for integer timesteps `[B]`."""
-        noise_level = timesteps.to(torch.float32) / (num_train_timesteps - 1)
-        return self.low + (self.high - self.low) * _CURVES[self.curve](noise_level)
+def guidance_at(scale: GuidanceScale, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """Return `low + (high − low) · curve(t / (T − 1))` as float32 `[B]` for integer timesteps `[B]`."""
+    noise_level = timesteps.to(torch.float32) / (num_train_timesteps - 1)
+    return scale.low + (scale.high - scale.low) * _CURVES[scale.curve](noise_level)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.core.adapters import SHARED, AdapterStack, LowRankUpdate, factors_by_update, tensor_names
+from dreamartist_pipeline.core.adapters import AdapterStack, LowRankUpdate
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, ConceptMetadata, to_json
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.lora_factors import SHARED, LearnedUpdate
 
 _OPTION = "training.start_from"
 
@@ -32,38 +32,23 @@ class Start:
 
 
 @dataclass(frozen=True)
-class _Update:
-    """scale · (up · down, and bias) of one group of the concept in one layer. timestep_min_rank: as the group says."""
-
-    down: torch.Tensor = field(repr=False)
-    up: torch.Tensor = field(repr=False)
-    bias: torch.Tensor | None = field(repr=False)
-    scale: float
-    timestep_min_rank: int | float | None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-
-@dataclass(frozen=True)
 class _Taking:
     """A group's update in one layer, and what it takes over; several updates add up."""
 
     network: str
     layer: str
     target: LowRankUpdate
-    updates: tuple[_Update, ...]
+    updates: tuple[LearnedUpdate, ...]
 
     @property
     def rank(self) -> int:
         """The ranks it needs."""
-        return sum(update.rank for update in self.updates)
+        return sum(update.factors.rank for update in self.updates)
 
     @property
     def option(self) -> str:
         """The group as the configuration names it."""
-        return f"training.lora_{self.network}.{self.target.group}"
+        return f"training.lora_{self.network}.{self.target.index}"
 
 
 def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, concept: Concept) -> dict[str, int]:
@@ -86,6 +71,7 @@ def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, c
     """
     takings = _takings(stacks, concept)
     for taking in takings:
+        _check_shapes(taking)
         _check_timestep_rank(taking)
         _check_bias(taking)
     _check_ranks(takings)
@@ -93,7 +79,7 @@ def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, c
     taken: dict[str, int] = {}
     for taking in takings:
         _fill(taking)
-        taken[taking.target.spec.name] = taken.get(taking.target.spec.name, 0) + 1
+        taken[taking.target.group.name] = taken.get(taking.target.group.name, 0) + 1
     return taken | _fill_words(words, concept)
 
 
@@ -138,37 +124,25 @@ def _alike(without_place: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"{layer} ({', '.join(sorted(names))})" for layer, names in branches.items())
 
 
-def _updates(network: str, concept: Concept) -> dict[str, dict[str, list[_Update]]]:
+def _updates(network: str, concept: Concept) -> dict[str, dict[str, list[LearnedUpdate]]]:
     """Return layer -> branch name -> the updates of the concept's groups."""
-    specs = concept.value(f"lora_{network}")
-    found: dict[str, dict[str, list[_Update]]] = {}
-    for (layer, group, branch), factors in sorted(factors_by_update(concept.part(network)).items()):
-        if group >= len(specs) or set(factors) != tensor_names(specs[group].get("bias", False)):
-            raise InputError(
-                f"expected all tensors of one of {len(specs)} LoRA groups in {network}.{layer} of {_OPTION}; got "
-                f"{', '.join(sorted(factors))} of group {group}; start from another concept"
-            )
-        found.setdefault(layer, {}).setdefault(branch, []).append(_update(factors, specs[group]))
+    found: dict[str, dict[str, list[LearnedUpdate]]] = {}
+    for update in concept.updates(network):
+        found.setdefault(update.layer, {}).setdefault(update.group.branch, []).append(update)
     return found
-
-
-def _update(factors: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> _Update:
-    down, up = factors["down"], factors["up"]
-    scale = float(spec["alpha"]) / down.shape[0]
-    return _Update(down, up, factors.get("bias"), scale, spec.get("timestep_min_rank"))
 
 
 def _first_targets(updates: Sequence[LowRankUpdate]) -> dict[str, LowRankUpdate]:
     """Return branch name -> the first group of that branch in a layer."""
     targets: dict[str, LowRankUpdate] = {}
     for update in updates:
-        targets.setdefault(update.spec.branch_name, update)
+        targets.setdefault(update.group.branch, update)
     return targets
 
 
 def _for_targets(
-    by_branch: Mapping[str, list[_Update]], targets: Mapping[str, LowRankUpdate]
-) -> Iterator[tuple[str, list[_Update]]]:
+    by_branch: Mapping[str, list[LearnedUpdate]], targets: Mapping[str, LowRankUpdate]
+) -> Iterator[tuple[str, list[LearnedUpdate]]]:
     """Yield (branch of the group that should take them, updates) of one layer."""
     shared = by_branch.get(SHARED, [])
     split = bool(shared) and SHARED not in targets and targets.keys() >= set(BRANCH_NAMES)
@@ -179,14 +153,26 @@ def _for_targets(
         yield SHARED, shared
 
 
+def _check_shapes(taking: _Taking) -> None:
+    """Confirm that an update of the concept is one of this layer, whatever its rank."""
+    down, up = taking.target.down.shape[1:], taking.target.up[:, 0].shape
+    for factors in (update.factors for update in taking.updates):
+        if factors.down.shape[1:] != down or factors.up[:, 0].shape != up:
+            raise InputError(
+                f"expected down [rank, {', '.join(map(str, down))}] and up of {up[0]} outputs for "
+                f"{taking.network}.{taking.layer} in the concept of {_OPTION}; got {tuple(factors.down.shape)} and "
+                f"{tuple(factors.up.shape)}; the file is damaged: start from another concept"
+            )
+
+
 def _check_timestep_rank(taking: _Taking) -> None:
     """Confirm that the same ranks act at every timestep as in the concept."""
-    wanted = taking.target.spec.timestep_min_rank
-    if wanted is None and all(update.timestep_min_rank is None for update in taking.updates):
+    wanted = taking.target.group.timestep_min_rank
+    if wanted is None and all(update.group.timestep_min_rank is None for update in taking.updates):
         return
     (first, *others), rank = taking.updates, taking.target.rank
-    if others or (first.timestep_min_rank, first.rank) != (wanted, rank):
-        came = ", ".join(f"rank {u.rank} with {u.timestep_min_rank}" for u in taking.updates)
+    if others or (first.group.timestep_min_rank, first.factors.rank) != (wanted, rank):
+        came = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in taking.updates)
         raise InputError(
             f"expected the rank and timestep_min_rank of the concept in {_OPTION} for {taking.network}.{taking.layer}, "
             f"{came}; got rank {rank} with {wanted}; set {taking.option}.rank and .timestep_min_rank to the former"
@@ -194,7 +180,7 @@ def _check_timestep_rank(taking: _Taking) -> None:
 
 
 def _check_bias(taking: _Taking) -> None:
-    if taking.target.bias is None and any(update.bias is not None for update in taking.updates):
+    if taking.target.bias is None and any(update.factors.bias is not None for update in taking.updates):
         raise InputError(
             f"expected a bias for {taking.network}.{taking.layer}, since the concept in {_OPTION} has one; got a group "
             f"without; set {taking.option}.bias to true"
@@ -221,13 +207,12 @@ def _fill(taking: _Taking) -> None:
     """Copy the updates into the first ranks; up is zero in the others, whose down stays as drawn."""
     target, end = taking.target, 0
     target.up.zero_()
-    for update in taking.updates:
-        ranks = slice(end, end := end + update.rank)
-        factor = update.scale / target.scale
-        target.down[ranks] = update.down.to(target.down)
-        target.up[:, ranks] = (update.up * factor).to(target.up)
-        if update.bias is not None and target.bias is not None:
-            target.bias.add_((update.bias * factor).to(target.bias))
+    for factors in (update.factors for update in taking.updates):
+        ranks = slice(end, end := end + factors.rank)
+        target.down[ranks] = factors.down.to(target.down)
+        target.up[:, ranks] = factors.up_for_scale(target.scale).to(target.up)
+        if factors.bias is not None and target.bias is not None:
+            target.bias.add_(factors.bias_for_scale(target.scale).to(target.bias))
 
 
 # ------------------------------------------------------------------------------------------------- words
@@ -235,34 +220,34 @@ def _fill(taking: _Taking) -> None:
 
 def _check_words(words: WordEmbedding | None, concept: Concept) -> None:
     """Confirm that every word of the concept is trained here: the same slot, branch, name and number of vectors."""
-    expected = {key: (_name(key, concept), len(vectors)) for key, vectors in concept.part(WORDS).items()}
+    expected = {word.key: (word.name, len(word.vectors)) for word in concept.trigger_words()}
     here = {word.key: (word.name, word.num_vectors) for word in (words.vocabulary.words if words else ())}
     if wrong := [key for key, word in expected.items() if here.get(key) != word]:
         differing = [f"{key} {expected[key]} where the training has {here.get(key, 'none')}" for key in sorted(wrong)]
         raise InputError(
             f"expected the trigger words of the concept in {_OPTION}; got (word, vectors) {'; '.join(differing)}; "
-            f"{_words_to_set(concept)}"
+            f"{_words_to_set(concept.metadata)}"
+        )
+    width = words.base.embedding_dim if words else 0
+    if wrong := [word.key for word in concept.trigger_words() if word.vectors.shape[1] != width]:
+        raise InputError(
+            f"expected vectors of width {width} in the concept of {_OPTION}; got others for {', '.join(wrong)}; the "
+            "file is damaged: start from another concept"
         )
 
 
-def _words_to_set(concept: Concept) -> str:
+def _words_to_set(metadata: ConceptMetadata) -> str:
     """Say with which words a training can begin with a concept."""
-    if None in concept.value("num_vectors"):
+    if None in metadata.num_vectors:
         return (
             "a training has one number of vectors for all words of a branch: start from a concept with one slot, "
             "imported without the other words"
         )
-    names = {slot: (word, partner or f"{word}-neg") for slot, (word, partner) in concept.value("words").items()}
+    names = {slot: (word, partner or f"{word}-neg") for slot, (word, partner) in metadata.words.items()}
     return (
-        f"set training.words.names={to_json(names)} and training.words.num_vectors={concept.metadata['num_vectors']}, "
+        f"set training.words.names={to_json(names)} and training.words.num_vectors={to_json(metadata.num_vectors)}, "
         "and keep a guidance_scale above 1 for negative words"
     )
-
-
-def _name(key: str, concept: Concept) -> str:
-    branch, _, slot = key.partition(".")
-    positive, negative = concept.value("words")[slot]
-    return str(negative if branch == BRANCH_NAMES[0] else positive)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_at, repeat
 from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
@@ -77,10 +77,10 @@ def parameter_groups(
     """
     groups = []
     for adapters in stacks.values():
-        for spec in adapters.specs:
-            parameters = tuple(adapters.parameters_by_group()[spec.name])
-            num_layers = adapters.num_layers_by_group()[spec.name]
-            groups.append(ParameterGroup(spec.name, ADAPTERS, spec.branch_name, spec.lr, parameters, num_layers))
+        for group in adapters.groups:
+            parameters = tuple(adapters.parameters_by_group()[group.name])
+            num_layers = adapters.num_layers_by_group()[group.name]
+            groups.append(ParameterGroup(group.name, ADAPTERS, group.branch, group.lr, parameters, num_layers))
     if words is not None:
         for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
             branch = BRANCH_NAMES[word.branch]
@@ -458,7 +458,6 @@ class _Steps:
         self.state, self.params, self.device = state, params, data.reference.mean.device
         self._trainee, self._data = trainee, data
         self._batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
-        self._guidance_scale = GuidanceScale.parse(params.guidance_scale)
         self._members = self._indices(lambda group: (group.kind, group.branch))
         clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
         self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
@@ -495,7 +494,7 @@ class _Steps:
         """Return the loss of a step's batch, and its parts: reference, regularization, reconstruction, guidance."""
         params, trainee = self.params, self._trainee
         batch = self._batches.draw(step)
-        guidance = self._guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        guidance = guidance_at(params.guidance_scale, batch.timesteps, len(trainee.schedule.alphas_cumprod))
         self._draw_dropout(batch, step)
         prediction = combined_prediction(trainee, batch, guidance)
         losses = _row_losses(trainee, prediction, batch, params)

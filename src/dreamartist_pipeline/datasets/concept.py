@@ -31,26 +31,20 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         """Return the concept.
 
         Raises:
-            DatasetError: no file, or not a safetensors file.
+            DatasetError: no file.
+            InputError: not a safetensors file, one of another tool, or a damaged concept.
         """
-        from safetensors import SafetensorError, safe_open
-
-        from dreamartist_pipeline.core.concept import Concept
+        from dreamartist_pipeline.interop.concept_file import read_concept
 
         self._check_file()
-        try:
-            with safe_open(self._filepath, framework="pt", device="cpu") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                return Concept(tensors=tensors, metadata=dict(file.metadata() or {}))
-        except SafetensorError as error:
-            raise DatasetError(self._unreadable(error)) from error
+        return read_concept(self._filepath.read_bytes(), str(self._filepath))
 
     def save(self, data: "Concept") -> None:
         """Write the concept under a temporary name, then rename it."""
-        from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
+        from dreamartist_pipeline.interop.concept_file import write_concept
 
         with written_whole(self._filepath) as temporary:
-            temporary.write_bytes(write_tensors(data.tensors, data.metadata))
+            temporary.write_bytes(write_concept(data))
 
     def preview(self) -> JSONPreview:
         """Show the metadata and the tensors' names and shapes, without reading the tensors."""
@@ -68,12 +62,6 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
                 f"expected a concept at {self._filepath}; got no such file; "
                 "train it first (kedro run --pipeline train --params subject=NAME), or correct the subject's name"
             )
-
-    def _unreadable(self, error: Exception) -> str:
-        return (
-            f"expected a concept (safetensors) at {self._filepath}; got something else ({error}); "
-            "train it again, or put the right file there"
-        )
 
     def _exists(self) -> bool:
         return self._filepath.is_file()

@@ -8,50 +8,17 @@ goes to both branches.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.core.adapters import SHARED, factors_by_update, tensor_names
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, ConceptMetadata, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors
+from dreamartist_pipeline.params import ResolvedGroup
 
 _ALPHA = 1.0  # of the groups of a concept that is built here; everything else is in `up`
-
-
-@dataclass(frozen=True)
-class LoRAFactors:
-    """One layer's update ΔW = scale · up · down and Δbias = scale · bias, float32.
-
-    down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution. up: `[out, rank]`, or `[out, rank, 1, 1]`.
-    bias: `[out]`, or None.
-    """
-
-    down: torch.Tensor = field(repr=False)
-    up: torch.Tensor = field(repr=False)
-    scale: float
-    bias: torch.Tensor | None = field(default=None, repr=False)
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of down."""
-        return self.down.shape[0]
-
-    def up_for_scale(self, scale: float) -> torch.Tensor:
-        """Return the `up` with which a reader that multiplies by `scale` gets the same update."""
-        return self.up if self.scale == scale else self.up * (self.scale / scale)
-
-    def bias_for_scale(self, scale: float) -> torch.Tensor:
-        """Return the bias `[out]` for a reader that multiplies by `scale`, as `up_for_scale`; zeros without one."""
-        if self.bias is None:
-            return self.up.new_zeros(len(self.up))
-        return self.bias if self.scale == scale else self.bias * (self.scale / scale)
-
-    def update(self) -> torch.Tensor:
-        """Return ΔW as a matrix `[out, in · kh · kw]`."""
-        return self.up.flatten(1) @ self.down.flatten(1) * self.scale
 
 
 @dataclass(frozen=True)
@@ -76,16 +43,6 @@ def has_bias(layers: Mapping[str, LoRAFactors]) -> bool:
 
 
 @dataclass(frozen=True)
-class TriggerWord:
-    """A learned word. branch: "negative" or "positive". vectors: float32 `[n, D]`."""
-
-    name: str
-    slot: str
-    branch: str
-    vectors: torch.Tensor = field(repr=False)
-
-
-@dataclass(frozen=True)
 class BaseModelIdentity:
     """The base model that a concept belongs to: its name, and the fingerprint that is compared when it is attached."""
 
@@ -100,7 +57,7 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
     """Return everything that acts on the rows of one branch, "negative" or "positive".
 
     Raises:
-        InputError: not a concept of this project, or a tensor's name is not one of an adapter.
+        InputError: a tensor belongs to no group, or an update is incomplete.
     """
     return BranchAdapter(
         {network: layers for network in NETWORKS if (layers := _branch_layers(concept, network, branch))}
@@ -108,33 +65,11 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
 
 
 def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
-    specs = concept.value(f"lora_{network}")
-    _check_static(network, specs)
     groups: dict[str, list[LoRAFactors]] = {}
-    for (layer, group, of_branch), factors in sorted(factors_by_update(concept.part(network)).items()):
-        if group >= len(specs) or set(factors) != tensor_names(specs[group].get("bias", False)):
-            raise InputError(
-                f"expected all tensors of one of {len(specs)} LoRA groups; got {sorted(factors)} of group {group} in "
-                f"{network}.{layer}; the file is incomplete: train the concept again"
-            )
-        if of_branch in (branch, SHARED):
-            groups.setdefault(layer, []).append(_scaled(factors, float(specs[group]["alpha"])))
+    for update in concept.updates(network):
+        if update.group.branch in (branch, SHARED):
+            groups.setdefault(update.layer, []).append(update.factors)
     return {layer: _joined(members) for layer, members in groups.items()}
-
-
-def _check_static(network: str, specs: Sequence[Mapping[str, Any]]) -> None:
-    """Confirm that no group changes its rank with the timestep, which no other tool's files can say."""
-    for index, fields in enumerate(specs):
-        if fields.get("timestep_min_rank") is not None:
-            raise InputError(
-                f"expected LoRA groups of one rank; got lora_{network}[{index}] with timestep_min_rank "
-                f"{fields['timestep_min_rank']}, which LoRA files of other tools cannot express; draw with "
-                "kedro run --pipeline generate, or train without timestep_min_rank"
-            )
-
-
-def _scaled(factors: Mapping[str, torch.Tensor], alpha: float) -> LoRAFactors:
-    return LoRAFactors(factors["down"], factors["up"], alpha / factors["down"].shape[0], factors.get("bias"))
 
 
 def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -160,21 +95,6 @@ def added_up(adapters: Sequence[BranchAdapter]) -> BranchAdapter:
     return BranchAdapter(networks)
 
 
-def trigger_words(concept: Concept) -> tuple[TriggerWord, ...]:
-    """Return the learned words of both branches, positive first in every slot.
-
-    Raises:
-        InputError: not a concept of this project.
-    """
-    vectors = concept.part(WORDS)
-    return tuple(
-        TriggerWord(name, slot, branch, vectors[f"{branch}.{slot}"])
-        for slot, names in concept.value("words").items()
-        for branch, name in zip(("positive", "negative"), names, strict=True)
-        if f"{branch}.{slot}" in vectors
-    )
-
-
 # ------------------------------------------------------------------------------------------------- into a concept
 
 
@@ -185,6 +105,7 @@ def build_concept(
     class_word: str = "",
     num_steps: int = 0,
     clip_skip: int = 0,
+    imported_from: tuple[tuple[str, str], ...] | None = None,
 ) -> Concept:
     """Return a concept that `backbones.concepts.attach` takes: one LoRA group per branch and network.
 
@@ -196,24 +117,17 @@ def build_concept(
         class_word: stands in for a slot without a word.
         num_steps: how long it was trained, as far as is known.
         clip_skip: how many of the text encoder's last layers it was trained without; no file says it.
+        imported_from: (name, SHA-256) of the files it is made of.
 
     Raises:
         InputError: a negative word without a positive one.
     """
-    metadata = {
-        "format": FORMAT,
-        "base_model": base_model.name,
-        "base_model_fingerprint": base_model.fingerprint,
-        "class_word": class_word,
-        "num_steps": to_json(num_steps),
-        "clip_skip": to_json(clip_skip),
-        **_words_metadata(words, only_shared=set(adapters) == {SHARED}),
-    }
-    tensors = {f"{WORDS}.{word.branch}.{word.slot}": _stored(word.vectors) for word in words}
+    tensors = {f"{WORDS}.{word.key}": _stored(word.vectors) for word in words}
+    groups: dict[str, tuple[ResolvedGroup, ...]] = {}
     for network in NETWORKS:
         names = (*BRANCH_NAMES, SHARED)
         present = {b: adapters[b].networks[network] for b in names if network in _networks(adapters, b)}
-        metadata[f"lora_{network}"] = to_json([_group(network, i, b, present[b]) for i, b in enumerate(present)])
+        groups[network] = tuple(_group(network, i, b, present[b]) for i, b in enumerate(present))
         for index, (branch, layers) in enumerate(present.items()):
             for layer, factors in layers.items():
                 prefix = f"{network}.{layer}.{index}.{branch}"
@@ -221,7 +135,22 @@ def build_concept(
                 tensors[f"{prefix}.up"] = _stored(factors.up_for_scale(_ALPHA / factors.rank))
                 if has_bias(layers):
                     tensors[f"{prefix}.bias"] = _stored(factors.bias_for_scale(_ALPHA / factors.rank))
-    return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
+    by_branch = {branch: {word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES}
+    positive, negative = by_branch["positive"], by_branch["negative"]
+    only_shared = set(adapters) == {SHARED}
+    metadata = ConceptMetadata(
+        base_model=base_model.name,
+        base_model_fingerprint=base_model.fingerprint,
+        num_branches=2 if negative or not (positive or only_shared) else 1,
+        num_steps=num_steps,
+        words=_word_names(positive, negative),
+        num_vectors=(_num_vectors(positive.values()), _num_vectors(negative.values())),
+        lora=groups,
+        class_word=class_word,
+        clip_skip=clip_skip,
+        imported_from=imported_from,
+    )
+    return Concept(dict(sorted(tensors.items())), metadata)
 
 
 def _networks(adapters: Mapping[str, BranchAdapter], branch: str) -> dict[str, dict[str, LoRAFactors]]:
@@ -232,40 +161,32 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFactors]) -> dict[str, Any]:
-    """Return one group as a concept's metadata describe it; ranks are those of the tensors."""
-    return {
-        "name": f"{network}.{index}.{branch}",
-        "rank": max(factors.rank for factors in layers.values()),
-        "layers": sorted(layers),
-        "lr": 0.0,  # nothing trains it
-        "branch": branch,
-        "alpha": _ALPHA,
-        "dropout": 0.0,
-        "bias": has_bias(layers),
-    }
+def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFactors]) -> ResolvedGroup:
+    """Return the group that layers were put into; ranks are those of the tensors."""
+    return ResolvedGroup(
+        name=f"{network}.{index}.{branch}",
+        rank=max(factors.rank for factors in layers.values()),
+        layers=tuple(sorted(layers)),
+        lr=0.0,  # nothing trains it
+        branch=branch,
+        alpha=_ALPHA,
+        bias=has_bias(layers),
+    )
 
 
-def _words_metadata(words: Sequence[TriggerWord], only_shared: bool) -> dict[str, str]:
-    """Return the entries about words. A word by itself beside pairs has "" for a partner.
+def _word_names(positive: Mapping[str, TriggerWord], negative: Mapping[str, TriggerWord]) -> dict[str, tuple[str, str]]:
+    """Return slot -> (positive, negative) word. A word by itself beside pairs has "" for a partner.
 
     Where no word has a partner, there is one branch, and names of partners are what a training would call them.
     """
-    by_branch = {branch: {word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES}
-    positive, negative = by_branch["positive"], by_branch["negative"]
     if alone := negative.keys() - positive.keys():
         raise InputError(
             f"expected a positive word in every slot that has a negative one; got none for {sorted(alone)}; give its "
             "file, or give the negative word alone as the positive one of a slot"
         )
-    names = {
+    return {
         slot: (word.name, (negative[slot].name if slot in negative else "") if negative else f"{word.name}-neg")
         for slot, word in positive.items()
-    }
-    return {
-        "words": to_json(names),
-        "num_vectors": to_json((_num_vectors(positive.values()), _num_vectors(negative.values()))),
-        "num_branches": to_json(2 if negative or not (positive or only_shared) else 1),
     }
 
 

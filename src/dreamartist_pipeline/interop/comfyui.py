@@ -13,36 +13,10 @@ from typing import Any
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
+from dreamartist_pipeline.schedulers import COMFYUI_SPACINGS, SCHEDULERS
 
 BASE_MODEL_FILE = "BASE_MODEL.safetensors"
 """Stands for the checkpoint, which users choose in the first node."""
-
-_SAMPLERS = {  # ours -> (sampler_name, scheduler)
-    "ddim": ("ddim", "ddim_uniform"),
-    "dpmsolver++": ("dpmpp_2m", "karras"),
-    "euler": ("euler", "normal"),
-    "euler_a": ("euler_ancestral", "normal"),
-    "unipc": ("uni_pc", "normal"),
-    "DDIMParallelScheduler": ("ddim", "ddim_uniform"),
-    "DDIMScheduler": ("ddim", "ddim_uniform"),
-    "DDPMParallelScheduler": ("ddpm", "normal"),
-    "DDPMScheduler": ("ddpm", "normal"),
-    "DEISMultistepScheduler": ("deis", "normal"),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", "normal"),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "normal"),
-    "EulerDiscreteScheduler": ("euler", "normal"),
-    "HeunDiscreteScheduler": ("heun", "normal"),
-    "KDPM2AncestralDiscreteScheduler": ("dpm_2_ancestral", "normal"),
-    "KDPM2DiscreteScheduler": ("dpm_2", "normal"),
-    "LCMScheduler": ("lcm", "sgm_uniform"),
-    "LMSDiscreteScheduler": ("lms", "normal"),
-    "UniPCMultistepScheduler": ("uni_pc", "normal"),
-}
-_SPACINGS = {  # an option of diffusers' schedulers -> scheduler
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "exponential",
-    "use_beta_sigmas": "beta",
-}
 
 
 @dataclass(frozen=True)
@@ -120,22 +94,23 @@ def comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[st
     Raises:
         InputError: ComfyUI has nothing like the scheduler or one of its options.
     """
-    if sampler.scheduler not in _SAMPLERS:
+    known = SCHEDULERS[sampler.scheduler].comfyui
+    if known is None:
         raise InputError(
             f"expected a scheduler that ComfyUI has too, for the workflow; got {sampler.scheduler}; "
-            f"set export.sampler.scheduler to one of {', '.join(_SAMPLERS)}"
+            f"set export.sampler.scheduler to one of {', '.join(name for name, s in SCHEDULERS.items() if s.comfyui)}"
         )
-    if unknown := sorted(sampler.scheduler_options.keys() - _SPACINGS.keys()):
+    if unknown := sorted(sampler.scheduler_options.keys() - COMFYUI_SPACINGS.keys()):
         raise InputError(
-            f"expected scheduler_options that a ComfyUI workflow can say, {', '.join(_SPACINGS)}; got "
+            f"expected scheduler_options that a ComfyUI workflow can say, {', '.join(COMFYUI_SPACINGS)}; got "
             f"{', '.join(unknown)}; leave them out of export.sampler"
         )
-    sampler_name, scheduler = _SAMPLERS[sampler.scheduler]
+    sampler_name, scheduler = known
     if sampler.scheduler_options.get("use_karras_sigmas") is False and scheduler == "karras":
         scheduler = "normal"
     if zero_terminal_snr:
         scheduler = "sgm_uniform"  # starts at the last timestep, where this schedule's noise is
-    chosen = [spacing for option, spacing in _SPACINGS.items() if sampler.scheduler_options.get(option)]
+    chosen = [spacing for option, spacing in COMFYUI_SPACINGS.items() if sampler.scheduler_options.get(option)]
     return sampler_name, (chosen or [scheduler])[0]
 
 

@@ -9,6 +9,7 @@ from pprint import pformat
 from string import Template
 
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
+from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ExportOutline:
 
 def diffusers_script(outline: ExportOutline, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
     """Return a script that draws with one adapter per branch in plain diffusers."""
+    scheduler = SCHEDULERS[sampler.scheduler]
+    rescaled = ZERO_TERMINAL_SNR if outline.zero_terminal_snr else {}
     settings = {
         "loras": dict(outline.diffusers_loras),
         "words": [word for words in outline.words.values() for word in words],
@@ -42,13 +45,12 @@ def diffusers_script(outline: ExportOutline, seed: int, sampler: SamplerParams, 
         "negative_prompt": outline.negative_prompt,
         "seed": seed,
         "strength": {"positive": strength.positive, "negative": strength.negative},
-        "scheduler": sampler.scheduler,
-        "scheduler_options": sampler.scheduler_options,
+        "scheduler": scheduler.class_name,
+        "scheduler_options": scheduler.options_for(outline.zero_terminal_snr) | rescaled | sampler.scheduler_options,
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale,
         "batch_size": sampler.batch_size,
         "clip_skip": outline.clip_skip,
-        "zero_terminal_snr": outline.zero_terminal_snr,
     }
     template = files("dreamartist_pipeline.interop").joinpath("templates/generate_with_diffusers.py.txt")
     return Template(template.read_text(encoding="utf-8")).substitute(settings=pformat(settings, sort_dicts=False))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dreamartist_pipeline.core.concept import FORMAT, Concept
-from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
 
 
 def read_concept(file: bytes, name: str) -> Concept:
@@ -15,14 +14,14 @@ def read_concept(file: bytes, name: str) -> Concept:
         name: what to call it in an error.
 
     Raises:
-        InputError: not a safetensors file, one of another tool, or one without the metadata of a concept.
+        InputError: not a safetensors file, one of another tool, or a damaged concept.
     """
-    tensors, metadata = read_tensors(file, name), read_metadata(file)
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"expected a concept of this project in {name}; got a safetensors file of another kind; make a concept of "
-            "it first (kedro run --pipeline import), and name that one"
-        )
-    concept = Concept(tensors, metadata)
-    concept.value("num_branches")  # is it a whole one
+    tensors = read_tensors(file, name)
+    concept = Concept(tensors, ConceptMetadata.read(read_metadata(file), name))
+    concept.check(name)
     return concept
+
+
+def write_concept(concept: Concept) -> bytes:
+    """Return the file of a concept; equal concepts give equal bytes."""
+    return write_tensors(concept.tensors, concept.metadata.write())

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dreamartist_pipeline.core.adapters import SHARED
-from dreamartist_pipeline.core.concept import Concept, to_json
+from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import ModelLayout
+from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.interop.branch_adapters import (
     BaseModelIdentity,
     BranchAdapter,
-    TriggerWord,
     build_concept,
 )
 from dreamartist_pipeline.interop.foreign_lora import fitted
@@ -129,9 +128,10 @@ def make_concept(
     Raises:
         InputError: a negative word without a positive one.
     """
-    concept = build_concept(imported.adapters, imported.words, base_model, class_word, imported.num_steps, clip_skip)
-    sources = to_json([[source.file, source.sha256] for source in imported.sources])
-    return Concept(concept.tensors, concept.metadata | {"imported_from": sources})
+    sources = tuple((source.file, source.sha256) for source in imported.sources)
+    return build_concept(
+        imported.adapters, imported.words, base_model, class_word, imported.num_steps, clip_skip, sources
+    )
 
 
 # ------------------------------------------------------------------------------------------------- adapters

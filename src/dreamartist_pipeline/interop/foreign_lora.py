@@ -12,7 +12,8 @@ import torch
 from dreamartist_pipeline.core.concept import FORMAT
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import Shapes
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.peft_files import read_peft
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors

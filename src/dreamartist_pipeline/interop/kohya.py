@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, has_bias
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import kohya_name, layers_by_name
 from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
@@ -26,17 +26,10 @@ _SUFFIXES = {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "al
 def write_kohya(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> bytes:
     """Return one branch's adapter as a kohya file: alpha is `ALPHA` everywhere, the true scale is in `lora_up`.
 
-    Raises:
-        InputError: the adapter has a bias. The nearest thing, ComfyUI's `X.diff_b`, makes diffusers refuse the file,
-            and ComfyUI has no place for it in layers without a bias of their own, such as to_q.
+    There is no place for a bias, see `expressible.check_expressible`.
     """
     tensors: dict[str, torch.Tensor] = {}
     for network, layers in adapter.networks.items():
-        if has_bias(layers):
-            raise InputError(
-                f"expected LoRA groups without bias for the kohya format, which has no place for one; got some in "
-                f"lora_{network}; leave kohya out: export.formats=[peft,toolkit,embeddings]"
-            )
         for layer, factors in layers.items():
             name = kohya_name(network, layer)
             tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, has_bias
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, has_bias
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
 from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.core.lora_factors import LoRAFactors, check_complete
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors
 
 _SHOWN = 12  # keys in an error: those of a whole other model are hundreds
@@ -58,7 +59,7 @@ def place_tensors(
             parts.setdefault(at, {})[part] = tensor
     _refuse_unknown(unknown, name, form)
     for at, members in parts.items():
-        _check_factors(members, name, at)
+        check_complete(members, ".".join(at), name)
     return {at: {part: tensor.float() for part, tensor in members.items()} for at, members in parts.items()}
 
 
@@ -78,19 +79,6 @@ def _refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
         raise InputError(
             f"expected {name} to hold {form} for layers of this base model; got {len(keys)} unknown keys: "
             f"{', '.join(sorted(keys)[:_SHOWN])}{more}; load it with the base model and the format it was made for"
-        )
-
-
-def _check_factors(part: Mapping[str, torch.Tensor], name: str, at: tuple[str, str]) -> None:
-    """Raise an InputError when a layer lacks one of its two factors, or when its tensors do not belong together."""
-    whole = {"down", "up"} <= part.keys() and min(part["down"].dim(), part["up"].dim()) >= 2
-    fits = whole and part["down"].shape[0] == part["up"].shape[1] > 0
-    fits = fits and ("bias" not in part or part["bias"].shape == part["up"].shape[:1])
-    if not fits or ("alpha" in part and part["alpha"].numel() != 1):
-        came = {factor: tuple(tensor.shape) for factor, tensor in sorted(part.items())}
-        raise InputError(
-            f"expected {name} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for "
-            f"{'.'.join(at)}; got {came}; the file is incomplete: make or download it again"
         )
 
 

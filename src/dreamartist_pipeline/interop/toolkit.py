@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, TriggerWord
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import TriggerWord
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors

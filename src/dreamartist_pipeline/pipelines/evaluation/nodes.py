@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dreamartist_pipeline.core.tracking import Tracker
-from dreamartist_pipeline.early_checks import checked_early
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams, TrainingParams
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 """(prompts, seeds), one of each per image -> the images."""
 
 
-def check_evaluation(params: EvaluationParams, training: TrainingParams | None) -> None:
-    """Confirm that the evaluators are there, and that the scheduler can draw by the noise schedule of a training.
+def check_evaluation(params: EvaluationParams, planned: PlannedConcept | None) -> None:
+    """Confirm that the evaluators are there, and that the scheduler can draw by the noise schedule of the concept.
 
     Raises:
         InputError: one is missing, or it cannot.
@@ -44,7 +44,7 @@ def check_evaluation(params: EvaluationParams, training: TrainingParams | None) 
     text_image = () if params.text_image_model in (None, "auto") else (params.text_image_model,)
     for name in (*params.evaluators, *text_image):
         check_evaluator(name)
-    check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
+    check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 
 @checked_early("evaluation", check_evaluation)
@@ -70,10 +70,7 @@ def evaluate_concept(
     from pandas import DataFrame
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
-    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
-    from dreamartist_pipeline.backbones.schedulers import check_sampler
 
-    check_sampler(params.sampler, has_zero_terminal_snr(concept))
     log.info("Adapter strengths: %s.", params.strength)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     evaluators = _load_evaluators(params, backbone)
@@ -132,7 +129,7 @@ def _draw_evidence(
     }
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
     class_words = dict.fromkeys(_slots(params.prompts, words), params.class_word)
-    spoken = dict.fromkeys(class_words, concept.metadata["class_word"] or params.class_word)  # DreamBooth's rare word
+    spoken = dict.fromkeys(class_words, concept.metadata.class_word or params.class_word)  # DreamBooth's rare word
     fillings = {BASE: class_words, CONCEPT: spoken | words}
     with _progress_bar(num_images) as bar:
         draw = {group: _drawer(backbone, loaded[group], params, bar.update) for group in loaded}

@@ -25,7 +25,8 @@ from dreamartist_pipeline.backbones.lora_files import (
 )
 from dreamartist_pipeline.core.concept import NETWORKS, Concept
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.comfyui import check_workflow
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.layer_names import (

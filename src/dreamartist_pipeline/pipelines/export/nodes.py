@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dreamartist_pipeline.early_checks import checked_early
-from dreamartist_pipeline.params import DeviceParams, ExportParams, TrainingParams
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.params import DeviceParams, ExportParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
@@ -18,25 +18,28 @@ log = logging.getLogger(__name__)
 _CHECKED_ON = DeviceParams(device="cpu", dtype="float32")  # so that only the files can make a difference
 
 
-def check_export(params: ExportParams, training: TrainingParams | None) -> None:
-    """Confirm that the scheduler can draw and, where what this run trains gets a workflow, that ComfyUI has it.
+def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
+    """Confirm that the formats can hold the concept, and that scheduler and ComfyUI can draw with it.
 
     Raises:
-        InputError: it cannot, or ComfyUI does not.
+        InputError: they cannot.
     """
     from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.interop.comfyui import comfyui_sampler
+    from dreamartist_pipeline.interop.expressible import check_expressible
 
-    zero_terminal_snr = training is not None and training.zero_terminal_snr
+    zero_terminal_snr = planned is not None and planned.zero_terminal_snr
     check_sampler(params.sampler, zero_terminal_snr)
-    if training is not None and _will_have_workflow(params, training):
-        comfyui_sampler(params.sampler, zero_terminal_snr)
+    if planned is not None:
+        check_expressible(planned, params.formats)
+        if _will_have_workflow(params, planned):
+            comfyui_sampler(params.sampler, zero_terminal_snr)
 
 
-def _will_have_workflow(params: ExportParams, training: TrainingParams) -> bool:
-    """Say whether the formats hold all that a workflow needs of what will be trained."""
-    has_loras = bool(training.lora_unet or training.lora_text_encoder)
-    return ("kohya" in params.formats or not has_loras) and ("embeddings" in params.formats or not training.words.names)
+def _will_have_workflow(params: ExportParams, planned: PlannedConcept) -> bool:
+    """Say whether the formats hold all that a workflow needs of the concept."""
+    has_loras = any(planned.groups.values())
+    return ("kohya" in params.formats or not has_loras) and ("embeddings" in params.formats or not planned.has_words)
 
 
 @checked_early("export", check_export)
@@ -47,15 +50,11 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
     reference toolkit's files; beside them a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: not a concept of this project, one of which the chosen formats hold nothing, or a scheduler
-            that cannot be set up or that ComfyUI does not have.
+        InputError: a concept of which the chosen formats hold nothing, or a scheduler that ComfyUI does not have.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
-    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
-    from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
-    check_sampler(params.sampler, has_zero_terminal_snr(concept))
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     files = BaseModelFiles(base_model)
     source = read_source(concept, load_outline(files), files.name)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from dreamartist_pipeline.backbones.base_model import Backbone, Outline
-from dreamartist_pipeline.backbones.concepts import clip_skip_of, has_zero_terminal_snr
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
-from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, TriggerWord, branch_adapter, trigger_words
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
 from dreamartist_pipeline.interop.companion_texts import ExportOutline, diffusers_script, readme
 from dreamartist_pipeline.interop.file_facts import FileFacts
@@ -52,21 +51,21 @@ def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) 
     """Return what a concept and its base model say.
 
     Raises:
-        InputError: not a concept of this project.
+        InputError: an incomplete concept, or one that other tools cannot express.
     """
     prediction_type = outline.schedule.prediction_type if isinstance(outline, Backbone) else outline.prediction_type
     adapters = {branch: branch_adapter(concept, branch) for branch in BRANCHES}
     return ExportSource(
         adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
-        words=trigger_words(concept),
+        words=concept.trigger_words(),
         base_model=base_model,
         prediction_type=prediction_type,
-        class_word=concept.metadata.get("class_word", ""),
-        num_steps=concept.value("num_steps"),
+        class_word=concept.metadata.class_word,
+        num_steps=concept.metadata.num_steps,
         is_v2=outline.text_encoder.config.hidden_size == _SD2_TEXT_WIDTH,
         workflow_px=int(outline.unet.config.sample_size) * _SD_LATENT_SCALE,
-        clip_skip=clip_skip_of(concept),
-        zero_terminal_snr=has_zero_terminal_snr(concept),
+        clip_skip=concept.metadata.clip_skip,
+        zero_terminal_snr=concept.metadata.zero_terminal_snr,
     )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from dreamartist_pipeline.early_checks import checked_early
-from dreamartist_pipeline.params import DeviceParams, GenerateParams, TrainingParams
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.params import DeviceParams, GenerateParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.backbones.drawing import DrawingRequest, Drawn
@@ -19,15 +19,15 @@ else:  # Kedro resolves the hints of a node when it registers the pipelines, wit
 log = logging.getLogger(__name__)
 
 
-def check_generate(params: GenerateParams, training: TrainingParams | None) -> None:
-    """Confirm that the scheduler can draw, also by the noise schedule of a training in the same run.
+def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> None:
+    """Confirm that the scheduler can draw by the noise schedule of the concept.
 
     Raises:
         InputError: it cannot.
     """
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
-    check_sampler(params.sampler, training is not None and training.zero_terminal_snr)
+    check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 
 @checked_early("generate", check_generate)
@@ -55,7 +55,7 @@ def generate_images(
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
     from dreamartist_pipeline.backbones.drawing import draw
 
-    request = _request(concept, params, init_image, init_mask)
+    request = _request(params, init_image, init_mask)
     log.info("Adapter strengths: %s.", params.strength)
     backbone = load_backbone(BaseModelFiles(base_model), device)
     num_images = len(request.prompts) * len(request.seeds)
@@ -65,16 +65,11 @@ def generate_images(
     return dict(zip(names, drawn.images, strict=True)), _sheet(drawn, request)
 
 
-def _request(
-    concept: Concept, params: GenerateParams, init_image: bytes | None, init_mask: bytes | None
-) -> DrawingRequest:
+def _request(params: GenerateParams, init_image: bytes | None, init_mask: bytes | None) -> DrawingRequest:
     """Return what is asked for, once it is clear that it can be drawn; no model is loaded for that."""
-    from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
     from dreamartist_pipeline.backbones.drawing import DrawingRequest
-    from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.core.init_picture import read_init_picture
 
-    check_sampler(params.sampler, has_zero_terminal_snr(concept))
     return DrawingRequest(
         prompts=params.prompts,
         negative_prompt=params.negative_prompt,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.layout import ModelLayout
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, TriggerWord, added_up
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, added_up
 from dreamartist_pipeline.interop.foreign_concept import Imported, Source, source
 from dreamartist_pipeline.interop.foreign_lora import read_lora
 from dreamartist_pipeline.interop.user_files import UserFiles

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dreamartist_pipeline.core.adapters import SHARED
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors
+from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.foreign_concept import Imported
 
 _NOTES = {
@@ -21,8 +21,8 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
     """Return the report: what each branch has got, and from which files."""
     return {
         "base_model": {
-            "name": concept.metadata["base_model"],
-            "fingerprint": concept.metadata["base_model_fingerprint"],
+            "name": concept.metadata.base_model,
+            "fingerprint": concept.metadata.base_model_fingerprint,
         },
         "adapters": {branch: _networks(adapter) for branch, adapter in imported.adapters.items()},
         "words": [
@@ -35,7 +35,7 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
             *(_NOTES[branch] for branch in imported.adapters if len(imported.adapters) == 1),
             *(
                 f"{len(layers)} text-encoder layers of the {branch} LoRA are left out: clip_skip "
-                f"{concept.metadata['clip_skip']} skips them, so that they would act on nothing"
+                f"{concept.metadata.clip_skip} skips them, so that they would act on nothing"
                 for branch, layers in imported.left_out.items()
             ),
         ],

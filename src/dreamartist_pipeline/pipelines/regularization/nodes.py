@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.image_set import ImagesToDraw
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
 
 if TYPE_CHECKING:
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 _PATIENCE_S = 2.0  # a progress bar appears after this long
 
 
+def check_regularization(params: RegularizationParams, planned: PlannedConcept | None) -> None:
+    """Confirm that the scheduler can draw; whether it suits the base model shows when that is loaded.
+
+    Raises:
+        InputError: it cannot.
+    """
+    from dreamartist_pipeline.backbones.schedulers import check_sampler
+
+    check_sampler(params.sampler)
+
+
+@checked_early("regularization", check_regularization)
 def make_regularization_set(
     base_model: str, regularization_prompts: list[str], params: RegularizationParams, device: DeviceParams
 ) -> ImagesToDraw:
@@ -30,9 +43,7 @@ def make_regularization_set(
         InputError: the base model cannot be used, or the scheduler cannot be set up.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
-    from dreamartist_pipeline.backbones.schedulers import check_sampler
 
-    check_sampler(params.sampler)
     files = BaseModelFiles(base_model)
     files.check()
     manifest = describe_set(files.fingerprint(), regularization_prompts, params, device)

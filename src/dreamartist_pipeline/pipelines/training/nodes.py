@@ -88,7 +88,7 @@ def train_concept(
     begun = begin_from(start, new.stacks, new.words, params, (backbone.name, backbone.fingerprint))
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     check_plan(training_plan, groups, begun)
-    metadata = concept_metadata(backbone, params, factor) | ({"start_sha256": start.sha256} if start else {})
+    metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
     images = regularization_images(regularization_set, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with StepReport(params.num_steps, tracker) as report:

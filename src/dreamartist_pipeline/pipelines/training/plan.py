@@ -18,7 +18,7 @@ from dreamartist_pipeline.backbones.prompts import (
 )
 from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.adapters import AdapterStack
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
+from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import slot_names
 from dreamartist_pipeline.core.diffusion import check_zero_terminal_snr, timestep_range
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
@@ -57,14 +57,13 @@ def make_plan(
     _check_clip_skip(outline, params)
     stacks, words = _planned(outline, params, caption)
     groups = parameter_groups(stacks, words, params.words.lr * lr_factor(params))
-    _check_branches_train(groups, params)
     identity = (files.name, files.fingerprint() if start else "")  # reads all weights: only where it is compared
     begun = begin_from(start, stacks, words, params, identity)
     log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
     return {
         "num_branches": params.num_branches,
         "num_steps": params.num_steps,
-        "guidance_scale": params.guidance_scale,
+        "guidance_scale": str(params.guidance_scale),
         "rows": {"reference": params.batch_size, "regularization": params.regularization_batch_size},
         "lr_factor": lr_factor(params),
         **_what_trains(groups, begun),
@@ -220,17 +219,6 @@ def _warn_unused_options(params: TrainingParams, caption: str) -> None:
         log.warning("The caption %r is not used: no template has {caption}.", caption)
     if params.caption_transforms and not (caption and has_slot):
         log.warning("caption_transforms change nothing: there is no caption, or no template has {caption}.")
-
-
-def _check_branches_train(groups: Sequence[ParameterGroup], params: TrainingParams) -> None:
-    trained = {group.branch for group in groups}
-    for branch in branches(params.num_branches):
-        name = BRANCH_NAMES[branch]
-        if not trained & {name, "shared"}:
-            raise InputError(
-                f"expected something to train in the {name} branch; got groups for {sorted(trained)} only; "
-                f"add a LoRA group with branch: {name[0]}, or trigger words"
-            )
 
 
 def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:

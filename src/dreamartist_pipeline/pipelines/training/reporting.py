@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import NewConcept, attach, generate
+from dreamartist_pipeline.core.concept import ConceptMetadata
 from dreamartist_pipeline.core.images import image_grid
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.training import StepRecord
@@ -57,7 +58,7 @@ class StepReport:
 
 
 def preview_drawing(
-    backbone: Backbone, new: NewConcept, metadata: Mapping[str, str], params: TrainingParams, tracker: Tracker
+    backbone: Backbone, new: NewConcept, metadata: ConceptMetadata, params: TrainingParams, tracker: Tracker
 ) -> Callable[[int], None] | None:
     """Return what draws the preview prompts with the concept so far, always from the same seeds."""
     prompts = [fill_prompt(prompt, params) for prompt in params.preview.prompts]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from dreamartist_pipeline.backbones.concepts import check_base_model, clip_skip_of, has_zero_terminal_snr
+from dreamartist_pipeline.backbones.concepts import check_base_model
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
@@ -62,7 +62,7 @@ def begin_from(
 
 def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
     """Confirm that the training reads the text states of the layer that the concept was trained with."""
-    expected = clip_skip_of(concept)
+    expected = concept.metadata.clip_skip
     if params.clip_skip != expected:
         raise InputError(
             f"expected training.clip_skip {expected}, which the concept in training.start_from was trained with; got "
@@ -72,7 +72,7 @@ def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
 
 def _check_noise_schedule(concept: Concept, params: TrainingParams) -> None:
     """Confirm that the training has the noise schedule that the concept was trained with."""
-    expected, came = (str(value).lower() for value in (has_zero_terminal_snr(concept), params.zero_terminal_snr))
+    expected, came = (str(value).lower() for value in (concept.metadata.zero_terminal_snr, params.zero_terminal_snr))
     if came != expected:
         raise InputError(
             f"expected training.zero_terminal_snr {expected}, as the concept in training.start_from was trained; got "

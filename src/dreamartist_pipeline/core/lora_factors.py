@@ -1,0 +1,131 @@
+"""The factors of a LoRA update: one type for what a group adds to a layer, and the one check that it is complete."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dreamartist_pipeline.core.branches import BRANCH_NAMES
+from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.params import ResolvedGroup
+
+SHARED = "shared"
+"""The branch of a group that acts on the rows of both."""
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """One layer's update ΔW = scale · up · down and Δbias = scale · bias.
+
+    Attributes:
+        down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution.
+        up: `[out, rank]`, or `[out, rank, 1, 1]`.
+        scale: alpha / rank.
+        bias: `[out]`, or None.
+    """
+
+    down: torch.Tensor = field(repr=False)
+    up: torch.Tensor = field(repr=False)
+    scale: float
+    bias: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of down."""
+        return self.down.shape[0]
+
+    def up_for_scale(self, scale: float) -> torch.Tensor:
+        """Return the `up` with which a reader that multiplies by `scale` gets the same update."""
+        return self.up if self.scale == scale else self.up * (self.scale / scale)
+
+    def bias_for_scale(self, scale: float) -> torch.Tensor:
+        """Return the bias `[out]` for a reader that multiplies by `scale`, as `up_for_scale`; zeros without one."""
+        if self.bias is None:
+            return self.up.new_zeros(len(self.up))
+        return self.bias if self.scale == scale else self.bias * (self.scale / scale)
+
+    def update(self) -> torch.Tensor:
+        """Return ΔW as a matrix `[out, in · kh · kw]`."""
+        return self.up.flatten(1) @ self.down.flatten(1) * self.scale
+
+
+def check_complete(tensors: Mapping[str, torch.Tensor], layer: str, origin: str) -> None:
+    """Confirm that tensors are the factors of one update: down and up of one rank, and at most a bias and an alpha.
+
+    Args:
+        tensors: "down", "up" and perhaps "bias" and "alpha".
+        layer: whose they are.
+        origin: the file or concept they come from, for the message.
+
+    Raises:
+        InputError: one is missing, or their shapes do not go together.
+    """
+    complete = {"down", "up"} <= tensors.keys() and min(tensors["down"].dim(), tensors["up"].dim()) >= 2
+    complete = complete and tensors["down"].shape[0] == tensors["up"].shape[1] > 0
+    complete = complete and ("bias" not in tensors or tensors["bias"].shape == tensors["up"].shape[:1])
+    if not complete or ("alpha" in tensors and tensors["alpha"].numel() != 1):
+        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+        raise InputError(
+            f"expected {origin} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for "
+            f"{layer}; got {shapes}; the file is incomplete: make or download it again"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- in a concept
+
+
+@dataclass(frozen=True)
+class LearnedUpdate:
+    """What one group of a concept has learned for one layer. index: the group's, among those of its network."""
+
+    layer: str
+    index: int
+    group: ResolvedGroup
+    factors: LoRAFactors
+
+
+_KEY = re.compile(
+    rf"(?P<layer>.+)\.(?P<index>\d+)\.(?P<branch>{'|'.join((*BRANCH_NAMES, SHARED))})\.(?P<name>down|up|bias)"
+)
+
+
+def learned_updates(tensors: Mapping[str, torch.Tensor], groups: Sequence[ResolvedGroup]) -> tuple[LearnedUpdate, ...]:
+    """Return the updates that a network's tensors hold, by layer, group and branch.
+
+    Args:
+        tensors: "<layer>.<group index>.<branch>.<down|up|bias>" -> tensor, as `AdapterStack.state_dict` returns them.
+        groups: those of the network, for alpha, branch and bias.
+
+    Raises:
+        InputError: a tensor of another name, of no group, or an incomplete update.
+    """
+    found: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise InputError(
+                f"expected adapter tensors named '<layer>.<group>.<branch>.<down|up|bias>', got {key!r}; "
+                "load a concept that this project saved"
+            )
+        found.setdefault((match["layer"], int(match["index"]), match["branch"]), {})[match["name"]] = tensor
+    return tuple(_learned(*at, parts, groups) for at, parts in sorted(found.items()))
+
+
+def _learned(
+    layer: str, index: int, branch: str, parts: Mapping[str, torch.Tensor], groups: Sequence[ResolvedGroup]
+) -> LearnedUpdate:
+    group = groups[index] if index < len(groups) else None
+    if group is None or group.branch != branch or ("bias" in parts) != group.bias:
+        raise InputError(
+            f"expected the tensors of one of {len(groups)} LoRA groups, {[group.name for group in groups]}, with a "
+            f"bias where the group has one; got {sorted(parts)} of {branch} group {index} in {layer}; the file is "
+            "incomplete: train the concept again"
+        )
+    check_complete(parts, layer, "the concept")
+    down = parts["down"]
+    return LearnedUpdate(
+        layer, index, group, LoRAFactors(down, parts["up"], group.alpha / len(down), parts.get("bias"))
+    )
