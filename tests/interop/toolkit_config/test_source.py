@@ -1,0 +1,145 @@
+"""Base files, references and resolvers, and the report of what is not carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dreamartist_pipeline.interop.toolkit_config import ImportedConfig
+
+Import = Callable[..., ImportedConfig]
+TUTORIAL = Path(__file__).with_name("tutorial.yaml").read_text(encoding="utf-8")
+PAIR = Path(__file__).with_name("pair.yaml").read_text(encoding="utf-8")
+FULL = Path(__file__).with_name("full.yaml").read_text(encoding="utf-8")
+
+
+def test_every_other_key_is_named(imported: ImportedConfig) -> None:
+    assert set(imported.left_out) == {
+        "exp_dir",
+        "train.save_step",
+        "model.enable_xformers",
+        "data.dataset1.source.data_source1.img_root",
+        "data.dataset_class.source.data_source1.caption_file",
+    }
+    assert "preview" in imported.left_out["train.save_step"]
+
+
+def test_an_unknown_key_is_named(read_full: Import) -> None:
+    left_out = read_full(f"{FULL}\nbells: whistles\n").left_out
+    assert left_out["bells"] == "'whistles': not supported"
+
+
+def test_a_missing_base_file_and_references_into_it_are_named(imported_from: Import) -> None:
+    text = FULL.replace("cfg_scale", "workers: ${train.nothing}\n  cfg_scale")
+    imported = imported_from(text)
+    assert "_base_ cfgs/train/train_base.yaml" in imported.left_out
+    assert "${train.nothing}" in imported.left_out["train.workers"]
+    assert "num_steps" not in imported.parameters["training"]
+    assert "templates" not in imported.parameters["training"]
+
+
+def test_eval_is_not_run(read_full: Import) -> None:
+    text = FULL.replace("'512*512'", "'__import__(\"os\").getpid()'")
+    imported = read_full(text)
+    assert "ingestion" not in imported.parameters or "bucket" not in imported.parameters["ingestion"]
+    assert "data.dataset1.bucket.target_area._args_.0" in imported.left_out
+
+
+def test_a_checkpoint_to_resume_from_is_named_with_start_from(imported_from: Import) -> None:
+    resume = "\n  resume: {ckpt_path: {unet: [ckpts/unet-100.safetensors]}, start_step: 100}"
+    left_out = imported_from(FULL.replace("\n  save_step: 100", resume)).left_out
+    assert "kedro run --pipeline import" in left_out["train.resume.ckpt_path.unet.0"]
+    assert "training.start_from" in left_out["train.resume.start_step"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("bells: 0\n", "bells"),
+        ("bells: False\n", "bells"),
+        ("bells: {whistles: [0.0]}\n", "bells.whistles.0"),
+        ("train: {set_grads_to_none: False}\n", "train.set_grads_to_none"),
+        ("_base_x: 1\n", "_base_x"),
+    ],
+)
+def test_zero_and_false_are_named(imported_from: Import, text: str, key: str) -> None:
+    assert key in imported_from(TUTORIAL + text).left_out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["allow_tf32: False\n", "model: {ema_unet: 0, clip_final_norm: True}\n", "bells: null\n", "bells: []\n"],
+)
+def test_values_without_effect_are_not_named(imported_from: Import, text: str) -> None:
+    assert set(imported_from(TUTORIAL + text).left_out) == set(imported_from(TUTORIAL).left_out)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "given"),
+    [
+        ("model: {clip_skip: '${x.y}'}\n", "model.clip_skip", "${x.y}"),
+        ("seed: ${seed}\n", "seed", "${seed}"),
+        ("seed: ???\n", "seed", "???"),
+        ("seed: '${oc.env:HOME}'\n", "seed", "${oc.env:HOME}"),
+        ("bells: [1, '${x.y}']\n", "bells.1", "${x.y}"),
+    ],
+)
+def test_an_unresolved_reference_is_named(imported_from: Import, text: str, key: str, given: str) -> None:
+    imported = imported_from(TUTORIAL + text)
+    assert given in imported.left_out[key]
+    assert not {"seed", "clip_skip"} & set(imported.parameters["training"])
+
+
+def test_an_unresolved_value_keeps_the_reason_for_its_key(imported_from: Import) -> None:
+    assert "subject" in imported_from(TUTORIAL + "exp_dir: 'exps/${hcp.time:}'\n").left_out["exp_dir"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "${oc.env:SECRET}",
+        "${ oc.env:SECRET}",
+        "${oc.env:SECRET,{a:1}}",
+        "${oc.env:UNSET,${bells}}",
+        "${oc.env:${name}}",
+        "${${resolver}:SECRET}",
+        r"\\${oc.env:SECRET}",
+        "x${bells}${oc.env:SECRET}",
+    ],
+)
+@pytest.mark.parametrize("key", ["exp_dir", "_base_", "exp_dir_copy"])
+def test_resolvers_are_not_run(imported_from: Import, monkeypatch: pytest.MonkeyPatch, call: str, key: str) -> None:
+    monkeypatch.setenv("SECRET", "hidden value")
+    config = {"resolver": "oc.env", "name": "SECRET", "bells": "whistles", "exp_dir": "here"}
+    text = yaml.safe_dump(config | {key: call} | ({"bells": "${exp_dir_copy}"} if key == "exp_dir_copy" else {}))
+    imported = imported_from(TUTORIAL + text)
+    assert "hidden value" not in str(imported)
+    assert any("${" in name + why for name, why in imported.left_out.items())
+
+
+def test_resolvers_are_not_run_when_a_file_is_merged_over_its_base(imported_from: Import) -> None:
+    base = "model: '${oc.create:{clip_skip: 1}}'\n"
+    imported = imported_from(f"_base_: base.yaml\n{TUTORIAL}model: {{enable_xformers: true}}\n", base_yaml=base)
+    assert "clip_skip" not in imported.parameters["training"]
+
+
+def test_a_resolver_of_a_product_is_that_product(imported_from: Import) -> None:
+    bucket = "bucket: {target_area: '${times:512*512}'}"
+    imported = imported_from(f"{PAIR}data: {{batch_size: 4, {bucket}}}\n")
+    assert imported.parameters["ingestion"]["bucket"]["side_px"] == 512
+
+
+def test_a_reference_inside_a_reference_is_resolved(imported_from: Import) -> None:
+    imported = imported_from(TUTORIAL + "seed: '${seeds.${which}}'\nwhich: b\nseeds: {a: 1, b: 2}\n")
+    assert imported.parameters["training"]["seed"] == 2
+
+
+def test_a_value_of_a_base_file_is_overridden(imported_from: Import) -> None:
+    bases = {"first_yaml": "seed: 1\ntrain: {noise_offset: 0.1}", "second_yaml": "seed: '${oc.env:HOME}'"}
+    imported = imported_from("_base_: [first.yaml, second.yaml]\nseed: 3\n" + TUTORIAL, **bases)
+    assert imported.parameters["training"]["seed"] == 3
+    assert imported.parameters["training"]["noise_offset"] == 0.1
+    assert "seed" not in imported.left_out
