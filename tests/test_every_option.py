@@ -103,7 +103,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "evaluation.text_image_model",
             "evaluation.color_agreement",
         ),
-        "test_the_node_returns_sheet_metrics_and_table_and_tracks_them": (
+        "test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet": (
             "evaluation.prompts",
             "evaluation.prior_prompts",
             "evaluation.class_word",
