@@ -329,7 +329,8 @@ class RunRecordHooks:
 
         if mlflow.active_run() is not None:
             mlflow.flush_async_logging()
-            mlflow.set_tag("error", f"{type(error).__name__}: {error}"[:_TAG_LENGTH])
+            reason = input_error_in(error) or error  # datasets wrap what they raise
+            mlflow.set_tag("error", f"{type(reason).__name__}: {reason}"[:_TAG_LENGTH])
 
 
 def close_interrupted_run() -> None:
