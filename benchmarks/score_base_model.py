@@ -21,7 +21,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from kedro.config import OmegaConfigLoader
 from kedro.io import DatasetError
 from PIL import Image
 from tqdm.auto import tqdm
@@ -52,7 +51,7 @@ from dreamartist_pipeline.embedded.scenes import Scenes, Shown, TintRule, compos
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 from dreamartist_pipeline.params import DeviceParams, PretrainParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.schedulers import SHORT_SCHEDULERS
-from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS
+from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
 
 ROOT = Path(__file__).resolve().parents[1]
 SPRITES = ROOT / "data/02_intermediate/pretrain/sprites.safetensors"
@@ -220,7 +219,7 @@ def held_out_sprites() -> SpriteSet | None:
     """Render the objects that no stage of training has seen, or return None where the packages are absent."""
     from dreamartist_pipeline.embedded.sprites import choose_held_out_sprites, draw_sprites
 
-    configuration = OmegaConfigLoader(conf_source=str(ROOT / "conf"), **CONFIG_LOADER_ARGS)
+    configuration = CONFIG_LOADER_CLASS(conf_source=str(ROOT / "conf"), **CONFIG_LOADER_ARGS)
     entry, recipe = configuration["catalog"]["sprite_packages"], configuration["parameters"]["pretrain"]
     params = PretrainParams.model_validate(recipe)
     try:

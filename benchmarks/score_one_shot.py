@@ -1,11 +1,13 @@
-"""Score one-shot training: does the prompt still decide about everything but the subject? Print one table.
+"""Score one-shot training: is the subject recognised, and does the prompt decide about all else? Print the tables.
 
     python benchmarks/score_one_shot.py
-    python benchmarks/score_one_shot.py --subjects owl robot --workers 2
+    python benchmarks/score_one_shot.py --subjects development --workers 2
+    python benchmarks/score_one_shot.py --subjects development --base-model FOLDER --no-judge --fixed-gallery
 
-Each subject is trained from its one bundled picture (`kedro run`; a run that is already there is read). Then the base
-model and every concept draw the same prompts from the same seeds, the concept with its trigger word where the base
-model's prompt names an object, and the judge says whether background and object colour came as asked.
+Each subject is trained from its one bundled picture (`kedro run`; a run that is already there is read). Recognition: an
+independent network looks for the subject in pictures of the concept, among drawings of many objects. Obedience: base
+model and concepts draw the same prompts from the same seeds, the concept with its trigger word where the base model's
+prompt names an object, and the judge says whether background and object colour came as asked.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from kedro.io import DatasetError
 from PIL import Image
 from tqdm.auto import tqdm
 
-from compare_methods import ROOT, SUBJECTS, Run, run_all
+from compare_methods import EVALUATOR, ROOT, SUBJECTS, Run, run_all
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, generate
+from dreamartist_pipeline.backbones.evaluators import load_evaluator
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.images import image_grid, to_tensor
 from dreamartist_pipeline.datasets.concept import ConceptDataset
@@ -29,13 +34,35 @@ from dreamartist_pipeline.embedded.datasets import JudgeDataset
 from dreamartist_pipeline.embedded.judge import Judge, agreement, judge_images, said_in_caption
 from dreamartist_pipeline.embedded.scenes import Shown, draw_scenes
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
-from score_base_model import nameable
+from one_shot.prompts import Prompts, draw_prompts, fill
+from one_shot.recognition import (
+    ALL,
+    CLASS_WORD,
+    CONCEPTS,
+    FIXED,
+    KNOWN,
+    KNOWN_OBJECTS,
+    Drawn,
+    answers,
+    build_galleries,
+    draw_ceilings,
+)
+from one_shot.report import objects_to_markdown, sheet, summarize, summary_to_markdown, targets_to_markdown
+from one_shot.world import World, load_world
+from score_base_model import nameable, reconstruct
 
 HELD_OUT_STYLE = "mushroom-outline"  # a subject drawn in the style that the base model never saw
+GROUPS = {  # of subjects: what is chosen by trying is chosen on the first, and reported on the second
+    "development": ("guitar", "sailboat", "pineapple", "cupcake", "teapot"),
+    "reporting": (*SUBJECTS, HELD_OUT_STYLE),
+}
 BASE = "base model"
 TOLERANCE = 0.10 + 1e-9  # how far a concept may fall behind the base model; rounding aside
 COLUMNS = {"background": "background", "tint": "object colour"}
 SHOWN_PROMPTS = 7  # pictures of each subject in the overview
+
+
+# ------------------------------------------------------------------------------------------- obedience
 
 
 @dataclass(frozen=True)
@@ -77,14 +104,17 @@ def score(judge: Judge, images: Sequence[Image.Image], tasks: Sequence[Task]) ->
 
 
 def draw(
-    backbone: Backbone, concept: Concept | None, tasks: Sequence[Task], sampler: SamplerParams
+    backbone: Backbone, concept: Concept | None, prompts: Sequence[str], sampler: SamplerParams
 ) -> list[Image.Image]:
-    """Draw every task once; the seeds count up from 0."""
+    """Draw every prompt once, a concept's with its word in place of `{}`; the seeds count up from 0."""
     loaded = attach(backbone, concept, StrengthParams())
-    words = [positive for positive, _ in loaded.trigger_words.values()]
-    prompts = [task.template.format(words[0]) if words else task.shown.caption for task in tasks]
-    with tqdm(total=len(tasks), desc=words[0] if words else BASE, unit="image") as bar:
-        return generate(backbone, loaded, prompts, "", range(len(tasks)), sampler, progress=bar.update)
+    label = BASE
+    if concept is not None:
+        trigger_words = [positive for positive, _ in loaded.trigger_words.values()]
+        label = trigger_words[0] if trigger_words else concept.metadata["class_word"]
+        prompts = fill(prompts, label)
+    with tqdm(total=len(prompts), desc=label, unit="image") as bar:
+        return generate(backbone, loaded, prompts, "", range(len(prompts)), sampler, progress=bar.update)
 
 
 def tabulate(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
@@ -119,17 +149,80 @@ def overview(
     return image_grid(images, columns=1 + SHOWN_PROMPTS, labels=labels)
 
 
+def score_obedience(
+    backbone: Backbone, judge: Judge, concepts: dict[str, Concept], options: argparse.Namespace, sampler: SamplerParams
+) -> str:
+    """Draw, judge, write table and overview, and return the report."""
+    tasks = draw_tasks(judge, options.num_prompts, options.seed)
+    rows = {BASE: score(judge, draw(backbone, None, [task.shown.caption for task in tasks], sampler), tasks)}
+    drawn = []
+    for subject, concept in concepts.items():
+        drawn.append(draw(backbone, concept, [task.template for task in tasks], sampler))
+        rows[subject] = score(judge, drawn[-1], tasks)
+    table = tabulate(rows)
+    table.to_csv(options.output / "one_shot.csv", index_label="subject")
+    references = [Image.open(options.images / f"{subject}.png") for subject in concepts]
+    overview(references, drawn, tasks).save(options.output / "one_shot.png")
+    return (
+        f"Obedience, by the judge: {len(tasks)} prompts, the same seeds in every row; in brackets the difference to "
+        f"the base model in points.\n\n{to_markdown(table)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------- recognition
+
+
+def score_recognition(
+    backbone: Backbone, world: World, concepts: dict[str, Concept], options: argparse.Namespace, sampler: SamplerParams
+) -> str:
+    """Draw, look for the objects, write table and cut-outs, and return the report."""
+    prompts = draw_prompts(options.recognition_prompts, options.seed)
+    of_concepts, others = draw_rows(backbone, world, concepts, prompts, sampler)
+    evaluator = load_evaluator(EVALUATOR, backbone.device)
+    galleries = build_galleries(world, options.galleries, backbone.image_px, evaluator)
+    every = pd.concat([answers(one, prompts, galleries, evaluator) for one in (*of_concepts, *others)])
+    summary = summarize(every)
+    every.to_csv(options.output / "recognition_pictures.csv", index=False)
+    summary.to_csv(options.output / "recognition.csv")
+    sheet(of_concepts, every, prompts).save(options.output / "recognition.png")
+    return (
+        f"Recognition, by {EVALUATOR}: {len(prompts)} prompts, the same seeds in every row, among {len(world.fixed)} "
+        f"objects; in brackets 95 % intervals over {len(of_concepts)} subjects or {len(KNOWN_OBJECTS)} known objects."
+        f"\n\n{summary_to_markdown(summary)}\n\n{targets_to_markdown(summary)}\n\n{objects_to_markdown(every)}"
+    )
+
+
+def draw_rows(
+    backbone: Backbone, world: World, concepts: dict[str, Concept], prompts: Prompts, sampler: SamplerParams
+) -> tuple[list[Drawn], list[Drawn]]:
+    """Return the pictures of the concepts; and those of known objects, of class words, and the ceilings."""
+    by_concepts, by_words = [], []
+    for subject, style in world.references.items():
+        pictures = draw(backbone, concepts[subject], prompts.templates, sampler)
+        by_concepts.append(Drawn(CONCEPTS, subject, style, pictures))
+        pictures = draw(backbone, None, fill(prompts.templates, subject), sampler)
+        by_words.append(Drawn(CLASS_WORD, subject, style, pictures))
+    for word, style in KNOWN_OBJECTS.items():
+        by_words.append(Drawn(KNOWN, word, style, draw(backbone, None, fill(prompts.templates, word), sampler)))
+    ceilings = draw_ceilings(world, prompts, backbone.image_px, partial(reconstruct, backbone))
+    return by_concepts, [*by_words, *ceilings]
+
+
+# ------------------------------------------------------------------------------------------- command
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is missing, draw, judge, print and write."""
+    """Train what is missing, draw, score, print and write."""
     options = _parse(arguments)
-    judge = JudgeDataset(filepath=str(options.judge)).load()
+    world = load_world(ROOT, options.images, options.subjects) if options.recognition else None
+    judge = _load_judge(options.judge) if options.use_judge else None
     runs = [
         Run(
             subject,
             options.method,
-            options.images.resolve() / f"{subject}.png",
+            options.images / f"{subject}.png",
             options.base_model.resolve(),
-            (),
+            tuple(options.params),
             "local",
         )
         for subject in options.subjects
@@ -139,36 +232,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_all(runs, options.workers)
     backbone = load_backbone(BaseModelFiles(options.base_model), DeviceParams())
     sampler = SamplerParams(batch_size=30)
-    tasks = draw_tasks(judge, options.num_prompts, options.seed)
-    rows, drawn = {BASE: score(judge, draw(backbone, None, tasks, sampler), tasks)}, []
-    for run in runs:
-        concept = ConceptDataset(filepath=str(ROOT / "data/06_models" / run.name / "concept.safetensors")).load()
-        drawn.append(draw(backbone, concept, tasks, sampler))
-        rows[run.subject] = score(judge, drawn[-1], tasks)
-    table = tabulate(rows)
-    report = (
-        f"{len(tasks)} prompts, the same seeds in every row, method {options.method}; in brackets the difference to "
-        f"the base model in points.\n\n{to_markdown(table)}\n"
-    )
+    concepts = {
+        run.subject: ConceptDataset(filepath=str(ROOT / "data/06_models" / run.name / "concept.safetensors")).load()
+        for run in runs
+    }
     options.output.mkdir(parents=True, exist_ok=True)
+    parts = [f"Base model {backbone.name} ({backbone.fingerprint}), method {options.method}."]
+    if judge is not None:
+        parts.append(score_obedience(backbone, judge, concepts, options, sampler))
+    if world is not None:
+        parts.append(score_recognition(backbone, world, concepts, options, sampler))
+    report = "\n\n".join(parts) + "\n"
     (options.output / "one_shot.md").write_text(report, encoding="utf-8")
-    table.to_csv(options.output / "one_shot.csv", index_label="subject")
-    overview([Image.open(run.image) for run in runs], drawn, tasks).save(options.output / "one_shot.png")
-    print(f"\n{report}\nwritten to {options.output}: one_shot.md, one_shot.csv, one_shot.png")
+    print(f"\n{report}\nwritten to {options.output}")
+
+
+def _load_judge(file: Path) -> Judge:
+    try:
+        return JudgeDataset(filepath=str(file)).load()
+    except DatasetError as error:
+        raise SystemExit(str(error)) from error
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=[*SUBJECTS, HELD_OUT_STYLE])
+    parser.add_argument(
+        "--subjects", nargs="+", default=["reporting"], help=f"names of pictures; {' or '.join(GROUPS)} is a group"
+    )
     parser.add_argument("--method", default="dreamartist-plus-plus", help="of conf/base/parameters_training.yml")
     parser.add_argument("--images", type=Path, default=ROOT / "data/01_raw/reference_images")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data/01_raw/base_model")
+    parser.add_argument("--params", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters of every run")
     parser.add_argument("--judge", type=Path, default=ROOT / "data/01_raw/judge/judge.safetensors")
-    parser.add_argument("--num-prompts", type=int, default=90, help="per subject")
+    parser.add_argument("--no-judge", dest="use_judge", action="store_false", help="recognition alone")
+    parser.add_argument("--num-prompts", type=int, default=90, help="for the judge, per subject")
+    parser.add_argument("--no-recognition", dest="recognition", action="store_false", help="obedience alone")
+    parser.add_argument(
+        "--recognition-prompts", type=int, default=8, help="of another colour, of another style, small; twice plain"
+    )
+    parser.add_argument(
+        "--fixed-gallery",
+        dest="galleries",
+        action="store_const",
+        const=(FIXED,),
+        default=(FIXED, ALL),
+        help="not among all objects; minutes less",
+    )
     parser.add_argument("--seed", type=int, default=3_000_000, help="of the prompts")
     parser.add_argument("--workers", type=int, default=1, help="trainings side by side; set OMP_NUM_THREADS=1 with it")
     parser.add_argument("--output", type=Path, default=ROOT / "data/08_reporting/one_shot")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not (options.use_judge or options.recognition):
+        parser.error("--no-judge and --no-recognition leave nothing to score; give one of them")
+    options.images = options.images.resolve()
+    options.subjects = [name for one in options.subjects for name in GROUPS.get(one, (one,))]
+    return options
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
     python data/01_raw/reference_images/make_reference_images.py
 
-Needs the `pretrain` extra and the sprite packages (see data/01_raw/sprite_packages).
-Sources and licences are in the README beside this file.
+Needs the `pretrain` extra and the sprite packages (`make sprites`). What is rendered stands in `sources.yml`; authors
+and licences are in the README beside this file.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from PIL import Image
 
 from dreamartist_pipeline.embedded.datasets import SpritePackagesDataset
-from dreamartist_pipeline.pipelines.pretrain.rendering import icon_svg, rasterize
+from dreamartist_pipeline.embedded.sprites import icon_svg, rasterize
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
@@ -27,22 +28,9 @@ HELD_OUT_PACKAGES = {  # never read by the pretrain pipeline
         "members": ["icons.json"],
     }
 }
-SUBJECTS = {  # file name -> sprite package, icon
-    "fox": ("noto", "fox"),
-    "octopus": ("twemoji", "octopus"),
-    "strawberry": ("noto", "strawberry"),
-    "owl": ("twemoji", "owl"),
-    "robot": ("noto", "robot"),
-    "rocket": ("twemoji", "rocket"),
-    "mushroom": ("noto", "mushroom"),
-    "penguin": ("twemoji", "penguin"),
-    "snail": ("noto", "snail"),
-    "umbrella": ("twemoji", "umbrella"),
-    "mushroom-outline": ("streamline-emojis", "mushroom"),
-}
 
 
-def render(collection: dict, icon: str) -> Image.Image:
+def render(collection: dict[str, Any], icon: str) -> Image.Image:
     """Draw one icon in the middle of a plain square."""
     name = collection.get("aliases", {}).get(icon, {}).get("parent", icon)
     pixels = rasterize(icon_svg(collection, name), SIDE_PX - 2 * MARGIN_PX)
@@ -55,15 +43,17 @@ def render(collection: dict, icon: str) -> Image.Image:
 
 
 def main() -> None:
+    """Render every picture of `sources.yml`, with its caption."""
+    sources = yaml.safe_load((FOLDER / "sources.yml").read_text(encoding="utf-8"))
     catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog_pretrain.yml").read_text(encoding="utf-8"))
     entry = catalog["sprite_packages"]
     specs = {**entry["packages"], **HELD_OUT_PACKAGES}
-    wanted = {package: specs[package] for package, _ in SUBJECTS.values()}
+    wanted = {source["package"]: specs[source["package"]] for source in sources.values()}
     packages = SpritePackagesDataset(path=str(ROOT / entry["path"]), packages=wanted).load()
-    for file_name, (package, icon) in SUBJECTS.items():
-        image = render(packages[package]["icons"], icon)
-        image.save(FOLDER / f"{file_name}.png", optimize=True)
-        (FOLDER / f"{file_name}.txt").write_text(f"{CAPTION}\n", encoding="utf-8")
+    for subject, source in sources.items():
+        image = render(packages[source["package"]]["icons"], source["icon"])
+        image.save(FOLDER / f"{subject}.png", optimize=True)
+        (FOLDER / f"{subject}.txt").write_text(f"{CAPTION}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

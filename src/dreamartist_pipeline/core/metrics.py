@@ -14,7 +14,7 @@ from PIL import Image
 
 OBJECT_TOLERANCE = 40 / 255  # largest channel difference that still counts as background
 UNIFORM_SHARE = 0.6  # of the border pixels, so that the border is one colour and the rest is an object
-REGION_MARGIN = 0.15  # white around the object, as a share of its longer side
+REGION_MARGIN = 0.15  # ground around the object, as a share of its longer side
 
 _SUBJECT_SIDE = re.compile(r"\{pt\d+\}[^,{}]*? on the (left|right)\b")
 
@@ -47,16 +47,24 @@ def object_mask(image: Image.Image) -> torch.Tensor:
     return differs
 
 
-def object_region(image: Image.Image) -> Image.Image:
-    """Cut the object out: a square RGB picture of it alone, centred on white, whatever its background and size were."""
-    mask = object_mask(image)
+def object_region(
+    image: Image.Image, ground: str | tuple[int, int, int] = "white", mask: torch.Tensor | None = None
+) -> Image.Image:
+    """Cut the object out: a square RGB picture of it alone, whatever its background and size were.
+
+    Args:
+        image: the picture.
+        ground: the colour that the object is laid on, in the middle.
+        mask: bool `[H, W]`, True where the object is; by default what `object_mask` finds.
+    """
+    mask = object_mask(image) if mask is None else mask
     if bool(mask.all()):
         return image.convert("RGB")
     rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
     alpha = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
     side_px = round(max(box[2] - box[0], box[3] - box[1]) * (1 + REGION_MARGIN))
-    region = Image.new("RGB", (side_px, side_px), "white")
+    region = Image.new("RGB", (side_px, side_px), ground)
     corner = ((side_px - (box[2] - box[0])) // 2, (side_px - (box[3] - box[1])) // 2)
     region.paste(image.convert("RGB").crop(box), corner, alpha.crop(box))
     return region

@@ -1,0 +1,158 @@
+"""Recognition: hand-derived ranks and intervals, and what the cut-outs leave of a picture."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dreamartist_pipeline.core.metrics import pixels
+from dreamartist_pipeline.embedded.recognition import (
+    GROUND,
+    Gallery,
+    bootstrap_mean,
+    cut_out,
+    cut_out_drawings,
+    luminance,
+    recognize,
+)
+
+
+def _direction(degrees: float) -> list[float]:
+    return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
+
+
+@pytest.fixture
+def gallery() -> Gallery:
+    """Drawings in a plane: two of a fox, at 0° and 90°, an owl at 30°, a snail at 60° and one at 180°."""
+    embeddings = torch.tensor([_direction(angle) for angle in (0, 90, 30, 60, 180)])
+    return Gallery(embeddings, ("fox", "fox", "owl", "snail", "snail"), ("flat", "noto", "flat", "flat", "noto"))
+
+
+def test_an_object_is_as_near_as_the_nearest_of_its_drawings(gallery: Gallery) -> None:
+    pictures = torch.tensor([_direction(angle) for angle in (80, 40, 20)])
+    found = recognize(pictures, gallery, "fox")
+    # 80°: fox 10°, snail 20°, owl 50° · 40°: owl 10°, snail 20°, fox 40° · 20°: owl 10°, fox 20°, snail 40°
+    assert found.ranks == (1, 3, 2)
+    assert found.nearest == ("fox", "owl", "owl")
+
+
+def test_objects_are_counted_and_not_drawings(gallery: Gallery) -> None:
+    """Both foxes are nearer than the snail, which is second all the same."""
+    pair = Gallery(gallery.embeddings[[2, 3, 4]], ("fox", "fox", "snail"), ("flat", "noto", "flat"))
+    assert recognize(torch.tensor([_direction(45)]), pair, "snail").ranks == (2,)
+
+
+def test_the_style_of_the_reference_is_left_out_of_the_gallery(gallery: Gallery) -> None:
+    picture = torch.tensor([_direction(85)])
+    assert recognize(picture, gallery, "fox").nearest == ("fox",)
+    others = gallery.without_style("noto")
+    assert (others.objects, set(others.styles)) == (("fox", "owl", "snail"), {"flat"})
+    assert recognize(picture, others, "fox").nearest == ("snail",)
+    assert recognize(picture, others, "fox").ranks == (3,)
+
+
+def test_a_smaller_gallery_has_fewer_objects_to_be_taken_for(gallery: Gallery) -> None:
+    fewer = gallery.of_objects({"fox", "snail"})
+    assert fewer.objects == ("fox", "fox", "snail", "snail")
+    assert recognize(torch.tensor([_direction(20)]), fewer, "fox").ranks == (1,)
+
+
+def test_an_object_without_a_drawing_cannot_be_recognized(gallery: Gallery) -> None:
+    with pytest.raises(ValueError, match="expected a drawing of 'rocket' in the gallery, got 3 other objects"):
+        recognize(torch.tensor([_direction(0)]), gallery, "rocket")
+
+
+def _disc(color: tuple[int, int, int], background: str) -> Image.Image:
+    image = Image.new("RGB", (64, 64), background)
+    ImageDraw.Draw(image).ellipse((12, 20, 43, 51), fill=color)
+    return image
+
+
+def test_a_cut_out_is_the_object_on_grey_whatever_was_behind_it() -> None:
+    red = (220, 40, 40)
+    first, second = cut_out(_disc(red, "white")), cut_out(_disc(red, "blue"))
+    assert first.tobytes() == second.tobytes()
+    assert first.size == (37, 37)  # 32 px and a margin of 15 %
+    assert (first.getpixel((0, 0)), first.getpixel((18, 18))) == (GROUND, red)
+
+
+def test_colour_does_not_matter_to_a_cut_out_without_colours() -> None:
+    red, green = (200, 0, 0), (0, 101, 4)  # 0.299 R + 0.587 G + 0.114 B: 59.8 and 59.7
+    first, second = cut_out(_disc(red, "white")), cut_out(_disc(green, "yellow"))
+    assert first.tobytes() != second.tobytes()
+    assert luminance(first).tobytes() == luminance(second).tobytes()
+    assert luminance(first).getpixel((18, 18)) == (60, 60, 60)
+    assert luminance(first).getpixel((0, 0)) == GROUND
+
+
+def _opaque(*colors: tuple[int, int, int]) -> torch.Tensor:
+    sprites = torch.full((len(colors), 4, 72, 72), 255, dtype=torch.uint8)
+    sprites[:, :3] = torch.tensor(colors, dtype=torch.uint8)[:, :, None, None]
+    return sprites
+
+
+def test_a_drawing_is_cut_out_as_the_same_object_of_a_picture_is() -> None:
+    (drawing,) = cut_out_drawings(_opaque((220, 40, 40)), 40)
+    picture = Image.new("RGB", (40, 40), GROUND)
+    picture.paste((220, 40, 40), (2, 2, 38, 38))  # 36 px: 0.9 of the side
+    assert drawing.size == (41, 41)  # and the margin
+    assert drawing.tobytes() == cut_out(picture).tobytes()
+
+
+def test_a_grey_drawing_is_whole() -> None:
+    sprites = _opaque((130, 130, 130))
+    sprites[:, :, :, :8] = torch.tensor([255, 0, 0, 255], dtype=torch.uint8)[
+        :, None, None
+    ]  # all that differs from grey
+    (drawing,) = cut_out_drawings(sprites, 40)
+    assert drawing.size == (41, 41)
+    assert drawing.getpixel((20, 20)) == (130, 130, 130)
+
+
+def test_every_drawing_in_a_picture_of_its_own_is_recognized_as_itself() -> None:
+    """Pixels stand in for a network: the same drawing in front of another background is the nearest."""
+    sprites = torch.randint(0, 256, (4, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sprites[:, 3] = 255
+    drawings = cut_out_drawings(sprites, 40)
+    gallery = Gallery(torch.stack([_pixel_embedding(drawing) for drawing in drawings]), tuple("abcd"), ("flat",) * 4)
+    for drawing, word in zip(drawings, gallery.objects, strict=True):
+        picture = Image.new("RGB", (64, 64), "blue")
+        picture.paste(drawing.crop((2, 2, 38, 38)).resize((30, 30)), (20, 10))
+        found = recognize(_pixel_embedding(cut_out(picture))[None], gallery, word)
+        assert (found.ranks, found.nearest) == ((1,), (word,))
+
+
+def _pixel_embedding(image: Image.Image) -> torch.Tensor:
+    return torch.nn.functional.normalize((pixels(image.resize((16, 16))) - 0.5).flatten(), dim=0)
+
+
+def test_the_interval_of_equal_values_is_their_mean() -> None:
+    estimate = bootstrap_mean([0.25] * 6)
+    assert (estimate.mean, estimate.low, estimate.high) == (0.25, 0.25, 0.25)
+
+
+def test_the_interval_of_five_ones_and_five_zeros_is_that_of_ten_fair_coins() -> None:
+    """Resampled means are Binomial(10, 1/2) / 10: P(≤ 1) = 0.011 and P(≤ 2) = 0.055 put the 2.5 % quantile at 0.2."""
+    estimate = bootstrap_mean([1.0, 0.0] * 5)
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.5, 0.2, 0.8))
+
+
+def test_the_interval_narrows_with_less_confidence() -> None:
+    values = [0.1, 0.4, 0.35, 0.8, 0.6, 0.2]
+    wide, narrow = bootstrap_mean(values, seed=3), bootstrap_mean(values, seed=3, confidence=0.5)
+    assert wide.low < narrow.low < wide.mean < narrow.high < wide.high
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    values = [0.1, 0.4, 0.35, 0.8, 0.6, 0.2]
+    first, again, other = (bootstrap_mean(values, seed=seed, num_resamples=20) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_an_interval_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected values to average, got none"):
+        bootstrap_mean([])
