@@ -618,7 +618,7 @@ def test_the_loss_is_weighted_by_the_signal_to_noise_ratio(train: Train, backbon
         values = {"weighting": weighting, "snr_gamma": gamma}
         return train(loss=values, timesteps=FIRST_TIMESTEP).first("loss_reference")
 
-    snr = backbone.schedule.snr(torch.tensor([0])).item()
+    snr = backbone.objective.snr(torch.tensor([0])).item()
     assert snr > gamma
     assert loss("min_snr") / loss("none") == pytest.approx(gamma / (snr + 1), rel=1e-4)  # of a model that predicts v
     soft = gamma**3 / (snr**2 + gamma**3) * snr / (snr + 1)

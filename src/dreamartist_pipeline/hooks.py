@@ -146,7 +146,7 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
         try:
             built[section] = SECTIONS[section].model_validate(parameters[section])
         except ValidationError as error:
-            problems += [f"  {_problem(section, detail)}" for detail in error.errors()]
+            problems += [f"  {_problem(section, detail)}" for detail in _first_errors(error)]
     if problems:
         raise InputError(
             "expected parameters as src/dreamartist_pipeline/params.py describes them; got\n"
@@ -154,6 +154,16 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             + "\ncorrect them in conf/ or in --params"
         )
     return built
+
+
+def _first_errors(error: ValidationError) -> list[ErrorDetails]:
+    """Return the errors without those in the value of a key that does not exist."""
+    unknown = {detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"}
+    return [
+        detail
+        for detail in error.errors()
+        if detail["type"] == "extra_forbidden" or not any(detail["loc"][: len(key)] == key for key in unknown)
+    ]
 
 
 def _problem(section: str, detail: ErrorDetails) -> str:
@@ -188,14 +198,14 @@ def check_exportable(training: TrainingParams, export: ExportParams) -> None:
     Raises:
         InputError: an option of a LoRA group that files of other tools cannot hold.
     """
-    for network in ("lora_unet", "lora_text_encoder"):
-        for index, group in enumerate(getattr(training, network)):
+    for network, groups in training.lora.items():
+        for index, group in enumerate(groups):
             option, refusing = _not_exportable(group, export.formats)
             if refusing:
                 others = [form for form in export.formats if form not in refusing]
                 raise InputError(
                     "expected LoRA groups that other tools' files can hold, because this run exports what it trains; "
-                    f"got training.{network}.{index} with {option}, which {', '.join(refusing)} cannot hold; "
+                    f"got training.lora_{network}.{index} with {option}, which {', '.join(refusing)} cannot hold; "
                     + (f"leave these formats out, export.formats=[{','.join(others)}], or " if others else "")
                     + "run without the export: kedro run --pipelines train,evaluate"
                 )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from dreamartist_pipeline.backbones.base_model import (
     Backbone,
@@ -92,8 +92,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_sdxl_is_not_supported_yet(copied_model: Path) -> None:
-    (copied_model / "text_encoder_2").mkdir()
-    with pytest.raises(InputError, match=r"SDXL .* not supported yet"):
+    (copied_model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(InputError, match=r"of stable-diffusion; got StableDiffusionXLPipeline .* not supported yet"):
         BaseModelFiles(copied_model).check()
 
 
@@ -127,7 +127,7 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no connection")
 
-    monkeypatch.setattr(UNet2DConditionModel, "load_config", unreachable)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
     with pytest.raises(InputError, match="from the Hugging Face hub as owner/name; got: no connection; correct base_m"):
         load_outline(BaseModelFiles("hub:owner/name"))
 
@@ -146,7 +146,7 @@ def test_every_part_is_loaded_frozen_and_in_eval_mode(backbone: Backbone) -> Non
     for part in (backbone.unet, backbone.autoencoder, backbone.text_encoder):
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
-    assert backbone.schedule.prediction_type == "v_prediction"
+    assert backbone.objective.prediction_type == "v_prediction"
     assert (backbone.image_px, backbone.latent_scale) == (32, 4)
 
 
@@ -178,7 +178,7 @@ def test_every_scheduler_keeps_the_prediction_type_and_draws_by_seed(backbone: B
     sampler = SamplerParams(scheduler=name, num_inference_steps=3)
     scheduler = make_scheduler(backbone, sampler)
     assert scheduler.config.prediction_type == "v_prediction"
-    assert torch.equal(scheduler.alphas_cumprod, backbone.schedule.alphas_cumprod)
+    assert torch.equal(scheduler.alphas_cumprod, backbone.objective.alphas_cumprod)
     base = attach(backbone, None, StrengthParams())
     first, again, other = (generate(backbone, base, ["a red cat"], "", [seed], sampler)[0] for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
@@ -211,11 +211,11 @@ def test_every_scheduler_samples_the_zero_terminal_schedule_from_its_last_timest
 ) -> None:
     rescaled = with_zero_terminal_snr(backbone)
     assert rescaled.unet is backbone.unet
-    assert rescaled.schedule.snr(torch.tensor([999])).item() == 0
+    assert rescaled.objective.snr(torch.tensor([999])).item() == 0
     sampler = SamplerParams(scheduler=name, num_inference_steps=3)
     scheduler = make_scheduler(rescaled, sampler)
     # diffusers goes through β and, for some, puts 2⁻²⁴ in place of the last 0
-    torch.testing.assert_close(scheduler.alphas_cumprod, rescaled.schedule.alphas_cumprod, atol=2e-5, rtol=0)
+    torch.testing.assert_close(scheduler.alphas_cumprod, rescaled.objective.alphas_cumprod, atol=2e-5, rtol=0)
     scheduler.set_timesteps(3)
     assert round(float(scheduler.timesteps[0])) == 999
     base = attach(backbone, None, StrengthParams())
@@ -243,7 +243,7 @@ def test_the_schedule_is_rescaled_for_a_base_model_whose_files_do_not_speak_of_i
 def test_a_rescaled_schedule_rescaled_again_stays(backbone: Backbone) -> None:
     once = with_zero_terminal_snr(backbone)
     twice = with_zero_terminal_snr(once)
-    torch.testing.assert_close(twice.schedule.alphas_cumprod, once.schedule.alphas_cumprod)
+    torch.testing.assert_close(twice.objective.alphas_cumprod, once.objective.alphas_cumprod)
 
 
 def test_decoding_lets_gradients_through_to_the_latents_only(backbone: Backbone) -> None:

@@ -22,7 +22,6 @@ from dreamartist_pipeline.backbones.concepts import (
 from dreamartist_pipeline.core.adapters import LowRankUpdate
 from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept, to_json
-from dreamartist_pipeline.core.embeddings import Word
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import (
@@ -70,7 +69,7 @@ def make_data(new: NewConcept, params: TrainingParams) -> TrainingData:
 def make_trainee(new: NewConcept, params: TrainingParams) -> Trainee:
     groups = parameter_groups(new.stacks, new.words, params.words.lr)
     half = new.backbone.dtype == torch.float16
-    return Trainee(new.backbone.denoise, new.prompts.encode, new.backbone.schedule, groups, new.num_branches, half)
+    return Trainee(new.backbone.denoise, new.prompts.encode, new.backbone.objective, groups, new.num_branches, half)
 
 
 def train(backbone: Backbone, params: TrainingParams) -> tuple[Concept, NewConcept]:
@@ -117,13 +116,12 @@ def merged_weights(backbone: Backbone, new: NewConcept, network: str, branch: in
 
 def one_branch(backbone: Backbone, new: NewConcept, batch: Batch, branch: int) -> torch.Tensor:
     """Run one branch through the plain base model: merged weights, words looked up by hand."""
-    assert new.words is not None
     text = merged_weights(backbone, new, "text_encoder", branch)
-    table = torch.cat([text.pop("embeddings.token_embedding.weight"), *new.words.vectors])
+    table = torch.cat([text.pop("embeddings.token_embedding.weight"), *new.words["text_encoder"].vectors])
     text["embeddings.token_embedding.weight"] = table
     ids = batch.tokens.ids[batch.prompt_of_row, branch]
     hidden = functional_call(backbone.text_encoder, text, (ids,)).last_hidden_state
-    alpha = backbone.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    alpha = backbone.objective.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
     unet = merged_weights(backbone, new, "unet", branch)
     return functional_call(backbone.unet, unet, (noisy, batch.timesteps, hidden)).sample
@@ -146,7 +144,7 @@ def stirred(backbone: Backbone, make_training_params: MakeParams) -> tuple[NewCo
     params = make_training_params()
     new = start_concept(backbone, params, 1, 0)
     stir(new)
-    return new, params, BatchSource(make_data(new, params), params, 1000).draw()
+    return new, params, BatchSource(make_data(new, params), params, new.backbone.objective).draw()
 
 
 def test_a_step_equals_plain_diffusers_with_merged_weights(
@@ -158,10 +156,10 @@ def test_a_step_equals_plain_diffusers_with_merged_weights(
     expected = negative + guidance.view(-1, 1, 1, 1) * (positive - negative)
     ours = combined_prediction(make_trainee(new, params), batch, guidance)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    losses = row_losses(ours, batch, backbone.schedule, "min_snr", 2.0)
+    losses = row_losses(ours, batch, backbone.objective, "min_snr", 2.0)
     loss = (batch.row_weight * losses).sum()
     torch.testing.assert_close(
-        loss, independent_loss(batch, expected, backbone.schedule.alphas_cumprod), rtol=1e-5, atol=0
+        loss, independent_loss(batch, expected, backbone.objective.alphas_cumprod), rtol=1e-5, atol=0
     )
 
 
@@ -173,13 +171,13 @@ def test_each_branch_gets_exactly_its_own_gradient(
     groups = parameter_groups(new.stacks, new.words, 1.0)
     predictions = {b: one_branch(backbone, new, batch, b) for b in (NEGATIVE, POSITIVE)}
     ours = combined_prediction(make_trainee(new, params), batch, guidance)
-    independent_loss(batch, ours, backbone.schedule.alphas_cumprod).backward()
+    independent_loss(batch, ours, backbone.objective.alphas_cumprod).backward()
     for branch, name in ((NEGATIVE, "negative"), (POSITIVE, "positive")):
         own = [p for group in groups if group.branch == name for p in group.parameters]
         others = [p for group in groups if group.branch != name for p in group.parameters]
         fixed = {b: p if b == branch else p.detach() for b, p in predictions.items()}  # only this branch may be felt
         combined = fixed[NEGATIVE] + 3.0 * (fixed[POSITIVE] - fixed[NEGATIVE])
-        loss = independent_loss(batch, combined, backbone.schedule.alphas_cumprod)
+        loss = independent_loss(batch, combined, backbone.objective.alphas_cumprod)
         gradients = torch.autograd.grad(loss, own + others, allow_unused=True, retain_graph=True)
         for parameter, gradient in zip(own, gradients, strict=False):
             assert gradient is not None
@@ -207,11 +205,11 @@ def test_training_lowers_the_loss_on_batches_it_did_not_see(
     trainee, data = make_trainee(new, params), make_data(new, params)
 
     def loss() -> float:
-        source = BatchSource(data, make_training_params(seed=99, batch_size=16), 1000)
+        source = BatchSource(data, make_training_params(seed=99, batch_size=16), backbone.objective)
         batch = source.draw()
         with torch.no_grad():
             prediction = combined_prediction(trainee, batch, torch.full((17,), 3.0))
-            losses = row_losses(prediction, batch, backbone.schedule, "min_snr", 2.0)
+            losses = row_losses(prediction, batch, backbone.objective, "min_snr", 2.0)
         return float((batch.row_weight * losses).sum())
 
     before = loss()
@@ -260,8 +258,7 @@ def test_negative_rows_hear_the_users_negative_prompt_and_no_trigger_word(
     (ids,) = heard
     plain = attach(backbone, None, FULL).prompts.tokenize(["a red cat"] * 2).ids
     assert torch.equal(ids[:2], plain)
-    assert loaded.vocabulary is not None
-    positive = next(word for word in loaded.vocabulary.words if word.branch == POSITIVE)
+    positive = next(word for word in loaded.prompts.words if word.branch == POSITIVE)
     assert all(set(positive.ids) <= set(row.tolist()) for row in ids[2:])
 
 
@@ -388,8 +385,7 @@ def test_words_alone_change_only_prompts_that_use_them(backbone: Backbone, make_
     assert concept.tensors.keys() == {"words.positive.pt1"}
     assert draw(backbone, concept) == draw(backbone, None)
     assert draw(backbone, concept, "a my-fox") != draw(backbone, None, "a my-fox")
-    assert new.prompts.vocabulary is not None
-    assert all(isinstance(word, Word) for word in new.prompts.vocabulary.words)
+    assert [word.name for word in new.prompts.words] == ["my-fox"]
 
 
 def test_adapters_alone_need_no_words(backbone: Backbone, make_training_params: MakeParams) -> None:
@@ -444,7 +440,7 @@ def test_training_gives_no_gradient_to_ranks_that_no_row_used(
     group = {"lr": 1e-2, "rank": 4, "layers": [r"re:.*\.attn.?$"], "timestep_min_rank": 1}
     new = start_concept(backbone, make_training_params(lora_unet=[group]), 1, 0)
     stir(new)
-    steps = torch.full((4,), backbone.schedule.num_train_timesteps - 1)
+    steps = torch.full((4,), backbone.objective.num_train_timesteps - 1)
     hidden = new.prompts.encode(new.prompts.tokenize(["a red cat"] * 4)).detach()
     new.backbone.denoise(
         torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), steps, hidden

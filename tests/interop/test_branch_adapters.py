@@ -7,8 +7,8 @@ import torch
 
 from dreamartist_pipeline.core.concept import Concept, to_json
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import BaseModelIdentity
 from dreamartist_pipeline.interop.branch_adapters import (
-    BaseModelIdentity,
     BranchAdapter,
     LoRAFactors,
     TriggerWord,
@@ -20,7 +20,7 @@ from dreamartist_pipeline.interop.branch_adapters import (
 
 from .conftest import ATTENTION, CONV, expected_biases, expected_updates
 
-TINY = BaseModelIdentity("tiny", "0123")
+TINY = BaseModelIdentity("tiny", "0123", ("unet", "text_encoder"))
 
 
 @pytest.mark.parametrize("branch", ["positive", "negative"])
@@ -99,7 +99,7 @@ def test_a_rank_that_changes_with_the_timestep_is_no_lora_file(concept: Concept)
 
 def test_words_come_by_branch_and_slot(concept: Concept) -> None:
     words = trigger_words(concept)
-    assert [(w.name, w.branch, w.slot, len(w.vectors)) for w in words] == [
+    assert [(w.name, w.branch, w.slot, w.num_vectors) for w in words] == [
         ("my-fox", "positive", "pt1", 2),
         ("my-fox-neg", "negative", "pt1", 3),
     ]
@@ -119,15 +119,15 @@ def test_a_concept_built_from_the_neutral_form_has_the_same_updates_and_words(co
 
 
 def test_positive_words_alone_make_a_concept_of_one_branch() -> None:
-    built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", torch.zeros(2, 4))], TINY)
+    built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)})], TINY)
     assert built.value("num_branches") == 1
     assert built.value("words") == {"pt1": ["cat-x", "cat-x-neg"]}
 
 
 def test_a_negative_word_without_a_positive_one_is_refused() -> None:
     words = [
-        TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
-        TriggerWord("b-neg", "pt2", "negative", torch.zeros(2, 4)),
+        TriggerWord("a-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)}),
+        TriggerWord("b-neg", "pt2", "negative", {"text_encoder": torch.zeros(2, 4)}),
     ]
     with pytest.raises(InputError, match=r"got none for \['pt2'\]; give its file"):
         build_concept({}, words, TINY)
@@ -135,14 +135,14 @@ def test_a_negative_word_without_a_positive_one_is_refused() -> None:
 
 def test_a_word_may_stand_by_itself_beside_a_pair_with_other_numbers_of_vectors() -> None:
     words = [
-        TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
-        TriggerWord("a-neg", "pt1", "negative", torch.zeros(3, 4)),
-        TriggerWord("bad-x", "quality", "positive", torch.zeros(5, 4)),
+        TriggerWord("a-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)}),
+        TriggerWord("a-neg", "pt1", "negative", {"text_encoder": torch.zeros(3, 4)}),
+        TriggerWord("bad-x", "quality", "positive", {"text_encoder": torch.zeros(5, 4)}),
     ]
     built = build_concept({}, words, TINY)
     assert built.value("words") == {"pt1": ["a-x", "a-neg"], "quality": ["bad-x", ""]}
     assert (built.value("num_vectors"), built.value("num_branches")) == ([None, 3], 2)
-    assert [(w.name, len(w.vectors)) for w in trigger_words(built)] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
+    assert [(w.name, w.num_vectors) for w in trigger_words(built)] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
 
 
 def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:

@@ -5,8 +5,8 @@ A base model stays as it is: adapters and words go into a copy of UNet and text 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,20 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import (
-    Backbone,
-    decode_latents,
-    encode_images,
-    with_zero_terminal_snr,
-)
+from dreamartist_pipeline.backbones.base_model import decode_latents, encode_images, with_zero_terminal_snr
+from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.families.clip_text import skipped_modules
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters, select_layers
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches, stack
-from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches, rows_of, stack
+from dreamartist_pipeline.core.concept import FORMAT, Concept, to_json, words_part
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, redrawn
+from dreamartist_pipeline.core.prompt_tokens import Conditioning
 from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, initial_noise, sample_latents
 from dreamartist_pipeline.params import LoRAGroup, SamplerParams, StrengthParams, TrainingParams
 
@@ -47,14 +44,14 @@ _BRANCH_OF_LETTER = {"n": NEGATIVE, "p": POSITIVE}
 class NewConcept:
     """A concept that trains: adapters and words in place in a copy of the base model.
 
-    stacks: network (`unet`, `text_encoder`) -> its adapters; networks without adapters are left out.
-    words: the learned vectors, or None without trigger words.
+    stacks: network (such as `unet`) -> its adapters; networks without adapters are left out.
+    words: text encoder -> the learned vectors; empty without trigger words.
     """
 
     backbone: Backbone
     prompts: PromptEncoder
     stacks: dict[str, AdapterStack]
-    words: WordEmbedding | None
+    words: dict[str, WordEmbedding]
     num_branches: int
 
     def snapshot(self, metadata: Mapping[str, str]) -> Concept:
@@ -64,8 +61,8 @@ class NewConcept:
             for network, adapters in self.stacks.items()
             for name, tensor in adapters.state_dict().items()
         }
-        if self.words is not None:
-            tensors |= {f"{WORDS}.{key}": tensor for key, tensor in self.words.tensors().items()}
+        for encoder, words in self.words.items():
+            tensors |= {f"{words_part(encoder)}.{key}": tensor for key, tensor in words.tensors().items()}
         return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
 
 
@@ -77,48 +74,65 @@ def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, 
             the noise schedule asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    own = share_weights(with_zero_terminal_snr(backbone) if params.zero_terminal_snr else backbone)
-    networks = {"unet": own.unet, "text_encoder": own.text_encoder}
-    stacks = inject_adapters(networks, params, lr_factor, generator)
+    own = (with_zero_terminal_snr(backbone) if params.zero_terminal_snr else backbone).share_weights()
+    stacks = inject_adapters(own, params, lr_factor, generator)
     for adapters in stacks.values():
         adapters.train()
-    vocabulary, words = None, None
-    if params.words.names:
-        embedding = own.text_encoder.get_input_embeddings()
+    words = {}
+    for encoder, tokenizer in own.tokenizers.items() if params.words.names else ():
+        embedding = own.networks[encoder].get_input_embeddings()
         vocabulary = build_vocabulary(params, embedding.num_embeddings)
-        initial = initial_word_vectors(params.words, vocabulary, own.tokenizer, embedding, generator)
-        words = _put_words(own, vocabulary, initial)
-    return NewConcept(own, PromptEncoder(own, vocabulary, params.clip_skip), stacks, words, params.num_branches)
+        initial = initial_word_vectors(params.words, vocabulary, tokenizer, embedding, generator)
+        words[encoder] = _put_words(own, encoder, vocabulary, initial)
+    vocabularies = {encoder: embedding.vocabulary for encoder, embedding in words.items()}
+    return NewConcept(own, PromptEncoder(own, vocabularies, params.clip_skip), stacks, words, params.num_branches)
 
 
 def inject_adapters(
-    networks: Mapping[str, nn.Module], params: TrainingParams, lr_factor: float, generator: torch.Generator
+    own: Backbone, params: TrainingParams, lr_factor: float, generator: torch.Generator
 ) -> dict[str, AdapterStack]:
-    """Put the configured LoRA groups into UNet and text encoder, in place; also works on the meta device.
+    """Put the configured LoRA groups into the base model's networks, in place; also works on the meta device.
 
     Raises:
-        InputError: a layer selector finds nothing, or only text-encoder layers that clip_skip leaves out.
+        InputError: a network that the base model does not have, a layer selector that finds nothing, or only layers
+            that clip_skip leaves out.
     """
     specs = lora_specs(params, lr_factor)
-    if params.clip_skip:
-        used = _without_skipped(networks["text_encoder"], specs["text_encoder"], params.clip_skip)
-        specs = specs | {"text_encoder": used}
+    _check_networks(list(specs), list(own.networks))
+    for encoder in own.tokenizers if params.clip_skip else ():
+        specs[encoder] = _without_skipped(own, encoder, specs.get(encoder, ()), params.clip_skip)
     return {
-        network: inject(networks[network], specs[network], params.num_branches, generator)
-        for network in NETWORKS
-        if specs[network]
+        network: inject(module, specs[network], params.num_branches, generator)
+        for network, module in own.networks.items()
+        if specs.get(network)
     }
 
 
-def skipped_layers(text_encoder: nn.Module, selectors: Sequence[str], clip_skip: int) -> list[str]:
-    """Return the layers selected in what clip_skip leaves out: no gradient would ever reach an adapter there."""
-    text_model: Any = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 has no module between
-    blocks = text_model.encoder.layers
-    left_out = {module for block in blocks[len(blocks) - clip_skip :] for module in block.modules()}
-    return [name for name in select_layers(text_encoder, selectors) if text_encoder.get_submodule(name) in left_out]
+def _check_networks(named: Sequence[str], known: Sequence[str]) -> None:
+    """Confirm that LoRA groups are for networks of the base model.
+
+    Raises:
+        InputError: one is not.
+    """
+    for network in named:
+        if network not in known:
+            near = difflib.get_close_matches(network, known, n=1)
+            raise InputError(
+                f"expected LoRA groups for the base model's networks, {', '.join(f'lora_{n}' for n in known)}; got "
+                f"lora_{network}; {f'did you mean lora_{near[0]}?' if near else 'remove it'}"
+            )
 
 
-def _without_skipped(text_encoder: nn.Module, specs: Sequence[LoRASpec], clip_skip: int) -> tuple[LoRASpec, ...]:
+def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], clip_skip: int) -> list[str]:
+    """Return the selected layers of a text encoder that clip_skip leaves out."""
+    module = backbone.networks[encoder]
+    left_out = skipped_modules(module, clip_skip)
+    return [name for name in select_layers(module, selectors) if module.get_submodule(name) in left_out]
+
+
+def _without_skipped(
+    backbone: Backbone, encoder: str, specs: Sequence[LoRASpec], clip_skip: int
+) -> tuple[LoRASpec, ...]:
     """Narrow the groups to the layers that text states come from.
 
     Raises:
@@ -126,8 +140,8 @@ def _without_skipped(text_encoder: nn.Module, specs: Sequence[LoRASpec], clip_sk
     """
     narrowed = []
     for spec in specs:
-        skipped = skipped_layers(text_encoder, spec.layers, clip_skip)
-        left = [name for name in select_layers(text_encoder, spec.layers) if name not in skipped]
+        skipped = skipped_layers(backbone, encoder, spec.layers, clip_skip)
+        left = [name for name in select_layers(backbone.networks[encoder], spec.layers) if name not in skipped]
         if not left:
             raise InputError(
                 f"expected layers in {spec.name} that text states come from; got {', '.join(skipped)}, which clip_skip="
@@ -138,17 +152,16 @@ def _without_skipped(text_encoder: nn.Module, specs: Sequence[LoRASpec], clip_sk
 
 
 def lora_specs(params: TrainingParams, lr_factor: float) -> dict[str, tuple[LoRASpec, ...]]:
-    """Return the LoRA groups of every network, with the learning rates as applied, named as `unet.0.positive`.
+    """Return the LoRA groups of every network named, with the learning rates as applied, named as `unet.0.positive`.
 
     Without a negative branch every group is one for all rows, so that drawing applies it to the negative rows too, as
     other tools apply a plain LoRA.
     """
-    groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
     return {
         network: tuple(
             _spec(group, f"{network}.{index}", lr_factor, params.num_branches) for index, group in enumerate(members)
         )
-        for network, members in groups.items()
+        for network, members in params.lora.items()
     }
 
 
@@ -181,7 +194,7 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "format": FORMAT,
         "base_model": backbone.name,
         "base_model_fingerprint": backbone.fingerprint,
-        "prediction_type": backbone.schedule.prediction_type,
+        "prediction_type": backbone.objective.prediction_type,
         "zero_terminal_snr": to_json(params.zero_terminal_snr),
         "guidance_scale": params.guidance_scale,
         "class_word": params.class_word,
@@ -193,7 +206,10 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "words": to_json(params.words.names),  # slot -> (positive, negative)
         "num_vectors": to_json(params.words.num_vectors),  # (positive, negative)
         "init_text": to_json(params.words.init_text),
-        **{f"lora_{network}": to_json([_spec_fields(spec) for spec in specs[network]]) for network in NETWORKS},
+        **{
+            f"lora_{network}": to_json([_spec_fields(spec) for spec in specs.get(network, ())])
+            for network in backbone.networks
+        },
         "config_sha256": hashlib.sha256(to_json(_without_paths(params)).encode()).hexdigest(),
         "versions": to_json({name: version(name) for name in _VERSIONED}),
     }
@@ -225,13 +241,12 @@ class LoadedConcept:
 
     backbone: Backbone
     prompts: PromptEncoder
-    vocabulary: Vocabulary | None
     trigger_words: dict[str, tuple[str, str]]
 
     @property
     def negative_words(self) -> dict[str, str]:
         """Slot -> the word that a negative prompt's slot stands for: the negative one, or the only one there is."""
-        words = {word.key: word.name for word in self.vocabulary.words} if self.vocabulary else {}
+        words = {word.key: word.name for word in self.prompts.words}
         return {
             slot: words.get(f"{BRANCH_NAMES[NEGATIVE]}.{slot}", positive)
             for slot, (positive, _) in self.trigger_words.items()
@@ -245,24 +260,24 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
         InputError: the concept was trained on another base model, or its tensors do not belong to this one.
     """
     if concept is None:
-        return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
+        return LoadedConcept(backbone, PromptEncoder(backbone), {})
     check_base_model(concept, backbone.name, backbone.fingerprint)
-    own = share_weights(_with_schedule_of(concept, backbone))
-    networks = {"unet": own.unet, "text_encoder": own.text_encoder}
+    own = _with_schedule_of(concept, backbone).share_weights()
     strengths = (strength.negative, strength.positive)
-    for network in NETWORKS:
-        specs = [_read_spec(fields) for fields in concept.value(f"lora_{network}")]
+    for network, module in own.networks.items():
         if tensors := concept.part(network):
-            load_adapters(networks[network], tensors, specs, _NUM_BRANCHES, strengths)
+            specs = [_read_spec(fields) for fields in concept.value(f"lora_{network}")]
+            load_adapters(module, tensors, specs, _NUM_BRANCHES, strengths)
     trigger_words = {slot: (names[0], names[1]) for slot, names in concept.value("words").items()}
-    vocabulary = _load_words(own, concept, trigger_words) if trigger_words else None
-    return LoadedConcept(own, PromptEncoder(own, vocabulary, clip_skip_of(concept)), vocabulary, trigger_words)
+    encoders = own.tokenizers if trigger_words else ()
+    vocabularies = {encoder: _load_words(own, encoder, concept, trigger_words) for encoder in encoders}
+    return LoadedConcept(own, PromptEncoder(own, vocabularies, clip_skip_of(concept)), trigger_words)
 
 
 def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
     """Return the base model alone, as it is to be compared with a concept: same schedule, same layer of text states."""
     own = _with_schedule_of(concept, backbone)
-    return LoadedConcept(own, PromptEncoder(own, clip_skip=clip_skip_of(concept)), None, {})
+    return LoadedConcept(own, PromptEncoder(own, clip_skip=clip_skip_of(concept)), {})
 
 
 def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
@@ -295,9 +310,8 @@ def check_base_model(concept: Concept, name: str, fingerprint: str) -> None:
         )
 
 
-def _load_words(own: Backbone, concept: Concept, trigger_words: dict[str, tuple[str, str]]) -> Vocabulary:
-    embedding = own.text_encoder.get_input_embeddings()
-    vectors = concept.part(WORDS)
+def _load_words(own: Backbone, encoder: str, concept: Concept, trigger_words: dict[str, tuple[str, str]]) -> Vocabulary:
+    vectors = concept.part(words_part(encoder))
     expected = [
         f"{BRANCH_NAMES[branch]}.{slot}"
         for slot, (_, negative) in trigger_words.items()
@@ -310,28 +324,17 @@ def _load_words(own: Backbone, concept: Concept, trigger_words: dict[str, tuple[
             "the file is incomplete: train the concept again"
         )
     counts = {key: len(vectors[key]) for key in expected}
-    vocabulary = Vocabulary.of_counts(trigger_words, counts, embedding.num_embeddings)
-    _put_words(own, vocabulary, [vectors[word.key] for word in vocabulary.words])
+    first_id = own.networks[encoder].get_input_embeddings().num_embeddings
+    vocabulary = Vocabulary.of_counts(trigger_words, counts, first_id)
+    _put_words(own, encoder, vocabulary, [vectors[word.key] for word in vocabulary.words])
     return vocabulary
 
 
-def _put_words(own: Backbone, vocabulary: Vocabulary, vectors: Sequence[torch.Tensor]) -> WordEmbedding:
-    words = WordEmbedding(own.text_encoder.get_input_embeddings(), vocabulary, vectors)
-    own.text_encoder.set_input_embeddings(words)
+def _put_words(own: Backbone, encoder: str, vocabulary: Vocabulary, vectors: Sequence[torch.Tensor]) -> WordEmbedding:
+    module = own.networks[encoder]
+    words = WordEmbedding(module.get_input_embeddings(), vocabulary, vectors)
+    module.set_input_embeddings(words)
     return words
-
-
-def share_weights(backbone: Backbone) -> Backbone:
-    """Return a backbone whose UNet and text encoder are other modules over the same tensors."""
-    return dataclasses.replace(
-        backbone, unet=_copy_module(backbone.unet), text_encoder=_copy_module(backbone.text_encoder)
-    )
-
-
-def _copy_module(module: Any) -> Any:
-    """Copy the modules, but not the parameters and buffers they hold."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -440,7 +443,7 @@ def _draw_batch(
     picture: _EncodedPicture | None,
 ) -> torch.Tensor:
     """Return the latents `[B, C, h, w]` of one batch; shape: (C, h, w)."""
-    hidden = _text_states(loaded.prompts, prompts, negative_prompt)
+    conditioning = _conditioning(loaded.prompts, prompts, negative_prompt)
     generators = image_generators(seeds)
     known = None if picture is None else picture.sample(generators)
     noise = initial_noise(shape, generators).to(backbone.device)
@@ -448,7 +451,7 @@ def _draw_batch(
         # diffusers encodes the masked picture here, for models with inputs for it; the seeds shall mean the same.
         initial_noise(shape, generators)
     return sample_latents(
-        lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, hidden),
+        lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, conditioning),
         make_scheduler(loaded.backbone, sampler),
         noise,
         sampler.guidance_scale,
@@ -466,15 +469,14 @@ def _latent_shape(backbone: Backbone, size_px: tuple[int, int]) -> tuple[int, in
             f"expected width and height in multiples of the base model's {backbone.latent_scale} px; "
             f"got {width} × {height} px; round them"
         )
-    return int(backbone.unet.config.in_channels), height // backbone.latent_scale, width // backbone.latent_scale
+    return backbone.latent_channels, height // backbone.latent_scale, width // backbone.latent_scale
 
 
-def _text_states(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> torch.Tensor:
-    """Return `[2B, L, D]`, negative rows first; equal prompts are encoded once."""
+def _conditioning(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
+    """Return what 2·B rows are told, negative ones first; equal prompts are encoded once."""
     distinct = list(dict.fromkeys(prompts))
     tokens = encoder.tokenize([negative_prompt, *distinct])
     positive = torch.arange(1, len(tokens), device=tokens.ids.device)
-    states = encoder.encode(tokens[stack(torch.zeros_like(positive), positive)])
-    states = states.view(_NUM_BRANCHES, len(distinct), *states.shape[1:])  # [2, D, L, width]
     row = torch.tensor([distinct.index(prompt) for prompt in prompts], device=tokens.ids.device)
-    return states[:, row].flatten(0, 1)
+    encoded = encoder.encode(tokens[stack(torch.zeros_like(positive), positive)])
+    return encoded[rows_of(row, len(distinct), _NUM_BRANCHES)]

@@ -48,6 +48,14 @@ def repeat(x: torch.Tensor, num_branches: int) -> torch.Tensor:
     return torch.cat([x] * num_branches)
 
 
+def rows_of(index: torch.Tensor, length: int, num_branches: int) -> torch.Tensor:
+    """Return where the same entries of every branch stand in a stacked batch of `length` rows a branch.
+
+    `index` `[B]` becomes `[num_branches·B]`.
+    """
+    return torch.cat([index + branch * length for branch in range(num_branches)])
+
+
 def split(x: torch.Tensor, num_branches: int) -> tuple[torch.Tensor, ...]:
     """Take a stacked batch apart: `[num_branches·B, ...]` becomes one `[B, ...]` a branch, in row order.
 
@@ -80,7 +88,7 @@ def combine(prediction: torch.Tensor, guidance: torch.Tensor, num_branches: int)
 
 @dataclass(frozen=True)
 class GuidanceScale:
-    """The guidance scale as a function of the timestep: `low` without noise, `high` at full noise."""
+    """The guidance scale as a function of the noise level: `low` without noise, `high` at full noise."""
 
     low: float
     high: float
@@ -107,7 +115,6 @@ class GuidanceScale:
         """1 when the scale is constantly 1, so that the negative branch would cancel out; otherwise 2."""
         return 1 if self.low == self.high == 1 else 2
 
-    def at(self, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-        """Return `low + (high − low) · curve(t / (T − 1))` as float32 `[B]` for integer timesteps `[B]`."""
-        noise_level = timesteps.to(torch.float32) / (num_train_timesteps - 1)
+    def at(self, noise_level: torch.Tensor) -> torch.Tensor:
+        """Return `low + (high − low) · curve(r)`, `[B]`, for noise levels r of 0 to 1, float32 `[B]`."""
         return self.low + (self.high - self.low) * _CURVES[self.curve](noise_level)

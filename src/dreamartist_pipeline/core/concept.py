@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from dreamartist_pipeline.core.errors import InputError
 
 FORMAT = "dreamartist-concept-1"
-NETWORKS = ("unet", "text_encoder")
 WORDS = "words"
+_LORA = "lora_"
+_FIRST_ENCODER = "text_encoder"
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,9 @@ class Concept:
     """A concept as it is stored: named tensors and flat text metadata.
 
     tensors: float32, contiguous, on the CPU, named `<network>.<layer>.<group>.<branch>.<down|up|bias>` for
-        adapters (network `unet` or `text_encoder`, group its index in the configuration, branch `negative`, `positive`
-        or `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>` `[n, D]` for words.
+        adapters (network such as `unet` or `text_encoder`, group its index in the configuration, branch `negative`,
+        `positive` or `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>` `[n, D]`
+        for words; see `words_part` for those of further text encoders.
     metadata: text to text, JSON with sorted keys where a value is not a plain word. It holds neither times nor paths,
         so that the same training writes the same bytes.
     """
@@ -43,6 +46,17 @@ class Concept:
             )
         return json.loads(self.metadata[key])
 
+    @property
+    def networks(self) -> list[str]:
+        """The networks of the base model that it was made for, adapted or not."""
+        return [key.removeprefix(_LORA) for key in self.metadata if key.startswith(_LORA)]
+
+    def word_vectors(self, key: str) -> dict[str, torch.Tensor]:
+        """Return text encoder -> the vectors `[n, D]` of a word, "<branch>.<slot>"; empty without such a word."""
+        pattern = re.compile(rf"{WORDS}(?:_(?P<encoder>[^.]+))?\.{re.escape(key)}")
+        found = {pattern.fullmatch(name): tensor for name, tensor in self.tensors.items()}
+        return {match["encoder"] or _FIRST_ENCODER: tensor for match, tensor in found.items() if match}
+
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """Return the tensors under `prefix.`, named without it."""
         return {
@@ -50,6 +64,11 @@ class Concept:
             for name, tensor in self.tensors.items()
             if name.startswith(f"{prefix}.")
         }
+
+
+def words_part(encoder: str) -> str:
+    """Return what the vectors for a text encoder begin with: `words`, or `words_text_encoder_2` for a second one."""
+    return WORDS if encoder == _FIRST_ENCODER else f"{WORDS}_{encoder}"
 
 
 def to_json(value: object) -> str:

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat
-from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, GuidanceScale, combine, repeat, rows_of
+from dreamartist_pipeline.core.concept import words_part
+from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
-from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
+from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import make_optimizers
-from dreamartist_pipeline.core.prompt_tokens import PromptTokens, concatenate
+from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, concatenate
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
@@ -64,13 +65,13 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, words_lr: float
+    stacks: Mapping[str, AdapterStack], words: Mapping[str, WordEmbedding], words_lr: float
 ) -> tuple[ParameterGroup, ...]:
-    """Return everything that trains: one group per LoRA group of every network, one per trigger word.
+    """Return everything that trains: one group per LoRA group of every network, one per word and text encoder.
 
     Args:
         stacks: network -> its adapters.
-        words: the learned words, or None.
+        words: text encoder -> the learned words.
         words_lr: the words' peak learning rate, as applied.
     """
     groups = []
@@ -79,10 +80,10 @@ def parameter_groups(
             parameters = tuple(adapters.parameters_by_group()[spec.name])
             num_layers = adapters.num_layers_by_group()[spec.name]
             groups.append(ParameterGroup(spec.name, ADAPTERS, spec.branch_name, spec.lr, parameters, num_layers))
-    if words is not None:
-        for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
-            branch = BRANCH_NAMES[word.branch]
-            groups.append(ParameterGroup(f"{WORDS}.{word.key}", WORDS, branch, words_lr, (vectors,)))
+    for encoder, embedding in words.items():
+        for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):
+            name, branch = f"{words_part(encoder)}.{word.key}", BRANCH_NAMES[word.branch]
+            groups.append(ParameterGroup(name, WORDS, branch, words_lr, (vectors,)))
     return tuple(groups)
 
 
@@ -90,15 +91,15 @@ def parameter_groups(
 class Trainee:
     """The base model with adapters and words in place, as the loop sees it.
 
-    denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
-    encode: tokens `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
+    denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, conditioning of nb·B rows) -> prediction.
+    encode: tokens `[nb·P, L]`, branches stacked -> conditioning of nb·P rows.
     num_branches: nb, 2 (negative, positive) or 1 (positive alone).
     decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, with gradients; only the reconstruction loss needs it.
     """
 
-    denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    encode: Callable[[PromptTokens], torch.Tensor]
-    schedule: NoiseSchedule
+    denoise: Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    encode: Callable[[PromptTokens], Conditioning]
+    objective: Objective
     groups: tuple[ParameterGroup, ...]
     num_branches: int
     half_precision: bool = False  # float16 base: small gradients need a scaled loss
@@ -157,11 +158,11 @@ class Batch:
 class BatchSource:
     """Draws batches; all of its randomness comes from one seed."""
 
-    def __init__(self, data: TrainingData, params: TrainingParams, num_train_timesteps: int) -> None:
+    def __init__(self, data: TrainingData, params: TrainingParams, objective: Objective) -> None:
         self._data = data
         self._num_reference = params.batch_size
         self._num_regularization = params.regularization_batch_size if data.regularization else 0
-        self._timesteps = timestep_range(params.timesteps, num_train_timesteps)
+        self._objective, self._timesteps = objective, params.timesteps
         self._noise_offset = params.noise_offset
         self._choices = torch.Generator().manual_seed(derived_seed(params.seed, "choices"))
         device = data.reference.mean.device
@@ -178,8 +179,7 @@ class BatchSource:
         device = self._data.reference.mean.device
         mean, std, prompts = self._rows()
         noises = torch.randn((2, *mean.shape), generator=self._noises, device=device)
-        rows = (len(mean),)
-        timesteps = torch.randint(*self._timesteps, rows, generator=self._noises, device=device)
+        timesteps = self._objective.sample_timesteps(self._timesteps, len(mean), self._noises)
         distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
         return Batch(
             latents=mean + std * noises[0],
@@ -240,25 +240,24 @@ def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) 
     `guidance` is s per row, `[B]`. The text encoder runs on the distinct prompts only.
     """
     branches = trainee.num_branches
-    states = trainee.encode(batch.tokens.branches_in_rows())
-    states = states.view(branches, len(batch.tokens), *states.shape[1:])  # [nb, P, L, D]
-    hidden = states[:, batch.prompt_of_row].flatten(0, 1)  # [nb·B, L, D]
-    noisy_latents = trainee.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), hidden)
+    conditioning = trainee.encode(batch.tokens.branches_in_rows())  # of nb·P rows
+    conditioning = conditioning[rows_of(batch.prompt_of_row, len(batch.tokens), branches)]  # of nb·B rows
+    noisy_latents = trainee.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning)
     return combine(prediction.float(), guidance, branches)
 
 
 def row_losses(
     prediction: torch.Tensor,
     batch: Batch,
-    schedule: NoiseSchedule,
+    objective: Objective,
     weighting: str,
     snr_gamma: float,
     huber_delta: float | None = None,
 ) -> torch.Tensor:
     """Return each row's SNR-weighted, masked error against its target, float32 `[B]`: squared, or Huber's with a δ."""
-    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
-    weight = snr_weight(weighting, schedule.snr(batch.timesteps), snr_gamma, schedule.prediction_type)
+    target = objective.target(batch.latents, batch.noise, batch.timesteps)
+    weight = objective.loss_weight(weighting, snr_gamma, batch.timesteps)
     if huber_delta is not None:
         return masked_huber(prediction, target, weight, batch.mask, huber_delta)
     return masked_mse(prediction, target, weight, batch.mask)
@@ -284,10 +283,10 @@ def reconstruction_loss(
     """
     if trainee.decode is None or pixels is None:
         raise ValueError("expected a decoder and the reference image's pixels for the reconstruction loss, got none")
-    rows, schedule = slice(len(prediction)), trainee.schedule
+    rows, objective = slice(len(prediction)), trainee.objective
     timesteps = batch.timesteps[rows]
-    noisy_latents = schedule.add_noise(batch.latents[rows], batch.noise[rows], timesteps)
-    decoded = trainee.decode(schedule.predicted_latents(noisy_latents, prediction, timesteps))
+    noisy_latents = objective.add_noise(batch.latents[rows], batch.noise[rows], timesteps)
+    decoded = trainee.decode(objective.predicted_latents(noisy_latents, prediction, timesteps))
     mask = None if batch.mask is None else batch.mask[rows]
     return image_error(decoded, pixels.expand_as(decoded), mask, norm).mean()
 
@@ -550,7 +549,7 @@ def _records(
     read_every = _READ_EVERY_ON_GPU if device.type == "cuda" else 1
     scaler = torch.amp.GradScaler(device.type, enabled=trainee.half_precision)
     optimizers = _optimizers(trainee.groups, params)
-    batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
+    batches = BatchSource(data, params, trainee.objective)
     guidance_scale = GuidanceScale.parse(params.guidance_scale)
     names = [f"{branch}/{kind}" for kind in optimizers for branch in _branches(trainee.groups, kind)]
     pending: list[_Pending] = []
@@ -559,7 +558,7 @@ def _records(
     for step in range(params.num_steps):
         lr = {n: v for optimizer in optimizers.values() for n, v in optimizer.set_step(step).items()}
         batch = batches.draw()
-        guidance = guidance_scale.at(batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        guidance = guidance_scale.at(trainee.objective.noise_level(batch.timesteps))
         prediction = combined_prediction(trainee, batch, guidance)
         losses = _row_losses(trainee, prediction, batch, params)
         loss = (batch.row_weight * losses).sum()
@@ -591,7 +590,7 @@ def _records(
 def _row_losses(trainee: Trainee, prediction: torch.Tensor, batch: Batch, params: TrainingParams) -> torch.Tensor:
     loss = params.loss
     huber_delta = loss.huber_delta if loss.kind == "huber" else None
-    return row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, huber_delta)
+    return row_losses(prediction, batch, trainee.objective, loss.weighting, loss.snr_gamma, huber_delta)
 
 
 def _reaches_both_branches(trainee: Trainee, guidance: torch.Tensor) -> bool:

@@ -15,8 +15,9 @@ import torch
 
 from dreamartist_pipeline.core.adapters import SHARED, factors_by_update, tensor_names
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.concept import FORMAT, NETWORKS, WORDS, Concept, to_json
+from dreamartist_pipeline.core.concept import FORMAT, Concept, to_json, words_part
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import BaseModelIdentity
 
 _ALPHA = 1.0  # of the groups of a concept that is built here; everything else is in `up`
 
@@ -56,13 +57,13 @@ class LoRAFactors:
 
 @dataclass(frozen=True)
 class BranchAdapter:
-    """What acts on one branch: network (`unet`, `text_encoder`) -> layer -> its update; both may be missing."""
+    """What acts on one branch: network (such as `unet`) -> layer -> its update; networks may be missing."""
 
     networks: dict[str, dict[str, LoRAFactors]]
 
     @property
     def num_layers(self) -> int:
-        """How many layers have an update, of both networks."""
+        """How many layers have an update, of all networks."""
         return sum(len(layers) for layers in self.networks.values())
 
     def by_layer(self) -> dict[tuple[str, str], LoRAFactors]:
@@ -77,20 +78,17 @@ def has_bias(layers: Mapping[str, LoRAFactors]) -> bool:
 
 @dataclass(frozen=True)
 class TriggerWord:
-    """A learned word. branch: "negative" or "positive". vectors: float32 `[n, D]`."""
+    """A learned word. branch: "negative" or "positive". vectors: text encoder -> float32 `[n, D]`."""
 
     name: str
     slot: str
     branch: str
-    vectors: torch.Tensor = field(repr=False)
+    vectors: Mapping[str, torch.Tensor] = field(repr=False)
 
-
-@dataclass(frozen=True)
-class BaseModelIdentity:
-    """The base model that a concept belongs to: its name, and the fingerprint that is compared when it is attached."""
-
-    name: str
-    fingerprint: str
+    @property
+    def num_vectors(self) -> int:
+        """n, the same for every text encoder."""
+        return len(next(iter(self.vectors.values())))
 
 
 # ------------------------------------------------------------------------------------------------- out of a concept
@@ -103,7 +101,7 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
         InputError: not a concept of this project, or a tensor's name is not one of an adapter.
     """
     return BranchAdapter(
-        {network: layers for network in NETWORKS if (layers := _branch_layers(concept, network, branch))}
+        {network: layers for network in concept.networks if (layers := _branch_layers(concept, network, branch))}
     )
 
 
@@ -166,12 +164,11 @@ def trigger_words(concept: Concept) -> tuple[TriggerWord, ...]:
     Raises:
         InputError: not a concept of this project.
     """
-    vectors = concept.part(WORDS)
     return tuple(
-        TriggerWord(name, slot, branch, vectors[f"{branch}.{slot}"])
+        TriggerWord(name, slot, branch, vectors)
         for slot, names in concept.value("words").items()
         for branch, name in zip(("positive", "negative"), names, strict=True)
-        if f"{branch}.{slot}" in vectors
+        if (vectors := concept.word_vectors(f"{branch}.{slot}"))
     )
 
 
@@ -209,8 +206,12 @@ def build_concept(
         "clip_skip": to_json(clip_skip),
         **_words_metadata(words, only_shared=set(adapters) == {SHARED}),
     }
-    tensors = {f"{WORDS}.{word.branch}.{word.slot}": _stored(word.vectors) for word in words}
-    for network in NETWORKS:
+    tensors = {
+        f"{words_part(encoder)}.{word.branch}.{word.slot}": _stored(vectors)
+        for word in words
+        for encoder, vectors in word.vectors.items()
+    }
+    for network in base_model.networks:
         names = (*BRANCH_NAMES, SHARED)
         present = {b: adapters[b].networks[network] for b in names if network in _networks(adapters, b)}
         metadata[f"lora_{network}"] = to_json([_group(network, i, b, present[b]) for i, b in enumerate(present)])
@@ -271,5 +272,5 @@ def _words_metadata(words: Sequence[TriggerWord], only_shared: bool) -> dict[str
 
 def _num_vectors(words: Iterable[TriggerWord]) -> int | None:
     """Return how many vectors each of these words has; None where they differ, so that only the tensors say it."""
-    counts = {len(word.vectors) for word in words} or {1}
+    counts = {word.num_vectors for word in words} or {1}
     return counts.pop() if len(counts) == 1 else None

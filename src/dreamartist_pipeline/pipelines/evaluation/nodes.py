@@ -15,9 +15,9 @@ from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, D
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from dreamartist_pipeline.backbones.base_model import Backbone
     from dreamartist_pipeline.backbones.concepts import LoadedConcept
     from dreamartist_pipeline.backbones.evaluators import Evaluator
+    from dreamartist_pipeline.backbones.families import Backbone
     from dreamartist_pipeline.core.concept import Concept
     from dreamartist_pipeline.core.figures import SheetSection
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch

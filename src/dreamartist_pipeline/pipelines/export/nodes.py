@@ -35,8 +35,8 @@ def check_export(params: ExportParams, training: TrainingParams | None) -> None:
 
 def _will_have_workflow(params: ExportParams, training: TrainingParams) -> bool:
     """Say whether the formats hold all that a workflow needs of what will be trained."""
-    has_loras = bool(training.lora_unet or training.lora_text_encoder)
-    return ("kohya" in params.formats or not has_loras) and ("embeddings" in params.formats or not training.words.names)
+    has_loras, has_words = bool(training.lora), bool(training.words.names)
+    return ("kohya" in params.formats or not has_loras) and ("embeddings" in params.formats or not has_words)
 
 
 @checked_early("export", check_export)
@@ -57,8 +57,7 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
 
     check_sampler(params.sampler, has_zero_terminal_snr(concept))
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
-    files = BaseModelFiles(base_model)
-    source = read_source(concept, load_outline(files), files.name)
+    source = read_source(concept, load_outline(BaseModelFiles(base_model)))
     written = concept_files(source, params)
     return written | companions(source, written, params)
 

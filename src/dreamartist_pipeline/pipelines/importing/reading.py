@@ -9,7 +9,7 @@ from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, TriggerW
 from dreamartist_pipeline.interop.foreign_concept import Imported, Source, source
 from dreamartist_pipeline.interop.foreign_lora import read_lora
 from dreamartist_pipeline.interop.user_files import UserFiles
-from dreamartist_pipeline.interop.word_files import read_embedding
+from dreamartist_pipeline.interop.word_files import read_vectors
 from dreamartist_pipeline.params import ImportParams
 
 _BRANCHES = ("positive", "negative")
@@ -27,7 +27,7 @@ def read_single_files(user_files: UserFiles, params: ImportParams, layout: Model
         members = []
         for path in paths:
             file, name = user_files.read(path), PurePath(path).name
-            lora = read_lora(file, name, layout.shapes)
+            lora = read_lora(file, name, layout.shapes, layout.names)
             members.append(lora.adapter)
             sources.append(source(name, file, f"{branch} LoRA, {lora.form}"))
         if members:
@@ -37,6 +37,7 @@ def read_single_files(user_files: UserFiles, params: ImportParams, layout: Model
         names = params.names.get(slot, [PurePath(path).stem for path in paths])
         for branch, path, word in zip(_BRANCHES, paths, names, strict=False):
             file, name = user_files.read(path), PurePath(path).name
-            words.append(TriggerWord(word, slot, branch, read_embedding(file, name)))
+            vectors = read_vectors(file, name, layout.names.embedding_keys)
+            words.append(TriggerWord(word, slot, branch, vectors))
             sources.append(source(name, file, f"{branch} word {word}"))
     return Imported(adapters, tuple(words), tuple(sources))

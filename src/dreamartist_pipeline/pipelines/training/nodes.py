@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-    from dreamartist_pipeline.backbones.base_model import Backbone, Outline
     from dreamartist_pipeline.backbones.concepts import NewConcept
+    from dreamartist_pipeline.backbones.families import Backbone
     from dreamartist_pipeline.backbones.prompts import PromptEncoder
-    from dreamartist_pipeline.core.adapters import AdapterStack
     from dreamartist_pipeline.core.concept import Concept
-    from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+    from dreamartist_pipeline.core.embeddings import Vocabulary
     from dreamartist_pipeline.core.prompt_tokens import PromptTokens
     from dreamartist_pipeline.core.training import LatentImages, ParameterGroup, StepRecord, Trainee, TrainingData
     from dreamartist_pipeline.interop.user_files import UserFiles
@@ -82,6 +81,7 @@ def check_training(
             model cannot be trained with, or a concept to start from of which something has no place in this training.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.backbones.concepts import start_concept
     from dreamartist_pipeline.core.training import branch_table, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
@@ -90,15 +90,15 @@ def check_training(
     _say_what_is_not_used(params, caption)
     _check_optimizers(params, device)
     _check_preview(params)
-    start, files = read_start(user_files, params), BaseModelFiles(base_model)
-    outline = load_outline(files)
+    start = read_start(user_files, params)
+    outline = load_outline(BaseModelFiles(base_model))
     _check_timesteps(outline, params)
     _check_clip_skip(outline, params)
-    stacks, words = _planned(outline, params, caption)
-    groups = parameter_groups(stacks, words, params.words.lr * lr_factor(params))
+    planned = start_concept(outline, params, lr_factor(params), seed=0)
+    _check_prompts(planned, params, caption)
+    groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
     _check_branches_train(groups, params)
-    identity = (files.name, files.fingerprint() if start else "")  # reads all weights: only where it is compared
-    begun = begin_from(start, stacks, words, params, identity)
+    begun = begin_from(start, planned.stacks, planned.words, params, (outline.name, outline.fingerprint))
     log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
     return {
         "num_branches": params.num_branches,
@@ -116,35 +116,32 @@ def _check_optimizers(params: TrainingParams, device: DeviceParams) -> None:
     from dreamartist_pipeline.core.optimizers import check_optimizer
 
     target = pick_device(device)
-    if params.lora_unet or params.lora_text_encoder:
+    if params.lora:
         check_optimizer(params.optimizer, target)
     if params.words.names:
         check_optimizer(params.words.optimizer, target)
 
 
-def _check_timesteps(outline: Outline, params: TrainingParams) -> None:
-    from dreamartist_pipeline.core.diffusion import check_zero_terminal_snr, timestep_range
-
-    timestep_range(params.timesteps, outline.num_train_timesteps)
+def _check_timesteps(outline: Backbone, params: TrainingParams) -> None:
+    outline.objective.check_limits(params.timesteps)
     if params.zero_terminal_snr:
-        check_zero_terminal_snr(outline.prediction_type)
+        outline.objective.with_zero_terminal_snr()
 
 
-def _check_clip_skip(outline: Outline, params: TrainingParams) -> None:
-    """Confirm that clip_skip fits the text encoder, and say which layers of the LoRA groups it leaves out.
+def _check_clip_skip(outline: Backbone, params: TrainingParams) -> None:
+    """Confirm that clip_skip fits the text encoders, and say which layers of the LoRA groups it leaves out.
 
     Raises:
-        InputError: no layer of the text encoder remains.
+        InputError: no layer of a text encoder remains.
     """
     from dreamartist_pipeline.backbones.concepts import skipped_layers
-    from dreamartist_pipeline.backbones.prompts import check_clip_skip
+    from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 
-    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
-    selectors = [selector for group in params.lora_text_encoder for selector in group.layers]
-    if not (params.clip_skip and selectors):
-        return
-    if skipped := skipped_layers(outline.text_encoder, selectors, params.clip_skip):
-        log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
+    for encoder in outline.tokenizers:
+        check_clip_skip(outline.networks[encoder].config.num_hidden_layers, params.clip_skip)
+        selectors = [selector for group in params.lora.get(encoder, ()) for selector in group.layers]
+        if params.clip_skip and (skipped := skipped_layers(outline, encoder, selectors, params.clip_skip)):
+            log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
 
 
 def _check_braces(params: TrainingParams, caption: str) -> None:
@@ -205,38 +202,18 @@ def check_templates(params: TrainingParams) -> None:
         )
 
 
-def _planned(
-    outline: Any, params: TrainingParams, caption: str
-) -> tuple[dict[str, AdapterStack], WordEmbedding | None]:
-    """Put adapters and words into the weightless base model and return them: what would train."""
-    import torch
-
-    from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters
-    from dreamartist_pipeline.backbones.prompts import PromptTokenizer, check_trigger_word, initial_word_vectors
+def _check_prompts(planned: NewConcept, params: TrainingParams, caption: str) -> None:
+    """Confirm that trigger words are new to the base model and stand whole in every prompt of the training."""
+    from dreamartist_pipeline.backbones.prompts import check_trigger_word
     from dreamartist_pipeline.core.branches import branches
-    from dreamartist_pipeline.core.embeddings import WordEmbedding
-    from dreamartist_pipeline.core.training import lr_factor
 
-    generator = torch.Generator()
-    networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
-    stacks = inject_adapters(networks, params, lr_factor(params), generator)
-    words = None
-    if params.words.names:
-        embedding = outline.text_encoder.get_input_embeddings()
-        vocabulary = build_vocabulary(params, embedding.num_embeddings)
-        for word in vocabulary.words:
-            check_trigger_word(outline.tokenizer, word.name)
-        shape = (embedding.num_embeddings, embedding.embedding_dim)
-        blank = torch.nn.Embedding(*shape, _weight=torch.zeros(shape))  # stands in for the weights not loaded
-        initial = initial_word_vectors(params.words, vocabulary, outline.tokenizer, blank, generator)
-        words = WordEmbedding(embedding, vocabulary, initial)
-        max_positions = outline.text_encoder.config.max_position_embeddings
-        tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
-        _check_caption(caption, vocabulary)
-        for pair in _template_prompts(params, caption):
-            for branch in branches(params.num_branches):
-                tokenizer.check_fits(pair[branch])
-    return stacks, words
+    for encoder, words in planned.words.items():
+        for word in words.vocabulary.words:
+            check_trigger_word(planned.backbone.tokenizers[encoder], word.name)
+        _check_caption(caption, words.vocabulary)
+    for pair in _template_prompts(params, caption) if planned.words else ():
+        for branch in branches(params.num_branches):
+            planned.prompts.check_fits(pair[branch])
 
 
 def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
@@ -373,7 +350,7 @@ def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
     return Trainee(
         denoise=new.backbone.denoise,
         encode=new.prompts.encode,
-        schedule=new.backbone.schedule,
+        objective=new.backbone.objective,
         groups=groups,
         num_branches=new.num_branches,
         half_precision=new.backbone.dtype == torch.float16,

@@ -33,7 +33,7 @@ def read_start(user_files: UserFiles | None, params: TrainingParams) -> Start | 
 def begin_from(
     start: Start | None,
     stacks: Mapping[str, AdapterStack],
-    words: WordEmbedding | None,
+    words: Mapping[str, WordEmbedding],
     params: TrainingParams,
     base_model: tuple[str, str],
 ) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def begin_from(
     Args:
         start: None leaves everything fresh.
         stacks: network -> its fresh adapters; also on the meta device.
-        words: the fresh words, or None.
+        words: text encoder -> the fresh words.
         params: of the training.
         base_model: its name and fingerprint.
 
