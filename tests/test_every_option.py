@@ -11,7 +11,6 @@ Models that are handed on as a whole (HANDED_ON) are proven in two parts: that e
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import io
 import math
@@ -30,8 +29,8 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline import settings
-from dreamartist_pipeline.backbones import base_model, concepts
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, pick_device
+from dreamartist_pipeline.backbones import concepts
+from dreamartist_pipeline.backbones.base_model import Backbone, open_base_model, pick_device
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.image_store import ImageStore
@@ -344,21 +343,13 @@ class Run:
 Train = Callable[..., Run]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _loaded_once() -> Iterator[None]:
-    """Load a base model once for all tests: nothing changes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_model, "load_backbone", functools.cache(base_model.load_backbone))
-        yield
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return open_base_model(tiny_base_model, CPU)
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_base_model: Path, _loaded_once: None) -> Backbone:
-    return base_model.load_backbone(BaseModelFiles(str(tiny_base_model)), CPU)
-
-
-@pytest.fixture(scope="module")
-def train(tiny_base_model: Path, _loaded_once: None) -> Train:
+def train(tiny_base_model: Path) -> Train:
     """Return what trains for one step at the base values, but for the keywords; equal trainings run once.
 
     At a constant rate, the first step of AdamW moves a value by lr · g / (|g| + 1e-8), so by almost exactly lr.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from dreamartist_pipeline.backbones.base_model import (
     encode_images,
     load_backbone,
     load_outline,
+    open_base_model,
     with_zero_terminal_snr,
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
@@ -97,15 +99,40 @@ def test_sdxl_is_not_supported_yet(copied_model: Path) -> None:
         BaseModelFiles(copied_model).check()
 
 
-def test_the_fingerprint_follows_the_files_that_matter(tiny_base_model: Path, copied_model: Path) -> None:
+def test_the_fingerprint_follows_the_weights_and_nothing_else(tiny_base_model: Path, copied_model: Path) -> None:
     fingerprint = BaseModelFiles(copied_model).fingerprint()
     assert fingerprint == BaseModelFiles(str(tiny_base_model)).fingerprint()  # wherever it lies
-    assert len(fingerprint) == 16
-    (copied_model / "README.md").write_text("words")
+    assert re.fullmatch("sha256:[0-9a-f]{64}", fingerprint)
+    index = copied_model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_diffusers_version": "0.1"}))
     assert BaseModelFiles(copied_model).fingerprint() == fingerprint
     weights = copied_model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert BaseModelFiles(copied_model).fingerprint() != fingerprint
+
+
+def test_earlier_versions_fingerprint_follows_all_files(tiny_base_model: Path, copied_model: Path) -> None:
+    old = BaseModelFiles(copied_model).old_fingerprint()
+    assert re.fullmatch("[0-9a-f]{16}", old)
+    assert old == BaseModelFiles(tiny_base_model).old_fingerprint()
+    index = copied_model / "model_index.json"
+    index.write_text(index.read_text() + " ")
+    assert BaseModelFiles(copied_model).old_fingerprint() != old
+
+
+# --------------------------------------------------------------------------------------------- opened once
+
+
+def test_a_base_model_is_opened_once_for_a_device_and_again_when_its_files_change(copied_model: Path) -> None:
+    opened = open_base_model(copied_model, CPU)
+    assert open_base_model(str(copied_model), DeviceParams(device="auto")) is opened or torch.cuda.is_available()
+    assert open_base_model(copied_model, DeviceParams(device="cpu", dtype="bfloat16")).dtype == torch.bfloat16
+    assert open_base_model(copied_model, CPU) is opened
+    weights = copied_model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    again = open_base_model(copied_model, CPU)
+    assert again is not opened
+    assert again.fingerprint != opened.fingerprint
 
 
 def test_a_hub_id_is_its_own_fingerprint_and_needs_no_folder() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -325,14 +327,49 @@ def test_strengths_act_on_their_own_branch(backbone: Backbone, make_training_par
     assert not torch.allclose(prediction[POSITIVE], base[POSITIVE])
 
 
-def test_a_concept_of_another_base_model_is_refused(
-    backbone: Backbone, other_tiny_base_model: Path, make_training_params: MakeParams
+def of_another_model(concept: Concept, fingerprint: str, **tensors: torch.Tensor) -> Concept:
+    """Return the concept as one of another base model, some of its tensors replaced."""
+    metadata = concept.metadata | {"base_model": "elsewhere", "base_model_fingerprint": fingerprint}
+    return Concept(concept.tensors | tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"base_model_family": "toy"}, r"family \(stable-diffusion, not toy\)"),
+        ({"prediction_type": "epsilon"}, r"prediction_type \(v_prediction, not epsilon\)"),
+        ({"words.positive.pt1": torch.zeros(2, 48)}, r"the width of words in text_encoder \(32, not 48\)"),
+        ({"unet.conv_in.0.positive.down": torch.zeros(2, 9, 3, 3)}, r"1 layers of unet \(conv_in, …\)"),
+        ({"unet.far.0.positive.down": torch.zeros(2, 9)}, r"1 layers of unet \(far, …\)"),
+    ],
+)
+@pytest.mark.parametrize("fingerprint", ["0123456789abcdef", "sha256:0"], ids=["earlier version", "present"])
+def test_a_concept_of_another_layout_is_refused_with_what_differs(
+    backbone: Backbone, make_training_params: MakeParams, changes: dict[str, Any], difference: str, fingerprint: str
 ) -> None:
     concept, _ = train(backbone, make_training_params(num_steps=0))
-    other = load_backbone(BaseModelFiles(other_tiny_base_model), DeviceParams(device="cpu"))
-    message = f"trained on, 'tiny' with fingerprint {backbone.fingerprint}; got 'other' with .* {other.fingerprint}"
-    with pytest.raises(InputError, match=message):
-        attach(other, concept, FULL)
+    tensors = {name: value for name, value in changes.items() if not isinstance(value, str)}
+    tensors |= {name.replace(".down", ".up"): torch.zeros(16, 2, 1, 1) for name in tensors if name.endswith(".down")}
+    other = of_another_model(concept, fingerprint, **tensors)
+    other.metadata.update({name: value for name, value in changes.items() if isinstance(value, str)})
+    with pytest.raises(InputError, match=rf"trained on, 'elsewhere'; got 'tiny', which differs in {difference}; set"):
+        attach(backbone, other, FULL)
+
+
+@pytest.mark.parametrize(("fingerprint", "remarks"), [("0123456789abcdef", 0), ("sha256:1", 1), ("hub:a/b", 1)])
+def test_other_weights_of_the_same_layout_are_remarked_on_once_where_it_is_known(
+    backbone: Backbone,
+    make_training_params: MakeParams,
+    caplog: pytest.LogCaptureFixture,
+    fingerprint: str,
+    remarks: int,
+) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=0))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            attach(backbone, of_another_model(concept, fingerprint), FULL)
+            attach(backbone, concept, FULL)
+    assert len([message for message in caplog.messages if "such as a fine-tune has" in message]) == remarks
 
 
 def test_a_file_that_is_no_concept_is_refused(backbone: Backbone) -> None:

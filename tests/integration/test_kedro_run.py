@@ -16,9 +16,33 @@ PROJECT = Path(__file__).resolve().parents[2]
 SUBJECT = "button"
 
 
+COUNTED = """
+import atexit, sys
+from dreamartist_pipeline.backbones import base_model
+from dreamartist_pipeline.backbones.families.sd import StableDiffusion
+from kedro.framework.cli import main
+
+counts = {"loads": 0, "hashes": 0}
+load, fingerprint_of = StableDiffusion.load.__func__, base_model.fingerprint_of
+
+def counted_load(cls, source, device, dtype):
+    counts["loads"] += device.type != "meta"
+    return load(cls, source, device, dtype)
+
+def counted_hash(parts):
+    counts["hashes"] += 1
+    return fingerprint_of(parts)
+
+StableDiffusion.load, base_model.fingerprint_of = classmethod(counted_load), counted_hash
+atexit.register(lambda: print("COUNTS", counts, file=sys.stderr))
+sys.argv = ["kedro", *sys.argv[1:]]
+main()
+"""
+
+
 def kedro_run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `kedro run --env test` in the project, on one thread."""
-    command = [sys.executable, "-m", "kedro", "run", "--env", "test", *arguments]
+    """Run `kedro run --env test` in the project, on one thread; the last line counts how a base model was read."""
+    command = [sys.executable, "-c", COUNTED, "run", "--env", "test", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
     environment.pop("MLFLOW_TRACKING_URI", None)
     return subprocess.run(
@@ -91,6 +115,12 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         assert (data / file).is_file(), file
     made = json.loads((data / "05_model_input" / SUBJECT / "regularization_set.json").read_text())
     assert len(list((data / "05_model_input" / "regularization" / made["key"]).glob("*.png"))) == 2
+
+
+def test_a_default_run_loads_the_base_model_and_reads_its_weights_once(
+    trained: subprocess.CompletedProcess[str],
+) -> None:
+    assert "COUNTS {'loads': 1, 'hashes': 1}" in trained.stderr
 
 
 @pytest.mark.usefixtures("trained")

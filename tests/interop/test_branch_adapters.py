@@ -20,7 +20,7 @@ from dreamartist_pipeline.interop.branch_adapters import (
 
 from .conftest import ATTENTION, CONV, expected_biases, expected_updates
 
-TINY = BaseModelIdentity("tiny", "0123", ("unet", "text_encoder"))
+TINY = BaseModelIdentity("tiny", "0123", "stable-diffusion", ("unet", "text_encoder"))
 
 
 @pytest.mark.parametrize("branch", ["positive", "negative"])

@@ -63,7 +63,7 @@ def test_a_complete_set_is_used_again_without_loading_the_base_model(
     tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make(tiny_base_model, store)
-    monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
 
     with caplog.at_level(logging.INFO):
         again = make(tiny_base_model, store)
@@ -72,10 +72,43 @@ def test_a_complete_set_is_used_again_without_loading_the_base_model(
     assert f"The regularization set {made['key']} (3 images) is complete and is used again." in caplog.text
 
 
+def of_an_earlier_version(made: dict[str, Any], fingerprint: str, store: ImageStore) -> str:
+    """Turn a set into one that is named after another fingerprint, and return its key."""
+    old = describe_set(fingerprint, PROMPTS, PARAMS, CPU)
+    folder = store.folder(made["key"]).rename(store.folder(old["key"]))
+    (folder / "manifest.json").write_text(json.dumps(old))
+    return str(old["key"])
+
+
+def test_a_set_of_an_earlier_version_is_used_again(
+    tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = of_an_earlier_version(make(tiny_base_model, store), BaseModelFiles(tiny_base_model).old_fingerprint(), store)
+    monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
+
+    again = make(tiny_base_model, store)
+
+    assert (again["key"], again["base_model_fingerprint"]) == (key, BaseModelFiles(tiny_base_model).old_fingerprint())
+
+
+def test_a_set_of_an_earlier_version_and_another_base_model_is_not(tiny_base_model: Path, store: ImageStore) -> None:
+    key = of_an_earlier_version(make(tiny_base_model, store), "0123456789abcdef", store)
+    assert make(tiny_base_model, store)["key"] != key
+
+
+def test_earlier_versions_fingerprint_is_only_asked_for_where_it_may_help(
+    tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseModelFiles, "old_fingerprint", lambda _: pytest.fail("read all files"))
+    make(tiny_base_model, store)
+    make(tiny_base_model, store)
+    make(tiny_base_model, store, PARAMS.model_copy(update={"seed": 6}))
+
+
 def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
     tiny_base_model: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
 
     made = make_regularization_set(tiny_base_model.as_posix(), [], store, PARAMS, CPU)
 

@@ -629,7 +629,7 @@ def test_the_path_of_the_start_is_not_part_of_the_concept(
 
 def test_a_start_that_cannot_be_taken_over_is_refused_in_the_plan(
     tiny_base_model: Path,
-    other_tiny_base_model: Path,
+    other_layout: Path,
     make_training_params: MakeParams,
     start_file: Path,
     tmp_path: Path,
@@ -644,7 +644,11 @@ def test_a_start_that_cannot_be_taken_over_is_refused_in_the_plan(
     refused = [
         (tiny_base_model, {"start_from": "nowhere.safetensors"}, "expected a file at nowhere.safetensors; got none"),
         (tiny_base_model, {"start_from": str(tmp_path / "lora.safetensors")}, "kedro run --pipeline import"),
-        (other_tiny_base_model, {}, "expected the base model that the concept was trained on"),
+        (
+            other_layout,
+            {},
+            "got 'epsilon', which differs in prediction_type",
+        ),
         (tiny_base_model, {"clip_skip": 1}, "training.clip_skip 0, .* got 1; set it to 0"),
         (
             tiny_base_model,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from diffusers import DiffusionPipeline
 from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
+from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 
@@ -25,6 +28,8 @@ _FINGERPRINT_SUFFIXES = (".json", ".txt", *_WEIGHT_SUFFIXES)
 _WEIGHTS_BESIDE = "config.json"  # what describes a part that has weights
 _VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either spelling of a tokenizer
 transformers_logging.disable_progress_bar()  # of weights from the disk, within the bars of a run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,57 @@ class BaseModelFiles:
             )
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a SHA-256 over names and bytes of all configuration and weight files."""
+        """Return what the weights are known by, read once in a process unless the files change; see `fingerprint_of`.
+
+        A model of the hub has its id.
+        """
+        return f"{HUB}{self.hub_id}" if self.hub_id is not None else _fingerprint(self, self.state())
+
+    def old_fingerprint(self) -> str:
+        """Return what earlier versions called the fingerprint, 16 hex digits over names and bytes of all files."""
         if self.hub_id is not None:
             return f"{HUB}{self.hub_id}"
-        folder = Path(self.path)
         digest = hashlib.sha256()
-        for file in sorted(_model_files(folder, self.family().parts), key=lambda f: f.relative_to(folder).as_posix()):
-            digest.update(f"{file.relative_to(folder).as_posix()}\n{file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
+        for name, size, _ in self.state():
+            digest.update(f"{name}\n{size}\n".encode())
+            with (Path(self.path) / name).open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()[:16]
+
+    def state(self) -> tuple[tuple[str, int, int], ...]:
+        """Return (name, size, time of change) of all files; nothing of a model of the hub."""
+        if self.hub_id is not None:
+            return ()
+        folder = Path(self.path)
+        files = _model_files(folder, self.family().parts)
+        states = ((file.relative_to(folder).as_posix(), file.stat()) for file in files)
+        return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
+
+
+@functools.cache
+def _fingerprint(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...]) -> str:
+    parts = [Path(files.path) / part for part, config in files.family().parts.items() if config == _WEIGHTS_BESIDE]
+    return fingerprint_of(parts)
+
+
+def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
+    """Return the base model, which all of a process share: adapters go into `share_weights`, never into this one.
+
+    It is loaded again when its files change, or for another device or dtype; the last two are kept.
+
+    Raises:
+        InputError: see `load_backbone`.
+    """
+    files = BaseModelFiles(str(path))
+    files.check()
+    return _opened(files, files.state(), device.model_copy(update={"device": pick_device(device).type}))
+
+
+@functools.lru_cache(maxsize=2)  # one to train and draw with, one in float32 on the CPU to check exports with
+def _opened(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...], device: DeviceParams) -> Backbone:
+    log.info("Loading the base model %s on %s in %s.", files.name, device.device, device.dtype)
+    return load_backbone(files, device)
 
 
 def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:

@@ -19,6 +19,7 @@ from PIL import Image
 from dreamartist_pipeline.backbones.base_model import decode_latents, encode_images, with_zero_terminal_snr
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.clip_text import skipped_modules
+from dreamartist_pipeline.backbones.fitting import check_base_model
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.adapters import AdapterStack, LoRASpec, inject, load_adapters, select_layers
@@ -194,6 +195,7 @@ def concept_metadata(backbone: Backbone, params: TrainingParams, lr_factor: floa
         "format": FORMAT,
         "base_model": backbone.name,
         "base_model_fingerprint": backbone.fingerprint,
+        "base_model_family": backbone.family,
         "prediction_type": backbone.objective.prediction_type,
         "zero_terminal_snr": to_json(params.zero_terminal_snr),
         "guidance_scale": params.guidance_scale,
@@ -257,11 +259,11 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.
 
     Raises:
-        InputError: the concept was trained on another base model, or its tensors do not belong to this one.
+        InputError: the concept was trained on a base model of another layout, or lacks something.
     """
     if concept is None:
         return LoadedConcept(backbone, PromptEncoder(backbone), {})
-    check_base_model(concept, backbone.name, backbone.fingerprint)
+    check_base_model(concept, backbone)
     own = _with_schedule_of(concept, backbone).share_weights()
     strengths = (strength.negative, strength.positive)
     for network, module in own.networks.items():
@@ -292,22 +294,6 @@ def has_zero_terminal_snr(concept: Concept) -> bool:
 def clip_skip_of(concept: Concept) -> int:
     """Return the clip_skip a concept was trained with; 0 in files from before there was one."""
     return int(concept.metadata.get("clip_skip", "0"))
-
-
-def check_base_model(concept: Concept, name: str, fingerprint: str) -> None:
-    """Confirm that a concept belongs to the base model of this name and fingerprint.
-
-    Raises:
-        InputError: it was trained on another one, or is no concept.
-    """
-    concept.value("num_branches")  # is it a concept at all
-    expected = concept.metadata.get("base_model_fingerprint")
-    if expected != fingerprint:
-        raise InputError(
-            f"expected the base model that the concept was trained on, {concept.metadata.get('base_model')!r} with "
-            f"fingerprint {expected}; got {name!r} with fingerprint {fingerprint}; "
-            "set base_model to the former, or train the concept again"
-        )
 
 
 def _load_words(own: Backbone, encoder: str, concept: Concept, trigger_words: dict[str, tuple[str, str]]) -> Vocabulary:

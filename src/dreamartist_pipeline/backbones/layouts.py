@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from dreamartist_pipeline.backbones.concepts import skipped_layers
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
@@ -17,14 +15,7 @@ def layout_of(model: Backbone, clip_skip: int = 0) -> ModelLayout:
     Raises:
         InputError: as many layers are skipped as there are, or more.
     """
-    shapes = {
-        network: {
-            name: tuple(layer.weight.shape)
-            for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-        }
-        for network, module in model.networks.items()
-    }
+    shapes = model.layer_shapes
     configs = {encoder: model.networks[encoder].config for encoder in model.tokenizers}
     for config in configs.values():
         check_clip_skip(config.num_hidden_layers, clip_skip)
@@ -37,7 +28,7 @@ def layout_of(model: Backbone, clip_skip: int = 0) -> ModelLayout:
     return ModelLayout(
         shapes=shapes,
         skipped={encoder: frozenset(layers) for encoder, layers in skipped.items()},
-        word_widths={encoder: config.hidden_size for encoder, config in configs.items()},
+        word_widths=model.word_widths,
         max_vectors=min(config.max_position_embeddings for config in configs.values()) - 2,  # beside start and end
         check_word=check_word,
         names=model.file_names,

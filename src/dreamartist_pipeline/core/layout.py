@@ -43,10 +43,11 @@ class FileNames:
 
 @dataclass(frozen=True)
 class BaseModelIdentity:
-    """The base model that a concept belongs to: its name, its fingerprint, and the networks that it has."""
+    """The base model that a concept belongs to: its name, the fingerprint of its weights, its family and networks."""
 
     name: str
     fingerprint: str
+    family: str
     networks: tuple[str, ...]
 
 

@@ -51,6 +51,12 @@ class ImageStore:
         manifest: dict[str, Any] = json.loads((self.folder(key) / _MANIFEST).read_text(encoding="utf-8"))
         return manifest
 
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """What made each of the complete sets."""
+        for file in sorted(self.root.glob(f"*/{_MANIFEST}")):
+            if not file.parent.name.endswith(".partial") and self.has(file.parent.name):
+                yield self.manifest(file.parent.name)
+
     def images(self, key: str) -> Iterator[Image]:
         """Open the images one by one, in the order of `captions`."""
         from PIL import Image as PillowImage

@@ -201,6 +201,7 @@ def build_concept(
         "format": FORMAT,
         "base_model": base_model.name,
         "base_model_fingerprint": base_model.fingerprint,
+        "base_model_family": base_model.family,
         "class_word": class_word,
         "num_steps": to_json(num_steps),
         "clip_skip": to_json(clip_skip),

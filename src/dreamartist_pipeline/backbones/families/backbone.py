@@ -26,7 +26,7 @@ class ModelSource:
 
     Attributes:
         name: without a path.
-        fingerprint: of the base model.
+        fingerprint: of its weights.
         location: a folder or a Hugging Face id, as `from_pretrained` takes it.
         local_files_only: whether the network is left alone.
     """
@@ -106,9 +106,26 @@ class Backbone(ABC):
     # ------------------------------------------------------------------------------------------- the same in all
 
     @property
+    def layer_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Network -> layer -> the shape of its weight, of every Linear and Conv2d."""
+        return {
+            network: {
+                name: tuple(layer.weight.shape)
+                for name, layer in module.named_modules()
+                if isinstance(layer, nn.Linear | nn.Conv2d)
+            }
+            for network, module in self.networks.items()
+        }
+
+    @property
+    def word_widths(self) -> dict[str, int]:
+        """Text encoder -> the width of a learned vector."""
+        return {name: self.networks[name].get_input_embeddings().embedding_dim for name in self.tokenizers}
+
+    @property
     def identity(self) -> BaseModelIdentity:
         """What a concept of this base model remembers of it."""
-        return BaseModelIdentity(self.name, self.fingerprint, tuple(self.networks))
+        return BaseModelIdentity(self.name, self.fingerprint, self.family, tuple(self.networks))
 
     @property
     def latent_channels(self) -> int:

@@ -76,13 +76,13 @@ def evaluate_concept(
     """
     from pandas import DataFrame
 
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import has_zero_terminal_snr
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
     check_sampler(params.sampler, has_zero_terminal_snr(concept))
     log.info("Adapter strengths: %s.", params.strength)
-    backbone = load_backbone(BaseModelFiles(base_model), device)
+    backbone = open_base_model(base_model, device)
     evaluators = _load_evaluators(params, backbone)
     evidence, words = _draw_evidence(backbone, concept, prepared_image, params)
     measured = measure(evidence, evaluators)

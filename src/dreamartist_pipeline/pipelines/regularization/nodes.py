@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
 
+_OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 _PATIENCE_S = 2.0  # a progress bar appears after this long
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,9 @@ class ImageStore(Protocol):
 
     def has(self, key: str) -> bool:
         """Whether the set is complete."""
+
+    def manifests(self) -> Iterable[dict[str, Any]]:
+        """What made each of the complete sets."""
 
     def num_present(self, key: str) -> int:
         """How many images of an unfinished set are there already."""
@@ -64,6 +69,7 @@ def make_regularization_set(
     files = BaseModelFiles(base_model)
     files.check()
     manifest = describe_set(files.fingerprint(), regularization_prompts, params, device)
+    manifest = _of_earlier_versions(files, manifest, image_store) or manifest
     key, num_images = manifest["key"], manifest["num_images"]
     if image_store.has(key):
         log.info("The regularization set %s (%d images) is complete and is used again.", key, num_images)
@@ -78,6 +84,24 @@ def make_regularization_set(
         draw_batch = _base_model_draws(files, regularization_prompts, params, device, bar)
         image_store.write(key, regularization_prompts, draw_batch, params.sampler.batch_size, manifest)
     return manifest
+
+
+def _of_earlier_versions(
+    files: BaseModelFiles, manifest: Mapping[str, Any], image_store: ImageStore
+) -> dict[str, Any] | None:
+    """Return the manifest of the same set as an earlier version drew it, named after another fingerprint.
+
+    That fingerprint takes as long as reading all files: it is only asked for where such a set may be there.
+    """
+    if image_store.has(manifest["key"]):
+        return None
+    named = {"key", "base_model_fingerprint"}
+    ingredients = {name: value for name, value in manifest.items() if name not in named}
+    stored = [each for each in image_store.manifests() if ingredients.items() <= each.items()]
+    if not any(_OLD_FINGERPRINT.fullmatch(each["base_model_fingerprint"]) for each in stored):
+        return None
+    old = files.old_fingerprint()
+    return next((each for each in stored if each["base_model_fingerprint"] == old), None)
 
 
 def describe_set(
@@ -120,12 +144,12 @@ def _base_model_draws(
     files: BaseModelFiles, prompts: Sequence[str], params: RegularizationParams, device: DeviceParams, bar: tqdm
 ) -> DrawBatch:
     """Return what draws the images of some prompt indices; the base model is loaded when the first are asked for."""
-    from dreamartist_pipeline.backbones.base_model import load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
 
     @functools.cache
     def load() -> LoadedConcept:
-        loaded = attach(load_backbone(files, device), None, StrengthParams())
+        loaded = attach(open_base_model(files.path, device), None, StrengthParams())
         bar.unpause()  # its rate is that of drawing, without the loading
         return loaded
 

@@ -98,7 +98,7 @@ def check_training(
     _check_prompts(planned, params, caption)
     groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
     _check_branches_train(groups, params)
-    begun = begin_from(start, planned.stacks, planned.words, params, (outline.name, outline.fingerprint))
+    begun = begin_from(start, planned.stacks, planned.words, params, outline)
     log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
     return {
         "num_branches": params.num_branches,
@@ -309,16 +309,16 @@ def train_concept(
         InputError: the plan was made for other parameters, another base model or another concept to start from.
         TrainingError: a branch receives no gradient, or the loss or what is learned is no longer finite.
     """
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
     start = read_start(user_files, params)
-    backbone = load_backbone(BaseModelFiles(base_model), device)
+    backbone = open_base_model(base_model, device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
-    begun = begin_from(start, new.stacks, new.words, params, (backbone.name, backbone.fingerprint))
+    begun = begin_from(start, new.stacks, new.words, params, backbone)
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     _check_plan(training_plan, {"groups": _describe(groups), **begun})
     metadata = concept_metadata(backbone, params, factor) | ({"start_sha256": start.sha256} if start else {})
