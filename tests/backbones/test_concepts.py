@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -311,6 +312,27 @@ def test_an_attached_concept_predicts_as_the_trained_one(backbone: Backbone, mak
             rtol=0,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("guidance_scale", ["3.0", "1.0"], ids=["two branches", "one branch"])
+def test_a_concept_that_trains_draws_as_if_it_were_saved(
+    backbone: Backbone, make_training_params: MakeParams, guidance_scale: str
+) -> None:
+    groups = [
+        {"lr": 1e-3, "rank": 2, "dropout": 0.5, "svd_init": branch == "p", "branch": branch, "layers": ("re:.*attn.*",)}
+        for branch in ("pn" if guidance_scale == "3.0" else "p")
+    ]
+    params = make_training_params(lora_unet=groups, lora_text_encoder=groups[:1], guidance_scale=guidance_scale)
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    state = torch.get_rng_state()
+    with new.drawing(params.words.names) as live:
+        drawn = generate(new.backbone, live, ["a my-fox"], "a red cat", [3], SAMPLER)
+    loaded = attach(backbone, new.snapshot(concept_metadata(backbone, params, 1)), FULL)
+    (expected,) = generate(backbone, loaded, ["a my-fox"], "a red cat", [3], SAMPLER)
+    assert np.abs(np.asarray(drawn[0], float) - np.asarray(expected, float)).max() <= 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(layer.training for adapters in new.stacks.values() for layer in adapters.layers.values())
 
 
 def test_strengths_act_on_their_own_branch(backbone: Backbone, make_training_params: MakeParams) -> None:

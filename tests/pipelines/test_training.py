@@ -292,8 +292,11 @@ def test_previews_do_not_change_what_is_learned(tiny_base_model: Path, make_trai
     sampler = SamplerParams(scheduler="euler_a", num_inference_steps=2)
     preview = {"every": 1, "prompts": ("a {pt1}", "a my-fox, blue"), "sampler": sampler}
     tracker = RecordingTracker()
-    with_previews, _ = train(tiny_base_model, make_training_params(preview=preview), tracker)
-    without, _ = train(tiny_base_model, make_training_params())
+    dropout = [
+        {"lr": 1e-3, "rank": 4, "dropout": 0.5, "branch": branch, "layers": (r"re:.*\.attn.?$",)} for branch in "pn"
+    ]
+    with_previews, _ = train(tiny_base_model, make_training_params(preview=preview, lora_unet=dropout), tracker)
+    without, _ = train(tiny_base_model, make_training_params(lora_unet=dropout))
     assert all(torch.equal(with_previews.tensors[name], tensor) for name, tensor in without.tensors.items())
     assert list(tracker.images) == [1, 2, 3]
     assert tracker.images[1].width > 2 * 32

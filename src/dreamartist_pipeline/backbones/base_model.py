@@ -101,7 +101,10 @@ class BaseModelFiles:
 
         A model of the hub has its id.
         """
-        return f"{HUB}{self.hub_id}" if self.hub_id is not None else _fingerprint(self, self.state())
+        if self.hub_id is not None:
+            return f"{HUB}{self.hub_id}"
+        parts = [part for part, config in self.family().parts.items() if config == _WEIGHTS_BESIDE]
+        return _fingerprint(tuple(Path(self.path) / part for part in parts), self.state())
 
     def old_fingerprint(self) -> str:
         """Return what earlier versions called the fingerprint, 16 hex digits over names and bytes of all files."""
@@ -126,8 +129,7 @@ class BaseModelFiles:
 
 
 @functools.cache
-def _fingerprint(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...]) -> str:
-    parts = [Path(files.path) / part for part, config in files.family().parts.items() if config == _WEIGHTS_BESIDE]
+def _fingerprint(parts: tuple[Path, ...], _state: tuple[tuple[str, int, int], ...]) -> str:
     return fingerprint_of(parts)
 
 

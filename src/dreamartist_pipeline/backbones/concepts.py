@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -65,6 +66,21 @@ class NewConcept:
         for encoder, words in self.words.items():
             tensors |= {f"{words_part(encoder)}.{key}": tensor for key, tensor in words.tensors().items()}
         return Concept(dict(sorted(tensors.items())), dict(sorted(metadata.items())))
+
+    @contextmanager
+    def drawing(self, trigger_words: dict[str, tuple[str, str]]) -> Iterator[LoadedConcept]:
+        """Draw with what has been learned so far, without a copy; dropout is off within.
+
+        Args:
+            trigger_words: slot -> (positive, negative).
+        """
+        for adapters in self.stacks.values():
+            adapters.train(False)
+        try:
+            yield LoadedConcept(self.backbone, self.prompts, trigger_words)
+        finally:
+            for adapters in self.stacks.values():
+                adapters.train()
 
 
 def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, seed: int) -> NewConcept:

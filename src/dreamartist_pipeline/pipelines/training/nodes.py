@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL.Image import Image
 
-from dreamartist_pipeline.params import DeviceParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.figures import training_figure
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def train_concept(
     images = _regularization_images(regularization_set, image_store, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with _StepReport(params.num_steps, tracker) as report:
-        preview = _preview(backbone, new, metadata, params, tracker)
+        preview = _preview(new, params, tracker)
         history = fit(trainee(new, groups), data, params, report, preview)
     return new.snapshot(metadata), history_table(history)
 
@@ -483,11 +483,9 @@ class _StepReport:
         self._bar.update()
 
 
-def _preview(
-    backbone: Backbone, new: NewConcept, metadata: Mapping[str, str], params: TrainingParams, tracker: Tracker
-) -> Callable[[int], None] | None:
+def _preview(new: NewConcept, params: TrainingParams, tracker: Tracker) -> Callable[[int], None] | None:
     """Return what draws the preview prompts with the concept so far, always from the same seeds."""
-    from dreamartist_pipeline.backbones.concepts import attach, generate
+    from dreamartist_pipeline.backbones.concepts import generate
     from dreamartist_pipeline.core.images import image_grid
 
     prompts = [fill_prompt(prompt, params) for prompt in params.preview.prompts]
@@ -496,8 +494,8 @@ def _preview(
     seeds = range(params.preview.seed, params.preview.seed + len(prompts))
 
     def draw(step: int) -> None:
-        loaded = attach(backbone, new.snapshot(metadata), StrengthParams())
-        images = generate(backbone, loaded, prompts, "", seeds, params.preview.sampler)
+        with new.drawing(params.words.names) as loaded:
+            images = generate(new.backbone, loaded, prompts, "", seeds, params.preview.sampler)
         tracker.log_image(image_grid(images, columns=min(4, len(images)), labels=prompts), key="preview", step=step)
 
     return draw
