@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def build_tiny_base_model(folder: Path, seed: int) -> Path:
 def other_tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a base model of the same shape with other weights."""
     return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_layout(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
+    """Return the folder of a base model with the same weights, of which the scheduler says that it predicts ε."""
+    folder = Path(shutil.copytree(tiny_base_model, tmp_path_factory.mktemp("base_model") / "epsilon"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
+    return folder
 
 
 @pytest.fixture(scope="session")

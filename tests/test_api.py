@@ -34,6 +34,7 @@ from dreamartist_pipeline.api import (
 )
 from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+from dreamartist_pipeline.backbones.families.sd import V1_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
@@ -373,7 +374,7 @@ def test_five_ddim_steps_from_a_toolkit_folder_are_those_of_merged_weights(
     backbone: Backbone, concept: Concept, tiny_base_model: Path, given: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
-    files = write_toolkit(adapters, concept.trigger_words(), step=600)
+    files = write_toolkit(adapters, concept.trigger_words(), 600, V1_NAMES)
     for name, file in files.items():
         (tmp_path / name).write_bytes(file)
     assert len(files) == 6
@@ -405,7 +406,7 @@ def test_without_a_concept_the_base_model_samples(backbone: Backbone, given: dic
 
 
 def test_words_that_are_no_pair_have_to_be_named(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
-    for name, file in write_toolkit({}, concept.trigger_words(), step=1).items():
+    for name, file in write_toolkit({}, concept.trigger_words(), 1, V1_NAMES).items():
         (tmp_path / name.replace("my-fox-neg", "other")).write_bytes(file)
     with pytest.raises(InputError, match="name the pair in `words`"):
         read_toolkit_concept(backbone, tmp_path)
@@ -430,7 +431,7 @@ def test_what_a_pair_lacks_is_said(
     warning: str | None,
 ) -> None:
     adapters = {branch: branch_adapter(concept, branch) for branch in ("positive", "negative")}
-    for name, file in write_toolkit(adapters, concept.trigger_words(), step=1).items():
+    for name, file in write_toolkit(adapters, concept.trigger_words(), 1, V1_NAMES).items():
         (tmp_path / name).write_bytes(file)
     for file in tmp_path.glob(gone):
         file.unlink()
@@ -447,8 +448,8 @@ def test_words_given_as_one_text_are_refused(backbone: Backbone, tmp_path: Path)
 
 def test_a_toolkit_folder_is_checked_as_by_the_import(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
     adapters = {"positive": branch_adapter(concept, "positive")}
-    words = [dataclasses.replace(word, vectors=torch.ones(2, 7)) for word in concept.trigger_words()]
-    for name, file in write_toolkit(adapters, words, step=1).items():
+    words = [dataclasses.replace(w, vectors={"text_encoder": torch.ones(2, 7)}) for w in concept.trigger_words()]
+    for name, file in write_toolkit(adapters, words, 1, V1_NAMES).items():
         (tmp_path / name).write_bytes(file)
     with pytest.raises(InputError, match="vectors of width 32 for 'my-fox'; got 7"):
         read_toolkit_concept(backbone, tmp_path)

@@ -30,8 +30,8 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline import settings
-from dreamartist_pipeline.backbones import base_model, concepts
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, pick_device
+from dreamartist_pipeline.backbones import concepts
+from dreamartist_pipeline.backbones.base_model import Backbone, open_base_model, pick_device
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
@@ -338,21 +338,13 @@ class Run:
 Train = Callable[..., Run]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _loaded_once() -> Iterator[None]:
-    """Load a base model once for all tests: nothing changes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_model, "load_backbone", functools.cache(base_model.load_backbone))
-        yield
+@pytest.fixture(scope="module")
+def backbone(tiny_base_model: Path) -> Backbone:
+    return open_base_model(tiny_base_model, CPU)
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_base_model: Path, _loaded_once: None) -> Backbone:
-    return base_model.load_backbone(BaseModelFiles(str(tiny_base_model)), CPU)
-
-
-@pytest.fixture(scope="module")
-def train(tiny_base_model: Path, _loaded_once: None) -> Train:
+def train(tiny_base_model: Path) -> Train:
     """Return what trains for one step at the base values, but for the keywords; equal trainings run once.
 
     At a constant rate, the first step of AdamW moves a value by lr · g / (|g| + 1e-8), so by almost exactly lr.
@@ -632,7 +624,7 @@ def test_the_loss_is_weighted_by_the_signal_to_noise_ratio(train: Train, backbon
         values = {"weighting": weighting, "snr_gamma": gamma}
         return train(loss=values, timesteps=FIRST_TIMESTEP).first("loss_reference")
 
-    snr = backbone.schedule.snr(torch.tensor([0])).item()
+    snr = backbone.objective.snr(torch.tensor([0])).item()
     assert snr > gamma
     assert loss("min_snr") / loss("none") == pytest.approx(gamma / (snr + 1), rel=1e-4)  # of a model that predicts v
     soft = gamma**3 / (snr**2 + gamma**3) * snr / (snr + 1)

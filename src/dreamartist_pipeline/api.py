@@ -17,25 +17,25 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
-from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at
+from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at, rows_of
 from dreamartist_pipeline.core.captions import fill_negative_prompt
-from dreamartist_pipeline.core.concept import WORDS, Concept
+from dreamartist_pipeline.core.concept import Concept, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
-from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
+from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.interop import concept_file
-from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
 from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
 from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.params import (
@@ -163,7 +163,7 @@ def read_toolkit_concept(
     )
     imported = settled(read, layout, positive_acts_on, _WORDS_ARGUMENT)
     _warn_of_halves(imported, str(folder))
-    return make_concept(imported, BaseModelIdentity(backbone.name, backbone.fingerprint), clip_skip=clip_skip)
+    return make_concept(imported, backbone.identity, clip_skip=clip_skip)
 
 
 def sample_latents(
@@ -208,9 +208,9 @@ def sample_latents(
         fill_prompt(prompt, loaded, _class_word(concept)),
     )
     with torch.no_grad():
-        states = _text_states(loaded, filled, len(latents))
+        conditioning = _conditioning(loaded, filled, len(latents))
         return sampling.sample_latents(
-            lambda noisy, timesteps: loaded.backbone.denoise(noisy, timesteps, states),
+            lambda noisy, timesteps: loaded.backbone.denoise(noisy, timesteps, conditioning),
             scheduler,
             latents.to(backbone.device),
             sampler.guidance_scale,
@@ -270,18 +270,18 @@ def step_values(
         )
     _check_step(backbone, latents, noise, timesteps, mask)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
-    trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.schedule, (), _NUM_BRANCHES)
+    trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.objective, (), _NUM_BRANCHES)
     class_word = _class_word(concept)
     filled = (fill_prompt(negative_prompt, loaded, class_word, NEGATIVE), fill_prompt(prompt, loaded, class_word))
     loaded.prompts.check_not_cut(filled)
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
-    guidance = guidance_at(_guidance(guidance_scale), batch.timesteps, trainee.schedule.num_train_timesteps)
+    guidance = guidance_at(_guidance(guidance_scale), trainee.objective.noise_level(batch.timesteps))
     delta = loss.huber_delta if loss.kind == "huber" else None
     learned = dict(_learned(loaded))
     with torch.enable_grad():  # also where the caller has turned gradients off
         prediction = combined_prediction(trainee, batch, guidance)
-        by_row = row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, delta)
+        by_row = row_losses(prediction, batch, trainee.objective, loss.weighting, loss.snr_gamma, delta)
         gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
     return StepValues(
         prediction.detach(),
@@ -319,7 +319,7 @@ def _warn_of_halves(imported: Imported, folder: str) -> None:
 
 
 def _check_latents(latents: torch.Tensor, backbone: Backbone) -> None:
-    channels = backbone.unet.config.in_channels
+    channels = backbone.latent_channels
     if latents.dim() != 4 or latents.shape[1] != channels or not latents.numel():
         raise InputError(
             f"expected latents [B, {channels}, h, w] of this base model; got {list(latents.shape)}; "
@@ -339,7 +339,8 @@ def _check_step(
     """Confirm that a step's tensors go together and with the base model."""
     _check_latents(latents, backbone)
     _check_shape(noise, "noise", tuple(latents.shape))
-    _check_timesteps(timesteps, len(latents), backbone.schedule.num_train_timesteps)
+    _check_shape(timesteps, "timesteps", (len(latents),))
+    backbone.objective.check_timesteps(timesteps)
     if mask is not None:
         _check_shape(mask, "mask", (len(latents), 1, *latents.shape[2:]))
 
@@ -348,15 +349,6 @@ def _check_shape(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> Non
     if tuple(tensor.shape) != shape:
         raise InputError(
             f"expected {name} {list(shape)}, to go with the latents; got {list(tensor.shape)}; make it of that shape"
-        )
-
-
-def _check_timesteps(timesteps: torch.Tensor, rows: int, num_train_timesteps: int) -> None:
-    _check_shape(timesteps, "timesteps", (rows,))
-    if timesteps.is_floating_point() or not ((timesteps >= 0) & (timesteps < num_train_timesteps)).all():
-        raise InputError(
-            f"expected timesteps that are integers from 0 to {num_train_timesteps - 1}; got {timesteps.tolist()}; "
-            "correct them"
         )
 
 
@@ -380,22 +372,23 @@ def _batch_of_one_prompt(
     )
 
 
-def _text_states(loaded: LoadedConcept, prompts: tuple[str, str], rows: int) -> torch.Tensor:
-    """Return `[2·rows, L, D]` of (negative, positive) prompt; every row of a branch has the same prompt."""
+def _conditioning(loaded: LoadedConcept, prompts: tuple[str, str], rows: int) -> Conditioning:
+    """Return what 2·rows are told by (negative, positive) prompt; every row of a branch has the same prompt."""
     loaded.prompts.check_not_cut(prompts)
-    tokens = loaded.prompts.tokenize(prompts)
-    return loaded.prompts.encode(tokens).repeat_interleave(rows, dim=0)
+    encoded = loaded.prompts.encode(loaded.prompts.tokenize(prompts))
+    return encoded[rows_of(torch.zeros(rows, dtype=torch.long, device=loaded.backbone.device), 1, _NUM_BRANCHES)]
 
 
 def _learned(loaded: LoadedConcept) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield what a concept has learned under the names it has in a concept file."""
-    for network in ("unet", "text_encoder"):
-        for layer, module in getattr(loaded.backbone, network).named_modules():
+    for network, adapted in loaded.backbone.networks.items():
+        for layer, module in adapted.named_modules():
             if isinstance(module, BranchLoRALayer):
                 for update in module.updates:
                     for name, parameter in update.learned().items():
                         yield f"{network}.{layer}.{update.key}.{name}", parameter
-    embedding = loaded.backbone.text_encoder.get_input_embeddings()
-    if isinstance(embedding, WordEmbedding):
-        for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):
-            yield f"{WORDS}.{word.key}", vectors
+    for encoder in loaded.backbone.tokenizers:
+        embedding = loaded.backbone.networks[encoder].get_input_embeddings()
+        if isinstance(embedding, WordEmbedding):
+            for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):
+                yield f"{words_part(encoder)}.{word.key}", vectors

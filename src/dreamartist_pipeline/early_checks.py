@@ -34,8 +34,7 @@ class PlannedConcept:
     @classmethod
     def of_training(cls, params: TrainingParams) -> PlannedConcept:
         """Return what a training will make."""
-        groups = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
-        return cls(True, params.zero_terminal_snr, groups, bool(params.words.names))
+        return cls(True, params.zero_terminal_snr, params.lora, bool(params.words.names))
 
 
 Check = Callable[[Any, PlannedConcept | None], None]

@@ -167,7 +167,7 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
         try:
             built[section] = SECTIONS[section].model_validate(parameters[section])
         except ValidationError as error:
-            problems += [f"  {_problem(section, detail)}" for detail in error.errors()]
+            problems += [f"  {_problem(section, detail)}" for detail in _first_errors(error)]
     if problems:
         raise InputError(
             "expected parameters as src/dreamartist_pipeline/params.py describes them; got\n"
@@ -175,6 +175,16 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             + "\ncorrect them in conf/ or in --params"
         )
     return built
+
+
+def _first_errors(error: ValidationError) -> list[ErrorDetails]:
+    """Return the errors without those in the value of a key that does not exist."""
+    unknown = {detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"}
+    return [
+        detail
+        for detail in error.errors()
+        if detail["type"] == "extra_forbidden" or not any(detail["loc"][: len(key)] == key for key in unknown)
+    ]
 
 
 def _problem(section: str, detail: ErrorDetails) -> str:

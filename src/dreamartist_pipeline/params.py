@@ -20,6 +20,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from dreamartist_pipeline.prompt_weights import checked_weights
 from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
@@ -388,9 +389,23 @@ class PreviewParams(Params):
 RUN_ONLY = "says how a training runs, and changes nothing of what comes out of it"
 """Marks parameters that a concept's `config_sha256` leaves out: `name: Annotated[Type, RUN_ONLY]`."""
 
+_LORA = "lora_"
+
+
+def _check_is_lora(key: str) -> str:
+    if not key.startswith(_LORA):
+        raise PydanticKnownError("extra_forbidden")
+    return key
+
 
 class TrainingParams(Params):
-    """One training of a concept."""
+    """One training of a concept.
+
+    Beside `lora_unet` and `lora_text_encoder` there may be `lora_<network>` for any other network of the base model.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Annotated[str, AfterValidator(_check_is_lora)], tuple[LoRAGroup, ...]]
 
     seed: Seed = 0
     num_steps: Annotated[int, Field(ge=0)]
@@ -429,12 +444,10 @@ class TrainingParams(Params):
             raise ValueError(f"expected a template or a preset out of {', '.join(TEMPLATE_PRESETS)}")
         return TEMPLATE_PRESETS.get(value, value)
 
-    @field_validator("lora_text_encoder")
-    @classmethod
-    def _text_has_no_timestep(cls, groups: tuple[LoRAGroup, ...]) -> tuple[LoRAGroup, ...]:
-        if any(group.timestep_min_rank is not None for group in groups):
-            raise ValueError("timestep_min_rank is for lora_unet only: the text encoder does not know the timestep")
-        return groups
+    @property
+    def lora(self) -> dict[str, tuple[LoRAGroup, ...]]:
+        """The networks that have LoRA groups -> these."""
+        return {name.removeprefix(_LORA): groups for name, groups in self if name.startswith(_LORA) and groups}
 
     @field_validator("timesteps")
     @classmethod
@@ -454,8 +467,21 @@ class TrainingParams(Params):
         return self.guidance_scale.num_branches
 
     @model_validator(mode="after")
+    def _text_has_no_timestep(self) -> TrainingParams:
+        for network, groups in self.lora.items():
+            if network.startswith("text_encoder") and any(group.timestep_min_rank is not None for group in groups):
+                raise ValueError(
+                    f"lora_{network}: timestep_min_rank is for denoisers: the text encoder does not know the timestep"
+                )
+        return self
+
+    @property
+    def _groups(self) -> list[LoRAGroup]:
+        return [group for groups in self.lora.values() for group in groups]
+
+    @model_validator(mode="after")
     def _something_trains_in_every_branch(self) -> TrainingParams:
-        groups = self.lora_unet + self.lora_text_encoder
+        groups = self._groups
         if not groups and not self.words.names:
             raise ValueError("nothing to train: give lora_unet, lora_text_encoder or words.names")
         if self.num_branches == 1 and any(group.branch == "negative" for group in groups):
@@ -470,7 +496,7 @@ class TrainingParams(Params):
 
     @model_validator(mode="after")
     def _optimizers_fit_their_rates(self) -> TrainingParams:
-        rates = [group.lr for group in self.lora_unet + self.lora_text_encoder]
+        rates = [group.lr for group in self._groups]
         if rates:
             self._check_optimizer("", self.optimizer, self.schedule, rates)
         if self.words.names:
@@ -479,7 +505,7 @@ class TrainingParams(Params):
 
     @model_validator(mode="after")
     def _one_beginning(self) -> TrainingParams:
-        if self.start_from and any(group.svd_init for group in self.lora_unet + self.lora_text_encoder):
+        if self.start_from and any(group.svd_init for group in self._groups):
             raise ValueError("start_from and svd_init are two beginnings; leave out one of them")
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from dreamartist_pipeline.backbones.base_model import (
     Backbone,
@@ -21,6 +22,7 @@ from dreamartist_pipeline.backbones.base_model import (
     encode_images,
     load_backbone,
     load_outline,
+    open_base_model,
     with_zero_terminal_snr,
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
@@ -92,20 +94,45 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_sdxl_is_not_supported_yet(copied_model: Path) -> None:
-    (copied_model / "text_encoder_2").mkdir()
-    with pytest.raises(InputError, match=r"SDXL .* not supported yet"):
+    (copied_model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(InputError, match=r"of stable-diffusion; got StableDiffusionXLPipeline .* not supported yet"):
         BaseModelFiles(copied_model).check()
 
 
-def test_the_fingerprint_follows_the_files_that_matter(tiny_base_model: Path, copied_model: Path) -> None:
+def test_the_fingerprint_follows_the_weights_and_nothing_else(tiny_base_model: Path, copied_model: Path) -> None:
     fingerprint = BaseModelFiles(copied_model).fingerprint()
     assert fingerprint == BaseModelFiles(str(tiny_base_model)).fingerprint()  # wherever it lies
-    assert len(fingerprint) == 16
-    (copied_model / "README.md").write_text("words")
+    assert re.fullmatch("sha256:[0-9a-f]{64}", fingerprint)
+    index = copied_model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_diffusers_version": "0.1"}))
     assert BaseModelFiles(copied_model).fingerprint() == fingerprint
     weights = copied_model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert BaseModelFiles(copied_model).fingerprint() != fingerprint
+
+
+def test_earlier_versions_fingerprint_follows_all_files(tiny_base_model: Path, copied_model: Path) -> None:
+    old = BaseModelFiles(copied_model).old_fingerprint()
+    assert re.fullmatch("[0-9a-f]{16}", old)
+    assert old == BaseModelFiles(tiny_base_model).old_fingerprint()
+    index = copied_model / "model_index.json"
+    index.write_text(index.read_text() + " ")
+    assert BaseModelFiles(copied_model).old_fingerprint() != old
+
+
+# --------------------------------------------------------------------------------------------- opened once
+
+
+def test_a_base_model_is_opened_once_for_a_device_and_again_when_its_files_change(copied_model: Path) -> None:
+    opened = open_base_model(copied_model, CPU)
+    assert open_base_model(str(copied_model), DeviceParams(device="auto")) is opened or torch.cuda.is_available()
+    assert open_base_model(copied_model, DeviceParams(device="cpu", dtype="bfloat16")).dtype == torch.bfloat16
+    assert open_base_model(copied_model, CPU) is opened
+    weights = copied_model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    again = open_base_model(copied_model, CPU)
+    assert again is not opened
+    assert again.fingerprint != opened.fingerprint
 
 
 def test_a_hub_id_is_its_own_fingerprint_and_needs_no_folder() -> None:
@@ -127,7 +154,7 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no connection")
 
-    monkeypatch.setattr(UNet2DConditionModel, "load_config", unreachable)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
     with pytest.raises(InputError, match="from the Hugging Face hub as owner/name; got: no connection; correct base_m"):
         load_outline(BaseModelFiles("hub:owner/name"))
 
@@ -146,7 +173,7 @@ def test_every_part_is_loaded_frozen_and_in_eval_mode(backbone: Backbone) -> Non
     for part in (backbone.unet, backbone.autoencoder, backbone.text_encoder):
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
-    assert backbone.schedule.prediction_type == "v_prediction"
+    assert backbone.objective.prediction_type == "v_prediction"
     assert (backbone.image_px, backbone.latent_scale) == (32, 4)
 
 
@@ -178,7 +205,7 @@ def test_every_scheduler_keeps_the_prediction_type_and_draws_by_seed(backbone: B
     sampler = SamplerParams(scheduler=name, num_inference_steps=3)
     scheduler = make_scheduler(backbone, sampler)
     assert scheduler.config.prediction_type == "v_prediction"
-    assert torch.equal(scheduler.alphas_cumprod, backbone.schedule.alphas_cumprod)
+    assert torch.equal(scheduler.alphas_cumprod, backbone.objective.alphas_cumprod)
     base = attach(backbone, None, StrengthParams())
     first, again, other = (generate(backbone, base, ["a red cat"], "", [seed], sampler)[0] for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
@@ -211,11 +238,11 @@ def test_every_scheduler_samples_the_zero_terminal_schedule_from_its_last_timest
 ) -> None:
     rescaled = with_zero_terminal_snr(backbone)
     assert rescaled.unet is backbone.unet
-    assert rescaled.schedule.snr(torch.tensor([999])).item() == 0
+    assert rescaled.objective.snr(torch.tensor([999])).item() == 0
     sampler = SamplerParams(scheduler=name, num_inference_steps=3)
     scheduler = make_scheduler(rescaled, sampler)
     # diffusers goes through β and, for some, puts 2⁻²⁴ in place of the last 0
-    torch.testing.assert_close(scheduler.alphas_cumprod, rescaled.schedule.alphas_cumprod, atol=2e-5, rtol=0)
+    torch.testing.assert_close(scheduler.alphas_cumprod, rescaled.objective.alphas_cumprod, atol=2e-5, rtol=0)
     scheduler.set_timesteps(3)
     assert round(float(scheduler.timesteps[0])) == 999
     base = attach(backbone, None, StrengthParams())
@@ -243,7 +270,7 @@ def test_the_schedule_is_rescaled_for_a_base_model_whose_files_do_not_speak_of_i
 def test_a_rescaled_schedule_rescaled_again_stays(backbone: Backbone) -> None:
     once = with_zero_terminal_snr(backbone)
     twice = with_zero_terminal_snr(once)
-    torch.testing.assert_close(twice.schedule.alphas_cumprod, once.schedule.alphas_cumprod)
+    torch.testing.assert_close(twice.objective.alphas_cumprod, once.objective.alphas_cumprod)
 
 
 def test_decoding_lets_gradients_through_to_the_latents_only(backbone: Backbone) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,6 @@ from dreamartist_pipeline.backbones.concepts import (
 from dreamartist_pipeline.core.adapters import LowRankUpdate
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.embeddings import Word
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import (
@@ -73,7 +74,7 @@ def make_data(new: NewConcept, params: TrainingParams) -> TrainingData:
 def make_trainee(new: NewConcept, params: TrainingParams) -> Trainee:
     groups = parameter_groups(new.stacks, new.words, params.words.lr)
     half = new.backbone.dtype == torch.float16
-    return Trainee(new.backbone.denoise, new.prompts.encode, new.backbone.schedule, groups, new.num_branches, half)
+    return Trainee(new.backbone.denoise, new.prompts.encode, new.backbone.objective, groups, new.num_branches, half)
 
 
 def train(backbone: Backbone, params: TrainingParams) -> tuple[Concept, NewConcept]:
@@ -120,13 +121,12 @@ def merged_weights(backbone: Backbone, new: NewConcept, network: str, branch: in
 
 def one_branch(backbone: Backbone, new: NewConcept, batch: Batch, branch: int) -> torch.Tensor:
     """Run one branch through the plain base model: merged weights, words looked up by hand."""
-    assert new.words is not None
     text = merged_weights(backbone, new, "text_encoder", branch)
-    table = torch.cat([text.pop("embeddings.token_embedding.weight"), *new.words.vectors])
+    table = torch.cat([text.pop("embeddings.token_embedding.weight"), *new.words["text_encoder"].vectors])
     text["embeddings.token_embedding.weight"] = table
     ids = batch.tokens.ids[batch.prompt_of_row, branch]
     hidden = functional_call(backbone.text_encoder, text, (ids,)).last_hidden_state
-    alpha = backbone.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    alpha = backbone.objective.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
     unet = merged_weights(backbone, new, "unet", branch)
     return functional_call(backbone.unet, unet, (noisy, batch.timesteps, hidden)).sample
@@ -149,7 +149,7 @@ def stirred(backbone: Backbone, make_training_params: MakeParams) -> tuple[NewCo
     params = make_training_params()
     new = start_concept(backbone, params, 1, 0)
     stir(new)
-    return new, params, BatchSource(make_data(new, params), params, 1000).draw(0)
+    return new, params, BatchSource(make_data(new, params), params, new.backbone.objective).draw(0)
 
 
 def test_a_step_equals_plain_diffusers_with_merged_weights(
@@ -161,23 +161,26 @@ def test_a_step_equals_plain_diffusers_with_merged_weights(
     expected = negative + guidance.view(-1, 1, 1, 1) * (positive - negative)
     ours = combined_prediction(make_trainee(new, params), batch, guidance)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    losses = row_losses(ours, batch, backbone.schedule, "min_snr", 2.0)
+    losses = row_losses(ours, batch, backbone.objective, "min_snr", 2.0)
     loss = (batch.row_weight * losses).sum()
     torch.testing.assert_close(
-        loss, independent_loss(batch, expected, backbone.schedule.alphas_cumprod), rtol=1e-5, atol=0
+        loss, independent_loss(batch, expected, backbone.objective.alphas_cumprod), rtol=1e-5, atol=0
     )
 
 
 def plain_groups(new: NewConcept, params: TrainingParams) -> list[dict[str, Any]]:
     """Return torch's parameter groups of all adapters and words, as configured."""
-    assert new.words is not None
     groups = [
         {"params": [tensor], "lr": update.group.lr, "weight_decay": params.weight_decay}
         for network in new.stacks
         for _, update in updates_of(new, network)
         for tensor in (update.down, update.up)
     ]
-    return groups + [{"params": [v], "lr": params.words.lr, "weight_decay": 0.0} for v in new.words.vectors]
+    return groups + [
+        {"params": [v], "lr": params.words.lr, "weight_decay": 0.0}
+        for words in new.words.values()
+        for v in words.vectors
+    ]
 
 
 def train_plainly(backbone: Backbone, new: NewConcept, params: TrainingParams, num_steps: int) -> list[float]:
@@ -192,11 +195,11 @@ def train_plainly(backbone: Backbone, new: NewConcept, params: TrainingParams, n
         pct_start=params.schedule.warmup_steps / params.num_steps,
         cycle_momentum=True,
     )
-    source, norms = BatchSource(make_data(new, params), params, 1000), []
+    source, norms = BatchSource(make_data(new, params), params, backbone.objective), []
     for step in range(num_steps):
         batch = source.draw(step)
         negative, positive = (one_branch(backbone, new, batch, branch) for branch in (NEGATIVE, POSITIVE))
-        loss = independent_loss(batch, negative + 3.0 * (positive - negative), backbone.schedule.alphas_cumprod)
+        loss = independent_loss(batch, negative + 3.0 * (positive - negative), backbone.objective.alphas_cumprod)
         optimizer.zero_grad()
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(parameters, params.max_grad_norm).item())
@@ -233,13 +236,13 @@ def test_each_branch_gets_exactly_its_own_gradient(
     groups = parameter_groups(new.stacks, new.words, 1.0)
     predictions = {b: one_branch(backbone, new, batch, b) for b in (NEGATIVE, POSITIVE)}
     ours = combined_prediction(make_trainee(new, params), batch, guidance)
-    independent_loss(batch, ours, backbone.schedule.alphas_cumprod).backward()
+    independent_loss(batch, ours, backbone.objective.alphas_cumprod).backward()
     for branch, name in ((NEGATIVE, "negative"), (POSITIVE, "positive")):
         own = [p for group in groups if group.branch == name for p in group.parameters]
         others = [p for group in groups if group.branch != name for p in group.parameters]
         fixed = {b: p if b == branch else p.detach() for b, p in predictions.items()}  # only this branch may be felt
         combined = fixed[NEGATIVE] + 3.0 * (fixed[POSITIVE] - fixed[NEGATIVE])
-        loss = independent_loss(batch, combined, backbone.schedule.alphas_cumprod)
+        loss = independent_loss(batch, combined, backbone.objective.alphas_cumprod)
         gradients = torch.autograd.grad(loss, own + others, allow_unused=True, retain_graph=True)
         for parameter, gradient in zip(own, gradients, strict=False):
             assert gradient is not None
@@ -267,11 +270,11 @@ def test_training_lowers_the_loss_on_batches_it_did_not_see(
     trainee, data = make_trainee(new, params), make_data(new, params)
 
     def loss() -> float:
-        source = BatchSource(data, make_training_params(seed=99, batch_size=16), 1000)
+        source = BatchSource(data, make_training_params(seed=99, batch_size=16), backbone.objective)
         batch = source.draw(0)
         with torch.no_grad():
             prediction = combined_prediction(trainee, batch, torch.full((17,), 3.0))
-            losses = row_losses(prediction, batch, backbone.schedule, "min_snr", 2.0)
+            losses = row_losses(prediction, batch, backbone.objective, "min_snr", 2.0)
         return float((batch.row_weight * losses).sum())
 
     before = loss()
@@ -320,8 +323,7 @@ def test_negative_rows_hear_the_users_negative_prompt_and_no_trigger_word(
     (ids,) = heard
     plain = attach(backbone, None, FULL).prompts.tokenize(["a red cat"] * 2).ids
     assert torch.equal(ids[:2], plain)
-    assert loaded.vocabulary is not None
-    positive = next(word for word in loaded.vocabulary.words if word.branch == POSITIVE)
+    positive = next(word for word in loaded.prompts.words if word.branch == POSITIVE)
     assert all(set(positive.ids) <= set(row.tolist()) for row in ids[2:])
 
 
@@ -374,6 +376,27 @@ def test_an_attached_concept_predicts_as_the_trained_one(backbone: Backbone, mak
         )
 
 
+@pytest.mark.parametrize("guidance_scale", ["3.0", "1.0"], ids=["two branches", "one branch"])
+def test_a_concept_that_trains_draws_as_if_it_were_saved(
+    backbone: Backbone, make_training_params: MakeParams, guidance_scale: str
+) -> None:
+    groups = [
+        {"lr": 1e-3, "rank": 2, "dropout": 0.5, "svd_init": branch == "p", "branch": branch, "layers": ("re:.*attn.*",)}
+        for branch in ("pn" if guidance_scale == "3.0" else "p")
+    ]
+    params = make_training_params(lora_unet=groups, lora_text_encoder=groups[:1], guidance_scale=guidance_scale)
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    state = torch.get_rng_state()
+    with new.drawing(params.words.names) as live:
+        drawn = generate(new.backbone, live, ["a my-fox"], "a red cat", [3], SAMPLER)
+    loaded = attach(backbone, new.snapshot(concept_metadata(backbone, params, 1)), FULL)
+    (expected,) = generate(backbone, loaded, ["a my-fox"], "a red cat", [3], SAMPLER)
+    assert np.abs(np.asarray(drawn[0], float) - np.asarray(expected, float)).max() <= 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(layer.training for adapters in new.stacks.values() for layer in adapters.layers.values())
+
+
 def test_strengths_act_on_their_own_branch(backbone: Backbone, make_training_params: MakeParams) -> None:
     params = make_training_params()
     new = start_concept(backbone, params, 1, 0)
@@ -388,14 +411,49 @@ def test_strengths_act_on_their_own_branch(backbone: Backbone, make_training_par
     assert not torch.allclose(prediction[POSITIVE], base[POSITIVE])
 
 
-def test_a_concept_of_another_base_model_is_refused(
-    backbone: Backbone, other_tiny_base_model: Path, make_training_params: MakeParams
+def of_another_model(concept: Concept, fingerprint: str, **changes: Any) -> Concept:
+    """Return the concept as one of another base model, some tensors (by dotted names) and metadata replaced."""
+    tensors = {name: value for name, value in changes.items() if "." in name}
+    own = {"base_model": "elsewhere", "base_model_fingerprint": fingerprint}
+    own |= {name: value for name, value in changes.items() if "." not in name}
+    return Concept(concept.tensors | tensors, concept.metadata.model_copy(update=own))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"base_model_family": "toy"}, r"family \(stable-diffusion, not toy\)"),
+        ({"prediction_type": "epsilon"}, r"prediction_type \(v_prediction, not epsilon\)"),
+        ({"words.positive.pt1": torch.zeros(2, 48)}, r"the width of words in text_encoder \(32, not 48\)"),
+        ({"unet.conv_in.0.positive.down": torch.zeros(2, 9, 3, 3)}, r"1 layers of unet \(conv_in, …\)"),
+        ({"unet.far.0.positive.down": torch.zeros(2, 9)}, r"1 layers of unet \(far, …\)"),
+    ],
+)
+@pytest.mark.parametrize("fingerprint", ["0123456789abcdef", "sha256:0"], ids=["earlier version", "present"])
+def test_a_concept_of_another_layout_is_refused_with_what_differs(
+    backbone: Backbone, make_training_params: MakeParams, changes: dict[str, Any], difference: str, fingerprint: str
 ) -> None:
     concept, _ = train(backbone, make_training_params(num_steps=0))
-    other = load_backbone(BaseModelFiles(other_tiny_base_model), DeviceParams(device="cpu"))
-    message = f"trained on, 'tiny' with fingerprint {backbone.fingerprint}; got 'other' with .* {other.fingerprint}"
-    with pytest.raises(InputError, match=message):
-        attach(other, concept, FULL)
+    ups = {name.replace(".down", ".up"): torch.zeros(16, 2, 1, 1) for name in changes if name.endswith(".down")}
+    other = of_another_model(concept, fingerprint, **changes, **ups)
+    with pytest.raises(InputError, match=rf"trained on, 'elsewhere'; got 'tiny', which differs in {difference}; set"):
+        attach(backbone, other, FULL)
+
+
+@pytest.mark.parametrize(("fingerprint", "remarks"), [("0123456789abcdef", 0), ("sha256:1", 1), ("hub:a/b", 1)])
+def test_other_weights_of_the_same_layout_are_remarked_on_once_where_it_is_known(
+    backbone: Backbone,
+    make_training_params: MakeParams,
+    caplog: pytest.LogCaptureFixture,
+    fingerprint: str,
+    remarks: int,
+) -> None:
+    concept, _ = train(backbone, make_training_params(num_steps=0))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            attach(backbone, of_another_model(concept, fingerprint), FULL)
+            attach(backbone, concept, FULL)
+    assert len([message for message in caplog.messages if "such as a fine-tune has" in message]) == remarks
 
 
 @pytest.mark.parametrize("name", ["first", "with_options", "imported"])
@@ -452,8 +510,7 @@ def test_words_alone_change_only_prompts_that_use_them(backbone: Backbone, make_
     assert concept.tensors.keys() == {"words.positive.pt1"}
     assert draw(backbone, concept) == draw(backbone, None)
     assert draw(backbone, concept, "a my-fox") != draw(backbone, None, "a my-fox")
-    assert new.prompts.vocabulary is not None
-    assert all(isinstance(word, Word) for word in new.prompts.vocabulary.words)
+    assert [word.name for word in new.prompts.words] == ["my-fox"]
 
 
 def test_adapters_alone_need_no_words(backbone: Backbone, make_training_params: MakeParams) -> None:
@@ -508,7 +565,7 @@ def test_training_gives_no_gradient_to_ranks_that_no_row_used(
     group = {"lr": 1e-2, "rank": 4, "layers": [r"re:.*\.attn.?$"], "timestep_min_rank": 1}
     new = start_concept(backbone, make_training_params(lora_unet=[group]), 1, 0)
     stir(new)
-    steps = torch.full((4,), backbone.schedule.num_train_timesteps - 1)
+    steps = torch.full((4,), backbone.objective.num_train_timesteps - 1)
     hidden = new.prompts.encode(new.prompts.tokenize(["a red cat"] * 4)).detach()
     new.backbone.denoise(
         torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), steps, hidden

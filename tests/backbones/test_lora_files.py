@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.families.sd import V1_NAMES as NAMES
 from dreamartist_pipeline.backbones.lora_files import (
     base_prediction,
     concept_predictions,
@@ -19,7 +20,6 @@ from dreamartist_pipeline.backbones.lora_files import (
 )
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.interop.branch_adapters import (
-    BaseModelIdentity,
     BranchAdapter,
     LoRAFactors,
     branch_adapter,
@@ -31,7 +31,7 @@ from dreamartist_pipeline.interop.layer_names import known_to_a1111, known_to_co
 from dreamartist_pipeline.interop.peft_files import write_peft
 from dreamartist_pipeline.params import DeviceParams
 
-FACTS = FileFacts("fox", "", "v_prediction", is_v2=False)
+FACTS = FileFacts("fox", "", "v_prediction", names=NAMES)
 Modules = dict[str, dict[str, nn.Linear | nn.Conv2d]]
 
 
@@ -50,7 +50,7 @@ def backbone(request: pytest.FixtureRequest, tiny_base_model: Path) -> Backbone:
             sample_size=16,
             use_linear_projection=request.param,
         )
-    return dataclasses.replace(tiny, unet=unet.eval().requires_grad_(False))
+    return dataclasses.replace(tiny, networks=tiny.networks | {"unet": unet.eval().requires_grad_(False)})
 
 
 def modules_of(backbone: Backbone) -> Modules:
@@ -82,7 +82,7 @@ def concept(backbone: Backbone) -> Concept:
         )
         for branch in ("negative", "positive")
     }
-    return build_concept(adapters, (), BaseModelIdentity(backbone.name, backbone.fingerprint))
+    return build_concept(adapters, (), backbone.identity)
 
 
 @pytest.mark.parametrize("branch", ["negative", "positive"])
@@ -116,7 +116,7 @@ def test_diffusers_takes_the_biases_of_a_peft_file(backbone: Backbone, concept: 
         )
         for of_branch in ("negative", "positive")
     }
-    biased = build_concept(adapters, (), BaseModelIdentity(backbone.name, backbone.fingerprint))
+    biased = build_concept(adapters, (), backbone.identity)
     probe = make_probe(backbone)
     came = file_prediction(backbone, write_peft(adapters[branch], FACTS, torch.float32), "x", probe)
     expected = concept_predictions(backbone, biased, probe)[branch]
@@ -131,7 +131,9 @@ def test_every_layer_has_a_name_in_comfyui_and_a1111_and_comes_back_from_kohyas(
     for network, named in layers.items():
         assert all(known_to_comfyui(network, name) and known_to_a1111(network, name, 2) for name in named)
     adapter = branch_adapter(concept, "positive")
-    again = read_kohya(write_kohya(adapter, FACTS, torch.float32), "x", {n: list(named) for n, named in layers.items()})
+    again = read_kohya(
+        write_kohya(adapter, FACTS, torch.float32), "x", {n: list(named) for n, named in layers.items()}, NAMES
+    )
     assert again.by_layer().keys() == adapter.by_layer().keys()
 
 
@@ -145,5 +147,5 @@ def test_loading_a_file_leaves_the_base_model_as_it_is(backbone: Backbone, conce
 
 def test_a_probe_is_the_same_every_time(backbone: Backbone) -> None:
     first, second = make_probe(backbone), make_probe(backbone)
-    assert torch.equal(first.latents, second.latents) and torch.equal(first.token_ids, second.token_ids)
+    assert torch.equal(first.latents, second.latents) and torch.equal(first.tokens.ids, second.tokens.ids)
     assert not torch.equal(make_probe(backbone, seed=1).latents, first.latents)

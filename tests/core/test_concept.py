@@ -143,7 +143,7 @@ QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.0.posit
         ({f"{QUERY}.down": torch.full((2, 16), torch.nan)}, f"finite float32 tensors .*{QUERY}.down"),
         ({"unet.x.7.positive.up": torch.zeros(1, 1)}, "one of 2 LoRA groups, .* positive group 7 in x"),
         ({"unet.x": torch.zeros(1, 1)}, "expected adapter tensors named"),
-        ({"vae.x.0.positive.up": torch.zeros(1, 1)}, "tensors of unet, text_encoder, words in .*; got vae.x"),
+        ({"vae.x.0.positive.up": torch.zeros(1, 1)}, "tensors of text_encoder, unet, words in .*; got vae.x"),
         ({"words.positive.pt1": None}, "positive.pt1 are missing"),
         ({"words.positive.pt1": torch.tensor(1.0)}, "positive.pt1 are missing, have no word or another shape"),
         ({"words.positive.pt1": torch.zeros(0, 32)}, "positive.pt1 are missing, have no word or another shape"),
@@ -179,6 +179,7 @@ def test_metadata_are_texts_with_sorted_keys_and_say_nothing_that_is_unknown() -
         "num_branches": "1",
         "num_steps": "0",
         "num_vectors": "[null,3]",
+        "base_model_family": "stable-diffusion",
         "words": "{}",
         "zero_terminal_snr": "false",
     }

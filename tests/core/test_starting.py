@@ -55,7 +55,7 @@ def concept(
         "words": (names or {"pt1": ("my-x", "my-x-neg")}) if words else {},
         "num_vectors": (1, 2),
         "num_branches": 2,
-        "lora": {"unet": [groups.get(group, filler) for group, filler in enumerate(fillers)]},
+        "lora": {"unet": [groups.get(i, filler) for i, filler in enumerate(fillers)], "text_encoder": []},
     }
     return Concept(tensors, ConceptMetadata.model_validate(values | metadata))
 
@@ -70,14 +70,14 @@ def update_of(adapters: AdapterStack, layer: str = "a", index: int = 0) -> torch
 
 def test_the_update_is_the_concepts_whatever_rank_and_alpha_the_group_has() -> None:
     adapters = stack(spec())  # scale 6 / 3
-    taken = take_over({"unet": adapters}, None, concept(("a", 0, "positive"), alpha=0.5))
+    taken = take_over({"unet": adapters}, {}, concept(("a", 0, "positive"), alpha=0.5))
     assert update_of(adapters).tolist() == [[2.0, 4.0, 6.0], [2.5, 5.0, 7.5]]  # 0.5 · up · down
     assert taken == {"unet.0.positive": 1}
 
 
 def test_an_equal_scale_keeps_the_tensors_as_they_are() -> None:
     adapters = stack(spec(rank=1, alpha=0.7))
-    take_over({"unet": adapters}, None, concept(("a", 0, "positive"), alpha=0.7))
+    take_over({"unet": adapters}, {}, concept(("a", 0, "positive"), alpha=0.7))
     (update,) = adapters.layers["a"].updates
     assert torch.equal(update.up, UP) and torch.equal(update.down, DOWN)
 
@@ -85,7 +85,7 @@ def test_an_equal_scale_keeps_the_tensors_as_they_are() -> None:
 def test_the_ranks_left_over_start_fresh() -> None:
     fresh = stack(spec()).layers["a"].updates[0].down.detach().clone()
     adapters = stack(spec())
-    take_over({"unet": adapters}, None, concept(("a", 0, "positive")))
+    take_over({"unet": adapters}, {}, concept(("a", 0, "positive")))
     (update,) = adapters.layers["a"].updates
     assert torch.equal(update.down[1:], fresh[1:]) and not torch.equal(update.down[0], fresh[0])
     assert update.up[:, 1:].abs().max() == 0
@@ -96,12 +96,12 @@ def test_a_bias_is_taken_over_by_a_group_that_has_one_and_refused_by_others() ->
     bias = {f"unet.a.{group}.positive.bias": torch.tensor([1.0, -2.0]) for group in (0, 1)}
     start = Concept({**start.tensors, **bias}, start.metadata)
     adapters = stack(spec(bias=True))  # scale 6 / 3
-    take_over({"unet": adapters}, None, start)
+    take_over({"unet": adapters}, {}, start)
     (update,) = adapters.layers["a"].updates
     assert update.bias is not None
     assert update.bias.tolist() == [0.5, -1.0]  # 2 · bias is the sum of both, 0.5 · bias each
     with pytest.raises(InputError, match="expected a bias for unet.a, .* set training.lora_unet.0.bias to true"):
-        take_over({"unet": stack(spec())}, None, start)
+        take_over({"unet": stack(spec())}, {}, start)
 
 
 def test_a_convolution_is_taken_over_too() -> None:
@@ -109,27 +109,27 @@ def test_a_convolution_is_taken_over_too() -> None:
     down, up = torch.arange(27.0).reshape(1, 3, 3, 3), torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
     start = concept(("c", 0, "positive"), alpha=1.0)
     tensors = {"unet.c.0.positive.down": down, "unet.c.0.positive.up": up}
-    take_over({"unet": adapters}, None, Concept(tensors, start.metadata))
+    take_over({"unet": adapters}, {}, Concept(tensors, start.metadata))
     (update,) = adapters.layers["c"].updates
     assert torch.equal(update.down, down) and torch.equal(update.up, up)
 
 
 def test_of_several_groups_the_first_takes_it() -> None:
     adapters = stack(spec(), spec(group=1))
-    taken = take_over({"unet": adapters}, None, concept(("a", 0, "positive")))
+    taken = take_over({"unet": adapters}, {}, concept(("a", 0, "positive")))
     assert taken == {"unet.0.positive": 1}
     assert update_of(adapters, index=1).abs().max() == 0
 
 
 def test_several_groups_of_the_concept_add_up_in_one() -> None:
     adapters = stack(spec())
-    take_over({"unet": adapters}, None, concept(("a", 0, "positive"), ("a", 1, "positive"), alpha=1.0))
+    take_over({"unet": adapters}, {}, concept(("a", 0, "positive"), ("a", 1, "positive"), alpha=1.0))
     assert torch.equal(update_of(adapters), 2 * UP @ DOWN)
 
 
 def test_a_branchs_update_goes_to_a_group_of_that_branch() -> None:
     adapters = stack(spec("negative"), spec("positive", 1))
-    take_over({"unet": adapters}, None, concept(("a", 0, "positive"), alpha=1.0))
+    take_over({"unet": adapters}, {}, concept(("a", 0, "positive"), alpha=1.0))
     assert update_of(adapters, index=0).abs().max() == 0
     assert torch.equal(update_of(adapters, index=1), UP @ DOWN)
 
@@ -137,21 +137,21 @@ def test_a_branchs_update_goes_to_a_group_of_that_branch() -> None:
 def test_what_acts_on_both_goes_to_a_shared_group_or_to_one_of_each() -> None:
     start = concept(("a", 0, "shared"), alpha=1.0)
     shared = stack(spec("positive"), spec("shared", 1), spec("negative", 2))
-    assert take_over({"unet": shared}, None, start) == {"unet.1.shared": 1}
+    assert take_over({"unet": shared}, {}, start) == {"unet.1.shared": 1}
     split = stack(spec("positive"), spec("negative", 1))
-    assert take_over({"unet": split}, None, start) == {"unet.1.negative": 1, "unet.0.positive": 1}
+    assert take_over({"unet": split}, {}, start) == {"unet.1.negative": 1, "unet.0.positive": 1}
     assert torch.equal(update_of(split, index=0), UP @ DOWN)
     assert torch.equal(update_of(split, index=1), UP @ DOWN)
 
 
 def test_a_training_without_a_negative_branch_begins_with_a_shared_adapter() -> None:
     adapters = stack(spec("shared"), num_branches=1)
-    assert take_over({"unet": adapters}, None, concept(("a", 0, "shared"))) == {"unet.0.shared": 1}
+    assert take_over({"unet": adapters}, {}, concept(("a", 0, "shared"))) == {"unet.0.shared": 1}
 
 
 def test_it_works_on_the_meta_device() -> None:
     adapters = stack(spec(), device="meta")
-    assert take_over({"unet": adapters}, None, concept(("a", 0, "positive"))) == {"unet.0.positive": 1}
+    assert take_over({"unet": adapters}, {}, concept(("a", 0, "positive"))) == {"unet.0.positive": 1}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_layer_without_a_group_is_refused(
     specs: list[ResolvedGroup], update: tuple[str, int, str], place: str
 ) -> None:
     with pytest.raises(InputError, match=f"got none for 1: {place}; add groups of that branch"):
-        take_over({"unet": stack(*specs)}, None, concept(update))
+        take_over({"unet": stack(*specs)}, {}, concept(update))
 
 
 def test_without_branches_the_groups_of_one_need_a_guidance_scale_above_1() -> None:
@@ -175,14 +175,14 @@ def test_without_branches_the_groups_of_one_need_a_guidance_scale_above_1() -> N
         with pytest.raises(
             InputError, match=f"got none for 1: unet.a .{branch}.; raise training.guidance_scale above 1"
         ):
-            take_over({"unet": stack(spec("shared"), num_branches=1)}, None, concept(("a", 0, branch)))
+            take_over({"unet": stack(spec("shared"), num_branches=1)}, {}, concept(("a", 0, branch)))
     with pytest.raises(InputError, match=r"unet.b \(shared\); add groups"):
-        take_over({"unet": stack(spec("shared"), num_branches=1)}, None, concept(("b", 0, "shared")))
+        take_over({"unet": stack(spec("shared"), num_branches=1)}, {}, concept(("b", 0, "shared")))
 
 
 def test_a_network_without_groups_is_refused() -> None:
     with pytest.raises(InputError, match=r"got none for 2: unet.a \(positive\), unet.b \(positive\)"):
-        take_over({}, None, concept(("a", 0, "positive"), ("b", 0, "positive")))
+        take_over({}, {}, concept(("a", 0, "positive"), ("b", 0, "positive")))
 
 
 def test_layers_that_differ_in_their_numbers_are_named_once() -> None:
@@ -196,26 +196,26 @@ def test_layers_that_differ_in_their_numbers_are_named_once() -> None:
         r"got none for 8: unet.blocks.\*.conv1 \(negative, positive\), unet.blocks.\*.conv2 \(negative, positive\);"
     )
     with pytest.raises(InputError, match=message):
-        take_over({}, None, concept(*layers))
+        take_over({}, {}, concept(*layers))
 
 
 def test_too_small_a_rank_is_refused_with_the_one_to_set() -> None:
     adapters = stack(spec(rank=1))
     start = concept(("a", 0, "positive"), ("a", 1, "positive"))
     with pytest.raises(InputError, match=r"2 in unet.a \(got 1\): set training.lora_unet.0.rank to 2"):
-        take_over({"unet": adapters}, None, start)
+        take_over({"unet": adapters}, {}, start)
     assert update_of(adapters).abs().max() == 0  # nothing has been changed
 
 
 def test_ranks_that_change_with_the_timestep_have_to_be_the_same() -> None:
     changing = {"timestep_min_rank": 1}
     start = concept(("a", 0, "positive"), group=changing)
-    assert take_over({"unet": stack(spec(rank=1, **changing))}, None, start) == {"unet.0.positive": 1}
+    assert take_over({"unet": stack(spec(rank=1, **changing))}, {}, start) == {"unet.0.positive": 1}
     for other in (spec(rank=1), spec(rank=3, **changing)):
         with pytest.raises(InputError, match="rank 1 with 1; got rank"):
-            take_over({"unet": stack(other)}, None, start)
+            take_over({"unet": stack(other)}, {}, start)
     with pytest.raises(InputError, match="rank 1 with None; got rank 1 with 1"):
-        take_over({"unet": stack(spec(rank=1, **changing))}, None, concept(("a", 0, "positive")))
+        take_over({"unet": stack(spec(rank=1, **changing))}, {}, concept(("a", 0, "positive")))
 
 
 @pytest.mark.parametrize("factors", [{"down": torch.zeros(1, 4)}, {"up": torch.zeros(3, 1)}])
@@ -223,20 +223,20 @@ def test_factors_of_another_layer_are_refused(factors: dict[str, torch.Tensor]) 
     start = concept(("a", 0, "positive"))
     tensors = start.tensors | {f"unet.a.0.positive.{name}": tensor for name, tensor in factors.items()}
     with pytest.raises(InputError, match=r"expected down \[rank, 3\] and up of 2 outputs for unet.a .*; got \(1, "):
-        take_over({"unet": stack(spec())}, None, Concept(tensors, start.metadata))
+        take_over({"unet": stack(spec())}, {}, Concept(tensors, start.metadata))
 
 
 def test_vectors_of_another_width_are_refused() -> None:
     vectors = VECTORS | {"positive.pt1": torch.zeros(1, 3)}
-    with pytest.raises(InputError, match="expected vectors of width 2 .* got others for positive.pt1"):
-        take_over({}, embedding(), concept(words=vectors))
+    with pytest.raises(InputError, match="vectors of width .*: 2} .* got .*: 3} for positive.pt1"):
+        take_over({}, {"text_encoder": embedding()}, concept(words=vectors))
 
 
 def test_factors_that_are_not_known_here_are_refused() -> None:
     start = concept(("a", 0, "positive"))
     half = Concept({"unet.a.0.positive.up": UP}, start.metadata)
     with pytest.raises(InputError, match=r"for a; got \{'up'"):
-        take_over({"unet": stack(spec())}, None, half)
+        take_over({"unet": stack(spec())}, {}, half)
 
 
 # --------------------------------------------------------------------------------------------- words
@@ -253,7 +253,7 @@ def embedding(
 
 def test_words_begin_with_the_concepts_vectors() -> None:
     words = embedding()
-    taken = take_over({}, words, concept(words=VECTORS))
+    taken = take_over({}, {"text_encoder": words}, concept(words=VECTORS))
     assert taken == {"words.negative.pt1": 2, "words.positive.pt1": 1}
     assert {key: vectors.tolist() for key, vectors in words.tensors().items()} == {
         key: vectors.tolist() for key, vectors in VECTORS.items()
@@ -262,7 +262,8 @@ def test_words_begin_with_the_concepts_vectors() -> None:
 
 def test_a_word_that_the_concept_has_not_starts_fresh() -> None:
     words = embedding()
-    taken = take_over({}, words, concept(words={"positive.pt1": VECTORS["positive.pt1"]}, num_branches=1))
+    start = concept(words={"positive.pt1": VECTORS["positive.pt1"]}, num_branches=1)
+    taken = take_over({}, {"text_encoder": words}, start)
     assert taken == {"words.positive.pt1": 1}
     assert words.tensors()["negative.pt1"].abs().max() == 0
 
@@ -280,7 +281,7 @@ def test_a_word_that_the_concept_has_not_starts_fresh() -> None:
 def test_other_words_are_refused_with_the_values_to_set(words: WordEmbedding | None) -> None:
     message = r"set training.words.names=\{\"pt1\":\[\"my-x\",\"my-x-neg\"\]\} and training.words.num_vectors=\[1,2\]"
     with pytest.raises(InputError, match=message):
-        take_over({}, words, concept(words=VECTORS))
+        take_over({}, {"text_encoder": words} if words else {}, concept(words=VECTORS))
 
 
 def test_words_that_no_training_can_have_are_refused_with_the_reason() -> None:
@@ -289,11 +290,11 @@ def test_words_that_no_training_can_have_are_refused_with_the_reason() -> None:
     with pytest.raises(
         InputError, match="one number of vectors for all words of a branch: start from a concept with one"
     ):
-        take_over({}, embedding(), concept(words=vectors, names=names, num_vectors=[None, 2]))
+        take_over({}, {"text_encoder": embedding()}, concept(words=vectors, names=names, num_vectors=[None, 2]))
 
 
 def test_a_word_by_itself_needs_a_partner_in_a_training() -> None:
     vectors = VECTORS | {"positive.other": torch.zeros(1, 2)}
     names = {"pt1": ["my-x", "my-x-neg"], "other": ["bad-x", ""]}
     with pytest.raises(InputError, match=r'"other":\["bad-x","bad-x-neg"\]'):
-        take_over({}, embedding(), concept(words=vectors, names=names))
+        take_over({}, {"text_encoder": embedding()}, concept(words=vectors, names=names))

@@ -80,7 +80,7 @@ def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: f
     words = WordEmbedding(model.embedding, vocabulary, [torch.full((1, 4), 0.1) for _ in vocabulary.words])
     model.embedding = words  # type: ignore[assignment]
     stack.train()
-    groups = parameter_groups({"toy": stack}, words, 1e-2)
+    groups = parameter_groups({"toy": stack}, {"text_encoder": words}, 1e-2)
     return Trainee(model.denoise, model.encode, _SCHEDULE, groups, num_branches, latent_adapters=(stack,))
 
 
@@ -105,7 +105,7 @@ def trained_values(trainee: Trainee) -> list[torch.Tensor]:
 
 
 def test_a_regularization_image_meets_only_its_own_prompt(make_training_params: MakeParams) -> None:
-    source = BatchSource(make_data(), make_training_params(regularization_batch_size=2), 20)
+    source = BatchSource(make_data(), make_training_params(regularization_batch_size=2), _SCHEDULE)
     for step in range(10):
         batch = source.draw(step)
         first_tokens = batch.tokens.ids[batch.prompt_of_row[2:], 0, 0]  # 3, 4, 5 for the means 10, 20, 30
@@ -113,7 +113,7 @@ def test_a_regularization_image_meets_only_its_own_prompt(make_training_params: 
 
 
 def test_reference_latents_are_sampled_afresh_from_the_posterior(make_training_params: MakeParams) -> None:
-    source = BatchSource(make_data(), make_training_params(batch_size=1000), 20)
+    source = BatchSource(make_data(), make_training_params(batch_size=1000), _SCHEDULE)
     first, second = source.draw(0).latents[:1000], source.draw(1).latents[:1000]
     assert not torch.equal(first, second)
     assert first.mean().item() == pytest.approx(1, abs=0.01)
@@ -124,20 +124,20 @@ def test_row_weights_are_a_mean_over_the_reference_plus_a_weighted_mean_over_the
     make_training_params: MakeParams,
 ) -> None:
     params = make_training_params(batch_size=4, regularization_batch_size=2, loss=LossParams(regularization_weight=0.5))
-    weights = BatchSource(make_data(), params, 20).draw(0).row_weight
+    weights = BatchSource(make_data(), params, _SCHEDULE).draw(0).row_weight
     assert weights.tolist() == [0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_the_mask_holds_for_reference_rows_only(make_training_params: MakeParams) -> None:
     mask = torch.tensor([[0.0, 1.0], [2.0, 5.0]]).view(1, 1, 2, 2)
-    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), 20).draw(0)
+    batch = BatchSource(make_data(mask=mask), make_training_params(batch_size=1), _SCHEDULE).draw(0)
     assert batch.mask is not None
     assert batch.mask[0, 0].tolist() == [[0.0, 1.0], [2.0, 5.0]]
     assert batch.mask[1, 0].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def test_each_distinct_prompt_of_a_batch_is_encoded_once(make_training_params: MakeParams) -> None:
-    batch = BatchSource(make_data(), make_training_params(batch_size=6), 20).draw(0)
+    batch = BatchSource(make_data(), make_training_params(batch_size=6), _SCHEDULE).draw(0)
     assert len(batch.tokens) == 2  # the one template, one caption
     assert batch.prompt_of_row.tolist() == [0] * 6 + [1]
 
@@ -148,15 +148,17 @@ def test_tokens_keep_their_weights_in_a_batch(make_training_params: MakeParams) 
     weights = torch.tensor([[[1.0, 1.0, 1.5], [1.0, 1.2, 1.0]]])
     weighted = dataclasses.replace(data.reference, tokens=PromptTokens(data.reference.tokens.ids, weights))
     params = make_training_params(batch_size=2)
-    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, 20).draw(0)
+    batch = BatchSource(dataclasses.replace(data, reference=weighted), params, _SCHEDULE).draw(0)
     assert batch.tokens.weights is not None
     assert batch.tokens.weights[batch.prompt_of_row].tolist() == [*weights.tolist() * 2, [[1.0] * 3] * 2]
-    assert BatchSource(data, params, 20).draw(0).tokens.weights is None
+    assert BatchSource(data, params, _SCHEDULE).draw(0).tokens.weights is None
 
 
 def test_a_batch_depends_on_the_seed_and_the_step_alone(make_training_params: MakeParams) -> None:
     params = make_training_params(noise_offset=0.1, timesteps=(0.0, 1.0))
-    in_order, alone, other = (BatchSource(make_data(), p, 20) for p in (params, params, make_training_params(seed=1)))
+    in_order, alone, other = (
+        BatchSource(make_data(), p, _SCHEDULE) for p in (params, params, make_training_params(seed=1))
+    )
     for step in range(3):
         expected = in_order.draw(step)
     drawn = alone.draw(2)
@@ -414,7 +416,7 @@ def test_the_table_says_what_each_branch_trains() -> None:
 
 def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_params: MakeParams) -> None:
     plain, shifted = (
-        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), 20).draw(0)
+        BatchSource(make_data(), make_training_params(batch_size=500, noise_offset=offset), _SCHEDULE).draw(0)
         for offset in (0.0, 0.5)
     )
     shift = shifted.noise - plain.noise  # [501, 2, 2, 2]
@@ -425,7 +427,7 @@ def test_a_noise_offset_shifts_whole_channels_and_nothing_else(make_training_par
 
 
 def test_timesteps_stay_within_their_limits(make_training_params: MakeParams) -> None:
-    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), 20).draw(0)
+    batch = BatchSource(make_data(), make_training_params(batch_size=500, timesteps=(0.25, 0.5)), _SCHEDULE).draw(0)
     assert set(batch.timesteps.tolist()) == set(range(5, 10))
 
 
@@ -447,7 +449,7 @@ def with_decoder(trainee: Trainee, factor: float = 2.0) -> Trainee:
 
 def test_the_reconstruction_compares_decoded_latents_with_the_image(make_training_params: MakeParams) -> None:
     trainee, data = with_decoder(make_trainee()), make_data(mask=torch.tensor([[1.0, 0.0], [0.0, 0.0]])[None, None])
-    batch = BatchSource(data, make_training_params(), 20).draw(0)
+    batch = BatchSource(data, make_training_params(), _SCHEDULE).draw(0)
     pixels = torch.zeros(1, 3, 4, 2)
     loss = reconstruction_loss(trainee, batch.noise[:2], batch, pixels, "l1")  # a perfect prediction: ẑ₀ is z₀
     assert loss.item() == pytest.approx(2 * batch.latents[:2, 0, 0, 0].abs().mean().item() / 4, rel=1e-4)
@@ -516,7 +518,7 @@ def test_a_first_step_at_a_scale_of_one_is_no_missing_gradient(make_training_par
     first_at_zero = next(
         seed
         for seed in range(200)
-        if BatchSource(make_data(), make_training_params(seed=seed, **wide), 20).draw(0).timesteps.item() == 0
+        if BatchSource(make_data(), make_training_params(seed=seed, **wide), _SCHEDULE).draw(0).timesteps.item() == 0
     )
     history = fit(make_trainee(), make_data(), make_training_params(seed=first_at_zero, **wide))
     assert history[0]["guidance_scale"] == 1

@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 SUBJECT = "button"
 
 
-_PROFILED_RUN = """
+_WATCHED_RUN = """
 import json, sys, threading
 from pathlib import Path
 from kedro.framework.cli.utils import find_run_command
@@ -35,18 +35,35 @@ def note(frame, event, _):
 
 bootstrap_project(Path.cwd())
 run = find_run_command("dreamartist_pipeline")
+from dreamartist_pipeline.backbones import base_model
+from dreamartist_pipeline.backbones.families.sd import StableDiffusion
+
+counts = {"loads": 0, "hashes": 0}
+load, fingerprint_of = StableDiffusion.load.__func__, base_model.fingerprint_of
+
+def counted_load(cls, source, device, dtype):
+    counts["loads"] += device.type != "meta"
+    return load(cls, source, device, dtype)
+
+def counted_hash(parts):
+    counts["hashes"] += 1
+    return fingerprint_of(parts)
+
+StableDiffusion.load, base_model.fingerprint_of = classmethod(counted_load), counted_hash
 threading.setprofile(note)
 sys.setprofile(note)
 run(sys.argv[1:], standalone_mode=False)
 sys.setprofile(None)
 Path("calls.json").write_text(json.dumps(sorted(calls)))
+Path("counts.json").write_text(json.dumps(counts))
 """
-"""Runs `kedro run` and writes calls.json: [calling module, called module:function] between the project's files."""
+"""Runs `kedro run` and writes calls.json, [calling module, called module:function] between the project's files, and
+counts.json: how often the base model's weights were loaded, and how often they were hashed."""
 
 
-def kedro_run(project: Path, *arguments: str, profiled: bool = False) -> subprocess.CompletedProcess[str]:
+def kedro_run(project: Path, *arguments: str, watched: bool = False) -> subprocess.CompletedProcess[str]:
     """Run `kedro run --env test` in the project, on one thread."""
-    kedro = ("-c", _PROFILED_RUN) if profiled else ("-m", "kedro", "run")
+    kedro = ("-c", _WATCHED_RUN) if watched else ("-m", "kedro", "run")
     command = [sys.executable, *kedro, "--env", "test", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
     environment.pop("MLFLOW_TRACKING_URI", None)
@@ -96,7 +113,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> 
 @pytest.fixture(scope="module")
 def trained(project: Path) -> subprocess.CompletedProcess[str]:
     """Train, evaluate and export once (the default pipeline), for all tests that look at the results and the calls."""
-    result = kedro_run(project, "--params", settings(project), profiled=True)
+    result = kedro_run(project, "--params", settings(project), watched=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -120,6 +137,11 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         assert (data / file).is_file(), file
     made = json.loads((data / "05_model_input" / SUBJECT / "regularization_set.json").read_text())
     assert len(list((data / "05_model_input" / "regularization" / made["key"]).glob("*.png"))) == 2
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_default_run_loads_the_base_model_and_reads_its_weights_once(project: Path) -> None:
+    assert json.loads((project / "counts.json").read_text()) == {"loads": 1, "hashes": 1}
 
 
 @pytest.mark.usefixtures("trained")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dreamartist_pipeline.backbones.families.sd import V1_NAMES as NAMES
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.params import ResolvedGroup
@@ -19,6 +20,8 @@ PROJ_IN = "down_blocks.0.attentions.0.proj_in"  # Conv2d 1 × 1
 CONV = "down_blocks.0.resnets.0.conv1"  # Conv2d 3 × 3
 TEXT = "encoder.layers.0.self_attn.out_proj"
 MLP = "encoder.layers.0.mlp.fc1"
+__all__ = ["NAMES"]
+
 MODULES = {"unet": [ATTENTION, OUT, PROJ_IN, CONV, "conv_out"], "text_encoder": [TEXT, MLP]}
 
 # network, layer, group, branch, alpha, shape of down, shape of up

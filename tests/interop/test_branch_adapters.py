@@ -7,9 +7,9 @@ import torch
 
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import BaseModelIdentity
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import (
-    BaseModelIdentity,
     BranchAdapter,
     added_up,
     branch_adapter,
@@ -18,7 +18,7 @@ from dreamartist_pipeline.interop.branch_adapters import (
 
 from .conftest import ATTENTION, CONV, expected_biases, expected_updates, with_groups
 
-TINY = BaseModelIdentity("tiny", "0123")
+TINY = BaseModelIdentity("tiny", "0123", "stable-diffusion", ("unet", "text_encoder"))
 
 
 @pytest.mark.parametrize("branch", ["positive", "negative"])
@@ -87,7 +87,7 @@ def test_a_concept_built_from_the_neutral_form_has_the_same_biases(concept_with_
 
 def test_words_come_by_branch_and_slot(concept: Concept) -> None:
     words = concept.trigger_words()
-    assert [(w.name, w.branch, w.slot, len(w.vectors)) for w in words] == [
+    assert [(w.name, w.branch, w.slot, w.num_vectors) for w in words] == [
         ("my-fox", "positive", "pt1", 2),
         ("my-fox-neg", "negative", "pt1", 3),
     ]
@@ -107,15 +107,15 @@ def test_a_concept_built_from_the_neutral_form_has_the_same_updates_and_words(co
 
 
 def test_positive_words_alone_make_a_concept_of_one_branch() -> None:
-    built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", torch.zeros(2, 4))], TINY)
+    built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)})], TINY)
     assert built.metadata.num_branches == 1
     assert built.metadata.words == {"pt1": ("cat-x", "cat-x-neg")}
 
 
 def test_a_negative_word_without_a_positive_one_is_refused() -> None:
     words = [
-        TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
-        TriggerWord("b-neg", "pt2", "negative", torch.zeros(2, 4)),
+        TriggerWord("a-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)}),
+        TriggerWord("b-neg", "pt2", "negative", {"text_encoder": torch.zeros(2, 4)}),
     ]
     with pytest.raises(InputError, match=r"got none for \['pt2'\]; give its file"):
         build_concept({}, words, TINY)
@@ -123,14 +123,14 @@ def test_a_negative_word_without_a_positive_one_is_refused() -> None:
 
 def test_a_word_may_stand_by_itself_beside_a_pair_with_other_numbers_of_vectors() -> None:
     words = [
-        TriggerWord("a-x", "pt1", "positive", torch.zeros(2, 4)),
-        TriggerWord("a-neg", "pt1", "negative", torch.zeros(3, 4)),
-        TriggerWord("bad-x", "quality", "positive", torch.zeros(5, 4)),
+        TriggerWord("a-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)}),
+        TriggerWord("a-neg", "pt1", "negative", {"text_encoder": torch.zeros(3, 4)}),
+        TriggerWord("bad-x", "quality", "positive", {"text_encoder": torch.zeros(5, 4)}),
     ]
     built = build_concept({}, words, TINY)
     assert built.metadata.words == {"pt1": ("a-x", "a-neg"), "quality": ("bad-x", "")}
     assert (built.metadata.num_vectors, built.metadata.num_branches) == ((None, 3), 2)
-    assert [(w.name, len(w.vectors)) for w in built.trigger_words()] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
+    assert [(w.name, w.num_vectors) for w in built.trigger_words()] == [("a-x", 2), ("a-neg", 3), ("bad-x", 5)]
 
 
 def test_a_branch_without_adapters_is_empty(concept: Concept) -> None:

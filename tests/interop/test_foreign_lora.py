@@ -13,24 +13,23 @@ from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFact
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.foreign_lora import fitted, read_lora
 from dreamartist_pipeline.interop.kohya import write_kohya
-from dreamartist_pipeline.interop.layer_names import kohya_name
 from dreamartist_pipeline.interop.peft_files import write_peft
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 
-from .conftest import ATTENTION, CONV, MLP, OUT, PROJ_IN, TEXT, expected_updates
+from .conftest import ATTENTION, CONV, MLP, NAMES, OUT, PROJ_IN, TEXT, expected_updates
 
 SHAPES = {
     "unet": {ATTENTION: (5, 6), OUT: (6, 5), PROJ_IN: (6, 4, 1, 1), CONV: (7, 4, 3, 3)},
     "text_encoder": {TEXT: (4, 4), MLP: (8, 4)},
 }
-FACTS = FileFacts("fox", "my-fox", "epsilon", is_v2=False)
-NAME = kohya_name("unet", ATTENTION)
+FACTS = FileFacts("fox", "my-fox", "epsilon", names=NAMES)
+NAME = NAMES.kohya("unet", ATTENTION)
 
 
 @pytest.mark.parametrize(("form", "write"), [("kohya", write_kohya), ("peft", write_peft)])
 def test_the_format_is_found_by_the_keys(concept: Concept, form: str, write: object) -> None:
     file = write(branch_adapter(concept, "positive"), FACTS, torch.float32)  # type: ignore[operator]
-    lora = read_lora(file, "fox.safetensors", SHAPES)
+    lora = read_lora(file, "fox.safetensors", SHAPES, NAMES)
     assert lora.form == form
     expected = expected_updates(concept, "positive")
     for at, factors in lora.adapter.by_layer().items():
@@ -63,17 +62,17 @@ def test_another_kind_of_file_is_refused_by_what_it_is(key: str, message: str) -
     plain = {f"{NAME}.lora_down.weight": torch.ones(2, 6), f"{NAME}.lora_up.weight": torch.ones(5, 2)}
     file = write_tensors(plain | {key: torch.ones(2, 6)}, {})
     with pytest.raises(InputError, match=f"expected a plain LoRA in fox.safetensors; got {message}"):
-        read_lora(file, "fox.safetensors", SHAPES)
+        read_lora(file, "fox.safetensors", SHAPES, NAMES)
 
 
 def test_a_file_without_any_lora_is_refused_with_what_is_in_it() -> None:
     with pytest.raises(InputError, match="kohya format or diffusers' .* got conv.bias, conv.weight; give another"):
-        read_lora(write_tensors({"conv.weight": torch.ones(1), "conv.bias": torch.ones(1)}, {}), "x", SHAPES)
+        read_lora(write_tensors({"conv.weight": torch.ones(1), "conv.bias": torch.ones(1)}, {}), "x", SHAPES, NAMES)
 
 
 def test_a_concept_of_this_project_is_no_foreign_file() -> None:
     with pytest.raises(InputError, match="got a concept of this project; copy it"):
-        read_lora(write_tensors({"unet.x.0.positive.up": torch.ones(1)}, {"format": FORMAT}), "x", SHAPES)
+        read_lora(write_tensors({"unet.x.0.positive.up": torch.ones(1)}, {"format": FORMAT}), "x", SHAPES, NAMES)
 
 
 def test_shapes_of_another_base_model_are_named_by_layer() -> None:
@@ -112,11 +111,11 @@ def test_several_alphas_and_no_ranks_are_refused(changes: dict[str, Any]) -> Non
     tensors = {"lora_down.weight": torch.ones(rank, 6), "lora_up.weight": torch.ones(5, rank), "alpha": torch.ones(())}
     file = write_tensors({f"{NAME}.{key}": changes.get(key, value) for key, value in tensors.items()}, {})
     with pytest.raises(InputError, match=f"x to hold down .* at most one alpha .* for unet.{ATTENTION}; got"):
-        read_lora(file, "x", SHAPES)
+        read_lora(file, "x", SHAPES, NAMES)
 
 
 @pytest.mark.parametrize("config", ["[1]", "{", '{"unet.lora_alpha": "four"}'])
 def test_a_configuration_that_is_none_is_refused(config: str) -> None:
     tensors = {f"unet.{ATTENTION}.lora_A.weight": torch.ones(2, 6), f"unet.{ATTENTION}.lora_B.weight": torch.ones(5, 2)}
     with pytest.raises(InputError, match="expected a JSON object with numbers for lora_alpha .* of x; got"):
-        read_lora(write_tensors(tensors, {"lora_adapter_metadata": config}), "x", SHAPES)
+        read_lora(write_tensors(tensors, {"lora_adapter_metadata": config}), "x", SHAPES, NAMES)

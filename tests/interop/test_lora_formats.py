@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from dreamartist_pipeline.backbones.families.sd import V2_NAMES
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.kohya import read_kohya, write_kohya
-from dreamartist_pipeline.interop.layer_names import kohya_name
 from dreamartist_pipeline.interop.peft_files import read_peft, write_peft
 from dreamartist_pipeline.interop.safetensors_bytes import (
     read_metadata,
@@ -25,26 +25,26 @@ from dreamartist_pipeline.interop.safetensors_bytes import (
 )
 from dreamartist_pipeline.interop.toolkit import read_toolkit, write_toolkit
 
-from .conftest import ATTENTION, CONV, MLP, MODULES, OUT, TEXT, expected_biases, expected_updates, newer
+from .conftest import ATTENTION, CONV, MLP, MODULES, NAMES, OUT, TEXT, expected_biases, expected_updates, newer
 
-FACTS = FileFacts("fox", "my-fox", "epsilon", is_v2=False)
+FACTS = FileFacts("fox", "my-fox", "epsilon", names=NAMES)
 RoundTrip = Callable[[BranchAdapter, str], BranchAdapter]
 
 
 def through_kohya(adapter: BranchAdapter, _: str) -> BranchAdapter:
-    return read_kohya(write_kohya(adapter, FACTS, torch.float32), "fox", MODULES)
+    return read_kohya(write_kohya(adapter, FACTS, torch.float32), "fox", MODULES, NAMES)
 
 
 def through_peft(adapter: BranchAdapter, _: str) -> BranchAdapter:
-    return read_peft(write_peft(adapter, FACTS, torch.float32), "fox", MODULES)
+    return read_peft(write_peft(adapter, FACTS, torch.float32), "fox", MODULES, NAMES)
 
 
 def through_toolkit(adapter: BranchAdapter, branch: str) -> BranchAdapter:
-    return read_toolkit(write_toolkit({branch: adapter}, (), 7), MODULES)[0][branch]
+    return read_toolkit(write_toolkit({branch: adapter}, (), 7, NAMES), MODULES, NAMES)[0][branch]
 
 
 def through_newer_toolkit(adapter: BranchAdapter, branch: str) -> BranchAdapter:
-    return read_toolkit(newer(write_toolkit({branch: adapter}, (), 7)), MODULES)[0][branch]
+    return read_toolkit(newer(write_toolkit({branch: adapter}, (), 7, NAMES)), MODULES, NAMES)[0][branch]
 
 
 @pytest.mark.parametrize("branch", ["positive", "negative"])
@@ -78,7 +78,7 @@ def test_a_peft_network_has_a_bias_in_all_layers_or_in_none(concept_with_bias: C
 
 
 def test_the_toolkits_bias_belongs_to_its_up_projection(concept_with_bias: Concept) -> None:
-    files = write_toolkit({"positive": branch_adapter(concept_with_bias, "positive")}, (), 7)
+    files = write_toolkit({"positive": branch_adapter(concept_with_bias, "positive")}, (), 7, NAMES)
     tensors = read_tensors(files["unet-7.safetensors"], "x")
     bias = concept_with_bias.tensors[f"unet.{OUT}.0.positive.bias"]
     assert torch.equal(tensors[f"lora:{OUT}.___.layer.lora_up.bias"], bias)  # alpha scales it, as it does here
@@ -91,7 +91,7 @@ def test_a_bias_of_another_size_is_refused() -> None:
     tensors = {f"{key}.layer.W_down": torch.ones(2, 6), f"{key}.layer.W_up": torch.ones(5, 2)}
     tensors |= {f"{key}.alpha": torch.tensor(1.0), f"{key}.layer.bias": torch.ones(6)}
     with pytest.raises(InputError, match=r"\(a bias: \[out\]\) for .* got {.*'bias': \(6,\)"):
-        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
 def test_a_kohya_file_has_one_alpha_and_the_true_scale_in_up(concept: Concept) -> None:
@@ -104,13 +104,13 @@ def test_a_kohya_file_has_one_alpha_and_the_true_scale_in_up(concept: Concept) -
 
 
 def test_text_encoder_names_carry_text_model_whether_or_not_the_module_has_it() -> None:
-    assert kohya_name("text_encoder", TEXT) == "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
-    assert kohya_name("text_encoder", f"text_model.{TEXT}") == kohya_name("text_encoder", TEXT)
+    assert NAMES.kohya("text_encoder", TEXT) == "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
+    assert NAMES.kohya("text_encoder", f"text_model.{TEXT}") == NAMES.kohya("text_encoder", TEXT)
 
 
 def test_kohya_metadata_describe_the_file(concept: Concept) -> None:
     adapter = branch_adapter(concept, "positive")
-    file = write_kohya(adapter, FileFacts("fox", "my-fox", "v_prediction", is_v2=True), torch.float32)
+    file = write_kohya(adapter, FileFacts("fox", "my-fox", "v_prediction", names=V2_NAMES), torch.float32)
     metadata = read_metadata(file)
     assert metadata["sshs_model_hash"] == hashlib.sha256(tensor_bytes(file)).hexdigest()
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("5", "1.0")
@@ -140,13 +140,13 @@ def test_peft_keys_are_named_by_network_and_module(concept: Concept) -> None:
 
 # --------------------------------------------------------------------------------------------- what readers are given
 
-NAME = kohya_name("unet", ATTENTION)
+NAME = NAMES.kohya("unet", ATTENTION)
 PAIR = {f"{NAME}.lora_down.weight": torch.ones(2, 6), f"{NAME}.lora_up.weight": torch.ones(5, 2)}
 
 
 def test_a_kohya_file_without_alpha_has_scale_one_and_with_alpha_that_over_the_rank() -> None:
-    without = read_kohya(write_tensors(PAIR, {}), "x", MODULES)
-    with_alpha = read_kohya(write_tensors(PAIR | {f"{NAME}.alpha": torch.tensor(8.0)}, {}), "x", MODULES)
+    without = read_kohya(write_tensors(PAIR, {}), "x", MODULES, NAMES)
+    with_alpha = read_kohya(write_tensors(PAIR | {f"{NAME}.alpha": torch.tensor(8.0)}, {}), "x", MODULES, NAMES)
     assert without.networks["unet"][ATTENTION].scale == 1.0
     assert with_alpha.networks["unet"][ATTENTION].scale == 8.0 / 2
 
@@ -156,11 +156,11 @@ def test_unknown_keys_are_listed() -> None:
     with pytest.raises(
         InputError, match="2 unknown keys: bundle_emb_x.lora_up.weight, lora_unet_nowhere.lora_up.weight"
     ):
-        read_kohya(write_tensors(tensors, {}), "x.safetensors", MODULES)
+        read_kohya(write_tensors(tensors, {}), "x.safetensors", MODULES, NAMES)
     with pytest.raises(InputError, match="expected x.safetensors to hold the peft format"):
-        read_peft(write_tensors(PAIR, {}), "x.safetensors", MODULES)
+        read_peft(write_tensors(PAIR, {}), "x.safetensors", MODULES, NAMES)
     with pytest.raises(InputError, match="expected unet-1.safetensors to hold the toolkit's format"):
-        read_toolkit({"unet-1.safetensors": write_tensors(PAIR, {})}, MODULES)
+        read_toolkit({"unet-1.safetensors": write_tensors(PAIR, {})}, MODULES, NAMES)
 
 
 def test_of_very_many_unknown_keys_the_first_are_listed() -> None:
@@ -168,33 +168,33 @@ def test_of_very_many_unknown_keys_the_first_are_listed() -> None:
     with pytest.raises(
         InputError, match=r"15 unknown keys: lora_unet_nowhere_00.*nowhere_11.lora_up.weight and 3 more;"
     ):
-        read_kohya(write_tensors(tensors, {}), "x", MODULES)
+        read_kohya(write_tensors(tensors, {}), "x", MODULES, NAMES)
 
 
 def test_half_a_pair_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=f"expected x to hold down .* for unet.{ATTENTION}; got {{'up': \\(5, 2\\)}}"):
-        read_kohya(write_tensors({f"{NAME}.lora_up.weight": torch.ones(5, 2)}, {}), "x", MODULES)
+        read_kohya(write_tensors({f"{NAME}.lora_up.weight": torch.ones(5, 2)}, {}), "x", MODULES, NAMES)
 
 
 def test_factors_that_do_not_belong_together_are_refused() -> None:
     for up in (torch.ones(5, 3), torch.ones(5)):
         with pytest.raises(InputError, match="expected x to hold down"):
-            read_kohya(write_tensors(PAIR | {f"{NAME}.lora_up.weight": up}, {}), "x", MODULES)
+            read_kohya(write_tensors(PAIR | {f"{NAME}.lora_up.weight": up}, {}), "x", MODULES, NAMES)
 
 
 def test_an_ambiguous_kohya_name_is_refused() -> None:
     with pytest.raises(InputError, match="got down_blocks.0 and down.blocks.0"):
-        read_kohya(write_tensors(PAIR, {}), "x", {"unet": ["down_blocks.0", "down.blocks.0"]})
+        read_kohya(write_tensors(PAIR, {}), "x", {"unet": ["down_blocks.0", "down.blocks.0"]}, NAMES)
 
 
 def test_what_is_no_safetensors_file_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="expected a safetensors file x"):
-        read_kohya(b"not a file at all", "x", MODULES)
+        read_kohya(b"not a file at all", "x", MODULES, NAMES)
 
 
 def test_an_empty_file_is_refused() -> None:
     with pytest.raises(InputError, match="expected x to hold a LoRA; got no tensors"):
-        read_kohya(save({}), "x", MODULES)
+        read_kohya(save({}), "x", MODULES, NAMES)
 
 
 def peft_file(**config: object) -> bytes:
@@ -203,14 +203,14 @@ def peft_file(**config: object) -> bytes:
 
 
 def test_diffusers_metadata_give_a_peft_file_its_alpha() -> None:
-    adapter = read_peft(peft_file(r=2, lora_alpha=6), "x", MODULES)
+    adapter = read_peft(peft_file(r=2, lora_alpha=6), "x", MODULES, NAMES)
     assert adapter.networks["unet"][ATTENTION].scale == 6 / 2
 
 
 @pytest.mark.parametrize("config", [{"alpha_pattern": {"to_q": 1}}, {"use_rslora": True}])
 def test_a_peft_file_that_scales_in_another_way_is_refused(config: dict[str, object]) -> None:
     with pytest.raises(InputError, match="got alpha_pattern or use_rslora"):
-        read_peft(peft_file(r=2, lora_alpha=6, **config), "x", MODULES)
+        read_peft(peft_file(r=2, lora_alpha=6, **config), "x", MODULES, NAMES)
 
 
 def test_a_peft_file_saved_by_transformers_5_lacks_text_model_and_is_read_all_the_same() -> None:
@@ -218,4 +218,4 @@ def test_a_peft_file_saved_by_transformers_5_lacks_text_model_and_is_read_all_th
         f"text_encoder.{TEXT}.lora_A.weight": torch.ones(1, 4),
         f"text_encoder.{TEXT}.lora_B.weight": torch.ones(4, 1),
     }
-    assert TEXT in read_peft(write_tensors(tensors, {}), "x", MODULES).networks["text_encoder"]
+    assert TEXT in read_peft(write_tensors(tensors, {}), "x", MODULES, NAMES).networks["text_encoder"]

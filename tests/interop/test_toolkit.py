@@ -15,7 +15,7 @@ from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_a
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words, write_toolkit
 
-from .conftest import ATTENTION, MODULES, Files, expected_updates, newer, renamed_keys
+from .conftest import ATTENTION, MODULES, NAMES, Files, expected_updates, newer, renamed_keys
 
 BRANCHES = ("positive", "negative")
 SIX = ("unet-7", "unet-neg-7", "text_encoder-7", "text_encoder-neg-7")
@@ -23,7 +23,7 @@ SIX = ("unet-7", "unet-neg-7", "text_encoder-7", "text_encoder-neg-7")
 
 def written(concept: Concept, step: int = 7) -> Files:
     adapters = {branch: branch_adapter(concept, branch) for branch in BRANCHES}
-    return write_toolkit(adapters, concept.trigger_words(), step)
+    return write_toolkit(adapters, concept.trigger_words(), step, NAMES)
 
 
 def first(files: Files) -> Files:
@@ -78,7 +78,7 @@ def test_the_files_are_those_six_with_alpha_divided_by_the_rank(concept: Concept
     assert set(files) == {*(f"{name}.safetensors" for name in SIX), "my-fox.pt", "my-fox-neg.pt"}
     tensors = read_tensors(files["text_encoder-neg-7.safetensors"], "x")
     assert float(tensors["lora:text_model.encoder.layers.0.mlp.fc1.___.alpha"]) == 3.0 / 2
-    _, words = read_toolkit(files, MODULES)
+    _, words = read_toolkit(files, MODULES, NAMES)
     assert {name: tuple(vectors.shape) for name, vectors in words.items()} == {"my-fox": (2, 4), "my-fox-neg": (3, 4)}
     assert torch.equal(words["my-fox"], concept.tensors["words.positive.pt1"])
 
@@ -89,7 +89,7 @@ def test_every_layout_of_the_toolkit_gives_the_same_adapters_and_words(
 ) -> None:
     files = layout(written(concept))
     assert files != written(concept)
-    adapters, words = read_toolkit(files, MODULES)
+    adapters, words = read_toolkit(files, MODULES, NAMES)
     assert set(words) == {"my-fox", "my-fox-neg"}
     for branch in BRANCHES:
         came, expected = adapters[branch].by_layer(), expected_updates(concept, branch)
@@ -127,13 +127,13 @@ def test_a_step_reaches_the_reader(concept: Concept) -> None:
     half = Concept({name: tensor / 2 for name, tensor in concept.tensors.items()}, concept.metadata)
     both = as_left_by_a_training(written(half)) | written(concept, 9)
     expected = expected_updates(half, "positive")["unet", ATTENTION]
-    came = read_toolkit(both, MODULES, step=7)[0]["positive"].networks["unet"][ATTENTION]
+    came = read_toolkit(both, MODULES, NAMES, step=7)[0]["positive"].networks["unet"][ATTENTION]
     torch.testing.assert_close(came.update(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_another_name_is_refused() -> None:
     with pytest.raises(InputError, match="got fox.safetensors; leave them out"):
-        read_toolkit({"fox.safetensors": b""}, MODULES)
+        read_toolkit({"fox.safetensors": b""}, MODULES, NAMES)
 
 
 def test_files_without_weights_are_passed_over() -> None:
@@ -169,14 +169,14 @@ def test_negative_adapters_of_another_step_alone_are_no_pair() -> None:
 def test_a_network_of_one_branch_alone_has_an_empty_file_in_the_other(concept: Concept) -> None:
     positive, negative = (branch_adapter(concept, branch) for branch in BRANCHES)
     alone = BranchAdapter({"unet": negative.networks["unet"]})
-    files = write_toolkit({"positive": positive, "negative": alone}, (), 7)
+    files = write_toolkit({"positive": positive, "negative": alone}, (), 7, NAMES)
     assert set(files) == {f"{name}.safetensors" for name in SIX}
-    adapters, _ = read_toolkit(files, MODULES)
+    adapters, _ = read_toolkit(files, MODULES, NAMES)
     assert {branch: list(a.networks) for branch, a in adapters.items()} == {
         "negative": ["unet"],
         "positive": ["text_encoder", "unet"],
     }
-    assert list(read_toolkit(write_toolkit({"negative": alone}, (), 7), MODULES)[0]) == ["negative"]
+    assert list(read_toolkit(write_toolkit({"negative": alone}, (), 7, NAMES), MODULES, NAMES)[0]) == ["negative"]
 
 
 def test_a_word_of_other_steps_alone_is_refused() -> None:
@@ -189,7 +189,7 @@ def test_a_word_of_other_steps_alone_is_refused() -> None:
 def test_two_files_for_one_network_are_refused(concept: Concept) -> None:
     files = written(concept)
     with pytest.raises(InputError, match="one file for a network"):
-        read_toolkit(files | pickled(files), MODULES)
+        read_toolkit(files | pickled(files), MODULES, NAMES)
 
 
 # --------------------------------------------------------------------------------------------- single files
@@ -197,7 +197,7 @@ def test_two_files_for_one_network_are_refused(concept: Concept) -> None:
 
 def test_a_training_of_words_alone_leaves_empty_files_and_has_no_adapters(concept: Concept) -> None:
     words = {name: file for name, file in written(concept).items() if name.endswith(".pt")}
-    adapters, vectors = read_toolkit(words | {"unet-7.safetensors": save({})}, MODULES)
+    adapters, vectors = read_toolkit(words | {"unet-7.safetensors": save({})}, MODULES, NAMES)
     assert adapters == {} and set(vectors) == {"my-fox", "my-fox-neg"}
 
 
@@ -208,20 +208,20 @@ def test_a_tensor_in_two_spellings_is_refused() -> None:
     with pytest.raises(
         InputError, match=f"every tensor once in unet-1.safetensors; got alpha of unet.{ATTENTION} twice"
     ):
-        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
 def test_a_file_without_alpha_is_refused() -> None:
     key = f"lora:{ATTENTION}.___.layer"
     tensors = {f"{key}.W_down": torch.ones(2, 6), f"{key}.W_up": torch.ones(5, 2)}
     with pytest.raises(InputError, match=f"expected alpha for unet.{ATTENTION} in unet-1.safetensors"):
-        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
 def test_trained_weights_of_the_base_model_are_refused() -> None:
     tensors = {f"base:{ATTENTION}.weight": torch.ones(5, 6)}
     with pytest.raises(InputError, match=f"1 unknown keys: base:{ATTENTION}.weight"):
-        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES)
+        read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
 def test_a_pickled_file_with_something_else_than_tensors_is_refused() -> None:
@@ -236,7 +236,7 @@ def test_a_pickled_file_with_something_else_than_tensors_is_refused() -> None:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         with pytest.raises(InputError, match=f"expected a tensor with all its numbers as {came}"):
-            read_toolkit({"unet-1.ckpt": buffer.getvalue()}, MODULES)
+            read_toolkit({"unet-1.ckpt": buffer.getvalue()}, MODULES, NAMES)
 
 
 # --------------------------------------------------------------------------------------------- words

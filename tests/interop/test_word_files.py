@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from dreamartist_pipeline.backbones.families.sd import V1_NAMES as NAMES
 from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.interop.file_facts import FileFacts
@@ -15,8 +16,8 @@ from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_t
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding, write_embedding_pt
 
 VECTORS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-WORD = TriggerWord("my-fox-neg", "pt1", "negative", VECTORS)
-FACTS = FileFacts("fox-neg", "my-fox-neg", "epsilon", is_v2=False)
+WORD = TriggerWord("my-fox-neg", "pt1", "negative", {"text_encoder": VECTORS})
+FACTS = FileFacts("fox-neg", "my-fox-neg", "epsilon", names=NAMES)
 
 
 def saved(content: object) -> bytes:

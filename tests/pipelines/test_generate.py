@@ -126,10 +126,23 @@ def test_strengths_reach_the_adapters(tiny_base_model: Path, backbone: Backbone,
     assert images["000_0"].tobytes() == expected.tobytes()
 
 
-def test_a_concept_of_another_base_model_is_refused(other_tiny_base_model: Path, concept: Concept) -> None:
+def test_a_concept_of_another_base_model_is_refused(other_layout: Path, concept: Concept) -> None:
     params = GenerateParams(prompts=("a {pt1}",), sampler=SAMPLER)
-    with pytest.raises(InputError, match="expected the base model that the concept was trained on"):
-        generate_images(str(other_tiny_base_model), concept, params, CPU)
+    with pytest.raises(
+        InputError,
+        match="got 'epsilon', which differs in prediction_type",
+    ):
+        generate_images(str(other_layout), concept, params, CPU)
+
+
+def test_a_fine_tune_draws_the_concept_with_one_remark(
+    other_tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = GenerateParams(prompts=("a {pt1}",), images_per_prompt=1, sampler=SAMPLER)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            generate_images(str(other_tiny_base_model), concept, params, CPU)
+    assert len([r for r in caplog.messages if "'other' has other weights of the same layout" in r]) == 1
 
 
 def test_the_reference_strengths_are_applied_logged_and_kept_in_the_image(

@@ -191,8 +191,7 @@ def test_a_word_of_its_own_length_may_stand_by_itself_beside_a_pair(
     imported, report = run(**PAIR | {"words": PAIR["words"] | {"quality": "bad-hands-5.safetensors"}})
     assert [word["vectors"] for word in report["words"]] == [2, 3, 5]
     loaded = attach(backbone, imported, StrengthParams())
-    assert loaded.vocabulary is not None
-    assert {word.name: word.num_vectors for word in loaded.vocabulary.words} == {
+    assert {word.name: word.num_vectors for word in loaded.prompts.words} == {
         "my-fox": 2,
         "my-fox-neg": 3,
         "bad-hands-5": 5,

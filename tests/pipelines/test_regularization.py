@@ -61,7 +61,7 @@ def test_a_whole_set_is_used_again_without_loading_the_base_model(
 ) -> None:
     make(tiny_base_model, tmp_path)
     before = files_in(tmp_path)
-    monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
 
     with caplog.at_level(logging.INFO):
         make(tiny_base_model, tmp_path)
@@ -70,10 +70,56 @@ def test_a_whole_set_is_used_again_without_loading_the_base_model(
     assert " (3 images) is complete and is used again." in caplog.text
 
 
+def of_an_earlier_version(folder: Path, fingerprint: str) -> str:
+    """Turn the only set into one that is named after another fingerprint, and return its key."""
+    old = describe_set(fingerprint, PROMPTS, PARAMS, CPU)
+    (file,) = (folder / "sets").glob("*/manifest.json")
+    file.write_text(json.dumps(old))
+    file.parent.rename(folder / "sets" / old["key"])
+    return str(old["key"])
+
+
+def key_in_use(folder: Path) -> str:
+    return str(json.loads((folder / "fox.json").read_text())["key"])
+
+
+def test_a_set_of_an_earlier_version_is_used_again(
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny_base_model, tmp_path)
+    key = of_an_earlier_version(tmp_path, BaseModelFiles(tiny_base_model).old_fingerprint())
+    before = files_in(tmp_path / "sets")
+    monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
+
+    again = make(tiny_base_model, tmp_path)
+
+    assert key_in_use(tmp_path) == key
+    assert [caption for caption, _ in again.load()] == PROMPTS
+    assert {name for name in files_in(tmp_path / "sets") if not name.endswith(".lock")} == {
+        name for name in before if not name.endswith(".lock")
+    }
+
+
+def test_a_set_of_an_earlier_version_and_another_base_model_is_not(tiny_base_model: Path, tmp_path: Path) -> None:
+    make(tiny_base_model, tmp_path)
+    key = of_an_earlier_version(tmp_path, "0123456789abcdef")
+    make(tiny_base_model, tmp_path)
+    assert key_in_use(tmp_path) != key
+
+
+def test_earlier_versions_fingerprint_is_only_asked_for_where_it_may_help(
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseModelFiles, "old_fingerprint", lambda _: pytest.fail("read all files"))
+    make(tiny_base_model, tmp_path)
+    make(tiny_base_model, tmp_path)
+    make(tiny_base_model, tmp_path, PARAMS.model_copy(update={"seed": 6}))
+
+
 def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
     tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_model_module, "load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
     made = make_regularization_set(tiny_base_model.as_posix(), [], PARAMS, CPU)
     dataset = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path / "sets"))
 

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DiffusionPipeline
 from transformers.utils import logging as transformers_logging
 
-from dreamartist_pipeline.core.adapters import set_noise_levels
-from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
+from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
 
 HUB = "hub:"
+_INDEX = "model_index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _FINGERPRINT_SUFFIXES = (".json", ".txt", *_WEIGHT_SUFFIXES)
-_PARTS = {  # part -> the file that describes it
-    "unet": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
+_WEIGHTS_BESIDE = "config.json"  # what describes a part that has weights
+_VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either spelling of a tokenizer
 transformers_logging.disable_progress_bar()  # of weights from the disk, within the bars of a run
 
-_PARTS_WITH_WEIGHTS = ("unet", "vae", "text_encoder")
-_VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either spelling of a tokenizer
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,11 +54,32 @@ class BaseModelFiles:
         """What diffusers' `from_pretrained` takes."""
         return self.hub_id or str(self.path)
 
+    def family(self) -> type[Backbone]:
+        """Return the family that reads it, by its model_index.json.
+
+        Raises:
+            InputError: there is no such file, or no family for what it names.
+            OSError: the hub cannot be reached.
+        """
+        if self.hub_id is not None:
+            index = DiffusionPipeline.load_config(self.hub_id)
+        else:
+            _check_has(Path(self.path), [] if (Path(self.path) / _INDEX).is_file() else [_INDEX])
+            index = json.loads((Path(self.path) / _INDEX).read_text())
+        class_name = index.get("_class_name")
+        for family in FAMILIES:
+            if class_name in family.pipelines:
+                return family
+        raise InputError(
+            f"expected a base model of {', '.join(family.family for family in FAMILIES)}; got {class_name} in "
+            f"{self.source}, which is not supported yet; choose another base model"
+        )
+
     def check(self) -> None:
         """Confirm that the folder is complete and of a kind that can be trained.
 
         Raises:
-            InputError: there is no folder, a part or file is missing or truncated, or the model is an SDXL one.
+            InputError: there is no folder, a part or file is missing or truncated, or the model is of another family.
         """
         if self.hub_id is not None:
             return
@@ -73,131 +89,94 @@ class BaseModelFiles:
                 f"expected the base model's folder at {folder}; there is none; "
                 f"set base_model to a folder in diffusers' layout, or to {HUB}owner/name"
             )
-        if _is_sdxl(folder):
-            raise InputError(
-                f"expected a Stable Diffusion 1.x / 2.x model; {folder} is an SDXL model with a second text encoder, "
-                "which is not supported yet; choose another base model"
-            )
-        if missing := list(_missing_files(folder)):
-            raise InputError(
-                f"expected a complete base model in {folder}; it lacks {', '.join(missing)}; "
-                "copy what is missing, or download the model again"
-            )
-        if damaged := [f"{f.parent.name}/{f.name}" for f in _model_files(folder) if not _is_whole(f)]:
+        parts = self.family().parts
+        _check_has(folder, list(_missing_files(folder, parts)))
+        if damaged := [f"{f.parent.name}/{f.name}" for f in _model_files(folder, parts) if not _is_whole(f)]:
             raise InputError(
                 f"expected whole weight files in {folder}; got a truncated one, or a Git LFS pointer, as "
                 f"{', '.join(damaged)}; download the model again"
             )
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a SHA-256 over names and bytes of all configuration and weight files."""
+        """Return what the weights are known by, read once in a process unless the files change; see `fingerprint_of`.
+
+        A model of the hub has its id.
+        """
         if self.hub_id is not None:
             return f"{HUB}{self.hub_id}"
-        folder = Path(self.path)
+        parts = [part for part, config in self.family().parts.items() if config == _WEIGHTS_BESIDE]
+        return _fingerprint(tuple(Path(self.path) / part for part in parts), self.state())
+
+    def old_fingerprint(self) -> str:
+        """Return what earlier versions called the fingerprint, 16 hex digits over names and bytes of all files."""
+        if self.hub_id is not None:
+            return f"{HUB}{self.hub_id}"
         digest = hashlib.sha256()
-        for file in sorted(_model_files(folder), key=lambda f: f.relative_to(folder).as_posix()):
-            digest.update(f"{file.relative_to(folder).as_posix()}\n{file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
+        for name, size, _ in self.state():
+            digest.update(f"{name}\n{size}\n".encode())
+            with (Path(self.path) / name).open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()[:16]
 
+    def state(self) -> tuple[tuple[str, int, int], ...]:
+        """Return (name, size, time of change) of all files; nothing of a model of the hub."""
+        if self.hub_id is not None:
+            return ()
+        folder = Path(self.path)
+        files = _model_files(folder, self.family().parts)
+        states = ((file.relative_to(folder).as_posix(), file.stat()) for file in files)
+        return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
 
-@dataclass
-class Backbone:
-    """The base model in memory, frozen; adapters and words are put into `unet` and `text_encoder` in place.
 
-    image_px: the side the model was made for. latent_scale: pixels per latent along a side.
+@functools.cache
+def _fingerprint(parts: tuple[Path, ...], _state: tuple[tuple[str, int, int], ...]) -> str:
+    return fingerprint_of(parts)
+
+
+def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
+    """Return the base model, which all of a process share: adapters go into `share_weights`, never into this one.
+
+    It is loaded again when its files change, or for another device or dtype; the last two are kept.
+
+    Raises:
+        InputError: see `load_backbone`.
     """
+    files = BaseModelFiles(str(path))
+    files.check()
+    return _opened(files, files.state(), device.model_copy(update={"device": pick_device(device).type}))
 
-    unet: UNet2DConditionModel
-    autoencoder: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    schedule: NoiseSchedule
-    scheduler_config: dict[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-    fingerprint: str
-    name: str
-    image_px: int
-    latent_scale: int
 
-    def autocast(self) -> torch.autocast:
-        """Return the context in which the frozen half-precision layers and float32 adapters meet."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the UNet's prediction `[N, C, h, w]` for `latents`, timesteps `[N]` and text states `[N, L, D]`."""
-        set_noise_levels(self.unet, timesteps / (self.schedule.num_train_timesteps - 1))
-        with self.autocast():
-            prediction: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, hidden, return_dict=False)[0]
-        return prediction
+@functools.lru_cache(maxsize=2)  # one to train and draw with, one in float32 on the CPU to check exports with
+def _opened(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...], device: DeviceParams) -> Backbone:
+    log.info("Loading the base model %s on %s in %s.", files.name, device.device, device.dtype)
+    return load_backbone(files, device)
 
 
 def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
-    """Load every part of the base model, frozen and in eval mode; the autoencoder stays in float32.
+    """Load every part of the base model, frozen and in eval mode.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, the device is not there, the
-            prediction type is unknown, or the UNet takes more than latents.
+        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, the device is not there, or
+            the model is of no known family or cannot be trained as one of it.
     """
-    files.check()
-    target, dtype = pick_device(device), getattr(torch, device.dtype)
-    options: dict[str, Any] = {"local_files_only": files.hub_id is None}
-    with _readable(files):
-        _check_channels(files, options)
-        scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options)
-        unet = UNet2DConditionModel.from_pretrained(files.source, subfolder="unet", torch_dtype=dtype, **options)
-        autoencoder = AutoencoderKL.from_pretrained(files.source, subfolder="vae", torch_dtype=torch.float32, **options)
-        text_encoder = CLIPTextModel.from_pretrained(files.source, subfolder="text_encoder", dtype=dtype, **options)
-        tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
-    latent_scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    return Backbone(
-        unet=_freeze(unet, target),
-        autoencoder=_freeze(autoencoder, target),
-        text_encoder=_freeze(text_encoder, target),
-        tokenizer=tokenizer,
-        schedule=NoiseSchedule(scheduler.alphas_cumprod.float().to(target), scheduler.config.prediction_type),
-        scheduler_config=dict(scheduler.config),
-        device=target,
-        dtype=dtype,
-        fingerprint=files.fingerprint(),
-        name=files.name,
-        image_px=int(unet.config.sample_size) * latent_scale,
-        latent_scale=latent_scale,
-    )
+    return _load(files, pick_device(device), getattr(torch, device.dtype))
 
 
-@dataclass(frozen=True)
-class Outline:
-    """The base model without weights, on the meta device: enough to check a plan against."""
-
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    prediction_type: str
-    num_train_timesteps: int
-
-
-def load_outline(files: BaseModelFiles) -> Outline:
-    """Read the base model's configuration and tokenizer; no weight is loaded.
+def load_outline(files: BaseModelFiles) -> Backbone:
+    """Return the base model on the meta device, enough to check a plan against; no weight is loaded.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, or the UNet takes more than
-            latents.
+        InputError: see `load_backbone`.
     """
+    return _load(files, torch.device("meta"), torch.float32)
+
+
+def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype) -> Backbone:
     files.check()
-    options: dict[str, Any] = {"local_files_only": files.hub_id is None}
     with _readable(files):
-        _check_channels(files, options)
-        unet_config = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
-        text_config = CLIPTextConfig.from_pretrained(files.source, subfolder="text_encoder", **options)
-        tokenizer = CLIPTokenizer.from_pretrained(files.source, subfolder="tokenizer", **options)
-        scheduler = DDPMScheduler.from_pretrained(files.source, subfolder="scheduler", **options).config
-    with torch.device("meta"):
-        unet, text_encoder = UNet2DConditionModel.from_config(unet_config), CLIPTextModel(text_config)
-    return Outline(unet, text_encoder, tokenizer, scheduler.prediction_type, scheduler.num_train_timesteps)
+        source = ModelSource(files.name, files.fingerprint(), files.source, local_files_only=files.hub_id is None)
+        return files.family().load(source, device, dtype)
 
 
 def pick_device(params: DeviceParams) -> torch.device:
@@ -249,7 +228,7 @@ def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
     kept_defaults = {"_use_default_values": [name for name in defaults if name not in ZERO_TERMINAL_SNR]}
     return dataclasses.replace(
         backbone,
-        schedule=backbone.schedule.with_zero_terminal_snr(),
+        objective=backbone.objective.with_zero_terminal_snr(),
         scheduler_config={**backbone.scheduler_config, **ZERO_TERMINAL_SNR, **kept_defaults},
     )
 
@@ -267,47 +246,27 @@ def _readable(files: BaseModelFiles) -> Iterator[None]:
         ) from error
 
 
-def _check_channels(files: BaseModelFiles, options: dict[str, Any]) -> None:
-    """Confirm, by the configurations alone, that the UNet takes noisy latents and nothing beside them.
-
-    Raises:
-        InputError: it has other input channels than latents have.
-    """
-    unet = UNet2DConditionModel.load_config(files.source, subfolder="unet", **options)
-    autoencoder = AutoencoderKL.load_config(files.source, subfolder="vae", **options)
-    in_channels, latent_channels = unet.get("in_channels", 4), autoencoder.get("latent_channels", 4)  # their defaults
-    if in_channels != latent_channels:
+def _check_has(folder: Path, missing: list[str]) -> None:
+    """Raise an InputError where something is missing."""
+    if missing:
         raise InputError(
-            f"expected a text-to-image model, whose UNet takes the {latent_channels} channels of its latents; got "
-            f"{in_channels} input channels in {files.source}, as inpainting models have for a mask and a picture; "
-            "set base_model to the model that it was made from (generate redraws a part of a picture with init_mask)"
+            f"expected a complete base model in {folder}; it lacks {', '.join(missing)}; "
+            "copy what is missing, or download the model again"
         )
 
 
-def _freeze(module: Any, device: torch.device) -> Any:
-    return module.to(device).eval().requires_grad_(False)
-
-
-def _is_sdxl(folder: Path) -> bool:
-    index = folder / "model_index.json"
-    named = index.is_file() and "XL" in json.loads(index.read_text()).get("_class_name", "")
-    return named or (folder / "text_encoder_2").exists()
-
-
-def _missing_files(folder: Path) -> Iterator[str]:
-    if not (folder / "model_index.json").is_file():
-        yield "model_index.json"
-    for part, config in _PARTS.items():
+def _missing_files(folder: Path, parts: Mapping[str, str]) -> Iterator[str]:
+    for part, config in parts.items():
         if not (folder / part).is_dir():
             yield f"{part}/"
             continue
         names = {file.name for file in (folder / part).iterdir()}
         if config not in names:
             yield f"{part}/{config}"
-        if part in _PARTS_WITH_WEIGHTS and not any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names):
+        if config == _WEIGHTS_BESIDE and not any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names):
             yield f"{part}'s weights (a .safetensors file)"
-        if part == "tokenizer" and not any(files <= names for files in _VOCABULARY_FILES):
-            yield "tokenizer/tokenizer.json (or vocab.json and merges.txt)"
+        if part.startswith("tokenizer") and not any(files <= names for files in _VOCABULARY_FILES):
+            yield f"{part}/tokenizer.json (or vocab.json and merges.txt)"
 
 
 def _is_whole(file: Path) -> bool:
@@ -324,7 +283,7 @@ def _is_whole(file: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def _model_files(folder: Path) -> Iterator[Path]:
-    yield folder / "model_index.json"
-    for part in _PARTS:
+def _model_files(folder: Path, parts: Mapping[str, str]) -> Iterator[Path]:
+    yield folder / _INDEX
+    for part in parts:
         yield from (f for f in (folder / part).rglob("*") if f.is_file() and f.suffix in _FINGERPRINT_SUFFIXES)

@@ -5,36 +5,33 @@ A base model stays as it is: adapters and words go into a copy of UNet and text 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import (
-    Backbone,
-    decode_latents,
-    encode_images,
-    with_zero_terminal_snr,
-)
+from dreamartist_pipeline.backbones.base_model import decode_latents, encode_images, with_zero_terminal_snr
+from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.families.clip_text import skipped_modules
+from dreamartist_pipeline.backbones.fitting import check_base_model
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.adapters import AdapterStack, inject, load_adapters, select_layers
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, stack
-from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, ConceptMetadata, to_json
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, rows_of, stack
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, to_json, words_part
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, redrawn
 from dreamartist_pipeline.core.lora_factors import SHARED
+from dreamartist_pipeline.core.prompt_tokens import Conditioning
 from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, initial_noise, sample_latents
-from dreamartist_pipeline.params import ResolvedGroup, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.params import LoRAGroup, ResolvedGroup, SamplerParams, StrengthParams, TrainingParams
 
 _NUM_BRANCHES = 2  # when drawing, the negative rows are always there
 _VERSIONED = ("torch", "diffusers", "transformers")
@@ -47,14 +44,14 @@ _VERSIONED = ("torch", "diffusers", "transformers")
 class NewConcept:
     """A concept that trains: adapters and words in place in a copy of the base model.
 
-    stacks: network (`unet`, `text_encoder`) -> its adapters; networks without adapters are left out.
-    words: the learned vectors, or None without trigger words.
+    stacks: network (such as `unet`) -> its adapters; networks without adapters are left out.
+    words: text encoder -> the learned vectors; empty without trigger words.
     """
 
     backbone: Backbone
     prompts: PromptEncoder
     stacks: dict[str, AdapterStack]
-    words: WordEmbedding | None
+    words: dict[str, WordEmbedding]
     num_branches: int
 
     def snapshot(self, metadata: ConceptMetadata) -> Concept:
@@ -64,9 +61,24 @@ class NewConcept:
             for network, adapters in self.stacks.items()
             for name, tensor in adapters.state_dict().items()
         }
-        if self.words is not None:
-            tensors |= {f"{WORDS}.{key}": tensor for key, tensor in self.words.tensors().items()}
+        for encoder, words in self.words.items():
+            tensors |= {f"{words_part(encoder)}.{key}": tensor for key, tensor in words.tensors().items()}
         return Concept(dict(sorted(tensors.items())), metadata)
+
+    @contextmanager
+    def drawing(self, trigger_words: dict[str, tuple[str, str]]) -> Iterator[LoadedConcept]:
+        """Draw with what has been learned so far, without a copy; dropout is off within.
+
+        Args:
+            trigger_words: slot -> (positive, negative).
+        """
+        for adapters in self.stacks.values():
+            adapters.train(False)
+        try:
+            yield LoadedConcept(self.backbone, self.prompts, trigger_words)
+        finally:
+            for adapters in self.stacks.values():
+                adapters.train()
 
 
 def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, seed: int) -> NewConcept:
@@ -77,49 +89,64 @@ def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, 
             the noise schedule asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    own = share_weights(with_zero_terminal_snr(backbone) if params.zero_terminal_snr else backbone)
-    networks = {"unet": own.unet, "text_encoder": own.text_encoder}
-    stacks = inject_adapters(networks, params, lr_factor, generator)
+    own = (with_zero_terminal_snr(backbone) if params.zero_terminal_snr else backbone).share_weights()
+    stacks = inject_adapters(own, params, lr_factor, generator)
     for adapters in stacks.values():
         adapters.train()
-    vocabulary, words = None, None
-    if params.words.names:
-        embedding = own.text_encoder.get_input_embeddings()
+    words = {}
+    for encoder, tokenizer in own.tokenizers.items() if params.words.names else ():
+        embedding = own.networks[encoder].get_input_embeddings()
         vocabulary = build_vocabulary(params, embedding.num_embeddings)
-        initial = initial_word_vectors(params.words, vocabulary, own.tokenizer, embedding, generator)
-        words = _put_words(own, vocabulary, initial)
-    return NewConcept(own, PromptEncoder(own, vocabulary, params.clip_skip), stacks, words, params.num_branches)
+        initial = initial_word_vectors(params.words, vocabulary, tokenizer, embedding, generator)
+        words[encoder] = _put_words(own, encoder, vocabulary, initial)
+    vocabularies = {encoder: embedding.vocabulary for encoder, embedding in words.items()}
+    return NewConcept(own, PromptEncoder(own, vocabularies, params.clip_skip), stacks, words, params.num_branches)
 
 
 def inject_adapters(
-    networks: Mapping[str, nn.Module], params: TrainingParams, lr_factor: float, generator: torch.Generator
+    own: Backbone, params: TrainingParams, lr_factor: float, generator: torch.Generator
 ) -> dict[str, AdapterStack]:
-    """Put the configured LoRA groups into UNet and text encoder, in place; also works on the meta device.
+    """Put the configured LoRA groups into the base model's networks, in place; also works on the meta device.
 
     Raises:
-        InputError: a layer selector finds nothing, or only text-encoder layers that clip_skip leaves out.
+        InputError: a network that the base model does not have, a layer selector that finds nothing, or only layers
+            that clip_skip leaves out.
     """
+    _check_networks(list(params.lora), list(own.networks))
     groups = lora_groups(params, lr_factor)
-    if params.clip_skip:
-        used = _without_skipped(networks["text_encoder"], groups["text_encoder"], params.clip_skip)
-        groups = groups | {"text_encoder": used}
+    for encoder in own.tokenizers if params.clip_skip else ():
+        groups[encoder] = _without_skipped(own, encoder, groups.get(encoder, ()), params.clip_skip)
     return {
-        network: inject(networks[network], groups[network], params.num_branches, generator)
-        for network in NETWORKS
-        if groups[network]
+        network: inject(module, groups[network], params.num_branches, generator)
+        for network, module in own.networks.items()
+        if groups.get(network)
     }
 
 
-def skipped_layers(text_encoder: nn.Module, selectors: Sequence[str], clip_skip: int) -> list[str]:
-    """Return the layers selected in what clip_skip leaves out: no gradient would ever reach an adapter there."""
-    text_model: Any = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 has no module between
-    blocks = text_model.encoder.layers
-    left_out = {module for block in blocks[len(blocks) - clip_skip :] for module in block.modules()}
-    return [name for name in select_layers(text_encoder, selectors) if text_encoder.get_submodule(name) in left_out]
+def _check_networks(named: Sequence[str], known: Sequence[str]) -> None:
+    """Confirm that LoRA groups are for networks of the base model.
+
+    Raises:
+        InputError: one is not.
+    """
+    for network in named:
+        if network not in known:
+            near = difflib.get_close_matches(network, known, n=1)
+            raise InputError(
+                f"expected LoRA groups for the base model's networks, {', '.join(f'lora_{n}' for n in known)}; got "
+                f"lora_{network}; {f'did you mean lora_{near[0]}?' if near else 'remove it'}"
+            )
+
+
+def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], clip_skip: int) -> list[str]:
+    """Return the selected layers of a text encoder that clip_skip leaves out."""
+    module = backbone.networks[encoder]
+    left_out = skipped_modules(module, clip_skip)
+    return [name for name in select_layers(module, selectors) if module.get_submodule(name) in left_out]
 
 
 def _without_skipped(
-    text_encoder: nn.Module, groups: Sequence[ResolvedGroup], clip_skip: int
+    backbone: Backbone, encoder: str, groups: Sequence[ResolvedGroup], clip_skip: int
 ) -> tuple[ResolvedGroup, ...]:
     """Narrow the groups to the layers that text states come from.
 
@@ -128,8 +155,8 @@ def _without_skipped(
     """
     narrowed = []
     for group in groups:
-        skipped = skipped_layers(text_encoder, group.layers, clip_skip)
-        left = [name for name in select_layers(text_encoder, group.layers) if name not in skipped]
+        skipped = skipped_layers(backbone, encoder, group.layers, clip_skip)
+        left = [name for name in select_layers(backbone.networks[encoder], group.layers) if name not in skipped]
         if not left:
             raise InputError(
                 f"expected layers in {group.name} that text states come from; got {', '.join(skipped)}, which "
@@ -141,26 +168,23 @@ def _without_skipped(
 
 
 def lora_groups(params: TrainingParams, lr_factor: float) -> dict[str, tuple[ResolvedGroup, ...]]:
-    """Return the LoRA groups of every network, with the learning rates as applied, named as `unet.0.positive`.
+    """Return the LoRA groups of every network named, with the learning rates as applied, named as `unet.0.positive`.
 
     Without a negative branch every group is one for all rows, so that drawing applies it to the negative rows too, as
     other tools apply a plain LoRA.
     """
-    configured = {"unet": params.lora_unet, "text_encoder": params.lora_text_encoder}
     return {
         network: tuple(
-            ResolvedGroup.model_validate(
-                group.model_dump()
-                | {
-                    "name": f"{network}.{index}.{(branch := SHARED if params.num_branches == 1 else group.branch)}",
-                    "branch": branch,
-                    "lr": group.lr * lr_factor,
-                }
-            )
-            for index, group in enumerate(groups)
+            _resolved(group, f"{network}.{index}", lr_factor, params.num_branches) for index, group in enumerate(groups)
         )
-        for network, groups in configured.items()
+        for network, groups in params.lora.items()
     }
+
+
+def _resolved(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> ResolvedGroup:
+    branch = SHARED if num_branches == 1 else group.branch
+    own = {"name": f"{name}.{branch}", "branch": branch, "lr": group.lr * lr_factor}
+    return ResolvedGroup.model_validate(group.model_dump() | own)
 
 
 def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary:
@@ -179,10 +203,12 @@ def concept_metadata(
         lr_factor: what every learning rate is multiplied by.
         start_sha256: of the concept's file that it starts from, or None.
     """
+    groups = lora_groups(params, lr_factor)
     return ConceptMetadata(
         base_model=backbone.name,
         base_model_fingerprint=backbone.fingerprint,
-        prediction_type=backbone.schedule.prediction_type,
+        base_model_family=backbone.family,
+        prediction_type=backbone.objective.prediction_type,
         zero_terminal_snr=params.zero_terminal_snr,
         guidance_scale=params.guidance_scale,
         class_word=params.class_word,
@@ -194,7 +220,7 @@ def concept_metadata(
         words=params.words.names,
         num_vectors=params.words.num_vectors,
         init_text=params.words.init_text,
-        lora=lora_groups(params, lr_factor),
+        lora={network: groups.get(network, ()) for network in backbone.networks},
         config_sha256=hashlib.sha256(to_json(params.result_values()).encode()).hexdigest(),
         versions={name: version(name) for name in _VERSIONED},
         start_sha256=start_sha256,
@@ -213,13 +239,12 @@ class LoadedConcept:
 
     backbone: Backbone
     prompts: PromptEncoder
-    vocabulary: Vocabulary | None
     trigger_words: dict[str, tuple[str, str]]
 
     @property
     def negative_words(self) -> dict[str, str]:
         """Slot -> the word that a negative prompt's slot stands for: the negative one, or the only one there is."""
-        words = {word.key: word.name for word in self.vocabulary.words} if self.vocabulary else {}
+        words = {word.key: word.name for word in self.prompts.words}
         return {
             slot: words.get(f"{BRANCH_NAMES[NEGATIVE]}.{slot}", positive)
             for slot, (positive, _) in self.trigger_words.items()
@@ -230,78 +255,45 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.
 
     Raises:
-        InputError: the concept was trained on another base model, or its tensors do not belong to this one.
+        InputError: the concept was trained on a base model of another layout, or lacks something.
     """
     if concept is None:
-        return LoadedConcept(backbone, PromptEncoder(backbone), None, {})
-    check_base_model(concept, backbone.name, backbone.fingerprint)
-    own = share_weights(_with_schedule_of(concept, backbone))
-    networks = {"unet": own.unet, "text_encoder": own.text_encoder}
+        return LoadedConcept(backbone, PromptEncoder(backbone), {})
+    check_base_model(concept, backbone)
+    own = _with_schedule_of(concept, backbone).share_weights()
     strengths = (strength.negative, strength.positive)
     metadata = concept.metadata
-    for network in NETWORKS:
+    for network, module in own.networks.items():
         if tensors := concept.part(network):
-            load_adapters(networks[network], tensors, metadata.lora.get(network, ()), _NUM_BRANCHES, strengths)
-    vocabulary = _load_words(own, concept) if metadata.words else None
-    return LoadedConcept(own, PromptEncoder(own, vocabulary, metadata.clip_skip), vocabulary, metadata.words)
+            load_adapters(module, tensors, metadata.lora[network], _NUM_BRANCHES, strengths)
+    vocabularies = {encoder: _load_words(own, encoder, concept) for encoder in own.tokenizers if metadata.words}
+    return LoadedConcept(own, PromptEncoder(own, vocabularies, metadata.clip_skip), metadata.words)
 
 
 def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
     """Return the base model alone, as it is to be compared with a concept: same schedule, same layer of text states."""
     own = _with_schedule_of(concept, backbone)
-    return LoadedConcept(own, PromptEncoder(own, clip_skip=concept.metadata.clip_skip), None, {})
+    return LoadedConcept(own, PromptEncoder(own, clip_skip=concept.metadata.clip_skip), {})
 
 
 def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
     return with_zero_terminal_snr(backbone) if concept.metadata.zero_terminal_snr else backbone
 
 
-def check_base_model(concept: Concept, name: str, fingerprint: str) -> None:
-    """Confirm that a concept belongs to the base model of this name and fingerprint.
-
-    Raises:
-        InputError: it was trained on another one.
-    """
-    expected = concept.metadata.base_model_fingerprint
-    if expected != fingerprint:
-        raise InputError(
-            f"expected the base model that the concept was trained on, {concept.metadata.base_model!r} with "
-            f"fingerprint {expected}; got {name!r} with fingerprint {fingerprint}; "
-            "set base_model to the former, or train the concept again"
-        )
-
-
-def _load_words(own: Backbone, concept: Concept) -> Vocabulary:
-    embedding = own.text_encoder.get_input_embeddings()
-    words = {word.key: word.vectors for word in concept.trigger_words()}
-    if wrong := [key for key, vectors in words.items() if vectors.shape[1] != embedding.embedding_dim]:
-        raise InputError(
-            f"expected vectors of width {embedding.embedding_dim} for every trigger word; got others for "
-            f"{', '.join(wrong)}; load a concept that was trained on this base model"
-        )
-    counts = {key: len(vectors) for key, vectors in words.items()}
-    vocabulary = Vocabulary.of_counts(concept.metadata.words, counts, embedding.num_embeddings)
-    _put_words(own, vocabulary, [words[word.key] for word in vocabulary.words])
+def _load_words(own: Backbone, encoder: str, concept: Concept) -> Vocabulary:
+    vectors = {word.key: word.vectors[encoder] for word in concept.trigger_words()}
+    counts = {key: len(tensor) for key, tensor in vectors.items()}
+    first_id = own.networks[encoder].get_input_embeddings().num_embeddings
+    vocabulary = Vocabulary.of_counts(concept.metadata.words, counts, first_id)
+    _put_words(own, encoder, vocabulary, [vectors[word.key] for word in vocabulary.words])
     return vocabulary
 
 
-def _put_words(own: Backbone, vocabulary: Vocabulary, vectors: Sequence[torch.Tensor]) -> WordEmbedding:
-    words = WordEmbedding(own.text_encoder.get_input_embeddings(), vocabulary, vectors)
-    own.text_encoder.set_input_embeddings(words)
+def _put_words(own: Backbone, encoder: str, vocabulary: Vocabulary, vectors: Sequence[torch.Tensor]) -> WordEmbedding:
+    module = own.networks[encoder]
+    words = WordEmbedding(module.get_input_embeddings(), vocabulary, vectors)
+    module.set_input_embeddings(words)
     return words
-
-
-def share_weights(backbone: Backbone) -> Backbone:
-    """Return a backbone whose UNet and text encoder are other modules over the same tensors."""
-    return dataclasses.replace(
-        backbone, unet=_copy_module(backbone.unet), text_encoder=_copy_module(backbone.text_encoder)
-    )
-
-
-def _copy_module(module: Any) -> Any:
-    """Copy the modules, but not the parameters and buffers they hold."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -410,7 +402,7 @@ def _draw_batch(
     picture: _EncodedPicture | None,
 ) -> torch.Tensor:
     """Return the latents `[B, C, h, w]` of one batch; shape: (C, h, w)."""
-    hidden = _text_states(loaded.prompts, prompts, negative_prompt)
+    conditioning = _conditioning(loaded.prompts, prompts, negative_prompt)
     generators = image_generators(seeds)
     known = None if picture is None else picture.sample(generators)
     noise = initial_noise(shape, generators).to(backbone.device)
@@ -418,7 +410,7 @@ def _draw_batch(
         # diffusers encodes the masked picture here, for models with inputs for it; the seeds shall mean the same.
         initial_noise(shape, generators)
     return sample_latents(
-        lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, hidden),
+        lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, conditioning),
         make_scheduler(loaded.backbone, sampler),
         noise,
         sampler.guidance_scale,
@@ -436,15 +428,14 @@ def _latent_shape(backbone: Backbone, size_px: tuple[int, int]) -> tuple[int, in
             f"expected width and height in multiples of the base model's {backbone.latent_scale} px; "
             f"got {width} × {height} px; round them"
         )
-    return int(backbone.unet.config.in_channels), height // backbone.latent_scale, width // backbone.latent_scale
+    return backbone.latent_channels, height // backbone.latent_scale, width // backbone.latent_scale
 
 
-def _text_states(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> torch.Tensor:
-    """Return `[2B, L, D]`, negative rows first; equal prompts are encoded once."""
+def _conditioning(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
+    """Return what 2·B rows are told, negative ones first; equal prompts are encoded once."""
     distinct = list(dict.fromkeys(prompts))
     tokens = encoder.tokenize([negative_prompt, *distinct])
     positive = torch.arange(1, len(tokens), device=tokens.ids.device)
-    states = encoder.encode(tokens[stack(torch.zeros_like(positive), positive)])
-    states = states.view(_NUM_BRANCHES, len(distinct), *states.shape[1:])  # [2, D, L, width]
     row = torch.tensor([distinct.index(prompt) for prompt in prompts], device=tokens.ids.device)
-    return states[:, row].flatten(0, 1)
+    encoded = encoder.encode(tokens[stack(torch.zeros_like(positive), positive)])
+    return encoded[rows_of(row, len(distinct), _NUM_BRANCHES)]

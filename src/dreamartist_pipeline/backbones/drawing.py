@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.branches import POSITIVE
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept

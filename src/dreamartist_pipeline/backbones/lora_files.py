@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from dreamartist_pipeline.backbones.base_model import Backbone
-from dreamartist_pipeline.backbones.concepts import attach, share_weights
+from dreamartist_pipeline.backbones.concepts import attach
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, repeat, split
 from dreamartist_pipeline.core.concept import Concept
@@ -20,19 +19,19 @@ from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.params import StrengthParams
 
 _NUM_BRANCHES = len(BRANCH_NAMES)
-_NUM_ROWS = 2
+_NOISE_LEVELS = ((0.2, 0.3), (0.7, 0.8))  # of one row each
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed inputs: latents `[B, C, h, w]`, timesteps `[B]`, token ids `[B, L]` of the base vocabulary.
+    """Fixed inputs: latents `[B, C, h, w]`, timesteps `[B]`, tokens `[B, L]` of the base vocabulary.
 
-    clip_skip: how many of the text encoder's last layers are left out.
+    clip_skip: how many of the text encoders' last layers are left out.
     """
 
     latents: torch.Tensor = field(repr=False)
     timesteps: torch.Tensor
-    token_ids: torch.Tensor = field(repr=False)
+    tokens: PromptTokens = field(repr=False)
     clip_skip: int = 0
 
 
@@ -47,15 +46,16 @@ class FilePrediction:
 def make_probe(backbone: Backbone, seed: int = 0, clip_skip: int = 0) -> Probe:
     """Draw inputs from a seed: a small picture at an early and a late timestep, random words."""
     generator = torch.Generator().manual_seed(seed)
-    config = backbone.unet.config
-    side = 2 ** (len(config.block_out_channels) - 1) * 2  # two latents a side where the UNet is narrowest
-    num_tokens = min(backbone.tokenizer.model_max_length, backbone.text_encoder.config.max_position_embeddings)
-    vocabulary_size = backbone.text_encoder.get_input_embeddings().num_embeddings
-    last = backbone.schedule.num_train_timesteps - 1
+    num_rows, channels = len(_NOISE_LEVELS), backbone.latent_channels
+    side = max(2, backbone.image_px // backbone.latent_scale // 4)
+    timesteps = [backbone.objective.sample_timesteps(limits, 1, generator) for limits in _NOISE_LEVELS]
+    tokens = PromptEncoder(backbone).tokenize([""] * num_rows)
+    smallest = min(backbone.networks[name].get_input_embeddings().num_embeddings for name in backbone.tokenizers)
+    words = torch.randint(smallest, tokens.ids.shape, generator=generator).to(backbone.device)
     return Probe(
-        latents=torch.randn(_NUM_ROWS, config.in_channels, side, side, generator=generator).to(backbone.device),
-        timesteps=torch.tensor([last // 4, last * 3 // 4], device=backbone.device),
-        token_ids=torch.randint(vocabulary_size, (_NUM_ROWS, num_tokens), generator=generator).to(backbone.device),
+        latents=torch.randn(num_rows, channels, side, side, generator=generator).to(backbone.device),
+        timesteps=torch.cat(timesteps).to(backbone.device),
+        tokens=PromptTokens(words),
         clip_skip=clip_skip,
     )
 
@@ -63,8 +63,8 @@ def make_probe(backbone: Backbone, seed: int = 0, clip_skip: int = 0) -> Probe:
 @torch.no_grad()
 def base_prediction(backbone: Backbone, probe: Probe) -> torch.Tensor:
     """Return what the base model predicts, `[B, C, h, w]`."""
-    hidden = PromptEncoder(backbone, clip_skip=probe.clip_skip).encode(PromptTokens(probe.token_ids))
-    return backbone.denoise(probe.latents, probe.timesteps, hidden)
+    conditioning = PromptEncoder(backbone, clip_skip=probe.clip_skip).encode(probe.tokens)
+    return backbone.denoise(probe.latents, probe.timesteps, conditioning)
 
 
 @torch.no_grad()
@@ -75,15 +75,16 @@ def concept_predictions(backbone: Backbone, concept: Concept, probe: Probe) -> d
         InputError: the concept was trained on another base model.
     """
     loaded = attach(backbone, concept, StrengthParams())
-    hidden = loaded.prompts.encode(PromptTokens(repeat(probe.token_ids, _NUM_BRANCHES)))  # [2·B, L, D]
+    rows = torch.arange(len(probe.tokens), device=backbone.device)
+    conditioning = loaded.prompts.encode(probe.tokens[repeat(rows, _NUM_BRANCHES)])  # of 2·B rows
     latents, timesteps = repeat(probe.latents, _NUM_BRANCHES), repeat(probe.timesteps, _NUM_BRANCHES)
-    predictions = split(loaded.backbone.denoise(latents, timesteps, hidden), _NUM_BRANCHES)
+    predictions = split(loaded.backbone.denoise(latents, timesteps, conditioning), _NUM_BRANCHES)
     return dict(zip(BRANCH_NAMES, predictions, strict=True))
 
 
 @torch.no_grad()
 def file_prediction(backbone: Backbone, file: bytes, name: str, probe: Probe) -> FilePrediction:
-    """Load a LoRA file with `StableDiffusionPipeline.load_lora_weights` and predict; `backbone` stays as it is.
+    """Load a LoRA file with `load_lora_weights` of the base model's pipeline and predict; `backbone` stays as it is.
 
     Args:
         backbone: the base model.
@@ -94,17 +95,9 @@ def file_prediction(backbone: Backbone, file: bytes, name: str, probe: Probe) ->
     Raises:
         InputError: diffusers refuses the file.
     """
-    own = share_weights(backbone)
-    pipeline = StableDiffusionPipeline(
-        vae=own.autoencoder,
-        text_encoder=own.text_encoder,
-        tokenizer=own.tokenizer,
-        unet=own.unet,
-        scheduler=None,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    own = backbone.share_weights()
+    pipeline = own.pipeline
+    assert pipeline is not None  # asked for where there is one
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "lora.safetensors").write_bytes(file)
         try:
@@ -116,7 +109,7 @@ def file_prediction(backbone: Backbone, file: bytes, name: str, probe: Probe) ->
             ) from error
     layers = frozenset(
         f"{network}.{module_name}"
-        for network, module in (("unet", own.unet), ("text_encoder", own.text_encoder))
+        for network, module in own.networks.items()
         for module_name, layer in module.named_modules()
         if isinstance(layer, BaseTunerLayer)
     )

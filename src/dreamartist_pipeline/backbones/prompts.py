@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import CLIPTokenizer
 
+from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.core.prompt_tokens import PromptTokens, weight_states
+from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
 from dreamartist_pipeline.params import WordsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
-
-if TYPE_CHECKING:
-    from dreamartist_pipeline.backbones.base_model import Backbone
 
 
 class PromptTokenizer:
@@ -118,61 +116,57 @@ class PromptTokenizer:
 
 
 class PromptEncoder:
-    """Tokenizer and text encoder of one backbone, with the trigger words of one concept or none.
+    """Tokenizers and text encoders of one base model, with the trigger words of one concept or none.
 
-    clip_skip: how many of the text encoder's last layers are left out.
+    Attributes:
+        vocabularies: text encoder -> the words, numbered behind its own vocabulary; empty without words.
+
+    Raises:
+        InputError: clip_skip, how many of the last layers are left out, leaves none.
     """
 
-    def __init__(self, backbone: Backbone, vocabulary: Vocabulary | None = None, clip_skip: int = 0) -> None:
-        check_clip_skip(backbone.text_encoder.config.num_hidden_layers, clip_skip)
+    def __init__(
+        self, backbone: Backbone, vocabularies: Mapping[str, Vocabulary] | None = None, clip_skip: int = 0
+    ) -> None:
         self._backbone, self._clip_skip = backbone, clip_skip
-        self.vocabulary = vocabulary
-        max_positions = backbone.text_encoder.config.max_position_embeddings
-        self._tokenizer = PromptTokenizer(backbone.tokenizer, max_positions, vocabulary)
+        self.vocabularies = vocabularies or {}
+        self._tokenizers = {}
+        for name, tokenizer in backbone.tokenizers.items():
+            config = backbone.networks[name].config
+            check_clip_skip(config.num_hidden_layers, clip_skip)
+            vocabulary = self.vocabularies.get(name)
+            self._tokenizers[name] = PromptTokenizer(tokenizer, config.max_position_embeddings, vocabulary)
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The trigger words; every text encoder has the same."""
+        return next((vocabulary.words for vocabulary in self.vocabularies.values()), ())
+
+    def check_fits(self, prompt: str) -> None:
+        """Confirm that a trigger word is found and not cut off; see `PromptTokenizer.check_fits`."""
+        for tokenizer in self._tokenizers.values():
+            tokenizer.check_fits(prompt)
 
     def check_not_cut(self, prompts: Iterable[str]) -> None:
         """Confirm that no trigger word of any prompt is cut off; see `PromptTokenizer.check_not_cut`."""
         for prompt in prompts:
-            self._tokenizer.check_not_cut(prompt)
+            for tokenizer in self._tokenizers.values():
+                tokenizer.check_not_cut(prompt)
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Return `[N, L]` tokens on the backbone's device; see `PromptTokenizer.tokenize`."""
-        return self._tokenizer.tokenize(prompts).to(self._backbone.device)
+        """Return `[N, L]` tokens on the backbone's device, those of all text encoders side by side."""
+        tokens = [tokenizer.tokenize(prompts) for tokenizer in self._tokenizers.values()]
+        return side_by_side(tokens).to(self._backbone.device)
 
-    def encode(self, tokens: PromptTokens) -> torch.Tensor:
-        """Return text states `[N, L, D]` after the final norm: of the last layer, or of an earlier one by clip_skip.
-
-        The final norm follows an earlier layer too, as in diffusers' `StableDiffusionPipeline.encode_prompt`. Weights
-        of tokens, where there are any, act on these states; see `weight_states`.
+    def encode(self, tokens: PromptTokens) -> Conditioning:
+        """Return what the base model is told of N prompts.
 
         Args:
-            tokens: `[N, L]`; with adapters in the text encoder, branches stacked (negative rows first).
+            tokens: `[N, L]`; with adapters in a text encoder, branches stacked (negative rows first).
         """
-        states = self._states(tokens.ids)
-        return states if tokens.weights is None else weight_states(states, tokens.weights)
-
-    def _states(self, token_ids: torch.Tensor) -> torch.Tensor:
-        with self._backbone.autocast():
-            encoder = self._backbone.text_encoder
-            if not self._clip_skip:
-                states: torch.Tensor = encoder(token_ids)[0]
-                return states
-            layers = encoder(token_ids, output_hidden_states=True).hidden_states
-            text_model = getattr(encoder, "text_model", encoder)  # transformers 5 has no module between
-            normed: torch.Tensor = text_model.final_layer_norm(layers[-(self._clip_skip + 1)])
-        return normed
-
-
-def check_clip_skip(num_layers: int, clip_skip: int) -> None:
-    """Confirm that a layer remains.
-
-    Raises:
-        InputError: as many layers are skipped as there are, or more.
-    """
-    if clip_skip >= num_layers:
-        raise InputError(
-            f"expected clip_skip below the text encoder's {num_layers} layers; got {clip_skip}; lower it (0: none)"
-        )
+        lengths = [tokenizer.max_tokens for tokenizer in self._tokenizers.values()]
+        parts = dict(zip(self._tokenizers, tokens.split(lengths), strict=True))
+        return self._backbone.encode(parts, self._clip_skip)
 
 
 def check_trigger_word(tokenizer: CLIPTokenizer, word: str) -> None:
@@ -198,6 +192,8 @@ def initial_word_vectors(
 ) -> list[torch.Tensor]:
     """Return the vectors `[n, D]` that every trigger word of the vocabulary starts with, in its order.
 
+    An embedding on the meta device stands for zeros.
+
     Raises:
         InputError: an init text cannot be read, has no token, or does not go with the number of vectors.
     """
@@ -207,8 +203,8 @@ def initial_word_vectors(
         token_vectors = None
         if init.text is not None:
             ids = tokenizer(init.text, add_special_tokens=False).input_ids
-            token_vectors = embedding.weight.detach()[
-                torch.tensor(ids, dtype=torch.long, device=embedding.weight.device)
-            ]
+            weight = embedding.weight.detach()
+            token_vectors = weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
+            token_vectors = torch.zeros(token_vectors.shape) if weight.is_meta else token_vectors
         initial.append(initial_vectors(init, word.num_vectors, token_vectors, embedding.embedding_dim, generator))
     return initial

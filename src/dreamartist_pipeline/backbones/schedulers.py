@@ -5,19 +5,17 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDPMScheduler
 
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators, sample_latents
 from dreamartist_pipeline.params import SamplerParams
 from dreamartist_pipeline.schedulers import SCHEDULERS
-
-if TYPE_CHECKING:
-    from dreamartist_pipeline.backbones.base_model import Backbone
 
 _ZERO_SNR = "rescale_betas_zero_snr"
 

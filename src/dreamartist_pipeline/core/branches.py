@@ -45,6 +45,14 @@ def repeat(x: torch.Tensor, num_branches: int) -> torch.Tensor:
     return torch.cat([x] * num_branches)
 
 
+def rows_of(index: torch.Tensor, length: int, num_branches: int) -> torch.Tensor:
+    """Return where the same entries of every branch stand in a stacked batch of `length` rows a branch.
+
+    `index` `[B]` becomes `[num_branches·B]`.
+    """
+    return torch.cat([index + branch * length for branch in range(num_branches)])
+
+
 def split(x: torch.Tensor, num_branches: int) -> tuple[torch.Tensor, ...]:
     """Take a stacked batch apart: `[num_branches·B, ...]` becomes one `[B, ...]` a branch, in row order.
 
@@ -75,7 +83,6 @@ def combine(prediction: torch.Tensor, guidance: torch.Tensor, num_branches: int)
     return negative + scale * (positive - negative)
 
 
-def guidance_at(scale: GuidanceScale, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """Return `low + (high − low) · curve(t / (T − 1))` as float32 `[B]` for integer timesteps `[B]`."""
-    noise_level = timesteps.to(torch.float32) / (num_train_timesteps - 1)
+def guidance_at(scale: GuidanceScale, noise_level: torch.Tensor) -> torch.Tensor:
+    """Return `low + (high − low) · curve(r)`, `[B]`, for noise levels r of 0 to 1, float32 `[B]`."""
     return scale.low + (scale.high - scale.low) * _CURVES[scale.curve](noise_level)

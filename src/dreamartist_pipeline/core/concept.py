@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,13 @@ from dreamartist_pipeline.core.lora_factors import LearnedUpdate, learned_update
 from dreamartist_pipeline.params import GuidanceScale, ResolvedGroup
 
 FORMAT = "dreamartist-concept-1"
-NETWORKS = ("unet", "text_encoder")
 WORDS = "words"
+_FIRST_ENCODER = "text_encoder"
 
 _GROUPS = "lora_"  # followed by the network
 _PLAIN = (  # texts that stand for themselves; everything else is JSON
-    *("base_model", "base_model_fingerprint", "prediction_type", "guidance_scale", "class_word", "config_sha256"),
-    "start_sha256",
+    *("base_model", "base_model_fingerprint", "base_model_family", "prediction_type", "guidance_scale", "class_word"),
+    *("config_sha256", "start_sha256"),
 )
 _FIRST_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
 _SHOWN_FAULTS = 3
@@ -41,12 +41,13 @@ class ConceptMetadata(BaseModel):
 
     Attributes:
         base_model: its name.
-        base_model_fingerprint: what is compared when the concept is attached.
+        base_model_fingerprint: of its weights, "sha256:…"; in files of earlier versions 16 hex digits, of its files.
+        base_model_family: what must be the same when the concept is attached.
         num_branches: 2, or 1 for a training without a negative branch.
         num_steps: how long it was trained; 0 when unknown.
         words: slot -> (positive, negative) trigger word; the latter is "" for a word by itself.
         num_vectors: of (positive, negative) words; None where they differ, so that only the tensors say it.
-        lora: network -> its groups, in the order of the tensors' numbers.
+        lora: network of the base model -> its groups, in the order of the tensors' numbers; () without adapters.
         class_word: stands in for a slot without a word.
         clip_skip: how many of the text encoder's last layers are left out.
         zero_terminal_snr: whether the noise schedule ends without signal.
@@ -65,6 +66,7 @@ class ConceptMetadata(BaseModel):
     num_vectors: tuple[VectorCount, VectorCount]
     lora: dict[str, tuple[ResolvedGroup, ...]]
     class_word: str = ""
+    base_model_family: str = "stable-diffusion"  # later than the first files, which knew no other
     clip_skip: Whole = 0  # later than the first files
     zero_terminal_snr: bool = False  # later than the first files
     prediction_type: str | None = None
@@ -138,12 +140,17 @@ def to_json(value: object) -> str:
 
 @dataclass(frozen=True)
 class TriggerWord:
-    """A learned word. branch: "negative" or "positive". vectors: float32 `[n, D]`."""
+    """A learned word. branch: "negative" or "positive". vectors: text encoder -> float32 `[n, D]`."""
 
     name: str
     slot: str
     branch: str
-    vectors: torch.Tensor = field(repr=False)
+    vectors: Mapping[str, torch.Tensor] = field(repr=False)
+
+    @property
+    def num_vectors(self) -> int:
+        """n, the same for every text encoder."""
+        return len(next(iter(self.vectors.values())))
 
     @property
     def key(self) -> str:
@@ -157,13 +164,19 @@ class Concept:
 
     Attributes:
         tensors: float32, contiguous, on the CPU, named `<network>.<layer>.<group>.<branch>.<down|up|bias>` for adapters
-            (network `unet` or `text_encoder`, group its index in the configuration, branch `negative`, `positive` or
-            `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>` `[n, D]` for words.
+            (network such as `unet` or `text_encoder`, group its index in the configuration, branch `negative`,
+            `positive` or `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>`
+            `[n, D]` for words; see `words_part` for those of further text encoders.
         metadata: what else is needed to use them.
     """
 
     tensors: dict[str, torch.Tensor] = field(repr=False)
     metadata: ConceptMetadata
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks of the base model that it was made for, adapted or not."""
+        return tuple(self.metadata.lora)
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """Return the tensors under `prefix.`, named without it."""
@@ -187,9 +200,10 @@ class Concept:
         Raises:
             InputError: a word without vectors, or vectors without a word.
         """
-        vectors, names = self.part(WORDS), self._word_names()
+        names, vectors = self._word_names(), self._word_vectors()
+        encoders = {encoder for by_encoder in vectors.values() for encoder in by_encoder}
         wrong = names.keys() ^ vectors.keys()
-        wrong |= {key for key, tensor in vectors.items() if tensor.dim() != 2 or not len(tensor)}
+        wrong |= {key for key, found in vectors.items() if found.keys() != encoders or not _are_words(found.values())}
         if wrong:
             raise InputError(
                 f"expected vectors [n, width] for every trigger word in the concept, {', '.join(names) or 'none'}; "
@@ -209,6 +223,14 @@ class Concept:
             if branch == "positive" or name
         }
 
+    def _word_vectors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return "<branch>.<slot>" -> text encoder -> vectors."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for encoder in self.networks:
+            for key, vectors in self.part(words_part(encoder)).items():
+                found.setdefault(key, {})[encoder] = vectors
+        return found
+
     def check(self, origin: str) -> None:
         """Confirm that the tensors are whole and belong to the metadata.
 
@@ -218,14 +240,25 @@ class Concept:
         Raises:
             InputError: what is missing, too much, of another dtype or shape, or not finite.
         """
+        known = {*self.networks, *map(words_part, self.networks)}
         for name, tensor in self.tensors.items():
-            known = name.split(".", 1)[0] in (*NETWORKS, WORDS)
-            if not known or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            if name.split(".", 1)[0] not in known or tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise InputError(
-                    f"expected finite float32 tensors of {', '.join((*NETWORKS, WORDS))} in {origin}; got "
+                    f"expected finite float32 tensors of {', '.join((*self.networks, WORDS))} in {origin}; got "
                     f"{name}, {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}; the file is damaged: "
                     "copy it again, or train the concept again"
                 )
-        for network in NETWORKS:
+        for network in self.networks:
             self.updates(network)
         self.trigger_words()
+
+
+def words_part(encoder: str) -> str:
+    """Return what the vectors for a text encoder begin with: `words`, or `words_text_encoder_2` for a second one."""
+    return WORDS if encoder == _FIRST_ENCODER else f"{WORDS}_{encoder}"
+
+
+def _are_words(vectors: Iterable[torch.Tensor]) -> bool:
+    """Say whether these are one word's vectors `[n, D]` for several text encoders, n being the same."""
+    shapes = [tuple(tensor.shape) for tensor in vectors]
+    return all(len(shape) == 2 for shape in shapes) and len({shape[0] for shape in shapes} - {0}) == 1

@@ -1,19 +1,73 @@
-"""Noising, signal-to-noise ratio and the two prediction targets."""
+"""What a base model is trained for: noising, targets, weights of the loss, and the timesteps it is drawn at."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.losses import snr_weight
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
+class Objective(Protocol):
+    """What a family of base models is trained for. Latents are `[B, C, H, W]`; timesteps `[B]`, integers or floats.
+
+    Timesteps have the unit of the family's diffusers schedulers, so that training and drawing read alike.
+    """
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model predicts, as diffusers' schedulers call it."""
+
+    def check_limits(self, limits: tuple[float, float]) -> None:
+        """Confirm that timesteps can be drawn between two noise levels, fractions of the whole range.
+
+        Raises:
+            InputError: there are none.
+        """
+
+    def check_timesteps(self, timesteps: torch.Tensor) -> None:
+        """Confirm that timesteps are those of the model.
+
+        Raises:
+            InputError: some are not.
+        """
+
+    def sample_timesteps(self, limits: tuple[float, float], num_rows: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw a training's timesteps within `limits`, on the generator's device."""
+
+    def noise_level(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the place of timesteps between the first (0) and the last, pure noise (1): float32 `[B]`."""
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the noisy latents."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return what the model should predict."""
+
+    def predicted_latents(
+        self, noisy_latents: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the clean latents that a prediction stands for."""
+
+    def loss_weight(self, weighting: str, gamma: float, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the weight of each row's loss, `[B]`; see `losses.snr_weight` for the names of weightings."""
+
+    def with_zero_terminal_snr(self) -> Objective:
+        """Return the objective without signal at the last timestep.
+
+        Raises:
+            InputError: the model cannot be trained for that.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The forward process z_t = √ᾱ_t · z₀ + √(1 − ᾱ_t) · ε, and what the base model predicts.
+    """The forward process z_t = √ᾱ_t · z₀ + √(1 − ᾱ_t) · ε with integer timesteps, and what the base model predicts.
 
     Attributes:
         alphas_cumprod: ᾱ, float32 `[T]`, falling from almost 1 to almost 0.
@@ -54,6 +108,35 @@ class NoiseSchedule:
         levels = self.alphas_cumprod.double().sqrt()
         rescaled = (levels - levels[-1]) * levels[0] / (levels[0] - levels[-1])
         return NoiseSchedule((rescaled**2).to(self.alphas_cumprod.dtype), self.prediction_type)
+
+    def check_limits(self, limits: tuple[float, float]) -> None:
+        """Confirm that a timestep lies within `limits`; see `timestep_range`."""
+        timestep_range(limits, self.num_train_timesteps)
+
+    def check_timesteps(self, timesteps: torch.Tensor) -> None:
+        """Confirm that timesteps are integers from 0 to T − 1.
+
+        Raises:
+            InputError: some are not.
+        """
+        last = self.num_train_timesteps - 1
+        if timesteps.is_floating_point() or not ((timesteps >= 0) & (timesteps <= last)).all():
+            raise InputError(
+                f"expected timesteps that are integers from 0 to {last}; got {timesteps.tolist()}; correct them"
+            )
+
+    def sample_timesteps(self, limits: tuple[float, float], num_rows: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw timesteps `[B]` evenly within `limits`, fractions of T."""
+        first, end = timestep_range(limits, self.num_train_timesteps)
+        return torch.randint(first, end, (num_rows,), generator=generator, device=generator.device)
+
+    def noise_level(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return t / (T − 1), float32 `[B]`."""
+        return timesteps.to(torch.float32) / (self.num_train_timesteps - 1)
+
+    def loss_weight(self, weighting: str, gamma: float, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the weight by the signal-to-noise ratio, `[B]`; see `snr_weight`."""
+        return snr_weight(weighting, self.snr(timesteps), gamma, self.prediction_type)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the noisy latents z_t: all `[B, C, H, W]`, for integer timesteps `[B]`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class ImagesToDraw:
             holds the same bytes whether or not it was interrupted.
         manifest: the key and what made the set; JSON types.
         draw: called once with the batches that lack an image, and not at all for a whole set.
+        is_in: whether a set of another name, given its manifest, is the same; it is then used in place of a new one.
     """
 
     key: str
@@ -33,3 +34,4 @@ class ImagesToDraw:
     batch_size: int
     manifest: dict[str, Any]
     draw: DrawBatches = field(repr=False)
+    is_in: Callable[[Mapping[str, Any]], bool] = field(default=lambda manifest: False, repr=False)

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 SMALLEST_MEAN = 1e-4  # of a prompt's text states, as a share of their root mean square; below, it is only rounding
 
 
+class Conditioning(Protocol):
+    """What a denoiser is told about N prompts. Only the family of base models that made it looks inside.
+
+    Stable Diffusion's is the tensor of text states itself.
+    """
+
+    def __getitem__(self, rows: torch.Tensor, /) -> Conditioning:
+        """Return the rows of these indices, one after the other."""
+
+
 @dataclass(frozen=True, eq=False)
 class PromptTokens:
-    """Token ids `[..., L]` (int64) with their attention weights `[..., L]` (float32); None: all weights are 1."""
+    """Token ids `[..., L]` (int64) with their attention weights `[..., L]` (float32); None: all weights are 1.
+
+    The tokens of several text encoders stand side by side in L: see `side_by_side` and `split`.
+    """
 
     ids: torch.Tensor
     weights: torch.Tensor | None = None
@@ -32,6 +46,11 @@ class PromptTokens:
         """Stack branches: `[P, nb, L]` becomes `[nb·P, L]`."""
         return self._map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
 
+    def split(self, lengths: Sequence[int]) -> list[PromptTokens]:
+        """Take apart what `side_by_side` joined; `lengths` add up to L."""
+        weights = [None] * len(lengths) if self.weights is None else self.weights.split(list(lengths), dim=-1)
+        return [PromptTokens(*each) for each in zip(self.ids.split(list(lengths), dim=-1), weights, strict=True)]
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PromptTokens:
         return PromptTokens(change(self.ids), None if self.weights is None else change(self.weights))
 
@@ -44,6 +63,11 @@ def concatenate(parts: Sequence[PromptTokens]) -> PromptTokens:
 def by_branch(parts: Sequence[PromptTokens]) -> PromptTokens:
     """Put the prompts of every branch, `[P, L]` each, beside each other: `[P, nb, L]`."""
     return _joined(parts, lambda tensors: torch.stack(tensors, dim=1))
+
+
+def side_by_side(parts: Sequence[PromptTokens]) -> PromptTokens:
+    """Put the tokens of the same prompts beside each other: `[..., L]` and `[..., M]` become `[..., L + M]`."""
+    return _joined(parts, lambda tensors: torch.cat(tensors, dim=-1))
 
 
 def _joined(parts: Sequence[PromptTokens], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> PromptTokens:

@@ -15,7 +15,7 @@ import torch
 
 from dreamartist_pipeline.core.adapters import AdapterStack, LowRankUpdate
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, ConceptMetadata, to_json
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, to_json, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import SHARED, LearnedUpdate
@@ -51,7 +51,9 @@ class _Taking:
         return f"training.lora_{self.network}.{self.target.index}"
 
 
-def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, concept: Concept) -> dict[str, int]:
+def take_over(
+    stacks: Mapping[str, AdapterStack], words: Mapping[str, WordEmbedding], concept: Concept
+) -> dict[str, int]:
     """Give adapters and words the values of a concept, in place; also works on the meta device.
 
     A layer's first group of a branch takes what acts on that branch. What acts on both goes to a group of both, or else
@@ -59,7 +61,7 @@ def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, c
 
     Args:
         stacks: network -> its fresh adapters.
-        words: the fresh words, or None.
+        words: text encoder -> the fresh words.
         concept: of the same base model.
 
     Returns:
@@ -89,7 +91,7 @@ def take_over(stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, c
 def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taking]:
     takings: list[_Taking] = []
     without_place: list[tuple[str, str]] = []  # (<network>.<layer>, branch)
-    for network in NETWORKS:
+    for network in concept.networks:
         layers = stacks[network].layers if network in stacks else {}
         for layer, by_branch in _updates(network, concept).items():
             targets = _first_targets(layers[layer].updates if layer in layers else ())
@@ -218,22 +220,25 @@ def _fill(taking: _Taking) -> None:
 # ------------------------------------------------------------------------------------------------- words
 
 
-def _check_words(words: WordEmbedding | None, concept: Concept) -> None:
+def _check_words(words: Mapping[str, WordEmbedding], concept: Concept) -> None:
     """Confirm that every word of the concept is trained here: the same slot, branch, name and number of vectors."""
-    expected = {word.key: (word.name, len(word.vectors)) for word in concept.trigger_words()}
-    here = {word.key: (word.name, word.num_vectors) for word in (words.vocabulary.words if words else ())}
+    expected = {word.key: (word.name, word.num_vectors) for word in concept.trigger_words()}
+    trained = next((embedding.vocabulary.words for embedding in words.values()), ())
+    here = {word.key: (word.name, word.num_vectors) for word in trained}
     if wrong := [key for key, word in expected.items() if here.get(key) != word]:
         differing = [f"{key} {expected[key]} where the training has {here.get(key, 'none')}" for key in sorted(wrong)]
         raise InputError(
             f"expected the trigger words of the concept in {_OPTION}; got (word, vectors) {'; '.join(differing)}; "
             f"{_words_to_set(concept.metadata)}"
         )
-    width = words.base.embedding_dim if words else 0
-    if wrong := [word.key for word in concept.trigger_words() if word.vectors.shape[1] != width]:
-        raise InputError(
-            f"expected vectors of width {width} in the concept of {_OPTION}; got others for {', '.join(wrong)}; the "
-            "file is damaged: start from another concept"
-        )
+    widths = {encoder: embedding.base.embedding_dim for encoder, embedding in words.items()}
+    for word in concept.trigger_words():
+        came = {encoder: vectors.shape[1] for encoder, vectors in word.vectors.items()}
+        if came != widths:
+            raise InputError(
+                f"expected vectors of width {widths} in the concept of {_OPTION}; got {came} for {word.key}; the file "
+                "is damaged: start from another concept"
+            )
 
 
 def _words_to_set(metadata: ConceptMetadata) -> str:
@@ -251,13 +256,13 @@ def _words_to_set(metadata: ConceptMetadata) -> str:
 
 
 @torch.no_grad()
-def _fill_words(words: WordEmbedding | None, concept: Concept) -> dict[str, int]:
+def _fill_words(words: Mapping[str, WordEmbedding], concept: Concept) -> dict[str, int]:
     taken: dict[str, int] = {}
-    stored = concept.part(WORDS)
-    if words is None:
-        return taken
-    for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
-        if word.key in stored:
-            vectors.copy_(stored[word.key])
-            taken[f"{WORDS}.{word.key}"] = word.num_vectors
+    for encoder, embedding in words.items():
+        part = words_part(encoder)
+        stored = concept.part(part)
+        for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):
+            if word.key in stored:
+                vectors.copy_(stored[word.key])
+                taken[f"{part}.{word.key}"] = word.num_vectors
     return taken

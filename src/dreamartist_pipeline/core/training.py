@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_at, repeat
-from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_at, repeat, rows_of
+from dreamartist_pipeline.core.concept import words_part
+from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.errors import TrainingError
-from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
+from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers
-from dreamartist_pipeline.core.prompt_tokens import PromptTokens, concatenate
+from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, concatenate
 from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
 from dreamartist_pipeline.core.trainer import Averages, TrainingState, normalized_ema, train
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
@@ -66,13 +67,13 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    stacks: Mapping[str, AdapterStack], words: WordEmbedding | None, words_lr: float
+    stacks: Mapping[str, AdapterStack], words: Mapping[str, WordEmbedding], words_lr: float
 ) -> tuple[ParameterGroup, ...]:
-    """Return everything that trains: one group per LoRA group of every network, one per trigger word.
+    """Return everything that trains: one group per LoRA group of every network, one per word and text encoder.
 
     Args:
         stacks: network -> its adapters.
-        words: the learned words, or None.
+        words: text encoder -> the learned words.
         words_lr: the words' peak learning rate, as applied.
     """
     groups = []
@@ -81,10 +82,10 @@ def parameter_groups(
             parameters = tuple(adapters.parameters_by_group()[group.name])
             num_layers = adapters.num_layers_by_group()[group.name]
             groups.append(ParameterGroup(group.name, ADAPTERS, group.branch, group.lr, parameters, num_layers))
-    if words is not None:
-        for word, vectors in zip(words.vocabulary.words, words.vectors, strict=True):
-            branch = BRANCH_NAMES[word.branch]
-            groups.append(ParameterGroup(f"{WORDS}.{word.key}", WORDS, branch, words_lr, (vectors,)))
+    for encoder, embedding in words.items():
+        for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):
+            name, branch = f"{words_part(encoder)}.{word.key}", BRANCH_NAMES[word.branch]
+            groups.append(ParameterGroup(name, WORDS, branch, words_lr, (vectors,)))
     return tuple(groups)
 
 
@@ -92,16 +93,16 @@ def parameter_groups(
 class Trainee:
     """The base model with adapters and words in place, as the loop sees it.
 
-    denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, text states `[nb·B, L, D]`) -> prediction.
-    encode: tokens `[nb·P, L]`, branches stacked -> text states `[nb·P, L, D]`.
+    denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, conditioning of nb·B rows) -> prediction.
+    encode: tokens `[nb·P, L]`, branches stacked -> conditioning of nb·P rows.
     num_branches: nb, 2 (negative, positive) or 1 (positive alone).
     latent_adapters, prompt_adapters: those in `denoise` and in `encode`, whose dropout is drawn before every step.
     decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, with gradients; only the reconstruction loss needs it.
     """
 
-    denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    encode: Callable[[PromptTokens], torch.Tensor]
-    schedule: NoiseSchedule
+    denoise: Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    encode: Callable[[PromptTokens], Conditioning]
+    objective: Objective
     groups: tuple[ParameterGroup, ...]
     num_branches: int
     half_precision: bool = False  # float16 base: small gradients need a scaled loss
@@ -162,11 +163,11 @@ class Batch:
 class BatchSource:
     """Draws batches; the batch of a step depends on the seed and the step alone."""
 
-    def __init__(self, data: TrainingData, params: TrainingParams, num_train_timesteps: int) -> None:
+    def __init__(self, data: TrainingData, params: TrainingParams, objective: Objective) -> None:
         self._data = data
         self._num_reference = params.batch_size
         self._num_regularization = params.regularization_batch_size if data.regularization else 0
-        self._timesteps = timestep_range(params.timesteps, num_train_timesteps)
+        self._objective, self._timesteps = objective, params.timesteps
         self._noise_offset = params.noise_offset
         self._seed = params.seed
         device = data.reference.mean.device
@@ -182,8 +183,7 @@ class BatchSource:
         mean, std, prompts = self._rows(step_generator(self._seed, "choices", step))
         noises_of_step = step_generator(self._seed, "noises", step, device)
         noises = torch.randn((2, *mean.shape), generator=noises_of_step, device=device)
-        rows = (len(mean),)
-        timesteps = torch.randint(*self._timesteps, rows, generator=noises_of_step, device=device)
+        timesteps = self._objective.sample_timesteps(self._timesteps, len(mean), noises_of_step)
         distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
         return Batch(
             latents=mean + std * noises[0],
@@ -247,25 +247,24 @@ def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) 
     `guidance` is s per row, `[B]`. The text encoder runs on the distinct prompts only.
     """
     branches = trainee.num_branches
-    states = trainee.encode(batch.tokens.branches_in_rows())
-    states = states.view(branches, len(batch.tokens), *states.shape[1:])  # [nb, P, L, D]
-    hidden = states[:, batch.prompt_of_row].flatten(0, 1)  # [nb·B, L, D]
-    noisy_latents = trainee.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), hidden)
+    conditioning = trainee.encode(batch.tokens.branches_in_rows())  # of nb·P rows
+    conditioning = conditioning[rows_of(batch.prompt_of_row, len(batch.tokens), branches)]  # of nb·B rows
+    noisy_latents = trainee.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning)
     return combine(prediction.float(), guidance, branches)
 
 
 def row_losses(
     prediction: torch.Tensor,
     batch: Batch,
-    schedule: NoiseSchedule,
+    objective: Objective,
     weighting: str,
     snr_gamma: float,
     huber_delta: float | None = None,
 ) -> torch.Tensor:
     """Return each row's SNR-weighted, masked error against its target, float32 `[B]`: squared, or Huber's with a δ."""
-    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
-    weight = snr_weight(weighting, schedule.snr(batch.timesteps), snr_gamma, schedule.prediction_type)
+    target = objective.target(batch.latents, batch.noise, batch.timesteps)
+    weight = objective.loss_weight(weighting, snr_gamma, batch.timesteps)
     if huber_delta is not None:
         return masked_huber(prediction, target, weight, batch.mask, huber_delta)
     return masked_mse(prediction, target, weight, batch.mask)
@@ -291,10 +290,10 @@ def reconstruction_loss(
     """
     if trainee.decode is None or pixels is None:
         raise ValueError("expected a decoder and the reference image's pixels for the reconstruction loss, got none")
-    rows, schedule = slice(len(prediction)), trainee.schedule
+    rows, objective = slice(len(prediction)), trainee.objective
     timesteps = batch.timesteps[rows]
-    noisy_latents = schedule.add_noise(batch.latents[rows], batch.noise[rows], timesteps)
-    decoded = trainee.decode(schedule.predicted_latents(noisy_latents, prediction, timesteps))
+    noisy_latents = objective.add_noise(batch.latents[rows], batch.noise[rows], timesteps)
+    decoded = trainee.decode(objective.predicted_latents(noisy_latents, prediction, timesteps))
     mask = None if batch.mask is None else batch.mask[rows]
     return image_error(decoded, pixels.expand_as(decoded), mask, norm).mean()
 
@@ -457,7 +456,7 @@ class _Steps:
     def __init__(self, trainee: Trainee, data: TrainingData, params: TrainingParams, state: TrainingState) -> None:
         self.state, self.params, self.device = state, params, data.reference.mean.device
         self._trainee, self._data = trainee, data
-        self._batches = BatchSource(data, params, len(trainee.schedule.alphas_cumprod))
+        self._batches = BatchSource(data, params, trainee.objective)
         self._members = self._indices(lambda group: (group.kind, group.branch))
         clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
         self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
@@ -494,7 +493,7 @@ class _Steps:
         """Return the loss of a step's batch, and its parts: reference, regularization, reconstruction, guidance."""
         params, trainee = self.params, self._trainee
         batch = self._batches.draw(step)
-        guidance = guidance_at(params.guidance_scale, batch.timesteps, len(trainee.schedule.alphas_cumprod))
+        guidance = guidance_at(params.guidance_scale, trainee.objective.noise_level(batch.timesteps))
         self._draw_dropout(batch, step)
         prediction = combined_prediction(trainee, batch, guidance)
         losses = _row_losses(trainee, prediction, batch, params)
@@ -556,7 +555,7 @@ def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterato
 def _row_losses(trainee: Trainee, prediction: torch.Tensor, batch: Batch, params: TrainingParams) -> torch.Tensor:
     loss = params.loss
     huber_delta = loss.huber_delta if loss.kind == "huber" else None
-    return row_losses(prediction, batch, trainee.schedule, loss.weighting, loss.snr_gamma, huber_delta)
+    return row_losses(prediction, batch, trainee.objective, loss.weighting, loss.snr_gamma, huber_delta)
 
 
 def _reaches_both_branches(trainee: Trainee, guidance: torch.Tensor) -> bool:

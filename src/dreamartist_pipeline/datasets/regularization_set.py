@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,23 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         Raises:
             DatasetError: fewer images were drawn than asked for, or what drawing them raises.
         """
-        folder = self._folder(data.key)
         self._path.mkdir(parents=True, exist_ok=True)
+        data = data if self._folder(data.key).exists() else self._adopted(data)
+        folder = self._folder(data.key)
         with FileLock(folder.with_name(f".{data.key}.lock")):
             partial_folder = folder if folder.exists() else folder.with_name(f"{data.key}.partial")
             _complete(partial_folder, data)
             if partial_folder != folder:
                 partial_folder.replace(folder)
         _save_json(self._filepath, data.manifest)
+
+    def _adopted(self, data: ImagesToDraw) -> ImagesToDraw:
+        """Return the wanted set under the name that it has here already, if it has another."""
+        for file in sorted(self._path.glob(f"*/{_MANIFEST}")):
+            manifest = _read_json(file) or {}
+            if manifest.get("key") == file.parent.name and data.is_in(manifest):
+                return replace(data, key=file.parent.name, manifest=manifest)
+        return data
 
     def preview(self) -> ImagePreview:
         """Show the first pictures with their captions."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.concept import NETWORKS, WORDS, Concept, ConceptMetadata, TriggerWord
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, TriggerWord, words_part
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import BaseModelIdentity
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors
 from dreamartist_pipeline.params import ResolvedGroup
 
@@ -23,13 +24,13 @@ _ALPHA = 1.0  # of the groups of a concept that is built here; everything else i
 
 @dataclass(frozen=True)
 class BranchAdapter:
-    """What acts on one branch: network (`unet`, `text_encoder`) -> layer -> its update; both may be missing."""
+    """What acts on one branch: network (such as `unet`) -> layer -> its update; networks may be missing."""
 
     networks: dict[str, dict[str, LoRAFactors]]
 
     @property
     def num_layers(self) -> int:
-        """How many layers have an update, of both networks."""
+        """How many layers have an update, of all networks."""
         return sum(len(layers) for layers in self.networks.values())
 
     def by_layer(self) -> dict[tuple[str, str], LoRAFactors]:
@@ -42,14 +43,6 @@ def has_bias(layers: Mapping[str, LoRAFactors]) -> bool:
     return any(factors.bias is not None for factors in layers.values())
 
 
-@dataclass(frozen=True)
-class BaseModelIdentity:
-    """The base model that a concept belongs to: its name, and the fingerprint that is compared when it is attached."""
-
-    name: str
-    fingerprint: str
-
-
 # ------------------------------------------------------------------------------------------------- out of a concept
 
 
@@ -60,7 +53,7 @@ def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
         InputError: a tensor belongs to no group, or an update is incomplete.
     """
     return BranchAdapter(
-        {network: layers for network in NETWORKS if (layers := _branch_layers(concept, network, branch))}
+        {network: layers for network in concept.networks if (layers := _branch_layers(concept, network, branch))}
     )
 
 
@@ -122,9 +115,13 @@ def build_concept(
     Raises:
         InputError: a negative word without a positive one.
     """
-    tensors = {f"{WORDS}.{word.key}": _stored(word.vectors) for word in words}
+    tensors = {
+        f"{words_part(encoder)}.{word.key}": _stored(vectors)
+        for word in words
+        for encoder, vectors in word.vectors.items()
+    }
     groups: dict[str, tuple[ResolvedGroup, ...]] = {}
-    for network in NETWORKS:
+    for network in base_model.networks:
         names = (*BRANCH_NAMES, SHARED)
         present = {b: adapters[b].networks[network] for b in names if network in _networks(adapters, b)}
         groups[network] = tuple(_group(network, i, b, present[b]) for i, b in enumerate(present))
@@ -141,6 +138,7 @@ def build_concept(
     metadata = ConceptMetadata(
         base_model=base_model.name,
         base_model_fingerprint=base_model.fingerprint,
+        base_model_family=base_model.family,
         num_branches=2 if negative or not (positive or only_shared) else 1,
         num_steps=num_steps,
         words=_word_names(positive, negative),
@@ -192,5 +190,5 @@ def _word_names(positive: Mapping[str, TriggerWord], negative: Mapping[str, Trig
 
 def _num_vectors(words: Iterable[TriggerWord]) -> int | None:
     """Return how many vectors each of these words has; None where they differ, so that only the tensors say it."""
-    counts = {len(word.vectors) for word in words} or {1}
+    counts = {word.num_vectors for word in words} or {1}
     return counts.pop() if len(counts) == 1 else None

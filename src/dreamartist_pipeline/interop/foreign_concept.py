@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.core.layout import ModelLayout
+from dreamartist_pipeline.core.layout import BaseModelIdentity, ModelLayout
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.interop.branch_adapters import (
-    BaseModelIdentity,
     BranchAdapter,
     build_concept,
 )
@@ -77,7 +76,7 @@ def read_toolkit_folder(
     of_step = files_of_step(files, step)
     contents = {name: files[name]() for name in of_step.names}
     modules = {network: list(layers) for network, layers in layout.shapes.items()}
-    found, vectors = read_toolkit(contents, modules, step)
+    found, vectors = read_toolkit(contents, modules, layout.names, step)
     words = toolkit_words(vectors, names, option.format(slot=SLOT))
     if not (found or words):
         raise InputError(f"expected adapters or words in {folder}; got none; give the folder of a training")
@@ -110,7 +109,7 @@ def settled(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveA
         adapters = {SHARED: adapters["positive"]}
     _check_words(imported.words, layout, option)
     left_out = {branch: layers for branch, a in adapters.items() if (layers := _skipped(a, layout))}
-    used = {branch: _without(adapter, left_out.get(branch, ())) for branch, adapter in adapters.items()}
+    used = {branch: _without_skipped(adapter, layout) for branch, adapter in adapters.items()}
     used = {branch: adapter for branch, adapter in used.items() if adapter.num_layers}
     if not (used or imported.words):
         raise InputError(
@@ -138,15 +137,13 @@ def make_concept(
 
 
 def _skipped(adapter: BranchAdapter, layout: ModelLayout) -> tuple[str, ...]:
-    return tuple(layer for layer in adapter.networks.get("text_encoder", {}) if layer in layout.skipped)
+    return tuple(layer for network, layer in adapter.by_layer() if layer in layout.skipped.get(network, ()))
 
 
-def _without(adapter: BranchAdapter, text_layers: Sequence[str]) -> BranchAdapter:
-    """Return the adapter without some layers of the text encoder."""
+def _without_skipped(adapter: BranchAdapter, layout: ModelLayout) -> BranchAdapter:
+    """Return the adapter without the text encoders' layers that clip_skip leaves out."""
     networks = {
-        network: {
-            layer: factors for layer, factors in layers.items() if network != "text_encoder" or layer not in text_layers
-        }
+        network: {layer: f for layer, f in layers.items() if layer not in layout.skipped.get(network, ())}
         for network, layers in adapter.networks.items()
     }
     return BranchAdapter({network: layers for network, layers in networks.items() if layers})
@@ -177,19 +174,23 @@ def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
 
 
 def _check_vectors(word: TriggerWord, layout: ModelLayout) -> None:
-    count, width = word.vectors.shape
-    if width != layout.text_width:
+    widths = {encoder: vectors.shape[-1] for encoder, vectors in word.vectors.items()}
+    if widths != layout.word_widths:
         raise InputError(
-            f"expected vectors of width {layout.text_width} for {word.name!r}; got {width}; give an embedding for "
-            "this base model, or set base_model to the one it was made for"
+            f"expected vectors of width {_numbers(layout.word_widths)} for {word.name!r}; got {_numbers(widths)}; give "
+            "an embedding for this base model, or set base_model to the one it was made for"
         )
-    if not 1 <= count <= layout.max_vectors:
+    if not 1 <= word.num_vectors <= layout.max_vectors:
         raise InputError(
-            f"expected 1 to {layout.max_vectors} vectors for {word.name!r}, which is what a prompt holds; got {count}; "
-            "give another embedding"
+            f"expected 1 to {layout.max_vectors} vectors for {word.name!r}, which is what a prompt holds; got "
+            f"{word.num_vectors}; give another embedding"
         )
-    if not word.vectors.isfinite().all():
+    if not all(vectors.isfinite().all() for vectors in word.vectors.values()):
         raise InputError(
             f"expected finite vectors for {word.name!r}; got some that are infinite or no numbers; make or download "
             "the embedding again"
         )
+
+
+def _numbers(widths: Mapping[str, int]) -> str:
+    return " and ".join(map(str, widths.values()))

@@ -11,7 +11,7 @@ import torch
 
 from dreamartist_pipeline.core.concept import FORMAT
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.core.layout import Shapes
+from dreamartist_pipeline.core.layout import FileNames, Shapes
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.kohya import read_kohya
@@ -48,20 +48,22 @@ class ForeignLoRA:
     adapter: BranchAdapter
 
 
-def read_lora(file: bytes, name: str, shapes: Shapes) -> ForeignLoRA:
+def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> ForeignLoRA:
     """Read a LoRA file of another tool, in float32.
 
     Args:
         file: its bytes, safetensors.
         name: what to call it in an error.
         shapes: of the base model's layers.
+        names: what files call them.
 
     Raises:
         InputError: not a safetensors file, no plain LoRA, keys that no layer explains, or shapes of another base model.
     """
     keys, metadata = read_tensors(file, name).keys(), read_metadata(file)
     form = _form(keys, metadata, name)
-    adapter = _READERS[form](file, name, {network: list(layers) for network, layers in shapes.items()})
+    modules = {network: list(layers) for network, layers in shapes.items()}
+    adapter = _READERS[form](file, name, modules, names)
     return ForeignLoRA(form, fitted(adapter, name, shapes))
 
 

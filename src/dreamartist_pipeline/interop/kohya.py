@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
-from dreamartist_pipeline.interop.layer_names import kohya_name, layers_by_name
+from dreamartist_pipeline.interop.layer_names import layers_by_name
 from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
 from dreamartist_pipeline.interop.safetensors_bytes import tensor_bytes, write_tensors
 
@@ -31,7 +32,7 @@ def write_kohya(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) ->
     tensors: dict[str, torch.Tensor] = {}
     for network, layers in adapter.networks.items():
         for layer, factors in layers.items():
-            name = kohya_name(network, layer)
+            name = facts.names.kohya(network, layer)
             tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype)
             tensors[f"{name}.lora_up.weight"] = factors.up_for_scale(ALPHA / factors.rank).to(dtype)
             tensors[f"{name}.alpha"] = torch.tensor(ALPHA, dtype=dtype)
@@ -42,8 +43,8 @@ def _metadata(adapter: BranchAdapter, facts: FileFacts, tensors: Mapping[str, to
     ranks = [factors.rank for layers in adapter.networks.values() for factors in layers.values()]
     return {
         "ss_output_name": facts.title,
-        "ss_base_model_version": "sd_v2" if facts.is_v2 else "sd_v1",
-        "ss_v2": str(facts.is_v2),
+        "ss_base_model_version": facts.names.kohya_version,
+        "ss_v2": str(facts.names.kohya_version.startswith("sd_v2")),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)),
         "ss_network_alpha": str(ALPHA),
@@ -52,18 +53,19 @@ def _metadata(adapter: BranchAdapter, facts: FileFacts, tensors: Mapping[str, to
     }
 
 
-def read_kohya(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> BranchAdapter:
+def read_kohya(file: bytes, name: str, modules: Mapping[str, Sequence[str]], names: FileNames) -> BranchAdapter:
     """Return a kohya file's adapter, in float32.
 
     Args:
         file: its bytes.
         name: what to call it in an error.
         modules: network -> the names of the base model's modules.
+        names: what files call them.
 
     Raises:
         InputError: not a safetensors file, keys that no module explains (the first are listed), or half a pair.
     """
-    known = layers_by_name(modules, kohya=True)
+    known = layers_by_name(modules, names, kohya=True)
     parts = read_parts(file, name, "the kohya format", lambda key: place_by_suffix(key, _SUFFIXES, known.get))
     return build_adapter({at: _factors(part) for at, part in parts.items()}, name)
 

@@ -1,7 +1,7 @@
-"""What other tools call a layer, and which names each of them knows.
+"""Which layer a name in another tool's file stands for, and which names each tool knows.
 
 Diffusers' module names are ours. A kohya name is one of them with '_' for '.', which cannot be undone without knowing
-the modules; the text encoder's always carry `text_model.`, which transformers 5 left out of CLIPTextModel.
+the modules.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from dreamartist_pipeline.core.errors import InputError
-
-TEXT_MODEL = "text_model."
-_KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+from dreamartist_pipeline.core.layout import FileNames
 
 _TRANSFORMER = r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
 _UNET_LAYER = re.compile(
@@ -21,24 +19,15 @@ _UNET_LAYER = re.compile(
     rf"(resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.\d+\.(proj_in|proj_out|{_TRANSFORMER}))"
     r"|down_blocks\.\d+\.downsamplers\.0\.conv|up_blocks\.\d+\.upsamplers\.0\.conv"
 )
-_TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+_TEXT_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 
 
-def external_name(network: str, layer: str) -> str:
-    """Return a layer's name as other tools expect it, with `text_model.` in the text encoder."""
-    return TEXT_MODEL + layer.removeprefix(TEXT_MODEL) if network == "text_encoder" else layer
-
-
-def kohya_name(network: str, layer: str) -> str:
-    """Return the kohya name, such as `lora_unet_mid_block_attentions_0_proj_in`."""
-    return _KOHYA_PREFIXES[network] + external_name(network, layer).replace(".", "_")
-
-
-def layers_by_name(modules: Mapping[str, Sequence[str]], kohya: bool) -> dict[str, tuple[str, str]]:
+def layers_by_name(modules: Mapping[str, Sequence[str]], names: FileNames, kohya: bool) -> dict[str, tuple[str, str]]:
     """Return external name -> (network, layer) of all modules; the names are kohya's, or `<network>.<name>`.
 
     Args:
         modules: network -> the names of its modules.
+        names: what files call them.
         kohya: which of the two spellings.
 
     Raises:
@@ -47,7 +36,7 @@ def layers_by_name(modules: Mapping[str, Sequence[str]], kohya: bool) -> dict[st
     found: dict[str, tuple[str, str]] = {}
     for network, layers in modules.items():
         for layer in layers:
-            name = kohya_name(network, layer) if kohya else f"{network}.{external_name(network, layer)}"
+            name = names.kohya(network, layer) if kohya else f"{network}.{names.external(network, layer)}"
             if found.setdefault(name, (network, layer)) != (network, layer):
                 raise InputError(
                     f"expected one module for the name {name!r}; got {found[name][1]} and {layer}; "
@@ -62,7 +51,7 @@ def layers_by_name(modules: Mapping[str, Sequence[str]], kohya: bool) -> dict[st
 def known_to_comfyui(network: str, layer: str) -> bool:
     """Say whether ComfyUI finds a layer under its kohya name (`comfy.lora`: `unet_to_diffusers`, `LORA_CLIP_MAP`)."""
     pattern = _UNET_LAYER if network == "unet" else _TEXT_LAYER
-    return pattern.fullmatch(external_name(network, layer)) is not None
+    return pattern.fullmatch(layer) is not None
 
 
 def known_to_comfyui_as_peft(network: str, layer: str) -> bool:
@@ -73,7 +62,7 @@ def known_to_comfyui_as_peft(network: str, layer: str) -> bool:
     return known_to_comfyui(network, layer) and not (network == "unet" and ".to_" in layer)
 
 
-def known_to_a1111(network: str, layer: str, layers_per_block: int) -> bool:
+def known_to_a1111(network: str, layer: str, layers_per_block: int | None) -> bool:
     """Say whether A1111 and Forge find a layer under its kohya name (`convert_diffusers_name_to_compvis`).
 
     They number a UNet's blocks as Stable Diffusion's own code does, for two residual blocks a level.

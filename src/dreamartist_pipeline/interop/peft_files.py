@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, has_bias
 from dreamartist_pipeline.interop.file_facts import FileFacts
-from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
+from dreamartist_pipeline.interop.layer_names import layers_by_name
 from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, write_tensors
 
@@ -31,7 +32,7 @@ def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> 
     tensors: dict[str, torch.Tensor] = {}
     for network, layers in adapter.networks.items():
         for layer, factors in layers.items():
-            name = f"{network}.{external_name(network, layer)}"
+            name = f"{network}.{facts.names.external(network, layer)}"
             tensors[f"{name}.lora_A.weight"] = factors.down.to(dtype)
             tensors[f"{name}.lora_B.weight"] = factors.up_for_scale(1.0).to(dtype)
             if has_bias(layers):
@@ -39,34 +40,32 @@ def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> 
     return write_tensors(tensors, facts.modelspec("lora"))
 
 
-def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]]) -> BranchAdapter:
+def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]], names: FileNames) -> BranchAdapter:
     """Return a peft file's adapter, in float32; alpha comes from diffusers' metadata when they are there.
 
     Args:
         file: its bytes.
         name: what to call it in an error.
         modules: network -> the names of the base model's modules.
+        names: what files call them.
 
     Raises:
         InputError: not a safetensors file, keys that no module explains (the first are listed), half a pair, or a
             configuration other than one alpha for all layers.
     """
-    known = layers_by_name(modules, kohya=False)
-    parts = read_parts(
-        file, name, "the peft format", lambda key: place_by_suffix(key, _SUFFIXES, lambda stem: _layer(stem, known))
-    )
+    known = layers_by_name(modules, names, kohya=False)
+
+    def layer_of(stem: str) -> tuple[str, str] | None:
+        network, _, layer = stem.partition(".")
+        return known.get(f"{network}.{names.external(network, layer)}")  # transformers 5 leaves `text_model.` out
+
+    parts = read_parts(file, name, "the peft format", lambda key: place_by_suffix(key, _SUFFIXES, layer_of))
     config = _config(file, name)
     factors = {
         at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name), part.get("bias"))
         for at, part in parts.items()
     }
     return build_adapter(factors, name)
-
-
-def _layer(stem: str, known: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
-    """Find a layer by its name; savers of transformers 5 leave `text_model.` out."""
-    network, _, layer = stem.partition(".")
-    return known.get(f"{network}.{external_name(network, layer)}")
 
 
 def _config(file: bytes, name: str) -> Mapping[str, Any]:

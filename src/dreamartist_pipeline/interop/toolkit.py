@@ -17,9 +17,10 @@ import torch
 
 from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
-from dreamartist_pipeline.interop.layer_names import external_name, layers_by_name
+from dreamartist_pipeline.interop.layer_names import layers_by_name
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
@@ -27,7 +28,8 @@ from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.interop.word_files import read_embedding, typable, write_embedding_pt
 
 _NEGATIVE_SUFFIX = "-neg"
-_FILE = re.compile(r"(?P<network>unet|text_encoder)(?P<negative>-neg)?-(?P<step>\d+)\.(?i:safetensors|ckpt)")
+_NETWORKS = ("unet", "text_encoder")
+_FILE = re.compile(rf"(?P<network>{'|'.join(_NETWORKS)})(?P<negative>-neg)?-(?P<step>\d+)\.(?i:safetensors|ckpt)")
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?(?P<suffix>\.(?i:pt))")
 _KEY = re.compile(r"lora:(?P<module>.+)\.(?:___|lora_block)\.(?P<part>.+)")  # the latter in its first files
@@ -44,7 +46,9 @@ _PARTS = {
 _AVERAGES = ("lora_ema:", "base_ema:")  # beside the weights themselves, which it uses by default
 
 
-def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[TriggerWord], step: int) -> dict[str, bytes]:
+def write_toolkit(
+    adapters: Mapping[str, BranchAdapter], words: Sequence[TriggerWord], step: int, names: FileNames
+) -> dict[str, bytes]:
     """Return file name -> bytes of the toolkit's layout, in float32.
 
     A network without adapters has no file, and one with adapters of one branch alone an empty file for the other.
@@ -53,16 +57,25 @@ def write_toolkit(adapters: Mapping[str, BranchAdapter], words: Sequence[Trigger
         adapters: branch name -> its adapter.
         words: of both branches.
         step: the number of training steps, part of the names.
+        names: what files call the base model's parts.
+
+    Raises:
+        InputError: a base model with other networks than the toolkit's.
     """
     files = {}
     networks = sorted({network for adapter in adapters.values() for network in adapter.networks})
+    if unknown := sorted({*names.kohya_prefixes} - {*_NETWORKS}):
+        raise InputError(
+            f"expected a base model of {' and '.join(_NETWORKS)} for the toolkit's files; got one with "
+            f"{', '.join(unknown)}; leave toolkit out of export.formats"
+        )
     for branch in ("positive", "negative") if "negative" in adapters else adapters:
         layers_of = adapters[branch].networks if branch in adapters else {}
         suffix = _NEGATIVE_SUFFIX if branch == "negative" else ""
         for network in networks:
             tensors: dict[str, torch.Tensor] = {}
             for layer, factors in layers_of.get(network, {}).items():
-                prefix = f"lora:{external_name(network, layer)}.___"
+                prefix = f"lora:{names.external(network, layer)}.___"
                 tensors[f"{prefix}.alpha"] = torch.tensor(factors.scale)
                 tensors[f"{prefix}.layer.lora_down.weight"] = factors.down
                 tensors[f"{prefix}.layer.lora_up.weight"] = factors.up
@@ -168,13 +181,14 @@ def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int |
 
 
 def read_toolkit(
-    files: Mapping[str, bytes], modules: Mapping[str, Sequence[str]], step: int | None = None
+    files: Mapping[str, bytes], modules: Mapping[str, Sequence[str]], names: FileNames, step: int | None = None
 ) -> tuple[dict[str, BranchAdapter], dict[str, torch.Tensor]]:
     """Return branch name -> adapter, and word -> vectors `[n, D]`, of one step; the toolkit's averages are left alone.
 
     Args:
         files: file name -> bytes; adapters and words, also of several steps.
         modules: network -> the names of the base model's modules.
+        names: what files call them.
         step: which step; None takes the newest.
 
     Raises:
@@ -189,7 +203,7 @@ def read_toolkit(
         found = networks.setdefault("negative" if match["negative"] else "positive", {})
         if match["network"] in found:
             raise InputError(f"expected one file for a network; got {name} beside another; leave one of them out")
-        found[match["network"]] = _read_network(files[name], name, match["network"], modules)
+        found[match["network"]] = _read_network(files[name], name, match["network"], modules, names)
     adapters = {
         branch: BranchAdapter({network: layers for network, layers in found.items() if layers})
         for branch, found in sorted(networks.items())
@@ -198,12 +212,14 @@ def read_toolkit(
     return adapters, {word: read_embedding(files[name], name) for word, name in of_step.words.items()}
 
 
-def _read_network(file: bytes, name: str, network: str, modules: Mapping[str, Sequence[str]]) -> dict[str, LoRAFactors]:
-    known = layers_by_name({network: modules[network]}, kohya=False)
+def _read_network(
+    file: bytes, name: str, network: str, modules: Mapping[str, Sequence[str]], names: FileNames
+) -> dict[str, LoRAFactors]:
+    known = layers_by_name({network: modules[network]}, names, kohya=False)
 
     def place(key: str) -> tuple[Layer, str] | None:
         match = _KEY.fullmatch(key)
-        at = known.get(f"{network}.{external_name(network, match['module'])}") if match else None
+        at = known.get(f"{network}.{names.external(network, match['module'])}") if match else None
         return (at, _PARTS[match["part"]]) if match and at and match["part"] in _PARTS else None
 
     factors = {}
@@ -254,7 +270,7 @@ def toolkit_words(
             )
     pairs = names or {SLOT: _pair(sorted(vectors), option)}
     words = [
-        TriggerWord(word, slot, branch, vectors[word])
+        TriggerWord(word, slot, branch, {_NETWORKS[1]: vectors[word]})
         for slot, pair in pairs.items()
         for word, branch in zip(pair, ("positive", "negative"), strict=False)
         if word in vectors

@@ -15,8 +15,6 @@ from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 
-_KEY = "emb_params"  # A1111's; ComfyUI takes any key, diffusers too when it is told the token
-
 
 def typable(name: str) -> str:
     """Return a trigger word as it can be written in a prompt and name a file: without spaces, braces and slashes."""
@@ -24,16 +22,41 @@ def typable(name: str) -> str:
 
 
 def write_embedding(word: TriggerWord, facts: FileFacts, dtype: torch.dtype) -> bytes:
-    """Return a word's vectors `[n, D]` as a safetensors file."""
+    """Return a word's vectors as a safetensors file."""
     flag = {"modelspec.is_negative_embedding": str(word.branch == "negative").lower()}
-    return write_tensors({_KEY: word.vectors.to(dtype)}, facts.modelspec("textual-inversion") | flag)
+    tensors = {facts.names.embedding_keys[encoder]: vectors.to(dtype) for encoder, vectors in word.vectors.items()}
+    return write_tensors(tensors, facts.modelspec("textual-inversion") | flag)
 
 
 def write_embedding_pt(word: TriggerWord) -> bytes:
-    """Return a word's vectors in the old form, `{'string_to_param': {'*': [n, D]}, 'name': ...}`, float32."""
+    """Return a word of one text encoder in the old form, `{'string_to_param': {'*': [n, D]}, 'name': ...}`, float32."""
     buffer = io.BytesIO()
-    torch.save({"string_to_param": {"*": word.vectors.contiguous()}, "name": word.name}, buffer)
+    (vectors,) = word.vectors.values()
+    torch.save({"string_to_param": {"*": vectors.contiguous()}, "name": word.name}, buffer)
     return buffer.getvalue()
+
+
+def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return text encoder -> the vectors `[n, D]`, float32, of an embedding file.
+
+    Args:
+        file: its bytes.
+        name: the file's name.
+        keys: text encoder -> the key of its vectors; a file for a single one may have any.
+
+    Raises:
+        InputError: see `read_embedding`; or a file that lacks the vectors of some encoder.
+    """
+    if len(keys) == 1:
+        return {encoder: read_embedding(file, name) for encoder in keys}
+    tensors = read_tensors(file, name)
+    if tensors.keys() != set(keys.values()) or len({tuple(t.shape[:-1]) for t in tensors.values()}) != 1:
+        came = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
+        raise InputError(
+            f"expected {', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder; got {came}; "
+            "give an embedding for this base model"
+        )
+    return {encoder: dense_tensor(tensors[key], key, name).float() for encoder, key in keys.items()}
 
 
 def read_embedding(file: bytes, name: str) -> torch.Tensor:

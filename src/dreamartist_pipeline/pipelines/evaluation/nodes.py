@@ -16,9 +16,9 @@ from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, D
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from dreamartist_pipeline.backbones.base_model import Backbone
     from dreamartist_pipeline.backbones.concepts import LoadedConcept
     from dreamartist_pipeline.backbones.evaluators import Evaluator, TextImageModel
+    from dreamartist_pipeline.backbones.families import Backbone
     from dreamartist_pipeline.core.concept import Concept
     from dreamartist_pipeline.core.figures import SheetSection
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
@@ -69,10 +69,10 @@ def evaluate_concept(
     """
     from pandas import DataFrame
 
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
 
     log.info("Adapter strengths: %s.", params.strength)
-    backbone = load_backbone(BaseModelFiles(base_model), device)
+    backbone = open_base_model(base_model, device)
     evaluators = _load_evaluators(params, backbone)
     text_image = _load_text_image_model(params, base_model, backbone)
     evidence, words = _draw_evidence(backbone, concept, prepared_image, params)

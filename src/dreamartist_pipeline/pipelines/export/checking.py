@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import attach
+from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.lora_files import (
     Probe,
     base_prediction,
@@ -23,7 +23,7 @@ from dreamartist_pipeline.backbones.lora_files import (
     file_prediction,
     make_probe,
 )
-from dreamartist_pipeline.core.concept import NETWORKS, Concept
+from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
@@ -37,7 +37,7 @@ from dreamartist_pipeline.interop.layer_names import (
 )
 from dreamartist_pipeline.interop.peft_files import read_peft
 from dreamartist_pipeline.interop.toolkit import read_toolkit
-from dreamartist_pipeline.interop.word_files import read_embedding
+from dreamartist_pipeline.interop.word_files import read_vectors
 from dreamartist_pipeline.params import ExportParams
 from dreamartist_pipeline.pipelines.export.writing import (
     LORA_FOLDERS,
@@ -83,11 +83,7 @@ class _Truth:
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
-        networks = {"unet": self.backbone.unet, "text_encoder": self.backbone.text_encoder}
-        return {
-            network: [n for n, m in networks[network].named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-            for network in NETWORKS
-        }
+        return {network: list(layers) for network, layers in layout_of(self.backbone).shapes.items()}
 
 
 def check_export(
@@ -108,7 +104,7 @@ def check_export(
         InputError: a file does not give back the concept, which the message names, or an example prompt is longer than
             the text encoder's context and would lose a trigger word.
     """
-    truth = _Truth(backbone, concept, read_source(concept, backbone, backbone.name))
+    truth = _Truth(backbone, concept, read_source(concept, backbone))
     outline = describe(truth.source, files, params)
     attach(backbone, concept, params.strength).prompts.check_not_cut([outline.prompt, outline.negative_prompt])
     entries: dict[str, dict[str, Any]] = {name: {} for name in files}
@@ -118,7 +114,8 @@ def check_export(
                 entries[name] = _check_lora(files[name], name, form, branch, truth, params)
     for word in truth.source.words:
         if (name := f"embeddings/{word.name}.safetensors") in files:
-            entries[name] = _check_words(read_embedding(files[name], name), word.vectors, name, params.dtype)
+            came = read_vectors(files[name], name, truth.source.names.embedding_keys)
+            entries[name] = _check_words(came, word.vectors, name, params.dtype)
     entries |= _check_toolkit(files, truth)
     _check_companions(files)
     described = {
@@ -133,7 +130,7 @@ def check_export(
 
 def _check_lora(file: bytes, name: str, form: str, branch: str, truth: _Truth, params: ExportParams) -> dict[str, Any]:
     adapter = truth.source.adapters[branch]
-    read = _READERS[form](file, name, truth.modules)
+    read = _READERS[form](file, name, truth.modules, truth.source.names)
     return {
         "branch": branch,
         "num_layers": adapter.num_layers,
@@ -184,7 +181,7 @@ def _check_diffusers(
         InputError: diffusers refuses the file, takes other layers, or predicts something else.
     """
     adapter = truth.source.adapters[branch]
-    if diffusers_loses_layers(form, list(adapter.networks.get("text_encoder", {}))):
+    if truth.backbone.pipeline is None or diffusers_loses_layers(form, list(adapter.networks.get("text_encoder", {}))):
         return {"takes_all_layers": False}
     loaded = file_prediction(truth.backbone, file, name, truth.probe)
     expected_layers = {".".join(at) for at in adapter.by_layer()}
@@ -207,7 +204,7 @@ def _check_diffusers(
 
 def _refused_layers(adapter: BranchAdapter, form: str, truth: _Truth) -> dict[str, list[str]]:
     """Return tool -> the layers that it will not find in the file, for the tools that read its form at all."""
-    per_block = truth.backbone.unet.config.layers_per_block
+    per_block = truth.source.names.layers_per_block
     layers = list(adapter.by_layer())
     if form == "peft":
         refused = {"ComfyUI": [at for at in layers if not known_to_comfyui_as_peft(*at)]}
@@ -222,19 +219,25 @@ def _refused_layers(adapter: BranchAdapter, form: str, truth: _Truth) -> dict[st
 # ------------------------------------------------------------------------------------------------- the other files
 
 
-def _check_words(came: torch.Tensor, expected: torch.Tensor, name: str, dtype: str) -> dict[str, Any]:
-    """Compare vectors, which must be the concept's, rounded to the dtype.
+def _check_words(
+    came: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str, dtype: str
+) -> dict[str, Any]:
+    """Compare the vectors of every text encoder, which must be the concept's, rounded to the dtype.
 
     Raises:
         InputError: they are others.
     """
-    rounded = expected.to(getattr(torch, dtype)).float()
-    if came.shape != rounded.shape or not torch.equal(came, rounded):
-        raise InputError(
-            f"expected {name} to hold the concept's {tuple(expected.shape)} vectors; got {tuple(came.shape)} others; "
-            "export it again"
-        )
-    return {"num_vectors": len(came), "max_difference": float((came - expected).abs().max())}
+    for encoder, vectors in expected.items():
+        rounded, found = vectors.to(getattr(torch, dtype)).float(), came.get(encoder, torch.empty(0))
+        if found.shape != rounded.shape or not torch.equal(found, rounded):
+            raise InputError(
+                f"expected {name} to hold the concept's {tuple(vectors.shape)} vectors; got {tuple(found.shape)} "
+                "others; export it again"
+            )
+    return {
+        "num_vectors": len(next(iter(expected.values()))),
+        "max_difference": max(float((came[encoder] - vectors).abs().max()) for encoder, vectors in expected.items()),
+    }
 
 
 def _check_toolkit(files: Mapping[str, bytes], truth: _Truth) -> dict[str, dict[str, Any]]:
@@ -242,16 +245,17 @@ def _check_toolkit(files: Mapping[str, bytes], truth: _Truth) -> dict[str, dict[
     members = {name.removeprefix(_TOOLKIT): file for name, file in files.items() if name.startswith(_TOOLKIT)}
     if not members:
         return {}
-    adapters, words = read_toolkit(members, truth.modules)
+    adapters, words = read_toolkit(members, truth.modules, truth.source.names)
     entries: dict[str, dict[str, Any]] = {}
     for word in truth.source.words:
         name = f"{_TOOLKIT}{word.name}.pt"
-        entries[name] = _check_words(words.get(word.name, torch.empty(0)), word.vectors, name, "float32")
+        came = dict.fromkeys(word.vectors, words.get(word.name, torch.empty(0)))  # of the only text encoder
+        entries[name] = _check_words(came, word.vectors, name, "float32")
     for branch, adapter in truth.source.adapters.items():
         suffix = "-neg" if branch == "negative" else ""
         names = [f"{_TOOLKIT}{network}{suffix}-{truth.source.num_steps}.safetensors" for network in adapter.networks]
-        came = adapters.get(branch, BranchAdapter({}))
-        compared = _compare_updates(adapter, came, " and ".join(names), UPDATE_LIMITS["float32"])
+        read = adapters.get(branch, BranchAdapter({}))
+        compared = _compare_updates(adapter, read, " and ".join(names), UPDATE_LIMITS["float32"])
         entries |= {name: {"branch": branch, "update": compared} for name in names}
     return entries
 

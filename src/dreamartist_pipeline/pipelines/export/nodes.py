@@ -56,8 +56,7 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
-    files = BaseModelFiles(base_model)
-    source = read_source(concept, load_outline(files), files.name)
+    source = read_source(concept, load_outline(BaseModelFiles(base_model)))
     written = concept_files(source, params)
     return written | companions(source, written, params)
 
@@ -73,10 +72,10 @@ def check_files(
     Raises:
         InputError: a file does not give back what the concept says; the message names it.
     """
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.pipelines.export.checking import check_export
 
-    backbone = load_backbone(BaseModelFiles(base_model), _CHECKED_ON)
+    backbone = open_base_model(base_model, _CHECKED_ON)
     report = check_export(backbone, concept, candidate, params)
     for name, entry in report["files"].items():
         for tool, layers in entry.get("refused_layers", {}).items():

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.backbones.base_model import Backbone, Outline
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
 from dreamartist_pipeline.interop.companion_texts import ExportOutline, diffusers_script, readme
@@ -27,7 +28,6 @@ WORKFLOW, SCRIPT, README = "comfyui_workflow.json", "generate_with_diffusers.py"
 BRANCHES = ("positive", "negative")
 LORA_FOLDERS = {"kohya": "lora", "peft": "diffusers"}
 _WRITERS = {"kohya": write_kohya, "peft": write_peft}
-_SD2_TEXT_WIDTH = 1024
 _SD_LATENT_SCALE = 8  # ComfyUI's pixels per latent
 
 
@@ -41,29 +41,28 @@ class ExportSource:
     prediction_type: str
     class_word: str
     num_steps: int
-    is_v2: bool
+    names: FileNames
     workflow_px: int
     clip_skip: int
     zero_terminal_snr: bool
 
 
-def read_source(concept: Concept, outline: Outline | Backbone, base_model: str) -> ExportSource:
+def read_source(concept: Concept, base_model: Backbone) -> ExportSource:
     """Return what a concept and its base model say.
 
     Raises:
         InputError: an incomplete concept, or one that other tools cannot express.
     """
-    prediction_type = outline.schedule.prediction_type if isinstance(outline, Backbone) else outline.prediction_type
     adapters = {branch: branch_adapter(concept, branch) for branch in BRANCHES}
     return ExportSource(
         adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
         words=concept.trigger_words(),
-        base_model=base_model,
-        prediction_type=prediction_type,
+        base_model=base_model.name,
+        prediction_type=base_model.objective.prediction_type,
         class_word=concept.metadata.class_word,
         num_steps=concept.metadata.num_steps,
-        is_v2=outline.text_encoder.config.hidden_size == _SD2_TEXT_WIDTH,
-        workflow_px=int(outline.unet.config.sample_size) * _SD_LATENT_SCALE,
+        names=base_model.file_names,
+        workflow_px=base_model.image_px // base_model.latent_scale * _SD_LATENT_SCALE,
         clip_skip=concept.metadata.clip_skip,
         zero_terminal_snr=concept.metadata.zero_terminal_snr,
     )
@@ -99,7 +98,7 @@ def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes
             facts = _facts(word.branch, source, params)
             files[f"embeddings/{word.name}.safetensors"] = write_embedding(word, facts, dtype)
     if "toolkit" in params.formats:
-        written = write_toolkit(source.adapters, source.words, source.num_steps)
+        written = write_toolkit(source.adapters, source.words, source.num_steps, source.names)
         files |= {f"toolkit/{name}": file for name, file in written.items()}
     if not files:
         has = "LoRAs only" if source.adapters else "trigger words only"
@@ -115,7 +114,7 @@ def _facts(branch: str, source: ExportSource, params: ExportParams) -> FileFacts
         title=_title(branch, params),
         trigger_phrase=", ".join(word.name for word in source.words if word.branch == branch),
         prediction_type=source.prediction_type,
-        is_v2=source.is_v2,
+        names=source.names,
     )
 
 
@@ -141,6 +140,7 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
     loras = {b: name for b in source.adapters if (name := lora_name(b, "kohya", params)) in files}
     diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
+    has_tools = has_words and source.names.pipeline is not None
     return ExportOutline(
         title=params.title,
         base_model=source.base_model,
@@ -149,8 +149,8 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
         words={b: [word.name for word in found] for b, found in words.items()} if has_words else {},
         prompt=fill_template(params.prompt, unnamed | slots["positive"]),
         negative_prompt=fill_negative_prompt(params.negative_prompt, slots["positive"] | slots["negative"]),
-        has_workflow=has_words and len(loras) == len(source.adapters),
-        has_script=has_words and len(diffusers_loras) == len(source.adapters),
+        has_workflow=has_tools and len(loras) == len(source.adapters),
+        has_script=has_tools and len(diffusers_loras) == len(source.adapters),
         branches_are_equal=_branches_are_equal(source),
         clip_skip=source.clip_skip,
         zero_terminal_snr=source.zero_terminal_snr,

@@ -52,12 +52,12 @@ def generate_images(
     """
     from tqdm import tqdm
 
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.drawing import draw
 
     request = _request(params, init_image, init_mask)
     log.info("Adapter strengths: %s.", params.strength)
-    backbone = load_backbone(BaseModelFiles(base_model), device)
+    backbone = open_base_model(base_model, device)
     num_images = len(request.prompts) * len(request.seeds)
     with tqdm(total=num_images, desc="generating", unit="image", delay=2.0) as bar:
         drawn = draw(backbone, concept, request, bar.update)

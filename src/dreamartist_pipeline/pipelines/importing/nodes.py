@@ -33,21 +33,19 @@ def import_concept(
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.backbones.layouts import layout_of
-    from dreamartist_pipeline.interop.branch_adapters import BaseModelIdentity
     from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, settled
     from dreamartist_pipeline.pipelines.importing.reading import read_single_files
     from dreamartist_pipeline.pipelines.importing.reporting import describe, summary
 
     check_request(params)
-    files = BaseModelFiles(base_model)
-    layout = layout_of(load_outline(files), params.clip_skip)
+    outline = load_outline(BaseModelFiles(base_model))
+    layout = layout_of(outline, params.clip_skip)
     if params.toolkit is None:
         read = read_single_files(import_files, params, layout)
     else:
         read = read_toolkit_folder(toolkit_files, params.toolkit, layout, params.names, params.step, _NAMES)
     imported = settled(read, layout, params.positive_acts_on, _NAMES)
-    identity = BaseModelIdentity(files.name, files.fingerprint())
-    concept = make_concept(imported, identity, params.class_word, params.clip_skip)
+    concept = make_concept(imported, outline.identity, params.class_word, params.clip_skip)
     report = describe(imported, concept)
     log.info("Imported:\n%s", summary(report))
     return concept, report

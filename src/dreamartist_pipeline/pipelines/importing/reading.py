@@ -10,7 +10,7 @@ from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, added_up
 from dreamartist_pipeline.interop.foreign_concept import Imported, Source, source
 from dreamartist_pipeline.interop.foreign_lora import read_lora
 from dreamartist_pipeline.interop.user_files import UserFiles
-from dreamartist_pipeline.interop.word_files import read_embedding
+from dreamartist_pipeline.interop.word_files import read_vectors
 from dreamartist_pipeline.params import ImportParams
 
 _BRANCHES = ("positive", "negative")
@@ -28,7 +28,7 @@ def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayou
         members = []
         for path in paths:
             file, name = files[path](), PurePath(path).name
-            lora = read_lora(file, name, layout.shapes)
+            lora = read_lora(file, name, layout.shapes, layout.names)
             members.append(lora.adapter)
             sources.append(source(name, file, f"{branch} LoRA, {lora.form}"))
         if members:
@@ -38,6 +38,7 @@ def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayou
         names = params.names.get(slot, [PurePath(path).stem for path in paths])
         for branch, path, word in zip(_BRANCHES, paths, names, strict=False):
             file, name = files[path](), PurePath(path).name
-            words.append(TriggerWord(word, slot, branch, read_embedding(file, name)))
+            vectors = read_vectors(file, name, layout.names.embedding_keys)
+            words.append(TriggerWord(word, slot, branch, vectors))
             sources.append(source(name, file, f"{branch} word {word}"))
     return Imported(adapters, tuple(words), tuple(sources))

@@ -26,7 +26,7 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
         },
         "adapters": {branch: _networks(adapter) for branch, adapter in imported.adapters.items()},
         "words": [
-            {"slot": word.slot, "branch": word.branch, "name": word.name, "vectors": len(word.vectors)}
+            {"slot": word.slot, "branch": word.branch, "name": word.name, "vectors": word.num_vectors}
             for word in imported.words
         ],
         "sources": [dataclasses.asdict(source) for source in imported.sources],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.image_set import ImagesToDraw
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
 
+_EARLIER_FINGERPRINT = re.compile(r"[0-9a-f]{16}")  # of the base model's files, in place of its weights
 _PATIENCE_S = 2.0  # a progress bar appears after this long
 
 
@@ -47,8 +49,14 @@ def make_regularization_set(
     files = BaseModelFiles(base_model)
     files.check()
     manifest = describe_set(files.fingerprint(), regularization_prompts, params, device)
-    draw = functools.partial(_draw, files, regularization_prompts, params, device)
-    return ImagesToDraw(manifest["key"], regularization_prompts, params.sampler.batch_size, manifest, draw)
+    return ImagesToDraw(
+        key=manifest["key"],
+        captions=regularization_prompts,
+        batch_size=params.sampler.batch_size,
+        manifest=manifest,
+        draw=functools.partial(_draw, base_model, regularization_prompts, params, device),
+        is_in=functools.partial(_is_same_set, files, manifest),
+    )
 
 
 def describe_set(
@@ -71,6 +79,20 @@ def describe_set(
     return {"key": _sha256(manifest)[:16], **manifest}
 
 
+def _is_same_set(files: BaseModelFiles, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether an earlier version drew the wanted set, named after its own fingerprint of the base model.
+
+    That fingerprint takes as long as reading all files: it is only asked for where all else is the same.
+    """
+    named_apart = {"key", "base_model_fingerprint"}
+    fingerprint = str(stored.get("base_model_fingerprint"))
+    return (
+        all(stored.get(name) == value for name, value in wanted.items() if name not in named_apart)
+        and _EARLIER_FINGERPRINT.fullmatch(fingerprint) is not None
+        and fingerprint == files.old_fingerprint()
+    )
+
+
 def _sampler_fields(sampler: SamplerParams) -> dict[str, Any]:
     """Return what the sampler is told; a set of a scheduler without options has the name that it always had."""
     fields = sampler.model_dump(mode="json")
@@ -82,7 +104,7 @@ def _sha256(content: Any) -> str:
 
 
 def _draw(
-    files: BaseModelFiles,
+    base_model: str,
     prompts: Sequence[str],
     params: RegularizationParams,
     device: DeviceParams,
@@ -91,10 +113,10 @@ def _draw(
     """Draw the images of batches of prompt indices."""
     from tqdm import tqdm
 
-    from dreamartist_pipeline.backbones.base_model import load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import attach, generate
 
-    loaded = attach(load_backbone(files, device), None, StrengthParams())
+    loaded = attach(open_base_model(base_model, device), None, StrengthParams())
     present = len(prompts) - sum(map(len, batches))  # of an earlier, interrupted run
     with tqdm(total=len(prompts), initial=present, desc="regularization set", unit="image", delay=_PATIENCE_S) as bar:
         for batch in batches:

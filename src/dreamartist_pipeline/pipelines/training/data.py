@@ -8,7 +8,8 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from dreamartist_pipeline.backbones.base_model import Backbone, encode_images
+from dreamartist_pipeline.backbones.base_model import encode_images
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants

@@ -73,7 +73,7 @@ def train_concept(
         InputError: the plan was made for other parameters, another base model or another concept to start from.
         TrainingError: a branch receives no gradient, or the loss or what is learned is no longer finite.
     """
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+    from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
@@ -82,17 +82,17 @@ def train_concept(
     from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
 
     start = read_start(start_files or {}, params)
-    backbone = load_backbone(BaseModelFiles(base_model), device)
+    backbone = open_base_model(base_model, device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
-    begun = begin_from(start, new.stacks, new.words, params, (backbone.name, backbone.fingerprint))
+    begun = begin_from(start, new.stacks, new.words, params, backbone)
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     check_plan(training_plan, groups, begun)
     metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
     images = regularization_images(regularization_set, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with StepReport(params.num_steps, tracker) as report:
-        draw_preview = preview_drawing(backbone, new, metadata, params, tracker)
+        draw_preview = preview_drawing(new, params, tracker)
         history = fit(trainee(new, groups), data, params, report, draw_preview)
     return new.snapshot(metadata), history_table(history)
 
@@ -104,16 +104,17 @@ def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
     from dreamartist_pipeline.backbones.base_model import decode_with_gradients
     from dreamartist_pipeline.core.training import Trainee
 
+    encoders = new.backbone.tokenizers
     return Trainee(
         denoise=new.backbone.denoise,
         encode=new.prompts.encode,
-        schedule=new.backbone.schedule,
+        objective=new.backbone.objective,
         groups=groups,
         num_branches=new.num_branches,
         half_precision=new.backbone.dtype == torch.float16,
         decode=lambda latents: decode_with_gradients(new.backbone, latents),
-        latent_adapters=tuple(adapters for network, adapters in new.stacks.items() if network == "unet"),
-        prompt_adapters=tuple(adapters for network, adapters in new.stacks.items() if network == "text_encoder"),
+        latent_adapters=tuple(adapters for network, adapters in new.stacks.items() if network not in encoders),
+        prompt_adapters=tuple(adapters for network, adapters in new.stacks.items() if network in encoders),
     )
 
 

@@ -6,22 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, Outline, load_outline, pick_device
-from dreamartist_pipeline.backbones.concepts import build_vocabulary, inject_adapters, skipped_layers
-from dreamartist_pipeline.backbones.prompts import (
-    PromptTokenizer,
-    check_clip_skip,
-    check_trigger_word,
-    initial_word_vectors,
-)
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline, pick_device
+from dreamartist_pipeline.backbones.concepts import NewConcept, skipped_layers, start_concept
+from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
+from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
-from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import slot_names
-from dreamartist_pipeline.core.diffusion import check_zero_terminal_snr, timestep_range
-from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.optimizers import check_optimizer
 from dreamartist_pipeline.core.starting import Start
@@ -55,10 +48,10 @@ def make_plan(
     outline = load_outline(files)
     _check_timesteps(outline, params)
     _check_clip_skip(outline, params)
-    stacks, words = _planned(outline, params, caption)
-    groups = parameter_groups(stacks, words, params.words.lr * lr_factor(params))
-    identity = (files.name, files.fingerprint() if start else "")  # reads all weights: only where it is compared
-    begun = begin_from(start, stacks, words, params, identity)
+    planned = start_concept(outline, params, lr_factor(params), seed=0)
+    _check_prompts(planned, params, caption)
+    groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
+    begun = begin_from(start, planned.stacks, planned.words, params, outline)
     log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
     return {
         "num_branches": params.num_branches,
@@ -102,30 +95,29 @@ def _check_without_model(params: TrainingParams, caption: str, device: DevicePar
 
 def _check_optimizers(params: TrainingParams, device: DeviceParams) -> None:
     target = pick_device(device)
-    if params.lora_unet or params.lora_text_encoder:
+    if params.lora:
         check_optimizer(params.optimizer, target)
     if params.words.names:
         check_optimizer(params.words.optimizer, target)
 
 
-def _check_timesteps(outline: Outline, params: TrainingParams) -> None:
-    timestep_range(params.timesteps, outline.num_train_timesteps)
+def _check_timesteps(outline: Backbone, params: TrainingParams) -> None:
+    outline.objective.check_limits(params.timesteps)
     if params.zero_terminal_snr:
-        check_zero_terminal_snr(outline.prediction_type)
+        outline.objective.with_zero_terminal_snr()
 
 
-def _check_clip_skip(outline: Outline, params: TrainingParams) -> None:
-    """Confirm that clip_skip fits the text encoder, and say which layers of the LoRA groups it leaves out.
+def _check_clip_skip(outline: Backbone, params: TrainingParams) -> None:
+    """Confirm that clip_skip fits the text encoders, and say which layers of the LoRA groups it leaves out.
 
     Raises:
-        InputError: no layer of the text encoder remains.
+        InputError: no layer of a text encoder remains.
     """
-    check_clip_skip(outline.text_encoder.config.num_hidden_layers, params.clip_skip)
-    selectors = [selector for group in params.lora_text_encoder for selector in group.layers]
-    if not (params.clip_skip and selectors):
-        return
-    if skipped := skipped_layers(outline.text_encoder, selectors, params.clip_skip):
-        log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
+    for encoder in outline.tokenizers:
+        check_clip_skip(outline.networks[encoder].config.num_hidden_layers, params.clip_skip)
+        selectors = [selector for group in params.lora.get(encoder, ()) for selector in group.layers]
+        if params.clip_skip and (skipped := skipped_layers(outline, encoder, selectors, params.clip_skip)):
+            log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
 
 
 def _check_braces(params: TrainingParams, caption: str) -> None:
@@ -178,30 +170,15 @@ def check_templates(params: TrainingParams) -> None:
         )
 
 
-def _planned(
-    outline: Outline, params: TrainingParams, caption: str
-) -> tuple[dict[str, AdapterStack], WordEmbedding | None]:
-    """Put adapters and words into the weightless base model and return them: what would train."""
-    generator = torch.Generator()
-    networks = {"unet": outline.unet, "text_encoder": outline.text_encoder}
-    stacks = inject_adapters(networks, params, lr_factor(params), generator)
-    words = None
-    if params.words.names:
-        embedding = outline.text_encoder.get_input_embeddings()
-        vocabulary = build_vocabulary(params, embedding.num_embeddings)
-        for word in vocabulary.words:
-            check_trigger_word(outline.tokenizer, word.name)
-        shape = (embedding.num_embeddings, embedding.embedding_dim)
-        blank = torch.nn.Embedding(*shape, _weight=torch.zeros(shape))  # stands in for the weights not loaded
-        initial = initial_word_vectors(params.words, vocabulary, outline.tokenizer, blank, generator)
-        words = WordEmbedding(embedding, vocabulary, initial)
-        max_positions = outline.text_encoder.config.max_position_embeddings
-        tokenizer = PromptTokenizer(outline.tokenizer, max_positions, vocabulary)
-        _check_caption(caption, vocabulary)
-        for pair in template_prompts(params, caption):
-            for branch in branches(params.num_branches):
-                tokenizer.check_fits(pair[branch])
-    return stacks, words
+def _check_prompts(planned: NewConcept, params: TrainingParams, caption: str) -> None:
+    """Confirm that trigger words are new to the base model and stand whole in every prompt of the training."""
+    for encoder, words in planned.words.items():
+        for word in words.vocabulary.words:
+            check_trigger_word(planned.backbone.tokenizers[encoder], word.name)
+        _check_caption(caption, words.vocabulary)
+    for pair in template_prompts(params, caption) if planned.words else ():
+        for branch in branches(params.num_branches):
+            planned.prompts.check_fits(pair[branch])
 
 
 def _check_caption(caption: str, vocabulary: Vocabulary) -> None:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from tqdm import tqdm
 
-from dreamartist_pipeline.backbones.base_model import Backbone
-from dreamartist_pipeline.backbones.concepts import NewConcept, attach, generate
-from dreamartist_pipeline.core.concept import ConceptMetadata
+from dreamartist_pipeline.backbones.concepts import NewConcept, generate
 from dreamartist_pipeline.core.images import image_grid
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.training import StepRecord
-from dreamartist_pipeline.params import StrengthParams, TrainingParams
+from dreamartist_pipeline.params import TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt
 
 _CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
@@ -57,9 +55,7 @@ class StepReport:
         self._bar.update()
 
 
-def preview_drawing(
-    backbone: Backbone, new: NewConcept, metadata: ConceptMetadata, params: TrainingParams, tracker: Tracker
-) -> Callable[[int], None] | None:
+def preview_drawing(new: NewConcept, params: TrainingParams, tracker: Tracker) -> Callable[[int], None] | None:
     """Return what draws the preview prompts with the concept so far, always from the same seeds."""
     prompts = [fill_prompt(prompt, params) for prompt in params.preview.prompts]
     if not prompts:
@@ -67,8 +63,8 @@ def preview_drawing(
     seeds = range(params.preview.seed, params.preview.seed + len(prompts))
 
     def draw(step: int) -> None:
-        loaded = attach(backbone, new.snapshot(metadata), StrengthParams())
-        images = generate(backbone, loaded, prompts, "", seeds, params.preview.sampler)
+        with new.drawing(params.words.names) as loaded:
+            images = generate(new.backbone, loaded, prompts, "", seeds, params.preview.sampler)
         tracker.log_image(image_grid(images, columns=min(4, len(images)), labels=prompts), key="preview", step=step)
 
     return draw

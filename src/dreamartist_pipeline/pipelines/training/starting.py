@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from dreamartist_pipeline.backbones.concepts import check_base_model
+from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.fitting import check_base_model
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
@@ -32,29 +33,29 @@ def read_start(files: UserFiles, params: TrainingParams) -> Start | None:
 def begin_from(
     start: Start | None,
     stacks: Mapping[str, AdapterStack],
-    words: WordEmbedding | None,
+    words: Mapping[str, WordEmbedding],
     params: TrainingParams,
-    base_model: tuple[str, str],
+    base_model: Backbone,
 ) -> dict[str, Any]:
     """Give fresh adapters and words the concept's values, and return what the plan says about it.
 
     Args:
         start: None leaves everything fresh.
         stacks: network -> its fresh adapters; also on the meta device.
-        words: the fresh words, or None.
+        words: text encoder -> the fresh words.
         params: of the training.
-        base_model: its name and fingerprint.
+        base_model: without adapters; also on the meta device.
 
     Returns:
         `{}`, or `{"start": {"sha256": …, "taken_over": {group: layers or vectors}}}`.
 
     Raises:
-        InputError: the concept belongs to another base model, text layer or noise schedule, or something of it has no
-            place in this training.
+        InputError: the concept belongs to a base model of another layout, another text layer or noise schedule, or
+            something of it has no place in this training.
     """
     if start is None:
         return {}
-    check_base_model(start.concept, *base_model)
+    check_base_model(start.concept, base_model)
     _check_clip_skip(start.concept, params)
     _check_noise_schedule(start.concept, params)
     return {"start": {"sha256": start.sha256, "taken_over": take_over(stacks, words, start.concept)}}
