@@ -24,9 +24,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from compare_methods import EVALUATOR, ROOT, SUBJECTS, Run, run_all
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.backbones.evaluators import load_evaluator
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.images import image_grid, to_tensor
 from dreamartist_pipeline.datasets.concept import ConceptDataset

@@ -32,8 +32,8 @@ from dreamartist_pipeline.api import (
     sample_latents,
     step_values,
 )
-from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, Concept
 from dreamartist_pipeline.core.errors import InputError

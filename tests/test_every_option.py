@@ -31,7 +31,8 @@ from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline import settings
 from dreamartist_pipeline.backbones import concepts
-from dreamartist_pipeline.backbones.base_model import Backbone, open_base_model, pick_device
+from dreamartist_pipeline.backbones.base_model import open_base_model, pick_device
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset

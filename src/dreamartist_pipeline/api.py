@@ -112,8 +112,8 @@ def draw_images(
         The images, prompt by prompt, each with its settings in `info`: `parameters`, and `dreamartist` as JSON.
 
     Raises:
-        InputError: a concept of another base model, a scheduler that cannot be set up, or pictures that do not go
-            together.
+        InputError: a concept that does not fit the base model, a scheduler that cannot be set up, or pictures that do
+            not go together.
     """
     check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
     request = DrawingRequest(
@@ -191,8 +191,8 @@ def sample_latents(
         Denoised latents `[B, C, h, w]`, before the autoencoder's scaling factor is taken out.
 
     Raises:
-        InputError: a scheduler that draws noise on the way or cannot be set up, a concept of another base model, or
-            latents that are not the base model's, or a trigger word beyond the text encoder's context.
+        InputError: a scheduler that draws noise on the way or cannot be set up, a concept that does not fit the base
+            model, latents that are not the base model's, or a trigger word beyond the text encoder's context.
     """
     _check_latents(latents, backbone)
     check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
@@ -262,7 +262,7 @@ def step_values(
 
     Raises:
         InputError: a reconstruction loss is asked for, which needs the picture; tensors that do not go together or not
-            with the base model; or a concept of another base model.
+            with the base model; or a concept that does not fit it.
     """
     if loss.reconstruction_weight:
         raise InputError(

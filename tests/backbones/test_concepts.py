@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import (
     LoadedConcept,
     NewConcept,
@@ -23,6 +23,7 @@ from dreamartist_pipeline.backbones.concepts import (
     generate,
     start_concept,
 )
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.adapters import LowRankUpdate
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept

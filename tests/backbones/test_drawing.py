@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from dreamartist_pipeline.backbones import concepts, drawing
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, encode_images, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, encode_images, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, draw_latents, generate
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, init_picture

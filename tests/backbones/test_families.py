@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone
 from dreamartist_pipeline.backbones.families.backbone import frozen
 from dreamartist_pipeline.backbones.families.clip_text import text_states
+from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.embedded.model import build_text_encoder
@@ -39,14 +40,10 @@ SAMPLER = {"scheduler": "UniPCMultistepScheduler", "num_inference_steps": 3}
 seen: list[torch.Tensor] = []  # timesteps that the toy was asked for
 
 
-class Flow:
+class Flow(Objective):
     """z_t = (1 − s) · z₀ + s · ε and the target ε − z₀, at noise levels s = t / 1000 for a float t."""
 
     prediction_type = "flow_prediction"
-
-    def check_limits(self, limits): ...
-
-    def check_timesteps(self, timesteps): ...
 
     def sample_timesteps(self, limits, num_rows, generator):
         low, high = limits
@@ -66,9 +63,6 @@ class Flow:
 
     def loss_weight(self, weighting, gamma, timesteps):
         return torch.ones(len(timesteps))
-
-    def with_zero_terminal_snr(self):
-        return self
 
 
 class Transformer(nn.Module):
@@ -111,8 +105,8 @@ class Toy(Backbone):
     def load(cls, source, device, dtype):
         folder, transformer = Path(source.location), Transformer()
         transformer.load_state_dict(load_file(folder / "transformer" / "model.safetensors"))
-        encoders = {name: CLIPTextModel.from_pretrained(folder / name) for name in ENCODERS}
-        networks = {"transformer": transformer, **encoders}
+        networks = {name: CLIPTextModel.from_pretrained(folder / name) for name in ENCODERS}
+        networks["transformer"] = transformer
         return cls(
             name=source.name,
             fingerprint=source.fingerprint,
@@ -142,9 +136,8 @@ def toy(tmp_path: Path, tiny_base_model: Path) -> Iterator[str]:
     (folder / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
     torch.manual_seed(0)
     wider = TINY_SIZE.model_copy(update={"text_width": WIDTHS["text_encoder_2"]})
-    build_text_encoder(wider, CLIPTokenizer.from_pretrained(folder / "tokenizer")).save_pretrained(
-        folder / "text_encoder_2"
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    build_text_encoder(wider, tokenizer).save_pretrained(folder / "text_encoder_2")
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text("{}")
     save_file(Transformer().state_dict(), folder / "transformer" / "model.safetensors")
@@ -157,18 +150,11 @@ def test_a_new_family_trains_draws_saves_reloads_and_exports(
     toy: str, tmp_path: Path, make_training_params: Callable[..., TrainingParams]
 ) -> None:
     transformer = [{"lr": 1e-2, "rank": 2, "branch": branch, "layers": ("re:inputs|out",)} for branch in "pn"]
-    groups = {
-        "lora_unet": (),
-        "lora_transformer": transformer,
-        **{f"lora_{encoder}": make_training_params().lora_text_encoder for encoder in ENCODERS},
-    }
+    groups = {f"lora_{encoder}": make_training_params().lora_text_encoder for encoder in ENCODERS}
+    groups |= {"lora_unet": (), "lora_transformer": transformer}
     preview = {"every": 3, "prompts": ["a {pt1}"], "sampler": SAMPLER}
     params = make_training_params(num_steps=3, regularization_batch_size=0, preview=preview, **groups)
-    previews: list[Image.Image] = []
-    tracker: Any = SimpleNamespace(
-        log_metrics=lambda *_, **__: None, log_image=lambda image, **_: previews.append(image)
-    )
-    picture, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 127)
+    picture, mask, tracker = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 127), Mock()
 
     plan = check_training(toy, params, "", CPU)
     concept, history = train_concept(toy, picture, mask, [], plan, params, "", CPU, tracker)
@@ -182,7 +168,7 @@ def test_a_new_family_trains_draws_saves_reloads_and_exports(
     assert all(tensor.any() for name, tensor in concept.tensors.items() if name.endswith(".up"))
     assert [concept.tensors[f"{part}.positive.pt1"].shape for part in words] == [(2, 32), (2, 64)]
     assert any((t.frac() != 0).any() for t in seen if t.is_floating_point())
-    assert history["loss"].notna().all() and len(previews) == 1
+    assert history["loss"].notna().all() and tracker.log_image.call_count == 1
 
     dataset = ConceptDataset(filepath=str(tmp_path / "concept.safetensors"))
     dataset.save(concept)

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES as NAMES
 from dreamartist_pipeline.backbones.lora_files import (
     base_prediction,

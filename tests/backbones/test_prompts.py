@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import (
     PromptEncoder,
     PromptTokenizer,

@@ -23,7 +23,7 @@ def concept() -> Concept:
         num_steps=3,
         words={"pt1": ("my-fox", "my-fox-neg")},
         num_vectors=(6, 1),
-        lora={},
+        lora={"unet": (), "text_encoder": ()},
     )
     return Concept({"words.positive.pt1": torch.arange(24.0).reshape(6, 4)}, metadata)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import threading
@@ -217,3 +218,37 @@ def test_of_two_runs_that_want_the_same_set_one_draws_it_and_the_other_waits(tmp
     first.join()
     assert drawn == [0, 1]
     assert dataset_in(tmp_path, "owl").exists()
+
+
+# --------------------------------------------------------------------------------------------- under another name
+
+
+def rename_set(folder: Path, key: str) -> None:
+    """Give a set another name, as another version would have."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"key": key}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    folder.rename(folder.with_name(key))
+
+
+def test_the_same_set_under_another_name_is_used_in_place_of_a_new_one(
+    dataset: RegularizationSetDataset, folder: Path
+) -> None:
+    dataset.save(wanted(Artist()))
+    rename_set(folder, "older")
+    (folder.with_name("older") / NAMES[3]).unlink()
+    artist = Artist()
+    dataset.save(dataclasses.replace(wanted(artist), is_in=lambda manifest: manifest["seed"] == 7))
+    assert artist.asked == [[2, 3]]
+    assert not folder.exists()
+    assert greys(dataset) == [0, 10, 20, 30, 40]
+
+
+def test_a_set_under_another_name_that_is_no_such_set_is_left_alone(
+    dataset: RegularizationSetDataset, folder: Path
+) -> None:
+    dataset.save(wanted(Artist()))
+    rename_set(folder, "older")
+    artist = Artist()
+    dataset.save(dataclasses.replace(wanted(artist), is_in=lambda manifest: manifest["seed"] == 8))
+    assert len(artist.asked) == 3
+    assert {file.name for file in folder.parent.iterdir() if not file.name.startswith(".")} == {KEY, "older"}

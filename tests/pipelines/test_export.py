@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from dreamartist_pipeline.backbones.base_model import Backbone, BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES
 from dreamartist_pipeline.backbones.lora_files import concept_predictions, file_prediction, make_probe
 from dreamartist_pipeline.core.concept import Concept, TriggerWord

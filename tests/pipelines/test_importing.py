@@ -17,8 +17,8 @@ import torch
 from pydantic import ValidationError
 
 from dreamartist_pipeline.api import open_base_model, read_toolkit_concept
-from dreamartist_pipeline.backbones.base_model import Backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.cli import parse_params
 from dreamartist_pipeline.cli import run as run_command
 from dreamartist_pipeline.core.concept import Concept

@@ -68,8 +68,8 @@ def draw(
         progress: called with the number of new images after each batch.
 
     Raises:
-        InputError: a concept of another base model, a size or scheduler that does not go with them, a trigger word
-            beyond the text encoder's context, or settings that no image could hold.
+        InputError: a concept that does not fit the base model, a size or scheduler that does not go with them, a
+            trigger word beyond the text encoder's context, or settings that no image could hold.
     """
     loaded = attach(backbone, concept, request.strength)
     class_word = "" if concept is None else concept.metadata.class_word

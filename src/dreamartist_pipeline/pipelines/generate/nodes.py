@@ -48,7 +48,7 @@ def generate_images(
         The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
-        InputError: a picture or a scheduler that cannot be used, or a concept that was trained on another base model.
+        InputError: a picture or a scheduler that cannot be used, or a concept that does not fit the base model.
     """
     from tqdm import tqdm
 
