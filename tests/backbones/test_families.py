@@ -105,8 +105,7 @@ class Toy(Backbone):
     def load(cls, source, device, dtype):
         folder, transformer = Path(source.location), Transformer()
         transformer.load_state_dict(load_file(folder / "transformer" / "model.safetensors"))
-        networks = {name: CLIPTextModel.from_pretrained(folder / name) for name in ENCODERS}
-        networks["transformer"] = transformer
+        networks = {"transformer": transformer, **{n: CLIPTextModel.from_pretrained(folder / n) for n in ENCODERS}}
         return cls(
             name=source.name,
             fingerprint=source.fingerprint,
