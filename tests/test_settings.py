@@ -109,16 +109,19 @@ def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:
 
 def test_the_tutorial_preset_is_the_reference_tutorials() -> None:
     preset = training(method="tutorial")
-    assert [(g.branch, g.rank, g.lr) for g in preset.lora_unet] == [("p", 3, 1e-4), ("n", 3, 2e-5)]
-    assert [(g.branch, g.rank, g.lr) for g in preset.lora_text_encoder] == [("p", 1, 1e-5), ("n", 1, 1e-5)]
+    assert [(g.branch, g.rank, g.lr) for g in preset.lora_unet] == [("positive", 3, 1e-4), ("negative", 3, 2e-5)]
+    assert [(g.branch, g.rank, g.lr) for g in preset.lora_text_encoder] == [
+        ("positive", 1, 1e-5),
+        ("negative", 1, 1e-5),
+    ]
     assert preset.lora_unet[0].layers == (r"re:.*\.attn.?$",)
 
 
 def test_the_toolkit_preset_is_the_reference_toolkits() -> None:
     preset = training(method="toolkit")
     assert [(g.branch, g.rank, g.lr, g.dropout) for g in preset.lora_unet] == [
-        ("p", 0.01875, 1e-4, 0.1),
-        ("n", 0.01875, 4e-5, 0.1),
+        ("positive", 0.01875, 1e-4, 0.1),
+        ("negative", 0.01875, 4e-5, 0.1),
     ]
     assert {(g.rank, g.lr) for g in preset.lora_text_encoder} == {(2, 2e-5)}
     assert (preset.words.lr, str(preset.guidance_scale), preset.loss.snr_gamma) == (2.5e-3, "3.0", 2.0)

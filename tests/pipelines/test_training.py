@@ -158,15 +158,6 @@ def test_a_plan_that_cannot_work_is_refused_before_any_weight_is_loaded(
         check_training(str(tiny_base_model), make_training_params(**changes), CAPTION)
 
 
-def test_a_branch_with_nothing_to_train_is_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
-    groups = [{"lr": 1e-3, "rank": 1, "branch": "p", "layers": [r"re:.*\.attn.?$"]}]
-    params = make_training_params(lora_unet=groups, lora_text_encoder=())  # valid: words train both branches
-    check_training(str(tiny_base_model), params, CAPTION)
-    without_words = params.model_copy(update={"words": params.words.model_copy(update={"names": {}})})
-    with pytest.raises(InputError, match="something to train in the negative branch"):
-        check_training(str(tiny_base_model), without_words, CAPTION)
-
-
 def test_an_incomplete_base_model_is_refused(tmp_path: Path, make_training_params: MakeParams) -> None:
     with pytest.raises(InputError, match="expected the base model's folder"):
         check_training(str(tmp_path / "none"), make_training_params(), CAPTION)
