@@ -234,9 +234,12 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("params", "prompt_weights", "early_checks"),
+    ("prompt_weights", "schedulers"),
+    ("params",),
+    ("early_checks",),
     ("core",),
     ("backbones", "interop", "datasets"),
+    ("embedded",),
     ("pipelines",),
     ("hooks", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
 )
@@ -247,11 +250,11 @@ CALLED_BACK = {  # what is handed down to be called
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
     "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
-    "pipelines.training.nodes:_StepReport.__call__": "core.training",
-    "pipelines.training.nodes:_preview.<locals>.draw": "core.training",
+    "pipelines.training.reporting:StepReport.__call__": "core.training",
+    "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",
     "pipelines.training.nodes:train_concept": "core.tracking",
-    "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.nodes",
-    "tracking:MLflowTracker.log_metrics": "pipelines.training.nodes",
+    "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
+    "tracking:MLflowTracker.log_metrics": "pipelines.training.reporting",
 }
 
 
