@@ -189,7 +189,7 @@ class StartDataset(AbstractDataset[None, str | None]):
     def load(self) -> str | None:
         if not self._exists():
             raise DatasetError(
-                f"expected a base model's folder, with model_index.json, at {self._path}; got none; correct pretrain.start"
+                f"expected a folder with model_index.json at {self._path}; got none; correct pretrain.start"
             )
         return self._path
 
