@@ -743,11 +743,18 @@ class PretrainParams(Params):
     objects: dict[str, str]  # word in captions -> code point
     published_objects: PublishedObjects | None = None  # beside these, by their published names
     held_out_objects: dict[str, str] = Field(default_factory=dict)
-    keep_autoencoder: bool = False  # take the one of `base_model`
-    continue_denoiser: bool = False  # begin with UNet and text encoder of `base_model`; new words begin fresh
+    start: str | None = None  # folder of an embedded base model
+    keep_autoencoder: bool = False  # take that of `start`
+    continue_denoiser: bool = False  # begin with UNet and text encoder of `start`; words that it lacks begin fresh
     autoencoder: StageParams
     towers: StageParams
     denoiser: DenoiserParams
+
+    @model_validator(mode="after")
+    def _start_is_given_where_it_is_used(self) -> PretrainParams:
+        if self.start is None and (self.keep_autoencoder or self.continue_denoiser):
+            raise ValueError("keep_autoencoder and continue_denoiser need start, a folder of an embedded base model")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------- the judge

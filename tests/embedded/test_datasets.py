@@ -17,6 +17,7 @@ from dreamartist_pipeline.embedded.datasets import (
     PretrainedFolderDataset,
     SpritePackagesDataset,
     SpriteSetDataset,
+    StartDataset,
 )
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 
@@ -96,3 +97,13 @@ def test_a_failed_save_leaves_the_earlier_folder_as_it_was(tmp_path):
     with pytest.raises(DatasetError):
         dataset.save(BrokenPipeline())
     assert (Path(dataset.load()) / "model_index.json").read_text() == "first"
+
+
+def test_a_start_is_a_base_models_folder_or_none(tmp_path):
+    assert StartDataset(path=None).load() is None
+    absent = StartDataset(path=str(tmp_path))
+    assert not absent.exists()
+    with pytest.raises(DatasetError, match="correct pretrain.start"):
+        absent.load()
+    (tmp_path / "model_index.json").touch()
+    assert absent.load() == str(tmp_path)

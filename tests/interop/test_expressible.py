@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.early_checks import PlannedConcept
 from dreamartist_pipeline.interop.expressible import check_expressible
 from dreamartist_pipeline.params import LoRAGroup
 
 ALL_FORMATS = ("kohya", "peft", "toolkit", "embeddings")
 
 
-def planned(option: dict[str, Any], is_trained_here: bool = True) -> PlannedConcept:
+def groups(option: dict[str, Any]) -> dict[str, list[LoRAGroup]]:
     group = LoRAGroup(**{"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"], **option})
-    return PlannedConcept(is_trained_here, False, {"unet": [group], "text_encoder": []}, has_words=False)
+    return {"unet": [group], "text_encoder": []}
 
 
 @pytest.mark.parametrize(
@@ -38,17 +37,17 @@ def planned(option: dict[str, Any], is_trained_here: bool = True) -> PlannedConc
 )
 def test_what_cannot_be_exported_is_said_before_it_is_trained(option: Any, formats: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_expressible(planned(option), formats)
+        check_expressible(groups(option), formats, is_trained_here=True)
 
 
 def test_a_concept_in_place_that_cannot_be_exported_can_still_be_drawn_with() -> None:
     message = r"got lora_unet\.0 with timestep_min_rank=1, .*; draw with it instead: kedro run --pipeline generate"
     with pytest.raises(InputError, match=message):
-        check_expressible(planned({"timestep_min_rank": 1}, is_trained_here=False), ALL_FORMATS)
+        check_expressible(groups({"timestep_min_rank": 1}), ALL_FORMATS)
 
 
 @pytest.mark.parametrize(
     ("option", "formats"), [({}, ALL_FORMATS), ({"svd_init": True}, ALL_FORMATS), ({"bias": True}, ("peft", "toolkit"))]
 )
 def test_what_can_be_exported_is_accepted(option: Any, formats: Any) -> None:
-    check_expressible(planned(option), formats)
+    check_expressible(groups(option), formats)

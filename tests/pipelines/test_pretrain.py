@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from pydantic import ValidationError
 
 from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.embedded.datasets import CheckpointStore, PretrainedFolderDataset
@@ -167,16 +168,16 @@ def test_the_whole_chain_makes_a_folder_that_stable_diffusion_loads_and_resumes_
         store = CheckpointStore(tmp_path / folder / "checkpoints")
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
-                train_autoencoder(sprites, held_out, "", params, store, InterruptingTracker())
+                train_autoencoder(sprites, held_out, None, params, store, InterruptingTracker())
         autoencoder = PretrainedFolderDataset(path=str(tmp_path / folder / "autoencoder"))
-        autoencoder.save(train_autoencoder(sprites, held_out, "", params, store, tracker))
+        autoencoder.save(train_autoencoder(sprites, held_out, None, params, store, tracker))
         tokenizer, towers, model = (
             PretrainedFolderDataset(path=str(tmp_path / folder / name)) for name in ("tokenizer", "towers", "model")
         )
         tokenizer.save(build_vocabulary(sprites, params))
         towers.save(train_towers(sprites, tokenizer.load(), params, store, tracker))
         paths = autoencoder.load(), tokenizer.load(), towers.load()
-        pipeline = train_denoiser(sprites, *paths, "", params, store, tracker)
+        pipeline = train_denoiser(sprites, *paths, None, params, store, tracker)
         model.save(pipeline)
         return {**pipeline.unet.state_dict(), **{f"vae.{k}": v for k, v in pipeline.vae.state_dict().items()}}
 
@@ -218,7 +219,7 @@ def test_a_base_model_is_continued_with_a_larger_vocabulary_and_its_own_autoenco
         requires_safety_checker=False,
     )
     start.save_pretrained(tmp_path / "start")
-    keeping = params.model_copy(update={"keep_autoencoder": True})
+    keeping = params.model_copy(update={"keep_autoencoder": True, "start": "given"})
     kept = train_autoencoder(None, None, str(tmp_path / "start"), keeping, None, RecordingTracker())
     kept.save_pretrained(tmp_path / "kept")
 
@@ -233,3 +234,9 @@ def test_a_base_model_is_continued_with_a_larger_vocabulary_and_its_own_autoenco
     assert all(torch.equal(old[known.get_vocab()[t]], new[larger.get_vocab()[t]]) for t in shared)
     fresh = new[larger.get_vocab()["zebra</w>"]].std().item()
     assert fresh == pytest.approx(old.std().item(), rel=0.5)
+
+
+def test_what_takes_over_needs_a_start(params):
+    for option in ("keep_autoencoder", "continue_denoiser"):
+        with pytest.raises(ValidationError, match="need start"):
+            PretrainParams.model_validate(params.model_dump() | {option: True})

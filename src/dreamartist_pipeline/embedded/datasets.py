@@ -179,6 +179,30 @@ class PretrainedFolderDataset(AbstractDataset[Any, str]):
         return {"path": self._path.as_posix()}
 
 
+class StartDataset(AbstractDataset[None, str | None]):
+    """The folder of a base model to take over from, as a path; None where none is wanted."""
+
+    def __init__(self, *, path: str | None, metadata: dict[str, Any] | None = None) -> None:
+        self._path = path
+        self.metadata = metadata
+
+    def load(self) -> str | None:
+        if not self._exists():
+            raise DatasetError(
+                f"expected a folder with model_index.json at {self._path}; got none; correct pretrain.start"
+            )
+        return self._path
+
+    def save(self, data: None) -> None:
+        raise DatasetError(f"{self._path} is a base model; it is only read")
+
+    def _exists(self) -> bool:
+        return self._path is None or (Path(self._path) / "model_index.json").is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": self._path}
+
+
 def _remove_folder(path: Path) -> None:
     import shutil
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+_PATIENCE = timedelta(days=7)  # of a process with the others, so that a training can be suspended for a while
 
 
 def run_on_processes(work: Callable[..., Any], num_processes: int, *args: Any) -> Any:
@@ -64,7 +67,7 @@ def _process_group(meeting: str, rank: int, num_processes: int) -> Iterator[None
     import torch.distributed as dist
     import torch.distributed.nn  # noqa: F401
 
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes, timeout=_PATIENCE)
     try:
         yield
     finally:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dreamartist_pipeline.core.errors import InputError
-from dreamartist_pipeline.early_checks import PlannedConcept
 from dreamartist_pipeline.params import LoRAGroup
 
 _WITHOUT_BIAS = ("kohya",)
@@ -13,20 +12,27 @@ _WITHOUT_BIAS = ("kohya",)
 without a bias of their own, such as to_q."""
 
 
-def check_expressible(planned: PlannedConcept, formats: Sequence[str]) -> None:
+def check_expressible(
+    groups: Mapping[str, Sequence[LoRAGroup]], formats: Sequence[str], is_trained_here: bool = False
+) -> None:
     """Confirm that files of other tools can hold a concept's LoRA groups.
+
+    Args:
+        groups: network -> its groups.
+        formats: those to be written.
+        is_trained_here: whether the run trains them, so that they are parameters that can be changed.
 
     Raises:
         InputError: an option of a group that they cannot hold, and what to leave out.
     """
-    for network, groups in planned.groups.items():
-        for index, group in enumerate(groups):
+    for network, members in groups.items():
+        for index, group in enumerate(members):
             option, refusing = _not_expressible(group, formats)
             if refusing:
                 raise InputError(
                     "expected LoRA groups that other tools' files can hold, because this run exports them; got "
-                    f"{'training.' if planned.is_trained_here else ''}lora_{network}.{index} with {option}, which "
-                    f"{', '.join(refusing)} cannot hold; {_advice(planned, formats, refusing)}"
+                    f"{'training.' if is_trained_here else ''}lora_{network}.{index} with {option}, which "
+                    f"{', '.join(refusing)} cannot hold; {_advice(formats, refusing, is_trained_here)}"
                 )
 
 
@@ -39,9 +45,9 @@ def _not_expressible(group: LoRAGroup, formats: Sequence[str]) -> tuple[str, Seq
     return "", ()
 
 
-def _advice(planned: PlannedConcept, formats: Sequence[str], refusing: Sequence[str]) -> str:
+def _advice(formats: Sequence[str], refusing: Sequence[str], is_trained_here: bool) -> str:
     others = [name for name in formats if name not in refusing]
     leave_out = f"leave these formats out, export.formats=[{','.join(others)}], or " if others else ""
-    if planned.is_trained_here:
+    if is_trained_here:
         return f"{leave_out}run without the export: kedro run --pipelines train,evaluate"
     return f"{leave_out}draw with it instead: kedro run --pipeline generate"

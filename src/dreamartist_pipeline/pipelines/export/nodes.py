@@ -31,7 +31,7 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
     zero_terminal_snr = planned is not None and planned.zero_terminal_snr
     check_sampler(params.sampler, zero_terminal_snr)
     if planned is not None:
-        check_expressible(planned, params.formats)
+        check_expressible(planned.groups, params.formats, planned.is_trained_here)
         if _will_have_workflow(params, planned):
             comfyui_sampler(params.sampler, zero_terminal_snr)
 
@@ -50,11 +50,13 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
     reference toolkit's files; beside them a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: a concept of which the chosen formats hold nothing, or a scheduler that ComfyUI does not have.
+        InputError: a concept that the chosen formats cannot hold, or a scheduler that ComfyUI does not have.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.interop.expressible import check_expressible
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
+    check_expressible(concept.metadata.lora, params.formats)  # of an import, known only now
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     source = read_source(concept, load_outline(BaseModelFiles(base_model)))
     written = concept_files(source, params)

@@ -39,19 +39,19 @@ def render_held_out_sprites(packages: SpritePackages, params: PretrainParams) ->
 def train_autoencoder(
     sprites: SpriteSet,
     held_out_sprites: SpriteSet,
-    base_model: str,
+    start: str | None,
     params: PretrainParams,
     checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> AutoencoderKL:
-    """Train the autoencoder on scenes of all sprites, or keep the base model's; resumes from its last checkpoint."""
+    """Train the autoencoder on scenes of all sprites, or keep the one of `start`; resumes from its last checkpoint."""
     from diffusers import AutoencoderKL
 
     from dreamartist_pipeline.embedded.processes import run_on_processes
     from dreamartist_pipeline.embedded.stages import fit_autoencoder
 
     if params.keep_autoencoder:
-        return AutoencoderKL.from_pretrained(base_model, subfolder="vae", local_files_only=True)
+        return AutoencoderKL.from_pretrained(start, subfolder="vae", local_files_only=True)
     store = checkpoints.of_recipe(_recipe(params, "autoencoder"))
     return run_on_processes(fit_autoencoder, _num_processes(params), sprites, held_out_sprites, params, store, tracker)
 
@@ -91,7 +91,7 @@ def train_denoiser(
     autoencoder_path: str,
     tokenizer_path: str,
     towers_path: str,
-    base_model: str,
+    start: str | None,
     params: PretrainParams,
     checkpoints: Checkpoints,
     tracker: Tracker,
@@ -103,8 +103,7 @@ def train_denoiser(
     from dreamartist_pipeline.embedded.stages import DenoiserParts, fit_denoiser
 
     store = checkpoints.of_recipe(_recipe(params, "autoencoder", "towers", "denoiser"))
-    start = base_model if params.continue_denoiser else None
-    parts = DenoiserParts(autoencoder_path, towers_path, tokenizer_path, start)
+    parts = DenoiserParts(autoencoder_path, towers_path, tokenizer_path, start if params.continue_denoiser else None)
     pipeline = run_on_processes(fit_denoiser, _num_processes(params), sprites, parts, params, store, tracker)
     return pipeline.to(torch.float16)
 

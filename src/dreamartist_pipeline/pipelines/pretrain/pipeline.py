@@ -29,7 +29,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
             ),
             node(
                 tracked(train_autoencoder, tracker),
-                ["sprites", "held_out_sprites", "base_model", "params:pretrain", "pretrain_checkpoints"],
+                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain", "pretrain_checkpoints"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
@@ -47,7 +47,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "pretrained_autoencoder",
                     "pretrained_tokenizer",
                     "pretrained_towers",
-                    "base_model",
+                    "pretraining_start",
                     "params:pretrain",
                     "pretrain_checkpoints",
                 ],
