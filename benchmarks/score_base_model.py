@@ -33,7 +33,6 @@ from dreamartist_pipeline.backbones.base_model import (
     load_backbone,
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import image_grid, to_images, to_tensor
 from dreamartist_pipeline.embedded.datasets import JudgeDataset, SpritePackagesDataset, SpriteSetDataset
 from dreamartist_pipeline.embedded.judge import (
@@ -49,6 +48,7 @@ from dreamartist_pipeline.embedded.judge import (
 from dreamartist_pipeline.embedded.pretraining import psnr
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, TintRule, compose, draw_scenes, seen_tints, unseen_tints
 from dreamartist_pipeline.embedded.sprites import SpriteSet
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, PretrainParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.schedulers import SHORT_SCHEDULERS
 from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS

@@ -36,8 +36,8 @@ from dreamartist_pipeline.backbones.concepts import concept_metadata, start_conc
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
 from dreamartist_pipeline.interop.toolkit import write_toolkit
 from dreamartist_pipeline.params import (

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from kedro.io import DatasetError
 
 from dreamartist_pipeline.cli import _report, cli, parse_params, readable_message, run
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 CONTEXT = click.Context(run)
 OPTION = next(param for param in run.params if param.name == "params")
@@ -83,7 +83,7 @@ def test_an_interrupted_run_is_recorded_as_killed(tmp_path: Path) -> None:
 def test_the_message_is_the_innermost_input_error() -> None:
     try:
         try:
-            raise InputError("expected a; got b; do c")
+            raise InputError("a", "b", "do c")
         except InputError as error:
             raise DatasetError("Failed while loading data from dataset X") from error
     except DatasetError as error:

@@ -34,8 +34,8 @@ from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import open_base_model, pick_device
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import build_parameters, register_project_root
 from dreamartist_pipeline.params import (
     SECTIONS,

@@ -11,8 +11,8 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import (
     ConfigurationHooks,
     RunRecordHooks,

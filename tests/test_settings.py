@@ -11,8 +11,8 @@ from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline import settings
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_parameters, register_project_root
 from dreamartist_pipeline.params import SECTIONS, TrainingParams
 

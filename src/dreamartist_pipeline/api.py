@@ -29,12 +29,12 @@ from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at, rows_of
 from dreamartist_pipeline.core.captions import fill_negative_prompt
 from dreamartist_pipeline.core.concept import Concept, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop import concept_file
 from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
 from dreamartist_pipeline.interop.toolkit_config import SLOT
@@ -75,7 +75,9 @@ def read_concept(path: str | Path) -> Concept:
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"expected a concept's file at {file}; got none; correct the path, or train the concept")
+        raise InputError(
+            expected=f"a concept's file at {file}", got="none", remedy="correct the path, or train the concept"
+        )
     return concept_file.read_concept(file.read_bytes(), str(file))
 
 
@@ -156,7 +158,7 @@ def read_toolkit_concept(
             of a pair of adapters, or words that are no pair or cannot be used.
     """
     if isinstance(words, str):
-        raise InputError(f"expected `words` as (positive, negative); got the text {words!r}; give both")
+        raise InputError(expected="`words` as (positive, negative)", got=f"the text {words!r}", remedy="give both")
     layout, names = layout_of(backbone, clip_skip), {SLOT: words} if words else {}
     read = read_toolkit_folder(
         folder_files(Path(folder).expanduser()), str(folder), layout, names, step, _WORDS_ARGUMENT
@@ -200,8 +202,9 @@ def sample_latents(
     scheduler = make_scheduler(loaded.backbone, sampler)
     if draws_noise(scheduler):
         raise InputError(
-            f"expected a scheduler that draws no noise, got {sampler.scheduler}; "
-            "choose ddim, dpmsolver++, euler or unipc"
+            expected="a scheduler that draws no noise",
+            got=f"{sampler.scheduler}",
+            remedy="choose ddim, dpmsolver++, euler or unipc",
         )
     filled = (
         fill_negative_prompt(negative_prompt, loaded.negative_words),
@@ -266,7 +269,9 @@ def step_values(
     """
     if loss.reconstruction_weight:
         raise InputError(
-            "expected a loss on the prediction alone, got a reconstruction_weight, which needs the picture; set it to 0"
+            expected="a loss on the prediction alone",
+            got="a reconstruction_weight, which needs the picture",
+            remedy="set it to 0",
         )
     _check_step(backbone, latents, noise, timesteps, mask)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
@@ -299,7 +304,9 @@ def _guidance(guidance_scale: str | float) -> GuidanceScale:
         return GuidanceScale.model_validate(guidance_scale)
     except ValidationError as error:
         raise InputError(
-            f"expected a guidance_scale from 1, such as '3.0' or '1.5-4.0:cos'; got {guidance_scale!r}; correct it"
+            expected="a guidance_scale from 1, such as '3.0' or '1.5-4.0:cos'",
+            got=f"{guidance_scale!r}",
+            remedy="correct it",
         ) from error
 
 
@@ -322,11 +329,14 @@ def _check_latents(latents: torch.Tensor, backbone: Backbone) -> None:
     channels = backbone.latent_channels
     if latents.dim() != 4 or latents.shape[1] != channels or not latents.numel():
         raise InputError(
-            f"expected latents [B, {channels}, h, w] of this base model; got {list(latents.shape)}; "
-            "make them of that shape"
+            expected=f"latents [B, {channels}, h, w] of this base model",
+            got=f"{list(latents.shape)}",
+            remedy="make them of that shape",
         )
     if not latents.isfinite().all():
-        raise InputError("expected finite numbers as latents; got some that are infinite or no numbers; correct them")
+        raise InputError(
+            expected="finite numbers as latents", got="some that are infinite or no numbers", remedy="correct them"
+        )
 
 
 def _check_step(
@@ -348,7 +358,9 @@ def _check_step(
 def _check_shape(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise InputError(
-            f"expected {name} {list(shape)}, to go with the latents; got {list(tensor.shape)}; make it of that shape"
+            expected=f"{name} {list(shape)}, to go with the latents",
+            got=f"{list(tensor.shape)}",
+            remedy="make it of that shape",
         )
 
 

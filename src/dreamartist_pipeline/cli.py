@@ -20,7 +20,7 @@ from kedro.validation.exceptions import ParameterValidationError
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from dreamartist_pipeline.core.errors import InputError, TrainingError
+from dreamartist_pipeline.errors import InputError, TrainingError
 from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, input_error_in
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
@@ -155,17 +155,19 @@ def _environment_folder(name: str, force: bool) -> Path:
         InputError: not a project's folder, not a name of one's own, or the environment is there.
     """
     if not Path("pyproject.toml").is_file():
-        raise InputError(f"expected the project's folder; got {Path.cwd()}; change into it")
+        raise InputError(expected="the project's folder", got=f"{Path.cwd()}", remedy="change into it")
     if not re.fullmatch(r"\w[\w.-]*", name) or name in _KEPT_ENVIRONMENTS:
         raise InputError(
-            f"expected a name of letters, digits and hyphens that is not {' or '.join(_KEPT_ENVIRONMENTS)}; got "
-            f"{name!r}; choose another (--env NAME)"
+            expected=f"a name of letters, digits and hyphens that is not {' or '.join(_KEPT_ENVIRONMENTS)}",
+            got=f"{name!r}",
+            remedy="choose another (--env NAME)",
         )
     folder = Path("conf") / name
     if folder.exists() and not force:
         raise InputError(
-            f"expected a new environment; {folder} is there already; choose another name (--env NAME), or replace it "
-            "(--force)"
+            expected="a new environment",
+            got=f"{folder}, which is there already",
+            remedy="choose another name (--env NAME), or replace it (--force)",
         )
     return folder
 

@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.early_checks import PlannedConcept, early_check_of
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SECTIONS
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def run_early_check(node: Node, catalog: DataCatalog, planned: PlannedConcept | 
     try:
         early.check(catalog.load(f"params:{early.section}"), planned)
     except InputError as error:
-        raise InputError(f"{early.section}: {error}") from error
+        raise InputError(error.expected, error.got, error.remedy, where=early.section) from error
 
 
 def register_project_root(project_path: Path) -> None:
@@ -135,8 +135,9 @@ def check_replaces_nothing(catalog: DataCatalog) -> None:
     """
     if catalog.exists("concept"):
         raise InputError(
-            f"expected a subject without a concept; {_path_of(catalog, 'concept')} is there already; choose another "
-            "name (subject=NAME), or replace it (import.replace=true)"
+            expected="a subject without a concept",
+            got=f"{_path_of(catalog, 'concept')}, which is there already",
+            remedy="choose another name (subject=NAME), or replace it (import.replace=true)",
         )
 
 
@@ -150,7 +151,9 @@ def check_names(names: Collection[str], origin: str) -> None:
     for name in map(str, names):
         if name not in known:
             raise InputError(
-                f"expected parameters out of {', '.join(known)}; got '{name}' from {origin}; {_hint(name, known)}"
+                expected=f"parameters out of {', '.join(known)}",
+                got=f"'{name}' from {origin}",
+                remedy=f"{_hint(name, known)}",
             )
 
 
@@ -170,9 +173,9 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             problems += [f"  {_problem(section, detail)}" for detail in _first_errors(error)]
     if problems:
         raise InputError(
-            "expected parameters as src/dreamartist_pipeline/params.py describes them; got\n"
-            + "\n".join(sorted(problems))
-            + "\ncorrect them in conf/ or in --params"
+            expected="parameters as src/dreamartist_pipeline/params.py describes them",
+            got="\n".join(["others:", *sorted(problems)]),
+            remedy="correct them in conf/ or in --params",
         )
     return built
 
@@ -222,7 +225,9 @@ def check_environment(source: Path, env: str | None) -> None:
     if env and not (source / env).is_dir():
         known = ", ".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
         raise InputError(
-            f"expected an environment out of {known}; got '{env}'; choose one (--env NAME), or make {source / env}"
+            expected=f"an environment out of {known}",
+            got=f"'{env}'",
+            remedy=f"choose one (--env NAME), or make {source / env}",
         )
 
 
@@ -234,8 +239,9 @@ def check_subject(subject: object) -> None:
     """
     if subject is None or not _SUBJECT.match(str(subject)):
         raise InputError(
-            f"expected a subject's name of letters, digits, '.', '-' and '_' (it names folders and the trigger word); "
-            f"got '{subject}'; use for example '{re.sub(r'[^A-Za-z0-9]+', '-', str(subject)).strip('-') or 'my-cat'}'"
+            expected="a subject's name of letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
+            got=f"'{subject}'",
+            remedy=f"use for example '{re.sub(r'[^A-Za-z0-9]+', '-', str(subject)).strip('-') or 'my-cat'}'",
         )
 
 
@@ -247,8 +253,9 @@ def check_picture_is_named(given: Mapping[str, Any]) -> None:
     """
     if "image" in given and "subject" not in given:
         raise InputError(
-            f"expected a subject's name beside the picture; got only image={given['image']}; "
-            "add subject=NAME, which names its folders and trigger word"
+            expected="a subject's name beside the picture",
+            got=f"only image={given['image']}",
+            remedy="add subject=NAME, which names its folders and trigger word",
         )
 
 
@@ -266,8 +273,12 @@ def load_parameters(context: KedroContext) -> dict[str, Any]:
         raise
     except TypeError as error:  # OmegaConf's for a mapping that meets a list
         raise InputError(
-            f"expected parameters of the same shape as in conf/; got {context.config_loader.runtime_params} ({error}); "
-            "give a list as a whole, such as training.lora_unet=[{lr: 1e-4, rank: 4, branch: p, layers: ['re:.*attn']}]"
+            expected="parameters of the same shape as in conf/",
+            got=f"{context.config_loader.runtime_params} ({error})",
+            remedy=(
+                "give a list as a whole, such as training.lora_unet=[{lr: 1e-4, rank: 4, branch: p, layers: "
+                "['re:.*attn']}]"
+            ),
         ) from error
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import re
 
+from dreamartist_pipeline.errors import InputError
+
 DEFAULT_WEIGHT = 1.1  # of "{text}"
 
 _BRACE = re.compile(r"([{}])")
@@ -24,7 +26,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     [('a ', 1.0), ('cat', 1.1), (' in ', 1.0), ('the ', 1.5), ('city', 3.0)]
 
     Raises:
-        ValueError: a brace without its partner, or something other than a number after a group's last colon.
+        InputError: a brace without its partner, or something other than a number after a group's last colon.
     """
     pieces = _BRACE.split(prompt)  # text at even indices, braces between
     weights = [1.0]  # of the groups that are open, read from the end: a group's weight stands there
@@ -36,14 +38,14 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
                 weights.append(weights[-1] * weight)
             case "{":
                 if len(weights) == 1:
-                    raise ValueError(_unbalanced(prompt, "'{' without '}'"))
+                    raise _unbalanced(prompt, "'{' without '}'")
                 weights.pop()
             case "":
                 pass
             case text:
                 parts.append((text, weights[-1]))
     if len(weights) > 1:
-        raise ValueError(_unbalanced(prompt, "'}' without '{'"))
+        raise _unbalanced(prompt, "'}' without '{'")
     return parts[::-1]
 
 
@@ -51,7 +53,7 @@ def checked_weights(prompt: str) -> str:
     """Return the prompt as it is, once its braces have been read.
 
     Raises:
-        ValueError: see `parse_weights`.
+        InputError: see `parse_weights`.
     """
     parse_weights(prompt)
     return prompt
@@ -64,15 +66,17 @@ def _split_weight(text: str, prompt: str) -> tuple[str, float]:
         return text, DEFAULT_WEIGHT
     weight = float(number) if _NUMBER.fullmatch(number) else math.nan
     if not math.isfinite(weight):
-        raise ValueError(
-            f"expected a weight such as {{cat:1.2}} after the colon within braces; got {number!r} in {prompt!r}; "
-            "write a number, or take the braces away"
+        raise InputError(
+            expected="a weight such as {cat:1.2} after the colon within braces",
+            got=f"{number!r} in {prompt!r}",
+            remedy="write a number, or take the braces away",
         )
     return before, weight
 
 
-def _unbalanced(prompt: str, what: str) -> str:
-    return (
-        f"expected weighted words such as {{cat:1.2}} and slots in braces; got {what} in {prompt!r}; "
-        "close the braces, or take them away"
+def _unbalanced(prompt: str, what: str) -> InputError:
+    return InputError(
+        expected="weighted words such as {cat:1.2} and slots in braces",
+        got=f"{what} in {prompt!r}",
+        remedy="close the braces, or take them away",
     )

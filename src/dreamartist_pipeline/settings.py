@@ -13,7 +13,7 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, RunRecordHooks
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls; users can do nothing about it.
@@ -43,7 +43,7 @@ def choose(options: str, name: str, *, _root_: Any) -> Any:
         known = ", ".join(sorted(map(str, table)))
         near = difflib.get_close_matches(str(name), list(map(str, table)), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "choose one of them"
-        raise InputError(f"expected a {options.strip('_').rstrip('s')} out of {known}; got '{name}'; {hint}")
+        raise InputError(expected=f"a {options.strip('_').rstrip('s')} out of {known}", got=f"'{name}'", remedy=hint)
     return table[name]
 
 

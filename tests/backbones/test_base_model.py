@@ -27,8 +27,8 @@ from dreamartist_pipeline.backbones.base_model import (
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 
 CPU = DeviceParams(device="cpu")

@@ -27,7 +27,6 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.adapters import LowRankUpdate
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import (
     Batch,
@@ -41,6 +40,7 @@ from dreamartist_pipeline.core.training import (
     row_losses,
 )
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.concept_file import read_concept
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 

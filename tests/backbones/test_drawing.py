@@ -17,10 +17,10 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, encode_ima
 from dreamartist_pipeline.backbones.concepts import attach, draw_latents, generate
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, init_picture
 from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 
 PROMPTS, SEEDS = ["a red cat", "a blue dog"], [5, 6]

@@ -16,7 +16,7 @@ from dreamartist_pipeline.backbones.evaluators import (
     load_text_image_model,
     own_towers,
 )
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 
 @pytest.fixture(scope="module")

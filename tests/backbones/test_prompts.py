@@ -17,7 +17,7 @@ from dreamartist_pipeline.backbones.prompts import (
     initial_word_vectors,
 )
 from dreamartist_pipeline.core.embeddings import Vocabulary
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, WordsParams
 
 

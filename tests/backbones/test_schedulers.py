@@ -18,8 +18,8 @@ from dreamartist_pipeline.backbones.base_model import (
 )
 from dreamartist_pipeline.backbones.concepts import attach, draw_latents
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import (
     DeviceParams,
     SamplerParams,

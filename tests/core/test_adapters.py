@@ -20,7 +20,7 @@ from dreamartist_pipeline.core.adapters import (
     set_noise_levels,
 )
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, combine, split
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreamartist_pipeline.core.concept import FORMAT, Concept, ConceptMetadata
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.concept_file import read_concept, write_concept
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, write_tensors
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dreamartist_pipeline.core.diffusion import NoiseSchedule, timestep_range
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 ALPHAS = torch.tensor([0.96, 0.64, 0.36])  # √ᾱ = 0.98, 0.8, 0.6; √(1 − ᾱ) = 0.2, 0.6, 0.8
 

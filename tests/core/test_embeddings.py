@@ -6,7 +6,7 @@ from torch import nn
 
 from dreamartist_pipeline.core.branches import NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.embeddings import InitText, Vocabulary, Word, WordEmbedding, initial_vectors, parse_init
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 NAMES = {"pt1": ("my-cat", "my-cat-neg")}
 

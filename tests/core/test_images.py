@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dreamartist_pipeline.core import images
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams
 
 MAX_PIXELS = 1_000_000

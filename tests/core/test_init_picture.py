@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import (
     InitPicture,
     fit_picture,
@@ -18,6 +17,7 @@ from dreamartist_pipeline.core.init_picture import (
     redrawn,
     tint_redrawn,
 )
+from dreamartist_pipeline.errors import InputError
 
 RED = Image.new("RGB", (32, 16), "red")
 WHITE = Image.new("L", (32, 16), 255)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
+from dreamartist_pipeline.errors import InputError
 
 SNR = torch.tensor([0.0, 1.0, 2.0, 8.0])
 

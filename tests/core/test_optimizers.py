@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core import optimizers
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.optimizers import check_optimizer, flatten, make_optimizers
+from dreamartist_pipeline.errors import InputError
 
 CPU = torch.device("cpu")
 GROUPS = [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "weight_decay": 0.0}]

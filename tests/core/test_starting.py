@@ -11,8 +11,8 @@ from torch import nn
 from dreamartist_pipeline.core.adapters import AdapterStack, inject
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.starting import take_over
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
 DOWN, UP = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0], [5.0]])  # rank 1: 3 inputs, 2 outputs

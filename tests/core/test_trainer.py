@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.optimizers import make_optimizers
 from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, normalized_ema, train
 from dreamartist_pipeline.embedded.pretraining import Muon, Plan, warmed_up_ema, warmup_stable_decay
+from dreamartist_pipeline.errors import InputError
 
 
 def new_state(

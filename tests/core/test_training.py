@@ -15,7 +15,6 @@ from dreamartist_pipeline.core.adapters import inject
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
-from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train
 from dreamartist_pipeline.core.training import (
@@ -32,6 +31,7 @@ from dreamartist_pipeline.core.training import (
     reconstruction_loss,
     training_state,
 )
+from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import LossParams, PreviewParams, ResolvedGroup, ScheduleParams, TrainingParams
 
 MakeParams = Callable[..., TrainingParams]

@@ -10,8 +10,8 @@ import torch
 from kedro.io import DatasetError
 
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.errors import InputError
 
 
 @pytest.fixture

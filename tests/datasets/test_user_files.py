@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from kedro.io import DatasetError
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset, UserFolderDataset, folder_files
+from dreamartist_pipeline.errors import InputError
 
 
 def test_a_path_is_relative_to_the_root_absolute_or_in_the_home_folder(

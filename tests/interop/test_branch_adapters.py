@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import BaseModelIdentity
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import (
     BranchAdapter,
     added_up,

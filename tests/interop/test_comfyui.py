@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.comfyui import (
     BranchInputs,
     Picture,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.expressible import check_expressible
 from dreamartist_pipeline.params import LoRAGroup
 

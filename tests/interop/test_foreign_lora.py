@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreamartist_pipeline.core.concept import FORMAT, Concept
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.foreign_lora import fitted, read_lora

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from dreamartist_pipeline.backbones.families.sd import V2_NAMES
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.kohya import read_kohya, write_kohya

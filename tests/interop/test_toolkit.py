@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words, write_toolkit

@@ -10,7 +10,7 @@ import torch
 
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES as NAMES
 from dreamartist_pipeline.core.concept import TriggerWord
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding, write_embedding_pt

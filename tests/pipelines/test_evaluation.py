@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.embedded.colors import COLORS
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure

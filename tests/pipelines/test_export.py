@@ -24,10 +24,10 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES
 from dreamartist_pipeline.backbones.lora_files import concept_predictions, file_prediction, make_probe
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.datasets.file_folder import FileFolderDataset
 from dreamartist_pipeline.early_checks import PlannedConcept
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import build_concept
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata
 from dreamartist_pipeline.interop.toolkit import read_toolkit

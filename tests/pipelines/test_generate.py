@@ -18,7 +18,7 @@ from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, ge
 from dreamartist_pipeline.backbones.drawing import fill_prompt
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.generate import create_pipeline
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images

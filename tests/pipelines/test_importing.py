@@ -22,8 +22,8 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.cli import parse_params
 from dreamartist_pipeline.cli import run as run_command
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset, folder_files
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
 from dreamartist_pipeline.interop.concept_file import write_concept
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors

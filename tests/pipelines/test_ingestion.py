@@ -9,7 +9,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from PIL import Image
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams, IngestionParams
 from dreamartist_pipeline.pipelines.ingestion import create_pipeline
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference

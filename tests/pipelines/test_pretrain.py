@@ -9,11 +9,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from pydantic import ValidationError
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.embedded.datasets import CheckpointStore, PretrainedFolderDataset
 from dreamartist_pipeline.embedded.model import build_autoencoder, build_text_encoder, build_tokenizer, build_unet
 from dreamartist_pipeline.embedded.sprites import choose_sprites, icon_svg
 from dreamartist_pipeline.embedded.stages import DenoiserParts, assemble_untrained
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PretrainParams
 from dreamartist_pipeline.pipelines.pretrain.nodes import (
     build_vocabulary,

@@ -5,7 +5,7 @@ from typing import get_type_hints
 import pandas as pd
 import pytest
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PromptsParams
 from dreamartist_pipeline.pipelines.prompts import create_pipeline
 from dreamartist_pipeline.pipelines.prompts.nodes import distinct_prompts, draw_regularization_prompts

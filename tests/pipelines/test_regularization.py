@@ -11,8 +11,8 @@ import pytest
 from dreamartist_pipeline.backbones import base_model as base_model_module
 from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.pipelines.regularization import create_pipeline
 from dreamartist_pipeline.pipelines.regularization.nodes import describe_set, make_regularization_set

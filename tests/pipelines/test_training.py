@@ -19,8 +19,8 @@ from dreamartist_pipeline.api import step_values
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, generate, start_concept
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import create_pipeline
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, training_data

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
 
@@ -71,8 +71,9 @@ class BaseModelFiles:
             if class_name in family.pipelines:
                 return family
         raise InputError(
-            f"expected a base model of {', '.join(family.family for family in FAMILIES)}; got {class_name} in "
-            f"{self.source}, which is not supported yet; choose another base model"
+            expected=f"a base model of {', '.join(family.family for family in FAMILIES)}",
+            got=f"{class_name} in {self.source}, which is not supported yet",
+            remedy="choose another base model",
         )
 
     def check(self) -> None:
@@ -86,15 +87,17 @@ class BaseModelFiles:
         folder = Path(self.path)
         if not folder.is_dir():
             raise InputError(
-                f"expected the base model's folder at {folder}; there is none; "
-                f"set base_model to a folder in diffusers' layout, or to {HUB}owner/name"
+                expected=f"the base model's folder at {folder}",
+                got="no such folder",
+                remedy=f"set base_model to a folder in diffusers' layout, or to {HUB}owner/name",
             )
         parts = self.family().parts
         _check_has(folder, list(_missing_files(folder, parts)))
         if damaged := [f"{f.parent.name}/{f.name}" for f in _model_files(folder, parts) if not _is_whole(f)]:
             raise InputError(
-                f"expected whole weight files in {folder}; got a truncated one, or a Git LFS pointer, as "
-                f"{', '.join(damaged)}; download the model again"
+                expected=f"whole weight files in {folder}",
+                got=f"a truncated one, or a Git LFS pointer, as {', '.join(damaged)}",
+                remedy="download the model again",
             )
 
     def fingerprint(self) -> str:
@@ -186,7 +189,9 @@ def pick_device(params: DeviceParams) -> torch.device:
         InputError: a GPU was asked for by name and there is none.
     """
     if params.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("expected a CUDA GPU (device: cuda); torch sees none; set device to cpu or auto")
+        raise InputError(
+            expected="a CUDA GPU (device: cuda)", got="none that torch sees", remedy="set device to cpu or auto"
+        )
     if params.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(params.device)
@@ -241,8 +246,10 @@ def _readable(files: BaseModelFiles) -> Iterator[None]:
     except OSError as error:
         where = f"the Hugging Face hub as {files.hub_id}" if files.hub_id else str(files.path)
         raise InputError(
-            f"expected to read a base model from {where}; got: {error}; "
-            "correct base_model, or download the model again (a hub id needs the network, or its files in the cache)"
+            expected=f"a base model that can be read from {where}",
+            got=f"{error}",
+            remedy="correct base_model, or download the model again (a hub id needs the network, or its files in the "
+            "cache)",
         ) from error
 
 
@@ -250,8 +257,9 @@ def _check_has(folder: Path, missing: list[str]) -> None:
     """Raise an InputError where something is missing."""
     if missing:
         raise InputError(
-            f"expected a complete base model in {folder}; it lacks {', '.join(missing)}; "
-            "copy what is missing, or download the model again"
+            expected=f"a complete base model in {folder}",
+            got=f"one without {', '.join(missing)}",
+            remedy="copy what is missing, or download the model again",
         )
 
 

@@ -25,12 +25,12 @@ from dreamartist_pipeline.core.adapters import AdapterStack, inject, load_adapte
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, rows_of, stack
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, to_json, words_part
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, redrawn
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.prompt_tokens import Conditioning
 from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, initial_noise, sample_latents
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import LoRAGroup, ResolvedGroup, SamplerParams, StrengthParams, TrainingParams
 
 _NUM_BRANCHES = 2  # when drawing, the negative rows are always there
@@ -133,8 +133,9 @@ def _check_networks(named: Sequence[str], known: Sequence[str]) -> None:
         if network not in known:
             near = difflib.get_close_matches(network, known, n=1)
             raise InputError(
-                f"expected LoRA groups for the base model's networks, {', '.join(f'lora_{n}' for n in known)}; got "
-                f"lora_{network}; {f'did you mean lora_{near[0]}?' if near else 'remove it'}"
+                expected=f"LoRA groups for the base model's networks, {', '.join(f'lora_{n}' for n in known)}",
+                got=f"lora_{network}",
+                remedy=f"{f'did you mean lora_{near[0]}?' if near else 'remove it'}",
             )
 
 
@@ -159,9 +160,9 @@ def _without_skipped(
         left = [name for name in select_layers(backbone.networks[encoder], group.layers) if name not in skipped]
         if not left:
             raise InputError(
-                f"expected layers in {group.name} that text states come from; got {', '.join(skipped)}, which "
-                f"clip_skip={clip_skip} leaves out, so that nothing would train; select earlier layers, "
-                "or lower clip_skip"
+                expected=f"layers in {group.name} that text states come from",
+                got=f"{', '.join(skipped)}, which clip_skip={clip_skip} leaves out, so that nothing would train",
+                remedy="select earlier layers, or lower clip_skip",
             )
         narrowed.append(group.model_copy(update={"layers": tuple(left)}))
     return tuple(narrowed)
@@ -425,8 +426,9 @@ def _latent_shape(backbone: Backbone, size_px: tuple[int, int]) -> tuple[int, in
     width, height = size_px
     if width < 1 or height < 1 or width % backbone.latent_scale or height % backbone.latent_scale:
         raise InputError(
-            f"expected width and height in multiples of the base model's {backbone.latent_scale} px; "
-            f"got {width} × {height} px; round them"
+            expected=f"width and height in multiples of the base model's {backbone.latent_scale} px",
+            got=f"{width} × {height} px",
+            remedy="round them",
         )
     return backbone.latent_channels, height // backbone.latent_scale, width // backbone.latent_scale
 

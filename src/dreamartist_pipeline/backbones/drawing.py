@@ -15,8 +15,8 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.branches import POSITIVE
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, picture_size
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 
 
@@ -124,8 +124,9 @@ def _texts_of_images(
         return [_texts({"prompt": prompt, "seed": seed, **common}) for prompt, seed in rows]
     except (TypeError, ValueError) as error:  # json's and pydantic's
         raise InputError(
-            f"expected settings that images can hold as JSON; got one that cannot be written ({error}); "
-            "give plain numbers, texts and lists, also in scheduler_options"
+            expected="settings that images can hold as JSON",
+            got=f"one that cannot be written ({error})",
+            remedy="give plain numbers, texts and lists, also in scheduler_options",
         ) from error
 
 

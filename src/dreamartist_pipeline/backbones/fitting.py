@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 _OF_EARLIER_VERSIONS = re.compile(r"[0-9a-f]{16}")  # of files, not of weights: it says nothing about either
 _SHOWN = 3  # layers named in an error
@@ -26,8 +26,9 @@ def check_base_model(concept: Concept, backbone: Backbone) -> None:
     name, fingerprint = concept.metadata.base_model, concept.metadata.base_model_fingerprint
     if differences := list(_differences(concept, backbone)):
         raise InputError(
-            f"expected a base model of the layout that the concept was trained on, {name!r}; got {backbone.name!r}, "
-            f"which differs in {'; '.join(differences)}; set base_model to the former, or train the concept again"
+            expected=f"a base model of the layout that the concept was trained on, {name!r}",
+            got=f"{backbone.name!r}, which differs in {'; '.join(differences)}",
+            remedy="set base_model to the former, or train the concept again",
         )
     if fingerprint != backbone.fingerprint and not _OF_EARLIER_VERSIONS.fullmatch(fingerprint):
         _remark(name, fingerprint, backbone.name, backbone.fingerprint)

@@ -14,8 +14,8 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, repeat, split
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import StrengthParams
 
 _NUM_BRANCHES = len(BRANCH_NAMES)
@@ -104,8 +104,9 @@ def file_prediction(backbone: Backbone, file: bytes, name: str, probe: Probe) ->
             pipeline.load_lora_weights(folder, weight_name="lora.safetensors", adapter_name="exported")
         except (ValueError, KeyError, RuntimeError) as error:
             raise InputError(
-                f"expected diffusers to load {name}; got {type(error).__name__}: {error}; "
-                "leave its format out of export.formats"
+                expected=f"diffusers to load {name}",
+                got=f"{type(error).__name__}: {error}",
+                remedy="leave its format out of export.formats",
             ) from error
     layers = frozenset(
         f"{network}.{module_name}"

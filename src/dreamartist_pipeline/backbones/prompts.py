@@ -11,8 +11,8 @@ from transformers import CLIPTokenizer
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import WordsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
@@ -62,8 +62,9 @@ class PromptTokenizer:
         """
         if not self._learned_ids & {token_id for token_id, _ in self._inner_tokens(prompt)}:
             raise InputError(
-                f"expected a trigger word that stands by itself in every prompt; got {prompt!r}; put spaces or commas "
-                "around the template's slot"
+                expected="a trigger word that stands by itself in every prompt",
+                got=f"{prompt!r}",
+                remedy="put spaces or commas around the template's slot",
             )
         self.check_not_cut(prompt)
 
@@ -77,8 +78,9 @@ class PromptTokenizer:
         inner = [token_id for token_id, _ in self._inner_tokens(prompt)]
         if self._learned_ids & set(inner[self.max_tokens - 2 :]):
             raise InputError(
-                f"expected the trigger words within the first {self.max_tokens - 2} tokens of every prompt; "
-                f"{prompt!r} with its words is {len(inner)} tokens long; shorten it or take fewer vectors"
+                expected=f"the trigger words within the first {self.max_tokens - 2} tokens of every prompt",
+                got=f"{prompt!r}, which with its words is {len(inner)} tokens long",
+                remedy="shorten it or take fewer vectors",
             )
 
     @property
@@ -87,10 +89,7 @@ class PromptTokenizer:
 
     def _inner_tokens(self, prompt: str) -> list[tuple[int, float]]:
         """Return (id, weight) of all tokens between start and end, however many there are."""
-        try:
-            parts = parse_weights(prompt)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        parts = parse_weights(prompt)
         text = "".join(part for part, _ in parts)
         weights = [weight for part, weight in parts for _ in part]  # of every character
         tokens: list[tuple[int, float]] = []
@@ -178,8 +177,9 @@ def check_trigger_word(tokenizer: CLIPTokenizer, word: str) -> None:
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) <= 1:
         raise InputError(
-            f"expected a trigger word that the base model does not know; {word!r} is "
-            f"{'already a single token' if ids else 'empty'} in its vocabulary; choose another, such as 'my-{word}'"
+            expected="a trigger word that the base model does not know",
+            got=f"{word!r}, which is {'already a single token' if ids else 'empty'} in its vocabulary",
+            remedy=f"choose another, such as 'my-{word}'",
         )
 
 

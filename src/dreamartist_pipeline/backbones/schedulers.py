@@ -12,8 +12,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.sampling import image_generators, sample_latents
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
 from dreamartist_pipeline.schedulers import SCHEDULERS
 
@@ -68,8 +68,11 @@ def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
     _check_options(sampler, known)
     if zero_terminal_snr and _ZERO_SNR not in known:
         raise InputError(
-            f"expected a scheduler that can follow this concept's or base model's noise schedule, which ends without "
-            f"signal; got {sampler.scheduler}, which would draw with another; choose ddim, dpmsolver++ or euler"
+            expected=(
+                "a scheduler that can follow this concept's or base model's noise schedule, which ends without signal"
+            ),
+            got=f"{sampler.scheduler}, which would draw with another",
+            remedy="choose ddim, dpmsolver++ or euler",
         )
     try:
         return kind.from_config(config, **scheduler.options_for(zero_terminal_snr) | sampler.scheduler_options)
@@ -82,13 +85,16 @@ def _check_options(sampler: SamplerParams, known: list[str]) -> None:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
-            raise InputError(f"expected scheduler_options that {sampler.scheduler} knows; got '{option}'; {hint}")
+            raise InputError(
+                expected=f"scheduler_options that {sampler.scheduler} knows", got=f"'{option}'", remedy=hint
+            )
 
 
 def _refused(sampler: SamplerParams, error: Exception) -> InputError:
     options = f" with scheduler_options {sampler.scheduler_options}" if sampler.scheduler_options else ""
     said = str(error) or type(error).__name__
     return InputError(
-        f"expected a scheduler that can be set up; got {sampler.scheduler}{options} for {sampler.num_inference_steps} "
-        f"steps, to which diffusers says: {said}; correct them, or choose another scheduler"
+        expected="a scheduler that can be set up",
+        got=(f"{sampler.scheduler}{options} for {sampler.num_inference_steps} steps, to which diffusers says: {said}"),
+        remedy="correct them, or choose another scheduler",
     )

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches, split
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
 StartFactors = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -56,7 +56,7 @@ def select_layers(model: nn.Module, selectors: Sequence[str]) -> list[str]:
             if isinstance(module, nn.Linear | nn.Conv2d) and f"{name}.".startswith(f"{parent}.")
         }
         if not layers:
-            raise InputError(_nothing_selected(modules, selector, matched))
+            raise _nothing_selected(modules, selector, matched)
         selected |= layers
     return sorted(selected)
 
@@ -72,19 +72,23 @@ def _matching_modules(modules: Mapping[str, nn.Module], selector: str) -> list[s
     return [name for name in names if match["class"] in (None, type(modules[name]).__name__)]
 
 
-def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: Sequence[str]) -> str:
-    """Say why a selector yields nothing: it matches no module, or none that has a Linear or Conv2d."""
+def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: Sequence[str]) -> InputError:
+    """Return why a selector yields nothing: it matches no module, or none that has a Linear or Conv2d."""
     if matched:
-        came = f"which matches {', '.join(matched[:3])} without any such layer inside; select another module"
-        return f"expected a selector that finds Linear or Conv2d layers, got {selector!r}, {came}"
+        return InputError(
+            expected="a selector that finds Linear or Conv2d layers",
+            got=f"{selector!r}, which matches {', '.join(matched[:3])} without any such layer inside",
+            remedy="select another module",
+        )
     parts = {part for name in modules for part in name.split(".") if not part.isdigit()}
     known = {*modules, *parts, *(type(module).__name__ for module in modules.values())}
     wanted = [selector.rpartition(":")[2], *re.findall(r"[A-Za-z_]\w+", selector)]
     near = [name for word in wanted for name in difflib.get_close_matches(word, sorted(known), n=3)]
     names = near or sorted(parts)[:8]
-    return (
-        f"expected a selector that matches a module, got {selector!r}, which matches none; "
-        f"correct it: near names are {', '.join(dict.fromkeys(names))}"
+    return InputError(
+        expected="a selector that matches a module",
+        got=f"{selector!r}, which matches none",
+        remedy=f"correct it: near names are {', '.join(dict.fromkeys(names))}",
     )
 
 
@@ -102,8 +106,11 @@ def min_rank(group: ResolvedGroup, out_features: int, rank: int) -> int:
     lowest = rank_in(group.timestep_min_rank, out_features)
     if lowest > rank:
         raise InputError(
-            f"expected timestep_min_rank of {group.name} to be at most its rank {rank} in a layer of {out_features} "
-            f"outputs; got {lowest}; lower it"
+            expected=(
+                f"timestep_min_rank of {group.name} to be at most its rank {rank} in a layer of {out_features} outputs"
+            ),
+            got=lowest,
+            remedy="lower it",
         )
     return lowest
 
@@ -244,8 +251,12 @@ def _check_principal(layer: nn.Linear | nn.Conv2d, group: ResolvedGroup, rank: i
     most = min(layer.weight.shape[0], layer.weight[0].numel())
     if rank > most:
         raise InputError(
-            f"expected a rank of at most {most} for svd_init of {group.name} in a layer whose weight is "
-            f"{tuple(layer.weight.shape)}, got {rank}; lower it, or leave this layer out"
+            expected=(
+                f"a rank of at most {most} for svd_init of {group.name} in a layer whose weight is "
+                f"{tuple(layer.weight.shape)}"
+            ),
+            got=rank,
+            remedy="lower it, or leave this layer out",
         )
 
 
@@ -701,11 +712,12 @@ def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     adapted = isinstance(layer, BranchLoRALayer) or isinstance(parent, BranchLoRALayer)
     if adapted or not isinstance(layer, nn.Linear | nn.Conv2d):
         came = "one that has adapters already" if adapted else "no such layer"
-        raise InputError(f"expected a plain Linear or Conv2d {name!r}, got {came}; start from the base model")
+        raise InputError(expected=f"a plain Linear or Conv2d {name!r}", got=came, remedy="start from the base model")
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise InputError(
-            f"expected an ordinary convolution {name!r}, got groups={layer.groups} and padding_mode="
-            f"{layer.padding_mode!r}; leave it out of the LoRA layers"
+            expected=f"an ordinary convolution {name!r}",
+            got=f"groups={layer.groups} and padding_mode={layer.padding_mode!r}",
+            remedy="leave it out of the LoRA layers",
         )
     return layer
 
@@ -715,6 +727,7 @@ def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, factors: LoRAFactors)
     down, up = (rank, *layer.weight.shape[1:]), (out_features, rank, *[1] * (layer.weight.dim() - 2))
     if factors.down.shape != down or factors.up.shape != up:
         raise InputError(
-            f"expected adapters of shapes {down} and {up} for {name}, got {tuple(factors.down.shape)} and "
-            f"{tuple(factors.up.shape)}; load a concept that was trained on this base model"
+            expected=f"adapters of shapes {down} and {up} for {name}",
+            got=f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}",
+            remedy="load a concept that was trained on this base model",
         )

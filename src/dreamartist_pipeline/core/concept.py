@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import LearnedUpdate, learned_updates
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import GuidanceScale, ResolvedGroup
 
 FORMAT = "dreamartist-concept-1"
@@ -92,8 +92,9 @@ class ConceptMetadata(BaseModel):
         """
         if fields.get("format") != FORMAT:
             raise InputError(
-                f"expected a concept of this project in {origin}; got a safetensors file of another kind; make a "
-                "concept of it first (kedro run --pipeline import), and name that one"
+                expected=f"a concept of this project in {origin}",
+                got="a safetensors file of another kind",
+                remedy="make a concept of it first (kedro run --pipeline import), and name that one",
             )
         values = {key: text if key in _PLAIN else _parsed(text) for key, text in fields.items()}
         values["lora"] = {key.removeprefix(_GROUPS): _renamed(values[key]) for key in fields if key.startswith(_GROUPS)}
@@ -102,8 +103,9 @@ class ConceptMetadata(BaseModel):
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
             raise InputError(
-                f"expected the metadata of a concept in {origin}; got {'; '.join(faults[:_SHOWN_FAULTS])}; the file is "
-                "damaged or of a later version: copy it again, or train the concept again"
+                expected=f"the metadata of a concept in {origin}",
+                got=f"{'; '.join(faults[:_SHOWN_FAULTS])}",
+                remedy="the file is damaged or of a later version: copy it again, or train the concept again",
             ) from error
 
     def write(self) -> dict[str, str]:
@@ -206,9 +208,9 @@ class Concept:
         wrong |= {key for key, found in vectors.items() if found.keys() != encoders or not _are_words(found.values())}
         if wrong:
             raise InputError(
-                f"expected vectors [n, width] for every trigger word in the concept, {', '.join(names) or 'none'}; "
-                f"{', '.join(sorted(wrong))} are missing, have no word or another shape; the file is incomplete: train "
-                "the concept again"
+                expected=f"vectors [n, width] for every trigger word in the concept, {', '.join(names) or 'none'}",
+                got=f"{', '.join(sorted(wrong))} missing, without a word or of another shape",
+                remedy="train the concept again, the file is incomplete",
             )
         keys = ((*key.split(".", 1), name) for key, name in names.items())
         return tuple(TriggerWord(name, slot, branch, vectors[f"{branch}.{slot}"]) for branch, slot, name in keys)
@@ -244,9 +246,9 @@ class Concept:
         for name, tensor in self.tensors.items():
             if name.split(".", 1)[0] not in known or tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise InputError(
-                    f"expected finite float32 tensors of {', '.join((*self.networks, WORDS))} in {origin}; got "
-                    f"{name}, {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}; the file is damaged: "
-                    "copy it again, or train the concept again"
+                    expected=f"finite float32 tensors of {', '.join((*self.networks, WORDS))} in {origin}",
+                    got=f"{name}, {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}",
+                    remedy="the file is damaged: copy it again, or train the concept again",
                 )
         for network in self.networks:
             self.updates(network)

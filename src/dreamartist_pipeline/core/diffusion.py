@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.losses import snr_weight
+from dreamartist_pipeline.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -83,8 +83,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise InputError(
-                f"expected a base model that predicts {' or '.join(PREDICTION_TYPES)}, got {self.prediction_type!r}; "
-                "choose another base model"
+                expected=f"a base model that predicts {' or '.join(PREDICTION_TYPES)}",
+                got=f"{self.prediction_type!r}",
+                remedy="choose another base model",
             )
 
     @property
@@ -122,7 +123,9 @@ class NoiseSchedule:
         last = self.num_train_timesteps - 1
         if timesteps.is_floating_point() or not ((timesteps >= 0) & (timesteps <= last)).all():
             raise InputError(
-                f"expected timesteps that are integers from 0 to {last}; got {timesteps.tolist()}; correct them"
+                expected=f"timesteps that are integers from 0 to {last}",
+                got=f"{timesteps.tolist()}",
+                remedy="correct them",
             )
 
     def sample_timesteps(self, limits: tuple[float, float], num_rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -178,8 +181,9 @@ def check_zero_terminal_snr(prediction_type: str) -> None:
     """
     if prediction_type != "v_prediction":
         raise InputError(
-            "expected a base model that predicts v_prediction, because training.zero_terminal_snr is true; "
-            f"got {prediction_type!r}; set zero_terminal_snr to false, or choose another base model"
+            expected="a base model that predicts v_prediction, because training.zero_terminal_snr is true",
+            got=f"{prediction_type!r}",
+            remedy="set zero_terminal_snr to false, or choose another base model",
         )
 
 
@@ -192,7 +196,8 @@ def timestep_range(limits: tuple[float, float], num_train_timesteps: int) -> tup
     first, end = (round(limit * num_train_timesteps) for limit in limits)
     if first >= end:
         raise InputError(
-            f"expected training.timesteps to hold at least one of {num_train_timesteps} timesteps; "
-            f"got {list(limits)}, which holds none; widen it"
+            expected=f"training.timesteps to hold at least one of {num_train_timesteps} timesteps",
+            got=f"{list(limits)}, which holds none",
+            remedy="widen it",
         )
     return first, end

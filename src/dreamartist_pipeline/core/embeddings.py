@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 # ------------------------------------------------------------------------------------------------- vocabulary
 
@@ -97,7 +97,9 @@ class Vocabulary:
                     continue
                 if any(word.name.lower() == name.lower() for word in words):
                     raise InputError(
-                        f"expected every trigger word once, got {name!r} twice; give slot {slot!r} another one"
+                        expected="every trigger word once",
+                        got=f"{name!r} twice",
+                        remedy=f"give slot {slot!r} another one",
                     )
                 words.append(Word(name, slot, branch, first_id, count))
                 first_id += count
@@ -204,7 +206,9 @@ def parse_init(text: str) -> InitText:
     words = text.strip()[: match.start()].rstrip(" ,") if match else text.strip()
     if "*[" in words or not (words or match):
         raise InputError(
-            f"expected an init text like 'cat', '*[0.017]' or 'cat, *[0.017, 2]', got {text!r}; correct init_text"
+            expected="an init text like 'cat', '*[0.017]' or 'cat, *[0.017, 2]'",
+            got=f"{text!r}",
+            remedy="correct init_text",
         )
     if match is None:
         return InitText(words, None)
@@ -243,7 +247,9 @@ def initial_vectors(
 
 def _num_text_vectors(init: InitText, num_vectors: int, num_tokens: int) -> int:
     if init.text is not None and num_tokens == 0:
-        raise InputError(f"expected an init text that the tokenizer knows, got {init.text!r}; choose another init_text")
+        raise InputError(
+            expected="an init text that the tokenizer knows", got=f"{init.text!r}", remedy="choose another init_text"
+        )
     if init.std is None:
         return num_vectors
     if init.num_random is None:
@@ -251,7 +257,8 @@ def _num_text_vectors(init: InitText, num_vectors: int, num_tokens: int) -> int:
     num_text = num_vectors - init.num_random
     if num_text < 0 or (num_text > 0) != (init.text is not None):
         raise InputError(
-            f"expected init_text to fill {num_vectors} vectors, got {init.num_random} random ones and "
-            f"{'a' if init.text else 'no'} text; correct init_text or num_vectors"
+            expected=f"init_text to fill {num_vectors} vectors",
+            got=f"{init.num_random} random ones and {'a' if init.text else 'no'} text",
+            remedy="correct init_text or num_vectors",
         )
     return num_text

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams
 
 MIN_SIDE_PX = 8
@@ -45,7 +45,7 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
         InputError: empty, no image, damaged, too small, too large, or several frames.
     """
     if not data:
-        raise InputError(f"expected a picture as {name}; got an empty file; give a PNG, JPEG or WebP file")
+        raise InputError(expected=f"a picture as {name}", got="an empty file", remedy="give a PNG, JPEG or WebP file")
     with _pillow_pixel_limit(None):  # the size is checked below, with a message that names the setting
         image = _open(data, name)
     _check_size(image, name, max_pixels, setting)
@@ -57,7 +57,9 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"expected {name} to have at most {max_pixels:,} pixels; got more ({error})") from error
+        raise InputError(
+            expected=f"{name} to have at most {max_pixels:,} pixels", got=f"more ({error})", remedy="scale it down"
+        ) from error
     except _DAMAGE as error:
         raise _damaged(name, f"{image.format} file", error) from error
     return _to_rgb_or_rgba(image, name)
@@ -81,8 +83,9 @@ def _open(data: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise InputError(
-            f"expected a picture as {name}; got {len(data):,} bytes in no image format that Pillow reads "
-            f"(they begin with {data[:8]!r}); export it as PNG or JPEG"
+            expected=f"a picture as {name}",
+            got=f"{len(data):,} bytes in no image format that Pillow reads (they begin with {data[:8]!r})",
+            remedy="export it as PNG or JPEG",
         ) from error
     except _DAMAGE as error:
         raise _damaged(name, "file", error) from error
@@ -90,7 +93,9 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 def _damaged(name: str, what: str, error: Exception) -> InputError:
     return InputError(
-        f"expected a whole picture as {name}; got a damaged or truncated {what} ({error}); download or export it again"
+        expected=f"a whole picture as {name}",
+        got=f"a damaged or truncated {what} ({error})",
+        remedy="download or export it again",
     )
 
 
@@ -98,11 +103,14 @@ def _check_size(image: Image.Image, name: str, max_pixels: int, setting: str | N
     width, height = image.size
     if width * height > max_pixels:
         remedy = f"scale it down, or raise {setting} if you trust the file" if setting else "scale it down"
-        raise InputError(f"expected {name} to have at most {max_pixels:,} pixels; got {width} × {height} px; {remedy}")
+        raise InputError(
+            expected=f"{name} to have at most {max_pixels:,} pixels", got=f"{width} × {height} px", remedy=remedy
+        )
     if min(width, height) < MIN_SIDE_PX:
         raise InputError(
-            f"expected {name} to be at least {MIN_SIDE_PX} px wide and high; got {width} × {height} px; "
-            "give a larger picture"
+            expected=f"{name} to be at least {MIN_SIDE_PX} px wide and high",
+            got=f"{width} × {height} px",
+            remedy="give a larger picture",
         )
 
 
@@ -110,7 +118,9 @@ def _check_still(image: Image.Image, name: str) -> None:
     num_frames = getattr(image, "n_frames", 1)
     if num_frames > 1 and image.format not in _STILL_FORMATS_WITH_FRAMES:
         raise InputError(
-            f"expected one still picture as {name}; got {num_frames} frames ({image.format}); export one frame as PNG"
+            expected=f"one still picture as {name}",
+            got=f"{num_frames} frames ({image.format})",
+            remedy="export one frame as PNG",
         )
 
 
@@ -135,8 +145,9 @@ def _deep_grey(image: Image.Image, name: str) -> Image.Image:
         white = 1.0 if values.max() <= 1 else 255.0
     if not (values.min() >= 0 and values.max() <= white):  # also false for NaN
         raise InputError(
-            f"expected {name} to hold grey values 0…{white:g}; got {values.min():g}…{values.max():g} "
-            f"(mode {image.mode}); export it with 8 bits per channel"
+            expected=f"{name} to hold grey values 0…{white:g}",
+            got=f"{values.min():g}…{values.max():g} (mode {image.mode})",
+            remedy="export it with 8 bits per channel",
         )
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
@@ -167,8 +178,9 @@ def parse_color(text: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(text)[:3]
     except ValueError as error:
         raise InputError(
-            f"expected a colour name such as 'white' or a code such as '#f5f5f5'; got {text!r}; "
-            "correct ingestion.background_color"
+            expected="a colour name such as 'white' or a code such as '#f5f5f5'",
+            got=f"{text!r}",
+            remedy="correct ingestion.background_color",
         ) from error
     return red, green, blue
 
@@ -225,9 +237,9 @@ def check_mask_proportions(
     mask_aspect, image_aspect = mask_size_px[0] / mask_size_px[1], image_size_px[0] / image_size_px[1]
     if not 1 / 1.02 <= mask_aspect / image_aspect <= 1.02:
         raise InputError(
-            f"expected {mask_name} with the proportions of {image_name} "
-            f"({image_size_px[0]} × {image_size_px[1]} px); got {mask_size_px[0]} × {mask_size_px[1]} px; "
-            "draw the mask over the picture and save it at the same size"
+            expected=f"{mask_name} with the proportions of {image_name} ({image_size_px[0]} × {image_size_px[1]} px)",
+            got=f"{mask_size_px[0]} × {mask_size_px[1]} px",
+            remedy="draw the mask over the picture and save it at the same size",
         )
 
 

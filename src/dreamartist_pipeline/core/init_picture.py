@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.images import (
     bucket_size,
     check_mask_proportions,
@@ -18,6 +17,7 @@ from dreamartist_pipeline.core.images import (
     fit_to_size,
     flatten_alpha,
 )
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams, check_denoise
 
 DENOISE = 0.8  # without a mask; diffusers' default of StableDiffusionImg2ImgPipeline
@@ -86,18 +86,23 @@ def _check_nothing_is_alone(mask: Image.Image | None, denoise: float | None) -> 
         return
     lonely, name = ("a mask", "the mask") if mask is not None else (f"denoise {denoise:g}", "denoise")
     raise InputError(
-        f"expected a picture to start from beside {lonely}; got none; "
-        f"give it too (--params init_image=PATH, or `image` in Python), or leave {name} out"
+        expected=f"a picture to start from beside {lonely}",
+        got="none",
+        remedy=f"give it too (--params init_image=PATH, or `image` in Python), or leave {name} out",
     )
 
 
 def _check_denoise(denoise: float, num_inference_steps: int) -> None:
     if not 0 < denoise <= 1:
-        raise InputError(f"expected denoise above 0 and at most 1; got {denoise:g}; 1 keeps the least of the picture")
+        raise InputError(
+            expected="denoise above 0 and at most 1", got=f"{denoise:g}", remedy="1 keeps the least of the picture"
+        )
     try:
         check_denoise(denoise, num_inference_steps)
     except ValueError as error:
-        raise InputError(f"expected a part of the steps to be left; got: {error}") from error
+        raise InputError(
+            expected="a part of the steps to be left", got=f"{error}", remedy="raise denoise or num_inference_steps"
+        ) from error
 
 
 def _as_mask(mask: Image.Image | None, image_size_px: tuple[int, int]) -> Image.Image | None:
@@ -108,7 +113,9 @@ def _as_mask(mask: Image.Image | None, image_size_px: tuple[int, int]) -> Image.
     grey = flatten_alpha(mask, "black").convert("L").resize(image_size_px, Image.Resampling.BILINEAR)
     if np.asarray(grey).max() < _WHITE_FROM:
         raise InputError(
-            "expected init_mask to be white where init_image is drawn anew; got nothing white; paint that part white"
+            expected="init_mask to be white where init_image is drawn anew",
+            got="nothing white",
+            remedy="paint that part white",
         )
     return grey
 
@@ -150,7 +157,8 @@ def redrawn(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     latents = F.interpolate(white.float()[None, None], size=(size[1], size[0]))  # [1, 1, h, w], nearest
     if not latents.any():
         raise InputError(
-            f"expected init_mask to be white over at least one of the {size[0]} × {size[1]} latents of the image; "
-            "got smaller spots, or white in the margins that are cut off; paint a larger part white"
+            expected=f"init_mask to be white over at least one of the {size[0]} × {size[1]} latents of the image",
+            got="smaller spots, or white in the margins that are cut off",
+            remedy="paint a larger part white",
         )
     return latents

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
 SHARED = "shared"
@@ -69,8 +69,11 @@ def check_complete(tensors: Mapping[str, torch.Tensor], layer: str, origin: str)
     if not complete or ("alpha" in tensors and tensors["alpha"].numel() != 1):
         shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
         raise InputError(
-            f"expected {origin} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for "
-            f"{layer}; got {shapes}; the file is incomplete: make or download it again"
+            expected=(
+                f"{origin} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for {layer}"
+            ),
+            got=shapes,
+            remedy="the file is incomplete: make or download it again",
         )
 
 
@@ -107,8 +110,9 @@ def learned_updates(tensors: Mapping[str, torch.Tensor], groups: Sequence[Resolv
         match = _KEY.fullmatch(key)
         if match is None:
             raise InputError(
-                f"expected adapter tensors named '<layer>.<group>.<branch>.<down|up|bias>', got {key!r}; "
-                "load a concept that this project saved"
+                expected="adapter tensors named '<layer>.<group>.<branch>.<down|up|bias>'",
+                got=f"{key!r}",
+                remedy="load a concept that this project saved",
             )
         found.setdefault((match["layer"], int(match["index"]), match["branch"]), {})[match["name"]] = tensor
     return tuple(_learned(*at, parts, groups) for at, parts in sorted(found.items()))
@@ -120,9 +124,12 @@ def _learned(
     group = groups[index] if index < len(groups) else None
     if group is None or group.branch != branch or ("bias" in parts) != group.bias:
         raise InputError(
-            f"expected the tensors of one of {len(groups)} LoRA groups, {[group.name for group in groups]}, with a "
-            f"bias where the group has one; got {sorted(parts)} of {branch} group {index} in {layer}; the file is "
-            "incomplete: train the concept again"
+            expected=(
+                f"the tensors of one of {len(groups)} LoRA groups, {[group.name for group in groups]}, with a "
+                "bias where the group has one"
+            ),
+            got=f"{sorted(parts)} of {branch} group {index} in {layer}",
+            remedy="the file is incomplete: train the concept again",
         )
     check_complete(parts, layer, "the concept")
     down = parts["down"]

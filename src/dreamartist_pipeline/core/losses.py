@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
 NORMS = ("l1", "l2")
@@ -34,7 +34,7 @@ def snr_weight(weighting: str, snr: torch.Tensor, gamma: float, prediction_type:
         weight = gamma**3 / (snr**2 + gamma**3)
     else:
         raise InputError(
-            f"expected a weighting among {', '.join(WEIGHTINGS)}, got {weighting!r}; correct loss.weighting"
+            expected=f"a weighting among {', '.join(WEIGHTINGS)}", got=f"{weighting!r}", remedy="correct loss.weighting"
         )
     return weight if prediction_type == "epsilon" else weight * snr / (snr + 1)
 
@@ -86,7 +86,9 @@ def image_error(decoded: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor 
         ValueError: the images differ in shape.
     """
     if norm not in NORMS:
-        raise InputError(f"expected a norm among {', '.join(NORMS)}, got {norm!r}; correct loss.reconstruction_norm")
+        raise InputError(
+            expected=f"a norm among {', '.join(NORMS)}", got=f"{norm!r}", remedy="correct loss.reconstruction_norm"
+        )
     error = _error(decoded, pixels)
     if mask is not None:
         mask = nn.functional.interpolate(mask.float(), size=pixels.shape[-2:], mode="nearest")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
 
@@ -23,12 +23,16 @@ def check_optimizer(name: str, device: torch.device) -> None:
     """
     if name == "adamw8bit" and device.type != "cuda":
         raise InputError(
-            f"expected a CUDA GPU, because optimizer adamw8bit runs on nothing else; got {device.type}; choose adamw"
+            expected="a CUDA GPU, because optimizer adamw8bit runs on nothing else",
+            got=f"{device.type}",
+            remedy="choose adamw",
         )
     library = LIBRARIES.get(name)
     if library and find_spec(library) is None:
         raise InputError(
-            f"expected the library {library} for optimizer {name}; it is not installed; run: pip install {library}"
+            expected=f"the library {library} for optimizer {name}",
+            got="no such library",
+            remedy=f"run: pip install {library}",
         )
 
 
@@ -75,7 +79,9 @@ def make_optimizers(name: str, groups: Sequence[dict[str, Any]]) -> list[Optimiz
             optimizer = _from_library(name, "AdamWScheduleFree")(groups)
             optimizer.train()
             return [optimizer]
-    raise InputError(f"expected an optimizer among adamw, {', '.join(LIBRARIES)}, got {name!r}; correct optimizer")
+    raise InputError(
+        expected=f"an optimizer among adamw, {', '.join(LIBRARIES)}", got=f"{name!r}", remedy="correct optimizer"
+    )
 
 
 def _from_library(name: str, attribute: str, module: str | None = None) -> Callable[..., Any]:

@@ -17,8 +17,8 @@ from dreamartist_pipeline.core.adapters import AdapterStack, LowRankUpdate
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, to_json, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import SHARED, LearnedUpdate
+from dreamartist_pipeline.errors import InputError
 
 _OPTION = "training.start_from"
 
@@ -102,8 +102,9 @@ def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taki
                     without_place.append((f"{network}.{layer}", name))
     if without_place:
         raise InputError(
-            f"expected a LoRA group for every layer of the concept in {_OPTION}; got none for {len(without_place)}: "
-            f"{_alike(without_place)}; {_advice(without_place, stacks)}"
+            expected=f"a LoRA group for every layer of the concept in {_OPTION}",
+            got=f"none for {len(without_place)}: {_alike(without_place)}",
+            remedy=f"{_advice(without_place, stacks)}",
         )
     return takings
 
@@ -161,9 +162,12 @@ def _check_shapes(taking: _Taking) -> None:
     for factors in (update.factors for update in taking.updates):
         if factors.down.shape[1:] != down or factors.up[:, 0].shape != up:
             raise InputError(
-                f"expected down [rank, {', '.join(map(str, down))}] and up of {up[0]} outputs for "
-                f"{taking.network}.{taking.layer} in the concept of {_OPTION}; got {tuple(factors.down.shape)} and "
-                f"{tuple(factors.up.shape)}; the file is damaged: start from another concept"
+                expected=(
+                    f"down [rank, {', '.join(map(str, down))}] and up of {up[0]} outputs for {taking.network}."
+                    f"{taking.layer} in the concept of {_OPTION}"
+                ),
+                got=f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}",
+                remedy="the file is damaged: start from another concept",
             )
 
 
@@ -176,16 +180,21 @@ def _check_timestep_rank(taking: _Taking) -> None:
     if others or (first.group.timestep_min_rank, first.factors.rank) != (wanted, rank):
         came = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in taking.updates)
         raise InputError(
-            f"expected the rank and timestep_min_rank of the concept in {_OPTION} for {taking.network}.{taking.layer}, "
-            f"{came}; got rank {rank} with {wanted}; set {taking.option}.rank and .timestep_min_rank to the former"
+            expected=(
+                f"the rank and timestep_min_rank of the concept in {_OPTION} for {taking.network}.{taking.layer}, "
+                f"{came}"
+            ),
+            got=f"rank {rank} with {wanted}",
+            remedy=f"set {taking.option}.rank and .timestep_min_rank to the former",
         )
 
 
 def _check_bias(taking: _Taking) -> None:
     if taking.target.bias is None and any(update.factors.bias is not None for update in taking.updates):
         raise InputError(
-            f"expected a bias for {taking.network}.{taking.layer}, since the concept in {_OPTION} has one; got a group "
-            f"without; set {taking.option}.bias to true"
+            expected=f"a bias for {taking.network}.{taking.layer}, since the concept in {_OPTION} has one",
+            got="a group without",
+            remedy=f"set {taking.option}.bias to true",
         )
 
 
@@ -197,11 +206,12 @@ def _check_ranks(takings: Sequence[_Taking]) -> None:
         if taking.rank > taking.target.rank and (worst is None or taking.rank > worst.rank):
             short[taking.option] = taking
     if short:
-        needed = [
-            f"{t.rank} in {t.network}.{t.layer} (got {t.target.rank}): set {option}.rank to {t.rank}"
-            for option, t in short.items()
-        ]
-        raise InputError(f"expected LoRA groups of the ranks that the concept in {_OPTION} has, {'; '.join(needed)}")
+        raise InputError(
+            expected=f"LoRA groups of the ranks that the concept in {_OPTION} has, "
+            + ", ".join(f"{t.rank} in {t.network}.{t.layer}" for t in short.values()),
+            got=", ".join(str(t.target.rank) for t in short.values()),
+            remedy="set " + ", ".join(f"{option}.rank to {t.rank}" for option, t in short.items()),
+        )
 
 
 @torch.no_grad()
@@ -228,16 +238,18 @@ def _check_words(words: Mapping[str, WordEmbedding], concept: Concept) -> None:
     if wrong := [key for key, word in expected.items() if here.get(key) != word]:
         differing = [f"{key} {expected[key]} where the training has {here.get(key, 'none')}" for key in sorted(wrong)]
         raise InputError(
-            f"expected the trigger words of the concept in {_OPTION}; got (word, vectors) {'; '.join(differing)}; "
-            f"{_words_to_set(concept.metadata)}"
+            expected=f"the trigger words of the concept in {_OPTION}",
+            got=f"(word, vectors) {'; '.join(differing)}",
+            remedy=f"{_words_to_set(concept.metadata)}",
         )
     widths = {encoder: embedding.base.embedding_dim for encoder, embedding in words.items()}
     for word in concept.trigger_words():
         came = {encoder: vectors.shape[1] for encoder, vectors in word.vectors.items()}
         if came != widths:
             raise InputError(
-                f"expected vectors of width {widths} in the concept of {_OPTION}; got {came} for {word.key}; the file "
-                "is damaged: start from another concept"
+                expected=f"vectors of width {widths} in the concept of {_OPTION}",
+                got=f"{came} for {word.key}",
+                remedy="the file is damaged: start from another concept",
             )
 
 

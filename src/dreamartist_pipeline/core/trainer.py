@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 _Parts = TypeVar("_Parts")
 
@@ -159,9 +159,12 @@ class TrainingState:
         expected, got = ([tuple(p.shape) for p in ps] for ps in (self.parameters, state["parameters"]))
         if got != expected or bool(state["averages"]) != bool(self.averages):
             raise InputError(
-                f"expected the state of a training of parameters of shapes {expected}, "
-                f"{'with' if self.averages else 'without'} averages; got shapes {got}, "
-                f"{'with' if state['averages'] else 'without'} them; continue with the parameters it was started with"
+                expected=(
+                    f"the state of a training of parameters of shapes {expected}, "
+                    f"{'with' if self.averages else 'without'} averages"
+                ),
+                got=f"shapes {got}, {'with' if state['averages'] else 'without'} them",
+                remedy="continue with the parameters it was started with",
             )
         state = _plain_copy(state)
         _copy_into(self.parameters, state["parameters"])

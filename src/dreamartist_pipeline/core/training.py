@@ -23,12 +23,12 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_a
 from dreamartist_pipeline.core.concept import words_part
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.embeddings import WordEmbedding
-from dreamartist_pipeline.core.errors import TrainingError
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, concatenate
 from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
 from dreamartist_pipeline.core.trainer import Averages, TrainingState, normalized_ema, train
+from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import ScheduleParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
@@ -418,7 +418,9 @@ def fit(
     history: list[HistoryRow] = []
     for record in _records(_Steps(trainee, data, params, state), on_preview):
         if not math.isfinite(record.loss):
-            raise TrainingError(f"expected a finite loss; got {record.loss} at step {record.step}; {_WHAT_MAY_HELP}")
+            raise TrainingError(
+                expected="a finite loss", got=f"{record.loss} at step {record.step}", remedy=_WHAT_MAY_HELP
+            )
         history.append(record.row())
         if on_step:
             on_step(record)
@@ -432,7 +434,7 @@ def _check_learned(groups: Sequence[ParameterGroup]) -> None:
     for group in groups:
         if not all(parameter.isfinite().all() for parameter in group.parameters):
             raise TrainingError(
-                f"expected finite numbers in {group.name} after the last step; got others; {_WHAT_MAY_HELP}"
+                expected=f"finite numbers in {group.name} after the last step", got="others", remedy=_WHAT_MAY_HELP
             )
 
 
@@ -575,8 +577,9 @@ def check_gradients(norms: Mapping[tuple[str, str], torch.Tensor]) -> None:
     for (kind, branch), norm in norms.items():
         if norm.item() == 0:
             raise TrainingError(
-                f"expected a gradient for the {kind} of the {branch} branch in the first step; got none; "
-                "check that every template holds a slot and that the base model is a trained one"
+                expected=f"a gradient for the {kind} of the {branch} branch in the first step",
+                got="none",
+                remedy="check that every template holds a slot and that the base model is a trained one",
             )
 
 

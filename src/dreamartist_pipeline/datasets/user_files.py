@@ -9,7 +9,7 @@ from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.user_files import UserFiles
 
 
@@ -90,7 +90,9 @@ def folder_files(folder: Path) -> UserFiles:
         InputError: there is no such folder.
     """
     if not folder.is_dir():
-        raise InputError(f"expected a folder at {folder}; got {'a file' if folder.is_file() else 'none'}; correct it")
+        raise InputError(
+            expected=f"a folder at {folder}", got=f"{'a file' if folder.is_file() else 'none'}", remedy="correct it"
+        )
     inner = folder / "ckpts"
     return {
         file.name: _reader(file) for file in sorted((inner if inner.is_dir() else folder).iterdir()) if file.is_file()
@@ -104,7 +106,9 @@ def resolved(path: str, root: Path) -> Path:
 
 def _reader(file: Path) -> partial[bytes]:
     if not file.is_file():
-        raise InputError(f"expected a file at {file}; got {'a folder' if file.is_dir() else 'none'}; correct the path")
+        raise InputError(
+            expected=f"a file at {file}", got=f"{'a folder' if file.is_dir() else 'none'}", remedy="correct the path"
+        )
     return partial(Path.read_bytes, file)
 
 

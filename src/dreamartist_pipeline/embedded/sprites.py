@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PretrainParams
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def choose_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator
                 yield icon_svg(packages[package]["icons"], names[code]), words.get(code, "") if style else "", style
             elif style and code in named:
                 raise InputError(
-                    f"expected {named[code]!r} ({code}) in the sprite package {package!r}, found none; "
-                    "remove it from pretrain.objects"
+                    expected=f"{named[code]!r} ({code}) in the sprite package {package!r}",
+                    got="none",
+                    remedy="remove it from pretrain.objects",
                 )
 
 
@@ -117,8 +118,9 @@ def _published_words(packages: SpritePackages, params: PretrainParams, labels: d
 def _check_published(names: Iterable[str], labels: dict[str, str]) -> None:
     if unknown := sorted(set(names) - set(labels.values())):
         raise InputError(
-            f"expected published names in pretrain.published_objects, got {', '.join(map(repr, unknown))}; "
-            "correct or remove them"
+            expected="published names in pretrain.published_objects",
+            got=f"{', '.join(map(repr, unknown))}",
+            remedy="correct or remove them",
         )
 
 

@@ -14,9 +14,9 @@ import torch
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, TriggerWord, words_part
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import BaseModelIdentity
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
 _ALPHA = 1.0  # of the groups of a concept that is built here; everything else is in `up`
@@ -179,8 +179,9 @@ def _word_names(positive: Mapping[str, TriggerWord], negative: Mapping[str, Trig
     """
     if alone := negative.keys() - positive.keys():
         raise InputError(
-            f"expected a positive word in every slot that has a negative one; got none for {sorted(alone)}; give its "
-            "file, or give the negative word alone as the positive one of a slot"
+            expected="a positive word in every slot that has a negative one",
+            got=f"none for {sorted(alone)}",
+            remedy="give its file, or give the negative word alone as the positive one of a slot",
         )
     return {
         slot: (word.name, (negative[slot].name if slot in negative else "") if negative else f"{word.name}-neg")

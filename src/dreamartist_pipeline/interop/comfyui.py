@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
 from dreamartist_pipeline.schedulers import COMFYUI_SPACINGS, SCHEDULERS
 
@@ -97,13 +97,18 @@ def comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[st
     known = SCHEDULERS[sampler.scheduler].comfyui
     if known is None:
         raise InputError(
-            f"expected a scheduler that ComfyUI has too, for the workflow; got {sampler.scheduler}; "
-            f"set export.sampler.scheduler to one of {', '.join(name for name, s in SCHEDULERS.items() if s.comfyui)}"
+            expected="a scheduler that ComfyUI has too, for the workflow",
+            got=f"{sampler.scheduler}",
+            remedy=(
+                "set export.sampler.scheduler to one of "
+                f"{', '.join(name for name, s in SCHEDULERS.items() if s.comfyui)}"
+            ),
         )
     if unknown := sorted(sampler.scheduler_options.keys() - COMFYUI_SPACINGS.keys()):
         raise InputError(
-            f"expected scheduler_options that a ComfyUI workflow can say, {', '.join(COMFYUI_SPACINGS)}; got "
-            f"{', '.join(unknown)}; leave them out of export.sampler"
+            expected=f"scheduler_options that a ComfyUI workflow can say, {', '.join(COMFYUI_SPACINGS)}",
+            got=f"{', '.join(unknown)}",
+            remedy="leave them out of export.sampler",
         )
     sampler_name, scheduler = known
     if sampler.scheduler_options.get("use_karras_sigmas") is False and scheduler == "karras":
@@ -166,6 +171,14 @@ def check_workflow(workflow: Mapping[str, Any], lora_files: Iterable[str], name:
     for node, content in workflow.items():
         for field, value in content["inputs"].items():
             if isinstance(value, list) and value[0] not in workflow:
-                raise InputError(f"expected a node {value[0]!r} in {name}, which {node}.{field} links to; got none")
+                raise InputError(
+                    expected=f"a node {value[0]!r} in {name}, which {node}.{field} links to",
+                    got="none",
+                    remedy="export the concept again",
+                )
             if field == "lora_name" and value not in known:
-                raise InputError(f"expected the LoRA {value!r}, which {name} loads, in the export; got {sorted(known)}")
+                raise InputError(
+                    expected=f"the LoRA {value!r}, which {name} loads, in the export",
+                    got=f"{sorted(known)}",
+                    remedy="export the concept again",
+                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import LoRAGroup
 
 _WITHOUT_BIAS = ("kohya",)
@@ -30,9 +30,12 @@ def check_expressible(
             option, refusing = _not_expressible(group, formats)
             if refusing:
                 raise InputError(
-                    "expected LoRA groups that other tools' files can hold, because this run exports them; got "
-                    f"{'training.' if is_trained_here else ''}lora_{network}.{index} with {option}, which "
-                    f"{', '.join(refusing)} cannot hold; {_advice(formats, refusing, is_trained_here)}"
+                    expected="LoRA groups that other tools' files can hold, because this run exports them",
+                    got=(
+                        f"{'training.' if is_trained_here else ''}lora_{network}.{index} with {option}, which "
+                        f"{', '.join(refusing)} cannot hold"
+                    ),
+                    remedy=f"{_advice(formats, refusing, is_trained_here)}",
                 )
 
 

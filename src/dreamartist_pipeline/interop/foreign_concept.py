@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import BaseModelIdentity, ModelLayout
 from dreamartist_pipeline.core.lora_factors import SHARED
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import (
     BranchAdapter,
     build_concept,
@@ -79,7 +79,7 @@ def read_toolkit_folder(
     found, vectors = read_toolkit(contents, modules, layout.names, step)
     words = toolkit_words(vectors, names, option.format(slot=SLOT))
     if not (found or words):
-        raise InputError(f"expected adapters or words in {folder}; got none; give the folder of a training")
+        raise InputError(expected=f"adapters or words in {folder}", got="none", remedy="give the folder of a training")
     adapters = {branch: fitted(adapter, f"the {branch} adapters", layout.shapes) for branch, adapter in found.items()}
     word_of = {of_step.words[word.name]: word for word in words}
     sources = [
@@ -113,8 +113,9 @@ def settled(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveA
     used = {branch: adapter for branch, adapter in used.items() if adapter.num_layers}
     if not (used or imported.words):
         raise InputError(
-            "expected adapters that act on something; got only text-encoder layers that clip_skip leaves out; lower "
-            "clip_skip"
+            expected="adapters that act on something",
+            got="only text-encoder layers that clip_skip leaves out",
+            remedy="lower clip_skip",
         )
     return replace(imported, adapters=used, left_out=left_out)
 
@@ -163,13 +164,15 @@ def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
     if not word.name or word.name != typable(word.name):
         named = typable(word.name) or "my-word"
         raise InputError(
-            f"expected a trigger word without spaces, braces or slashes; got {word.name!r}; name it, such as "
-            f"{option}={named}"
+            expected="a trigger word without spaces, braces or slashes",
+            got=f"{word.name!r}",
+            remedy=f"name it, such as {option}={named}",
         )
     if word.name.lower() in map(str.lower, others):
         raise InputError(
-            f"expected every trigger word once; got {word.name!r} twice; name them apart, such as "
-            f"{option}=[{word.name}, {word.name}-neg]"
+            expected="every trigger word once",
+            got=f"{word.name!r} twice",
+            remedy=f"name them apart, such as {option}=[{word.name}, {word.name}-neg]",
         )
 
 
@@ -177,18 +180,21 @@ def _check_vectors(word: TriggerWord, layout: ModelLayout) -> None:
     widths = {encoder: vectors.shape[-1] for encoder, vectors in word.vectors.items()}
     if widths != layout.word_widths:
         raise InputError(
-            f"expected vectors of width {_numbers(layout.word_widths)} for {word.name!r}; got {_numbers(widths)}; give "
-            "an embedding for this base model, or set base_model to the one it was made for"
+            expected=f"vectors of width {_numbers(layout.word_widths)} for {word.name!r}",
+            got=f"{_numbers(widths)}",
+            remedy="give an embedding for this base model, or set base_model to the one it was made for",
         )
     if not 1 <= word.num_vectors <= layout.max_vectors:
         raise InputError(
-            f"expected 1 to {layout.max_vectors} vectors for {word.name!r}, which is what a prompt holds; got "
-            f"{word.num_vectors}; give another embedding"
+            expected=f"1 to {layout.max_vectors} vectors for {word.name!r}, which is what a prompt holds",
+            got=f"{word.num_vectors}",
+            remedy="give another embedding",
         )
     if not all(vectors.isfinite().all() for vectors in word.vectors.values()):
         raise InputError(
-            f"expected finite vectors for {word.name!r}; got some that are infinite or no numbers; make or download "
-            "the embedding again"
+            expected=f"finite vectors for {word.name!r}",
+            got="some that are infinite or no numbers",
+            remedy="make or download the embedding again",
         )
 
 

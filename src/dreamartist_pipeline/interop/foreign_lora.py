@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreamartist_pipeline.core.concept import FORMAT
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import FileNames, Shapes
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.peft_files import read_peft
@@ -75,18 +75,19 @@ def _form(keys: Collection[str], metadata: Mapping[str, str], name: str) -> str:
     """
     if metadata.get("format") == FORMAT:
         raise InputError(
-            f"expected a LoRA of another tool in {name}; got a concept of this project; copy it to "
-            "data/06_models/SUBJECT/concept.safetensors, or start from it with training.start_from"
+            expected=f"a LoRA of another tool in {name}",
+            got="a concept of this project",
+            remedy="copy it to data/06_models/SUBJECT/concept.safetensors, or start from it with training.start_from",
         )
     for pattern, (holds, advice) in _OTHER_KINDS.items():
         if found := [key for key in sorted(keys) if re.search(pattern, key)]:
-            raise InputError(f"expected a plain LoRA in {name}; got {holds} ({found[0]}, …); {advice}")
+            raise InputError(expected=f"a plain LoRA in {name}", got=f"{holds} ({found[0]}, …)", remedy=advice)
     for form, endings in _ENDINGS.items():
         if any(key.endswith(endings) for key in keys):
             return form
     came = ", ".join(sorted(keys)[:_SHOWN]) or "no tensors"
     raise InputError(
-        f"expected a LoRA in the kohya format or diffusers' (peft) in {name}; got {came}; give another file"
+        expected=f"a LoRA in the kohya format or diffusers' (peft) in {name}", got=came, remedy="give another file"
     )
 
 
@@ -109,13 +110,18 @@ def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
             wrong.append(f"{network}.{layer} came as {came} where {down} and {up} belong")
     if wrong:
         raise InputError(
-            f"expected {name} to fit the layers of this base model; got {len(wrong)} of {adapter.num_layers} that do "
-            f"not: {'; '.join(wrong[:_SHOWN])}; set base_model to the one it was made for, or give another file"
+            expected=f"{name} to fit the layers of this base model",
+            got=f"{len(wrong)} of {adapter.num_layers} that do not: {'; '.join(wrong[:_SHOWN])}",
+            remedy="set base_model to the one it was made for, or give another file",
         )
     if infinite := [".".join(at) for at, factors in adapter.by_layer().items() if not _is_finite(factors)]:
         raise InputError(
-            f"expected finite numbers in {name}; got {len(infinite)} of {adapter.num_layers} layers with some that are "
-            f"infinite or no numbers: {', '.join(infinite[:_SHOWN])}; make or download it again"
+            expected=f"finite numbers in {name}",
+            got=(
+                f"{len(infinite)} of {adapter.num_layers} layers with some that are infinite or no numbers: "
+                f"{', '.join(infinite[:_SHOWN])}"
+            ),
+            remedy="make or download it again",
         )
     return BranchAdapter(networks)
 

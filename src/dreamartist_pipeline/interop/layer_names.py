@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import FileNames
+from dreamartist_pipeline.errors import InputError
 
 _TRANSFORMER = r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
 _UNET_LAYER = re.compile(
@@ -39,8 +39,9 @@ def layers_by_name(modules: Mapping[str, Sequence[str]], names: FileNames, kohya
             name = names.kohya(network, layer) if kohya else f"{network}.{names.external(network, layer)}"
             if found.setdefault(name, (network, layer)) != (network, layer):
                 raise InputError(
-                    f"expected one module for the name {name!r}; got {found[name][1]} and {layer}; "
-                    "take a format that keeps the dots, such as peft"
+                    expected=f"one module for the name {name!r}",
+                    got=f"{found[name][1]} and {layer}",
+                    remedy="take a format that keeps the dots, such as peft",
                 )
     return found
 

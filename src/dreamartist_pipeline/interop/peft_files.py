@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, has_bias
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import layers_by_name
@@ -83,8 +83,9 @@ def _config(file: bytes, name: str) -> Mapping[str, Any]:
         isinstance(value, int | float) for key, value in config.items() if key.endswith(".lora_alpha")
     ):
         raise InputError(
-            f"expected a JSON object with numbers for lora_alpha as {_CONFIG} of {name}; got {text[:80]!r}; "
-            "save it by diffusers"
+            expected=f"a JSON object with numbers for lora_alpha as {_CONFIG} of {name}",
+            got=f"{text[:80]!r}",
+            remedy="save it by diffusers",
         )
     return config
 
@@ -95,7 +96,8 @@ def _scale(config: Mapping[str, Any], network: str, rank: int, name: str) -> flo
         return 1.0
     if config.get(f"{network}.alpha_pattern") or config.get(f"{network}.use_rslora"):
         raise InputError(
-            f"expected {name} to scale every layer by lora_alpha / rank; got alpha_pattern or use_rslora in its "
-            f"{_CONFIG}; fold the scale into lora_B, or save it in the kohya format"
+            expected=f"{name} to scale every layer by lora_alpha / rank",
+            got=f"alpha_pattern or use_rslora in its {_CONFIG}",
+            remedy="fold the scale into lora_B, or save it in the kohya format",
         )
     return float(config[f"{network}.lora_alpha"]) / rank

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 
 def load_weights(file: bytes, name: str, holds: str) -> Mapping[str, Any]:
@@ -28,11 +28,12 @@ def load_weights(file: bytes, name: str, holds: str) -> Mapping[str, Any]:
             content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes that are no pickle the unpickler fails by chance: KeyError, IndexError, …
         raise InputError(
-            f"expected {holds} in {name} that loads without running code; got {_refused(error)}; "
-            "make or download it again, or have the tool that made it save plain tensors"
+            expected=f"{holds} in {name} that loads without running code",
+            got=f"{_refused(error)}",
+            remedy="make or download it again, or have the tool that made it save plain tensors",
         ) from error
     if not isinstance(content, Mapping):
-        raise InputError(f"expected {holds} in {name}; got a {type(content).__name__}; give another file")
+        raise InputError(expected=f"{holds} in {name}", got=f"a {type(content).__name__}", remedy="give another file")
     return content
 
 
@@ -65,4 +66,6 @@ def dense_tensor(value: object, key: object, name: str) -> torch.Tensor:
         came = f"a view of shape {tuple(value.shape)} of {stored} numbers"
     else:
         return value.detach()
-    raise InputError(f"expected a tensor with all its numbers as {key!r} in {name}; got {came}; save the file again")
+    raise InputError(
+        expected=f"a tensor with all its numbers as {key!r} in {name}", got=came, remedy="save the file again"
+    )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import LoRAFactors, check_complete
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors
 
@@ -53,8 +53,9 @@ def place_tensors(
             at, part = found
             if part in parts.get(at, ()):
                 raise InputError(
-                    f"expected every tensor once in {name}; got {part} of {'.'.join(at)} twice, also as "
-                    f"{key!r}; make or download the file again"
+                    expected=f"every tensor once in {name}",
+                    got=f"{part} of {'.'.join(at)} twice, also as {key!r}",
+                    remedy="make or download the file again",
                 )
             parts.setdefault(at, {})[part] = tensor
     _refuse_unknown(unknown, name, form)
@@ -77,8 +78,9 @@ def _refuse_unknown(keys: Sequence[str], name: str, form: str) -> None:
     if keys:
         more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         raise InputError(
-            f"expected {name} to hold {form} for layers of this base model; got {len(keys)} unknown keys: "
-            f"{', '.join(sorted(keys)[:_SHOWN])}{more}; load it with the base model and the format it was made for"
+            expected=f"{name} to hold {form} for layers of this base model",
+            got=f"{len(keys)} unknown keys: {', '.join(sorted(keys)[:_SHOWN])}{more}",
+            remedy="load it with the base model and the format it was made for",
         )
 
 
@@ -89,7 +91,7 @@ def build_adapter(factors: Mapping[tuple[str, str], LoRAFactors], name: str) -> 
         InputError: there are none.
     """
     if not factors:
-        raise InputError(f"expected {name} to hold a LoRA; got no tensors; give another file")
+        raise InputError(expected=f"{name} to hold a LoRA", got="no tensors", remedy="give another file")
     networks: dict[str, dict[str, LoRAFactors]] = {}
     for (network, layer), value in sorted(factors.items()):
         networks.setdefault(network, {})[layer] = value

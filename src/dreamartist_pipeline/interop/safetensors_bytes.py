@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,9 @@ def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
         return dict(load(file))
     except (SafetensorError, KeyError) as error:  # KeyError: an exotic type, such as F4
         raise InputError(
-            f"expected a safetensors file {name}; got something else ({error}); give the right file, or make it again"
+            expected=f"a safetensors file {name}",
+            got=f"something else ({error})",
+            remedy="give the right file, or make it again",
         ) from error
 
 

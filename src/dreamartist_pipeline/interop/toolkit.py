@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from dreamartist_pipeline.core.concept import TriggerWord
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.layer_names import layers_by_name
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
@@ -66,8 +66,9 @@ def write_toolkit(
     networks = sorted({network for adapter in adapters.values() for network in adapter.networks})
     if unknown := sorted({*names.kohya_prefixes} - {*_NETWORKS}):
         raise InputError(
-            f"expected a base model of {' and '.join(_NETWORKS)} for the toolkit's files; got one with "
-            f"{', '.join(unknown)}; leave toolkit out of export.formats"
+            expected=f"a base model of {' and '.join(_NETWORKS)} for the toolkit's files",
+            got=f"one with {', '.join(unknown)}",
+            remedy="leave toolkit out of export.formats",
         )
     for branch in ("positive", "negative") if "negative" in adapters else adapters:
         layers_of = adapters[branch].networks if branch in adapters else {}
@@ -124,13 +125,16 @@ def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitSte
     weights = [name for name in names if name.lower().endswith(_WEIGHTS) and not name.startswith(".")]
     if strangers := [name for name in weights if name not in matches and not name.lower().endswith(".pt")]:
         raise InputError(
-            "expected files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt; got "
-            f"{', '.join(sorted(strangers))}; leave them out"
+            expected="files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt",
+            got=f"{', '.join(sorted(strangers))}",
+            remedy="leave them out",
         )
     steps = sorted({int(match["step"]) for match in matches.values()})
     if step is not None and steps and step not in steps:
         raise InputError(
-            f"expected adapters of step {step}; got those of {', '.join(map(str, steps))}; choose one of these steps"
+            expected=f"adapters of step {step}",
+            got=f"those of {', '.join(map(str, steps))}",
+            remedy="choose one of these steps",
         )
     chosen = step if step is not None else max(steps, default=None)
     adapters = [name for name, match in matches.items() if int(match["step"]) == chosen]
@@ -148,9 +152,11 @@ def _check_pairs(adapters: Sequence[re.Match[str]], has_negative: bool) -> None:
     pairs = [(network, half) for network in networks for half in ("", _NEGATIVE_SUFFIX)]
     if missing := [f"{network}{half}-{adapters[0]['step']}" for network, half in pairs if (network, half) not in found]:
         raise InputError(
-            f"expected a pair of adapters for every network, as the folder has negative ones; got "
-            f"{', '.join(match[0] for match in adapters)}; add {', '.join(missing)}, choose another step, or "
-            "copy what belongs together into a folder of its own"
+            expected="a pair of adapters for every network, as the folder has negative ones",
+            got=f"{', '.join(match[0] for match in adapters)}",
+            remedy=(
+                f"add {', '.join(missing)}, choose another step, or copy what belongs together into a folder of its own"
+            ),
         )
 
 
@@ -171,8 +177,9 @@ def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int |
     words = without_step | of_step
     if lost := [file for word, file in elsewhere.items() if word not in words]:
         raise InputError(
-            f"expected every word at step {chosen}, whose adapters are read; got {', '.join(lost)} of another step "
-            "alone; choose that step, or rename the file to WORD.pt if it belongs here"
+            expected=f"every word at step {chosen}, whose adapters are read",
+            got=f"{', '.join(lost)} of another step alone",
+            remedy="choose that step, or rename the file to WORD.pt if it belongs here",
         )
     return words
 
@@ -202,7 +209,9 @@ def read_toolkit(
         assert match is not None
         found = networks.setdefault("negative" if match["negative"] else "positive", {})
         if match["network"] in found:
-            raise InputError(f"expected one file for a network; got {name} beside another; leave one of them out")
+            raise InputError(
+                expected="one file for a network", got=f"{name} beside another", remedy="leave one of them out"
+            )
         found[match["network"]] = _read_network(files[name], name, match["network"], modules, names)
     adapters = {
         branch: BranchAdapter({network: layers for network, layers in found.items() if layers})
@@ -225,7 +234,9 @@ def _read_network(
     factors = {}
     for at, part in place_tensors(_tensors(file, name), name, "the toolkit's format", place).items():
         if "alpha" not in part:
-            raise InputError(f"expected alpha for {'.'.join(at)} in {name}; got none; the file is incomplete")
+            raise InputError(
+                expected=f"alpha for {'.'.join(at)} in {name}", got="none", remedy="the file is incomplete"
+            )
         factors[at[1]] = LoRAFactors(part["down"], part["up"], float(part["alpha"]), part.get("bias"))
     return dict(sorted(factors.items()))
 
@@ -265,8 +276,9 @@ def toolkit_words(
     for word in vectors:
         if word != typable(word):
             raise InputError(
-                f"expected trigger words without spaces and braces as names of files; got {word}.pt; rename it, such "
-                f"as {typable(word)}.pt"
+                expected="trigger words without spaces and braces as names of files",
+                got=f"{word}.pt",
+                remedy=f"rename it, such as {typable(word)}.pt",
             )
     pairs = names or {SLOT: _pair(sorted(vectors), option)}
     words = [
@@ -278,8 +290,9 @@ def toolkit_words(
     named = [word for pair in pairs.values() for word in pair if word]
     if sorted(named) != sorted(vectors):
         raise InputError(
-            f"expected the words {named}; got {sorted(vectors)}, the names of the files; name these in {option}, or "
-            "rename the files"
+            expected=f"the words {named}",
+            got=f"{sorted(vectors)}, the names of the files",
+            remedy=f"name these in {option}, or rename the files",
         )
     return words
 
@@ -289,7 +302,10 @@ def _pair(words: Sequence[str], option: str) -> tuple[str, str]:
     positive = [word for word in words if word not in negative]
     if len(positive) > 1 or len(negative) > 1:
         raise InputError(
-            f"expected one word and its '-neg' partner; got {', '.join(words)}; name the pair in {option}; where the "
-            "numbers are steps, give the step, or keep the files of one step"
+            expected="one word and its '-neg' partner",
+            got=f"{', '.join(words)}",
+            remedy=(
+                f"name the pair in {option}; where the numbers are steps, give the step, or keep the files of one step"
+            ),
         )
     return (positive or [""])[0], (negative or [""])[0]

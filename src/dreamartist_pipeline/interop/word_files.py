@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dreamartist_pipeline.core.concept import TriggerWord
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
@@ -53,8 +53,9 @@ def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, t
     if tensors.keys() != set(keys.values()) or len({tuple(t.shape[:-1]) for t in tensors.values()}) != 1:
         came = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
         raise InputError(
-            f"expected {', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder; got {came}; "
-            "give an embedding for this base model"
+            expected=f"{', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder",
+            got=came,
+            remedy="give an embedding for this base model",
         )
     return {encoder: dense_tensor(tensors[key], key, name).float() for encoder, key in keys.items()}
 
@@ -76,8 +77,9 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
     if len(tensors) != 1 or tensors[0].dim() not in (1, 2):
         came = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
         raise InputError(
-            f"expected one embedding [n, D] in {name}; got {came}; give an embedding for a Stable Diffusion 1.x or 2.x "
-            "text encoder"
+            expected=f"one embedding [n, D] in {name}",
+            got=came,
+            remedy="give an embedding for a Stable Diffusion 1.x or 2.x text encoder",
         )
     tensor = tensors[0].float()
     return tensor[None] if tensor.dim() == 1 else tensor

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config import ImportedConfig
 from dreamartist_pipeline.params import TrainingParams
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 
 
 def check_clip_skip(num_layers: int, clip_skip: int) -> None:
@@ -18,7 +18,9 @@ def check_clip_skip(num_layers: int, clip_skip: int) -> None:
     """
     if clip_skip >= num_layers:
         raise InputError(
-            f"expected clip_skip below the text encoder's {num_layers} layers; got {clip_skip}; lower it (0: none)"
+            expected=f"clip_skip below the text encoder's {num_layers} layers",
+            got=clip_skip,
+            remedy="lower it (0: none)",
         )
 
 

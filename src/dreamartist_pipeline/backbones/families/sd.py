@@ -13,9 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dreamartist_pipeline.backbones.families.backbone import Backbone, ModelSource, frozen
 from dreamartist_pipeline.backbones.families.clip_text import text_states
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, weight_states
+from dreamartist_pipeline.errors import InputError
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 _V2_TEXT_WIDTH = 1024
@@ -159,7 +159,10 @@ def _check_channels(place: str, options: Mapping[str, Any]) -> None:
     in_channels, latent_channels = unet.get("in_channels", 4), autoencoder.get("latent_channels", 4)  # their defaults
     if in_channels != latent_channels:
         raise InputError(
-            f"expected a text-to-image model, whose UNet takes the {latent_channels} channels of its latents; got "
-            f"{in_channels} input channels in {place}, as inpainting models have for a mask and a picture; "
-            "set base_model to the model that it was made from (generate redraws a part of a picture with init_mask)"
+            expected=f"a text-to-image model, whose UNet takes the {latent_channels} channels of its latents",
+            got=f"{in_channels} input channels in {place}, as inpainting models have for a mask and a picture",
+            remedy=(
+                "set base_model to the model that it was made from (generate redraws a part of a picture with "
+                "init_mask)"
+            ),
         )

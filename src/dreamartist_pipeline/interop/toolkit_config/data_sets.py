@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config.source import PRODUCT, ConfigReader
 from dreamartist_pipeline.interop.toolkit_config.words import words_by_slot
 from dreamartist_pipeline.params import TrainingParams
@@ -48,8 +48,9 @@ def find_data_sets(reader: ConfigReader) -> DataSets:
         references, regularization = regularization[:1], regularization[1:]
     if not references:
         raise InputError(
-            "expected a data set with the reference image under 'data'; got "
-            f"{', '.join(candidates) or 'none'}; import a training configuration"
+            expected="a data set with the reference image under 'data'",
+            got=f"{', '.join(candidates) or 'none'}",
+            remedy="import a training configuration",
         )
     others = references[1:] + regularization[1:]
     reader.leave_out([f"{name}.batch_size" for name in others], "only one data set of each kind is trained on")
@@ -95,7 +96,9 @@ def _batch_size(reader: ConfigReader, data_set: str, name: str) -> int:
     value = reader.read_or(f"{data_set}.batch_size", default, "as in this project's methods")
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(
-            f"expected an integer for {data_set}.batch_size; got {value!r}; correct the file, or add its base files"
+            expected=f"an integer for {data_set}.batch_size",
+            got=f"{value!r}",
+            remedy="correct the file, or add its base files",
         )
     return value
 
@@ -131,8 +134,9 @@ def read_regularization_weight(reader: ConfigReader, data_sets: DataSets) -> flo
     own, other = (1.0 if weight is None else weight for weight in (own, other))
     if not all(isinstance(weight, int | float) for weight in (own, other)) or own <= 0:
         raise InputError(
-            f"expected numbers as loss_weight, above 0 for the reference image; got {own!r} for the reference image "
-            f"and {other!r} for the regularization set; correct them"
+            expected="numbers as loss_weight, above 0 for the reference image",
+            got=f"{own!r} for the reference image and {other!r} for the regularization set",
+            remedy="correct them",
         )
     return float(other) / float(own)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config.data_sets import (
     find_data_sets,
     read_data,
@@ -73,8 +73,12 @@ def read_toolkit_config(text: str, read_text: ReadText) -> ImportedConfig:
     words = read_trigger_words(reader, data_sets.reference, has_negative)
     if not (words.names or any(groups.values())):
         raise InputError(
-            "expected LoRA groups (lora_unet, lora_text_encoder) or trigger words (tokenizer_pt.train and word_names) "
-            f"in the configuration; got {', '.join(reader.children(''))}; import a configuration that trains adapters"
+            expected=(
+                "LoRA groups (lora_unet, lora_text_encoder) or trigger words (tokenizer_pt.train and word_names) "
+                "in the configuration"
+            ),
+            got=f"{', '.join(reader.children(''))}",
+            remedy="import a configuration that trains adapters",
         )
     training: dict[str, Any] = {
         **groups,
@@ -123,7 +127,9 @@ def _check(parameters: Mapping[str, Mapping[str, Any]]) -> None:
                 for problem in error.errors()
             ]
             raise InputError(
-                f"expected values that this project can train with; got {'; '.join(problems)}; correct the file"
+                expected="values that this project can train with",
+                got=f"{'; '.join(problems)}",
+                remedy="correct the file",
             ) from error
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config.unsupported import NO_EFFECT, REASONS_BY_PART, REASONS_BY_PREFIX
 
 PRODUCT = re.compile(r"\d+(\s*[*,]\s*\d+)*")
@@ -135,7 +135,7 @@ def read_config(text: str, read_text: ReadText) -> ConfigReader:
         _escape_dangling(config)
         values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
-        raise InputError(f"expected valid references; got: {error}; correct the file") from error
+        raise InputError(expected="valid references", got=f"{error}", remedy="correct the file") from error
     return ConfigReader(values, missing)
 
 
@@ -144,15 +144,17 @@ def _load(text: str, read_text: ReadText, missing: dict[str, str], ancestors: tu
     try:
         config = OmegaConf.create(text)
     except YAMLError as error:
-        raise InputError(f"expected a YAML file; got one that cannot be parsed: {error}; correct it") from error
+        raise InputError(
+            expected="a YAML file", got=f"one that cannot be parsed: {error}", remedy="correct it"
+        ) from error
     if not isinstance(config, DictConfig):
-        raise InputError("expected a YAML mapping; got something else; import a training configuration")
+        raise InputError(expected="a YAML mapping", got="something else", remedy="import a training configuration")
     config = OmegaConf.create(_without_resolvers(OmegaConf.to_container(config, resolve=False)))
     bases = config.pop("_base_", None) or []
     merged = OmegaConf.create()
     for base in [bases] if isinstance(bases, str) else bases:
         if base in ancestors:
-            raise InputError(f"expected base files without a cycle; got {base!r} again; correct _base_")
+            raise InputError(expected="base files without a cycle", got=f"{base!r} again", remedy="correct _base_")
         if (base_text := read_text(base)) is None:
             missing[f"_base_ {base}"] = "the file was not found; its values are not carried over"
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config.optimization import read_optimizer
 from dreamartist_pipeline.interop.toolkit_config.source import ConfigReader, ReadText
 from dreamartist_pipeline.params import WordsParams
@@ -125,11 +125,14 @@ def _learning_rates(reader: ConfigReader, known: list[str]) -> dict[str, float]:
             reader.leave_out([lr_key], f"all words have the same learning rate, {first}")
     if unknown and known and not rates:
         raise InputError(
-            f"expected words of word_names ({', '.join(known)}) in tokenizer_pt.train; got {', '.join(unknown)}; "
-            "correct the names"
+            expected=f"words of word_names ({', '.join(known)}) in tokenizer_pt.train",
+            got=f"{', '.join(unknown)}",
+            remedy="correct the names",
         )
     if not all(isinstance(rate, int | float) for rate in rates.values()):
-        raise InputError(f"expected a learning rate (lr) for every word of tokenizer_pt.train; got {rates}; add it")
+        raise InputError(
+            expected="a learning rate (lr) for every word of tokenizer_pt.train", got=rates, remedy="add it"
+        )
     return rates
 
 

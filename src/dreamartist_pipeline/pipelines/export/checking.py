@@ -24,8 +24,8 @@ from dreamartist_pipeline.backbones.lora_files import (
     make_probe,
 )
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.comfyui import check_workflow
 from dreamartist_pipeline.interop.kohya import read_kohya
@@ -149,13 +149,16 @@ def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, li
     wanted, found = expected.by_layer(), came.by_layer()
     if wanted.keys() != found.keys():
         odd = sorted(".".join(at) for at in wanted.keys() ^ found.keys())
-        raise InputError(f"expected {name} to hold the concept's layers; {', '.join(odd)} differ; export it again")
+        raise InputError(
+            expected=f"the concept's layers in {name}", got=f"others in {', '.join(odd)}", remedy="export it again"
+        )
     differences = {at: _layer_difference(found[at], wanted[at]) for at in wanted}
     worst = max(differences, key=lambda at: differences[at])
     if not differences[worst] <= limit:
         raise InputError(
-            f"expected {name} to hold the concept's update of {'.'.join(worst)} to {limit:g}; got a relative "
-            f"difference of {differences[worst]:.3g}; set export.dtype to float32"
+            expected=f"{name} to hold the concept's update of {'.'.join(worst)} to {limit:g}",
+            got=f"a relative difference of {differences[worst]:.3g}",
+            remedy="set export.dtype to float32",
         )
     return {"relative_difference": differences[worst], "limit": limit}
 
@@ -187,8 +190,9 @@ def _check_diffusers(
     expected_layers = {".".join(at) for at in adapter.by_layer()}
     if lost := sorted(expected_layers ^ loaded.layers):
         raise InputError(
-            f"expected diffusers to adapt the concept's layers from {name}; {', '.join(lost)} differ; "
-            f"leave {form} out of export.formats"
+            expected=f"diffusers to adapt the concept's layers from {name}",
+            got=f"others in {', '.join(lost)}",
+            remedy=f"leave {form} out of export.formats",
         )
     expected = truth.by_branch[branch]
     difference = float((loaded.prediction - expected).abs().max())
@@ -196,8 +200,9 @@ def _check_diffusers(
     limit = EFFECT_LIMITS[params.dtype] * effect + _ROUNDING * float(expected.abs().max())
     if not difference <= limit:
         raise InputError(
-            f"expected diffusers to predict with {name} what the concept's {branch} branch predicts, to {limit:.3g}; "
-            f"got a difference of {difference:.3g} (the adapter changes {effect:.3g}); set export.dtype to float32"
+            expected=f"diffusers to predict with {name} what the concept's {branch} branch predicts, to {limit:.3g}",
+            got=f"a difference of {difference:.3g} (the adapter changes {effect:.3g})",
+            remedy="set export.dtype to float32",
         )
     return {"takes_all_layers": True, "max_difference": difference, "limit": limit, "effect": effect}
 
@@ -231,8 +236,9 @@ def _check_words(
         rounded, found = vectors.to(getattr(torch, dtype)).float(), came.get(encoder, torch.empty(0))
         if found.shape != rounded.shape or not torch.equal(found, rounded):
             raise InputError(
-                f"expected {name} to hold the concept's {tuple(vectors.shape)} vectors; got {tuple(found.shape)} "
-                "others; export it again"
+                expected=f"{name} to hold the concept's {tuple(vectors.shape)} vectors",
+                got=f"{tuple(found.shape)} others",
+                remedy="export it again",
             )
     return {
         "num_vectors": len(next(iter(expected.values()))),
@@ -273,4 +279,6 @@ def _check_companions(files: Mapping[str, bytes]) -> None:
         try:
             ast.parse(files[SCRIPT])
         except SyntaxError as error:
-            raise InputError(f"expected {SCRIPT} to be Python; got {error}; choose another export.prompt") from error
+            raise InputError(
+                expected=f"{SCRIPT} to be Python", got=error, remedy="choose another export.prompt"
+            ) from error

@@ -11,8 +11,8 @@ import torch
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.layout import FileNames
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
 from dreamartist_pipeline.interop.companion_texts import ExportOutline, diffusers_script, readme
@@ -103,8 +103,9 @@ def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes
     if not files:
         has = "LoRAs only" if source.adapters else "trigger words only"
         raise InputError(
-            f"expected a format for what this concept has, {has}; got export.formats={list(params.formats)}; "
-            f"add {'kohya' if source.adapters else 'embeddings'}"
+            expected=f"a format for what this concept has, {has}",
+            got=f"export.formats={list(params.formats)}",
+            remedy=f"add {'kohya' if source.adapters else 'embeddings'}",
         )
     return files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ImportParams
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def check_request(params: ImportParams) -> None:
     """
     if not (params.positive or params.negative or params.words or params.toolkit):
         raise InputError(
-            "expected files to import; got none; name them, such as import.positive=cat.safetensors, "
-            "import.words.pt1=my-cat.safetensors, or import.toolkit=FOLDER"
+            expected="files to import",
+            got="none",
+            remedy=(
+                "name them, such as import.positive=cat.safetensors, import.words.pt1=my-cat.safetensors, or "
+                "import.toolkit=FOLDER"
+            ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import IngestionParams
 
 
@@ -51,6 +51,7 @@ def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: Inges
 def _check_something_is_seen(mask: Image.Image) -> None:
     if mask.getextrema() == (0, 0):
         raise InputError(
-            "expected an attention mask with something brighter than black inside the bucket; got black everywhere; "
-            "paint what should be learned in grey or white"
+            expected="an attention mask with something brighter than black inside the bucket",
+            got="black everywhere",
+            remedy="paint what should be learned in grey or white",
         )

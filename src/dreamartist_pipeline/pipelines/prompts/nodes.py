@@ -6,7 +6,7 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any
 
-from dreamartist_pipeline.core.errors import InputError
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PromptsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
@@ -28,9 +28,11 @@ def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParam
     prompts = distinct_prompts(column)
     if len(prompts) < params.num_prompts:
         raise InputError(
-            f"expected at least {params.num_prompts:,} different prompts in column {column.name!r} of the prompt "
-            f"database; got {len(prompts):,} (from {len(column):,} rows, without blanks, duplicates and unreadable "
-            "braces); lower prompts.num_prompts or give a larger prompt database"
+            expected=(
+                f"at least {params.num_prompts:,} different prompts in column {column.name!r} of the prompt database"
+            ),
+            got=f"{len(prompts):,} (from {len(column):,} rows, without blanks, duplicates and unreadable braces)",
+            remedy="lower prompts.num_prompts or give a larger prompt database",
         )
     return random.Random(params.seed).sample(prompts, params.num_prompts)
 
@@ -48,8 +50,9 @@ def distinct_prompts(column: Series) -> list[str]:
     for value in values:
         if not isinstance(value, str):
             raise InputError(
-                f"expected text in column {column.name!r} of the prompt database; got {value!r} "
-                f"({type(value).__name__}); set prompts.column to the column that holds the prompts"
+                expected=f"text in column {column.name!r} of the prompt database",
+                got=f"{value!r} ({type(value).__name__})",
+                remedy="set prompts.column to the column that holds the prompts",
             )
     stripped = (value.strip() for value in values)
     distinct = list(dict.fromkeys(prompt for prompt in stripped if prompt))
@@ -74,6 +77,10 @@ def _select_column(database: DataFrame, column: str | int) -> Series:
     if isinstance(column, str) and column in names:
         return database.iloc[:, names.index(column)]
     raise InputError(
-        f"expected prompts.column to be one of {', '.join(map(repr, names)) or 'no columns at all'}"
-        f"{f' (or 0 to {len(names) - 1})' if names else ''}; got {column!r}; name a column that the prompt database has"
+        expected=(
+            f"prompts.column to be one of {', '.join(map(repr, names)) or 'no columns at all'}"
+            f"{f' (or 0 to {len(names) - 1})' if names else ''}"
+        ),
+        got=f"{column!r}",
+        remedy="name a column that the prompt database has",
     )

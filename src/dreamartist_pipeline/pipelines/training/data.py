@@ -13,11 +13,11 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.images import attention_mask, fit_to_size, to_tensor
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import LatentImages, TrainingData, derived_seed
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import TrainingParams
 
 _ENCODE_BATCH = 8
@@ -106,7 +106,10 @@ def regularization_images(regularization_set: CaptionedImages, params: TrainingP
         return []
     if not regularization_set:
         raise InputError(
-            "expected regularization images, because training.regularization_batch_size="
-            f"{params.regularization_batch_size}; got an empty set; set it to 0, or prompts.num_prompts to more than 0"
+            expected=(
+                f"regularization images, because training.regularization_batch_size={params.regularization_batch_size}"
+            ),
+            got="an empty set",
+            remedy="set it to 0, or prompts.num_prompts to more than 0",
         )
     return [(caption, read()) for caption, read in regularization_set]

@@ -15,10 +15,10 @@ from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import slot_names
 from dreamartist_pipeline.core.embeddings import Vocabulary
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.optimizers import check_optimizer
 from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_factor, parameter_groups
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import template_prompts, training_prompts
 from dreamartist_pipeline.pipelines.training.starting import begin_from
@@ -76,8 +76,9 @@ def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], begun:
     """
     if {key: plan[key] for key in ("groups", "start") if key in plan} != _what_trains(groups, begun):
         raise InputError(
-            "expected the plan of these parameters and this base model; got another one, from an earlier run; "
-            "run the node check_training again"
+            expected="the plan of these parameters and this base model",
+            got="another one, from an earlier run",
+            remedy="run the node check_training again",
         )
 
 
@@ -129,8 +130,9 @@ def _check_braces(params: TrainingParams, caption: str) -> None:
     for prompt in [prompt for pair in training_prompts(params, caption) for prompt in pair]:
         try:
             parse_weights(prompt)
-        except ValueError as error:
-            raise InputError(f"{error}; it is made of a template and the reference image's caption") from error
+        except InputError as error:
+            source = "in a template or the reference image's caption"
+            raise InputError(error.expected, error.got, f"{error.remedy}, {source}") from error
 
 
 def _check_preview(params: TrainingParams) -> None:
@@ -155,18 +157,20 @@ def check_templates(params: TrainingParams) -> None:
         slots = set(slot_names(template, names))
         if not slots & names:
             raise InputError(
-                f"expected the slot {wanted} in every template; got {template!r}; write it where it belongs"
+                expected=f"the slot {wanted} in every template", got=f"{template!r}", remedy="write it where it belongs"
             )
         if unknown := sorted(slots - names - set(_GENERAL_SLOTS)):
             raise InputError(
-                f"expected only the slots {wanted}, {{class}} and {{caption}} in templates; got {{{unknown[0]}}} in "
-                f"{template!r}; correct it, or give its trigger words in words.names"
+                expected=f"only the slots {wanted}, {{class}} and {{caption}} in templates",
+                got=f"{{{unknown[0]}}} in {template!r}",
+                remedy="correct it, or give its trigger words in words.names",
             )
         used |= slots
     if unused := sorted(names - used):
         raise InputError(
-            f"expected every slot of words.names in some template; got none with {{{unused[0]}}}; "
-            "add it to a template, or remove its trigger words"
+            expected="every slot of words.names in some template",
+            got=f"none with {{{unused[0]}}}",
+            remedy="add it to a template, or remove its trigger words",
         )
 
 
@@ -185,8 +189,9 @@ def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
     """Confirm that trigger words come from templates alone: a caption is the same in both branches."""
     if found := [part.name for part in vocabulary.split_prompt(caption) if not isinstance(part, str)]:
         raise InputError(
-            f"expected a caption of what the picture shows beside the subject; got {caption!r}, in which {found[0]} is "
-            "a trigger word, which both branches would learn; take it out, templates say it"
+            expected="a caption of what the picture shows beside the subject",
+            got=f"{caption!r}, in which {found[0]} is a trigger word, which both branches would learn",
+            remedy="take it out, templates say it",
         )
 
 

@@ -11,8 +11,8 @@ from dreamartist_pipeline.backbones.fitting import check_base_model
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
-from dreamartist_pipeline.core.errors import InputError
 from dreamartist_pipeline.core.starting import Start, take_over
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.concept_file import read_concept
 from dreamartist_pipeline.interop.user_files import UserFiles
 from dreamartist_pipeline.params import TrainingParams
@@ -66,8 +66,9 @@ def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
     expected = concept.metadata.clip_skip
     if params.clip_skip != expected:
         raise InputError(
-            f"expected training.clip_skip {expected}, which the concept in training.start_from was trained with; got "
-            f"{params.clip_skip}; set it to {expected}"
+            expected=f"training.clip_skip {expected}, which the concept in training.start_from was trained with",
+            got=f"{params.clip_skip}",
+            remedy=f"set it to {expected}",
         )
 
 
@@ -76,6 +77,7 @@ def _check_noise_schedule(concept: Concept, params: TrainingParams) -> None:
     expected, came = (str(value).lower() for value in (concept.metadata.zero_terminal_snr, params.zero_terminal_snr))
     if came != expected:
         raise InputError(
-            f"expected training.zero_terminal_snr {expected}, as the concept in training.start_from was trained; got "
-            f"{came}; set it to {expected}"
+            expected=f"training.zero_terminal_snr {expected}, as the concept in training.start_from was trained",
+            got=came,
+            remedy=f"set it to {expected}",
         )
