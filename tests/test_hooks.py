@@ -126,7 +126,7 @@ def test_a_concept_in_place_is_only_replaced_when_asked(tmp_path: Path) -> None:
 
     before_run()
     file.touch()
-    with pytest.raises(InputError, match=f"{file} is there already; .*import.replace=true"):
+    with pytest.raises(InputError, match=f"{file}, which is there already; .*import.replace=true"):
         before_run()
     before_run(replace=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class _Explained(Exception):
+class _ExplainedError(Exception):
     """An error in three parts.
 
     Attributes:
@@ -23,9 +23,9 @@ class _Explained(Exception):
         return f"{about}expected {self.expected}; got {self.got}{end}{self.remedy}"
 
 
-class InputError(_Explained, ValueError):
+class InputError(_ExplainedError, ValueError):
     """Input that cannot be used."""
 
 
-class TrainingError(_Explained, RuntimeError):
+class TrainingError(_ExplainedError, RuntimeError):
     """A training that cannot go on, because nothing is learned or numbers are no longer finite."""

@@ -109,7 +109,7 @@ def min_rank(group: ResolvedGroup, out_features: int, rank: int) -> int:
             expected=(
                 f"timestep_min_rank of {group.name} to be at most its rank {rank} in a layer of {out_features} outputs"
             ),
-            got=lowest,
+            got=f"{lowest}",
             remedy="lower it",
         )
     return lowest
@@ -255,7 +255,7 @@ def _check_principal(layer: nn.Linear | nn.Conv2d, group: ResolvedGroup, rank: i
                 f"a rank of at most {most} for svd_init of {group.name} in a layer whose weight is "
                 f"{tuple(layer.weight.shape)}"
             ),
-            got=rank,
+            got=f"{rank}",
             remedy="lower it, or leave this layer out",
         )
 
@@ -712,7 +712,9 @@ def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     adapted = isinstance(layer, BranchLoRALayer) or isinstance(parent, BranchLoRALayer)
     if adapted or not isinstance(layer, nn.Linear | nn.Conv2d):
         came = "one that has adapters already" if adapted else "no such layer"
-        raise InputError(expected=f"a plain Linear or Conv2d {name!r}", got=came, remedy="start from the base model")
+        raise InputError(
+            expected=f"a plain Linear or Conv2d {name!r}", got=f"{came}", remedy="start from the base model"
+        )
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise InputError(
             expected=f"an ordinary convolution {name!r}",

@@ -72,7 +72,7 @@ def check_complete(tensors: Mapping[str, torch.Tensor], layer: str, origin: str)
             expected=(
                 f"{origin} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for {layer}"
             ),
-            got=shapes,
+            got=f"{shapes}",
             remedy="the file is incomplete: make or download it again",
         )
 

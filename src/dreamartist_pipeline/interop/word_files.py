@@ -54,7 +54,7 @@ def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, t
         came = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
         raise InputError(
             expected=f"{', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder",
-            got=came,
+            got=f"{came}",
             remedy="give an embedding for this base model",
         )
     return {encoder: dense_tensor(tensors[key], key, name).float() for encoder, key in keys.items()}
@@ -78,7 +78,7 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
         came = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
         raise InputError(
             expected=f"one embedding [n, D] in {name}",
-            got=came,
+            got=f"{came}",
             remedy="give an embedding for a Stable Diffusion 1.x or 2.x text encoder",
         )
     tensor = tensors[0].float()

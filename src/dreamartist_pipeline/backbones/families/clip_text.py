@@ -19,7 +19,7 @@ def check_clip_skip(num_layers: int, clip_skip: int) -> None:
     if clip_skip >= num_layers:
         raise InputError(
             expected=f"clip_skip below the text encoder's {num_layers} layers",
-            got=clip_skip,
+            got=f"{clip_skip}",
             remedy="lower it (0: none)",
         )
 

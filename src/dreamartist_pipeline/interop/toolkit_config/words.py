@@ -131,7 +131,7 @@ def _learning_rates(reader: ConfigReader, known: list[str]) -> dict[str, float]:
         )
     if not all(isinstance(rate, int | float) for rate in rates.values()):
         raise InputError(
-            expected="a learning rate (lr) for every word of tokenizer_pt.train", got=rates, remedy="add it"
+            expected="a learning rate (lr) for every word of tokenizer_pt.train", got=f"{rates}", remedy="add it"
         )
     return rates
 

@@ -280,5 +280,5 @@ def _check_companions(files: Mapping[str, bytes]) -> None:
             ast.parse(files[SCRIPT])
         except SyntaxError as error:
             raise InputError(
-                expected=f"{SCRIPT} to be Python", got=error, remedy="choose another export.prompt"
+                expected=f"{SCRIPT} to be Python", got=f"{error}", remedy="choose another export.prompt"
             ) from error
