@@ -151,7 +151,7 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     run = last_run(project)
     assert run.info.status == "FINISHED"
     assert run.info.run_name.startswith(f"{SUBJECT} · default · dreamartist-plus-plus · ingestion.bucket.side_px=32")
-    assert run.data.params["training.lora_unet.1.branch"] == "n"
+    assert run.data.params["training.lora_unet.1.branch"] == "negative"
     assert run.data.params["training.words.names.pt1"] == f"['my-{SUBJECT}', 'my-{SUBJECT}-neg']"
     measured = json.loads((project / "data/08_reporting" / SUBJECT / "evaluation_metrics.json").read_text())
     assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
@@ -256,24 +256,25 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("params", "prompt_weights", "early_checks"),
+    ("params", "prompt_weights", "schedulers", "early_checks"),
     ("core",),
     ("backbones", "interop", "datasets"),
+    ("embedded",),
     ("pipelines",),
     ("hooks", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
 )
 CALLED_BACK = {  # what is handed down to be called
-    "backbones.base_model:Backbone.denoise": "core.training",
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
+    "backbones.families.backbone:Backbone.denoise": "core.training",
     "backbones.prompts:PromptEncoder.encode": "core.training",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
     "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
-    "pipelines.training.nodes:_StepReport.__call__": "core.training",
-    "pipelines.training.nodes:_preview.<locals>.draw": "core.training",
     "pipelines.training.nodes:train_concept": "core.tracking",
-    "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.nodes",
-    "tracking:MLflowTracker.log_metrics": "pipelines.training.nodes",
+    "pipelines.training.reporting:StepReport.__call__": "core.training",
+    "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",
+    "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
+    "tracking:MLflowTracker.log_metrics": "pipelines.training.reporting",
 }
 
 
@@ -353,7 +354,7 @@ def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(proj
     from transformers import CLIPModel
 
     shutil.copytree(PROJECT / "data/01_raw/sprite_samples", project / "data/01_raw/sprite_samples")
-    result = kedro_run(project, "--pipeline", "pretrain")
+    result = kedro_run(project, "--pipeline", "pretrain", "--params", "base_model=tiny")
     assert result.returncode == 0, result.stderr[-3000:]
     made = project / "data/06_models/pretrain"
     pipeline = StableDiffusionPipeline.from_pretrained(made / "base_model", local_files_only=True)
@@ -379,7 +380,7 @@ def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
 
 def test_what_cannot_be_exported_ends_before_anything_is_trained(project: Path) -> None:
     group = "{lr: 1e-3, rank: 4, timestep_min_rank: 1, layers: ['re:.*attn']}"
-    result = kedro_run(project, "--params", f"training.lora_unet=[{group}]")
+    result = kedro_run(project, "--params", settings(project, **{"training.lora_unet": f"[{group}]"}))
     assert result.returncode == 1
     assert "got training.lora_unet.0 with timestep_min_rank=1, which kohya, peft, toolkit" in result.stderr
     assert "kedro run --pipelines train,evaluate" in result.stderr
