@@ -267,8 +267,8 @@ LAYERS = (  # from the lowest; each calls those below it
     ("hooks", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
 )
 CALLED_BACK = {  # what is handed down to be called
-    "backbones.base_model:Backbone.denoise": "core.training",
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
+    "backbones.families.backbone:Backbone.denoise": "core.training",
     "backbones.prompts:PromptEncoder.encode": "core.training",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
@@ -357,7 +357,7 @@ def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(proj
     from transformers import CLIPModel
 
     shutil.copytree(PROJECT / "data/01_raw/sprite_samples", project / "data/01_raw/sprite_samples")
-    result = kedro_run(project, "--pipeline", "pretrain")
+    result = kedro_run(project, "--pipeline", "pretrain", "--params", "base_model=tiny")
     assert result.returncode == 0, result.stderr[-3000:]
     made = project / "data/06_models/pretrain"
     pipeline = StableDiffusionPipeline.from_pretrained(made / "base_model", local_files_only=True)
@@ -383,7 +383,7 @@ def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
 
 def test_what_cannot_be_exported_ends_before_anything_is_trained(project: Path) -> None:
     group = "{lr: 1e-3, rank: 4, timestep_min_rank: 1, layers: ['re:.*attn']}"
-    result = kedro_run(project, "--params", f"{settings(project)},training.lora_unet=[{group}]")
+    result = kedro_run(project, "--params", settings(project, **{"training.lora_unet": f"[{group}]"}))
     assert result.returncode == 1
     assert "got training.lora_unet.0 with timestep_min_rank=1, which kohya, peft, toolkit" in result.stderr
     assert "kedro run --pipelines train,evaluate" in result.stderr
