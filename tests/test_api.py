@@ -564,5 +564,5 @@ def test_the_documented_pictures_are_drawn(
 def test_every_scheduler_that_draws_noise_is_refused_for_given_latents(
     backbone: Backbone, given: dict[str, torch.Tensor], name: str
 ) -> None:
-    with pytest.raises(InputError, match=f"draws no noise, got {name}"):
+    with pytest.raises(InputError, match=f"draws no noise; got {name}"):
         sample_latents(backbone, None, "a", "", given["latents"], sampler=SamplerParams(scheduler=name))

@@ -290,9 +290,9 @@ def test_a_scheduler_that_cannot_draw_is_refused_with_what_to_do(name: str, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prediction_type": "epsilon", "beta_start": 0.1}, "beta_start, prediction_type describe the base model"),
-        ({"rescale_betas_zero_snr": False}, "rescale_betas_zero_snr describe the base model"),
-        ({"timestep_type": "continuous"}, "timestep_type describe the base model"),
+        ({"prediction_type": "epsilon", "beta_start": 0.1}, "beta_start, prediction_type are fixed by the base model"),
+        ({"rescale_betas_zero_snr": False}, "rescale_betas_zero_snr are fixed by the base model"),
+        ({"timestep_type": "continuous"}, "timestep_type are fixed by the base model"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas is for models trained by flow matching"),
     ],
 )
@@ -335,7 +335,7 @@ def test_sizes_and_denoise_that_cannot_be_drawn_are_refused(change: dict[str, An
 
 def test_a_training_has_one_beginning() -> None:
     group = {"lr": 1e-3, "rank": 1, "layers": ["a"], "svd_init": True}
-    with pytest.raises(ValidationError, match="start_from and svd_init are two beginnings"):
+    with pytest.raises(ValidationError, match="start_from cannot be combined with svd_init"):
         TrainingParams(num_steps=1, guidance_scale="1", lora_unet=[group], start_from="concept.safetensors")
 
 

@@ -32,11 +32,11 @@ from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, by_branch
-from dreamartist_pipeline.core.training import Batch, Trainee, combined_prediction, row_losses
+from dreamartist_pipeline.core.training import Batch, TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop import concept_file
-from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, settled
+from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept, read_toolkit_folder, resolve
 from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.params import (
     DeviceParams,
@@ -163,7 +163,7 @@ def read_toolkit_concept(
     read = read_toolkit_folder(
         folder_files(Path(folder).expanduser()), str(folder), layout, names, step, _WORDS_ARGUMENT
     )
-    imported = settled(read, layout, positive_acts_on, _WORDS_ARGUMENT)
+    imported = resolve(read, layout, positive_acts_on, _WORDS_ARGUMENT)
     _warn_of_halves(imported, str(folder))
     return make_concept(imported, backbone.identity, clip_skip=clip_skip)
 
@@ -275,18 +275,18 @@ def step_values(
         )
     _check_step(backbone, latents, noise, timesteps, mask)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
-    trainee = Trainee(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.objective, (), _NUM_BRANCHES)
+    model = TrainableModel(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.objective, (), _NUM_BRANCHES)
     class_word = _class_word(concept)
     filled = (fill_prompt(negative_prompt, loaded, class_word, NEGATIVE), fill_prompt(prompt, loaded, class_word))
     loaded.prompts.check_not_cut(filled)
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
-    guidance = guidance_at(_guidance(guidance_scale), trainee.objective.noise_level(batch.timesteps))
+    guidance = guidance_at(_guidance(guidance_scale), model.objective.noise_level(batch.timesteps))
     delta = loss.huber_delta if loss.kind == "huber" else None
     learned = dict(_learned(loaded))
     with torch.enable_grad():  # also where the caller has turned gradients off
-        prediction = combined_prediction(trainee, batch, guidance)
-        by_row = row_losses(prediction, batch, trainee.objective, loss.weighting, loss.snr_gamma, delta)
+        prediction = combined_prediction(model, batch, guidance)
+        by_row = row_losses(prediction, batch, model.objective, loss.weighting, loss.snr_gamma, delta)
         gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
     return StepValues(
         prediction.detach(),

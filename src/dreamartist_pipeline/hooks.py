@@ -1,4 +1,4 @@
-"""What happens around a run: its configuration is checked, MLflow records it, and the console tells its story."""
+"""What happens around a run: its configuration is checked, MLflow records it, and progress is printed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 
 
 class ConfigurationHooks:
-    """Refuse configuration that cannot be meant, before anything is opened, loaded or written."""
+    """Refuse invalid configuration before anything is opened, loaded or written."""
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
@@ -77,7 +77,7 @@ class ConfigurationHooks:
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Look for everything that would end the run after minutes or hours of work: missing files, unfit parameters.
+        """Fail before the run on what would end it later: missing files, invalid parameters.
 
         Raises:
             InputError: it imports a concept over another one, or a node's own check of its parameters fails.

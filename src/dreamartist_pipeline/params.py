@@ -107,7 +107,7 @@ class SamplerParams(Params):
     @classmethod
     def _options_leave_the_base_model(cls, options: dict[str, Any]) -> dict[str, Any]:
         if described := sorted(options.keys() & set(_BASE_MODELS_OWN)):
-            raise ValueError(f"{', '.join(described)} describe the base model, which says them itself; leave them out")
+            raise ValueError(f"{', '.join(described)} are fixed by the base model; leave them out")
         if options.get("use_flow_sigmas"):
             raise ValueError("use_flow_sigmas is for models trained by flow matching; leave it out")
         return options
@@ -506,7 +506,7 @@ class TrainingParams(Params):
     @model_validator(mode="after")
     def _one_beginning(self) -> TrainingParams:
         if self.start_from and any(group.svd_init for group in self._groups):
-            raise ValueError("start_from and svd_init are two beginnings; leave out one of them")
+            raise ValueError("start_from cannot be combined with svd_init; leave out one of them")
         return self
 
     def _check_optimizer(self, kind: str, optimizer: str, schedule: ScheduleParams, rates: list[float]) -> None:

@@ -32,7 +32,7 @@ from dreamartist_pipeline.core.training import (
     Batch,
     BatchSource,
     LatentImages,
-    Trainee,
+    TrainableModel,
     TrainingData,
     combined_prediction,
     fit,
@@ -72,10 +72,12 @@ def make_data(new: NewConcept, params: TrainingParams) -> TrainingData:
     return TrainingData(reference, regularization, mask)
 
 
-def make_trainee(new: NewConcept, params: TrainingParams) -> Trainee:
+def make_trainee(new: NewConcept, params: TrainingParams) -> TrainableModel:
     groups = parameter_groups(new.stacks, new.words, params.words.lr)
     half = new.backbone.dtype == torch.float16
-    return Trainee(new.backbone.denoise, new.prompts.encode, new.backbone.objective, groups, new.num_branches, half)
+    return TrainableModel(
+        new.backbone.denoise, new.prompts.encode, new.backbone.objective, groups, new.num_branches, half
+    )
 
 
 def train(backbone: Backbone, params: TrainingParams) -> tuple[Concept, NewConcept]:

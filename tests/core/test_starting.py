@@ -202,7 +202,7 @@ def test_layers_that_differ_in_their_numbers_are_named_once() -> None:
 def test_too_small_a_rank_is_refused_with_the_one_to_set() -> None:
     adapters = stack(spec(rank=1))
     start = concept(("a", 0, "positive"), ("a", 1, "positive"))
-    with pytest.raises(InputError, match=r"2 in unet.a \(got 1\): set training.lora_unet.0.rank to 2"):
+    with pytest.raises(InputError, match=r"2 in unet.a; got 1; set training.lora_unet.0.rank to 2"):
         take_over({"unet": adapters}, {}, start)
     assert update_of(adapters).abs().max() == 0  # nothing has been changed
 

@@ -22,7 +22,7 @@ from dreamartist_pipeline.core.training import (
     LatentImages,
     ParameterGroup,
     StepRecord,
-    Trainee,
+    TrainableModel,
     TrainingData,
     branch_table,
     derived_seed,
@@ -55,7 +55,7 @@ class ToyModel(nn.Module):
         return (self.image(latents.flatten(1)) + self.text(hidden.mean(1))).view_as(latents)
 
 
-def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: float = 0.0) -> Trainee:
+def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: float = 0.0) -> TrainableModel:
     """Return a toy trainee with LoRA and a word in every branch, but no LoRA gradient in branch `untrained`."""
     torch.manual_seed(0)
     model = ToyModel()
@@ -81,7 +81,7 @@ def make_trainee(num_branches: int = 2, untrained: int | None = None, dropout: f
     model.embedding = words  # type: ignore[assignment]
     stack.train()
     groups = parameter_groups({"toy": stack}, {"text_encoder": words}, 1e-2)
-    return Trainee(model.denoise, model.encode, _SCHEDULE, groups, num_branches, latent_adapters=(stack,))
+    return TrainableModel(model.denoise, model.encode, _SCHEDULE, groups, num_branches, latent_adapters=(stack,))
 
 
 def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> TrainingData:
@@ -97,7 +97,7 @@ def make_data(num_branches: int = 2, mask: torch.Tensor | None = None) -> Traini
     return TrainingData(reference, LatentImages(means, torch.zeros(3, 2, 2, 2), PromptTokens(plain), True), mask)
 
 
-def trained_values(trainee: Trainee) -> list[torch.Tensor]:
+def trained_values(trainee: TrainableModel) -> list[torch.Tensor]:
     return [parameter.detach().clone() for group in trainee.groups for parameter in group.parameters]
 
 
@@ -279,7 +279,9 @@ def test_every_step_drops_other_activations(make_training_params: MakeParams) ->
 # --------------------------------------------------------------------------------------------- continuing
 
 
-def states_of_a_whole_training(trainee: Trainee, params: TrainingParams) -> tuple[dict[int, dict[str, Any]], list[Any]]:
+def states_of_a_whole_training(
+    trainee: TrainableModel, params: TrainingParams
+) -> tuple[dict[int, dict[str, Any]], list[Any]]:
     """Train to the end; return the state after every step, 0 included, and the history."""
     state = training_state(trainee, params)
     states = {0: state.state_dict()}
@@ -307,7 +309,7 @@ def test_a_continued_training_ends_in_the_same_bytes(
     changes, of_trainee = CONTINUED[name]
     params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
 
-    def trainee() -> Trainee:
+    def trainee() -> TrainableModel:
         toy = make_trainee(dropout=of_trainee.get("dropout", 0.0))
         return dataclasses.replace(toy, half_precision=of_trainee.get("half_precision", False))
 
@@ -440,7 +442,7 @@ def test_the_huber_loss_is_what_trains_when_asked_for(make_training_params: Make
     assert losses[2] < 0.9 * losses[0]
 
 
-def with_decoder(trainee: Trainee, factor: float = 2.0) -> Trainee:
+def with_decoder(trainee: TrainableModel, factor: float = 2.0) -> TrainableModel:
     """Let the decoder multiply, and repeat pixels of the first channel."""
     return dataclasses.replace(
         trainee, decode=lambda latents: factor * latents[:, :1].repeat(1, 3, 1, 1).repeat_interleave(2, 2)

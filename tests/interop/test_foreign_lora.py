@@ -77,7 +77,7 @@ def test_a_concept_of_this_project_is_no_foreign_file() -> None:
 
 def test_shapes_of_another_base_model_are_named_by_layer() -> None:
     factors = LoRAFactors(torch.ones(2, 9), torch.ones(5, 2), 1.0)
-    wrong = rf"unet.{ATTENTION} came as \(2, 9\) and \(5, 2\) where \(2, 6\) and \(5, 2\) belong"
+    wrong = rf"unet.{ATTENTION} is \(2, 9\) and \(5, 2\) where \(2, 6\) and \(5, 2\) belong"
     with pytest.raises(InputError, match=f"got 1 of 1 that do not: {wrong}"):
         fitted(BranchAdapter({"unet": {ATTENTION: factors}}), "x", SHAPES)
 

@@ -19,7 +19,7 @@ from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline
-from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
+from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages, measure
 from dreamartist_pipeline.pipelines.evaluation.nodes import _sampling_line, check_evaluation, evaluate_concept
 
 CPU = DeviceParams(device="cpu")
@@ -53,14 +53,14 @@ class RecordingTracker:
 
 
 @pytest.fixture
-def evidence() -> Evidence:
+def evidence() -> EvaluationImages:
     """Two prompts, two seeds: the base misses half of the backgrounds and the red, the concept none of them."""
     templates = ("a {pt1}, blue background", "a red {pt1}, green background")
     base = [[_picture("blue", "orange"), _picture("pink", "orange")], [_picture("green", "yellow")] * 2]
     ours = [[_picture("blue", "orange"), _picture("blue", "yellow")], [_picture("green", "red")] * 2]
     prior = [[Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32), "black")]]
     drifted = [[Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32), (51, 51, 51))]]
-    return Evidence(
+    return EvaluationImages(
         reference=_picture("white", "orange"),
         reconstruction=_picture("white", "orange"),
         subject={
@@ -74,7 +74,7 @@ def evidence() -> Evidence:
     )
 
 
-def test_agreement_is_the_share_of_images_that_follow_the_prompt(evidence: Evidence) -> None:
+def test_agreement_is_the_share_of_images_that_follow_the_prompt(evidence: EvaluationImages) -> None:
     metrics = measure(evidence, [], color_agreement=True).metrics
     assert metrics["background_agreement/base"] == 0.75
     assert metrics["background_agreement/concept"] == 1.0
@@ -82,13 +82,13 @@ def test_agreement_is_the_share_of_images_that_follow_the_prompt(evidence: Evide
     assert metrics["color_agreement/concept"] == 1.0
 
 
-def test_colours_are_read_where_asked_for_alone(evidence: Evidence) -> None:
+def test_colours_are_read_where_asked_for_alone(evidence: EvaluationImages) -> None:
     measured = measure(evidence, [])
     assert not [name for name in (*measured.metrics, *measured.rows[0]) if "agree" in name or "background" in name]
 
 
 def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_for_the_subject(
-    evidence: Evidence,
+    evidence: EvaluationImages,
 ) -> None:
     asked: list[list[str]] = []
 
@@ -105,11 +105,11 @@ def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_
     assert "clip_score/base" not in measure(evidence, []).metrics
 
 
-def test_prior_drift_is_the_mean_distance_of_both_models_images(evidence: Evidence) -> None:
+def test_prior_drift_is_the_mean_distance_of_both_models_images(evidence: EvaluationImages) -> None:
     assert measure(evidence, []).metrics["prior_drift_pixels"] == pytest.approx((0 + 51 / 255) / 2)
 
 
-def test_similarity_is_that_of_the_object_whatever_the_background(evidence: Evidence) -> None:
+def test_similarity_is_that_of_the_object_whatever_the_background(evidence: EvaluationImages) -> None:
     measured = measure(evidence, [MeanColor()])
     first = next(row for row in measured.rows if row["group"] == CONCEPT and row["seed"] == 7)
     assert first["mean-color/similarity"] == pytest.approx(1.0, abs=1e-6)  # orange on blue, against orange on white
@@ -120,27 +120,29 @@ def test_similarity_is_that_of_the_object_whatever_the_background(evidence: Evid
     assert measured.metrics["mean-color/similarity/concept"] == pytest.approx(sum(values) / 4, abs=1e-6)
 
 
-def test_copying_counts_the_nearest_image_background_included(evidence: Evidence) -> None:
+def test_copying_counts_the_nearest_image_background_included(evidence: EvaluationImages) -> None:
     copied = Drawings(("a {pt1}",), ["a my-fox"], (7, 8), [[evidence.reference, _picture("black", "teal")]])
     subject = {BASE: evidence.subject[BASE], CONCEPT: copied}
-    measured = measure(Evidence(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()])
+    measured = measure(EvaluationImages(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()])
     assert measured.metrics["copying_pixels/concept"] == 1.0
     assert measured.metrics["mean-color/copying/concept"] == pytest.approx(1.0, abs=1e-6)
     assert measured.metrics["copying_pixels/base"] < 0.9
 
 
-def test_diversity_is_zero_where_all_seeds_give_one_image(evidence: Evidence) -> None:
+def test_diversity_is_zero_where_all_seeds_give_one_image(evidence: EvaluationImages) -> None:
     same = [[_picture("blue", "red")] * 2] * 2
     drawings = Drawings(evidence.subject[BASE].templates, ["x", "y"], (7, 8), same)
     subject = {BASE: evidence.subject[BASE], CONCEPT: drawings}
-    metrics = measure(Evidence(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()]).metrics
+    metrics = measure(
+        EvaluationImages(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()]
+    ).metrics
     assert metrics["mean-color/diversity/concept"] == pytest.approx(0, abs=1e-6)
     assert metrics["mean-color/diversity/base"] > 0.001
 
 
-def test_what_nothing_asks_for_is_left_out(evidence: Evidence) -> None:
+def test_what_nothing_asks_for_is_left_out(evidence: EvaluationImages) -> None:
     one = {group: Drawings(("a {pt1}",), ["a fox"], (7,), [[_picture("blue", "red")]]) for group in (BASE, CONCEPT)}
-    only = Evidence(evidence.reference, evidence.reference, one, evidence.prior)
+    only = EvaluationImages(evidence.reference, evidence.reference, one, evidence.prior)
     metrics = measure(only, [MeanColor()], color_agreement=True).metrics
     assert not [name for name in metrics if "agreement" in name or "diversity" in name]
     assert all(math.isfinite(value) for value in metrics.values())

@@ -1,1 +1,1 @@
-"""The only door to diffusers and transformers."""
+"""Base models: all that imports diffusers and transformers."""

@@ -5,8 +5,8 @@ Every adapted layer computes, for the rows x_b of each branch b,
     y_b = W x_b + bias + Σ_g (alpha_g / rank_g) · (up_g (down_g x_b) + bias_g)
 
 where g runs over the groups that act on branch b, and bias_g is there only in groups that ask for one. The frozen
-product is one call for all rows. The updates of all groups are one batched product over [num_branches, rows, ·], so a
-row cannot feel, or send a gradient to, another branch's adapter: there is no switch to set.
+product is one call for all rows. The updates of all groups are one batched product over [num_branches, rows, ·]:
+rows never mix adapters, forward or backward.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: 
         )
     parts = {part for name in modules for part in name.split(".") if not part.isdigit()}
     known = {*modules, *parts, *(type(module).__name__ for module in modules.values())}
-    wanted = [selector.rpartition(":")[2], *re.findall(r"[A-Za-z_]\w+", selector)]
-    near = [name for word in wanted for name in difflib.get_close_matches(word, sorted(known), n=3)]
+    sought = [selector.rpartition(":")[2], *re.findall(r"[A-Za-z_]\w+", selector)]
+    near = [name for word in sought for name in difflib.get_close_matches(word, sorted(known), n=3)]
     names = near or sorted(parts)[:8]
     return InputError(
         expected="a selector that matches a module",
@@ -711,9 +711,9 @@ def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
         layer, parent = None, None
     adapted = isinstance(layer, BranchLoRALayer) or isinstance(parent, BranchLoRALayer)
     if adapted or not isinstance(layer, nn.Linear | nn.Conv2d):
-        came = "one that has adapters already" if adapted else "no such layer"
+        got = "one that has adapters already" if adapted else "no such layer"
         raise InputError(
-            expected=f"a plain Linear or Conv2d {name!r}", got=f"{came}", remedy="start from the base model"
+            expected=f"a plain Linear or Conv2d {name!r}", got=f"{got}", remedy="start from the base model"
         )
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise InputError(

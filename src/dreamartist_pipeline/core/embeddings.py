@@ -147,8 +147,8 @@ class WordEmbedding(nn.Module):
         if not vocabulary.words or vocabulary.words[0].first_id != base.num_embeddings:
             raise ValueError(f"expected words whose ids start at {base.num_embeddings}, got {vocabulary.words}")
         expected = [(word.num_vectors, base.embedding_dim) for word in vocabulary.words]
-        if (came := [tuple(vectors.shape) for vectors in initial]) != expected:
-            raise ValueError(f"expected initial vectors of shapes {expected}, got {came}")
+        if (got := [tuple(vectors.shape) for vectors in initial]) != expected:
+            raise ValueError(f"expected initial vectors of shapes {expected}, got {got}")
         self.base = base.requires_grad_(False)
         self.vocabulary = vocabulary
         device = base.weight.device

@@ -64,8 +64,8 @@ def contact_sheet(
         _check_section(section)
     cell = _cell_size(sections[0].left[0][0])
     width = max(_section_width(section, cell) for section in sections) + 2 * _MARGIN
-    room = width - _header_left(cell) - _MARGIN
-    lines = [part for line in lines for part in wrap(line, _font(_LABEL_TEXT_PX), room)]
+    width_left = width - _header_left(cell) - _MARGIN
+    lines = [part for line in lines for part in wrap(line, _font(_LABEL_TEXT_PX), width_left)]
     height = _header_height(lines, cell) + sum(_section_height(section, cell) for section in sections) + _MARGIN
     sheet = Image.new("RGB", (width, height), _PAPER)
     _draw_header(sheet, reference, title, lines, cell)

@@ -194,9 +194,9 @@ def bucket_size(size_px: tuple[int, int], bucket: BucketParams) -> tuple[int, in
     if not bucket.keep_aspect:
         return bucket.side_px, bucket.side_px
     area = (bucket.side_px // bucket.multiple_px) ** 2  # in cells of multiple_px × multiple_px
-    wanted = max(size_px) / min(size_px)
+    aspect = max(size_px) / min(size_px)
     sizes = [(long, area // long) for long in range(bucket.side_px // bucket.multiple_px, area + 1)]
-    best = min(sizes, key=lambda size: (round(abs(np.log(size[0] / size[1] / wanted)), 6), -size[0] * size[1]))
+    best = min(sizes, key=lambda size: (round(abs(np.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1]))
     long_px, short_px = best[0] * bucket.multiple_px, best[1] * bucket.multiple_px
     return (long_px, short_px) if size_px[0] >= size_px[1] else (short_px, long_px)
 

@@ -53,7 +53,7 @@ class BaseModelIdentity:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """A base model as far as files have to fit it.
+    """Shapes that imported files must match.
 
     Attributes:
         shapes: of its layers.

@@ -32,7 +32,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class _Taking:
+class Assignment:
     """A group's update in one layer, and what it takes over; several updates add up."""
 
     network: str
@@ -71,25 +71,30 @@ def take_over(
         InputError: something of the concept has no place: a layer or bias without a group for it, too small a rank,
             other words.
     """
-    takings = _takings(stacks, concept)
-    for taking in takings:
-        _check_shapes(taking)
-        _check_timestep_rank(taking)
-        _check_bias(taking)
-    _check_ranks(takings)
+    assignments = plan_assignments(stacks, concept)
+    for assignment in assignments:
+        _check_shapes(assignment)
+        _check_timestep_rank(assignment)
+        _check_bias(assignment)
+    _check_ranks(assignments)
     _check_words(words, concept)
     taken: dict[str, int] = {}
-    for taking in takings:
-        _fill(taking)
-        taken[taking.target.group.name] = taken.get(taking.target.group.name, 0) + 1
+    for assignment in assignments:
+        _fill(assignment)
+        taken[assignment.target.group.name] = taken.get(assignment.target.group.name, 0) + 1
     return taken | _fill_words(words, concept)
 
 
 # ------------------------------------------------------------------------------------------------- adapters
 
 
-def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taking]:
-    takings: list[_Taking] = []
+def plan_assignments(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[Assignment]:
+    """Return which layer of the training takes which updates of the concept, one group's learned updates each.
+
+    Raises:
+        InputError: some update has no layer or group to take it.
+    """
+    assignments: list[Assignment] = []
     without_place: list[tuple[str, str]] = []  # (<network>.<layer>, branch)
     for network in concept.networks:
         layers = stacks[network].layers if network in stacks else {}
@@ -97,7 +102,7 @@ def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taki
             targets = _first_targets(layers[layer].updates if layer in layers else ())
             for name, updates in _for_targets(by_branch, targets):
                 if name in targets:
-                    takings.append(_Taking(network, layer, targets[name], tuple(updates)))
+                    assignments.append(Assignment(network, layer, targets[name], tuple(updates)))
                 else:
                     without_place.append((f"{network}.{layer}", name))
     if without_place:
@@ -106,7 +111,7 @@ def _takings(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[_Taki
             got=f"none for {len(without_place)}: {_alike(without_place)}",
             remedy=f"{_advice(without_place, stacks)}",
         )
-    return takings
+    return assignments
 
 
 def _advice(without_place: Sequence[tuple[str, str]], stacks: Mapping[str, AdapterStack]) -> str:
@@ -156,55 +161,53 @@ def _for_targets(
         yield SHARED, shared
 
 
-def _check_shapes(taking: _Taking) -> None:
+def _check_shapes(assignment: Assignment) -> None:
     """Confirm that an update of the concept is one of this layer, whatever its rank."""
-    down, up = taking.target.down.shape[1:], taking.target.up[:, 0].shape
-    for factors in (update.factors for update in taking.updates):
+    down, up = assignment.target.down.shape[1:], assignment.target.up[:, 0].shape
+    for factors in (update.factors for update in assignment.updates):
         if factors.down.shape[1:] != down or factors.up[:, 0].shape != up:
             raise InputError(
                 expected=(
-                    f"down [rank, {', '.join(map(str, down))}] and up of {up[0]} outputs for {taking.network}."
-                    f"{taking.layer} in the concept of {_OPTION}"
+                    f"down [rank, {', '.join(map(str, down))}] and up of {up[0]} outputs for {assignment.network}."
+                    f"{assignment.layer} in the concept of {_OPTION}"
                 ),
                 got=f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}",
                 remedy="the file is damaged: start from another concept",
             )
 
 
-def _check_timestep_rank(taking: _Taking) -> None:
+def _check_timestep_rank(assignment: Assignment) -> None:
     """Confirm that the same ranks act at every timestep as in the concept."""
-    wanted = taking.target.group.timestep_min_rank
-    if wanted is None and all(update.group.timestep_min_rank is None for update in taking.updates):
+    configured = assignment.target.group.timestep_min_rank
+    if configured is None and all(update.group.timestep_min_rank is None for update in assignment.updates):
         return
-    (first, *others), rank = taking.updates, taking.target.rank
-    if others or (first.group.timestep_min_rank, first.factors.rank) != (wanted, rank):
-        came = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in taking.updates)
+    (first, *others), rank = assignment.updates, assignment.target.rank
+    if others or (first.group.timestep_min_rank, first.factors.rank) != (configured, rank):
+        got = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in assignment.updates)
         raise InputError(
-            expected=(
-                f"the rank and timestep_min_rank of the concept in {_OPTION} for {taking.network}.{taking.layer}, "
-                f"{came}"
-            ),
-            got=f"rank {rank} with {wanted}",
-            remedy=f"set {taking.option}.rank and .timestep_min_rank to the former",
+            expected=f"the rank and timestep_min_rank that the concept in {_OPTION} has for "
+            f"{assignment.network}.{assignment.layer}, {got}",
+            got=f"rank {rank} with {configured}",
+            remedy=f"set {assignment.option}.rank and .timestep_min_rank to the former",
         )
 
 
-def _check_bias(taking: _Taking) -> None:
-    if taking.target.bias is None and any(update.factors.bias is not None for update in taking.updates):
+def _check_bias(assignment: Assignment) -> None:
+    if assignment.target.bias is None and any(update.factors.bias is not None for update in assignment.updates):
         raise InputError(
-            expected=f"a bias for {taking.network}.{taking.layer}, since the concept in {_OPTION} has one",
+            expected=f"a bias for {assignment.network}.{assignment.layer}, since the concept in {_OPTION} has one",
             got="a group without",
-            remedy=f"set {taking.option}.bias to true",
+            remedy=f"set {assignment.option}.bias to true",
         )
 
 
-def _check_ranks(takings: Sequence[_Taking]) -> None:
+def _check_ranks(assignments: Sequence[Assignment]) -> None:
     """Confirm that every group has the ranks it needs; each group is named once, with the most that it needs."""
-    short: dict[str, _Taking] = {}
-    for taking in takings:
-        worst = short.get(taking.option)
-        if taking.rank > taking.target.rank and (worst is None or taking.rank > worst.rank):
-            short[taking.option] = taking
+    short: dict[str, Assignment] = {}
+    for assignment in assignments:
+        worst = short.get(assignment.option)
+        if assignment.rank > assignment.target.rank and (worst is None or assignment.rank > worst.rank):
+            short[assignment.option] = assignment
     if short:
         raise InputError(
             expected=f"LoRA groups of the ranks that the concept in {_OPTION} has, "
@@ -215,11 +218,11 @@ def _check_ranks(takings: Sequence[_Taking]) -> None:
 
 
 @torch.no_grad()
-def _fill(taking: _Taking) -> None:
+def _fill(assignment: Assignment) -> None:
     """Copy the updates into the first ranks; up is zero in the others, whose down stays as drawn."""
-    target, end = taking.target, 0
+    target, end = assignment.target, 0
     target.up.zero_()
-    for factors in (update.factors for update in taking.updates):
+    for factors in (update.factors for update in assignment.updates):
         ranks = slice(end, end := end + factors.rank)
         target.down[ranks] = factors.down.to(target.down)
         target.up[:, ranks] = factors.up_for_scale(target.scale).to(target.up)
@@ -244,11 +247,11 @@ def _check_words(words: Mapping[str, WordEmbedding], concept: Concept) -> None:
         )
     widths = {encoder: embedding.base.embedding_dim for encoder, embedding in words.items()}
     for word in concept.trigger_words():
-        came = {encoder: vectors.shape[1] for encoder, vectors in word.vectors.items()}
-        if came != widths:
+        got = {encoder: vectors.shape[1] for encoder, vectors in word.vectors.items()}
+        if got != widths:
             raise InputError(
                 expected=f"vectors of width {widths} in the concept of {_OPTION}",
-                got=f"{came} for {word.key}",
+                got=f"{got} for {word.key}",
                 remedy="the file is damaged: start from another concept",
             )
 

@@ -1,7 +1,7 @@
 """Training a concept: one step of the method, and the loop around it.
 
 A step draws rows of the reference image and of the regularization set, runs both branches in one pass of 2·B rows,
-combines them as classifier-free guidance does, and asks that combination to explain the noise. Nothing here knows
+combines them as classifier-free guidance does, and trains that combination to predict the noise. Nothing here knows
 diffusers: the base model comes as two callables.
 """
 
@@ -90,7 +90,7 @@ def parameter_groups(
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainableModel:
     """The base model with adapters and words in place, as the loop sees it.
 
     denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, conditioning of nb·B rows) -> prediction.
@@ -241,16 +241,16 @@ def _pick(images: LatentImages, num_rows: int, choices: torch.Generator) -> tupl
     return torch.randint(len(images.mean), (num_rows,), generator=choices), prompt
 
 
-def combined_prediction(trainee: Trainee, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
+def combined_prediction(model: TrainableModel, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
     """Return `neg + s · (pos − neg)` for every row, float32 `[B, C, h, w]`.
 
     `guidance` is s per row, `[B]`. The text encoder runs on the distinct prompts only.
     """
-    branches = trainee.num_branches
-    conditioning = trainee.encode(batch.tokens.branches_in_rows())  # of nb·P rows
+    branches = model.num_branches
+    conditioning = model.encode(batch.tokens.branches_in_rows())  # of nb·P rows
     conditioning = conditioning[rows_of(batch.prompt_of_row, len(batch.tokens), branches)]  # of nb·B rows
-    noisy_latents = trainee.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = trainee.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning)
+    noisy_latents = model.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = model.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning)
     return combine(prediction.float(), guidance, branches)
 
 
@@ -271,7 +271,7 @@ def row_losses(
 
 
 def reconstruction_loss(
-    trainee: Trainee, prediction: torch.Tensor, batch: Batch, pixels: torch.Tensor | None, norm: str
+    model: TrainableModel, prediction: torch.Tensor, batch: Batch, pixels: torch.Tensor | None, norm: str
 ) -> torch.Tensor:
     """Return mean(mask · |D(ẑ₀) − x|), or of its square, over the reference rows: a scalar.
 
@@ -279,7 +279,7 @@ def reconstruction_loss(
     (the reconstruction constraint of Dong et al. 2022). Not weighted by the signal-to-noise ratio.
 
     Args:
-        trainee: with `decode`.
+        model: with `decode`.
         prediction: of the reference rows, `[R, C, h, w]`; the first R rows of the batch.
         batch: what was predicted.
         pixels: x, `[1, 3, H, W]` in [-1, 1].
@@ -288,12 +288,12 @@ def reconstruction_loss(
     Raises:
         ValueError: there is no decoder or no image.
     """
-    if trainee.decode is None or pixels is None:
+    if model.decode is None or pixels is None:
         raise ValueError("expected a decoder and the reference image's pixels for the reconstruction loss, got none")
-    rows, objective = slice(len(prediction)), trainee.objective
+    rows, objective = slice(len(prediction)), model.objective
     timesteps = batch.timesteps[rows]
     noisy_latents = objective.add_noise(batch.latents[rows], batch.noise[rows], timesteps)
-    decoded = trainee.decode(objective.predicted_latents(noisy_latents, prediction, timesteps))
+    decoded = model.decode(objective.predicted_latents(noisy_latents, prediction, timesteps))
     mask = None if batch.mask is None else batch.mask[rows]
     return image_error(decoded, pixels.expand_as(decoded), mask, norm).mean()
 
@@ -354,15 +354,15 @@ class StepRecord:
         }
 
 
-def training_state(trainee: Trainee, params: TrainingParams) -> TrainingState:
-    """Return the state of a training before its first step; the trainee's parameters become views of the state's.
+def training_state(model: TrainableModel, params: TrainingParams) -> TrainingState:
+    """Return the state of a training before its first step; the model's parameters become views of the state's.
 
     There is one flat parameter per group. Averages are kept with `ema_decay`, without the steps that the gradient
     scaler skips; the schedule of the learning rates counts those, for it ends with the training.
     """
-    parameters = [flatten(group.parameters) for group in trainee.groups]
+    parameters = [flatten(group.parameters) for group in model.groups]
     by_name: dict[str, list[dict[str, Any]]] = {}
-    for group, parameter in zip(trainee.groups, parameters, strict=True):
+    for group, parameter in zip(model.groups, parameters, strict=True):
         settings = _settings(params, group.kind)
         torch_group = {"params": [parameter], "lr": group.lr, "weight_decay": settings.weight_decay}
         by_name.setdefault(settings.optimizer, []).append(torch_group)
@@ -370,7 +370,7 @@ def training_state(trainee: Trainee, params: TrainingParams) -> TrainingState:
         parameters,
         [optimizer for name, groups in by_name.items() for optimizer in make_optimizers(name, groups)],
         Averages(parameters, normalized_ema(params.ema_decay)) if params.ema_decay else None,
-        torch.amp.GradScaler(parameters[0].device.type, enabled=trainee.half_precision),
+        torch.amp.GradScaler(parameters[0].device.type, enabled=model.half_precision),
     )
 
 
@@ -390,19 +390,19 @@ def _settings(params: TrainingParams, kind: str) -> _Settings:
 
 
 def fit(
-    trainee: Trainee,
+    model: TrainableModel,
     data: TrainingData,
     params: TrainingParams,
     on_step: Callable[[StepRecord], None] | None = None,
     on_preview: Callable[[int], None] | None = None,
     state: TrainingState | None = None,
 ) -> list[HistoryRow]:
-    """Train the trainee's parameters in place and return one history row per step.
+    """Train the model's trainable parameters in place and return one history row per step.
 
     Where averages are kept (`ema_decay`, schedule_free), the parameters hold them in `on_preview` and at the end.
 
     Args:
-        trainee: base model, adapters and words.
+        model: base model, adapters and words.
         data: images as latents, and prompts as tokens.
         params: steps, rows, rates, guidance and loss.
         on_step: called once per step, in order; on a GPU in bursts, because reading the loss waits for the device.
@@ -414,9 +414,9 @@ def fit(
         TrainingError: some branch has received no gradient in the first step, or the loss, or what has been learned, is
             no longer finite.
     """
-    state = state or training_state(trainee, params)
+    state = state or training_state(model, params)
     history: list[HistoryRow] = []
-    for record in _records(_Steps(trainee, data, params, state), on_preview):
+    for record in _records(_Steps(model, data, params, state), on_preview):
         if not math.isfinite(record.loss):
             raise TrainingError(
                 expected="a finite loss", got=f"{record.loss} at step {record.step}", remedy=_WHAT_MAY_HELP
@@ -425,7 +425,7 @@ def fit(
         if on_step:
             on_step(record)
     state.keep_averages()
-    _check_learned(trainee.groups)
+    _check_learned(model.groups)
     return history
 
 
@@ -455,10 +455,10 @@ class _Steps:
         grad_norms: (kind, branch) -> the current step's gradient norm before clipping.
     """
 
-    def __init__(self, trainee: Trainee, data: TrainingData, params: TrainingParams, state: TrainingState) -> None:
+    def __init__(self, model: TrainableModel, data: TrainingData, params: TrainingParams, state: TrainingState) -> None:
         self.state, self.params, self.device = state, params, data.reference.mean.device
-        self._trainee, self._data = trainee, data
-        self._batches = BatchSource(data, params, trainee.objective)
+        self._model, self._data = model, data
+        self._batches = BatchSource(data, params, model.objective)
         self._members = self._indices(lambda group: (group.kind, group.branch))
         clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
         self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
@@ -469,7 +469,7 @@ class _Steps:
     def _indices(self, key_of: Callable[[ParameterGroup], _Key]) -> dict[_Key, torch.Tensor]:
         """Return the indices of the groups that share a key, on the device."""
         indices: dict[_Key, list[int]] = {}
-        for index, group in enumerate(self._trainee.groups):
+        for index, group in enumerate(self._model.groups):
             indices.setdefault(key_of(group), []).append(index)
         return {key: torch.tensor(members, device=self.device) for key, members in indices.items()}
 
@@ -484,7 +484,7 @@ class _Steps:
             id(group["params"][0]): group for optimizer in self.state.optimizers for group in optimizer.param_groups
         }
         self.rates = {}
-        for parameter, group in zip(self.state.parameters, self._trainee.groups, strict=True):
+        for parameter, group in zip(self.state.parameters, self._model.groups, strict=True):
             target, schedule = by_parameter[id(parameter)], _settings(self.params, group.kind).schedule
             target["lr"] = group.lr * schedule_factor(schedule, step, self.params.num_steps)
             if (beta1 := scheduled_beta1(schedule, step, self.params.num_steps)) is not None:
@@ -493,34 +493,34 @@ class _Steps:
 
     def loss(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of a step's batch, and its parts: reference, regularization, reconstruction, guidance."""
-        params, trainee = self.params, self._trainee
+        params, model = self.params, self._model
         batch = self._batches.draw(step)
-        guidance = guidance_at(params.guidance_scale, trainee.objective.noise_level(batch.timesteps))
+        guidance = guidance_at(params.guidance_scale, model.objective.noise_level(batch.timesteps))
         self._draw_dropout(batch, step)
-        prediction = combined_prediction(trainee, batch, guidance)
-        losses = _row_losses(trainee, prediction, batch, params)
+        prediction = combined_prediction(model, batch, guidance)
+        losses = _row_losses(model, prediction, batch, params)
         loss = (batch.row_weight * losses).sum()
         reconstruction = None
         if params.loss.reconstruction_weight:
             rows, norm = slice(params.batch_size), params.loss.reconstruction_norm
-            reconstruction = reconstruction_loss(trainee, prediction[rows], batch, self._data.pixels, norm)
+            reconstruction = reconstruction_loss(model, prediction[rows], batch, self._data.pixels, norm)
             loss = loss + params.loss.reconstruction_weight * reconstruction
         is_last = step + 1 == params.num_steps
-        self._check_next = not self._checked and (is_last or _reaches_both_branches(trainee, guidance))
+        self._check_next = not self._checked and (is_last or _reaches_both_branches(model, guidance))
         return loss, _parts(losses, reconstruction, guidance, params.batch_size)
 
     def _draw_dropout(self, batch: Batch, step: int) -> None:
         """Draw the step's dropout masks of all adapters, before the pass that applies them."""
         adapters_by_rows = [
-            (len(batch.tokens), self._trainee.prompt_adapters),
-            (len(batch.latents), self._trainee.latent_adapters),
+            (len(batch.tokens), self._model.prompt_adapters),
+            (len(batch.latents), self._model.latent_adapters),
         ]
         adapters = [(rows, each) for rows, stacks in adapters_by_rows for each in stacks if each.has_dropout]
         if adapters and not self._measured:
             with ExitStack() as measuring, torch.no_grad():
                 for _, each in adapters:
                     measuring.enter_context(each.measuring())
-                combined_prediction(self._trainee, batch, torch.ones_like(batch.row_weight))
+                combined_prediction(self._model, batch, torch.ones_like(batch.row_weight))
             self._measured = True
         masks = step_generator(self.params.seed, "dropout", step, self.device)
         for rows, each in adapters:
@@ -554,15 +554,15 @@ def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterato
             begun = time.perf_counter()
 
 
-def _row_losses(trainee: Trainee, prediction: torch.Tensor, batch: Batch, params: TrainingParams) -> torch.Tensor:
+def _row_losses(model: TrainableModel, prediction: torch.Tensor, batch: Batch, params: TrainingParams) -> torch.Tensor:
     loss = params.loss
     huber_delta = loss.huber_delta if loss.kind == "huber" else None
-    return row_losses(prediction, batch, trainee.objective, loss.weighting, loss.snr_gamma, huber_delta)
+    return row_losses(prediction, batch, model.objective, loss.weighting, loss.snr_gamma, huber_delta)
 
 
-def _reaches_both_branches(trainee: Trainee, guidance: torch.Tensor) -> bool:
+def _reaches_both_branches(model: TrainableModel, guidance: torch.Tensor) -> bool:
     """Say whether every branch gets a gradient: the negative one gets none from rows with a scale of exactly 1."""
-    return trainee.num_branches == 1 or bool((guidance != 1).any())
+    return model.num_branches == 1 or bool((guidance != 1).any())
 
 
 def check_gradients(norms: Mapping[tuple[str, str], torch.Tensor]) -> None:

@@ -235,8 +235,8 @@ def grid_preview(captioned: CaptionedImages) -> ImagePreview:
 def _read(file: Path, what: str, remedy: str) -> bytes:
     if file.is_file():
         return file.read_bytes()
-    came = "a folder" if file.is_dir() else "no such file"
-    raise DatasetError(f"expected {what} at {file}; got {came}; {remedy}{_neighbours(file)}")
+    got = "a folder" if file.is_dir() else "no such file"
+    raise DatasetError(f"expected {what} at {file}; got {got}; {remedy}{_neighbours(file)}")
 
 
 def _neighbours(file: Path) -> str:

@@ -77,7 +77,7 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         _save_json(self._filepath, data.manifest)
 
     def _adopted(self, data: ImagesToDraw) -> ImagesToDraw:
-        """Return the wanted set under the name that it has here already, if it has another."""
+        """Return the requested set under the name that it has here already, if it has another."""
         for file in sorted(self._path.glob(f"*/{_MANIFEST}")):
             manifest = _read_json(file) or {}
             if manifest.get("key") == file.parent.name and data.is_in(manifest):

@@ -180,7 +180,7 @@ class PretrainedFolderDataset(AbstractDataset[Any, str]):
 
 
 class StartDataset(AbstractDataset[None, str | None]):
-    """The folder of a base model to take over from, as a path; None where none is wanted."""
+    """The folder of a base model to take over from, as a path; None for none."""
 
     def __init__(self, *, path: str | None, metadata: dict[str, Any] | None = None) -> None:
         self._path = path

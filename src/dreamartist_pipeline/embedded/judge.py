@@ -85,7 +85,7 @@ HEADS = tuple(field.name for field in fields(Verdict))
 
 
 class Judge(nn.Module):
-    """A residual convolutional network with group normalisation; every question looks where it wants to.
+    """A residual convolutional network with group normalisation; each head has its own attention map.
 
     A question's own softmax over places pools the features it is answered from, so that an object is told by the same
     weights wherever it stands.

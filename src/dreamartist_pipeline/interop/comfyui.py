@@ -1,7 +1,7 @@
 """A ComfyUI workflow, in the API's format, that applies one adapter per branch.
 
 CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one KSampler: the hook travels
-with the branch's conditioning, so that the sampler applies each LoRA to its own half of the batch only.
+with the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE_MODEL_FILE = "BASE_MODEL.safetensors"
 
 @dataclass(frozen=True)
 class BranchInputs:
-    """What one branch hears and feels. lora_file: in ComfyUI's folder of LoRAs; None without an adapter."""
+    """Inputs of one branch. lora_file: in ComfyUI's folder of LoRAs; None without an adapter."""
 
     prompt: str
     lora_file: str | None

@@ -13,7 +13,7 @@ from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 
 
 @dataclass(frozen=True)
-class ExportOutline:
+class ExportSummary:
     """What an export holds, for those who use it.
 
     loras: branch -> file in the kohya format; diffusers_loras: branch -> the file that diffusers takes whole.
@@ -34,43 +34,43 @@ class ExportOutline:
     zero_terminal_snr: bool = False
 
 
-def diffusers_script(outline: ExportOutline, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
+def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
     """Return a script that draws with one adapter per branch in plain diffusers."""
     scheduler = SCHEDULERS[sampler.scheduler]
-    rescaled = ZERO_TERMINAL_SNR if outline.zero_terminal_snr else {}
+    rescaled = ZERO_TERMINAL_SNR if summary.zero_terminal_snr else {}
     settings = {
-        "loras": dict(outline.diffusers_loras),
-        "words": [word for words in outline.words.values() for word in words],
-        "prompt": outline.prompt,
-        "negative_prompt": outline.negative_prompt,
+        "loras": dict(summary.diffusers_loras),
+        "words": [word for words in summary.words.values() for word in words],
+        "prompt": summary.prompt,
+        "negative_prompt": summary.negative_prompt,
         "seed": seed,
         "strength": {"positive": strength.positive, "negative": strength.negative},
         "scheduler": scheduler.class_name,
-        "scheduler_options": scheduler.options_for(outline.zero_terminal_snr) | rescaled | sampler.scheduler_options,
+        "scheduler_options": scheduler.options_for(summary.zero_terminal_snr) | rescaled | sampler.scheduler_options,
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale,
         "batch_size": sampler.batch_size,
-        "clip_skip": outline.clip_skip,
+        "clip_skip": summary.clip_skip,
     }
     template = files("dreamartist_pipeline.interop").joinpath("templates/generate_with_diffusers.py.txt")
     return Template(template.read_text(encoding="utf-8")).substitute(settings=pformat(settings, sort_dicts=False))
 
 
-def readme(outline: ExportOutline) -> str:
+def readme(summary: ExportSummary) -> str:
     """Return the export's README: what is where, and what is equivalent to this project's own drawing."""
-    sections = [_heading(outline), _comfyui(outline), _diffusers(outline), _a1111(outline)]
+    sections = [_heading(summary), _comfyui(summary), _diffusers(summary), _a1111(summary)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _heading(outline: ExportOutline) -> str:
-    contents = {file: f"LoRA, {branch}" for branch, file in outline.loras.items()} | {
+def _heading(summary: ExportSummary) -> str:
+    contents = {file: f"LoRA, {branch}" for branch, file in summary.loras.items()} | {
         f"embeddings/{word}.safetensors": f"trigger word, {branch}"
-        for branch, words in outline.words.items()
+        for branch, words in summary.words.items()
         for word in words
     }
     width = max(map(len, contents), default=0)
     lines = [
-        f"{outline.title}: a DreamArtist++ concept for the base model {outline.base_model}.",
+        f"{summary.title}: a DreamArtist++ concept for the base model {summary.base_model}.",
         "",
         "It has one LoRA per branch. The positive one belongs to the prompt, the negative one to the negative prompt;",
         "loading both for both sides draws something else. Use it with the base model it was trained on.",
@@ -80,8 +80,8 @@ def _heading(outline: ExportOutline) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _comfyui(outline: ExportOutline) -> str:
-    if not outline.has_workflow:
+def _comfyui(summary: ExportSummary) -> str:
+    if not summary.has_workflow:
         return ""
     return "\n".join(
         [
@@ -92,24 +92,24 @@ def _comfyui(outline: ExportOutline) -> str:
     )
 
 
-def _diffusers(outline: ExportOutline) -> str:
-    if not outline.has_script:
+def _diffusers(summary: ExportSummary) -> str:
+    if not summary.has_script:
         return ""
-    command = f'  python generate_with_diffusers.py BASE_MODEL "{outline.prompt}"'
+    command = f'  python generate_with_diffusers.py BASE_MODEL "{summary.prompt}"'
     return "\n".join(["diffusers: equivalent, one adapter per branch", command])
 
 
-def _a1111(outline: ExportOutline) -> str:
-    positive = ", ".join(outline.words.get("positive", ()))
-    written = outline.negative_prompt
-    negative = ", ".join(word for word in outline.words.get("negative", ()) if word not in written)
-    lora = outline.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
-    if outline.branches_are_equal:
+def _a1111(summary: ExportSummary) -> str:
+    positive = ", ".join(summary.words.get("positive", ()))
+    written = summary.negative_prompt
+    negative = ", ".join(word for word in summary.words.get("negative", ()) if word not in written)
+    lora = summary.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
+    if summary.branches_are_equal:
         return "\n".join(
             [
                 "A1111 / Forge: equivalent, because both branches have the same LoRA here",
-                f"  prompt           {outline.prompt} <lora:{lora}:1>",
-                *([f"  negative prompt  {outline.negative_prompt}"] if outline.negative_prompt else []),
+                f"  prompt           {summary.prompt} <lora:{lora}:1>",
+                *([f"  negative prompt  {summary.negative_prompt}"] if summary.negative_prompt else []),
             ]
         )
     return "\n".join(
@@ -117,7 +117,7 @@ def _a1111(outline: ExportOutline) -> str:
             "A1111 / Forge: a fallback that is NOT equivalent",
             "  They cannot put a LoRA on the negative side only. The nearest is the positive LoRA, which there acts on",
             "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
-            f"  prompt           {outline.prompt}{f' <lora:{lora}:1>' if lora else ''}"
+            f"  prompt           {summary.prompt}{f' <lora:{lora}:1>' if lora else ''}"
             + (f"   (trigger word: {positive})" if positive else ""),
             f"  negative prompt  {', '.join(part for part in (negative, written) if part)}",
         ]

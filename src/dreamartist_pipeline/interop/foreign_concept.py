@@ -91,7 +91,7 @@ def read_toolkit_folder(
     return Imported(adapters, tuple(words), tuple(sources), of_step.step or 0)
 
 
-def settled(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveActsOn, option: str) -> Imported:
+def resolve(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveActsOn, option: str) -> Imported:
     """Return what becomes the concept: adapters on the branches that they act on, and words that can be used.
 
     Args:

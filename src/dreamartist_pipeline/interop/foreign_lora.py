@@ -85,9 +85,9 @@ def _form(keys: Collection[str], metadata: Mapping[str, str], name: str) -> str:
     for form, endings in _ENDINGS.items():
         if any(key.endswith(endings) for key in keys):
             return form
-    came = ", ".join(sorted(keys)[:_SHOWN]) or "no tensors"
+    got = ", ".join(sorted(keys)[:_SHOWN]) or "no tensors"
     raise InputError(
-        expected=f"a LoRA in the kohya format or diffusers' (peft) in {name}", got=came, remedy="give another file"
+        expected=f"a LoRA in the kohya format or diffusers' (peft) in {name}", got=got, remedy="give another file"
     )
 
 
@@ -106,8 +106,8 @@ def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
             reshaped = replace(factors, down=factors.down.reshape(down), up=factors.up.reshape(up))
             networks.setdefault(network, {})[layer] = reshaped
         else:
-            came = f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}"
-            wrong.append(f"{network}.{layer} came as {came} where {down} and {up} belong")
+            got = f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}"
+            wrong.append(f"{network}.{layer} is {got} where {down} and {up} belong")
     if wrong:
         raise InputError(
             expected=f"{name} to fit the layers of this base model",
@@ -133,5 +133,5 @@ def _is_finite(factors: LoRAFactors) -> bool:
 
 def _is_reshape(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Say whether only axes of length 1 at the end are missing or too many."""
-    came, length = tuple(tensor.shape), max(tensor.dim(), len(shape))
-    return came + (1,) * (length - len(came)) == shape + (1,) * (length - len(shape))
+    got, length = tuple(tensor.shape), max(tensor.dim(), len(shape))
+    return got + (1,) * (length - len(got)) == shape + (1,) * (length - len(shape))

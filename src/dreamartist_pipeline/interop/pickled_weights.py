@@ -58,14 +58,14 @@ def dense_tensor(value: object, key: object, name: str) -> torch.Tensor:
         InputError: no tensor, a sparse one, one without numbers (meta), or a view of fewer numbers than it has.
     """
     if not isinstance(value, torch.Tensor):
-        came = f"a {type(value).__name__}"
+        got = f"a {type(value).__name__}"
     elif value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        came = "a sparse, quantized or empty (meta) one"
+        got = "a sparse, quantized or empty (meta) one"
     elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
         stored = value.untyped_storage().nbytes() // value.element_size()
-        came = f"a view of shape {tuple(value.shape)} of {stored} numbers"
+        got = f"a view of shape {tuple(value.shape)} of {stored} numbers"
     else:
         return value.detach()
     raise InputError(
-        expected=f"a tensor with all its numbers as {key!r} in {name}", got=came, remedy="save the file again"
+        expected=f"a tensor with all its numbers as {key!r} in {name}", got=got, remedy="save the file again"
     )

@@ -123,10 +123,10 @@ def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitSte
     """
     matches = {name: match for name in sorted(names) if (match := _FILE.fullmatch(name))}
     weights = [name for name in names if name.lower().endswith(_WEIGHTS) and not name.startswith(".")]
-    if strangers := [name for name in weights if name not in matches and not name.lower().endswith(".pt")]:
+    if unexpected := [name for name in weights if name not in matches and not name.lower().endswith(".pt")]:
         raise InputError(
             expected="files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt",
-            got=f"{', '.join(sorted(strangers))}",
+            got=f"{', '.join(sorted(unexpected))}",
             remedy="leave them out",
         )
     steps = sorted({int(match["step"]) for match in matches.values()})

@@ -51,10 +51,10 @@ def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, t
         return {encoder: read_embedding(file, name) for encoder in keys}
     tensors = read_tensors(file, name)
     if tensors.keys() != set(keys.values()) or len({tuple(t.shape[:-1]) for t in tensors.values()}) != 1:
-        came = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
+        got = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
         raise InputError(
             expected=f"{', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder",
-            got=f"{came}",
+            got=f"{got}",
             remedy="give an embedding for this base model",
         )
     return {encoder: dense_tensor(tensors[key], key, name).float() for encoder, key in keys.items()}
@@ -75,10 +75,10 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
     vectors = _old_form(file, name) if name.lower().endswith((".pt", ".bin")) else read_tensors(file, name)
     tensors = [dense_tensor(value, key, name) for key, value in vectors.items() if isinstance(value, torch.Tensor)]
     if len(tensors) != 1 or tensors[0].dim() not in (1, 2):
-        came = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
+        got = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
         raise InputError(
             expected=f"one embedding [n, D] in {name}",
-            got=f"{came}",
+            got=f"{got}",
             remedy="give an embedding for a Stable Diffusion 1.x or 2.x text encoder",
         )
     tensor = tensors[0].float()

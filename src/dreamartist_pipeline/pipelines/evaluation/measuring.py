@@ -57,7 +57,7 @@ class Drawings:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class EvaluationImages:
     """Everything that is measured.
 
     subject, prior: by BASE and CONCEPT; prompts with the subject's slot, and prompts without it, same seeds.
@@ -81,7 +81,7 @@ class Measurements:
 
 
 def measure(
-    evidence: Evidence,
+    evidence: EvaluationImages,
     embedders: Sequence[Embedder],
     text_image: TextImageScorer | None = None,
     color_agreement: bool = False,
@@ -187,7 +187,7 @@ def _add_agreement(rows: Sequence[TableRow], drawings: Drawings, group: str) -> 
 # ---------------------------------------------------------------------------------------------- texts
 
 
-def _add_scores(rows: Sequence[TableRow], evidence: Evidence, group: str, text_image: TextImageScorer) -> float:
+def _add_scores(rows: Sequence[TableRow], evidence: EvaluationImages, group: str, text_image: TextImageScorer) -> float:
     """Add to each row how well its image fits its prompt, in which the class word stands for the subject."""
     from dreamartist_pipeline.core.captions import fill_template, slot_names
 
@@ -206,7 +206,7 @@ def _add_scores(rows: Sequence[TableRow], evidence: Evidence, group: str, text_i
 
 
 def _embedding_metrics(
-    embedder: Embedder, evidence: Evidence, rows: dict[str, list[TableRow]], prior_rows: list[TableRow]
+    embedder: Embedder, evidence: EvaluationImages, rows: dict[str, list[TableRow]], prior_rows: list[TableRow]
 ) -> dict[str, float]:
     """Measure with one evaluator; each image's own values are added to its row."""
     from dreamartist_pipeline.core.metrics import object_region, similarity

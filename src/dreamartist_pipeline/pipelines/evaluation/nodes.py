@@ -11,7 +11,7 @@ from PIL import Image
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams
-from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, Evidence, measure
+from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages, measure
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -113,7 +113,7 @@ def _reads_colors(params: EvaluationParams, base_model: str) -> bool:
 
 def _draw_evidence(
     backbone: Backbone, concept: Concept, reference: Image.Image, params: EvaluationParams
-) -> tuple[Evidence, dict[str, str]]:
+) -> tuple[EvaluationImages, dict[str, str]]:
     """Draw everything, with the base model and with the concept.
 
     Returns:
@@ -129,13 +129,13 @@ def _draw_evidence(
     }
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
     class_words = dict.fromkeys(_slots(params.prompts, words), params.class_word)
-    spoken = dict.fromkeys(class_words, concept.metadata.class_word or params.class_word)  # DreamBooth's rare word
-    fillings = {BASE: class_words, CONCEPT: spoken | words}
+    subject_words = dict.fromkeys(class_words, concept.metadata.class_word or params.class_word)
+    fillings = {BASE: class_words, CONCEPT: subject_words | words}
     with _progress_bar(num_images) as bar:
         draw = {group: _drawer(backbone, loaded[group], params, bar.update) for group in loaded}
         subject = {group: _draw(draw[group], params.prompts, fillings[group], params) for group in loaded}
         prior = {group: _draw(draw[group], params.prior_prompts, {}, params) for group in loaded}
-    return Evidence(reference, reconstruction, subject, prior, params.class_word), words
+    return EvaluationImages(reference, reconstruction, subject, prior, params.class_word), words
 
 
 def _reconstruct(backbone: Backbone, image: Image.Image) -> Image.Image:
@@ -193,7 +193,7 @@ def _progress_bar(num_images: int) -> Any:
 
 
 def draw_sheet(
-    evidence: Evidence,
+    evidence: EvaluationImages,
     metrics: dict[str, float],
     params: EvaluationParams,
     words: dict[str, str],
@@ -210,20 +210,20 @@ def draw_sheet(
     """
     from dreamartist_pipeline.core.figures import contact_sheet
 
-    spoken = ", ".join(words.values())
-    title = spoken or params.class_word or "concept"
+    subject_words = ", ".join(words.values())
+    title = subject_words or params.class_word or "concept"
     lines = [_sampling_line(params), *_score_lines(metrics, evaluator)]
-    return contact_sheet(evidence.reference, title, lines, _sections(evidence, params, spoken))
+    return contact_sheet(evidence.reference, title, lines, _sections(evidence, params, subject_words))
 
 
-def _sections(evidence: Evidence, params: EvaluationParams, spoken: str) -> list[SheetSection]:
+def _sections(evidence: EvaluationImages, params: EvaluationParams, subject_words: str) -> list[SheetSection]:
     from dreamartist_pipeline.core.figures import SheetSection
 
     class_word = f"“{params.class_word}”" if params.class_word else "no class word"
     headings = {
         "subject": (
             f"base model · {class_word}",
-            f"with the trigger word · “{spoken}”" if spoken else "with the concept",
+            f"with the trigger word · “{subject_words}”" if subject_words else "with the concept",
         ),
         "prior": ("base model", "with the concept attached"),
     }

@@ -105,8 +105,8 @@ def check_export(
             the text encoder's context and would lose a trigger word.
     """
     truth = _Truth(backbone, concept, read_source(concept, backbone))
-    outline = describe(truth.source, files, params)
-    attach(backbone, concept, params.strength).prompts.check_not_cut([outline.prompt, outline.negative_prompt])
+    summary = describe(truth.source, files, params)
+    attach(backbone, concept, params.strength).prompts.check_not_cut([summary.prompt, summary.negative_prompt])
     entries: dict[str, dict[str, Any]] = {name: {} for name in files}
     for form in _READERS:
         for branch in truth.source.adapters:
@@ -114,8 +114,8 @@ def check_export(
                 entries[name] = _check_lora(files[name], name, form, branch, truth, params)
     for word in truth.source.words:
         if (name := f"embeddings/{word.name}.safetensors") in files:
-            came = read_vectors(files[name], name, truth.source.names.embedding_keys)
-            entries[name] = _check_words(came, word.vectors, name, params.dtype)
+            got = read_vectors(files[name], name, truth.source.names.embedding_keys)
+            entries[name] = _check_words(got, word.vectors, name, params.dtype)
     entries |= _check_toolkit(files, truth)
     _check_companions(files)
     described = {
@@ -140,19 +140,19 @@ def _check_lora(file: bytes, name: str, form: str, branch: str, truth: _Truth, p
     }
 
 
-def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, limit: float) -> dict[str, float]:
+def _compare_updates(expected: BranchAdapter, got: BranchAdapter, name: str, limit: float) -> dict[str, float]:
     """Return the largest ‖difference‖ / ‖update‖ of all layers, and of their biases.
 
     Raises:
         InputError: other layers, or a difference above the limit.
     """
-    wanted, found = expected.by_layer(), came.by_layer()
-    if wanted.keys() != found.keys():
-        odd = sorted(".".join(at) for at in wanted.keys() ^ found.keys())
+    written, found = expected.by_layer(), got.by_layer()
+    if written.keys() != found.keys():
+        odd = sorted(".".join(at) for at in written.keys() ^ found.keys())
         raise InputError(
             expected=f"the concept's layers in {name}", got=f"others in {', '.join(odd)}", remedy="export it again"
         )
-    differences = {at: _layer_difference(found[at], wanted[at]) for at in wanted}
+    differences = {at: _layer_difference(found[at], written[at]) for at in written}
     worst = max(differences, key=lambda at: differences[at])
     if not differences[worst] <= limit:
         raise InputError(
@@ -163,13 +163,13 @@ def _compare_updates(expected: BranchAdapter, came: BranchAdapter, name: str, li
     return {"relative_difference": differences[worst], "limit": limit}
 
 
-def _layer_difference(came: LoRAFactors, expected: LoRAFactors) -> float:
-    biases = _relative_difference(came.bias_for_scale(1.0), expected.bias_for_scale(1.0))
-    return max(_relative_difference(came.update(), expected.update()), biases)
+def _layer_difference(got: LoRAFactors, expected: LoRAFactors) -> float:
+    biases = _relative_difference(got.bias_for_scale(1.0), expected.bias_for_scale(1.0))
+    return max(_relative_difference(got.update(), expected.update()), biases)
 
 
-def _relative_difference(came: torch.Tensor, expected: torch.Tensor) -> float:
-    difference, size = float((came - expected).norm()), float(expected.norm())
+def _relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    difference, size = float((got - expected).norm()), float(expected.norm())
     if not difference:
         return 0.0
     return difference / size if size else math.inf
@@ -225,7 +225,7 @@ def _refused_layers(adapter: BranchAdapter, form: str, truth: _Truth) -> dict[st
 
 
 def _check_words(
-    came: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str, dtype: str
+    got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str, dtype: str
 ) -> dict[str, Any]:
     """Compare the vectors of every text encoder, which must be the concept's, rounded to the dtype.
 
@@ -233,7 +233,7 @@ def _check_words(
         InputError: they are others.
     """
     for encoder, vectors in expected.items():
-        rounded, found = vectors.to(getattr(torch, dtype)).float(), came.get(encoder, torch.empty(0))
+        rounded, found = vectors.to(getattr(torch, dtype)).float(), got.get(encoder, torch.empty(0))
         if found.shape != rounded.shape or not torch.equal(found, rounded):
             raise InputError(
                 expected=f"{name} to hold the concept's {tuple(vectors.shape)} vectors",
@@ -242,7 +242,7 @@ def _check_words(
             )
     return {
         "num_vectors": len(next(iter(expected.values()))),
-        "max_difference": max(float((came[encoder] - vectors).abs().max()) for encoder, vectors in expected.items()),
+        "max_difference": max(float((got[encoder] - vectors).abs().max()) for encoder, vectors in expected.items()),
     }
 
 
@@ -255,8 +255,8 @@ def _check_toolkit(files: Mapping[str, bytes], truth: _Truth) -> dict[str, dict[
     entries: dict[str, dict[str, Any]] = {}
     for word in truth.source.words:
         name = f"{_TOOLKIT}{word.name}.pt"
-        came = dict.fromkeys(word.vectors, words.get(word.name, torch.empty(0)))  # of the only text encoder
-        entries[name] = _check_words(came, word.vectors, name, "float32")
+        got = dict.fromkeys(word.vectors, words.get(word.name, torch.empty(0)))  # of the only text encoder
+        entries[name] = _check_words(got, word.vectors, name, "float32")
     for branch, adapter in truth.source.adapters.items():
         suffix = "-neg" if branch == "negative" else ""
         names = [f"{_TOOLKIT}{network}{suffix}-{truth.source.num_steps}.safetensors" for network in adapter.networks]

@@ -15,7 +15,7 @@ from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
-from dreamartist_pipeline.interop.companion_texts import ExportOutline, diffusers_script, readme
+from dreamartist_pipeline.interop.companion_texts import ExportSummary, diffusers_script, readme
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.kohya import write_kohya
 from dreamartist_pipeline.interop.layer_names import diffusers_loses_layers
@@ -124,16 +124,16 @@ def _facts(branch: str, source: ExportSource, params: ExportParams) -> FileFacts
 
 def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> dict[str, bytes]:
     """Return README, workflow and script for these files; the latter two only where they have all they need."""
-    outline = describe(source, files, params)
-    texts = {README: readme(outline)}
-    if outline.has_script:
-        texts[SCRIPT] = diffusers_script(outline, params.seed, params.sampler, params.strength)
-    if outline.has_workflow:
-        texts[WORKFLOW] = _workflow(source, outline, params)
+    summary = describe(source, files, params)
+    texts = {README: readme(summary)}
+    if summary.has_script:
+        texts[SCRIPT] = diffusers_script(summary, params.seed, params.sampler, params.strength)
+    if summary.has_workflow:
+        texts[WORKFLOW] = _workflow(source, summary, params)
     return {name: text.encode() for name, text in texts.items()}
 
 
-def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> ExportOutline:
+def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> ExportSummary:
     """Return what the export holds, with the example prompts filled in."""
     words = {branch: [word for word in source.words if word.branch == branch] for branch in BRANCHES}
     slots = {branch: {word.slot: word.name for word in found} for branch, found in words.items()}
@@ -142,7 +142,7 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
     diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
     has_tools = has_words and source.names.pipeline is not None
-    return ExportOutline(
+    return ExportSummary(
         title=params.title,
         base_model=source.base_model,
         loras=loras,
@@ -177,15 +177,15 @@ def _branches_are_equal(source: ExportSource) -> bool:
     )
 
 
-def _workflow(source: ExportSource, outline: ExportOutline, params: ExportParams) -> str:
+def _workflow(source: ExportSource, summary: ExportSummary, params: ExportParams) -> str:
     words = [word.name for word in source.words]
     inputs = {
         branch: BranchInputs(
             prompt=embedding_prompt(prompt, words),
-            lora_file=outline.loras[branch].rpartition("/")[2] if branch in outline.loras else None,
+            lora_file=summary.loras[branch].rpartition("/")[2] if branch in summary.loras else None,
             strength=getattr(params.strength, branch),
         )
-        for branch, prompt in (("positive", outline.prompt), ("negative", outline.negative_prompt))
+        for branch, prompt in (("positive", summary.prompt), ("negative", summary.negative_prompt))
     }
     picture = Picture(
         source.workflow_px, params.seed, source.prediction_type, source.clip_skip, source.zero_terminal_snr

@@ -33,7 +33,7 @@ def import_concept(
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.backbones.layouts import layout_of
-    from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, settled
+    from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, resolve
     from dreamartist_pipeline.pipelines.importing.reading import read_single_files
     from dreamartist_pipeline.pipelines.importing.reporting import describe, summary
 
@@ -44,7 +44,7 @@ def import_concept(
         read = read_single_files(import_files, params, layout)
     else:
         read = read_toolkit_folder(toolkit_files, params.toolkit, layout, params.names, params.step, _NAMES)
-    imported = settled(read, layout, params.positive_acts_on, _NAMES)
+    imported = resolve(read, layout, params.positive_acts_on, _NAMES)
     concept = make_concept(imported, outline.identity, params.class_word, params.clip_skip)
     report = describe(imported, concept)
     log.info("Imported:\n%s", summary(report))

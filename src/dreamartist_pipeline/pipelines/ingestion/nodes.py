@@ -1,4 +1,4 @@
-"""The door: one picture, and perhaps a mask drawn over it, become training data."""
+"""Ingestion: the reference image, and its attention mask if there is one, become training data."""
 
 from __future__ import annotations
 

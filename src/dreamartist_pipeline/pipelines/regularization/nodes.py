@@ -37,7 +37,7 @@ def check_regularization(params: RegularizationParams, planned: PlannedConcept |
 def make_regularization_set(
     base_model: str, regularization_prompts: list[str], params: RegularizationParams, device: DeviceParams
 ) -> ImagesToDraw:
-    """Say which set is wanted: one image per prompt, drawn by the base model where exactly this set is not there.
+    """Describe the requested set: one image per prompt, drawn by the base model where exactly this set is not there.
 
     Image i has the seed `params.seed` + i.
 
@@ -79,15 +79,15 @@ def describe_set(
     return {"key": _sha256(manifest)[:16], **manifest}
 
 
-def _is_same_set(files: BaseModelFiles, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Whether an earlier version drew the wanted set, named after its own fingerprint of the base model.
+def _is_same_set(files: BaseModelFiles, requested: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether an earlier version drew the requested set, named after its own fingerprint of the base model.
 
     That fingerprint takes as long as reading all files: it is only asked for where all else is the same.
     """
     named_apart = {"key", "base_model_fingerprint"}
     fingerprint = str(stored.get("base_model_fingerprint"))
     return (
-        all(stored.get(name) == value for name, value in wanted.items() if name not in named_apart)
+        all(stored.get(name) == value for name, value in requested.items() if name not in named_apart)
         and _EARLIER_FINGERPRINT.fullmatch(fingerprint) is not None
         and fingerprint == files.old_fingerprint()
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.core.concept import Concept
-    from dreamartist_pipeline.core.training import ParameterGroup, Trainee
+    from dreamartist_pipeline.core.training import ParameterGroup, TrainableModel
     from dreamartist_pipeline.interop.user_files import UserFiles
 else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
     Concept = DataFrame = Figure = UserFiles = Any
@@ -43,7 +43,7 @@ def check_training(
             something, a template without its slot, a caption with a trigger word or with braces that cannot be read,
             words that do not fit into the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an
             optimizer that cannot run here, a preview's scheduler that cannot be set up, a noise schedule that this base
-            model cannot be trained with, or a concept to start from of which something has no place in this training.
+            model cannot be trained with, or a start concept that does not fit the configured groups.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
     from dreamartist_pipeline.pipelines.training.plan import make_plan
@@ -93,19 +93,19 @@ def train_concept(
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
     with StepReport(params.num_steps, tracker) as report:
         draw_preview = preview_drawing(new, params, tracker)
-        history = fit(trainee(new, groups), data, params, report, draw_preview)
+        history = fit(trainable_model(new, groups), data, params, report, draw_preview)
     return new.snapshot(metadata), history_table(history)
 
 
-def trainee(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trainee:
-    """Return the new concept as the training loop sees it."""
+def trainable_model(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> TrainableModel:
+    """Return the new concept as the training loop takes it."""
     import torch
 
     from dreamartist_pipeline.backbones.base_model import decode_with_gradients
-    from dreamartist_pipeline.core.training import Trainee
+    from dreamartist_pipeline.core.training import TrainableModel
 
     encoders = new.backbone.tokenizers
-    return Trainee(
+    return TrainableModel(
         denoise=new.backbone.denoise,
         encode=new.prompts.encode,
         objective=new.backbone.objective,

@@ -151,17 +151,19 @@ def check_templates(params: TrainingParams) -> None:
     names = set(params.words.names)
     if not names:
         return
-    wanted = " or ".join(f"{{{name}}}" for name in sorted(names))
+    word_slots = " or ".join(f"{{{name}}}" for name in sorted(names))
     used: set[str] = set()
     for template in params.templates:
         slots = set(slot_names(template, names))
         if not slots & names:
             raise InputError(
-                expected=f"the slot {wanted} in every template", got=f"{template!r}", remedy="write it where it belongs"
+                expected=f"the slot {word_slots} in every template",
+                got=f"{template!r}",
+                remedy="write it where it belongs",
             )
         if unknown := sorted(slots - names - set(_GENERAL_SLOTS)):
             raise InputError(
-                expected=f"only the slots {wanted}, {{class}} and {{caption}} in templates",
+                expected=f"only the slots {word_slots}, {{class}} and {{caption}} in templates",
                 got=f"{{{unknown[0]}}} in {template!r}",
                 remedy="correct it, or give its trigger words in words.names",
             )

@@ -74,10 +74,10 @@ def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
 
 def _check_noise_schedule(concept: Concept, params: TrainingParams) -> None:
     """Confirm that the training has the noise schedule that the concept was trained with."""
-    expected, came = (str(value).lower() for value in (concept.metadata.zero_terminal_snr, params.zero_terminal_snr))
-    if came != expected:
+    expected, got = (str(value).lower() for value in (concept.metadata.zero_terminal_snr, params.zero_terminal_snr))
+    if got != expected:
         raise InputError(
             expected=f"training.zero_terminal_snr {expected}, as the concept in training.start_from was trained",
-            got=came,
+            got=got,
             remedy=f"set it to {expected}",
         )
