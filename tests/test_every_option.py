@@ -764,7 +764,7 @@ def test_the_device_is_the_one_asked_for_and_auto_is_the_gpu_where_there_is_one(
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert pick_device(DeviceParams(device="auto")).type == auto
         assert pick_device(DeviceParams(device="cpu")).type == "cpu"
-    with pytest.raises(InputError, match="expected a CUDA GPU .device: cuda.; torch sees none"):
+    with pytest.raises(InputError, match="expected a CUDA GPU .device: cuda.; got none that torch sees"):
         pick_device(DeviceParams(device="cuda"))
 
 

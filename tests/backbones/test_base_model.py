@@ -50,17 +50,17 @@ def copied_model(tiny_base_model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_part_is_named(copied_model: Path, part: str) -> None:
     shutil.rmtree(copied_model / part)
-    with pytest.raises(InputError, match=f"expected a complete base model .* lacks {part}/; copy"):
+    with pytest.raises(InputError, match=f"expected a complete base model .* one without {part}/; copy"):
         load_backbone(BaseModelFiles(copied_model), CPU)
 
 
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("model_index.json", "lacks model_index.json"),
-        ("unet/config.json", "lacks unet/config.json"),
-        ("unet/diffusion_pytorch_model.safetensors", "lacks unet's weights"),
-        ("tokenizer/vocab.json", "lacks tokenizer/tokenizer.json"),
+        ("model_index.json", "without model_index.json"),
+        ("unet/config.json", "without unet/config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "without unet's weights"),
+        ("tokenizer/vocab.json", "without tokenizer/tokenizer.json"),
     ],
 )
 def test_a_missing_file_is_named(copied_model: Path, file: str, message: str) -> None:
@@ -89,7 +89,7 @@ def test_truncated_weights_are_named(copied_model: Path, content: bytes | None) 
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected the base model's folder at .*nowhere; there is none"):
+    with pytest.raises(InputError, match=r"expected the base model's folder at .*nowhere; got no such folder"):
         BaseModelFiles(tmp_path / "nowhere").check()
 
 
@@ -145,7 +145,7 @@ def test_a_hub_id_is_its_own_fingerprint_and_needs_no_folder() -> None:
 def test_a_damaged_configuration_is_refused(copied_model: Path, load: Callable[[BaseModelFiles], Any]) -> None:
     (copied_model / "unet" / "config.json").write_text("{")
     with pytest.raises(
-        InputError, match=r"expected to read a base model from .*; got: .*config\.json.*; correct base_m"
+        InputError, match=r"expected a base model that can be read from .*; got .*config\.json.*; correct base_m"
     ):
         load(BaseModelFiles(copied_model))
 
@@ -155,14 +155,14 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no connection")
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
-    with pytest.raises(InputError, match="from the Hugging Face hub as owner/name; got: no connection; correct base_m"):
+    with pytest.raises(InputError, match="from the Hugging Face hub as owner/name; got no connection; correct base_m"):
         load_outline(BaseModelFiles("hub:owner/name"))
 
 
 def test_an_unknown_prediction_type_is_refused(copied_model: Path) -> None:
     config = copied_model / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
-    with pytest.raises(InputError, match="predicts epsilon or v_prediction, got 'sample'"):
+    with pytest.raises(InputError, match="predicts epsilon or v_prediction; got 'sample'"):
         load_backbone(BaseModelFiles(copied_model), CPU)
 
 

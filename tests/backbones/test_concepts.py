@@ -472,7 +472,7 @@ def test_concepts_that_earlier_versions_wrote_draw(backbone: Backbone, name: str
 def test_a_concept_without_a_words_vectors_is_refused(backbone: Backbone, make_training_params: MakeParams) -> None:
     concept, _ = train(backbone, make_training_params(num_steps=0))
     tensors = {name: t for name, t in concept.tensors.items() if name != "words.negative.pt1"}
-    with pytest.raises(InputError, match=r"negative\.pt1 are missing"):
+    with pytest.raises(InputError, match=r"negative\.pt1 missing"):
         attach(backbone, dataclasses.replace(concept, tensors=tensors), FULL)
 
 

@@ -97,7 +97,7 @@ def test_dinov2_is_loaded_from_a_folder(dinov2_folder: Path) -> None:
 @pytest.mark.parametrize("name", ["vgg16", "clip", "dinov2:", "efficientnet-lite0:x"])
 def test_an_unknown_name_lists_what_exists(name: str) -> None:
     listing = "efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID"
-    with pytest.raises(InputError, match=f"expected an evaluator among {listing}, got '{name}'"):
+    with pytest.raises(InputError, match=f"expected an evaluator among {listing}; got '{name}'"):
         load_evaluator(name)
 
 

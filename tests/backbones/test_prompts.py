@@ -174,7 +174,7 @@ def test_skipping_every_layer_is_refused(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("word", ["cat", "Cat", "a"])
 def test_a_word_that_is_a_token_already_is_refused(tokenizer: CLIPTokenizer, word: str) -> None:
-    with pytest.raises(InputError, match=rf"'{word}' is already a single token .* such as 'my-{word}'"):
+    with pytest.raises(InputError, match=rf"'{word}', which is already a single token .* such as 'my-{word}'"):
         check_trigger_word(tokenizer, word)
 
 

@@ -212,7 +212,7 @@ def test_a_model_with_adapters_takes_no_others(model: Model) -> None:
 
 def test_a_grouped_convolution_is_refused() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
-    with pytest.raises(InputError, match="expected an ordinary convolution 'conv', got groups=2"):
+    with pytest.raises(InputError, match="expected an ordinary convolution 'conv'; got groups=2"):
         inject(model, [_group(layers=("conv",))], 2, _generator())
 
 
@@ -536,15 +536,15 @@ def test_strength_zero_is_the_base_model(model: Model, x: torch.Tensor) -> None:
         ({"blocks.0.ff.0.negative.up": torch.zeros(1, 8)}, "of negative group 0 in blocks.0.ff"),
         (
             {"blocks.0.ff.2.shared.up": torch.zeros(9, 1)},
-            r"shapes \(1, 8\) and \(8, 1\) for blocks.0.ff, got \(1, 8\) and",
+            r"shapes \(1, 8\) and \(8, 1\) for blocks.0.ff; got \(1, 8\) and",
         ),
         (
             {"block.2.shared.up": torch.zeros(8, 1), "block.2.shared.down": torch.zeros(1, 8)},
-            "expected a plain Linear or Conv2d 'block', got no such layer",
+            "expected a plain Linear or Conv2d 'block'; got no such layer",
         ),
         (
             {"blocks.2.shared.up": torch.zeros(8, 1), "blocks.2.shared.down": torch.zeros(1, 8)},
-            "expected a plain Linear or Conv2d 'blocks', got no such layer",
+            "expected a plain Linear or Conv2d 'blocks'; got no such layer",
         ),
     ],
 )
@@ -847,6 +847,6 @@ def test_a_start_by_svd_leaves_the_rank_by_timestep_of_another_group_alone() -> 
 
 def test_a_start_by_svd_of_more_ranks_than_the_weight_has_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"rank of at most 4 for svd_init .* whose weight is \(6, 4\), got 5; lower it"
+        InputError, match=r"rank of at most 4 for svd_init .* whose weight is \(6, 4\); got 5; lower it"
     ):
         _adapted("linear", _layer_group(POSITIVE, svd_init=True, rank=5))

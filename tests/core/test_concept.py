@@ -144,10 +144,10 @@ QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.0.posit
         ({"unet.x.7.positive.up": torch.zeros(1, 1)}, "one of 2 LoRA groups, .* positive group 7 in x"),
         ({"unet.x": torch.zeros(1, 1)}, "expected adapter tensors named"),
         ({"vae.x.0.positive.up": torch.zeros(1, 1)}, "tensors of text_encoder, unet, words in .*; got vae.x"),
-        ({"words.positive.pt1": None}, "positive.pt1 are missing"),
-        ({"words.positive.pt1": torch.tensor(1.0)}, "positive.pt1 are missing, have no word or another shape"),
-        ({"words.positive.pt1": torch.zeros(0, 32)}, "positive.pt1 are missing, have no word or another shape"),
-        ({"words.positive.pt2": torch.zeros(1, 32)}, "positive.pt2 are missing, have no word"),
+        ({"words.positive.pt1": None}, "positive.pt1 missing"),
+        ({"words.positive.pt1": torch.tensor(1.0)}, "positive.pt1 missing, without a word or of another shape"),
+        ({"words.positive.pt1": torch.zeros(0, 32)}, "positive.pt1 missing, without a word or of another shape"),
+        ({"words.positive.pt2": torch.zeros(1, 32)}, "positive.pt2 missing, without a word"),
     ],
 )
 def test_tensors_that_do_not_belong_or_are_no_numbers_are_refused(

@@ -55,7 +55,7 @@ def test_the_number_of_timesteps_is_the_length_of_the_schedule() -> None:
 
 
 def test_other_prediction_types_are_refused() -> None:
-    with pytest.raises(InputError, match="predicts epsilon or v_prediction, got 'sample'; choose another base model"):
+    with pytest.raises(InputError, match="predicts epsilon or v_prediction; got 'sample'; choose another base model"):
         NoiseSchedule(ALPHAS, "sample")
 
 

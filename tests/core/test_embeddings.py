@@ -61,7 +61,7 @@ def test_a_prompt_is_cut_at_trigger_words_that_stand_alone(vocabulary: Vocabular
 
 
 def test_a_word_that_fills_two_places_is_refused() -> None:
-    with pytest.raises(InputError, match="expected every trigger word once, got 'Cat' twice; give slot 'pt2' another"):
+    with pytest.raises(InputError, match="expected every trigger word once; got 'Cat' twice; give slot 'pt2' another"):
         Vocabulary.build({"pt1": ("cat", "cat-n"), "pt2": ("Cat", "dog-n")}, (1, 1), 10)
 
 
@@ -177,10 +177,10 @@ def test_the_same_seed_gives_the_same_vectors() -> None:
 @pytest.mark.parametrize(
     ("text", "tokens", "message"),
     [
-        ("qqq", TOKENS[:0], "expected an init text that the tokenizer knows, got 'qqq'"),
-        ("*[0.017, 2]", None, "expected init_text to fill 3 vectors, got 2 random ones and no text"),
-        ("cat, *[0.017, 3]", TOKENS[:1], "expected init_text to fill 3 vectors, got 3 random ones and a text"),
-        ("cat, *[0.017, 4]", TOKENS[:1], "expected init_text to fill 3 vectors, got 4 random ones and a text"),
+        ("qqq", TOKENS[:0], "expected an init text that the tokenizer knows; got 'qqq'"),
+        ("*[0.017, 2]", None, "expected init_text to fill 3 vectors; got 2 random ones and no text"),
+        ("cat, *[0.017, 3]", TOKENS[:1], "expected init_text to fill 3 vectors; got 3 random ones and a text"),
+        ("cat, *[0.017, 4]", TOKENS[:1], "expected init_text to fill 3 vectors; got 4 random ones and a text"),
     ],
 )
 def test_numbers_of_vectors_that_contradict_each_other_are_refused(

@@ -25,7 +25,7 @@ def test_weights_for_gamma_two(weighting: str, prediction_type: str, expected: l
 
 
 def test_an_unknown_weighting_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a weighting among none, min_snr, soft_min_snr, got 'min_snrr'"):
+    with pytest.raises(InputError, match="expected a weighting among none, min_snr, soft_min_snr; got 'min_snrr'"):
         snr_weight("min_snrr", SNR, 2.0, "epsilon")
 
 
@@ -78,5 +78,5 @@ def test_decoded_images_are_compared_under_the_mask_of_their_latents(norm: str, 
 
 
 def test_an_unknown_norm_of_images_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a norm among l1, l2, got 'l3'"):
+    with pytest.raises(InputError, match="expected a norm among l1, l2; got 'l3'"):
         image_error(torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), None, "l3")

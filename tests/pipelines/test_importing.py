@@ -293,7 +293,7 @@ def test_nothing_to_import_is_refused(run: Run) -> None:
         ({"positive": "README.txt"}, "expected a safetensors file README.txt"),
         ({"positive": "embeddings/my-fox.safetensors"}, "got an embedding .*; give it in import.words"),
         ({"words": {"pt1": "lora/fox.safetensors"}}, r"expected one embedding \[n, D\] in fox.safetensors"),
-        ({"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "cat"}}, "'cat' is already a single token"),
+        ({"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "cat"}}, "'cat', which is already a single token"),
         (
             {"words": {"pt1": ["toolkit/my-fox.pt", "toolkit/my-fox-neg.pt"]}, "names": {"pt1": ["my-x", "My-X"]}},
             "every trigger word once; got 'my-x' twice; .* import.names.pt1=",

@@ -132,7 +132,7 @@ def test_the_plan_is_shown_per_branch(
             {"words": {"names": {"pt1": ("my-fox", "my-neg"), "pt2": ("my-hat", "my-hat-neg")}}},
             r"got none with \{pt2\}",
         ),
-        ({"words": {"names": {"pt1": ("cat", "my-cat-neg")}}}, "'cat' is already a single token"),
+        ({"words": {"names": {"pt1": ("cat", "my-cat-neg")}}}, "'cat', which is already a single token"),
         ({"words": {"names": {"pt1": ("my-cat", "My-Cat")}}}, "every trigger word once"),
         ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "num_vectors": (30, 2)}}, "take fewer vectors"),
         ({"words": {"names": {"pt1": ("my-fox", "my-neg")}, "init_text": ("*[0.1, 9]", "*[0.1]")}}, "init_text"),
@@ -484,7 +484,7 @@ def test_a_caption_whose_braces_cannot_be_read_is_refused_before_a_model_is_read
     make_training_params: MakeParams,
 ) -> None:
     params = make_training_params(templates=("{pt1}, {caption}",))
-    with pytest.raises(InputError, match="'{' without '}' in 'my-fox-neg, a {cat'; .* it is made of a template and"):
+    with pytest.raises(InputError, match="'{' without '}' in 'my-fox-neg, a {cat'; .* in a template or"):
         check_training("nowhere", params, "a {cat")
 
 
