@@ -319,7 +319,7 @@ def test_a_lora_of_another_base_model_is_refused_by_layer(run: Run, folder: Path
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     wide = {f"unet.{layer}.lora_A.weight": torch.ones(2, 768), f"unet.{layer}.lora_B.weight": torch.ones(320, 2)}
     (folder / "wide.safetensors").write_bytes(write_tensors(wide, {}))
-    with pytest.raises(InputError, match=rf"unet.{layer} came as \(2, 768\) and \(320, 2\) where .* set base_model"):
+    with pytest.raises(InputError, match=rf"unet.{layer} is \(2, 768\) and \(320, 2\) where .* set base_model"):
         run(positive="wide.safetensors")
 
 
