@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 from dreamartist_pipeline.errors import InputError, TrainingError
+from refusals import says
 
 
 def test_the_message_has_all_parts_in_order() -> None:
@@ -20,3 +21,9 @@ def test_an_error_crosses_processes_whole() -> None:
     for kind in (InputError, TrainingError):
         error = pickle.loads(pickle.dumps(kind("a", "b", "do c", where="d")))
         assert (type(error), str(error), error.remedy) == (kind, "d: expected a; got b; do c", "do c")
+
+
+def test_an_error_is_checked_by_its_parts() -> None:
+    error = InputError("training.lr above 0", "-1", "raise it")
+    assert says(expected="training.lr", got="-1")(error)
+    assert not says(expected="-1")(error)  # elsewhere in the message
