@@ -1,4 +1,4 @@
-"""Which layers each tool knows."""
+"""The layers that each tool finds."""
 
 from __future__ import annotations
 

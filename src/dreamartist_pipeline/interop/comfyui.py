@@ -1,7 +1,7 @@
-"""A ComfyUI workflow, in the API's format, that applies one adapter per branch.
+"""A ComfyUI workflow in API format that applies one adapter per branch.
 
-CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one KSampler: the hook travels
-with the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
+CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one KSampler: the hook is attached
+to the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from dreamartist_pipeline.params import SamplerParams
 from dreamartist_pipeline.schedulers import COMFYUI_SPACINGS, SCHEDULERS
 
 BASE_MODEL_FILE = "BASE_MODEL.safetensors"
-"""Stands for the checkpoint, which users choose in the first node."""
+"""A placeholder for the checkpoint, which users select in the first node."""
 
 
 @dataclass(frozen=True)
 class BranchInputs:
-    """Inputs of one branch. lora_file: in ComfyUI's folder of LoRAs; None without an adapter."""
+    """Inputs of one branch.
+
+    Attributes:
+        lora_file: in ComfyUI's folder of LoRAs; None without an adapter.
+    """
 
     prompt: str
     lora_file: str | None
@@ -30,9 +34,11 @@ class BranchInputs:
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn besides: size, seed, how the base model predicts, and which of the text encoder's layers is read.
+    """Settings of the image and the base model.
 
-    clip_skip: how many of its last layers are left out. zero_terminal_snr: as the concept was trained.
+    Attributes:
+        clip_skip: how many of the text encoder's last layers are left out.
+        zero_terminal_snr: of the concept's training.
     """
 
     side_px: int
@@ -45,10 +51,10 @@ class Picture:
 def build_workflow(
     positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams
 ) -> dict[str, Any]:
-    """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it.
+    """Return node id -> {class_type, inputs}, the input of ComfyUI's /prompt.
 
     Raises:
-        InputError: ComfyUI has nothing like the scheduler or one of its options.
+        InputError: ComfyUI does not have the scheduler or one of its options.
     """
     sampler_name, scheduler = comfyui_sampler(sampler, picture.zero_terminal_snr)
     model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
@@ -92,29 +98,27 @@ def comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[st
     """Return KSampler's sampler_name and scheduler.
 
     Raises:
-        InputError: ComfyUI has nothing like the scheduler or one of its options.
+        InputError: ComfyUI does not have the scheduler or one of its options.
     """
     known = SCHEDULERS[sampler.scheduler].comfyui
     if known is None:
+        names = ", ".join(name for name, scheduler in SCHEDULERS.items() if scheduler.comfyui)
         raise InputError(
             expected="a scheduler that ComfyUI has too, for the workflow",
-            got=f"{sampler.scheduler}",
-            remedy=(
-                "set export.sampler.scheduler to one of "
-                f"{', '.join(name for name, s in SCHEDULERS.items() if s.comfyui)}"
-            ),
+            got=sampler.scheduler,
+            remedy=f"set export.sampler.scheduler to one of {names}",
         )
     if unknown := sorted(sampler.scheduler_options.keys() - COMFYUI_SPACINGS.keys()):
         raise InputError(
-            expected=f"scheduler_options that a ComfyUI workflow can say, {', '.join(COMFYUI_SPACINGS)}",
-            got=f"{', '.join(unknown)}",
-            remedy="leave them out of export.sampler",
+            expected=f"scheduler_options that a ComfyUI workflow supports, {', '.join(COMFYUI_SPACINGS)}",
+            got=", ".join(unknown),
+            remedy="remove them from export.sampler",
         )
     sampler_name, scheduler = known
     if sampler.scheduler_options.get("use_karras_sigmas") is False and scheduler == "karras":
         scheduler = "normal"
     if zero_terminal_snr:
-        scheduler = "sgm_uniform"  # starts at the last timestep, where this schedule's noise is
+        scheduler = "sgm_uniform"  # starts at the last timestep
     chosen = [spacing for option, spacing in COMFYUI_SPACINGS.items() if sampler.scheduler_options.get(option)]
     return sampler_name, (chosen or [scheduler])[0]
 
@@ -143,29 +147,29 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def embedding_prompt(prompt: str, words: Iterable[str]) -> str:
-    """Return a prompt with every trigger word as ComfyUI asks for an embedding, `embedding:my-cat`.
+    """Return a prompt for ComfyUI, with `embedding:my-cat` for a trigger word.
 
-    ComfyUI splits at spaces and takes only commas off a name, and weights what is in parentheses, which is plain text
-    here: words get spaces around them, parentheses a backslash.
+    ComfyUI ends an embedding's name at a space or comma, and reads parentheses as weights: words are surrounded by
+    spaces, parentheses are escaped.
     """
     name_of = {word.lower(): word for word in words}
     alternatives = "|".join(sorted(map(re.escape, name_of), key=len, reverse=True)) or "(?!)"
 
     def embedding(match: re.Match[str]) -> str:
         before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
-        apart_before = "" if not before or before.isspace() else " "
-        apart_after = "" if not after or after.isspace() or after == "," else " "
-        return f"{apart_before}embedding:{name_of[match[0].lower()]}{apart_after}"
+        space_before = "" if not before or before.isspace() else " "
+        space_after = "" if not after or after.isspace() or after == "," else " "
+        return f"{space_before}embedding:{name_of[match[0].lower()]}{space_after}"
 
-    asked = re.sub(rf"(?<![\w:-])(?:{alternatives})(?![\w-])", embedding, prompt, flags=re.IGNORECASE)
-    return re.sub(r"[()]", r"\\\g<0>", asked)
+    replaced = re.sub(rf"(?<![\w:-])(?:{alternatives})(?![\w-])", embedding, prompt, flags=re.IGNORECASE)
+    return re.sub(r"[()]", r"\\\g<0>", replaced)
 
 
 def check_workflow(workflow: Mapping[str, Any], lora_files: Iterable[str], name: str) -> None:
-    """Confirm that every link leads to a node and that every LoRA it names is in the export.
+    """Check that every link has its node, and that every LoRA is in the export.
 
     Raises:
-        InputError: which one does not.
+        InputError: a node or a LoRA is missing.
     """
     known = set(lora_files)
     for node, content in workflow.items():

@@ -1,4 +1,4 @@
-"""What lies beside the exported files: how to use them, and a script for diffusers."""
+"""The README of an export, and its script for diffusers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from string import Template
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 
+_COMFYUI = """\
+ComfyUI: equivalent, one adapter per branch
+  1. Copy lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings.
+  2. Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node."""
+_DIFFUSERS = """\
+diffusers: equivalent, one adapter per branch
+  python generate_with_diffusers.py BASE_MODEL "{prompt}\""""
+
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export holds, for those who use it.
+    """The content of an export.
 
-    loras: branch -> file in the kohya format; diffusers_loras: branch -> the file that diffusers takes whole.
-    words: branch -> trigger words.
+    Attributes:
+        loras: branch -> file in the kohya format.
+        diffusers_loras: branch -> a file that diffusers loads completely.
+        words: branch -> trigger words.
     """
 
     title: str
@@ -35,7 +45,7 @@ class ExportSummary:
 
 
 def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
-    """Return a script that draws with one adapter per branch in plain diffusers."""
+    """Return a script that generates images with one adapter per branch in plain diffusers."""
     scheduler = SCHEDULERS[sampler.scheduler]
     rescaled = ZERO_TERMINAL_SNR if summary.zero_terminal_snr else {}
     settings = {
@@ -57,8 +67,13 @@ def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, 
 
 
 def readme(summary: ExportSummary) -> str:
-    """Return the export's README: what is where, and what is equivalent to this project's own drawing."""
-    sections = [_heading(summary), _comfyui(summary), _diffusers(summary), _a1111(summary)]
+    """Return the export's README: its files, and how each tool uses them."""
+    sections = [
+        _heading(summary),
+        _COMFYUI if summary.has_workflow else "",
+        _DIFFUSERS.format(prompt=summary.prompt) if summary.has_script else "",
+        _a1111(summary),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -72,53 +87,34 @@ def _heading(summary: ExportSummary) -> str:
     lines = [
         f"{summary.title}: a DreamArtist++ concept for the base model {summary.base_model}.",
         "",
-        "It has one LoRA per branch. The positive one belongs to the prompt, the negative one to the negative prompt;",
-        "loading both for both sides draws something else. Use it with the base model it was trained on.",
+        "It has one LoRA per branch: the positive one for the prompt, the negative one for the negative prompt. Images",
+        "differ if both are applied to both prompts. Use it with the base model it was trained on.",
         "",
         *(f"  {file:<{width}}  {content}" for file, content in contents.items()),
     ]
     return "\n".join(lines).rstrip()
 
 
-def _comfyui(summary: ExportSummary) -> str:
-    if not summary.has_workflow:
-        return ""
-    return "\n".join(
-        [
-            "ComfyUI: equivalent, one adapter per branch",
-            "  1. Copy lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings.",
-            "  2. Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node.",
-        ]
-    )
-
-
-def _diffusers(summary: ExportSummary) -> str:
-    if not summary.has_script:
-        return ""
-    command = f'  python generate_with_diffusers.py BASE_MODEL "{summary.prompt}"'
-    return "\n".join(["diffusers: equivalent, one adapter per branch", command])
-
-
 def _a1111(summary: ExportSummary) -> str:
     positive = ", ".join(summary.words.get("positive", ()))
-    written = summary.negative_prompt
-    negative = ", ".join(word for word in summary.words.get("negative", ()) if word not in written)
+    negative_prompt = summary.negative_prompt
+    negative = ", ".join(word for word in summary.words.get("negative", ()) if word not in negative_prompt)
     lora = summary.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
     if summary.branches_are_equal:
         return "\n".join(
             [
                 "A1111 / Forge: equivalent, because both branches have the same LoRA here",
                 f"  prompt           {summary.prompt} <lora:{lora}:1>",
-                *([f"  negative prompt  {summary.negative_prompt}"] if summary.negative_prompt else []),
+                *([f"  negative prompt  {negative_prompt}"] if negative_prompt else []),
             ]
         )
     return "\n".join(
         [
             "A1111 / Forge: a fallback that is NOT equivalent",
-            "  They cannot put a LoRA on the negative side only. The nearest is the positive LoRA, which there acts on",
-            "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
+            "  They cannot apply a LoRA to the negative prompt only. The closest is the positive LoRA, which acts on",
+            "  both prompts, with both embeddings. Images differ from those of ComfyUI, diffusers and this project.",
             f"  prompt           {summary.prompt}{f' <lora:{lora}:1>' if lora else ''}"
             + (f"   (trigger word: {positive})" if positive else ""),
-            f"  negative prompt  {', '.join(part for part in (negative, written) if part)}",
+            f"  negative prompt  {', '.join(part for part in (negative, negative_prompt) if part)}",
         ]
     )

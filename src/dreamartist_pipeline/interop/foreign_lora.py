@@ -1,4 +1,4 @@
-"""LoRA files of whichever tool: which format they have, whether they are plain LoRA, and whether they fit the model."""
+"""LoRA files of other tools: detection of the format, rejection of other adapter types, and shape checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENDINGS = {"kohya": (".lora_down.weight", ".lora_up.weight"), "peft": (".lora_A
 _EXTRACT = "give a plain LoRA, or have LyCORIS extract one"
 _SD_ONLY = "give one for Stable Diffusion 1.x or 2.x"
 _OTHER_KINDS = {  # pattern of a key -> what a file with it holds, and what to do
-    r"^bundle_emb\.": ("a LoRA with embeddings bundled into it", "take them out, and give LoRA and embeddings apart"),
+    r"^bundle_emb\.": ("a LoRA with bundled embeddings", "extract them, and give LoRA and embeddings separately"),
     r"^lora_te[12]_|^lora_unet_(input|output)_blocks_|^text_encoder_2\.": ("a LoRA for SDXL", _SD_ONLY),
     r"\.dora_scale$|\.lora_magnitude_vector": ("a DoRA", "give a plain LoRA"),
     r"\.lokr_": ("a LoKr", _EXTRACT),
@@ -34,15 +34,20 @@ _OTHER_KINDS = {  # pattern of a key -> what a file with it holds, and what to d
     r"\.diff(_b)?$": ("whole weight differences", _EXTRACT),
     r"^lora(_ema)?:": ("adapters of HCP-Diffusion", "give their folder as import.toolkit"),
     r"^emb_params$|^clip_[lg]$": ("an embedding", "give it in import.words"),
-    r"^base_model\.model\.": ("peft's own form, which does not say which network it is for", "save it by diffusers"),
-    r"[._]lora\.down\.weight$": ("an old form of diffusers", "load and save it once with a present diffusers"),
+    r"^base_model\.model\.": ("a peft file without the network's name", "save it with diffusers"),
+    r"[._]lora\.down\.weight$": ("an old format of diffusers", "load and save it with a current version"),
     r"^model\.diffusion_model\.": ("a whole model", "give a LoRA"),
 }
 
 
 @dataclass(frozen=True)
 class ForeignLoRA:
-    """A LoRA file's content. form: "kohya" or "peft"."""
+    """The content of a LoRA file.
+
+    Attributes:
+        form: "kohya" or "peft".
+        adapter: its updates.
+    """
 
     form: str
     adapter: BranchAdapter
@@ -53,25 +58,22 @@ def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> Forei
 
     Args:
         file: its bytes, safetensors.
-        name: what to call it in an error.
+        name: its name in an error.
         shapes: of the base model's layers.
-        names: what files call them.
+        names: their names in files.
 
     Raises:
-        InputError: not a safetensors file, no plain LoRA, keys that no layer explains, or shapes of another base model.
+        InputError: not a safetensors file, not a plain LoRA, unknown keys, or shapes of another base model.
     """
-    keys, metadata = read_tensors(file, name).keys(), read_metadata(file)
-    form = _form(keys, metadata, name)
-    modules = {network: list(layers) for network, layers in shapes.items()}
-    adapter = _READERS[form](file, name, modules, names)
-    return ForeignLoRA(form, fitted(adapter, name, shapes))
+    form = _form(read_tensors(file, name).keys(), read_metadata(file), name)
+    return ForeignLoRA(form, fitted(_READERS[form](file, name, shapes, names), name, shapes))
 
 
 def _form(keys: Collection[str], metadata: Mapping[str, str], name: str) -> str:
-    """Return the format by its keys.
+    """Return the format by the keys.
 
     Raises:
-        InputError: another kind of file; the message says which, as far as it is known.
+        InputError: another kind of file, which the message names if it is known.
     """
     if metadata.get("format") == FORMAT:
         raise InputError(
@@ -85,45 +87,41 @@ def _form(keys: Collection[str], metadata: Mapping[str, str], name: str) -> str:
     for form, endings in _ENDINGS.items():
         if any(key.endswith(endings) for key in keys):
             return form
-    got = ", ".join(sorted(keys)[:_SHOWN]) or "no tensors"
     raise InputError(
-        expected=f"a LoRA in the kohya format or diffusers' (peft) in {name}", got=got, remedy="give another file"
+        expected=f"a LoRA in kohya or peft format in {name}",
+        got=", ".join(sorted(keys)[:_SHOWN]) or "no tensors",
+        remedy="give another file",
     )
 
 
 def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
-    """Return the adapter with every factor in the shape its layer needs; 1 × 1 kernels come with and without axes.
+    """Return the adapter with the factors reshaped for its layers: files have 1 × 1 kernels with or without axes.
 
     Raises:
-        InputError: shapes that belong to another base model, or numbers that are not finite; the message names layers.
+        InputError: shapes of another base model, or non-finite values; the message names the layers.
     """
-    networks: dict[str, dict[str, LoRAFactors]] = {}
-    wrong = []
+    reshaped, wrong = {}, []
     for (network, layer), factors in adapter.by_layer().items():
         weight = shapes[network][layer]
         down, up = (factors.rank, *weight[1:]), (weight[0], factors.rank, *[1] * (len(weight) - 2))
         if _is_reshape(factors.down, down) and _is_reshape(factors.up, up):
-            reshaped = replace(factors, down=factors.down.reshape(down), up=factors.up.reshape(up))
-            networks.setdefault(network, {})[layer] = reshaped
+            reshaped[network, layer] = replace(factors, down=factors.down.reshape(down), up=factors.up.reshape(up))
         else:
             got = f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}"
-            wrong.append(f"{network}.{layer} is {got} where {down} and {up} belong")
+            wrong.append(f"{network}.{layer} is {got} where {down} and {up} are expected")
     if wrong:
         raise InputError(
             expected=f"{name} to fit the layers of this base model",
-            got=f"{len(wrong)} of {adapter.num_layers} that do not: {'; '.join(wrong[:_SHOWN])}",
+            got=f"{len(wrong)} of {adapter.num_layers} layers with other shapes: {'; '.join(wrong[:_SHOWN])}",
             remedy="set base_model to the one it was made for, or give another file",
         )
     if infinite := [".".join(at) for at, factors in adapter.by_layer().items() if not _is_finite(factors)]:
         raise InputError(
-            expected=f"finite numbers in {name}",
-            got=(
-                f"{len(infinite)} of {adapter.num_layers} layers with some that are infinite or no numbers: "
-                f"{', '.join(infinite[:_SHOWN])}"
-            ),
+            expected=f"finite values in {name}",
+            got=f"{len(infinite)} of {adapter.num_layers} layers with others: {', '.join(infinite[:_SHOWN])}",
             remedy="make or download it again",
         )
-    return BranchAdapter(networks)
+    return BranchAdapter.of_layers(reshaped)
 
 
 def _is_finite(factors: LoRAFactors) -> bool:
@@ -132,6 +130,6 @@ def _is_finite(factors: LoRAFactors) -> bool:
 
 
 def _is_reshape(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Say whether only axes of length 1 at the end are missing or too many."""
+    """Return whether shapes differ at most in trailing axes of length 1."""
     got, length = tuple(tensor.shape), max(tensor.dim(), len(shape))
     return got + (1,) * (length - len(got)) == shape + (1,) * (length - len(shape))

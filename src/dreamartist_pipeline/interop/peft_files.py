@@ -1,12 +1,12 @@
-"""LoRA as peft and diffusers write it: `unet.<module>.lora_A.weight` and `lora_B.weight`.
+"""LoRA in the format of peft and diffusers: `unet.<module>.lora_A.weight` and `lora_B.weight`.
 
-Only diffusers takes all of it: ComfyUI silently drops the attention layers of the UNet.
+Only diffusers loads all of it: ComfyUI silently ignores the attention layers of the UNet.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,17 +17,17 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, has_bias
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.layer_names import layers_by_name
-from dreamartist_pipeline.interop.placing import build_adapter, place_by_suffix, read_parts
+from dreamartist_pipeline.interop.placing import place_by_suffix, read_parts
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, write_tensors
 
 _SUFFIXES = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_B.bias": "bias"}
-_CONFIG = "lora_adapter_metadata"  # diffusers' entry for peft's LoraConfig
+_CONFIG = "lora_adapter_metadata"  # key of peft's LoraConfig in diffusers' metadata
 
 
 def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> bytes:
-    """Return one branch's adapter as a peft file; the scale is in `lora_B`, so that readers need no configuration.
+    """Return one branch's adapter as a peft file without configuration; the scale is folded into `lora_B`.
 
-    Where a network has a bias (peft's `lora_bias`), every layer has: that option is one for all of them.
+    If a layer has a bias (peft's `lora_bias`), all layers of its network get one: the option applies to all of them.
     """
     tensors: dict[str, torch.Tensor] = {}
     for network, layers in adapter.networks.items():
@@ -40,39 +40,40 @@ def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> 
     return write_tensors(tensors, facts.modelspec("lora"))
 
 
-def read_peft(file: bytes, name: str, modules: Mapping[str, Sequence[str]], names: FileNames) -> BranchAdapter:
-    """Return a peft file's adapter, in float32; alpha comes from diffusers' metadata when they are there.
+def read_peft(file: bytes, name: str, modules: Mapping[str, Collection[str]], names: FileNames) -> BranchAdapter:
+    """Return a peft file's adapter, in float32, with alpha from diffusers' metadata if it has them.
 
     Args:
         file: its bytes.
-        name: what to call it in an error.
+        name: its name in an error.
         modules: network -> the names of the base model's modules.
-        names: what files call them.
+        names: their names in files.
 
     Raises:
-        InputError: not a safetensors file, keys that no module explains (the first are listed), half a pair, or a
-            configuration other than one alpha for all layers.
+        InputError: not a safetensors file, an invalid LoRA (see `read_parts`), or a configuration other than one
+            alpha for all layers.
     """
     known = layers_by_name(modules, names, kohya=False)
 
     def layer_of(stem: str) -> tuple[str, str] | None:
         network, _, layer = stem.partition(".")
-        return known.get(f"{network}.{names.external(network, layer)}")  # transformers 5 leaves `text_model.` out
+        return known.get(f"{network}.{names.external(network, layer)}")  # transformers 5 omits `text_model.`
 
     parts = read_parts(file, name, "the peft format", lambda key: place_by_suffix(key, _SUFFIXES, layer_of))
     config = _config(file, name)
-    factors = {
-        at: LoRAFactors(part["down"], part["up"], _scale(config, at[0], part["down"].shape[0], name), part.get("bias"))
-        for at, part in parts.items()
-    }
-    return build_adapter(factors, name)
+    return BranchAdapter.of_layers(
+        {
+            at: LoRAFactors(p["down"], p["up"], _scale(config, at[0], len(p["down"]), name), p.get("bias"))
+            for at, p in parts.items()
+        }
+    )
 
 
 def _config(file: bytes, name: str) -> Mapping[str, Any]:
-    """Return diffusers' entry of the metadata, `{}` without one.
+    """Return peft's configuration in diffusers' metadata, or {}.
 
     Raises:
-        InputError: it is no JSON object, or an alpha in it is no number.
+        InputError: it is not a JSON object, or an alpha is not a number.
     """
     text = read_metadata(file).get(_CONFIG, "{}")
     try:
@@ -85,13 +86,13 @@ def _config(file: bytes, name: str) -> Mapping[str, Any]:
         raise InputError(
             expected=f"a JSON object with numbers for lora_alpha as {_CONFIG} of {name}",
             got=f"{text[:80]!r}",
-            remedy="save it by diffusers",
+            remedy="save it with diffusers",
         )
     return config
 
 
 def _scale(config: Mapping[str, Any], network: str, rank: int, name: str) -> float:
-    """Return alpha / rank as the configuration says, 1 without one (diffusers' convention)."""
+    """Return alpha / rank of the configuration, or 1 without one, as diffusers does."""
     if f"{network}.lora_alpha" not in config:
         return 1.0
     if config.get(f"{network}.alpha_pattern") or config.get(f"{network}.use_rslora"):

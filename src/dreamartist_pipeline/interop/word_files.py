@@ -1,4 +1,4 @@
-"""Embeddings of trigger words as other tools keep them: one file a word, and the file's name is the word."""
+"""Embedding files of other tools: one file per trigger word, named after the word."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_t
 
 
 def typable(name: str) -> str:
-    """Return a trigger word as it can be written in a prompt and name a file: without spaces, braces and slashes."""
+    """Return a name without spaces, braces and slashes, so that it can be a trigger word and a file name."""
     return re.sub(r"[\s{}/\\]+", "-", name).strip("-.") if re.search(r"[\s{}/\\]", name) else name
 
 
@@ -29,7 +29,7 @@ def write_embedding(word: TriggerWord, facts: FileFacts, dtype: torch.dtype) -> 
 
 
 def write_embedding_pt(word: TriggerWord) -> bytes:
-    """Return a word of one text encoder in the old form, `{'string_to_param': {'*': [n, D]}, 'name': ...}`, float32."""
+    """Return a word of one text encoder as a .pt file, `{'string_to_param': {'*': [n, D]}, 'name': ...}`, float32."""
     buffer = io.BytesIO()
     (vectors,) = word.vectors.values()
     torch.save({"string_to_param": {"*": vectors.contiguous()}, "name": word.name}, buffer)
@@ -41,20 +41,19 @@ def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, t
 
     Args:
         file: its bytes.
-        name: the file's name.
-        keys: text encoder -> the key of its vectors; a file for a single one may have any.
+        name: its name.
+        keys: text encoder -> the key of its vectors; with a single encoder, any key is accepted.
 
     Raises:
-        InputError: see `read_embedding`; or a file that lacks the vectors of some encoder.
+        InputError: see `read_embedding`, or the file does not have the vectors of every encoder.
     """
     if len(keys) == 1:
         return {encoder: read_embedding(file, name) for encoder in keys}
     tensors = read_tensors(file, name)
     if tensors.keys() != set(keys.values()) or len({tuple(t.shape[:-1]) for t in tensors.values()}) != 1:
-        got = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
         raise InputError(
             expected=f"{', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder",
-            got=f"{got}",
+            got=str({key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}),
             remedy="give an embedding for this base model",
         )
     return {encoder: dense_tensor(tensors[key], key, name).float() for encoder, key in keys.items()}
@@ -63,16 +62,16 @@ def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, t
 def read_embedding(file: bytes, name: str) -> torch.Tensor:
     """Return the vectors `[n, D]`, float32, of an embedding file.
 
-    A `.safetensors` file holds them as `emb_params` or under the word itself; a `.pt` file in `string_to_param`.
+    In a `.safetensors` file their key is `emb_params` or the word; in a `.pt` file they are in `string_to_param`.
 
     Args:
         file: its bytes.
-        name: the file's name; the suffix says which form it has.
+        name: its name, of which the suffix tells the format.
 
     Raises:
-        InputError: not such a file, several embeddings in it, or something that needs code to be run to be read.
+        InputError: not an embedding file, several embeddings, or a file that runs code when it is loaded.
     """
-    vectors = _old_form(file, name) if name.lower().endswith((".pt", ".bin")) else read_tensors(file, name)
+    vectors = _pickled_vectors(file, name) if name.lower().endswith((".pt", ".bin")) else read_tensors(file, name)
     tensors = [dense_tensor(value, key, name) for key, value in vectors.items() if isinstance(value, torch.Tensor)]
     if len(tensors) != 1 or tensors[0].dim() not in (1, 2):
         got = {key: tuple(getattr(value, "shape", ())) for key, value in vectors.items()}
@@ -85,10 +84,10 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
     return tensor[None] if tensor.dim() == 1 else tensor
 
 
-def _old_form(file: bytes, name: str) -> Mapping[str, Any]:
-    """Open a `.pt` or `.bin` file: the vectors are in `string_to_param`, or at the top."""
+def _pickled_vectors(file: bytes, name: str) -> Mapping[str, Any]:
+    """Return `string_to_param` of a `.pt` or `.bin` file, or its content without that key."""
     content = load_weights(file, name, "an embedding")
     inner = content.get("string_to_param", content)
-    if isinstance(inner, torch.nn.ParameterDict):  # the form of the first textual inversions
-        inner = vars(inner).get("_parameters")  # however old the torch that wrote it
+    if isinstance(inner, torch.nn.ParameterDict):  # in the first textual inversions
+        inner = vars(inner).get("_parameters")  # independent of the version of torch that wrote it
     return inner if isinstance(inner, Mapping) else {}

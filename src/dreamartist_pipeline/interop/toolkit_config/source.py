@@ -25,7 +25,7 @@ ReadText = Callable[[str], str | None]  # path -> text of a file that a configur
 
 
 class ConfigReader:
-    """Reads values and records which were used, which were left out and why, and which defaults were filled in.
+    """Values of a configuration, with a record of which are used, left out and why, and which defaults are used.
 
     Args:
         config: the merged configuration.
@@ -55,7 +55,7 @@ class ConfigReader:
         return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
     def read_or(self, key: str, default: Any, source: str) -> Any:
-        """Return a value; if there is none, record that the default is used, and its source."""
+        """Return a value; if there is none, return the default and record it with its source."""
         if (value := self.read(key)) is None:
             self.record_default(key, f"{default}, {source}")
             return default
@@ -66,7 +66,7 @@ class ConfigReader:
         return {name: value for key, name in names.items() if (value := self.read(key)) is not None}
 
     def read_choice(self, key: str, choices: Mapping[str, str]) -> str | None:
-        """Translate a name or the last part of a class path; None, and not used, if it is not one of the choices."""
+        """Translate a name or the last part of a class path; return None, not marked as used, if it is unknown."""
         choice = choices.get(str(self.values.get(key)).rpartition(".")[2])
         if choice is not None:
             self.use([key])
@@ -77,12 +77,12 @@ class ConfigReader:
         self._used.update(keys)
 
     def leave_out(self, keys: Collection[str], reason: str) -> None:
-        """Mark values as not carried over, for this reason."""
+        """Mark values as not carried over, with a reason."""
         self._reasons |= dict.fromkeys(keys, reason)
         self._used.difference_update(keys)
 
     def record_default(self, key: str, remark: str) -> None:
-        """Record what is used where the configuration has no value."""
+        """Record the default for a missing value."""
         self._defaults[key] = remark
 
     def is_null(self, key: str) -> bool:
@@ -144,9 +144,7 @@ def _load(text: str, read_text: ReadText, missing: dict[str, str], ancestors: tu
     try:
         config = OmegaConf.create(text)
     except YAMLError as error:
-        raise InputError(
-            expected="a YAML file", got=f"one that cannot be parsed: {error}", remedy="correct it"
-        ) from error
+        raise InputError(expected="a YAML file", got=f"a syntax error: {error}", remedy="correct it") from error
     if not isinstance(config, DictConfig):
         raise InputError(expected="a YAML mapping", got="something else", remedy="import a training configuration")
     config = OmegaConf.create(_without_resolvers(OmegaConf.to_container(config, resolve=False)))
@@ -163,7 +161,7 @@ def _load(text: str, read_text: ReadText, missing: dict[str, str], ancestors: tu
 
 
 def _without_resolvers(value: Any) -> Any:
-    """Escape texts with resolvers, so that they stay as they are; arguments that are a product replace them."""
+    """Escape texts with resolvers, which are not run; replace a resolver of a product by the product."""
     if isinstance(value, dict):
         return {name: _without_resolvers(item) for name, item in value.items()}
     if isinstance(value, list):
