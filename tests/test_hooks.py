@@ -210,7 +210,7 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
         (
             "train,export",
             {"export": {"sampler": {"scheduler_options": {"algorithm_type": "sde-dpmsolver++"}}}},
-            "export: .*that a ComfyUI workflow can say.*algorithm_type",
+            "export: .*ComfyUI.*algorithm_type",
         ),
         (
             "train,export",

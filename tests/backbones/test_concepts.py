@@ -286,7 +286,7 @@ def test_training_lowers_the_loss_on_batches_it_did_not_see(
     assert loss() < 0.8 * before
 
 
-# --------------------------------------------------------------------------------------------- what must not change
+# ------------------------------------------------------------------------------------------ the base model is unchanged
 
 
 def test_a_new_concept_does_not_change_the_model_yet(backbone: Backbone, make_training_params: MakeParams) -> None:
@@ -509,7 +509,9 @@ def test_a_single_branch_concept_acts_on_all_rows_as_other_tools_apply_a_plain_l
         assert not torch.allclose(prediction[branch], base[branch], atol=1e-4)
 
 
-def test_words_alone_change_only_prompts_that_use_them(backbone: Backbone, make_training_params: MakeParams) -> None:
+def test_words_without_adapters_change_only_prompts_that_use_them(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
     params = make_training_params(lora_unet=(), lora_text_encoder=(), guidance_scale="1.0")
     concept, new = train(backbone, params)
     assert concept.tensors.keys() == {"words.positive.pt1"}
@@ -518,7 +520,7 @@ def test_words_alone_change_only_prompts_that_use_them(backbone: Backbone, make_
     assert [word.name for word in new.prompts.words] == ["my-fox"]
 
 
-def test_adapters_alone_need_no_words(backbone: Backbone, make_training_params: MakeParams) -> None:
+def test_adapters_need_no_words(backbone: Backbone, make_training_params: MakeParams) -> None:
     groups = [{"lr": 1e-2, "rank": 2, "layers": (r"re:.*\.attn.?$", "conv_in")}]
     params = make_training_params(guidance_scale="1.0", words={}, lora_unet=groups, lora_text_encoder=())
     concept, _ = train(backbone, params)

@@ -97,12 +97,12 @@ def ours(backbone: Backbone, name: str, init: InitPicture) -> torch.Tensor:
     return torch.cat(list(draw_latents(backbone, base, PROMPTS, "background", SEEDS, sampler, init=init)))
 
 
-# --------------------------------------------------------------------------------------------- beside diffusers
+# -------------------------------------------------------------------------------------------- comparison with diffusers
 
 
 @pytest.mark.parametrize("denoise", [0.35, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_picture_becomes_what_diffusers_img2img_makes_of_it(
+def test_a_picture_gives_the_latents_of_diffusers_img2img(
     backbone: Backbone, plain: dict[str, Any], picture: Image.Image, name: str, denoise: float
 ) -> None:
     expected = one_by_one(plain, "img2img", name, image=picture, strength=denoise)
@@ -112,7 +112,7 @@ def test_a_picture_becomes_what_diffusers_img2img_makes_of_it(
 
 @pytest.mark.parametrize("denoise", [0.6, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_masked_picture_becomes_what_diffusers_inpainting_makes_of_it(
+def test_a_masked_picture_gives_the_latents_of_diffusers_inpainting(
     backbone: Backbone, plain: dict[str, Any], picture: Image.Image, mask: Image.Image, name: str, denoise: float
 ) -> None:
     expected = one_by_one(plain, "inpaint", name, image=picture, mask_image=mask, strength=denoise, height=32, width=32)
@@ -197,7 +197,7 @@ def test_without_a_size_the_proportions_are_the_pictures(backbone: Backbone, pic
 # --------------------------------------------------------------------------------------------- prompts, seeds, info
 
 
-def test_images_come_prompt_by_prompt_and_depend_on_their_own_seed_only(backbone: Backbone) -> None:
+def test_images_are_ordered_by_prompt_and_depend_on_their_own_seed_only(backbone: Backbone) -> None:
     drawn = draw(backbone, None, request())
     settings = [json.loads(image.info["dreamartist"]) for image in drawn.images]
     assert [(s["prompt"], s["seed"]) for s in settings] == [

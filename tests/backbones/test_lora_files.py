@@ -125,7 +125,7 @@ def test_diffusers_takes_the_biases_of_a_peft_file(backbone: Backbone, concept: 
     assert (expected - concept_predictions(backbone, concept, probe)[branch]).abs().max() > 0.01
 
 
-def test_every_layer_has_a_name_in_comfyui_and_a1111_and_comes_back_from_kohyas(
+def test_every_layer_has_a_name_in_comfyui_and_a1111_and_is_read_back_from_kohya(
     backbone: Backbone, concept: Concept
 ) -> None:
     layers = modules_of(backbone)

@@ -107,7 +107,7 @@ def test_a_concept_built_from_branch_adapters_has_the_same_updates_and_words(con
     assert built.metadata.class_word == "fox"
 
 
-def test_positive_words_alone_make_a_concept_of_one_branch() -> None:
+def test_positive_words_make_a_concept_of_one_branch() -> None:
     built = build_concept({}, [TriggerWord("cat-x", "pt1", "positive", {"text_encoder": torch.zeros(2, 4)})], TINY)
     assert built.metadata.num_branches == 1
     assert built.metadata.words == {"pt1": ("cat-x", "cat-x-neg")}

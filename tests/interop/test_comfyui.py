@@ -41,7 +41,7 @@ def test_each_branch_has_its_own_hook_on_its_own_prompt() -> None:
     assert sum(node["class_type"] == "KSampler" for node in workflow.values()) == 1
 
 
-def test_sampler_and_picture_are_as_asked() -> None:
+def test_sampler_and_picture_are_as_configured() -> None:
     workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
     inputs = workflow["sampler"]["inputs"]
     assert (inputs["sampler_name"], inputs["scheduler"]) == ("euler_ancestral", "normal")

@@ -160,14 +160,14 @@ def test_half_of_a_pair_of_adapters_is_refused(gone: list[str], add: str | None)
             files_of_step(names)
 
 
-def test_negative_adapters_of_another_step_alone_are_no_pair() -> None:
+def test_negative_adapters_of_another_step_are_no_pair() -> None:
     names = ["unet-7.safetensors", "unet-neg-7.safetensors", "unet-9.safetensors"]
     with pytest.raises(InputError, check=says(expected="pair", got="unet-9.safetensors", remedy="add unet-neg-9,")):
         files_of_step(names)
     assert files_of_step(names, 7).names == ["unet-7.safetensors", "unet-neg-7.safetensors"]
 
 
-def test_a_network_of_one_branch_alone_has_an_empty_file_in_the_other(concept: Concept) -> None:
+def test_a_network_of_one_branch_has_an_empty_file_in_the_other(concept: Concept) -> None:
     positive, negative = (branch_adapter(concept, branch) for branch in BRANCHES)
     alone = BranchAdapter({"unet": negative.networks["unet"]})
     files = write_toolkit({"positive": positive, "negative": alone}, (), 7, NAMES)
@@ -180,7 +180,7 @@ def test_a_network_of_one_branch_alone_has_an_empty_file_in_the_other(concept: C
     assert list(read_toolkit(write_toolkit({"negative": alone}, (), 7, NAMES), MODULES, NAMES)[0]) == ["negative"]
 
 
-def test_a_word_of_other_steps_alone_is_refused() -> None:
+def test_a_word_of_other_steps_only_is_refused() -> None:
     names = ["unet-7.safetensors", "unet-9.safetensors", "my-fox-7.pt", "my-fox-9.pt", "my-fox-neg-7.pt"]
     with pytest.raises(InputError, check=says(expected="step 9", got="my-fox-neg-7.pt")):
         files_of_step(names)
@@ -196,7 +196,7 @@ def test_two_files_for_one_network_are_refused(concept: Concept) -> None:
 # --------------------------------------------------------------------------------------------- single files
 
 
-def test_a_training_of_words_alone_leaves_empty_files_and_has_no_adapters(concept: Concept) -> None:
+def test_a_training_of_words_only_writes_empty_files_and_has_no_adapters(concept: Concept) -> None:
     words = {name: file for name, file in written(concept).items() if name.endswith(".pt")}
     adapters, vectors = read_toolkit(words | {"unet-7.safetensors": save({})}, MODULES, NAMES)
     assert adapters == {} and set(vectors) == {"my-fox", "my-fox-neg"}
@@ -223,7 +223,7 @@ def test_trained_weights_of_the_base_model_are_refused() -> None:
         read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
-def test_a_pickled_file_with_something_else_than_tensors_is_refused() -> None:
+def test_a_pickled_file_with_other_values_than_tensors_is_refused() -> None:
     recursive: dict[str, object] = {}
     recursive |= {"lora": recursive}
     for content, key, got in (

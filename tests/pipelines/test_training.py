@@ -125,7 +125,7 @@ def test_the_plan_is_shown_per_branch(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"templates": ("two {pt1}s",)}, "stands by itself in every prompt; got 'two my-fox-negs'"),
+        ({"templates": ("two {pt1}s",)}, "got 'two my-fox-negs'"),
         ({"templates": ("a photo",)}, r"the slot \{pt1\} in every template; got 'a photo'"),
         ({"templates": ("a {pt1} {pt2}",)}, r"only the slots .* got \{pt2\} in 'a \{pt1\} \{pt2\}'"),
         (
