@@ -67,6 +67,14 @@ def test_another_kind_of_file_is_refused_with_its_kind(key: str, kind: str) -> N
     assert kind in error.value.got.partition(" (")[0]
 
 
+@pytest.mark.parametrize(
+    ("key", "option"), [(f"lora:{ATTENTION}.___.alpha", "import.toolkit"), ("emb_params", "import.words")]
+)
+def test_a_file_for_another_option_is_refused_with_that_option(key: str, option: str) -> None:
+    with pytest.raises(InputError, check=says(remedy=option)):
+        read_lora(write_tensors({key: torch.ones(2, 6)}, {}), "x", SHAPES, NAMES)
+
+
 def test_a_file_without_any_lora_is_refused_with_its_keys() -> None:
     with pytest.raises(InputError, check=says(expected="kohya", got="conv.bias, conv.weight")):
         read_lora(write_tensors({"conv.weight": torch.ones(1), "conv.bias": torch.ones(1)}, {}), "x", SHAPES, NAMES)
