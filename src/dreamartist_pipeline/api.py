@@ -282,11 +282,10 @@ def step_values(
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
     guidance = guidance_at(_guidance(guidance_scale), model.objective.noise_level(batch.timesteps))
-    delta = loss.huber_delta if loss.kind == "huber" else None
     learned = dict(_learned(loaded))
     with torch.enable_grad():  # also where the caller has turned gradients off
         prediction = combined_prediction(model, batch, guidance)
-        by_row = row_losses(prediction, batch, model.objective, loss.weighting, loss.snr_gamma, delta)
+        by_row = row_losses(prediction, batch, model.objective, loss)
         gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
     return StepValues(
         prediction.detach(),

@@ -42,7 +42,7 @@ from dreamartist_pipeline.core.training import (
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.concept_file import read_concept
-from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, LossParams, SamplerParams, StrengthParams, TrainingParams
 from refusals import says
 
 MakeParams = Callable[..., TrainingParams]
@@ -165,7 +165,7 @@ def test_a_step_equals_plain_diffusers_with_merged_weights(
     expected = negative + guidance.view(-1, 1, 1, 1) * (positive - negative)
     ours = combined_prediction(make_trainable(new, params), batch, guidance)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    losses = row_losses(ours, batch, backbone.objective, "min_snr", 2.0)
+    losses = row_losses(ours, batch, backbone.objective, LossParams(weighting="min_snr", snr_gamma=2.0))
     loss = (batch.row_weight * losses).sum()
     torch.testing.assert_close(
         loss, independent_loss(batch, expected, backbone.objective.alphas_cumprod), rtol=1e-5, atol=0
@@ -278,7 +278,7 @@ def test_training_lowers_the_loss_on_batches_it_did_not_see(
         batch = source.draw(0)
         with torch.no_grad():
             prediction = combined_prediction(trainable, batch, torch.full((17,), 3.0))
-            losses = row_losses(prediction, batch, backbone.objective, "min_snr", 2.0)
+            losses = row_losses(prediction, batch, backbone.objective, LossParams(weighting="min_snr", snr_gamma=2.0))
         return float((batch.row_weight * losses).sum())
 
     before = loss()
