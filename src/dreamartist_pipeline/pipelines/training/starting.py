@@ -11,7 +11,7 @@ from dreamartist_pipeline.backbones.fitting import check_base_model
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.embeddings import WordEmbedding
-from dreamartist_pipeline.core.starting import Start, take_over
+from dreamartist_pipeline.core.starting import Start, load_initial_values
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.concept_file import read_concept
 from dreamartist_pipeline.interop.user_files import UserFiles
@@ -58,7 +58,7 @@ def begin_from(
     check_base_model(start.concept, base_model)
     _check_clip_skip(start.concept, params)
     _check_noise_schedule(start.concept, params)
-    return {"start": {"sha256": start.sha256, "taken_over": take_over(stacks, words, start.concept)}}
+    return {"start": {"sha256": start.sha256, "taken_over": load_initial_values(stacks, words, start.concept)}}
 
 
 def _check_clip_skip(concept: Concept, params: TrainingParams) -> None:
