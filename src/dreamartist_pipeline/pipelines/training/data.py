@@ -12,7 +12,7 @@ from dreamartist_pipeline.backbones.base_model import encode_images
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import branches
-from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants
+from dreamartist_pipeline.core.captions import branch_prompts, caption_variants
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.images import attention_mask, fit_to_size, to_tensor
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
@@ -34,9 +34,8 @@ def template_prompts(params: TrainingParams, caption: str) -> list[tuple[str, st
 
 def training_prompts(params: TrainingParams, caption: str) -> list[tuple[str, str]]:
     """Return (negative, positive) of every template with every variant of the caption, the same in both branches."""
-    transforms = [TagTransform(transform.kind, transform.p) for transform in params.caption_transforms]
     seed = derived_seed(params.seed, "captions")
-    variants = caption_variants(caption, transforms, _CAPTION_VARIANTS, seed)
+    variants = caption_variants(caption, params.caption_transforms, _CAPTION_VARIANTS, seed)
     return [prompt for variant in variants for prompt in template_prompts(params, variant)]
 
 
