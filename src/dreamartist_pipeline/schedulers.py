@@ -1,4 +1,4 @@
-"""The one table of schedulers: what each is called here, in diffusers and in ComfyUI, and which cannot draw."""
+"""The supported schedulers, with their names in diffusers and ComfyUI, and the unsupported ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One scheduler that can be asked for.
+    """A supported scheduler.
 
     Attributes:
-        class_name: its class in diffusers.
-        options: arguments of that class; everything else is the class's own default, or the base model's.
-        comfyui: KSampler's sampler_name and scheduler; None where ComfyUI has nothing like it.
-        draws_noise: whether it adds noise at every step; others do only with an SDE as algorithm_type.
+        class_name: class in diffusers.
+        options: arguments of the class; all others have the default of the class or the value of the base model.
+        comfyui: sampler_name and scheduler of KSampler; None if ComfyUI has no equivalent.
+        draws_noise: whether it adds noise at every step; others do so only with an SDE as algorithm_type.
     """
 
     class_name: str
@@ -24,25 +24,25 @@ class Scheduler:
     draws_noise: bool = False
 
     def options_for(self, zero_terminal_snr: bool) -> dict[str, Any]:
-        """Return the options under a noise schedule that does or does not end without signal.
+        """Return the options for a noise schedule with or without zero terminal SNR.
 
-        Karras' spacing would spend half of its steps beyond the last timestep's noise where that holds no signal.
+        With zero terminal SNR, Karras spacing would spend half of the steps beyond the noise of the last timestep.
         """
-        spaced = {"use_karras_sigmas": False} if zero_terminal_snr and "use_karras_sigmas" in self.options else {}
-        return {**self.options, **spaced}
+        spacing = {"use_karras_sigmas": False} if zero_terminal_snr and "use_karras_sigmas" in self.options else {}
+        return {**self.options, **spacing}
 
 
 _DPMSOLVER = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}
 
 SCHEDULERS = {
-    # short names: settings that suit most
+    # short names, with recommended options
     "ddim": Scheduler("DDIMScheduler", {"clip_sample": False}, ("ddim", "ddim_uniform")),
     "dpmsolver++": Scheduler("DPMSolverMultistepScheduler", _DPMSOLVER, ("dpmpp_2m", "karras")),
     "euler": Scheduler("EulerDiscreteScheduler", {}, ("euler", "normal")),
     "euler_a": Scheduler("EulerAncestralDiscreteScheduler", {}, ("euler_ancestral", "normal"), draws_noise=True),
     "unipc": Scheduler("UniPCMultistepScheduler", {}, ("uni_pc", "normal")),
 } | {
-    # classes of diffusers with their own defaults: those that take the base model's noise schedule and prediction type
+    # classes of diffusers that support the noise schedule and prediction type of the base model, with default options
     scheduler.class_name: scheduler
     for scheduler in (
         Scheduler("DDIMParallelScheduler", {}, ("ddim", "ddim_uniform")),
@@ -74,31 +74,29 @@ COMFYUI_SPACINGS = {
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
 }
-"""Option of diffusers' classes -> KSampler's scheduler."""
+"""Option in diffusers -> scheduler of KSampler."""
 
 ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-"""Options under a noise schedule that ends without signal: drawing then starts at the last timestep."""
+"""Options for zero terminal SNR: sampling starts at the last timestep."""
 
 UNFIT_SCHEDULERS = {
-    "is for models trained by flow matching or on another path from noise to picture": (
+    "is for flow-matching models or other probability paths": (
         *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
         *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler"),
         *("MiniMaxH3Scheduler", "PiflowScheduler", "SCMScheduler"),
     ),
-    "has a noise schedule of its own in place of the base model's": (
+    "has a noise schedule of its own": (
         *("CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CosineDPMSolverMultistepScheduler"),
         *("DDPMWuerstchenScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "IPNDMScheduler"),
         *("KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
     ),
-    "draws tokens, not latents": (
+    "draws tokens instead of latents": (
         *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
         "VQDiffusionScheduler",
     ),
-    "needs inputs at every step that drawing does not have": (
-        *("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),
-    ),
-    "goes from a picture to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
-    "draws its noise with torchsde, not from one generator per image (DPMSolverMultistepScheduler with "
-    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same equation)": ("DPMSolverSDEScheduler",),
+    "needs further inputs at every step": (*("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),),
+    "goes from image to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
+    "draws noise with torchsde instead of one generator per image (DPMSolverMultistepScheduler with "
+    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same SDE)": ("DPMSolverSDEScheduler",),
 }
-"""Reason -> classes of diffusers that cannot draw here."""
+"""Reason -> unsupported classes of diffusers."""
