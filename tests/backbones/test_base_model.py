@@ -27,7 +27,7 @@ from dreamartist_pipeline.backbones.base_model import (
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
-from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from refusals import says
@@ -220,7 +220,7 @@ def test_the_base_model_draws_what_diffusers_draws(tiny_base_model: Path, backbo
     expected = pipeline(
         prompts,
         negative_prompt=["background"] * 2,
-        latents=initial_noise((4, 8, 8), seeds),
+        latents=initial_noise((4, 8, 8), image_generators(seeds)),
         guidance_scale=4.0,
         num_inference_steps=4,
         output_type="np",

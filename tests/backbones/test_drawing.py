@@ -19,7 +19,7 @@ from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.images import to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, init_picture
-from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from refusals import says
@@ -122,7 +122,7 @@ def test_a_masked_picture_gives_the_latents_of_diffusers_inpainting(
 
 def test_what_the_mask_keeps_is_the_picture(backbone: Backbone, picture: Image.Image, mask: Image.Image) -> None:
     mean, std = encode_images(backbone, to_tensor([picture]))
-    sampled = mean + std * initial_noise(mean.shape[1:], SEEDS)  # each generator's first draw
+    sampled = mean + std * initial_noise(mean.shape[1:], image_generators(SEEDS))  # each generator's first draw
     latents = ours(backbone, "ddim", InitPicture(picture, mask, 1.0))
     torch.testing.assert_close(latents[..., :4], sampled[..., :4])  # the left half, of 8
     assert not torch.isclose(latents[..., 4:], sampled[..., 4:], atol=1e-3).all(dim=(1, 2)).any()
