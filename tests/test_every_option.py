@@ -434,7 +434,7 @@ def test_a_groups_rank_is_that_of_its_tensors(
 
 @proves("LoRAGroup.layers")
 @each_network
-def test_a_group_sits_on_its_layers(train: Train, network: str) -> None:
+def test_a_group_adapts_its_layers(train: Train, network: str) -> None:
     layer = {"unet": "attn1.to_q", "text_encoder": "self_attn.q_proj"}[network]
     run = train(**only(network, layers=[f"re:.*{layer}$"]))
     assert all(name.endswith(f"{layer}.0.positive.up") for name in run.concept.tensors if name.endswith("positive.up"))
@@ -634,7 +634,7 @@ def test_the_loss_is_weighted_by_the_signal_to_noise_ratio(train: Train, backbon
 
 
 @proves("training.loss.regularization_weight")
-def test_regularization_rows_count_by_their_weight_and_at_zero_teach_nothing(train: Train) -> None:
+def test_regularization_rows_count_by_their_weight_and_not_at_all_at_zero(train: Train) -> None:
     run = train(loss={"regularization_weight": 0.25})
     expected = run.first("loss_reference") + 0.25 * run.first("loss_regularization")
     assert run.first("loss") == pytest.approx(expected, rel=1e-5)
@@ -659,7 +659,7 @@ def test_the_reconstruction_is_measured_in_its_norm(train: Train) -> None:
 
 @pytest.fixture
 def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Draw nothing, and return the list of what would have been drawn: the arguments of `concepts.generate`."""
+    """Replace `concepts.generate` by a stub, and return the list of the arguments of its calls."""
     signature, calls = inspect.signature(concepts.generate), []
 
     def record(*args: Any, **keywords: Any) -> list[Image.Image]:
@@ -676,7 +676,7 @@ SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=3, guidance_scale=
 
 
 @proves("training.preview.every", "training.preview.prompts", "training.preview.seed", "training.preview.sampler")
-def test_previews_are_drawn_as_asked(train: Train, drawings: list[dict[str, Any]]) -> None:
+def test_previews_are_drawn_as_configured(train: Train, drawings: list[dict[str, Any]]) -> None:
     preview = {"every": 2, "prompts": ("a {pt1}", "one cat"), "seed": 7, "sampler": SAMPLER}
     run = train(num_steps=5, preview=preview)
     assert run.steps_shown == [2, 4]
@@ -686,7 +686,7 @@ def test_previews_are_drawn_as_asked(train: Train, drawings: list[dict[str, Any]
 
 
 @proves("generate.negative_prompt", "generate.sampler")
-def test_images_are_generated_as_asked(train: Train, tiny_base_model: Path, backbone: Backbone) -> None:
+def test_images_are_generated_as_configured(train: Train, tiny_base_model: Path, backbone: Backbone) -> None:
     concept, prompts, negative_prompt = train(num_steps=0).concept, ["a cat"], "a blue dog"
     params = GenerateParams(prompts=prompts, negative_prompt=negative_prompt, sampler=SAMPLER, images_per_prompt=1)
     images, _ = generate_images(str(tiny_base_model), concept, params, CPU)
@@ -696,7 +696,7 @@ def test_images_are_generated_as_asked(train: Train, tiny_base_model: Path, back
 
 
 @proves("regularization.negative_prompt", "regularization.sampler")
-def test_the_regularization_set_is_drawn_as_asked(
+def test_the_regularization_set_is_drawn_as_configured(
     tiny_base_model: Path, tmp_path: Path, drawings: list[dict[str, Any]]
 ) -> None:
     params = RegularizationParams(sampler=SAMPLER, negative_prompt="blurry")
@@ -713,7 +713,7 @@ def test_the_regularization_set_is_drawn_as_asked(
     "evaluation.sampler",
     "evaluation.strength",
 )
-def test_a_concept_is_evaluated_as_asked(
+def test_a_concept_is_evaluated_as_configured(
     train: Train, tiny_base_model: Path, drawings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach, strengths = concepts.attach, []
@@ -758,7 +758,7 @@ def test_at_a_guidance_scale_of_one_the_negative_prompt_has_no_effect(backbone: 
 
 
 @proves("device.device")
-def test_the_device_is_the_one_asked_for_and_auto_is_the_gpu_where_there_is_one(
+def test_the_device_is_the_configured_one_and_auto_is_the_gpu_if_there_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for available, auto in ((True, "cuda"), (False, "cpu")):
@@ -867,7 +867,7 @@ def test_the_reference_tutorials_block_can_be_pasted_and_trains_what_it_names(
     tiny_base_model: Path, tmp_path: Path
 ) -> None:
     params = paste(TUTORIAL, tmp_path)
-    groups = params.lora_unet + params.lora_text_encoder  # YAML 1.1 wants a dot in a float, and reads 1e-4 as text
+    groups = params.lora_unet + params.lora_text_encoder  # YAML 1.1 reads 1e-4, which has no dot, as text
     assert [(group.branch, group.rank, group.lr) for group in groups] == [
         ("positive", 3, 1e-4),
         ("negative", 3, 2e-5),

@@ -179,7 +179,7 @@ def test_the_same_seed_gives_the_same_vectors() -> None:
 @pytest.mark.parametrize(
     ("text", "tokens", "check"),
     [
-        ("qqq", TOKENS[:0], says(expected="tokenizer", got="'qqq'")),
+        ("qqq", TOKENS[:0], says(expected="one token", got="'qqq'")),
         ("*[0.017, 2]", None, says(expected="init_text to fill 3", got="2 random vectors and no text")),
         ("cat, *[0.017, 3]", TOKENS[:1], says(expected="init_text to fill 3", got="3 random vectors and a text")),
         ("cat, *[0.017, 4]", TOKENS[:1], says(expected="init_text to fill 3", got="4 random vectors and a text")),

@@ -291,7 +291,7 @@ def test_other_words_are_refused_with_the_values_to_set(words: WordEmbedding | N
 def test_words_that_no_training_can_have_are_refused_with_the_reason() -> None:
     vectors = VECTORS | {"positive.other": torch.zeros(5, 2)}
     names = {"pt1": ["my-x", "my-x-neg"], "other": ["bad-x", ""]}
-    with pytest.raises(InputError, check=says(got="positive.other", remedy="number of vectors")):
+    with pytest.raises(InputError, check=says(got="positive.other", remedy="one slot")):
         load_initial_values(
             {}, {"text_encoder": embedding()}, concept(words=vectors, names=names, num_vectors=[None, 2])
         )

@@ -290,7 +290,7 @@ class BranchLoRALayer(nn.Module):
     Attributes:
         base: the frozen layer.
         updates: float32 (float64 for a float64 layer), cast to the dtype of the input in `forward`.
-        rows: for each branch of the stacked batch, the indices of its updates.
+        branch_updates: for each branch of the stacked batch, the indices of its updates.
         missing_ranks: for each branch, R minus its total rank.
         scale: alpha / rank · strength of each rank, `[num_branches, R, 1]`.
         keep: 1 − dropout of each rank, `[num_branches, 1, R]`.
@@ -324,8 +324,8 @@ class BranchLoRALayer(nn.Module):
         self.updates: Sequence[LowRankUpdate] = nn.ModuleList(updates).to(base.weight.device, dtype)  # type: ignore[assignment]
         self.num_branches = num_branches
         names = [BRANCH_NAMES[branch] for branch in branches(num_branches)]
-        self.rows = [[i for i, u in enumerate(updates) if u.group.branch in (name, SHARED)] for name in names]
-        totals = [sum(updates[i].num_ranks for i in row) for row in self.rows]
+        self.branch_updates = [[i for i, u in enumerate(updates) if u.group.branch in (name, SHARED)] for name in names]
+        totals = [sum(updates[i].num_ranks for i in row) for row in self.branch_updates]
         self.missing_ranks = [max(totals) - total for total in totals]
         self.has_bias = any(update.bias is not None for update in updates)
         self.has_timestep_rank = any(update.group.timestep_min_rank is not None for update in updates)
@@ -356,7 +356,7 @@ class BranchLoRALayer(nn.Module):
         full = self._per_rank(lambda branch, u: [u.num_ranks] * u.num_ranks)
         bias_scale = [
             [u.scale * strength if i in row else 0.0 for i, u in enumerate(self.updates) if u.bias is not None]
-            for row, strength in zip(self.rows, strengths, strict=True)
+            for row, strength in zip(self.branch_updates, strengths, strict=True)
         ]
         self.scale = nn.Buffer(scale[:, :, None], persistent=False)
         self.keep = nn.Buffer(keep[:, None, :], persistent=False)
@@ -367,7 +367,7 @@ class BranchLoRALayer(nn.Module):
         """Lay out the values that `values_of(branch, update)` returns per rank: `[num_branches, R]`, padded with 1."""
         values = [
             [value for i in row for value in values_of(branch, self.updates[i])] + [1.0] * missing
-            for branch, (row, missing) in enumerate(zip(self.rows, self.missing_ranks, strict=True))
+            for branch, (row, missing) in enumerate(zip(self.branch_updates, self.missing_ranks, strict=True))
         ]
         return self.updates[0].up.new_tensor(values)
 
@@ -457,7 +457,7 @@ class BranchLoRALinear(BranchLoRALayer):
     def _stacked(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Stack factors `[rank, width]` by branch, zero-padded: `[num_branches, R, width]`."""
         parts: list[torch.Tensor] = []
-        for row, missing in zip(self.rows, self.missing_ranks, strict=True):
+        for row, missing in zip(self.branch_updates, self.missing_ranks, strict=True):
             parts += [factors[i] for i in row]
             if missing:
                 parts.append(factors[0].new_zeros(missing, factors[0].shape[-1]))
@@ -478,7 +478,7 @@ class BranchLoRAConv2d(BranchLoRALayer):
         branch_rows = zip(split(x, self.num_branches), split(self.base(x), self.num_branches), strict=True)
         biases = self._learned_bias().to(x.dtype) if self.has_bias else [None] * self.num_branches
         outputs = [
-            y + self._update(branch, rows, biases[branch]) if self.rows[branch] else y
+            y + self._update(branch, rows, biases[branch]) if self.branch_updates[branch] else y
             for branch, (rows, y) in enumerate(branch_rows)
         ]
         return torch.cat(outputs)
@@ -489,7 +489,7 @@ class BranchLoRAConv2d(BranchLoRALayer):
 
     def _update(self, branch: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the sum of the updates of one branch, `[B, in, H, W]` to `[B, out, h, w]`."""
-        updates = [self.updates[i] for i in self.rows[branch]]
+        updates = [self.updates[i] for i in self.branch_updates[branch]]
         down = torch.cat([update.effective_down() for update in updates])  # [R, in, kh, kw]
         scale, keep = (
             self.scale[branch, : len(down), :, None],

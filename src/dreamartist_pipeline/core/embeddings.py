@@ -97,7 +97,7 @@ class Vocabulary:
                     continue
                 if any(word.name.lower() == name.lower() for word in words):
                     raise InputError(
-                        expected="distinct trigger words",
+                        expected="every trigger word once",
                         got=f"{name!r} twice",
                         remedy=f"choose another word for slot {slot!r}",
                     )
@@ -239,7 +239,7 @@ def initial_vectors(
 def _num_text_vectors(init: InitText, num_vectors: int, num_tokens: int) -> int:
     if init.text is not None and num_tokens == 0:
         raise InputError(
-            expected="an init text that the tokenizer knows", got=f"{init.text!r}", remedy="choose another init_text"
+            expected="init_text with at least one token", got=f"{init.text!r}", remedy="choose another init_text"
         )
     if init.std is None:
         return num_vectors

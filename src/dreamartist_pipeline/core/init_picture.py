@@ -114,10 +114,10 @@ def _as_mask(mask: Image.Image | None, image_size_px: tuple[int, int]) -> Image.
         return None
     check_mask_proportions(mask.size, image_size_px, "init_mask", "init_image")
     grey = flatten_alpha(mask, "black").convert("L").resize(image_size_px, Image.Resampling.BILINEAR)
-    if np.asarray(grey).max() < _WHITE_FROM:
+    if (brightest := np.asarray(grey).max()) < _WHITE_FROM:
         raise InputError(
-            expected="white pixels in init_mask, where init_image is redrawn",
-            got="nothing white",
+            expected="init_mask with white (128 to 255) where init_image is redrawn",
+            got=f"nothing white (at most {brightest})",
             remedy="paint this part white",
         )
     return grey

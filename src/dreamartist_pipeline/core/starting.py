@@ -262,8 +262,8 @@ def _words_remedy(metadata: ConceptMetadata) -> str:
     """Return the settings of a training that can start from a concept with these words."""
     if None in metadata.num_vectors:
         return (
-            "a training has one number of vectors for all words of a branch: start from a concept with one slot, "
-            "imported without the other words"
+            "training.words.num_vectors applies to all words of a branch: start from a concept with one slot, imported "
+            "without the other words"
         )
     names = {slot: (word, partner or f"{word}-neg") for slot, (word, partner) in metadata.words.items()}
     return (
