@@ -16,6 +16,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     field_validator,
     model_serializer,
     model_validator,
@@ -25,10 +29,7 @@ from pydantic_core import PydanticKnownError
 from dreamartist_pipeline.prompt_weights import parse_weights
 from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SidePx = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
@@ -96,9 +97,9 @@ class SamplerParams(Params):
 
     scheduler: str = "dpmsolver++"
     scheduler_options: dict[str, Any] = Field(default_factory=dict)  # further arguments of the scheduler class
-    num_inference_steps: Count = 20
+    num_inference_steps: PositiveInt = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 4.0
-    batch_size: Count = 8
+    batch_size: PositiveInt = 8
 
     @field_validator("scheduler")
     @classmethod
@@ -128,8 +129,8 @@ STRENGTH_PRESETS = {"reference": {"positive": 0.8, "negative": 0.65}}  # strengt
 class StrengthParams(Params):
     """Factor on the adapters of each branch in generation, or a name in STRENGTH_PRESETS."""
 
-    positive: NonNegative = 1.0
-    negative: NonNegative = 1.0
+    positive: NonNegativeFloat = 1.0
+    negative: NonNegativeFloat = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +172,7 @@ class IngestionParams(Params):
     bucket: BucketParams
     fit: Literal["crop", "pad"] = "crop"
     background_color: str = "white"  # any PIL colour; of transparent pixels and padding
-    max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+    max_pixels: PositiveInt = 100_000_000
 
 
 # ------------------------------------------------------------------------------------------- prompts, regularization
@@ -181,7 +182,7 @@ class PromptsParams(Params):
     """How prompts are sampled from the prompt database."""
 
     column: str | int = 0
-    num_prompts: Annotated[int, Field(ge=0)]  # 0 for no regularization set
+    num_prompts: NonNegativeInt  # 0 for no regularization set
     seed: Seed = 0
 
 
@@ -266,11 +267,11 @@ class LoRAGroup(Params):
             (PiSSA); see `core.adapters.PrincipalUpdate`.
     """
 
-    lr: Positive
+    lr: PositiveFloat
     rank: int | float
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
     branch: BranchName = "shared"
-    alpha: Positive = 1.0
+    alpha: PositiveFloat = 1.0
     dropout: Probability = 0.0
     timestep_min_rank: int | float | None = None
     bias: bool = False
@@ -313,17 +314,17 @@ class ResolvedGroup(LoRAGroup):
     """
 
     name: str
-    lr: NonNegative
+    lr: NonNegativeFloat
 
 
 class WordsParams(Params):
     """The trigger words and their embeddings; all pairs are (positive, negative)."""
 
     names: dict[str, tuple[str, str]] = Field(default_factory=dict)  # slot -> trigger words
-    num_vectors: tuple[Count, Count] = (3, 6)
+    num_vectors: tuple[PositiveInt, PositiveInt] = (3, 6)
     init_text: tuple[str, str] = ("*[0.017]", "*[0.017]")  # text, "*[std]", or "text, *[std]"
-    lr: Positive = 2.5e-3
-    weight_decay: NonNegative = 0.0
+    lr: PositiveFloat = 2.5e-3
+    weight_decay: NonNegativeFloat = 0.0
     optimizer: OptimizerName = "adamw"
 
     @field_validator("names")
@@ -355,7 +356,7 @@ class CaptionTransformParams(Params):
     """
 
     kind: Literal["tag_shuffle", "tag_dropout", "tag_erase"]
-    p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    p: Fraction = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -374,25 +375,25 @@ class ScheduleParams(Params):
     """A learning-rate schedule; see `core.schedules.schedule_factor`."""
 
     kind: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
 
 
 class LossParams(Params):
     """The loss: kind of error, SNR weighting (Hang et al. 2023), and weights of its parts."""
 
     kind: Literal["mse", "huber"] = "mse"
-    huber_delta: Positive = 0.1  # of huber: error above which the loss is linear
+    huber_delta: PositiveFloat = 0.1  # of huber: error above which the loss is linear
     weighting: Literal["none", "min_snr", "soft_min_snr"] = "min_snr"
-    snr_gamma: Positive = 2.0
-    regularization_weight: NonNegative = 1.0
-    reconstruction_weight: NonNegative = 0.0  # compares the decoded image with the reference; 0 for off
+    snr_gamma: PositiveFloat = 2.0
+    regularization_weight: NonNegativeFloat = 1.0
+    reconstruction_weight: NonNegativeFloat = 0.0  # compares the decoded image with the reference; 0 for off
     reconstruction_norm: Literal["l1", "l2"] = "l1"
 
 
 class PreviewParams(Params):
     """Preview images during training, every `every` steps; 0 for none."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: NonNegativeInt = 0
     prompts: Prompts = ()
     sampler: SamplerParams = SamplerParams()
     seed: Seed = 0
@@ -420,27 +421,27 @@ class TrainingParams(Params):
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_check_is_lora)], tuple[LoRAGroup, ...]]
 
     seed: Seed = 0
-    num_steps: Annotated[int, Field(ge=0)]
-    batch_size: Count = 4  # rows of the reference image
-    regularization_batch_size: Annotated[int, Field(ge=0)] = 1
+    num_steps: NonNegativeInt
+    batch_size: PositiveInt = 4  # rows of the reference image
+    regularization_batch_size: NonNegativeInt = 1
     guidance_scale: GuidanceScale = GuidanceScale(low=3.0, high=3.0)
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
     words: WordsParams = WordsParams()
     templates: Annotated[Prompts, Field(min_length=1)] = ("a photo of a {pt1}",)  # or a name in TEMPLATE_PRESETS
     caption_transforms: tuple[CaptionTransformParams, ...] = ()  # applied to '{caption}', in order
-    clip_skip: Annotated[int, Field(ge=0)] = 0  # skip the last n layers of the text encoder, but apply its final norm
+    clip_skip: NonNegativeInt = 0  # skip the last n layers of the text encoder, but apply its final norm
     class_word: Plain = ""
     scale_lr: bool = False  # multiply every lr by the total batch size, as in the reference toolkit
-    weight_decay: NonNegative = 1e-3  # of the adapters
+    weight_decay: NonNegativeFloat = 1e-3  # of the adapters
     schedule: ScheduleParams = ScheduleParams()
     words_schedule: ScheduleParams = ScheduleParams()
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     clip: Literal["together", "apart"] = "together"  # whether adapters and words have a common gradient norm
     optimizer: OptimizerName = "adamw"  # of the adapters
     ema_decay: Probability = 0.0  # of running averages of adapters and words, which become the result; 0 for none
     timesteps: tuple[Fraction, Fraction] = (0.0, 1.0)  # [low, high) as fractions of all timesteps
-    noise_offset: NonNegative = 0.0  # standard deviation of an offset of the noise per row and channel
+    noise_offset: NonNegativeFloat = 0.0  # standard deviation of an offset of the noise per row and channel
     zero_terminal_snr: bool = False  # in training and generation; v-prediction only
     loss: LossParams = LossParams()
     preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
@@ -534,7 +535,7 @@ class EvaluationParams(Params):
     prompts: Annotated[Prompts, Field(min_length=1)]  # with '{pt1}' for the subject
     prior_prompts: Annotated[Prompts, Field(min_length=1)]  # without it, for prior preservation
     class_word: Plain = ""
-    images_per_prompt: Count = 4
+    images_per_prompt: PositiveInt = 4
     seed: Seed = 1000
     negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
@@ -559,7 +560,7 @@ class GenerateParams(Params):
 
     prompts: Annotated[Prompts, Field(min_length=1)]
     negative_prompt: Prompt = ""
-    images_per_prompt: Count = 4
+    images_per_prompt: PositiveInt = 4
     seed: Seed = 0
     width: SidePx | None = None  # px; None for the size of the base model, with the aspect ratio of init_image
     height: SidePx | None = None
@@ -644,9 +645,9 @@ class ImportParams(Params):
     words: dict[str, FilePair] = Field(default_factory=dict)  # slot -> embedding files
     names: dict[str, FilePair] = Field(default_factory=dict)  # slot -> trigger words; default: the file names
     toolkit: str | None = None  # folder with files of the reference toolkit, instead of the above
-    step: Annotated[int, Field(ge=0)] | None = None  # of the files in `toolkit`; None for the latest
+    step: NonNegativeInt | None = None  # of the files in `toolkit`; None for the latest
     class_word: Plain = ""
-    clip_skip: Annotated[int, Field(ge=0)] = 0  # of the training; the files do not contain it
+    clip_skip: NonNegativeInt = 0  # of the training; the files do not contain it
     replace: bool = False  # whether an existing concept of this subject may be replaced
 
     @model_validator(mode="after")
@@ -668,19 +669,19 @@ class ImportParams(Params):
 class EmbeddedModelSize(Params):
     """The architecture of the embedded base model."""
 
-    image_px: Count = 64
-    latent_channels: Count = 8
-    autoencoder_channels: tuple[Count, ...] = (16, 32, 64)
-    autoencoder_norm_groups: Count = 4  # several channels per group: a group of one would lose the channel's mean
-    unet_channels: tuple[Count, ...] = (64, 128, 192)
+    image_px: PositiveInt = 64
+    latent_channels: PositiveInt = 8
+    autoencoder_channels: tuple[PositiveInt, ...] = (16, 32, 64)
+    autoencoder_norm_groups: PositiveInt = 4  # several channels per group: a group of one would lose the channel's mean
+    unet_channels: tuple[PositiveInt, ...] = (64, 128, 192)
     unet_attention: tuple[bool, ...] = (False, True, True)  # cross-attention per level
-    unet_norm_groups: Count = 16
-    text_width: Count = 192
-    text_layers: Count = 3
-    max_tokens: Count = 40
-    vision_width: Count = 128
-    vision_layers: Count = 4
-    vision_patch_px: Count = 8
+    unet_norm_groups: PositiveInt = 16
+    text_width: PositiveInt = 192
+    text_layers: PositiveInt = 3
+    max_tokens: PositiveInt = 40
+    vision_width: PositiveInt = 128
+    vision_layers: PositiveInt = 4
+    vision_patch_px: PositiveInt = 8
 
     @model_validator(mode="after")
     def _check_levels(self) -> EmbeddedModelSize:
@@ -696,8 +697,8 @@ class EmbeddedModelSize(Params):
 class PublishedObjects(Params):
     """Which objects are captioned with their published names."""
 
-    min_styles: Count  # with a drawing of the object
-    max_words: Count = 3  # of its name
+    min_styles: PositiveInt  # with a drawing of the object
+    max_words: PositiveInt = 3  # of its name
     look_alikes: dict[str, Texts] = Field(default_factory=dict)  # word -> names of drawings with the same look
     left_out: Texts = ()
 
@@ -705,18 +706,18 @@ class PublishedObjects(Params):
 class StageParams(Params):
     """One stage of pretraining: warm-up, constant learning rate, and decay to zero."""
 
-    num_steps: Count
-    batch_size: Count  # per process
-    lr: Positive  # of AdamW, for embeddings, norms, biases, and the first and last layers
-    matrix_lr: Positive | None = None  # of Muon, for all other matrices and kernels; None for AdamW
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    num_steps: PositiveInt
+    batch_size: PositiveInt  # per process
+    lr: PositiveFloat  # of AdamW, for embeddings, norms, biases, and the first and last layers
+    matrix_lr: PositiveFloat | None = None  # of Muon, for all other matrices and kernels; None for AdamW
+    warmup_steps: NonNegativeInt = 100
     decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # fraction of the steps with a decaying learning rate
     decay_now: bool = False  # start the decay at the last checkpoint, regardless of num_steps
-    minutes: Positive | None = None  # duration; sets num_steps from the throughput of the first steps
+    minutes: PositiveFloat | None = None  # duration; sets num_steps from the throughput of the first steps
     ema_decay: Probability = 0.999
-    weight_decay: NonNegative = 0.0
-    checkpoint_minutes: NonNegative = 10.0  # 0 for every step
-    num_scenes: Count = 24_000  # distinct captioned scenes of the stage
+    weight_decay: NonNegativeFloat = 0.0
+    checkpoint_minutes: NonNegativeFloat = 10.0  # 0 for every step
+    num_scenes: PositiveInt = 24_000  # distinct captioned scenes of the stage
 
 
 class DenoiserParams(StageParams):
@@ -724,15 +725,15 @@ class DenoiserParams(StageParams):
 
     tinted_share: Probability = 0.25  # fraction of tinted objects
     timestep_density: Literal["uniform", "logit_normal"] = "uniform"
-    drawing_processes: Annotated[int, Field(ge=0)] = 0  # worker processes that render scenes; 0 for none
+    drawing_processes: NonNegativeInt = 0  # worker processes that render scenes; 0 for none
 
 
 class PretrainParams(Params):
     """Pretraining of the embedded base model."""
 
     seed: Seed = 0
-    num_processes: Count = 2  # on a CPU, with one thread each; ignored on a GPU
-    sprite_px: Count = 96
+    num_processes: PositiveInt = 2  # on a CPU, with one thread each; ignored on a GPU
+    sprite_px: PositiveInt = 96
     size: EmbeddedModelSize = EmbeddedModelSize()
     styles: dict[str, str]  # sprite package -> its word in captions
     autoencoder_only_packages: tuple[str, ...] = ()
@@ -761,10 +762,10 @@ class JudgeParams(Params):
     """Training of the judge of images of the embedded base model."""
 
     seed: Seed = 1
-    sprite_px: Count = 128  # different from the sprites of the base model
+    sprite_px: PositiveInt = 128  # different from the sprites of the base model
     channels: Annotated[tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...], Field(min_length=1, max_length=5)]
     training: StageParams
-    num_test_scenes: Count = 4000
+    num_test_scenes: PositiveInt = 4000
 
 
 SECTIONS: dict[str, type[Params]] = {

@@ -318,10 +318,10 @@ def test_values_beyond_the_range_are_clipped() -> None:
 
 def test_a_grid_lays_images_out_row_by_row() -> None:
     colors = [RED, GREEN, BLUE]
-    grid = images.image_grid([Image.new("RGB", (10, 10), c) for c in colors], columns=2, gap_px=2)
+    grid = images.image_grid([Image.new("RGB", (10, 10), c) for c in colors], columns=2)
 
-    assert grid.size == (2 + 2 * 12, 2 + 2 * 12)
-    assert [grid.getpixel(at) for at in ((7, 7), (19, 7), (7, 19), (19, 19))] == [*colors, WHITE]
+    assert grid.size == (4 + 2 * 14, 4 + 2 * 14)
+    assert [grid.getpixel(at) for at in ((9, 9), (23, 9), (9, 23), (23, 23))] == [*colors, WHITE]
 
 
 def test_small_images_are_enlarged_until_their_labels_can_be_read() -> None:
@@ -330,7 +330,7 @@ def test_small_images_are_enlarged_until_their_labels_can_be_read() -> None:
     assert images.image_grid(cells, columns=2).width == 4 + 2 * (64 + 4)
 
 
-def test_labels_stand_under_their_images() -> None:
+def test_labels_are_below_their_images() -> None:
     cells = [Image.new("RGB", (64, 64), RED)] * 2
     grid = images.image_grid(cells, columns=2, labels=["a long label over lines", ""], cell_px=64)
     bare = images.image_grid(cells, columns=2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dreamartist_pipeline.core.lora_factors import LearnedUpdate, learned_updates
 from dreamartist_pipeline.errors import InputError
@@ -26,9 +26,6 @@ _PLAIN = (  # stored as plain text; all other values are JSON
 )
 _OLD_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
 _MAX_REPORTED = 3
-
-Whole = Annotated[int, Field(ge=0)]
-VectorCount = Annotated[int, Field(ge=1)] | None
 
 
 class ConceptMetadata(BaseModel):
@@ -61,17 +58,17 @@ class ConceptMetadata(BaseModel):
     base_model: str
     base_model_fingerprint: str
     num_branches: Literal[1, 2]
-    num_steps: Whole
+    num_steps: NonNegativeInt
     words: dict[str, tuple[Annotated[str, Field(min_length=1)], str]]
-    num_vectors: tuple[VectorCount, VectorCount]
+    num_vectors: tuple[PositiveInt | None, PositiveInt | None]
     lora: dict[str, tuple[ResolvedGroup, ...]]
     class_word: str = ""
     base_model_family: str = "stable-diffusion"
-    clip_skip: Whole = 0
+    clip_skip: NonNegativeInt = 0
     zero_terminal_snr: bool = False
     prediction_type: str | None = None
     guidance_scale: GuidanceScale | None = None
-    seed: Whole | None = None
+    seed: NonNegativeInt | None = None
     templates: tuple[str, ...] | None = None
     init_text: tuple[str, str] | None = None
     versions: dict[str, str] | None = None

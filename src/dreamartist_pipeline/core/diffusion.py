@@ -93,10 +93,6 @@ class NoiseSchedule:
         """T, the number of timesteps; t runs from 0 to T − 1."""
         return len(self.alphas_cumprod)
 
-    def to(self, device: torch.device | str) -> NoiseSchedule:
-        """Return the same schedule on another device."""
-        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
-
     def with_zero_terminal_snr(self) -> NoiseSchedule:
         """Return the schedule rescaled to zero terminal SNR (Lin et al. 2023, algorithm 1).
 
@@ -128,7 +124,7 @@ class NoiseSchedule:
         last = self.num_train_timesteps - 1
         if timesteps.is_floating_point() or not ((timesteps >= 0) & (timesteps <= last)).all():
             raise InputError(
-                expected=f"integer timesteps from 0 to {last}",
+                expected=f"timesteps as integers from 0 to {last}",
                 got=f"{timesteps.tolist()}",
                 remedy="correct them",
             )

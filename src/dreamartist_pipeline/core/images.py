@@ -265,7 +265,8 @@ def to_images(tensor: torch.Tensor) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------------- grids
 
 
-_LABELLED_CELL_PX = 192
+_GAP_PX = 4
+_MIN_LABELLED_CELL_PX = 192  # so that labels are readable
 
 
 def image_grid(
@@ -273,7 +274,6 @@ def image_grid(
     columns: int,
     labels: Sequence[str] | None = None,
     cell_px: int | None = None,
-    gap_px: int = 4,
 ) -> Image.Image:
     """Lay out images row by row on white.
 
@@ -282,7 +282,6 @@ def image_grid(
         columns: images per row.
         labels: a text below each image ('' for none), wrapped to the width of the cell.
         cell_px: side of a cell; by default the largest side of all images, with labels at least 192 px.
-        gap_px: space around every cell.
 
     Raises:
         ValueError: there are no images, or the number of labels differs.
@@ -291,16 +290,16 @@ def image_grid(
         raise ValueError(f"expected at least one image and one column, got {len(images)} and {columns}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"expected a label per image, got {len(labels)} for {len(images)}")
-    side = cell_px or max(*(max(image.size) for image in images), _LABELLED_CELL_PX if labels else 0)
+    side = cell_px or max(*(max(image.size) for image in images), _MIN_LABELLED_CELL_PX if labels else 0)
     font = ImageFont.load_default(size=max(10, side // 14))
     texts = [_wrap(label, font, side) for label in labels or []]
     text_px = max((_text_height(text, font) for text in texts), default=0)
-    pitch = (side + gap_px, side + text_px + gap_px)
+    pitch = (side + _GAP_PX, side + text_px + _GAP_PX)
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * pitch[0] + gap_px, rows * pitch[1] + gap_px), "white")
+    sheet = Image.new("RGB", (columns * pitch[0] + _GAP_PX, rows * pitch[1] + _GAP_PX), "white")
     for index, image in enumerate(images):
-        x, y = gap_px + index % columns * pitch[0], gap_px + index // columns * pitch[1]
+        x, y = _GAP_PX + index % columns * pitch[0], _GAP_PX + index // columns * pitch[1]
         sheet.paste(ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color="white"), (x, y))
         if texts:
             ImageDraw.Draw(sheet).multiline_text((x, y + side + 2), texts[index], fill="black", font=font, spacing=2)
