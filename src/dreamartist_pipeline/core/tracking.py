@@ -22,11 +22,14 @@ class Tracker(Protocol):
         """Log a picture."""
 
 
-def tracked(function: Callable[..., _Result], tracker: Tracker) -> Callable[..., _Result]:
-    """Return the function with its keyword argument `tracker` given: a service, which no dataset has to stand for."""
+def tracked(function: Callable[..., _Result], tracker: Tracker, **services: Any) -> Callable[..., _Result]:
+    """Return the function with its keyword argument `tracker` given, and other services by their argument's name.
+
+    A service is not data, so no dataset of the graph stands for it.
+    """
 
     @functools.wraps(function)  # Kedro reads the hints of its parameters, kedro-viz its source
     def with_tracker(*args: Any, **kwargs: Any) -> _Result:
-        return function(*args, tracker=tracker, **kwargs)
+        return function(*args, tracker=tracker, **services, **kwargs)
 
     return with_tracker
