@@ -41,9 +41,9 @@ from dreamartist_pipeline.embedded.judge import (
     JudgeVocabulary,
     Verdict,
     agreement,
+    attributes_in_caption,
     judge_images,
-    said_in_caption,
-    truth_of,
+    labels_of,
 )
 from dreamartist_pipeline.embedded.pretraining import psnr
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, TintRule, compose, draw_scenes, seen_tints, unseen_tints
@@ -123,7 +123,7 @@ def _of(attribute: str) -> Callable[[Verdict, Shown], bool | None]:
     """Ask for an attribute wherever the caption speaks of it."""
 
     def ask(verdict: Verdict, shown: Shown) -> bool | None:
-        return agreement(verdict, shown)[attribute] if attribute in said_in_caption(shown) else None
+        return agreement(verdict, shown)[attribute] if attribute in attributes_in_caption(shown) else None
 
     return ask
 
@@ -332,7 +332,7 @@ def objects_to_markdown(table: pd.DataFrame) -> str:
 
 def wrong_words(verdict: Verdict, shown: Shown) -> list[str]:
     """Return what the judge sees instead, in words, for everything the caption asks and the picture does not show."""
-    right, said, truth = agreement(verdict, shown), said_in_caption(shown), truth_of(shown)
+    right, said, truth = agreement(verdict, shown), attributes_in_caption(shown), labels_of(shown)
     heads = {
         "object": "first_object",
         "second_object": "second_object",

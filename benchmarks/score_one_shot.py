@@ -32,7 +32,7 @@ from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.images import image_grid, to_tensor
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.embedded.datasets import JudgeDataset
-from dreamartist_pipeline.embedded.judge import Judge, agreement, judge_images, said_in_caption
+from dreamartist_pipeline.embedded.judge import Judge, agreement, attributes_in_caption, judge_images
 from dreamartist_pipeline.embedded.scenes import Shown, draw_scenes
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from one_shot.prompts import Prompts, draw_prompts, fill
@@ -89,7 +89,7 @@ def as_template(shown: Shown) -> str:
 
 def asked(shown: Shown) -> list[str]:
     """Return which of the columns a caption asks for."""
-    said = said_in_caption(shown)
+    said = attributes_in_caption(shown)
     return [name for name in COLUMNS if name in said and (name != "tint" or shown.tints[0])]
 
 

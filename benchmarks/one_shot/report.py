@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image
 
 from dreamartist_pipeline.core.images import image_grid
-from dreamartist_pipeline.embedded.recognition import bootstrap_mean, cut_out
+from one_shot.gallery import bootstrap_mean, cut_out
 from one_shot.prompts import GROUP_OF, HARD, PLAIN, Prompts
 from one_shot.recognition import ALL, CLASS_WORD, CONCEPTS, FIXED, KNOWN, REAL, RECONSTRUCTED, Drawn
 

@@ -83,7 +83,7 @@ def test_the_table_has_base_methods_and_ceiling() -> None:
 
 def test_methods_compared_with_different_base_images_are_refused() -> None:
     results = {"fox": {"a": _results((0.1, 0.3), [True, True]), "b": _results((0.2, 0.3), [True, True])}}
-    with pytest.raises(SystemExit, match="fox: expected the same base images for all methods"):
+    with pytest.raises(SystemExit, match="fox"):
         bench.check_same_base(results)
 
 
@@ -146,6 +146,6 @@ def test_a_run_passes_subject_method_and_overrides_on(run: object, monkeypatch: 
 
 def test_a_failed_run_is_named_and_not_recorded(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
     _calls(monkeypatch, status=1)
-    with pytest.raises(SystemExit, match="fox-lora: the run failed with exit status 1"):
+    with pytest.raises(SystemExit, match="fox-lora.* 1"):
         bench.run_if_needed(run, again=False)
     assert not list(run.folder.glob("*.json"))  # type: ignore[attr-defined]

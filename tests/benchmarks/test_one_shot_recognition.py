@@ -108,7 +108,7 @@ def test_a_world_without_rendered_sprites_is_refused_before_anything_is_trained(
     monkeypatch.setattr(bench, "run_all", train)
     judge = str(ROOT / "data/01_raw/judge/judge.safetensors")
     options = ["--subjects", "fox", "--images", str(IMAGES), "--judge", judge]
-    with pytest.raises(SystemExit, match=r"expected rendered sprites, .*run `make sprites`, or give --no-recognition"):
+    with pytest.raises(SystemExit, match="sprites.safetensors.*--no-recognition"):
         bench.main(options)
     with pytest.raises(AssertionError, match="trained"):
         bench.main([*options, "--no-recognition"])
@@ -117,7 +117,7 @@ def test_a_world_without_rendered_sprites_is_refused_before_anything_is_trained(
 def test_nothing_left_to_score_is_refused(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--no-judge", "--no-recognition"])
-    assert "leave nothing to score" in capsys.readouterr().err
+    assert "--no-judge" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_groups_of_subjects_are_disjoint_and_bundled(bench):
@@ -154,7 +154,7 @@ def test_sprites_are_read_without_those_that_have_no_name(worlds, tmp_path):
 
 def test_sprites_of_another_recipe_are_refused(worlds):
     worlds.check_drawn(make_world(worlds))
-    with pytest.raises(SystemExit, match="expected sprites of this recipe, got none of blob fox; run `make sprites`"):
+    with pytest.raises(SystemExit, match="blob fox.*make sprites"):
         worlds.check_drawn(make_world(worlds, fox="blob"))
 
 
@@ -167,9 +167,9 @@ def test_only_held_out_objects_in_a_known_style_are_looked_for(worlds):
     sources = IMAGES / "sources.yml"
     found = worlds.reference_styles(sources, recipe, ["fox", "owl", "mushroom-outline", "cat"])
     assert found == {"fox": "noto", "owl": "twemoji"}
-    with pytest.raises(SystemExit, match="expected a subject among fox, .*, got cat; name one, or give --no-recog"):
+    with pytest.raises(SystemExit, match="fox.*cat.*--no-recognition"):
         worlds.reference_styles(sources, recipe, ["cat"])
-    with pytest.raises(SystemExit, match=r"expected the drawings' packages in nowhere/sources.yml, got no such file"):
+    with pytest.raises(SystemExit, match="nowhere/sources.yml"):
         worlds.reference_styles(Path("nowhere/sources.yml"), recipe, ["fox"])
 
 

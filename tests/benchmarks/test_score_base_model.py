@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dreamartist_pipeline.embedded.datasets import JudgeDataset
-from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary, Verdict, truth_of
+from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary, Verdict, labels_of
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, unseen_tints
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 
@@ -51,7 +51,7 @@ def scene(word: str = "cat", *others: str, **changes: object) -> Shown:
 
 
 def verdict_of(shown: Shown, **changes: str) -> Verdict:
-    return Verdict(**{**{head: word or "red" for head, word in truth_of(shown).items()}, **changes})
+    return Verdict(**{**{head: word or "red" for head, word in labels_of(shown).items()}, **changes})
 
 
 def pictures(*cases: tuple[Shown, Verdict], group: str = "any", **others: list[Verdict]) -> object:
@@ -99,7 +99,7 @@ def test_real_pictures_show_what_the_words_say_in_whatever_order_the_drawings_ar
 def test_drawings_that_are_missing_are_named() -> None:
     order = bench.nameable(VOCABULARY)
     sprites = SpriteSet(torch.zeros(5, 4, 8, 8, dtype=torch.uint8), order.objects[1:], order.styles[1:])
-    with pytest.raises(SystemExit, match="it lacks .'cat flat'."):
+    with pytest.raises(SystemExit, match="cat flat"):
         bench.paint_real(sprites, order, bench.draw_prompts(order, 1, 0, seed=0)[0].scenes)
 
 
@@ -255,15 +255,15 @@ def test_the_command_writes_tables_and_worst_cases_without_any_drawings(
     bench.main(["--judge", str(judge_file), "--output", str(out), "--num-prompts", "40", "--num-combinations", "4"])
     assert asked == [("any", 0), ("seen", 40), ("unseen", 44)]
     assert {file.name for file in out.iterdir()} == {"scores.md", "scores.csv", "objects.csv", "worst_cases.png"}
-    assert "no absent.safetensors: the table has generated pictures only; `make sprites`" in capsys.readouterr().out
+    assert "absent.safetensors" in capsys.readouterr().out
     assert pd.read_csv(out / "scores.csv")["asked"].iloc[0] > 0
 
 
 def test_a_base_model_of_another_size_is_refused(judge_file: Path, tiny_base_model: Path) -> None:
-    with pytest.raises(SystemExit, match="expected a base model of 64 px, which the judge knows; got 32 px"):
+    with pytest.raises(SystemExit, match="64 px.*32 px"):
         bench.main(["--judge", str(judge_file), "--base-model", str(tiny_base_model)])
 
 
 def test_a_missing_judge_is_refused_with_the_command_that_trains_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="run `make judge`"):
+    with pytest.raises(SystemExit, match="absent.safetensors.*make judge"):
         bench.main(["--judge", str(tmp_path / "absent.safetensors")])

@@ -17,12 +17,12 @@ from dreamartist_pipeline.embedded.judge import (
     JudgeVocabulary,
     Verdict,
     agreement,
+    attributes_in_caption,
     augment,
     draw_hard_scenes,
     judge_images,
     judge_loss,
-    said_in_caption,
-    truth_of,
+    labels_of,
 )
 from dreamartist_pipeline.embedded.scenes import Shown
 from dreamartist_pipeline.embedded.sprites import SpriteSet
@@ -47,7 +47,7 @@ def scene(**changes: object) -> Shown:
 
 def verdict_of(shown: Shown, **changes: str) -> Verdict:
     """The right verdict, with "red" where nothing is asked."""
-    return Verdict(**{**{head: word or "red" for head, word in truth_of(shown).items()}, **changes})
+    return Verdict(**{**{head: word or "red" for head, word in labels_of(shown).items()}, **changes})
 
 
 def make_judge() -> Judge:
@@ -93,7 +93,7 @@ def test_nothing_is_asked_about_a_tint_an_object_does_not_have_or_a_second_objec
 @pytest.mark.parametrize("pattern", ["striped", "checkered"])
 def test_the_order_of_the_colours_of_stripes_and_checks_does_not_matter(pattern: str):
     one, other = (scene(pattern=pattern, background=a, second_color=b) for a, b in (("blue", "red"), ("red", "blue")))
-    assert truth_of(one) == truth_of(other)
+    assert labels_of(one) == labels_of(other)
     assert agreement(verdict_of(one), other)["background"] is True
 
 
@@ -104,8 +104,8 @@ def test_blue_dots_on_red_are_not_red_dots_on_blue():
 
 def test_two_equal_objects_beside_each_other_are_twins_to_the_eye():
     equal = scene(objects=("cat", "cat"), tints=("", ""), layout="beside")
-    assert truth_of(equal)["layout"] == "twins"
-    assert truth_of(dataclasses.replace(equal, tints=("red", "")))["layout"] == "beside"
+    assert labels_of(equal)["layout"] == "twins"
+    assert labels_of(dataclasses.replace(equal, tints=("red", "")))["layout"] == "beside"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_two_equal_objects_beside_each_other_are_twins_to_the_eye():
     ],
 )
 def test_only_what_the_caption_says_is_said(caption: str, unsaid: set[str]):
-    assert said_in_caption(scene(caption=caption)) == set(ATTRIBUTES) - unsaid
+    assert attributes_in_caption(scene(caption=caption)) == set(ATTRIBUTES) - unsaid
 
 
 def test_training_scenes_show_every_kind_about_as_often_and_are_the_same_for_the_same_seed():
@@ -133,7 +133,7 @@ def test_training_scenes_show_every_kind_about_as_often_and_are_the_same_for_the
 def test_every_head_can_answer_with_every_truth():
     answers = VOCABULARY.answers()
     assert set(answers) == set(HEADS)
-    assert all(word in answers[head] for shown in (scene(), TWO) for head, word in truth_of(shown).items() if word)
+    assert all(word in answers[head] for shown in (scene(), TWO) for head, word in labels_of(shown).items() if word)
 
 
 def test_the_loss_of_an_undecided_judge_is_the_mean_log_of_the_numbers_of_answers():
@@ -160,7 +160,7 @@ def test_a_verdict_is_the_likeliest_word_of_every_head():
     for name, words in judge.words.items():
         torch.nn.init.zeros_(words.weight)
         words.bias.data = torch.zeros_like(words.bias)
-        words.bias.data[VOCABULARY.answers()[name].index(truth_of(twins)[name])] = 1
+        words.bias.data[VOCABULARY.answers()[name].index(labels_of(twins)[name])] = 1
     assert judge_images(judge, torch.zeros(3, 3, 64, 64), batch_size=2) == [verdict_of(twins)] * 3
 
 
@@ -172,7 +172,7 @@ def test_the_judge_can_tell_an_object_by_the_same_weights_in_either_place():
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"expected images \[B, 3, 64, 64\], got \[1, 3, 32, 32\]; resize them"):
+    with pytest.raises(ValueError, match=r"\[1, 3, 32, 32\]"):
         make_judge()(torch.zeros(1, 3, 32, 32))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
-from dreamartist_pipeline.embedded.judge import NOTHING, Verdict, truth_of
+from dreamartist_pipeline.embedded.judge import NOTHING, Verdict, labels_of
 from dreamartist_pipeline.embedded.scenes import Shown
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 from dreamartist_pipeline.params import JudgeParams
@@ -83,7 +83,7 @@ def test_accuracies_are_shares_of_the_scenes_that_ask():
         return Shown((word,), (tint,), "flat", "one", "plain", "blue", "red", "")
 
     def verdict(one: Shown, **changes: str) -> Verdict:
-        return Verdict(**{**{head: word or NOTHING for head, word in truth_of(one).items()}, **changes})
+        return Verdict(**{**{head: word or NOTHING for head, word in labels_of(one).items()}, **changes})
 
     scenes = [shown("apple"), shown("apple"), shown("whale", "red"), shown("whale", "pink")]
     verdicts = [verdict(one) for one in scenes]

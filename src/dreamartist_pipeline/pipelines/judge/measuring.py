@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dreamartist_pipeline.embedded.judge import ATTRIBUTES, Verdict, agreement, truth_of
+from dreamartist_pipeline.embedded.judge import ATTRIBUTES, Verdict, agreement, labels_of
 from dreamartist_pipeline.embedded.scenes import Shown
 
 _NUM_CONFUSIONS = 12
@@ -44,7 +44,7 @@ def _confusions(head: str, pairs: Sequence[tuple[Verdict, Shown]]) -> list[dict[
     """Return the wrong answers of one head, most frequent first, with the first object of the scene."""
     wrong: Counter[tuple[str, str, str]] = Counter()
     for verdict, shown in pairs:
-        true, judged = truth_of(shown)[head], getattr(verdict, head)
+        true, judged = labels_of(shown)[head], getattr(verdict, head)
         if true is not None and judged != true:
             wrong[(true, judged, shown.objects[0])] += 1
     return [
