@@ -34,7 +34,7 @@ def test_a_judge_survives_saving_and_loading_to_half_precision(judge: Judge, tmp
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_the_same_judge_gives_the_same_bytes_and_leaves_nothing_else(judge: Judge, tmp_path: Path):
+def test_the_same_judge_gives_the_same_bytes_and_no_other_files(judge: Judge, tmp_path: Path):
     for name in ("a", "b"):
         JudgeDataset(filepath=str(tmp_path / f"{name}.safetensors")).save(judge)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()

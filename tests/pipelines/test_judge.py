@@ -78,7 +78,7 @@ def test_every_accuracy_is_reported_and_tracked(sprites: SpriteSet, params: Judg
     assert 0 < report["accuracy"]["all"]["object"] < 1  # a guess between two, by a judge that has hardly trained
 
 
-def test_accuracies_are_shares_of_the_scenes_that_ask():
+def test_accuracies_are_shares_of_the_scenes_with_a_label():
     def shown(word: str, tint: str = "") -> Shown:
         return Shown((word,), (tint,), "flat", "one", "plain", "blue", "red", "")
 

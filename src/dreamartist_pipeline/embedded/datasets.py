@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kedro.io import AbstractDataset, DatasetError
 
@@ -75,12 +75,25 @@ def _read_json(archive: tarfile.TarFile, member: str) -> Any:
     return json.load(file)
 
 
-class SpriteSetDataset(AbstractDataset["SpriteSet", "SpriteSet"]):
-    """A SpriteSet as one safetensors file, with the names in its header."""
+_Data = TypeVar("_Data")
+
+
+class _FileDataset(AbstractDataset[_Data, _Data]):
+    """A dataset of one file."""
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)
         self.metadata = metadata
+
+    def _exists(self) -> bool:
+        return self._filepath.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath.as_posix()}
+
+
+class SpriteSetDataset(_FileDataset["SpriteSet"]):
+    """A SpriteSet as one safetensors file, with the names in its header."""
 
     def load(self) -> SpriteSet:
         from safetensors import safe_open
@@ -99,12 +112,6 @@ class SpriteSetDataset(AbstractDataset["SpriteSet", "SpriteSet"]):
         names = {"objects": json.dumps(data.objects), "styles": json.dumps(data.styles)}
         with written_whole(self._filepath) as temporary:
             save_file({"images": data.images.contiguous()}, temporary, metadata=names)
-
-    def _exists(self) -> bool:
-        return self._filepath.exists()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._filepath.as_posix()}
 
 
 class PretrainedFolderDataset(AbstractDataset[Any, str]):
@@ -158,18 +165,16 @@ class StartDataset(AbstractDataset[None, str | None]):
         return {"path": self._path}
 
 
-class JudgeDataset(AbstractDataset["Judge", "Judge"]):
+class JudgeDataset(_FileDataset["Judge"]):
     """A Judge as one safetensors file: weights in float16, vocabulary and channels in the header.
 
     The loaded judge is frozen, in float32 and in eval mode.
     """
 
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        self._filepath = Path(filepath)
-        self.metadata = metadata
-
     def load(self) -> Judge:
         from safetensors import SafetensorError, safe_open
+
+        from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
 
         try:
             with safe_open(self._filepath, framework="pt") as file:
@@ -184,7 +189,9 @@ class JudgeDataset(AbstractDataset["Judge", "Judge"]):
                 f"expected a judge of the format {JUDGE_FORMAT} at {self._filepath}; got {header.get('format')}; "
                 "run `make judge`, which trains it"
             )
-        return _build_judge(header, weights)
+        judge = Judge(JudgeVocabulary(tuple(header["objects"]), tuple(header["styles"])), header["channels"])
+        judge.load_state_dict(weights)
+        return judge.eval().requires_grad_(False)
 
     def save(self, data: Judge) -> None:
         import torch
@@ -199,18 +206,3 @@ class JudgeDataset(AbstractDataset["Judge", "Judge"]):
         weights = {name: value.to(torch.float16).contiguous() for name, value in data.state_dict().items()}
         with written_whole(self._filepath) as temporary:
             save_file(weights, temporary, metadata={_JUDGE_HEADER: json.dumps(header)})
-
-    def _exists(self) -> bool:
-        return self._filepath.exists()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._filepath.as_posix()}
-
-
-def _build_judge(header: dict[str, Any], weights: dict[str, Any]) -> Judge:
-    from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
-
-    vocabulary = JudgeVocabulary(tuple(header["objects"]), tuple(header["styles"]))
-    judge = Judge(vocabulary, header["channels"])
-    judge.load_state_dict(weights)
-    return judge.eval().requires_grad_(False)

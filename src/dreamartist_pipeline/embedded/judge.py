@@ -8,9 +8,8 @@ is not scored.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -18,7 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from dreamartist_pipeline.embedded.colors import COLORS
-from dreamartist_pipeline.embedded.scenes import LAYOUTS, PATTERNS, TINTS, Scenes, Shown, all_tints, draw_scenes
+from dreamartist_pipeline.embedded.scenes import (
+    LAYOUTS,
+    PATTERNS,
+    TINTS,
+    Scenes,
+    Shown,
+    all_tints,
+    draw_scenes,
+    interleaved,
+)
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 IMAGE_PX = 64
@@ -217,14 +225,8 @@ def draw_hard_scenes(sprites: SpriteSet, num_scenes: int, seed: int) -> Scenes:
     seed draws the same scenes.
     """
     scenes = draw_scenes(sprites, 4 * num_scenes, seed, tints_of=all_tints)
-    seen: Counter[tuple[bool, int, bool]] = Counter()
-    ranked: list[tuple[int, int]] = []  # rank of a scene within its kind, its index
-    for index, shown in enumerate(scenes.shown):
-        kind = (shown.layout == "small", len(shown.objects), any(shown.tints))
-        seen[kind] += 1
-        ranked.append((seen[kind], index))
-    chosen = [index for _, index in sorted(ranked)[:num_scenes]]
-    return replace(scenes.rows(torch.tensor(chosen)), shown=tuple(scenes.shown[index] for index in chosen))
+    kinds = [(one.layout == "small", len(one.objects), any(one.tints)) for one in scenes.shown]
+    return scenes.subset(interleaved(kinds)[:num_scenes])
 
 
 def judge_loss(judge: Judge, images: torch.Tensor, shown: Sequence[Shown]) -> torch.Tensor:
@@ -301,8 +303,8 @@ def _blurred(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _recolored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    gain = 1 + _MAX_GAIN * _signed(images, (len(images), 1, 1, 1), generator)
-    return images * gain + _MAX_OFFSET * _signed(images, (len(images), 3, 1, 1), generator)
+    gain = 1 + _MAX_GAIN * _uniform((len(images), 1, 1, 1), generator)
+    return images * gain + _MAX_OFFSET * _uniform((len(images), 3, 1, 1), generator)
 
 
 def _noised(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -314,5 +316,5 @@ def _noised(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images + _MAX_NOISE * levels[0] * fine + _MAX_BLOTCHES * levels[1] * blotches
 
 
-def _signed(images: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, device=images.device, generator=generator) * 2 - 1
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, device=generator.device, generator=generator) * 2 - 1

@@ -163,7 +163,7 @@ def run_stage(
 
     start = checkpoint["step"] if checkpoint else 0
     batch_size = stage.batch_size * (dist.get_world_size() if dist.is_initialized() else 1)
-    with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=_rank() > 0) as bar:
+    with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=rank() > 0) as bar:
         try:
             fit_stage(
                 [parameter for network in networks for parameter in network.parameters()],
@@ -177,7 +177,7 @@ def run_stage(
                 on_step=StageReporter(name, batch_size, bar, tracker),
             )
         except KeyboardInterrupt as stop:
-            if _rank() == 0:
+            if rank() == 0:
                 bar.write(f"{name}: {stop}")
             raise
 
@@ -212,7 +212,7 @@ def fit_stage(
         KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint. All ranks stop at the same step.
     """
     stage = _Stage(parameters, matrices, loss_of, settings, seed, bf16, checkpoint)
-    is_first = _rank() == 0
+    is_first = rank() == 0
     saved = clock = time.monotonic()
     with stop_requests() as stop_requested:
         for done in stage.steps():
@@ -291,7 +291,7 @@ class _Stage:
 
     def _loss_of_step(self, step: int) -> tuple[torch.Tensor, None]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self._loss_of(step_generator(self._seed, _rank(), step, self._device)), None
+            return self._loss_of(step_generator(self._seed, rank(), step, self._device)), None
 
     def _clip(self, norms: torch.Tensor) -> None:
         nn.utils.clip_grads_with_norm_(self.state.parameters, _MAX_GRAD_NORM, norms.norm())
@@ -364,7 +364,8 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Return the rank of this process; 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -434,8 +435,8 @@ def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
     """Orthogonalise all updates in place; the ranks of a process group share the work."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     owners = _assign_owners([min(u.shape) * u.numel() for u in updates], world)
-    by_owner = [[u for u, owner in zip(updates, owners, strict=True) if owner == rank] for rank in range(world)]
-    for update in by_owner[_rank()]:
+    by_owner = [[u for u, owner in zip(updates, owners, strict=True) if owner == index] for index in range(world)]
+    for update in by_owner[rank()]:
         update.copy_(orthogonalized(update))
     if world > 1:
         for owner, owned in enumerate(by_owner):

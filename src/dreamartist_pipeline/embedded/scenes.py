@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -95,6 +96,10 @@ class Scenes:
         """Return the chosen scenes, without `shown`."""
         return replace(self, **{name: tensor[chosen] for name, tensor in self._tensors().items()}, shown=())
 
+    def subset(self, indices: Sequence[int]) -> Scenes:
+        """Return the chosen scenes with their `shown`."""
+        return replace(self.rows(torch.tensor(indices)), shown=tuple(self.shown[index] for index in indices))
+
     def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shown"}
 
@@ -147,6 +152,16 @@ def draw_scenes(
         by_style.setdefault(sprites.styles[index], []).append(index)
     sampler = _SceneSampler(sprites, pool, by_style, tints_of, tinted_share, rng)
     return _stack([sampler.draw() for _ in range(num_scenes)], rng)
+
+
+def interleaved(kinds: Sequence[Hashable]) -> list[int]:
+    """Return all indices, ordered so that every first part has about the same number of each kind."""
+    count: Counter[Hashable] = Counter()
+    ranked: list[tuple[int, int]] = []
+    for index, kind in enumerate(kinds):
+        count[kind] += 1
+        ranked.append((count[kind], index))
+    return [index for _, index in sorted(ranked)]
 
 
 @dataclass(frozen=True)

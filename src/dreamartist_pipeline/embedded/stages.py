@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -30,6 +29,7 @@ from dreamartist_pipeline.embedded.pretraining import (
     denoiser_loss,
     normalize_latents,
     psnr,
+    rank,
     run_stage,
     step_generator,
 )
@@ -181,7 +181,8 @@ def fit_denoiser(
     text_encoder = pipeline.text_encoder.train()
     loss_on = _loss_on_scenes(pipeline, sprites.images.to(device), params.size.image_px)
     checkpoint = store.load("denoiser")
-    batches = _SceneBatches.of(sprites, pipeline.tokenizer, stage, params.seed).starting_at(
+    names = replace(sprites, images=sprites.images[:0])
+    batches = _SceneBatches(names, pipeline.tokenizer, stage, params.seed, rank()).starting_at(
         checkpoint["step"] if checkpoint else 0
     )
 
@@ -237,11 +238,6 @@ class _SceneBatches(Dataset[tuple[Scenes, torch.Tensor]]):
     stage: DenoiserParams
     seed: int
     rank: int
-
-    @classmethod
-    def of(cls, sprites: SpriteSet, tokenizer: Any, stage: DenoiserParams, seed: int) -> _SceneBatches:
-        names = replace(sprites, images=sprites.images[:0])
-        return cls(names, tokenizer, stage, seed, dist.get_rank() if dist.is_initialized() else 0)
 
     def __getitem__(self, step: int) -> tuple[Scenes, torch.Tensor]:
         seed = step_generator(self.seed + 2, self.rank, step, torch.device("cpu")).initial_seed()

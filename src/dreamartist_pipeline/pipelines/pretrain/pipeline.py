@@ -20,41 +20,51 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
 if TYPE_CHECKING:
     from dreamartist_pipeline.embedded.pretraining import Checkpoints
 
+_DENOISER_INPUTS = [
+    "sprites",
+    "pretrained_autoencoder",
+    "pretrained_tokenizer",
+    "pretrained_towers",
+    "pretraining_start",
+    "params:pretrain",
+]
+
 
 def create_pipeline(tracker: Tracker, checkpoints: Checkpoints) -> Pipeline:
     """Published drawings → sprites → autoencoder, towers → denoiser → base model."""
-    denoiser_inputs = [
-        "sprites",
-        "pretrained_autoencoder",
-        "pretrained_tokenizer",
-        "pretrained_towers",
-        "pretraining_start",
-        "params:pretrain",
-    ]
     return Pipeline(
         [
-            node(render_sprites, ["sprite_packages", "params:pretrain"], "sprites"),
-            node(render_held_out_sprites, ["sprite_packages", "params:pretrain"], "held_out_sprites"),
+            node(render_sprites, ["sprite_packages", "params:pretrain"], "sprites", name="render_sprites"),
+            node(
+                render_held_out_sprites,
+                ["sprite_packages", "params:pretrain"],
+                "held_out_sprites",
+                name="render_held_out_sprites",
+            ),
             node(
                 tracked(train_autoencoder, tracker, checkpoints=checkpoints),
                 ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain"],
                 "pretrained_autoencoder",
+                name="train_autoencoder",
             ),
-            node(build_vocabulary, ["sprites", "params:pretrain"], "pretrained_tokenizer"),
+            node(build_vocabulary, ["sprites", "params:pretrain"], "pretrained_tokenizer", name="build_vocabulary"),
             node(
                 tracked(train_towers, tracker, checkpoints=checkpoints),
                 ["sprites", "pretrained_tokenizer", "params:pretrain"],
                 "pretrained_towers",
+                name="train_towers",
             ),
             node(
                 tracked(train_denoiser, tracker, checkpoints=checkpoints),
-                denoiser_inputs,
+                _DENOISER_INPUTS,
                 "pretrained_base_model",
+                name="train_denoiser",
             ),
             node(
                 draw_samples,
                 ["pretrained_base_model", "params:pretrain"],
                 ["pretrained_samples", "pretrained_objects"],
+                name="draw_samples",
             ),
         ]
     )
