@@ -307,7 +307,8 @@ DATA = {  # kinds of datasets that load to data, never to something that reads o
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
-    "MetricsHistoryDataset",
+    *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
+    "JudgeDataset",
 }
 _SAVE_JSON = """
 import json, sys, fsspec
@@ -329,7 +330,7 @@ def viz_nodes(project: Path, trained: subprocess.CompletedProcess[str]) -> dict[
     command = [sys.executable, "-c", _SAVE_JSON, json.dumps(given)]
     subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=240)
     nodes: dict[str, dict[str, Any]] = {}
-    for pipeline in ("__default__", "generate", "import"):
+    for pipeline in ("__default__", "generate", "import", "pretrain", "judge"):
         shown = json.loads((project / "viz/api/pipelines" / pipeline).read_text())
         for node in shown["nodes"]:
             if node["type"] == "data":
