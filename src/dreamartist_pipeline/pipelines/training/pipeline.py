@@ -43,12 +43,6 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 name="train_concept",
                 tags="training",
             ),
-            node(
-                plot_history,
-                inputs="training_history",
-                outputs="training_curves",
-                name="plot_history",
-                tags="training",
-            ),
+            node(plot_history, "training_history", "training_curves", name="plot_history", tags="training"),
         ]
     )
