@@ -1,4 +1,4 @@
-"""Every pipeline by name."""
+"""The pipelines by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dreamartist_pipeline.tracking import MLflowTracker
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return the pipelines that `kedro run --pipeline NAME` knows."""
+    """Return the pipelines of `kedro run --pipeline NAME`."""
     tracker = MLflowTracker()
     models = (find_kedro_project(Path.cwd()) or Path.cwd()) / "data/06_models"
     stages = {

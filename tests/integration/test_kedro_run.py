@@ -163,7 +163,7 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     }
 
 
-def test_the_closing_summary_says_where_everything_is_and_how_to_look(
+def test_the_closing_summary_lists_files_and_commands(
     trained: subprocess.CompletedProcess[str],
 ) -> None:
     assert f"data/06_models/{SUBJECT}/concept.safetensors" in trained.stdout
@@ -202,14 +202,14 @@ def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) 
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Adapter strengths: 0.8 positive, 0.65 negative." in result.stdout + result.stderr
     newest = max((project / "data" / "07_model_output" / SUBJECT).rglob("000_0.png"), key=lambda f: f.stat().st_mtime)
-    said = json.loads(Image.open(newest).info["dreamartist"])
-    assert (said["init_image"]["size_px"], said["init_mask"]["size_px"], said["denoise"]) == ([48, 40], [48, 40], 0.5)
-    assert said["strength"] == {"positive": 0.8, "negative": 0.65}
-    assert said["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
+    info = json.loads(Image.open(newest).info["dreamartist"])
+    assert (info["init_image"]["size_px"], info["init_mask"]["size_px"], info["denoise"]) == ([48, 40], [48, 40], 0.5)
+    assert info["strength"] == {"positive": 0.8, "negative": 0.65}
+    assert info["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
 
 
 @pytest.mark.usefixtures("trained")
-def test_exported_files_become_a_concept_again_which_draws_and_is_a_trainings_start(project: Path) -> None:
+def test_exported_files_are_imported_drawn_and_trained_from(project: Path) -> None:
     export = f"data/07_model_output/{SUBJECT}/export"
     files = {
         "import.positive": f"{export}/lora/{SUBJECT}.safetensors",
@@ -246,8 +246,8 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message, hint = result.stderr.splitlines()[-2:]
-    assert message.startswith("Error: expected a selector that matches")
-    assert hint == "(--traceback shows where it was raised)"
+    assert message.startswith("Error: expected ") and "'re:.*nowhere'" in message
+    assert "--traceback" in hint
     run = last_run(project)
     assert (run.info.status, run.data.tags["error"].split(":")[0]) == ("FAILED", "InputError")
     assert concept.read_bytes() == before
@@ -353,7 +353,7 @@ def test_kedro_viz_shows_pictures(viz_nodes: dict[str, dict[str, Any]], name: st
     assert min(shown.size) >= 32
 
 
-def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(project: Path) -> None:
+def test_the_sample_recipe_pretrains_a_whole_base_model(project: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPModel
 
@@ -372,21 +372,21 @@ def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(proj
 def test_an_unknown_recipe_is_refused_with_the_known_ones(project: Path) -> None:
     result = kedro_run(project, "--pipeline", "pretrain", "--params", "recipe=wrld")
     assert result.returncode == 1
-    assert "expected a recipe out of sample, world; got 'wrld'; did you mean 'world'?" in result.stderr
+    assert "recipe" in result.stderr and "'wrld'" in result.stderr and "'world'" in result.stderr
 
 
-def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
+def test_an_unknown_key_fails_before_the_run(project: Path) -> None:
     result = kedro_run(project, "--pipeline", "train", "--params", "trainign.num_steps=1")
     assert result.returncode == 1
-    assert "got 'trainign' from --params; did you mean 'training'?" in result.stderr
+    assert "'trainign'" in result.stderr and "'training'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_what_cannot_be_exported_ends_before_anything_is_trained(project: Path) -> None:
+def test_a_training_that_cannot_be_exported_fails_before_the_run(project: Path) -> None:
     group = "{lr: 1e-3, rank: 4, timestep_min_rank: 1, layers: ['re:.*attn']}"
     result = kedro_run(project, "--params", settings(project, **{"training.lora_unet": f"[{group}]"}))
     assert result.returncode == 1
-    assert "got training.lora_unet.0 with timestep_min_rank=1, which kohya, peft, toolkit" in result.stderr
+    assert "training.lora_unet.0 with timestep_min_rank=1" in result.stderr
     assert "kedro run --pipelines train,evaluate" in result.stderr
     assert "Traceback" not in result.stderr
     assert "check_training" not in result.stdout + result.stderr

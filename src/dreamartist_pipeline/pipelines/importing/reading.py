@@ -1,4 +1,4 @@
-"""Single LoRA and embedding files, as the parameters name them."""
+"""Single LoRA and embedding files named in the parameters."""
 
 from __future__ import annotations
 
