@@ -104,6 +104,32 @@ def test_a_subject_that_cannot_name_a_folder_is_refused(subject: object) -> None
         check_subject(subject)
 
 
+@pytest.mark.parametrize(
+    ("subject", "suggested"),
+    [
+        ("Kätzchen", "kaetzchen"),
+        ("Ka\u0308tzchen", "kaetzchen"),  # as macOS writes it
+        ("Łódź", "lodz"),
+        ("Ðuro", "duro"),
+        ("København", "kobenhavn"),
+        ("Straße 1", "strasse-1"),
+        ("İstanbul", "istanbul"),
+        ("Phở", "pho"),
+        ("кот", "kot"),
+        ("Ёжик", "yozhik"),
+        ("γάτα", "gata"),
+        ("猫 cat", "cat"),
+        ("猫", "subject"),
+        ("../x", "x"),
+        (None, "subject"),
+    ],
+)
+def test_a_refused_subject_is_suggested_in_ascii(subject: str | None, suggested: str) -> None:
+    check_subject(suggested)
+    with pytest.raises(InputError, check=says(remedy=f"'{suggested}'")):
+        check_subject(subject)
+
+
 @pytest.mark.parametrize("subject", ["fox", "my-cat_2.b", 42])
 def test_an_ordinary_subject_is_accepted(subject: object) -> None:
     check_subject(subject)

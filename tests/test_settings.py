@@ -110,6 +110,15 @@ def test_an_unknown_method_is_refused_with_the_nearest_one() -> None:
     assert says(got="'lorra'", remedy="'lora'")(error)
 
 
+@pytest.mark.parametrize("method", ["dreamartist++", "DreamArtist++", "dreamartist+", "dreamartist plus plus"])
+def test_dreamartist_with_plus_signs_is_found(method: str) -> None:
+    with pytest.raises(OmegaConfBaseException) as raised:
+        load("parameters", method=method)
+    error = input_error_in(raised.value)
+    assert error is not None
+    assert says(got=f"'{method}'", remedy="'dreamartist-plus-plus'")(error)
+
+
 def test_the_tutorial_preset_is_the_reference_tutorials() -> None:
     preset = training(method="tutorial")
     lora = {network: [(g.branch, g.rank, g.lr) for g in groups] for network, groups in preset.lora.items()}

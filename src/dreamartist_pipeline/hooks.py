@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -47,6 +48,13 @@ RUN_SETTINGS = (
     "mlflow_run_id",
 )
 _SUBJECT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_IN_ASCII = str.maketrans(  # letters that Unicode does not decompose to ASCII, and German umlauts
+    "đðħıĸłŋŧøабвгдезийклмнопрстуфыэіαβγδεζηικλμνοπρσςτυφω", "ddhiklntoabvgdeziyklmnoprstufyeiabgdeziiklmnoprsstyfo"
+) | str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "æ": "ae", "œ": "oe", "þ": "th", "'": "", "\u2019": ""}
+    | {"ё": "yo", "ж": "zh", "х": "kh", "ц": "ts", "ч": "ch", "ш": "sh", "щ": "shch", "ъ": "", "ь": "", "ю": "yu"}
+    | {"я": "ya", "є": "ye", "ї": "yi", "ґ": "g", "θ": "th", "ξ": "x", "χ": "ch", "ψ": "ps"}
+)
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 
 
@@ -214,7 +222,8 @@ def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
 
 def nearest(name: str, known: Sequence[str], otherwise: str) -> str:
     """Return a remedy for an unknown name: the nearest known one, else `otherwise`."""
-    near = difflib.get_close_matches(name, known, n=1)
+    spelt = name.lower().replace("+", "-plus").replace(" ", "-")  # as in "DreamArtist++"
+    near = difflib.get_close_matches(spelt, known, n=1)
     return f"did you mean '{near[0]}'?" if near else otherwise
 
 
@@ -243,8 +252,19 @@ def check_subject(subject: object) -> None:
         raise InputError(
             expected="a subject of letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
             got=f"'{subject}'",
-            remedy=f"use for example '{re.sub(r'[^A-Za-z0-9]+', '-', str(subject)).strip('-') or 'my-cat'}'",
+            remedy=f"use for example '{ascii_subject('' if subject is None else str(subject))}'",
         )
+
+
+def ascii_subject(text: str) -> str:
+    """Return a valid subject that reads like a text: "Kätzchen" becomes "kaetzchen", a text without letters "subject".
+
+    Umlauts are spelt out as in German; other accents are dropped.
+    """
+    for form in ("NFC", "NFKD"):  # letters of the table first, then the letters below other accents
+        text = unicodedata.normalize(form, text.lower()).translate(_IN_ASCII)
+    unaccented = "".join(character for character in text if not unicodedata.combining(character))
+    return re.sub(r"[^a-z0-9]+", "-", unaccented).strip("-") or "subject"
 
 
 def check_image_has_subject(given: Mapping[str, Any]) -> None:
