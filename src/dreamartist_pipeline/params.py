@@ -181,7 +181,7 @@ class IngestionParams(Params):
 class PromptsParams(Params):
     """How prompts are sampled from the prompt database."""
 
-    column: str | int = 0
+    column: str | int | None = None  # None: "prompt", "text" or "caption", or else the first
     num_prompts: NonNegativeInt  # 0 for no regularization set
     seed: Seed = 0
 

@@ -5,6 +5,8 @@ import inspect
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from kedro.io import DatasetError
@@ -24,11 +26,18 @@ def database(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_database_is_read_whole(database: Path) -> None:
-    table = PromptDatabaseDataset(filepath=str(database)).load()
+def test_a_database_is_opened_without_reading_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.parquet"
+    table = pa.table({"prompt": ["a cat"] * 20, "image": [{"bytes": b"1"}] * 20, "id": range(20)})
+    pq.write_table(table, file, compression="none")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"a cat", b"\xff\xff\xff\xff\xff", 1))
 
-    assert list(table.columns) == ["prompt", "id"]
-    assert len(table) == 20
+    opened = PromptDatabaseDataset(filepath=str(file)).load()
+
+    assert opened.schema_arrow.names == ["prompt", "image", "id"]
+    assert pa.types.is_dictionary(opened.schema_arrow.field("prompt").type)  # a repeated text is held once
+    assert opened.metadata.num_rows == 20
 
 
 def test_a_preview_shows_the_first_rows(database: Path) -> None:
@@ -36,6 +45,33 @@ def test_a_preview_shows_the_first_rows(database: Path) -> None:
 
     assert preview == {"index": [0, 1], "columns": ["prompt", "id"], "data": [["prompt 0", 0], ["prompt 1", 1]]}
     assert inspect.signature(PromptDatabaseDataset.preview).return_annotation.__name__ == "TablePreview"
+
+
+def test_a_preview_shows_the_types_of_pictures_and_lists(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.parquet"
+    pictures = {
+        "image": [{"bytes": b"\x89PNG", "path": None}],
+        "raw": [b"\x89PNG"],
+        "tags": [["a"]],
+        "prompt": ["a cat"],
+    }
+    pq.write_table(pa.table(pictures), file)
+
+    ((image, raw, tags, prompt),) = PromptDatabaseDataset(filepath=str(file)).preview()["data"]
+
+    assert (raw, prompt) == ("(binary)", "a cat")
+    assert image.startswith("(struct")
+    assert tags.startswith("(list")
+    assert "PNG" not in image
+
+
+def test_a_preview_of_a_damaged_database_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": ["a cat"]}), file, compression="none")
+    file.write_bytes(file.read_bytes().replace(b"a cat", b"\xff\xff\xff\xff\xff"))
+
+    with pytest.raises(FileError, check=says(expected="prompts.parquet", got="utf-8")):
+        PromptDatabaseDataset(filepath=str(file)).preview()
 
 
 def test_a_missing_database_is_refused_with_its_path(tmp_path: Path) -> None:
@@ -68,14 +104,14 @@ def test_the_bundled_database_is_what_its_script_makes() -> None:
 
     made = script.make_table(*script.vocabulary())
 
-    pd.testing.assert_frame_equal(PromptDatabaseDataset(filepath=str(BUNDLED)).load(), made)
+    pd.testing.assert_frame_equal(pd.read_parquet(BUNDLED), made)
 
 
 def test_the_bundled_database_names_no_held_out_object() -> None:
     recipe = yaml.safe_load((ROOT / "conf" / "base" / "parameters_pretrain.yml").read_text(encoding="utf-8"))[
         "_recipes"
     ]["world"]
-    prompts = PromptDatabaseDataset(filepath=str(BUNDLED)).load()["prompt"]
+    prompts = pd.read_parquet(BUNDLED)["prompt"]
 
     assert prompts.is_unique
     assert not prompts.str.contains("|".join(recipe["held_out_objects"])).any()

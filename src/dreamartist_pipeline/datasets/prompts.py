@@ -11,11 +11,11 @@ from kedro_datasets._typing import TablePreview
 from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from pyarrow.parquet import ParquetFile
 
 
-class PromptDatabaseDataset(ReadOnlyDataset["pd.DataFrame"]):
-    """A table of prompts in a parquet file; the parameter `prompts.column` names the column that holds them.
+class PromptDatabaseDataset(ReadOnlyDataset["ParquetFile"]):
+    """A table of prompts in a parquet file, of which only the column with the prompts is ever read.
 
     Args:
         filepath: a parquet file.
@@ -25,42 +25,57 @@ class PromptDatabaseDataset(ReadOnlyDataset["pd.DataFrame"]):
         self._filepath = Path(filepath)
         self.metadata = metadata
 
-    def load(self) -> "pd.DataFrame":
-        """Return the whole table.
+    def load(self) -> "ParquetFile":
+        """Open the file; rows are read on request, a repeated text only once per batch.
 
         Raises:
             FileError: no file, or not a parquet file.
         """
-        import pandas as pd
-        import pyarrow as pa
-
-        self._check_file()
-        try:
-            return pd.read_parquet(self._filepath)
-        except (pa.ArrowException, OSError) as error:
-            raise FileError(
-                expected=f"a prompt database (parquet) at {self._filepath}",
-                got=f"another file format ({error})",
-                remedy="convert it, for example with pandas: pd.read_csv(FILE).to_parquet(...)",
-            ) from error
+        return self._open()
 
     def preview(self, nrows: int = 8) -> TablePreview:
-        """Show the first rows, without reading the others."""
+        """Show the first rows without reading the others; nested and binary values, such as images, by their type.
+
+        Raises:
+            FileError: no file, not a parquet file, or a damaged one.
+        """
+        import pyarrow as pa
+
+        file = self._open()
+        schema = file.schema_arrow
+        shown = [field.name for field in schema if not (pa.types.is_nested(field.type) or "binary" in str(field.type))]
+        try:
+            first = next(file.iter_batches(batch_size=nrows, columns=shown), None)
+            rows = [] if first is None else first.to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise FileError(
+                expected=f"a readable prompt database at {self._filepath}",
+                got=f"a damaged one ({error})",
+                remedy="write the file again",
+            ) from error
+        data = [[row.get(field.name, f"({field.type})") for field in schema] for row in rows]
+        return TablePreview({"index": list(range(len(data))), "columns": schema.names, "data": data})
+
+    def _open(self) -> "ParquetFile":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._check_file()
-        file = pq.ParquetFile(self._filepath)
-        first = next(file.iter_batches(batch_size=nrows), None)
-        rows = [] if first is None else [list(row.values()) for row in first.to_pylist()]
-        return TablePreview({"index": list(range(len(rows))), "columns": file.schema_arrow.names, "data": rows})
-
-    def _check_file(self) -> None:
         if not self._filepath.is_file():
             raise FileError(
                 expected=f"a prompt database (parquet) at {self._filepath}",
                 got="no such file",
                 remedy="correct prompt_database in the catalog",
             )
+        try:
+            schema = pq.read_schema(self._filepath)
+            texts = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
+            return pq.ParquetFile(self._filepath, read_dictionary=texts)
+        except (pa.ArrowException, OSError) as error:
+            raise FileError(
+                expected=f"a prompt database (parquet) at {self._filepath}",
+                got=f"another file format ({error})",
+                remedy="convert it, for example with pandas: pd.read_csv(FILE).to_parquet(...)",
+            ) from error
 
     def _exists(self) -> bool:
         return self._filepath.is_file()

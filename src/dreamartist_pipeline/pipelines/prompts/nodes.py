@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
+from collections.abc import Iterable, Iterator
+from itertools import compress, islice
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.errors import InputError
@@ -11,52 +14,58 @@ from dreamartist_pipeline.params import PromptsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
-else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing pandas is slow
-    DataFrame = Series = Any
+    from pyarrow.parquet import ParquetFile
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing pyarrow is slow
+    ParquetFile = Any
 
 log = logging.getLogger(__name__)
 
 
-def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParams) -> list[str]:
+def draw_regularization_prompts(prompt_database: ParquetFile, params: PromptsParams) -> list[str]:
     """Draw distinct prompts at random without replacement, reproducibly by seed.
 
+    The column is read twice, in batches: the prompts are counted, then those that were drawn are kept. Memory holds a
+    hash of 16 bytes of every distinct prompt.
+
     Raises:
-        InputError: no such column, a value that is not text, or fewer distinct prompts than requested.
+        InputError: no such column, one that does not hold prompts, or fewer distinct prompts than requested.
     """
-    column = _select_column(prompt_database, params.column)
-    prompts = distinct_prompts(column)
-    if len(prompts) < params.num_prompts:
+    from dreamartist_pipeline.pipelines.prompts.reading import check_are_prompts, read_texts, select_column
+
+    if not params.num_prompts:
+        return []
+    schema = prompt_database.schema_arrow
+    position = select_column(schema, params.column)
+    check_are_prompts(read_texts(prompt_database, position), schema, position)
+    is_valid = bytearray(map(_has_valid_weights, distinct_prompts(read_texts(prompt_database, position))))
+    num_valid = sum(is_valid)
+    log.info("Drawing from the %d prompts in column %r.", num_valid, schema.names[position])
+    if num_valid < len(is_valid):
+        log.info("Left out %d prompts with invalid braces.", len(is_valid) - num_valid)
+    if num_valid < params.num_prompts:
         raise InputError(
-            expected=f"at least prompts.num_prompts={params.num_prompts:,} distinct prompts in column {column.name!r}",
-            got=f"{len(prompts):,} (in {len(column):,} rows, without blanks, duplicates and invalid braces)",
+            expected=f"at least prompts.num_prompts={params.num_prompts:,} distinct prompts in column "
+            f"{schema.names[position]!r}",
+            got=f"{num_valid:,} (in {prompt_database.metadata.num_rows:,} rows, without blanks, duplicates and invalid "
+            "braces)",
             remedy="lower it, or use a larger prompt database",
         )
-    return random.Random(params.seed).sample(prompts, params.num_prompts)
+    drawn = random.Random(params.seed).sample(range(num_valid), params.num_prompts)
+    valid = compress(distinct_prompts(read_texts(prompt_database, position)), is_valid)
+    wanted = set(drawn)
+    prompts = {index: prompt for index, prompt in enumerate(islice(valid, max(drawn) + 1)) if index in wanted}
+    return [prompts[index] for index in drawn]
 
 
-def distinct_prompts(column: Series) -> list[str]:
-    """Strip the prompts, drop missing, blank and repeated ones, keep the order of first appearance.
-
-    Prompts whose braces are not valid weighted words, as in "a cat :}", are dropped too.
-
-    Raises:
-        InputError: a value that is not text.
-    """
-    values = column.dropna()
-    for value in values:
-        if not isinstance(value, str):
-            raise InputError(
-                expected=f"text in column {column.name!r} of the prompt database",
-                got=f"{value!r} ({type(value).__name__})",
-                remedy="set prompts.column to the column that holds the prompts",
-            )
-    stripped = (value.strip() for value in values)
-    distinct = list(dict.fromkeys(prompt for prompt in stripped if prompt))
-    valid = [prompt for prompt in distinct if _has_valid_weights(prompt)]
-    if len(valid) < len(distinct):
-        log.info("Left out %d prompts with invalid braces.", len(distinct) - len(valid))
-    return valid
+def distinct_prompts(texts: Iterable[str]) -> Iterator[str]:
+    """Strip texts, leave out blank and repeated ones, and keep the order of first appearance."""
+    seen: set[bytes] = set()  # hashes, because prompts are ten times as long
+    for text in texts:
+        prompt = text.strip()
+        key = hashlib.blake2b(prompt.encode(), digest_size=16).digest()
+        if prompt and key not in seen:
+            seen.add(key)
+            yield prompt
 
 
 def _has_valid_weights(prompt: str) -> bool:
@@ -65,16 +74,3 @@ def _has_valid_weights(prompt: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _select_column(database: DataFrame, column: str | int) -> Series:
-    names = [str(name) for name in database.columns]
-    if isinstance(column, int) and 0 <= column < len(names):
-        return database.iloc[:, column]
-    if isinstance(column, str) and column in names:
-        return database.iloc[:, names.index(column)]
-    raise InputError(
-        expected=f"prompts.column as an index below {len(names)} or one of {names}",
-        got=f"{column!r}",
-        remedy="name a column of the prompt database",
-    )
