@@ -126,6 +126,44 @@ def test_a_prompt_whose_trigger_word_is_part_of_another_word_is_refused(
         PromptTokenizer(tokenizer, 24, vocabulary).check_fits("two my-foxes")
 
 
+@pytest.mark.parametrize("word", ["my\u2011fox", "my-fo\u0308x"])
+def test_weights_stay_with_their_tokens_after_a_word_in_another_spelling(
+    backbone: Backbone, tokenizer: CLIPTokenizer, word: str
+) -> None:
+    size = backbone.text_encoder.get_input_embeddings().num_embeddings
+    own = Vocabulary.build({"pt1": ("my-fox", "a-neg"), "pt2": ("my-fo\u0308x", "b-neg")}, (2, 3), size)
+    tokens = PromptTokenizer(tokenizer, 24, own).tokenize([f"a {word}, {{red:2}} cat"])
+    assert tokens.weights is not None
+    assert tokens.weights[0].tolist()[:8] == [1, 1, 1, 1, 1, 2, 1, 1]  # start, a, two vectors, comma, red, cat, end
+
+
+def test_one_line_names_the_prompts_without_a_trigger_word(
+    backbone: Backbone, vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = PromptEncoder(backbone, {"text_encoder": vocabulary})
+    encoder.warn_without_word(["two my-foxes", "a {my\u2011fox:1.2}", "a my_fox", "my-fox-neg"])
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("3 of 4", "'two my-foxes'", "'a my_fox'", "'my-fox-neg'", "write my-fox ", "{pt1}"):
+        assert part in record.getMessage()
+
+
+def test_no_line_where_every_prompt_has_its_word_or_the_concept_has_none(
+    backbone: Backbone, vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    PromptEncoder(backbone, {"text_encoder": vocabulary}).warn_without_word(["a my-fox", "一只my-fox"])
+    PromptEncoder(backbone).warn_without_word(["a cat"])
+    assert not caplog.records
+
+
+def test_the_line_on_prompts_without_a_trigger_word_stays_short(
+    backbone: Backbone, vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    PromptEncoder(backbone, {"text_encoder": vocabulary}).warn_without_word(["a long prompt " * 100] * 50)
+    assert "50 of 50" in caplog.text
+    assert len(caplog.records[0].getMessage()) < 350
+
+
 def test_states_are_those_of_the_text_encoder(backbone: Backbone, tokenizer: CLIPTokenizer) -> None:
     encoder = PromptEncoder(backbone)
     ids = tokenizer(["a red cat"], padding="max_length", max_length=24, return_tensors="pt").input_ids

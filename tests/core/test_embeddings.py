@@ -49,6 +49,49 @@ def test_words_may_have_numbers_of_vectors_of_their_own_and_no_partner() -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a MY\u2011CAT", ["a ", "my-cat"]),  # non-breaking hyphen
+        ("a my\u2010cat", ["a ", "my-cat"]),
+        ("a my\u2013cat, red", ["a ", "my-cat", ", red"]),  # en dash
+        ("a my\u2212cat", ["a ", "my-cat"]),  # minus
+        ("my\u2013cat\u2013neg", ["my-cat-neg"]),
+        ("my-cat\u2013red", ["my-cat", "\u2013red"]),  # a dash between two words
+        ("my-cat\u2011red", ["my-cat\u2011red"]),
+        ("a my-kät", ["a ", "my-kät"]),
+        ("a my-ka\u0308t", ["a ", "my-kät"]),
+        ("my-cat\u0301", ["my-cat\u0301"]),  # another letter
+        ("一只my-cat在草地上", ["一只", "my-cat", "在草地上"]),
+        ("my-catを見る", ["my-cat", "を見る"]),
+        ("my-cat은", ["my-cat", "은"]),
+        ("a my-猫, 红", ["a ", "my-猫", ", 红"]),
+        ("a my-猫咪", ["a my-猫咪"]),  # perhaps another word
+    ],
+)
+def test_spellings_that_look_the_same_are_recognized(prompt: str, parts: list[str]) -> None:
+    names = {"pt1": ("my-cat", "my-cat-neg"), "pt2": ("my-kät", "k-neg"), "pt3": ("my-猫", "m-neg")}
+    split = Vocabulary.build(names, (1, 1), 10).split_prompt(prompt)
+    assert [part if isinstance(part, str) else part.name for part in split] == parts
+    assert sum(isinstance(part, Word) for part in split) == sum(part in sum(names.values(), ()) for part in parts)
+
+
+@pytest.mark.parametrize("prompt", ["my-cats", "my_cat", "my cat", "my\u2014cat", "my-cat2", "xmy-cat", "my-càt"])
+def test_other_spellings_are_not_guessed(vocabulary: Vocabulary, prompt: str) -> None:
+    assert vocabulary.split_prompt(prompt) == [prompt]
+
+
+@pytest.mark.parametrize("name", ["my-ka\u0308t", "my\u2011kät"])
+def test_a_word_may_be_named_in_another_spelling(name: str) -> None:
+    (word,) = Vocabulary.build({"pt1": (name, "")}, (2, 3), 10, num_branches=1).words
+    assert Vocabulary((word,)).split_prompt("a my-kät") == ["a ", word]
+
+
+def test_words_that_differ_in_the_kind_of_hyphen_only_are_refused() -> None:
+    with pytest.raises(InputError, check=says(expected="every trigger word once")):
+        Vocabulary.build({"pt1": ("my-cat", "my\u2011cat")}, (2, 3), 10)
+
+
 def test_a_prompt_is_cut_at_trigger_words_that_stand_alone(vocabulary: Vocabulary) -> None:
     negative, positive = vocabulary.words
     assert vocabulary.split_prompt("a My-Cat, my-cat-neg and my-cats") == [

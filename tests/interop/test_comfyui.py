@@ -88,6 +88,12 @@ def test_a_prompt_is_written_so_that_comfyui_finds_its_embeddings_and_weights_no
     assert embedding_prompt("A MY-FOX.", words) == "A embedding:my-Fox ."
     assert embedding_prompt("photo,my-fox's den", words) == "photo, embedding:my-Fox 's den"
     assert embedding_prompt("my-fox (blue)", words) == r"embedding:my-Fox \(blue\)"
+    assert embedding_prompt("embedding:my-Fox", words) == "embedding:my-Fox"
+
+
+def test_a_word_is_found_for_comfyui_in_the_spellings_in_which_it_is_found_here() -> None:
+    assert embedding_prompt("一只my\u2011fox在草地上", ["my-fox"]) == "一只 embedding:my-fox 在草地上"
+    assert embedding_prompt("a my-fo\u0308x", ["my-föx"]) == "a embedding:my-föx"
 
 
 def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:

@@ -300,6 +300,17 @@ def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, 
     assert list(weighted["copying_pixels"]) != list(plain["copying_pixels"])
 
 
+def test_prompts_of_the_subject_without_a_trigger_word_are_named_in_one_line(
+    tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    _evaluate(
+        tiny_base_model, zero_step_concept, _params(prompts=("two my-foxes", "a {pt1}"), prior_prompts=("a cat",))
+    )
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'two my-foxes'" in warning
+    assert "a cat" not in warning
+
+
 def test_strengths_by_name_are_logged_and_written_on_the_sheet(
     tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -152,6 +152,13 @@ def test_a_prompt_that_would_lose_its_trigger_word_is_refused(tiny_base_model: P
         export(tiny_base_model, concept, formats=("embeddings",), prompt="cat " * 90 + "{pt1}")
 
 
+def test_an_example_prompt_without_a_trigger_word_is_named(
+    tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(tiny_base_model, concept, formats=("embeddings",), prompt="two my-foxes")
+    assert any(record.levelname == "WARNING" and "'two my-foxes'" in record.getMessage() for record in caplog.records)
+
+
 def test_equal_concepts_give_equal_files(tiny_base_model: Path, concept: Concept, files: dict[str, bytes]) -> None:
     assert write_files(str(tiny_base_model), concept, EVERYTHING) == files
 

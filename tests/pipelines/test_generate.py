@@ -52,6 +52,22 @@ def test_every_prompt_gets_its_images_by_number_and_seed(tiny_base_model: Path, 
     assert grid.width >= 2 * 32 and grid.height >= 2 * 32
 
 
+def test_prompts_without_a_trigger_word_are_named_in_one_line(
+    tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = GenerateParams(prompts=("two my-foxes", "a {pt1}", "a my_fox"), images_per_prompt=1, sampler=SAMPLER)
+    generate_images(str(tiny_base_model), concept, params, CPU)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "2 of 3" in warning
+    assert "'two my-foxes', 'a my_fox'" in warning
+
+
+def test_a_prompt_in_another_spelling_draws_the_same(tiny_base_model: Path, concept: Concept) -> None:
+    params = GenerateParams(prompts=("a my-fox", "a my\u2011fox"), images_per_prompt=1, seed=7, sampler=SAMPLER)
+    plain, other = generate_images(str(tiny_base_model), concept, params, CPU)[0].values()
+    assert plain.tobytes() == other.tobytes()
+
+
 def test_an_image_has_its_settings_in_its_info(tiny_base_model: Path, concept: Concept) -> None:
     params = GenerateParams(
         prompts=("a {pt1}",), negative_prompt="blurry", images_per_prompt=1, seed=7, sampler=SAMPLER

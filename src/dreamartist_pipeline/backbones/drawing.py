@@ -81,6 +81,7 @@ def draw(
     prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
     request = replace(request, negative_prompt=fill_negative_prompt(request.negative_prompt, loaded.negative_words))
     loaded.prompts.check_not_cut([*prompts, request.negative_prompt])
+    loaded.prompts.warn_without_word(prompts)
     side_px = backbone.image_px
     default_px = (side_px, side_px) if request.init is None else picture_size(request.init, side_px)
     size_px = request.size_px or default_px

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import textwrap
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -10,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
+from dreamartist_pipeline.core.branches import POSITIVE
 from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
 from dreamartist_pipeline.errors import InputError
@@ -17,6 +21,10 @@ from dreamartist_pipeline.params import WordsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
 _NO_WORDS = Vocabulary(())
+_MAX_QUOTED = 3  # prompts in one warning
+_QUOTED_CHARACTERS = 60
+
+log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
@@ -90,7 +98,7 @@ class PromptTokenizer:
 
     def _inner_tokens(self, prompt: str) -> list[tuple[int, float]]:
         """Return (id, weight) of all tokens between start and end, not truncated."""
-        parts = parse_weights(prompt)
+        parts = parse_weights(unicodedata.normalize("NFC", prompt))
         text = "".join(part for part, _ in parts)
         weights = [weight for part, weight in parts for _ in part]  # one per character
         tokens: list[tuple[int, float]] = []
@@ -101,7 +109,7 @@ class PromptTokenizer:
                 start += len(part)
             else:
                 tokens += [(token_id, weights[start]) for token_id in part.ids]
-                start += len(part.name)
+                start += len(unicodedata.normalize("NFC", part.name))
         return tokens
 
     def _plain_tokens(self, text: str) -> list[tuple[int, int]]:
@@ -144,6 +152,23 @@ class PromptEncoder:
         for tokenizer in self._tokenizers.values():
             tokenizer.check_fits(prompt)
 
+    def warn_without_word(self, prompts: Sequence[str]) -> None:
+        """Log one warning for all prompts without a positive trigger word, unless the concept has none."""
+        positive = [word for word in self.words if word.branch == POSITIVE]
+        vocabulary = Vocabulary(tuple(positive))
+        without = [prompt for prompt in prompts if not _has_word(vocabulary, prompt)]
+        if not positive or not without:
+            return
+        quoted = [repr(textwrap.shorten(prompt, _QUOTED_CHARACTERS, placeholder="…")) for prompt in without]
+        log.warning(
+            "No trigger word in %d of %d prompts (%s): write %s as a separate word, or %s.",
+            len(without),
+            len(prompts),
+            ", ".join([*quoted[:_MAX_QUOTED], *(["…"] if len(quoted) > _MAX_QUOTED else [])]),
+            " or ".join(word.name for word in positive),
+            " or ".join(f"{{{word.slot}}}" for word in positive),
+        )
+
     def check_not_cut(self, prompts: Iterable[str]) -> None:
         """Check prompts for every text encoder; see `PromptTokenizer.check_not_cut`."""
         for prompt in prompts:
@@ -164,6 +189,11 @@ class PromptEncoder:
         lengths = [tokenizer.max_tokens for tokenizer in self._tokenizers.values()]
         parts = dict(zip(self._tokenizers, tokens.split(lengths), strict=True))
         return self._backbone.encode(parts, self._clip_skip)
+
+
+def _has_word(vocabulary: Vocabulary, prompt: str) -> bool:
+    text = "".join(part for part, _ in parse_weights(prompt))
+    return any(not isinstance(part, str) for part in vocabulary.split_prompt(text))
 
 
 def check_trigger_word(tokenizer: CLIPTokenizer, word: str) -> None:

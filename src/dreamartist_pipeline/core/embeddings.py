@@ -7,7 +7,8 @@ embedding is neither copied nor resized.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,18 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE,
 from dreamartist_pipeline.errors import InputError
 
 # ------------------------------------------------------------------------------------------------- vocabulary
+
+_HYPHENS = "-\u2010\u2011\ufe63\uff0d"  # and its look-alikes: hyphen, non-breaking, small, full-width
+_DASHES = "\u2012\u2013\u2212"  # figure dash, en dash, minus: typed for a hyphen, but also between two words
+_PLAIN_HYPHENS = str.maketrans(dict.fromkeys(_HYPHENS + _DASHES, "-"))
+# Thai, Lao, Burmese, Khmer; Hangul; Han and kana: scripts without spaces, or with endings on foreign words.
+_UNSPACED = (
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    r"\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff"
+    r"\u2e80-\u2fdf\u3005-\u3007\u3040-\u312f\u31a0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    r"\U00020000-\U0003ffff]"
+)
+_ACCENTS = r"\u0300-\u036f"  # those that NFC leaves alone
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Vocabulary:
                 count = num_vectors.get(f"{BRANCH_NAMES[branch]}.{slot}")
                 if count is None:
                     continue
-                if any(word.name.lower() == name.lower() for word in words):
+                if any(plain_spelling(word.name) == plain_spelling(name) for word in words):
                     raise InputError(
                         expected="every trigger word once",
                         got=f"{name!r} twice",
@@ -106,17 +119,36 @@ class Vocabulary:
         return cls(tuple(words))
 
     def split_prompt(self, prompt: str) -> list[str | Word]:
-        """Split a prompt into plain text and trigger words, ignoring case.
-
-        Only whole words match: "my-cat" is found in "my-cat, sitting", but not in "my-cat-neg".
-        """
-        by_name = {word.name.lower(): word for word in self.words}
-        return [by_name.get(part.lower(), part) for part in self._pattern.split(prompt) if part]
+        """Split a prompt, in Unicode's form NFC, into plain text and trigger words; see `word_pattern`."""
+        by_name = {plain_spelling(word.name): word for word in self.words}
+        parts = self._pattern.split(unicodedata.normalize("NFC", prompt))
+        return [by_name.get(plain_spelling(part), part) for part in parts if part]
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        names = sorted((re.escape(word.name) for word in self.words), key=len, reverse=True)
-        return re.compile(rf"(?<![\w-])({'|'.join(names) or '(?!)'})(?![\w-])", re.IGNORECASE)
+        return word_pattern(word.name for word in self.words)
+
+
+def word_pattern(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a regular expression, with one group, for trigger words in prompts in Unicode's form NFC.
+
+    Case and the kind of hyphen do not matter. Only whole words match: "my-cat" is found in "my-cat, sitting", but not
+    in "my-cat-neg". A word may touch a script without spaces, as in "一只my-cat", unless it is written in one itself.
+    """
+    longest_first = sorted((unicodedata.normalize("NFC", name) for name in names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(_whole_word, longest_first)) or '(?!)'})", re.IGNORECASE)
+
+
+def plain_spelling(name: str) -> str:
+    """Return what all spellings of a trigger word have in common: composed (NFC), in lower case, with plain hyphens."""
+    return unicodedata.normalize("NFC", name).lower().translate(_PLAIN_HYPHENS)
+
+
+def _whole_word(name: str) -> str:
+    """Return a regular expression for a word in form NFC that is not part of a longer one."""
+    spelling = re.escape(name.translate(_PLAIN_HYPHENS)).replace(r"\-", f"[{_HYPHENS}{_DASHES}]")
+    before, after = (r"\w" if re.match(_UNSPACED, end) else rf"[^\W{_UNSPACED[1:-1]}]" for end in (name[0], name[-1]))
+    return f"(?<!{before})(?<![{_HYPHENS}]){spelling}(?!{after})(?![{_HYPHENS}{_ACCENTS}])"
 
 
 # ------------------------------------------------------------------------------------------------- learned vectors

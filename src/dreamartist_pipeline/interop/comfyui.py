@@ -7,10 +7,12 @@ to the branch's conditioning, so that the sampler applies each LoRA to its own r
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dreamartist_pipeline.core.embeddings import plain_spelling, word_pattern
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
 from dreamartist_pipeline.schedulers import COMFYUI_SPACINGS, SCHEDULERS
@@ -152,16 +154,18 @@ def embedding_prompt(prompt: str, words: Iterable[str]) -> str:
     ComfyUI ends an embedding's name at a space or comma, and reads parentheses as weights: words are surrounded by
     spaces, parentheses are escaped.
     """
-    name_of = {word.lower(): word for word in words}
-    alternatives = "|".join(sorted(map(re.escape, name_of), key=len, reverse=True)) or "(?!)"
+    prompt = unicodedata.normalize("NFC", prompt)
+    name_of = {plain_spelling(word): word for word in words}
 
     def embedding(match: re.Match[str]) -> str:
         before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+        if before == ":":  # "embedding:my-cat" already
+            return match[0]
         space_before = "" if not before or before.isspace() else " "
         space_after = "" if not after or after.isspace() or after == "," else " "
-        return f"{space_before}embedding:{name_of[match[0].lower()]}{space_after}"
+        return f"{space_before}embedding:{name_of[plain_spelling(match[0])]}{space_after}"
 
-    replaced = re.sub(rf"(?<![\w:-])(?:{alternatives})(?![\w-])", embedding, prompt, flags=re.IGNORECASE)
+    replaced = word_pattern(name_of).sub(embedding, prompt)
     return re.sub(r"[()]", r"\\\g<0>", replaced)
 
 

@@ -56,6 +56,8 @@ def _draw(
     num_seeds = params.images_per_prompt
     seeds = [params.seed + i for i in range(num_seeds)]
     filled = [fill_template(template, {"class": params.class_word, **words}) for template in templates]
+    if words:  # the others draw what must not change
+        loaded.prompts.warn_without_word(filled)
     prompts = [prompt for prompt in filled for _ in seeds]
     negative_prompt = fill_negative_prompt(params.negative_prompt, loaded.negative_words)
     images = generate(loaded.backbone, loaded, prompts, negative_prompt, seeds * len(filled), params.sampler, progress)

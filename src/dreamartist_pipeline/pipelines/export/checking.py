@@ -109,7 +109,9 @@ def verify_files(
     """
     reference = _Reference(backbone, concept)
     summary = describe(reference.source, files, params)
-    attach(backbone, concept, params.strength).prompts.check_not_cut([summary.prompt, summary.negative_prompt])
+    prompts = attach(backbone, concept, params.strength).prompts
+    prompts.check_not_cut([summary.prompt, summary.negative_prompt])
+    prompts.warn_without_word([summary.prompt])
     entries: dict[str, dict[str, Any]] = {name: {} for name in files}
     for file_format in _READERS:
         for branch in reference.source.adapters:

@@ -20,7 +20,7 @@ from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_factor, parameter_groups
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
-from dreamartist_pipeline.pipelines.training.data import template_prompts, training_prompts
+from dreamartist_pipeline.pipelines.training.data import fill_prompt, template_prompts, training_prompts
 from dreamartist_pipeline.pipelines.training.starting import apply_start
 from dreamartist_pipeline.prompt_weights import parse_weights
 
@@ -167,6 +167,8 @@ def _check_prompts(planned: NewConcept, params: TrainingParams, caption: str) ->
     for pair in template_prompts(params, caption) if planned.words else ():
         for branch in branches(params.num_branches):
             planned.prompts.check_fits(pair[branch])
+    if params.preview.every:
+        planned.prompts.warn_without_word([fill_prompt(prompt, params) for prompt in params.preview.prompts])
 
 
 def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
