@@ -47,7 +47,7 @@ def import_concept(
     outline = load_outline(BaseModelFiles(base_model))
     layout = layout_of(outline, params.clip_skip)
     if params.toolkit is None:
-        read = read_single_files(import_files, params, layout)
+        read = read_single_files(import_files, params, layout, _NAMES)
     else:
         read = read_toolkit_folder(toolkit_files, params.toolkit, layout, params.names, params.step, _NAMES)
     imported = resolve(read, layout, params.positive_acts_on, _NAMES)

@@ -38,6 +38,7 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
                 f"{concept.metadata.clip_skip} skips them"
                 for branch, layers in imported.left_out.items()
             ),
+            *imported.notes,
         ],
     }
 
