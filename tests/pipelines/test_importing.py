@@ -391,5 +391,15 @@ def test_what_is_noted_of_a_lora_stands_in_the_report_and_the_log(
     assert report["notes"][-1] in caplog.text
 
 
+def test_the_usual_clip_skip_of_an_anime_model_is_suggested(tiny_base_model: Path, tmp_path: Path) -> None:
+    base_model = shutil.copytree(tiny_base_model, tmp_path / "anything-v5")
+    (tmp_path / "my-toy.safetensors").write_bytes(write_tensors({"emb_params": torch.ones(1, 32)}, {}))
+    files = UserFilesDataset(path=str(tmp_path), files=["my-toy.safetensors"]).load()
+    for clip_skip, hints in ((0, 1), (1, 0)):
+        params = ImportParams(words={"pt1": "my-toy.safetensors"}, clip_skip=clip_skip)
+        _, report = import_concept(str(base_model), files, {}, params)
+        assert sum("import.clip_skip=1" in note for note in report["notes"]) == hints
+
+
 def test_the_pipeline_gives_a_concept_and_a_report() -> None:
     assert create_pipeline().all_outputs() == {"concept", "import_report"}

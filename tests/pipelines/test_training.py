@@ -124,6 +124,17 @@ def test_the_plan_is_shown_per_branch(
     assert "positive  words.positive.pt1" in caplog.text
 
 
+def test_the_usual_clip_skip_of_an_anime_model_is_suggested(
+    tiny_base_model: Path, tmp_path: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    base_model = shutil.copytree(tiny_base_model, tmp_path / "anything-v5")
+    check_training(str(base_model), make_training_params(), CAPTION)
+    assert "training.clip_skip=1" in caplog.text
+    caplog.clear()
+    check_training(str(base_model), make_training_params(clip_skip=1), CAPTION)
+    assert "clip skip 2" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

@@ -10,6 +10,7 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outli
 from dreamartist_pipeline.backbones.concepts import NewConcept, skipped_layers, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
+from dreamartist_pipeline.backbones.known_models import clip_skip_hint
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.branches import branches
@@ -50,6 +51,8 @@ def make_plan(
     if params.zero_terminal_snr:
         base_model.objective.with_zero_terminal_snr()
     _check_clip_skip(base_model, params)
+    if start is None:
+        _suggest_clip_skip(files, base_model, params)
     planned = start_concept(base_model, params, lr_factor(params), seed=0)
     _check_prompts(planned, params, caption)
     groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
@@ -110,6 +113,12 @@ def _check_clip_skip(base_model: Backbone, params: TrainingParams) -> None:
         selectors = [selector for group in params.lora.get(encoder, ()) for selector in group.layers]
         if params.clip_skip and (skipped := skipped_layers(base_model, encoder, selectors, params.clip_skip)):
             log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
+
+
+def _suggest_clip_skip(files: BaseModelFiles, base_model: Backbone, params: TrainingParams) -> None:
+    architecture = base_model.file_names.architecture
+    if hint := clip_skip_hint(files.names(), architecture, params.clip_skip, "training.clip_skip"):
+        log.warning("%s.", hint)
 
 
 def _check_braces(params: TrainingParams, caption: str) -> None:
