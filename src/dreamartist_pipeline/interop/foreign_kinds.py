@@ -63,7 +63,7 @@ _NOT_PLAIN = (
         r"\.[wb]_norm$", "a LyCORIS file with trained norm layers", "train it without train_norm, or give a plain LoRA"
     ),
     Kind(r"\.diff(_b)?$", "whole weight differences", _EXTRACT),
-    Kind(r"^lora_controlnet$|^lllite_", "a LoRA that stands for a ControlNet", "give a plain LoRA"),
+    Kind(r"^lora_controlnet$|^lllite_", "a Control LoRA or ControlNet-LLLite", "give a plain LoRA"),
     Kind(r"^lora(_ema)?:", "adapters of HCP-Diffusion", _AS_FOLDER),
     Kind(r"^(unet|text_encoder):\d+:(up|down)$", _NUMBERED, _MERGE),
     Kind(r"^(em[bp]_params(_out)?|clip_[lg](_out)?|string_to_param|<[^<>]+>)$", "an embedding", _AS_WORD),
