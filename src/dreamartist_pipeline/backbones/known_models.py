@@ -11,7 +11,10 @@ _ANIME = re.compile(
     r"anime(?!diff)|novelai|(?<![a-z])nai(?![a-z])|anything|anylora|counterfeit|orangemix|(?<![a-z])aom\d"
     r"|pastel[-_ ]?mix|meina|hassaku|cetus[-_ ]?mix|mistoon"
 )
-_SAMPLERS = ("generate.sampler", "evaluation.sampler", "regularization.sampler", "training.preview.sampler")
+_SAMPLERS = (
+    *("generate.sampler", "evaluation.sampler", "regularization.sampler", "training.preview.sampler"),
+    "export.sampler",
+)
 
 
 @dataclass(frozen=True)
