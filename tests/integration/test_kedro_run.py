@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+from project_copy import PROJECT, copy_project
+
 SUBJECT = "button"
 
 
@@ -91,22 +92,12 @@ def last_run(project: Path) -> Any:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
     """Return a copy of the project with a picture, prompts and a tiny base model of its own."""
-    import pandas as pd
     from PIL import Image, ImageDraw
 
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("conf", "src"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.rmtree(folder / "conf" / "local")
-    (folder / "conf" / "local").mkdir()
-    for name in ("pyproject.toml", ".telemetry"):
-        shutil.copy(PROJECT / name, folder)
-    (folder / "data" / "09_tracking").mkdir(parents=True)
-    shutil.copytree(tiny_base_model, folder / "tiny")
+    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
     picture = Image.new("RGB", (48, 40), "white")
     ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
     picture.save(folder / "button.png")
-    pd.DataFrame({"prompt": ["a red cat", "a blue dog", "a green bird"]}).to_parquet(folder / "prompts.parquet")
     return folder
 
 
