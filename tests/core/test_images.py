@@ -170,6 +170,15 @@ def test_a_heic_picture_is_opened_where_pillow_heif_is_installed(heic: bytes) ->
     assert np.allclose(decoded.getpixel((60, 16)), BLUE, atol=8)
 
 
+def test_of_several_pictures_in_a_heic_file_the_main_one_is_taken() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file, data = pillow_heif.from_pillow(Image.new("RGB", (64, 64), RED)), io.BytesIO()
+    file.add_from_pillow(Image.new("RGB", (64, 64), BLUE))
+    file.save(data, quality=100, primary_index=1)
+
+    assert np.allclose(decode(data.getvalue()).getpixel((30, 30)), BLUE, atol=8)
+
+
 @pytest.mark.parametrize("length", [40, 300])
 def test_a_truncated_heic_picture_is_called_so(heic: bytes, length: int) -> None:
     with pytest.raises(InputError, check=says(got="damaged or truncated")):
@@ -177,7 +186,14 @@ def test_a_truncated_heic_picture_is_called_so(heic: bytes, length: int) -> None
 
 
 @pytest.mark.parametrize(
-    "brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic", b"heix\0\0\0\0mif1heix", b"msf1\0\0\0\0msf1hevc"]
+    "brands",
+    [
+        b"heic\0\0\0\0mif1heic",
+        b"mif1\0\0\0\0mif1heic",
+        b"heix\0\0\0\0mif1heix",
+        b"msf1\0\0\0\0msf1hevc",
+        b"mif1\0\0\0\0mif1miaf",
+    ],
 )
 def test_a_heic_picture_is_named_where_pillow_heif_is_missing(brands: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "find_spec", lambda name: None)

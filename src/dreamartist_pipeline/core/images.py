@@ -27,7 +27,8 @@ NEUTRAL_GREY = 127  # grey of weight 1 in the attention mask
 MAX_ATTENTION = 5.0  # weight of white in the attention mask
 
 _STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD", "HEIF")  # phone photos with others beside, layered files: use the main one
-_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_AVIF_BRANDS = {b"avif", b"avis"}  # of the same container; Pillow reads them
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 _VISIBLE_LEVELS = 16  # of 255: a pixel differs from a colour where a channel differs by more
@@ -108,10 +109,10 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _is_heic(data: bytes) -> bool:
-    """Say whether a file names a brand of HEIC in its first box (ISO/IEC 23008-12, `ftyp`)."""
+    """Say whether a file names a brand of HEIC, and none of AVIF, in its first box (ISO/IEC 23008-12, `ftyp`)."""
     length = int.from_bytes(data[:4])
     brands = {data[start : start + 4] for start in range(8, min(length, len(data), 512), 4)}
-    return data[4:8] == b"ftyp" and bool(brands & _HEIC_BRANDS)
+    return data[4:8] == b"ftyp" and bool(brands & _HEIC_BRANDS) and not brands & _AVIF_BRANDS
 
 
 def _register_heic(name: str) -> None:
