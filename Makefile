@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PRETRAIN_READY := $(VENV)/.ready-pretrain
+NOTEBOOK_READY := $(VENV)/.ready-notebook
 ARGS ?=
 
 SPRITE_FOLDER := data/01_raw/sprite_packages
@@ -18,7 +19,7 @@ SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	iconify-json-streamline-emojis-1.2.4.tgz \
 	iconify-json-twemoji-1.2.5.tgz)
 
-.PHONY: help setup train evaluate generate test proofs lint format bench sprites pretrain judge viz ui
+.PHONY: help setup train evaluate generate test proofs lint format bench sprites pretrain judge viz ui notebook
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +35,10 @@ $(READY): pyproject.toml constraints.txt
 $(PRETRAIN_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,pretrain]'
 	touch $(PRETRAIN_READY)
+
+$(NOTEBOOK_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,notebook]'
+	touch $(NOTEBOOK_READY)
 
 train: $(READY) ## train a concept on the bundled picture and evaluate it (ARGS="--params subject=cat,image=cat.jpg" for another)
 	$(BIN)/kedro run --pipeline train $(ARGS)
@@ -78,6 +83,9 @@ viz: $(READY) ## show the pipelines in kedro-viz
 
 ui: $(READY) ## show the runs in MLflow
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///data/09_tracking/mlflow.db}
+
+notebook: $(NOTEBOOK_READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
 
 # Published drawings, at the versions named above; catalog_pretrain.yml checks their hashes.
 $(SPRITE_FOLDER):

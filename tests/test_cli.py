@@ -172,3 +172,10 @@ def test_a_reserved_or_invalid_environment_name_is_refused(toolkit_file: Path, n
     result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", name, "--force"])
     assert result.exit_code == 1
     assert f"'{name}'" in result.output and "--env NAME" in result.output
+
+
+def test_a_base_file_whose_name_is_too_long_is_one_that_is_not_there(toolkit_file: Path) -> None:
+    toolkit_file.write_text(f"_base_: {'a' * 5000}\n{toolkit_file.read_text()}")
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    assert result.exit_code == 0
+    assert "the file was not found" in result.output

@@ -173,9 +173,16 @@ def _environment_folder(name: str, force: bool) -> Path:
 def _near(file: Path, path: str) -> str | None:
     """Read a file named in `file`; its path is relative to the toolkit's root, a parent folder of `file`."""
     for folder in file.resolve().parents:
-        if (folder / path).is_file():
+        if _is_file(folder / path):
             return (folder / path).read_text(encoding="utf-8")
     return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is longer than the file system takes
+        return False
 
 
 def _write_yaml(file: Path, values: dict[str, Any], head: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from dreamartist_pipeline.backbones.base_model import (
     Backbone,
     BaseModelFiles,
+    _warn_once,
     decode_latents,
     decode_with_gradients,
     encode_images,
@@ -119,6 +121,53 @@ def test_earlier_versions_fingerprint_follows_all_files(tiny_base_model: Path, c
     index = copied_model / "model_index.json"
     index.write_text(index.read_text() + " ")
     assert BaseModelFiles(copied_model).old_fingerprint() != old
+
+
+# --------------------------------------------------------------------------------------------- few steps
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[Path], list[str]]:
+    """Return the warnings of opening a base model's outline, as in a process of its own."""
+
+    def open_it(folder: Path) -> list[str]:
+        _warn_once.cache_clear()
+        with caplog.at_level(logging.WARNING, logger=BaseModelFiles.__module__):
+            load_outline(BaseModelFiles(folder))
+        return [record.getMessage() for record in caplog.records]
+
+    return open_it
+
+
+def test_a_model_of_few_steps_is_named_once(copied_model: Path, warnings_of: Callable[[Path], list[str]]) -> None:
+    turbo = copied_model.rename(copied_model.with_name("sd-turbo"))
+    (warning,) = warnings_of(turbo)
+    assert "sd-turbo is a Turbo model" in warning
+    load_outline(BaseModelFiles(turbo))
+    load_backbone(BaseModelFiles(turbo), CPU)
+    assert len(warnings_of(turbo)) == 2  # the second by clearing what was said
+
+
+def test_a_model_is_known_by_what_it_was_saved_from(
+    copied_model: Path, warnings_of: Callable[[Path], list[str]]
+) -> None:
+    index = copied_model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": "Lykon/dreamshaper-8-lcm"}))
+    assert "LCM" in warnings_of(copied_model)[0]
+
+
+def test_a_unet_that_takes_a_guidance_scale_is_an_lcms(
+    copied_model: Path, warnings_of: Callable[[Path], list[str]]
+) -> None:
+    config = copied_model / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 8}))
+    assert "takes a guidance scale" in warnings_of(copied_model)[0]
+
+
+def test_other_models_are_opened_without_a_warning(
+    tiny_base_model: Path, warnings_of: Callable[[Path], list[str]]
+) -> None:
+    assert warnings_of(tiny_base_model) == []
 
 
 # --------------------------------------------------------------------------------------------- opened once

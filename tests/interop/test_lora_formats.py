@@ -194,6 +194,10 @@ def test_an_empty_file_is_refused() -> None:
         read_kohya(save({}), "x", MODULES, NAMES)
 
 
+OLD_ATTENTION = f"{ATTENTION.removesuffix('.to_q')}.processor"
+OLD_TEXT = TEXT.removesuffix(".out_proj")
+
+
 def peft_file(**config: object) -> bytes:
     tensors = {f"unet.{ATTENTION}.lora_A.weight": torch.ones(2, 6), f"unet.{ATTENTION}.lora_B.weight": torch.ones(5, 2)}
     return write_tensors(tensors, {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})})
@@ -204,10 +208,69 @@ def test_diffusers_metadata_give_a_peft_file_its_alpha() -> None:
     assert adapter.networks["unet"][ATTENTION].scale == 6 / 2
 
 
-@pytest.mark.parametrize("config", [{"alpha_pattern": {"to_q": 1}}, {"use_rslora": True}])
-def test_a_peft_file_that_scales_in_another_way_is_refused(config: dict[str, object]) -> None:
-    with pytest.raises(InputError, check=says(expected="lora_alpha / rank", got="use_rslora")):
-        read_peft(peft_file(r=2, lora_alpha=6, **config), "x", MODULES, NAMES)
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"use_rslora": True}, 6 / 2**0.5),
+        ({"alpha_pattern": {"to_q": 1}}, 1 / 2),
+        ({"alpha_pattern": {f"^{ATTENTION}": 1}}, 1 / 2),
+        ({"alpha_pattern": {"^to_q": 1, "o_q": 1}}, 6 / 2),  # neither is the layer's name nor a whole end of it
+        ({"alpha_pattern": {"attn1.to_q": 1, "to_q": 4}}, 1 / 2),  # the first that fits
+        ({"alpha_pattern": {"to_q": 1}, "use_rslora": True}, 1 / 2**0.5),
+        ({"alpha_pattern": {}, "use_rslora": False}, 6 / 2),
+        ({"alpha_pattern": None}, 6 / 2),
+    ],
+)
+def test_diffusers_metadata_say_how_every_layer_is_scaled(config: dict[str, object], scale: float) -> None:
+    adapter = read_peft(peft_file(r=2, lora_alpha=6, **config), "x", MODULES, NAMES)
+    assert adapter.networks["unet"][ATTENTION].scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("pattern", [{"(a+)+": 1}, {"to_q": "four"}, {"to_q": None}, ["to_q"], {"to_q": 10**400}])
+def test_patterns_that_are_no_names_with_numbers_are_refused(pattern: object) -> None:
+    with pytest.raises(InputError, check=says(expected="alpha_pattern", got="alpha_pattern")):
+        read_peft(peft_file(alpha_pattern=pattern, lora_alpha=6), "x", MODULES, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "network", "layer"),
+    [
+        (f"unet.{ATTENTION}.lora.down", f"unet.{ATTENTION}.lora.up", "unet", ATTENTION),
+        (*(f"unet.{OLD_ATTENTION}.to_q_lora.{part}" for part in ("down", "up")), "unet", ATTENTION),
+        (*(f"{OLD_ATTENTION}.to_q_lora.{part}" for part in ("down", "up")), "unet", ATTENTION),
+        (*(f"unet.{OLD_ATTENTION}.to_out_lora.{part}" for part in ("down", "up")), "unet", OUT),
+        (*(f"text_encoder.{TEXT}.lora_linear_layer.{part}" for part in ("down", "up")), "text_encoder", TEXT),
+        (
+            *(f"text_encoder.text_model.{TEXT}.lora_linear_layer.{part}" for part in ("down", "up")),
+            "text_encoder",
+            TEXT,
+        ),
+        (
+            *(f"text_encoder.text_model.{OLD_TEXT}.to_out_lora.{part}" for part in ("down", "up")),
+            "text_encoder",
+            TEXT,
+        ),
+    ],
+)
+def test_every_spelling_of_diffusers_is_read(down: str, up: str, network: str, layer: str) -> None:
+    file = write_tensors({f"{down}.weight": torch.ones(2, 6), f"{up}.weight": torch.ones(5, 2)}, {})
+    adapter = read_peft(file, "x", MODULES, NAMES)
+    assert list(adapter.networks[network]) == [layer]
+    assert adapter.networks[network][layer].scale == 1
+
+
+def test_an_alpha_beside_the_factors_is_read_where_there_are_no_metadata() -> None:
+    name = f"unet.{ATTENTION}"
+    tensors = {"lora_down.weight": torch.ones(2, 6), "lora_up.weight": torch.ones(5, 2), "alpha": torch.tensor(6.0)}
+    file = write_tensors({f"{name}.{key}": tensor for key, tensor in tensors.items()}, {})
+    assert read_peft(file, "x", MODULES, NAMES).networks["unet"][ATTENTION].scale == 3
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_text_model_", "lora_te_", "lora_te1_text_model_", "lora_te1_"])
+def test_every_kohya_name_of_the_only_text_encoder_is_read(prefix: str) -> None:
+    name = f"{prefix}{TEXT.replace('.', '_')}"
+    file = write_tensors({f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(4, 1)}, {})
+    assert list(read_kohya(file, "x", MODULES, NAMES).networks["text_encoder"]) == [TEXT]
 
 
 def test_a_peft_file_saved_by_transformers_5_lacks_text_model_and_is_read_all_the_same() -> None:

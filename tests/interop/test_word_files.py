@@ -13,7 +13,7 @@ from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
-from dreamartist_pipeline.interop.word_files import read_embedding, write_embedding, write_embedding_pt
+from dreamartist_pipeline.interop.word_files import read_embedding, word_inside, write_embedding, write_embedding_pt
 from refusals import says
 
 VECTORS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -140,3 +140,39 @@ def test_a_dtype_that_torch_does_not_have_is_refused() -> None:
     header = b'{"a":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}'
     with pytest.raises(InputError, check=says(expected="x.safetensors", got="F4")):
         read_embedding(len(header).to_bytes(8, "little") + header + bytes(2), "x.safetensors")
+
+
+def test_the_bytes_say_which_form_a_file_has_whatever_it_is_called() -> None:
+    pickled, plain = saved({"string_to_param": {"*": VECTORS}}), write_tensors({"emb_params": VECTORS}, {})
+    for name, file in (("fox.safetensors", pickled), ("fox.ref", pickled), ("fox.pt", plain), ("fox.bin", plain)):
+        assert torch.equal(read_embedding(file, name), VECTORS)
+
+
+def test_an_embedding_of_the_text_encoders_output_is_refused() -> None:
+    """OneTrainer writes zeros beside it, which would be a word that means nothing."""
+    for tensors in ({"emp_params": VECTORS * 0, "emp_params_out": VECTORS}, {"emp_params_out": VECTORS}):
+        with pytest.raises(InputError, check=says(expected="fox.safetensors", got="emp_params_out")):
+            read_embedding(write_tensors(tensors, {}), "fox.safetensors")
+
+
+def test_a_lora_is_no_word_and_not_listed_key_by_key() -> None:
+    tensors = {f"lora_unet_{i}.{part}.weight": VECTORS.clone() for i in range(50) for part in ("lora_down", "lora_up")}
+    with pytest.raises(InputError, check=says(got="96 more", remedy="import.positive")):
+        read_embedding(write_tensors(tensors, {}), "fox.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        (write_tensors({"<cat-toy>": VECTORS}, {"format": "pt"}), "<cat-toy>"),
+        (saved({"<cat-toy>": VECTORS}), "<cat-toy>"),
+        (saved({"string_to_param": {"*": VECTORS}, "name": "my-cat"}), "my-cat"),
+        (saved({"string_to_param": {"*": VECTORS}, "name": None}), ""),
+        (saved({"emb_params": VECTORS}), ""),
+        (write_tensors({"emb_params": VECTORS}, {}), ""),
+        (write_tensors({"emp_params": VECTORS}, {}), ""),
+        (write_embedding(WORD, FACTS, torch.float16), "my-fox-neg"),
+    ],
+)
+def test_the_word_inside_a_file_is_found(file: bytes, word: str) -> None:
+    assert word_inside(file, "x") == word

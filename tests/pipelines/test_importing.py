@@ -357,5 +357,49 @@ def test_names_for_a_toolkits_folder_without_words_are_refused(run: Run, folder:
         run(toolkit="wordless", names={"pt1": "my-x"})
 
 
+@pytest.mark.parametrize("file", ["learned_embeds.safetensors", "learned_embeds-steps-500.safetensors"])
+def test_the_word_inside_a_file_names_it_where_diffusers_calls_all_files_alike(
+    run: Run, folder: Path, file: str
+) -> None:
+    (folder / file).write_bytes(write_tensors({"<cat-toy>": torch.ones(1, 32)}, {}))
+    imported, report = run(words={"pt1": file})
+    assert imported.metadata.words["pt1"][0] == "<cat-toy>"
+    (note,) = report["notes"]
+    assert "<cat-toy>" in note and file in note and "import.names.pt1" in note
+
+
+def test_the_word_inside_a_file_is_offered_where_the_file_has_a_name_of_its_own(run: Run, folder: Path) -> None:
+    (folder / "my-toy.safetensors").write_bytes(write_tensors({"<cat-toy>": torch.ones(1, 32)}, {}))
+    imported, report = run(words={"pt1": "my-toy.safetensors"})
+    assert imported.metadata.words["pt1"][0] == "my-toy"
+    assert "import.names.pt1='<cat-toy>'" in report["notes"][0]
+    imported, report = run(words={"pt1": "my-toy.safetensors"}, names={"pt1": "<cat-toy>"})
+    assert imported.metadata.words["pt1"][0] == "<cat-toy>"
+    assert report["notes"] == []
+
+
+def test_what_is_noted_of_a_lora_stands_in_the_report_and_the_log(
+    run: Run, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
+    file = write_tensors(factors | {f"{name}.alpha": torch.tensor(0.5)}, {})
+    (folder / "converted.safetensors").write_bytes(file)
+    with caplog.at_level(logging.INFO):
+        _, report = run(positive="converted.safetensors")
+    assert "--auto_scale_alpha" in report["notes"][-1]
+    assert report["notes"][-1] in caplog.text
+
+
+def test_the_usual_clip_skip_of_an_anime_model_is_suggested(tiny_base_model: Path, tmp_path: Path) -> None:
+    base_model = shutil.copytree(tiny_base_model, tmp_path / "anything-v5")
+    (tmp_path / "my-toy.safetensors").write_bytes(write_tensors({"emb_params": torch.ones(1, 32)}, {}))
+    files = UserFilesDataset(path=str(tmp_path), files=["my-toy.safetensors"]).load()
+    for clip_skip, hints in ((0, 1), (1, 0)):
+        params = ImportParams(words={"pt1": "my-toy.safetensors"}, clip_skip=clip_skip)
+        _, report = import_concept(str(base_model), files, {}, params)
+        assert sum("import.clip_skip=1" in note for note in report["notes"]) == hints
+
+
 def test_the_pipeline_gives_a_concept_and_a_report() -> None:
     assert create_pipeline().all_outputs() == {"concept", "import_report"}

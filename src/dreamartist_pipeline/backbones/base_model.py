@@ -11,13 +11,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
+from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
+from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
@@ -54,6 +58,28 @@ class BaseModelFiles:
         """The argument of diffusers' `from_pretrained`."""
         return self.hub_id or str(self.path)
 
+    def index(self) -> dict[str, Any]:
+        """Return its model_index.json.
+
+        Raises:
+            InputError: there is no such file.
+            OSError: the hub cannot be reached.
+        """
+        if self.hub_id is not None:
+            return dict(DiffusionPipeline.load_config(self.hub_id))
+        _check_has(Path(self.path), [] if (Path(self.path) / _INDEX).is_file() else [_INDEX])
+        index: dict[str, Any] = json.loads((Path(self.path) / _INDEX).read_text())
+        return index
+
+    def names(self) -> tuple[str, ...]:
+        """Return what the model is called: by its folder or hub id, and by the one it was saved from, if it says that.
+
+        Raises:
+            InputError: it has no model_index.json.
+            OSError: the hub cannot be reached.
+        """
+        return self.name, str(self.index().get("_name_or_path", ""))
+
     def family(self) -> type[Backbone]:
         """Return the family of the pipeline that model_index.json names.
 
@@ -61,12 +87,7 @@ class BaseModelFiles:
             InputError: the file is missing, or no family has that pipeline.
             OSError: the hub cannot be reached.
         """
-        if self.hub_id is not None:
-            index = DiffusionPipeline.load_config(self.hub_id)
-        else:
-            _check_has(Path(self.path), [] if (Path(self.path) / _INDEX).is_file() else [_INDEX])
-            index = json.loads((Path(self.path) / _INDEX).read_text())
-        class_name = index.get("_class_name")
+        class_name = self.index().get("_class_name")
         for family in FAMILIES:
             if class_name in family.pipelines:
                 return family
@@ -179,7 +200,22 @@ def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype) -> Ba
     files.check()
     with _readable(files):
         source = ModelSource(files.name, files.fingerprint(), files.source, local_files_only=files.hub_id is None)
-        return files.family().load(source, device, dtype)
+        model = files.family().load(source, device, dtype)
+        _warn_of_few_steps(files, model)
+        return model
+
+
+def _warn_of_few_steps(files: BaseModelFiles, model: Backbone) -> None:
+    configs = [getattr(network, "config", None) for network in model.networks.values()]
+    takes_guidance = any(getattr(config, "time_cond_proj_dim", None) is not None for config in configs)
+    if kind := few_step_kind(files.index(), files.names(), takes_guidance):
+        _warn_once(few_step_hint(kind, files.name, takes_guidance))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning the first time in a process: a run opens its base model several times."""
+    log.warning("%s", text)
 
 
 def pick_device(params: DeviceParams) -> torch.device:
@@ -219,6 +255,12 @@ def decode_with_gradients(backbone: Backbone, latents: torch.Tensor) -> torch.Te
     scale = float(backbone.autoencoder.config.scaling_factor)
     decoded: torch.Tensor = backbone.autoencoder.decode(latents.float() / scale, return_dict=False)[0]
     return decoded
+
+
+def reconstruct(backbone: Backbone, image: Image) -> Image:
+    """Return an image after encoding and decoding: the best that a concept can reach."""
+    mean, _ = encode_images(backbone, to_tensor([image]))
+    return to_images(decode_latents(backbone, mean))[0]
 
 
 def with_zero_terminal_snr(backbone: Backbone) -> Backbone:

@@ -21,6 +21,7 @@ class FileNames:
         kohya_version: base model version in kohya metadata.
         pipeline: diffusers pipeline of the exported script and workflow; None if the family has none.
         layers_per_block: residual blocks per level of the UNet, for A1111's layer numbers.
+        kohya_aliases: network -> further prefixes that are read, such as `lora_te1_` for the only text encoder.
     """
 
     kohya_prefixes: Mapping[str, str]
@@ -30,6 +31,7 @@ class FileNames:
     kohya_version: str
     pipeline: str | None = None
     layers_per_block: int | None = None
+    kohya_aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def external(self, network: str, layer: str) -> str:
         """Return the name of a layer in files, with the prefix of the outer module."""

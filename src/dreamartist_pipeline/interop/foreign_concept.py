@@ -42,6 +42,7 @@ class Imported:
         adapters: branch name, or "shared" for both -> its adapter.
         num_steps: of the training; 0 if unknown.
         left_out: branch name -> layers that clip_skip leaves out.
+        notes: what users should know about the files.
     """
 
     adapters: dict[str, BranchAdapter]
@@ -49,6 +50,7 @@ class Imported:
     sources: tuple[Source, ...]
     num_steps: int = 0
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def source(name: str, file: bytes, holds: str) -> Source:

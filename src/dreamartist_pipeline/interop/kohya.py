@@ -63,7 +63,23 @@ def read_kohya(file: bytes, name: str, modules: Mapping[str, Collection[str]], n
     Raises:
         InputError: not a safetensors file, an invalid LoRA (see `read_parts`), or an ambiguous name.
     """
-    known = layers_by_name(modules, names, kohya=True)
+    known = _known_names(modules, names)
     parts = read_parts(file, name, "the kohya format", lambda key: place_by_suffix(key, _SUFFIXES, known.get))
     scales = {at: float(p["alpha"]) / len(p["down"]) if "alpha" in p else 1.0 for at, p in parts.items()}
     return BranchAdapter.of_layers({at: LoRAFactors(p["down"], p["up"], scales[at]) for at, p in parts.items()})
+
+
+def _known_names(modules: Mapping[str, Collection[str]], names: FileNames) -> dict[str, tuple[str, str]]:
+    """Return name in files -> (network, layer) of all modules, in every spelling.
+
+    Old converters write `lora_te1_` for the only text encoder, and files made with transformers 5 may omit
+    `text_model_`.
+    """
+    known = layers_by_name(modules, names, kohya=True)
+    spellings: dict[str, tuple[str, str]] = {}
+    for network, layer in known.values():
+        inner = layer.removeprefix(names.outer_modules.get(network, "")).replace(".", "_")
+        outer = names.external(network, layer).replace(".", "_")
+        for prefix in (names.kohya_prefixes[network], *names.kohya_aliases.get(network, ())):
+            spellings |= {f"{prefix}{inner}": (network, layer), f"{prefix}{outer}": (network, layer)}
+    return spellings | known

@@ -23,19 +23,46 @@ def load_weights(file: bytes, name: str, holds: str) -> Mapping[str, Any]:
     Raises:
         InputError: not such a file, no mapping, or a file that runs code when it is loaded.
     """
+    content = load_pickled(file, name, holds)
+    if not isinstance(content, Mapping):
+        raise InputError(expected=f"{holds} in {name}", got=f"a {type(content).__name__}", remedy="give another file")
+    return content
+
+
+def load_pickled(file: bytes, name: str, holds: str) -> object:
+    """Return the content of a pickled file, of any type; see `load_weights`.
+
+    Raises:
+        InputError: not such a file, or a file that runs code when it is loaded.
+    """
     try:
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):  # in the first embeddings
-            content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # on arbitrary bytes the unpickler raises anything: KeyError, IndexError, …
         call = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own message recommends weights_only=False
         raise InputError(
             expected=f"{holds} in {name} that loads without running code",
             got=f"a call of {call[1]}" if call else f"a damaged or unknown file ({type(error).__name__})",
-            remedy="make or download it again, or save plain tensors with the tool that made it",
+            remedy=(
+                "save plain tensors, as safetensors, with the tool that made it"
+                if call
+                else "make or download it again"
+            ),
         ) from error
-    if not isinstance(content, Mapping):
-        raise InputError(expected=f"{holds} in {name}", got=f"a {type(content).__name__}", remedy="give another file")
-    return content
+
+
+def flat_names(content: Mapping[str, Any]) -> dict[str, object]:
+    """Return `section:key` -> value of a file in sections, such as `{"lora": {key: tensor}}`.
+
+    Values outside of sections keep their names.
+    """
+    flat: dict[str, object] = {}
+    for section, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{section}:{key}": inner for key, inner in value.items()}
+        else:
+            flat[str(section)] = value
+    return flat
 
 
 def dense_tensor(value: object, key: object, name: str) -> torch.Tensor:

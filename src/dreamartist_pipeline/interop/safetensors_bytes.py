@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.interop.unread_files import name_unread
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +42,8 @@ def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
     try:
         return dict(load(file))
     except (SafetensorError, KeyError) as error:  # KeyError: an unknown dtype, such as F4
-        raise InputError(
-            expected=f"a safetensors file {name}",
-            got=f"{error}",
-            remedy="give another file, or make it again",
-        ) from error
+        got, remedy = name_unread(file, error)
+        raise InputError(expected=f"a safetensors file {name}", got=got, remedy=remedy) from error
 
 
 def read_metadata(file: bytes) -> dict[str, str]:

@@ -20,7 +20,7 @@ from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.layer_names import layers_by_name
-from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
+from dreamartist_pipeline.interop.pickled_weights import dense_tensor, flat_names, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit_config import SLOT
@@ -238,12 +238,7 @@ def _tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
 
 def _pickled_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a pickled file `{"lora": {key: tensor}, …}`, with keys `lora:key` as in safetensors."""
-    flat: dict[str, object] = {}
-    for section, value in load_weights(file, name, "adapters").items():
-        if isinstance(value, Mapping):
-            flat |= {f"{section}:{key}": tensor for key, tensor in value.items()}
-        else:
-            flat[str(section)] = value
+    flat = flat_names(load_weights(file, name, "adapters"))
     return {key: dense_tensor(value, key, name) for key, value in flat.items()}
 
 

@@ -85,3 +85,9 @@ def test_a_layer_that_is_a_mapping_is_named(imported_from: Import) -> None:
     imported = imported_from(PLAIN_GROUP.replace("[conv_in]", "[conv_in, {a: b}]") + "data: {batch_size: 4}\n")
     assert imported.parameters["training"]["lora_unet"][0]["layers"] == ["conv_in"]
     assert "lora_unet.0.layers.1.a" in imported.left_out
+
+
+def test_an_alpha_that_is_no_number_is_refused_where_it_would_be_rescaled(imported_from: Import) -> None:
+    group = PLAIN_GROUP.replace("rank: 2", "rank: 2, alpha: abc, alpha_auto_scale: False")
+    with pytest.raises(InputError, check=says(got="training.lora_unet.0.alpha")):
+        imported_from(group + "data: {batch_size: 4}\n")

@@ -26,6 +26,7 @@ V1_NAMES = FileNames(
     architecture="stable-diffusion-v1",
     kohya_version="sd_v1",
     pipeline="StableDiffusionPipeline",
+    kohya_aliases={TEXT_ENCODER: ("lora_te1_",)},
 )
 V2_NAMES = replace(V1_NAMES, architecture="stable-diffusion-v2", kohya_version="sd_v2")
 

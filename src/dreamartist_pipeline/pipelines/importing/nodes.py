@@ -32,6 +32,7 @@ def import_concept(
             trigger word.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.backbones.known_models import clip_skip_hint
     from dreamartist_pipeline.backbones.layouts import layout_of
     from dreamartist_pipeline.interop.foreign_concept import make_concept, read_toolkit_folder, resolve
     from dreamartist_pipeline.pipelines.importing.reading import read_single_files
@@ -44,14 +45,16 @@ def import_concept(
             remedy="set for example import.positive=cat.safetensors, import.words.pt1=my-cat.safetensors, or "
             "import.toolkit=FOLDER",
         )
-    outline = load_outline(BaseModelFiles(base_model))
+    files = BaseModelFiles(base_model)
+    outline = load_outline(files)
     layout = layout_of(outline, params.clip_skip)
     if params.toolkit is None:
-        read = read_single_files(import_files, params, layout)
+        read = read_single_files(import_files, params, layout, _NAMES)
     else:
         read = read_toolkit_folder(toolkit_files, params.toolkit, layout, params.names, params.step, _NAMES)
     imported = resolve(read, layout, params.positive_acts_on, _NAMES)
     concept = make_concept(imported, outline.identity, params.class_word, params.clip_skip)
-    report = describe(imported, concept)
+    hint = clip_skip_hint(files.names(), layout.names.architecture, params.clip_skip, "import.clip_skip")
+    report = describe(imported, concept, hint)
     log.info("Imported:\n%s", summary(report))
     return concept, report

@@ -17,8 +17,8 @@ _NOTES = {
 }
 
 
-def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
-    """Return the report: adapters and words of each branch, and their files."""
+def describe(imported: Imported, concept: Concept, hint: str = "") -> dict[str, Any]:
+    """Return the report: adapters and words of each branch, their files, and a hint about the base model if any."""
     return {
         "base_model": {
             "name": concept.metadata.base_model,
@@ -38,6 +38,8 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
                 f"{concept.metadata.clip_skip} skips them"
                 for branch, layers in imported.left_out.items()
             ),
+            *imported.notes,
+            *([hint] if hint else []),
         ],
     }
 
