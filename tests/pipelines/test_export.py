@@ -152,6 +152,15 @@ def test_a_prompt_that_would_lose_its_trigger_word_is_refused(tiny_base_model: P
         export(tiny_base_model, concept, formats=("embeddings",), prompt="cat " * 90 + "{pt1}")
 
 
+def test_other_tools_get_trigger_words_as_they_are_named(tiny_base_model: Path, concept: Concept) -> None:
+    params = ExportParams(title="fox", prompt="a my\u2011Fox", negative_prompt="MY\u2013fox-neg")
+    files = write_files(str(tiny_base_model), concept, params)
+    assert "a my-fox" in files["README.txt"].decode()
+    script = files["generate_with_diffusers.py"].decode()
+    assert "a my-fox" in script
+    assert "my-fox-neg" in script.split("negative_prompt", 1)[1]
+
+
 def test_an_example_prompt_without_a_trigger_word_is_named(
     tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -139,6 +139,17 @@ def word_pattern(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(_whole_word, longest_first)) or '(?!)'})", re.IGNORECASE)
 
 
+def with_plain_words(prompt: str, names: Iterable[str]) -> str:
+    """Return a prompt, in Unicode's form NFC, with its trigger words spelt as they are named.
+
+    >>> with_plain_words("a MY\u2011CAT, sitting", ["my-cat"])
+    'a my-cat, sitting'
+    """
+    name_of = {plain_spelling(name): name for name in names}
+    composed = unicodedata.normalize("NFC", prompt)
+    return word_pattern(name_of.values()).sub(lambda match: name_of[plain_spelling(match[0])], composed)
+
+
 def plain_spelling(name: str) -> str:
     """Return what all spellings of a trigger word have in common: composed (NFC), in lower case, with plain hyphens."""
     return unicodedata.normalize("NFC", name).lower().translate(_PLAIN_HYPHENS)

@@ -165,7 +165,7 @@ def embedding_prompt(prompt: str, words: Iterable[str]) -> str:
         space_after = "" if not after or after.isspace() or after == "," else " "
         return f"{space_before}embedding:{name_of[plain_spelling(match[0])]}{space_after}"
 
-    replaced = word_pattern(name_of).sub(embedding, prompt)
+    replaced = word_pattern(name_of.values()).sub(embedding, prompt)
     return re.sub(r"[()]", r"\\\g<0>", replaced)
 
 

@@ -11,6 +11,7 @@ import torch
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, TriggerWord
+from dreamartist_pipeline.core.embeddings import with_plain_words
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
@@ -134,6 +135,9 @@ def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportP
 
 def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> ExportSummary:
     """Return the content of the export, with filled example prompts."""
+    names = [word.name for word in source.words]
+    plain = {key: with_plain_words(getattr(params, key), names) for key in ("prompt", "negative_prompt")}
+    params = params.model_copy(update=plain)  # other tools find their words in no other spelling
     words = {branch: [word for word in source.words if word.branch == branch] for branch in BRANCHES}
     slots = {branch: {word.slot: word.name for word in found} for branch, found in words.items()}
     unnamed = dict.fromkeys(slot_names(params.prompt), source.metadata.class_word)
