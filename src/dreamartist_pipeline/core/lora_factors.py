@@ -47,6 +47,18 @@ class LoRAFactors:
             return self.up.new_zeros(len(self.up))
         return self.bias if self.scale == scale else self.bias * (self.scale / scale)
 
+    def balanced_for_scale(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (down, up) for a reader that multiplies by `scale`, with norms as equal as powers of two make them.
+
+        Of a small alpha or a short training, `up` alone is so small that float16 keeps few of its digits. Every rank
+        has its own factor; powers of two leave the update as it is to the last bit.
+        """
+        down, up = self.down, self.up_for_scale(scale)
+        norms = down.flatten(1).norm(dim=1), up.flatten(1).norm(dim=0)  # [rank] each
+        exponents = (norms[1] / norms[0]).log2().div(2).round()
+        factors = torch.exp2(exponents.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))  # 1 for a rank that is zero
+        return down * factors.view(-1, *[1] * (down.dim() - 1)), up / factors.view(-1, *[1] * (up.dim() - 2))
+
     def update(self) -> torch.Tensor:
         """Return ΔW as a matrix `[out, in · kh · kw]`."""
         return self.up.flatten(1) @ self.down.flatten(1) * self.scale
