@@ -261,7 +261,7 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     if concept is None:
         return LoadedConcept(backbone, PromptEncoder(backbone), {})
     check_base_model(concept, backbone)
-    own = _with_schedule_of(concept, backbone).share_weights()
+    own = with_schedule_of(concept, backbone).share_weights()
     strengths = (strength.negative, strength.positive)
     metadata = concept.metadata
     for network, module in own.networks.items():
@@ -273,11 +273,12 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
 
 def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
     """Return the base model alone, as it is to be compared with a concept: same schedule, same layer of text states."""
-    own = _with_schedule_of(concept, backbone)
+    own = with_schedule_of(concept, backbone)
     return LoadedConcept(own, PromptEncoder(own, clip_skip=concept.metadata.clip_skip), {})
 
 
-def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
+def with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
+    """Return the base model with the noise schedule that a concept was trained on, weights shared."""
     return with_zero_terminal_snr(backbone) if concept.metadata.zero_terminal_snr else backbone
 
 

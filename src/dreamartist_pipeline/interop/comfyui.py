@@ -1,7 +1,8 @@
 """A ComfyUI workflow, in the API's format, that applies one adapter per branch.
 
-CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one KSampler: the hook travels
+CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one sampler: the hook travels
 with the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
+The noise levels are given one by one, because ComfyUI's schedulers space them in other ways than diffusers' do.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
-from dreamartist_pipeline.schedulers import COMFYUI_SPACINGS, SCHEDULERS
+from dreamartist_pipeline.schedulers import SCHEDULERS, SPACING_OPTIONS, ComfyUISampler
 
 BASE_MODEL_FILE = "BASE_MODEL.safetensors"
 """Stands for the checkpoint, which users choose in the first node."""
+
+MANUAL_SIGMAS_SINCE = "0.7.0"
+"""The first version of ComfyUI with the node ManualSigmas."""
+
+_SAME_SCALE = 1e-5  # a factor this near to 1 is left out
+_MOST_HUNDREDTHS = 1000  # LatentMultiply takes factors up to 10
+
+Link = list[Any]
+"""[node id, index of its output]."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,20 @@ class Picture:
 
 
 def build_workflow(
-    positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams
+    positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams, path: SigmaPath
 ) -> dict[str, Any]:
     """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it.
+
+    Args:
+        positive: inputs of the positive branch.
+        negative: inputs of the negative branch.
+        picture: what is drawn.
+        sampler: how.
+        path: the sigmas of that sampler's scheduler.
 
     Raises:
         InputError: ComfyUI has nothing like the scheduler or one of its options.
     """
-    sampler_name, scheduler = comfyui_sampler(sampler, picture.zero_terminal_snr)
-    model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
     text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
     nodes = {
@@ -59,22 +75,10 @@ def build_workflow(
         **_branch("positive", positive, text_encoder),
         **_branch("negative", negative, text_encoder),
         "latents": _node("EmptyLatentImage", **size),
-        "sampler": _node(
-            "KSampler",
-            model=model,
-            seed=picture.seed,
-            steps=sampler.num_inference_steps,
-            cfg=sampler.guidance_scale,
-            sampler_name=sampler_name,
-            scheduler=scheduler,
-            positive=["positive_prompt", 0],
-            negative=["negative_prompt", 0],
-            latent_image=["latents", 0],
-            denoise=1.0,
-        ),
-        "decoded": _node("VAEDecode", samples=["sampler", 0], vae=["base_model", 2]),
-        "image": _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist"),
     }
+    drawn = _add_sampling(nodes, picture, sampler, path)
+    nodes["decoded"] = _node("VAEDecode", samples=drawn, vae=["base_model", 2])
+    nodes["image"] = _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist")
     if picture.prediction_type == "v_prediction":
         nodes["model_sampling"] = _node(
             "ModelSamplingDiscrete",
@@ -88,35 +92,127 @@ def build_workflow(
     return nodes
 
 
-def comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[str, str]:
-    """Return KSampler's sampler_name and scheduler.
+def comfyui_sampler(sampler: SamplerParams) -> ComfyUISampler:
+    """Return what stands for a scheduler in ComfyUI.
 
     Raises:
         InputError: ComfyUI has nothing like the scheduler or one of its options.
     """
     known = SCHEDULERS[sampler.scheduler].comfyui
-    if known is None:
+    if not isinstance(known, ComfyUISampler):
         raise InputError(
-            expected="a scheduler that ComfyUI has too, for the workflow",
-            got=f"{sampler.scheduler}",
+            expected="a scheduler that a ComfyUI workflow can follow",
+            got=f"{sampler.scheduler} ({known})",
             remedy=(
                 "set export.sampler.scheduler to one of "
-                f"{', '.join(name for name, s in SCHEDULERS.items() if s.comfyui)}"
+                f"{', '.join(name for name, s in SCHEDULERS.items() if isinstance(s.comfyui, ComfyUISampler))}"
             ),
         )
-    if unknown := sorted(sampler.scheduler_options.keys() - COMFYUI_SPACINGS.keys()):
+    if unknown := sorted(sampler.scheduler_options.keys() - set(SPACING_OPTIONS)):
         raise InputError(
-            expected=f"scheduler_options that a ComfyUI workflow can say, {', '.join(COMFYUI_SPACINGS)}",
+            expected=f"scheduler_options that a ComfyUI workflow can say, {', '.join(SPACING_OPTIONS)}",
             got=f"{', '.join(unknown)}",
             remedy="leave them out of export.sampler",
         )
-    sampler_name, scheduler = known
-    if sampler.scheduler_options.get("use_karras_sigmas") is False and scheduler == "karras":
-        scheduler = "normal"
-    if zero_terminal_snr:
-        scheduler = "sgm_uniform"  # starts at the last timestep, where this schedule's noise is
-    chosen = [spacing for option, spacing in COMFYUI_SPACINGS.items() if sampler.scheduler_options.get(option)]
-    return sampler_name, (chosen or [scheduler])[0]
+    return known
+
+
+def needs_manual_sigmas(path: SigmaPath) -> bool:
+    """Say whether a workflow gives the sigmas one by one, by a node that older versions of ComfyUI do not have."""
+    return bool(path.legs) and not path.is_karras
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def _add_sampling(nodes: dict[str, Any], picture: Picture, sampler: SamplerParams, path: SigmaPath) -> Link:
+    """Add the nodes from empty latents to drawn ones, and return what leads to these."""
+    known = comfyui_sampler(sampler)
+    guided = {
+        "model": ["model_sampling" if picture.prediction_type == "v_prediction" else "base_model", 0],
+        "cfg": sampler.guidance_scale,
+        "positive": ["positive_prompt", 0],
+        "negative": ["negative_prompt", 0],
+    }
+    if needs_manual_sigmas(path):
+        return _add_legs(nodes, known.name, guided, picture.seed, path)
+    nodes["sampler"] = _node(
+        "KSampler",
+        **guided,
+        seed=picture.seed,
+        steps=sampler.num_inference_steps,
+        sampler_name=known.name,
+        scheduler="karras" if path.is_karras else known.schedule,
+        latent_image=["latents", 0],
+        denoise=1.0,
+    )
+    return ["sampler", 0]
+
+
+def _add_legs(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], seed: int, path: SigmaPath) -> Link:
+    """Add one SamplerCustom for every leg, from noise of the first leg's scale.
+
+    That scale needs AddNoise: SamplerCustom itself would scale by the first sigma, or by √(1 + σ²) where that is the
+    model's largest. Between whole timesteps only ComfyUI's models of flow matching can be asked, so that the base model
+    is read as one there.
+    """
+    nodes["noise"] = _node("RandomNoise", noise_seed=seed)
+    nodes["noise_scale"] = _node("ManualSigmas", sigmas=_written([path.legs[0].scale]))
+    nodes["solver"] = _node("KSamplerSelect", sampler_name=sampler_name)
+    nodes["noisy_latents"] = _node(
+        "AddNoise",
+        model=guided["model"],
+        noise=["noise", 0],
+        sigmas=["noise_scale", 0],
+        latent_image=["latents", 0],
+    )
+    if any(leg.is_flow for leg in path.legs):
+        nodes["fractional_timesteps"] = _node("ModelSamplingSD3", model=["base_model", 0], shift=1.0)
+    latents: Link = ["noisy_latents", 0]
+    for index, leg in enumerate(path.legs):
+        suffix = f"_{index + 1}" if len(path.legs) > 1 else ""
+        if index:
+            latents = _add_scaling(nodes, latents, leg.scale)
+        nodes[f"sigmas{suffix}"] = _node("ManualSigmas", sigmas=_written(leg.sigmas))
+        nodes[f"sampler{suffix}"] = _node(
+            "SamplerCustom",
+            **guided | ({"model": ["fractional_timesteps", 0]} if leg.is_flow else {}),
+            add_noise=False,
+            noise_seed=seed,
+            sampler=["solver", 0],
+            sigmas=[f"sigmas{suffix}", 0],
+            latent_image=latents,
+        )
+        latents = [f"sampler{suffix}", 0]
+    return _add_scaling(nodes, latents, path.end_scale)
+
+
+def _add_scaling(nodes: dict[str, Any], latents: Link, scale: float) -> Link:
+    """Multiply latents, by two nodes: ComfyUI's editor rounds a factor to hundredths when it opens a workflow."""
+    if abs(scale - 1) < _SAME_SCALE:
+        return latents
+    for factor in _hundredths(scale):
+        name = f"scaled_{sum(node['class_type'] == 'LatentMultiply' for node in nodes.values()) + 1}"
+        nodes[name] = _node("LatentMultiply", samples=latents, multiplier=factor)
+        latents = [name, 0]
+    return latents
+
+
+def _hundredths(scale: float) -> tuple[float, float]:
+    """Return two multiples of 0.01, at most 10, whose product is nearest to a scale."""
+    pairs = (
+        (first, min(max(round(scale * 1e4 / first), 1), _MOST_HUNDREDTHS)) for first in range(1, _MOST_HUNDREDTHS + 1)
+    )
+    first, second = min(pairs, key=lambda pair: (abs(pair[0] * pair[1] - scale * 1e4), abs(pair[0] - 100)))
+    return first / 100, second / 100
+
+
+def _written(sigmas: Iterable[float]) -> str:
+    """Write sigmas as ManualSigmas reads them: it knows no exponents."""
+    return ", ".join(f"{sigma:.9f}" for sigma in sigmas)
+
+
+# ------------------------------------------------------------------------------------------------- branches
 
 
 def _branch(name: str, inputs: BranchInputs, text_encoder: list[Any]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pprint import pformat
 from string import Template
 
+from dreamartist_pipeline.core.sigmas import SigmaPath
+from dreamartist_pipeline.interop.comfyui import MANUAL_SIGMAS_SINCE, needs_manual_sigmas
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 
@@ -16,8 +19,14 @@ from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 class ExportSummary:
     """What an export holds, for those who use it.
 
-    loras: branch -> file in the kohya format; diffusers_loras: branch -> the file that diffusers takes whole.
-    words: branch -> trigger words.
+    Attributes:
+        loras: branch -> file in the kohya format.
+        diffusers_loras: branch -> the file that diffusers takes whole.
+        words: branch -> trigger words.
+        workflow: the sigmas of the ComfyUI workflow; None without one.
+        strength: of each branch's adapter, in all examples.
+        branches_are_equal: whether both have the same adapter, of the same strength.
+        clip_skip: how many of the text encoder's last layers are left out.
     """
 
     title: str
@@ -27,14 +36,15 @@ class ExportSummary:
     words: Mapping[str, Sequence[str]]
     prompt: str
     negative_prompt: str
-    has_workflow: bool
+    workflow: SigmaPath | None
     has_script: bool
+    strength: StrengthParams
     branches_are_equal: bool
     clip_skip: int = 0
     zero_terminal_snr: bool = False
 
 
-def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
+def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams) -> str:
     """Return a script that draws with one adapter per branch in plain diffusers."""
     scheduler = SCHEDULERS[sampler.scheduler]
     rescaled = ZERO_TERMINAL_SNR if summary.zero_terminal_snr else {}
@@ -44,7 +54,7 @@ def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, 
         "prompt": summary.prompt,
         "negative_prompt": summary.negative_prompt,
         "seed": seed,
-        "strength": {"positive": strength.positive, "negative": strength.negative},
+        "strength": {"positive": summary.strength.positive, "negative": summary.strength.negative},
         "scheduler": scheduler.class_name,
         "scheduler_options": scheduler.options_for(summary.zero_terminal_snr) | rescaled | sampler.scheduler_options,
         "num_inference_steps": sampler.num_inference_steps,
@@ -81,44 +91,74 @@ def _heading(summary: ExportSummary) -> str:
 
 
 def _comfyui(summary: ExportSummary) -> str:
-    if not summary.has_workflow:
+    path = summary.workflow
+    if path is None:
         return ""
-    return "\n".join(
-        [
-            "ComfyUI: equivalent, one adapter per branch",
-            "  1. Copy lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings.",
-            "  2. Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node.",
-        ]
+    heading = (
+        "one adapter per branch, but NOT the same picture" if path.difference else "equivalent, one adapter per branch"
     )
+    loras, has_words = "lora/*.safetensors" if summary.loras else "", any(summary.words.values())
+    lines = [
+        f"ComfyUI: {heading}",
+        *([f"  {path.difference[0].upper()}{path.difference[1:]}."] if path.difference else []),
+        f"  Install: {_copied(loras, 'models/loras', has_words, 'models/embeddings')}; no custom nodes.",
+        *([f"  Needs ComfyUI {MANUAL_SIGMAS_SINCE} or newer."] if needs_manual_sigmas(path) else []),
+        "  Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node.",
+    ]
+    return "\n".join(lines)
+
+
+def _copied(loras: str, lora_folder: str, has_words: bool, embedding_folder: str) -> str:
+    """Say which files go where; folders are those of the tool."""
+    places = [f"{loras} to {lora_folder}"] if loras else []
+    if has_words:
+        places.append(f"embeddings/*.safetensors to {embedding_folder}")
+    return f"copy {' and '.join(places)}"
 
 
 def _diffusers(summary: ExportSummary) -> str:
     if not summary.has_script:
         return ""
-    command = f'  python generate_with_diffusers.py BASE_MODEL "{summary.prompt}"'
-    return "\n".join(["diffusers: equivalent, one adapter per branch", command])
+    lines = [
+        "diffusers: equivalent, one adapter per branch",
+        "  Install: pip install diffusers transformers peft; the script reads its files from this folder.",
+        f'  python generate_with_diffusers.py BASE_MODEL "{summary.prompt}"',
+    ]
+    return "\n".join(lines)
 
 
 def _a1111(summary: ExportSummary) -> str:
-    positive = ", ".join(summary.words.get("positive", ()))
-    written = summary.negative_prompt
-    negative = ", ".join(word for word in summary.words.get("negative", ()) if word not in written)
-    lora = summary.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
-    if summary.branches_are_equal:
-        return "\n".join(
-            [
-                "A1111 / Forge: equivalent, because both branches have the same LoRA here",
-                f"  prompt           {summary.prompt} <lora:{lora}:1>",
-                *([f"  negative prompt  {summary.negative_prompt}"] if summary.negative_prompt else []),
-            ]
-        )
-    return "\n".join(
-        [
-            "A1111 / Forge: a fallback that is NOT equivalent",
-            "  They cannot put a LoRA on the negative side only. The nearest is the positive LoRA, which there acts on",
-            "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
-            f"  prompt           {summary.prompt}{f' <lora:{lora}:1>' if lora else ''}"
-            + (f"   (trigger word: {positive})" if positive else ""),
-            f"  negative prompt  {', '.join(part for part in (negative, written) if part)}",
-        ]
-    )
+    lora = summary.loras.get("positive", "")
+    has_words = any(summary.words.values())
+    if not lora and not has_words:
+        return ""
+    equal = ["A1111 / Forge: equivalent, because both branches have the same LoRA here"]
+    fallback = [
+        "A1111 / Forge: a fallback that is NOT equivalent",
+        "  They cannot put a LoRA on the negative side only. The nearest is the positive LoRA, which there acts on",
+        "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
+    ]
+    name, strength = lora.rpartition("/")[2].removesuffix(".safetensors"), summary.strength.positive
+    prompt = _for_a1111(summary.prompt) + (f" <lora:{name}:{strength:g}>" if lora else "")
+    trigger_words = "" if summary.branches_are_equal else ", ".join(summary.words.get("positive", ()))
+    negative_prompt = _a1111_negative_prompt(summary)
+    lines = [
+        *(equal if summary.branches_are_equal else fallback),
+        f"  Install: {_copied(lora, 'models/Lora', has_words, 'embeddings')}; no extension.",
+        f"  prompt           {prompt}" + (f"   (trigger word: {trigger_words})" if trigger_words else ""),
+        *([f"  negative prompt  {negative_prompt}"] if negative_prompt else []),
+        *([f"  settings         Clip skip {summary.clip_skip + 1}"] if summary.clip_skip else []),
+    ]
+    return "\n".join(lines)
+
+
+def _a1111_negative_prompt(summary: ExportSummary) -> str:
+    """Return the negative prompt; before it, the negative words it lacks, which are all that branch has there."""
+    words = () if summary.branches_are_equal else summary.words.get("negative", ())
+    unwritten = [word for word in words if word not in summary.negative_prompt]
+    return ", ".join(part for part in (*unwritten, _for_a1111(summary.negative_prompt)) if part)
+
+
+def _for_a1111(prompt: str) -> str:
+    """Return a prompt in which A1111 weights nothing: parentheses, brackets and backslashes are text."""
+    return re.sub(r"[()\[\]\\]", r"\\\g<0>", prompt)

@@ -98,7 +98,8 @@ def check_export(
         params: how they were written.
 
     Returns:
-        Plain values: title, dtype, base model, and per file its size, hash, what was compared, differences and limits.
+        Plain values: title, dtype, base model, and per file its size, hash, what was compared, differences and limits;
+        of the workflow, why ComfyUI draws another picture, "" where it does not.
 
     Raises:
         InputError: a file does not give back the concept, which the message names, or an example prompt is longer than
@@ -118,6 +119,8 @@ def check_export(
             entries[name] = _check_words(got, word.vectors, name, params.dtype)
     entries |= _check_toolkit(files, truth)
     _check_companions(files)
+    if summary.workflow:
+        entries[WORKFLOW] = {"difference": summary.workflow.difference}
     described = {
         name: {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest(), **entries[name]}
         for name, file in sorted(files.items())

@@ -33,7 +33,7 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
     if planned is not None:
         check_expressible(planned.groups, params.formats, planned.is_trained_here)
         if _will_have_workflow(params, planned):
-            comfyui_sampler(params.sampler, zero_terminal_snr)
+            comfyui_sampler(params.sampler)
 
 
 def _will_have_workflow(params: ExportParams, planned: PlannedConcept) -> bool:
@@ -80,6 +80,8 @@ def check_files(
     backbone = open_base_model(base_model, _CHECKED_ON)
     report = check_export(backbone, concept, candidate, params)
     for name, entry in report["files"].items():
+        if isinstance(difference := entry.get("difference"), str) and difference:
+            log.warning("%s draws another picture: %s", name, difference)
         for tool, layers in entry.get("refused_layers", {}).items():
             if layers:
                 log.info("%s: %s will not take %d of its layers; see the report", name, tool, len(layers))

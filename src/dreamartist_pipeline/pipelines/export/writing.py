@@ -8,13 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
+from dreamartist_pipeline.backbones.concepts import with_schedule_of
 from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.schedulers import make_scheduler
+from dreamartist_pipeline.backbones.sigma_paths import sigma_path
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.layout import FileNames
+from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
-from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
+from dreamartist_pipeline.interop.comfyui import (
+    BranchInputs,
+    Picture,
+    build_workflow,
+    comfyui_sampler,
+    embedding_prompt,
+)
 from dreamartist_pipeline.interop.companion_texts import ExportSummary, diffusers_script, readme
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.kohya import write_kohya
@@ -33,11 +43,16 @@ _SD_LATENT_SCALE = 8  # ComfyUI's pixels per latent
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What there is to export. adapters: branch -> its adapter; branches without one are left out."""
+    """What there is to export.
+
+    Attributes:
+        adapters: branch -> its adapter; branches without one are left out.
+        base_model: with the noise schedule that the concept is drawn on.
+    """
 
     adapters: dict[str, BranchAdapter]
     words: tuple[TriggerWord, ...]
-    base_model: str
+    base_model: Backbone
     prediction_type: str
     class_word: str
     num_steps: int
@@ -57,7 +72,7 @@ def read_source(concept: Concept, base_model: Backbone) -> ExportSource:
     return ExportSource(
         adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
         words=concept.trigger_words(),
-        base_model=base_model.name,
+        base_model=with_schedule_of(concept, base_model),
         prediction_type=base_model.objective.prediction_type,
         class_word=concept.metadata.class_word,
         num_steps=concept.metadata.num_steps,
@@ -127,9 +142,9 @@ def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportP
     summary = describe(source, files, params)
     texts = {README: readme(summary)}
     if summary.has_script:
-        texts[SCRIPT] = diffusers_script(summary, params.seed, params.sampler, params.strength)
-    if summary.has_workflow:
-        texts[WORKFLOW] = _workflow(source, summary, params)
+        texts[SCRIPT] = diffusers_script(summary, params.seed, params.sampler)
+    if summary.workflow:
+        texts[WORKFLOW] = _workflow(source, summary, summary.workflow, params)
     return {name: text.encode() for name, text in texts.items()}
 
 
@@ -142,20 +157,27 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
     diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
     has_tools = has_words and source.names.pipeline is not None
+    has_workflow = has_tools and len(loras) == len(source.adapters)
     return ExportSummary(
         title=params.title,
-        base_model=source.base_model,
+        base_model=source.base_model.name,
         loras=loras,
         diffusers_loras=diffusers_loras,
         words={b: [word.name for word in found] for b, found in words.items()} if has_words else {},
         prompt=fill_template(params.prompt, unnamed | slots["positive"]),
         negative_prompt=fill_negative_prompt(params.negative_prompt, slots["positive"] | slots["negative"]),
-        has_workflow=has_tools and len(loras) == len(source.adapters),
+        workflow=_sigma_path(source, params) if has_workflow else None,
         has_script=has_tools and len(diffusers_loras) == len(source.adapters),
-        branches_are_equal=_branches_are_equal(source),
+        strength=params.strength,
+        branches_are_equal=params.strength.positive == params.strength.negative and _branches_are_equal(source),
         clip_skip=source.clip_skip,
         zero_terminal_snr=source.zero_terminal_snr,
     )
+
+
+def _sigma_path(source: ExportSource, params: ExportParams) -> SigmaPath:
+    comfyui_sampler(params.sampler)  # of an import, checked only now
+    return sigma_path(make_scheduler(source.base_model, params.sampler), params.sampler)
 
 
 def _diffusers_lora(branch: str, source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> str | None:
@@ -177,7 +199,7 @@ def _branches_are_equal(source: ExportSource) -> bool:
     )
 
 
-def _workflow(source: ExportSource, summary: ExportSummary, params: ExportParams) -> str:
+def _workflow(source: ExportSource, summary: ExportSummary, path: SigmaPath, params: ExportParams) -> str:
     words = [word.name for word in source.words]
     inputs = {
         branch: BranchInputs(
@@ -190,4 +212,5 @@ def _workflow(source: ExportSource, summary: ExportSummary, params: ExportParams
     picture = Picture(
         source.workflow_px, params.seed, source.prediction_type, source.clip_skip, source.zero_terminal_snr
     )
-    return json.dumps(build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler), indent=1) + "\n"
+    workflow = build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler, path)
+    return json.dumps(workflow, indent=1) + "\n"
