@@ -188,7 +188,7 @@ def _add_legs(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], 
 
 
 def _add_scaling(nodes: dict[str, Any], latents: Link, scale: float) -> Link:
-    """Multiply latents, by two nodes: ComfyUI's editor rounds a factor to hundredths when it opens a workflow."""
+    """Multiply latents, by two nodes: the field has steps of 0.01, to which ComfyUI's editor may round."""
     if abs(scale - 1) < _SAME_SCALE:
         return latents
     for factor in _hundredths(scale):
