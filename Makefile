@@ -1,9 +1,10 @@
-# `make train` and `make test` set everything up by themselves; a second run goes straight to work.
+# `make train` and `make test` create the environment if necessary.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PRETRAIN_READY := $(VENV)/.ready-pretrain
+NOTEBOOK_READY := $(VENV)/.ready-notebook
 ARGS ?=
 
 SPRITE_FOLDER := data/01_raw/sprite_packages
@@ -18,12 +19,12 @@ SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	iconify-json-streamline-emojis-1.2.4.tgz \
 	iconify-json-twemoji-1.2.5.tgz)
 
-.PHONY: help setup train evaluate generate test proofs lint format bench sprites pretrain judge viz ui
+.PHONY: help setup train evaluate generate test proofs lint format bench sprites pretrain judge viz ui notebook
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 
-setup: $(READY) ## make the environment
+setup: $(READY) ## create the environment
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "expected Python 3.11 or newer; got " + sys.version.split()[0] + "; run make with PYTHON=python3.11")'
@@ -35,49 +36,56 @@ $(PRETRAIN_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,pretrain]'
 	touch $(PRETRAIN_READY)
 
-train: $(READY) ## train a concept from the bundled picture and show it (ARGS="--params subject=cat,image=cat.jpg" for another)
+$(NOTEBOOK_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,notebook]'
+	touch $(NOTEBOOK_READY)
+
+train: $(READY) ## train a concept on the bundled picture and evaluate it (ARGS="--params subject=cat,image=cat.jpg" for another)
 	$(BIN)/kedro run --pipeline train $(ARGS)
 	$(BIN)/kedro run --pipeline evaluate $(ARGS)
 
-evaluate: $(READY) ## draw and measure the trained concept
+evaluate: $(READY) ## evaluate the trained concept
 	$(BIN)/kedro run --pipeline evaluate $(ARGS)
 
-generate: $(READY) ## draw new images with the trained concept
+generate: $(READY) ## generate images with the trained concept
 	$(BIN)/kedro run --pipeline generate $(ARGS)
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-proofs: $(READY) ## ignore each option in turn and see that a test notices (minutes; ARGS="training.loss" for some)
+proofs: $(READY) ## verify that a test fails when an option is ignored (minutes; ARGS="training.loss" for some)
 	$(BIN)/python tests/ignore_options.py $(ARGS)
 
-lint: $(READY) ## style, types and import contracts
+lint: $(READY) ## check style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY) ## put the code into the house's style
+format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(READY) ## print speed and quality tables (trains many subjects: hours on a CPU)
 	set -e; for table in benchmarks/*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
 
-sprites: $(PRETRAIN_READY) $(SPRITE_FILES) ## fetch and render the drawings behind the base model (a minute; needs npm)
+sprites: $(PRETRAIN_READY) $(SPRITE_FILES) ## download and render the drawings of the base model (a minute; needs npm)
 	$(BIN)/kedro run --pipeline pretrain --nodes render_sprites,render_held_out_sprites $(ARGS)
 
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)
 
-judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that scores the base model's pictures (half an hour on a CPU; resumes)
+judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that evaluates the base model (half an hour on a CPU; resumes)
 	$(BIN)/kedro run --pipeline judge $(ARGS)
 
-viz: $(READY) ## show the pipelines in a browser
+viz: $(READY) ## show the pipelines in kedro-viz
 	$(BIN)/kedro viz run
 
-ui: $(READY) ## show the runs in a browser
+ui: $(READY) ## show the runs in MLflow
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///data/09_tracking/mlflow.db}
+
+notebook: $(NOTEBOOK_READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
 
 # Published drawings, at the versions named above; catalog_pretrain.yml checks their hashes.
 $(SPRITE_FOLDER):

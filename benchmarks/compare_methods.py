@@ -1,11 +1,11 @@
-"""Compare methods on the same subjects, prompts and seeds, by running the real pipelines; print one table.
+"""Compare methods on the same subjects, prompts and seeds, by the pipelines of the project.
 
     python benchmarks/compare_methods.py                                 # ten subjects, all of METHODS: hours on a CPU
     python benchmarks/compare_methods.py --subjects owl --params training.num_steps=500
     OMP_NUM_THREADS=1 python benchmarks/compare_methods.py --workers 2
 
-Each pair of subject and method is one `kedro run` (train, then evaluate) with a folder of its own under data/. A pair
-that was already run with the same configuration, base model and picture is read instead of run again.
+Each pair of subject and method is one `kedro run` (train, evaluate) with its own folders under data/. Results of an
+earlier run with the same configuration, base model and picture are reused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATOR = "efficientnet-lite0"
-SUBJECTS = (  # objects that the embedded base model never saw
+SUBJECTS = (  # not in the training data of the embedded base model
     "fox",
     "octopus",
     "strawberry",
@@ -63,7 +63,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One subject trained by one method: a Kedro run whose outputs are named after both."""
+    """A Kedro run of one subject and method, which name its outputs."""
 
     subject: str
     method: str
@@ -94,7 +94,7 @@ class Run:
         return [*(f"{key}={value}" for key, value in own.items()), *self.overrides]
 
     def request(self) -> dict[str, Any]:
-        """Return everything that decides the outcome; a finished run is kept only under the same request."""
+        """Return everything that affects the result; results are reused for an equal request only."""
         return {
             "parameters": self.parameters(),
             "env": self.env,
@@ -121,15 +121,15 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def run_if_needed(run: Run, again: bool) -> None:
-    """Train and evaluate, unless the same request was already fulfilled.
+    """Train and evaluate, unless there are results of the same request.
 
     Raises:
-        SystemExit: the Kedro run failed; its own message stands above.
+        SystemExit: the Kedro run failed.
     """
     record = run.folder / "comparison_request.json"
     request = run.request()
     if not again and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == request:
-        print(f"{run.name}: already there")
+        print(f"{run.name}: reusing earlier results")
         return
     print(f"{run.name}: training and evaluating")
     record.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def run_if_needed(run: Run, again: bool) -> None:
 
 
 def run_all(runs: Sequence[Run], workers: int, again: bool = False) -> None:
-    """Run what is missing, `workers` at a time; the first by itself, since it draws the regularization set of all."""
+    """Run `workers` at a time; the first one alone, because it draws the common regularization set."""
     run_if_needed(runs[0], again)
     with ThreadPoolExecutor(workers) as pool:
         for _ in tqdm(pool.map(lambda run: run_if_needed(run, again), runs[1:]), "runs", len(runs), initial=1):
@@ -153,7 +153,7 @@ def run_all(runs: Sequence[Run], workers: int, again: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """What one run left: metrics by name, one row per image, and the seconds that training took."""
+    """Results of one run: metrics by name, a row per image, and the seconds of the training."""
 
     metrics: dict[str, float]
     images: pd.DataFrame
@@ -168,10 +168,10 @@ def read(run: Run) -> Results:
 
 
 def check_same_base(results: dict[str, dict[str, Results]]) -> None:
-    """Confirm that all methods of a subject were compared with the same images of the base model.
+    """Check that all methods of a subject have the same images of the base model.
 
     Raises:
-        SystemExit: they were not, so the rows of the table would not be comparable.
+        SystemExit: they differ, so the rows of the table are not comparable.
     """
     name = f"{EVALUATOR}/similarity/base"
     for subject, by_method in results.items():
@@ -184,7 +184,7 @@ def check_same_base(results: dict[str, dict[str, Results]]) -> None:
 
 
 def of_subject(result: Results, group: str) -> dict[str, float]:
-    """Return one subject's value of every column, a mean over its prompts and seeds; NaN where nothing was asked."""
+    """Return a subject's mean over prompts and seeds by column; NaN where no prompt has a value."""
     images = result.images[(result.images["kind"] == "subject") & (result.images["group"] == group)]
     values = {
         "similarity": float(images[f"{EVALUATOR}/similarity"].mean()),
@@ -203,13 +203,13 @@ def of_subject(result: Results, group: str) -> dict[str, float]:
 
 
 def row(subjects: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean over subjects of every column, and as `<column>_std` the standard deviation over subjects."""
+    """Return mean and standard deviation (`<column>_std`) over subjects by column."""
     values = pd.DataFrame(subjects)
     return values.mean().to_dict() | values.std(ddof=0).add_suffix("_std").to_dict()
 
 
 def _share(answers: pd.Series[Any]) -> float:
-    """Return the share of True among the images of which something was asked."""
+    """Return the share of True among known values."""
     known = answers.dropna()
     return float((known.astype(str) == "True").mean()) if len(known) else float("nan")
 
@@ -219,7 +219,7 @@ def _metric(result: Results, name: str) -> float:
 
 
 def tabulate(results: dict[str, dict[str, Results]], methods: Sequence[str]) -> pd.DataFrame:
-    """Return the table: base model, one row per method, and the ceiling."""
+    """Return the table: base model, one row per method, upper limit."""
     any_method = [by_method[methods[-1]] for by_method in results.values()]
     rows = {BASE_ROW: row([of_subject(result, "base") for result in any_method])}
     for method in methods:
@@ -234,7 +234,7 @@ _FORMATS = {"background": ".0%", "color": ".0%", "prior_drift_pixels": ".2%", "s
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Return the table for people; what does not apply is an em dash."""
+    """Return the table as markdown."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for name, values in table.iterrows():
         cells = [_cell(column, values) for column in COLUMNS]
@@ -252,11 +252,11 @@ def _cell(column: str, values: pd.Series[Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, then print and write the table."""
+    """Run missing pairs, then print and write the table."""
     options = _parse(arguments)
     for subject in options.subjects:
         if not _image(options, subject).is_file():
-            raise SystemExit(f"expected the picture of {subject!r} at {_image(options, subject)}; there is none")
+            raise SystemExit(f"expected the picture of {subject!r} at {_image(options, subject)}; got no such file")
     runs = [
         Run(subject, method, _image(options, subject), options.base_model.resolve(), tuple(options.params), options.env)
         for subject in options.subjects
@@ -296,7 +296,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-model", type=Path, default=ROOT / "data/01_raw/base_model")
     parser.add_argument("--params", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters of every run")
     parser.add_argument("--env", default="local")
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side; set OMP_NUM_THREADS=1 with it")
+    parser.add_argument("--workers", type=int, default=1, help="parallel runs; set OMP_NUM_THREADS=1 too")
     parser.add_argument("--again", action="store_true", help="run everything again")
     parser.add_argument("--output", type=Path, default=ROOT / "data/08_reporting/comparison")
     return parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Time one training step of a UNet with a LoRA per branch, in four designs that must agree first.
+"""Time one training step of a UNet with a LoRA per branch, in four designs that compute the same.
 
     python benchmarks/dual_branch_layer.py                                   # a UNet of the embedded model's size, CPU
     python benchmarks/dual_branch_layer.py --base-model FOLDER --device cuda
 
-A step is forward, guidance, loss and backward on [negative | positive] rows, with gradients for the adapters and for
-the text states (the words train, too), without the optimizer, which is the same for all designs.
+A step is forward, guidance, loss and backward on [negative | positive] rows, with gradients of adapters and text
+states, without the optimizer, which is the same for all designs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}  
 
 @dataclass(frozen=True)
 class Batch:
-    """What every design gets: latents, noise `[B, C, h, w]`, timesteps `[B]`, text states `[2B, L, D]`, a leaf."""
+    """Latents and noise `[B, C, h, w]`, timesteps `[B]`, text states `[2B, L, D]` (a leaf)."""
 
     latents: torch.Tensor
     noise: torch.Tensor
@@ -70,7 +70,7 @@ class Design(ABC):
 
 
 class Frozen(Design):
-    """The UNet without adapters: the least that a step can cost."""
+    """The UNet without adapters: the lower limit of a step."""
 
     name = "frozen UNet, no LoRA"
 
@@ -89,7 +89,7 @@ class Frozen(Design):
 class PeftTwoPasses(Design):
     """PEFT with an adapter per branch and `set_adapter` between two passes.
 
-    Switching turns off the gradients of the adapter that is left; they are turned on again before each pass.
+    `set_adapter` disables gradients of the other adapter; they are enabled again before each pass.
     """
 
     name = "PEFT, two passes, gradients repaired"
@@ -103,7 +103,7 @@ class PeftTwoPasses(Design):
         for branch in BRANCH_NAMES:
             config = LoraConfig(r=rank, lora_alpha=1, target_modules=layers)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # intended
                 inject_adapter_in_model(config, unet, adapter_name=branch)
         self.unet = unet
         self.tuners = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
@@ -216,7 +216,7 @@ def _prediction(unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor,
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step computes: the prediction `[2B, C, h, w]` and every gradient by name."""
+    """Result of a step: the prediction `[2B, C, h, w]` and every gradient by name."""
 
     prediction: torch.Tensor
     gradients: dict[str, torch.Tensor | None]
@@ -235,14 +235,14 @@ def step(design: Design, batch: Batch) -> torch.Tensor:
 
 
 def outcome(design: Design, batch: Batch) -> Outcome:
-    """Run one step and keep everything that must agree."""
+    """Run one step and return prediction and gradients."""
     prediction = step(design, batch)
     gradients = {name: parameter.grad for name, parameter in design.parameters().items()}
     return Outcome(prediction, {**gradients, "text states": batch.hidden.grad})
 
 
 def disagreements(ours: Outcome, theirs: Outcome, tolerance: float) -> list[str]:
-    """Name what differs between two designs: predictions, gradients, and gradients that are missing or zero."""
+    """Return the differences of two designs in prediction and gradients; missing and zero gradients count."""
     found = []
     if not _close(ours.prediction, theirs.prediction, tolerance):
         found.append("prediction")
@@ -263,18 +263,18 @@ def _close(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> bool:
 
 
 def check_agreement(designs: Sequence[Design], batch: Batch, dtype: torch.dtype) -> None:
-    """Confirm that all designs with adapters compute the same.
+    """Check that all designs with adapters compute the same.
 
     Raises:
-        SystemExit: two of them do not; then there is nothing to time.
+        SystemExit: two of them differ.
     """
     adapted = [design for design in designs if design.parameters()]
     outcomes = [outcome(design, batch) for design in adapted]
     for design, other in zip(adapted[1:], outcomes[1:], strict=True):
         if wrong := disagreements(other, outcomes[0], _TOLERANCE[dtype]):
             raise SystemExit(
-                f"expected '{design.name}' and '{adapted[0].name}' to compute the same; they differ in "
-                f"{len(wrong)} places: {', '.join(wrong[:4])}; nothing is timed before that is repaired"
+                f"expected '{design.name}' and '{adapted[0].name}' to compute the same; "
+                f"got {len(wrong)} differences: {', '.join(wrong[:4])}"
             )
     print(f"{len(adapted)} designs agree in predictions and in {len(outcomes[0].gradients)} gradients.")
 
@@ -289,7 +289,7 @@ def build_designs(base: nn.Module, rank: int) -> list[Design]:
 
 
 def make_factors(unet: nn.Module, rank: int) -> Factors:
-    """Draw adapters for all attention layers; up is not zero, else down would have no gradient."""
+    """Draw adapters for all attention layers; up is not zero, so that down has a gradient."""
     generator = torch.Generator().manual_seed(0)
     factors: Factors = {}
     for layer in select_layers(unet, _SELECTORS):
@@ -321,13 +321,13 @@ def load_unet(folder: Path | None, device: torch.device, dtype: torch.dtype) -> 
     else:
         torch.manual_seed(0)
         unet, num_tokens = build_unet(size), size.max_tokens
-        nn.init.normal_(unet.conv_out.weight, std=0.1)  # built with a zero output layer, which passes no gradient
+        nn.init.normal_(unet.conv_out.weight, std=0.1)  # the zero-initialised output layer has no gradient
     nn.Module.to(unet, device, dtype)
     return unet.eval().requires_grad_(False), num_tokens
 
 
 def make_batch(unet: Any, num_rows: int, num_tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Draw a batch that fits the UNet."""
+    """Draw a batch for the UNet."""
     generator = torch.Generator().manual_seed(1)
     config = unet.config
     shape = (num_rows, config.in_channels, config.sample_size, config.sample_size)
@@ -344,7 +344,7 @@ def make_batch(unet: Any, num_rows: int, num_tokens: int, device: torch.device, 
 
 
 def time_step_ms(design: Design, batch: Batch, device: torch.device) -> float:
-    """Time one step: CUDA events on a GPU, this process's own CPU time on one thread, else the clock."""
+    """Time one step by CUDA events on a GPU, CPU time of the process on one thread, or else wall-clock time."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
@@ -361,7 +361,7 @@ def time_step_ms(design: Design, batch: Batch, device: torch.device) -> float:
 def time_designs(
     designs: Sequence[Design], batch: Batch, device: torch.device, num_warmups: int, num_rounds: int
 ) -> dict[str, list[float]]:
-    """Time all designs in turn, round by round, so that a slow moment of the machine meets them all."""
+    """Time the designs in alternation, so that other load affects all of them."""
     for design in designs:
         for _ in range(num_warmups):
             step(design, batch)
@@ -386,7 +386,7 @@ def table(times: dict[str, list[float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, time, print and write."""
+    """Check and time the designs, print and write the table."""
     options = _parse(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.set_num_threads(options.threads)

@@ -1,10 +1,10 @@
-"""Time the embedded base model on this machine: one image, one training step, one whole training; print one table.
+"""Time the embedded base model on this machine: one image, one training step, one complete training.
 
     python benchmarks/embedded_model_speed.py
     python benchmarks/embedded_model_speed.py --device cuda
 
-One image is what `generate` draws alone: 20 guided steps (40 rows through the UNet) and the decoder. The training is
-`kedro run --pipeline train` with its defaults; its steps are those that its own history recorded.
+One image is 20 guided steps (40 UNet rows) and the decoder. The training is `kedro run --pipeline train` with defaults;
+the times of its steps come from its history.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_WARMUPS, NUM_ROUNDS = 2, 11
 
 
 def image_seconds(base_model: Path, device: str, num_inference_steps: int) -> list[float]:
-    """Return the seconds that each of several single images took."""
+    """Return the seconds of single images."""
     backbone = load_backbone(BaseModelFiles(base_model), DeviceParams.model_validate({"device": device}))
     loaded = attach(backbone, None, StrengthParams())
     sampler = SamplerParams(num_inference_steps=num_inference_steps, batch_size=1)
@@ -42,10 +42,10 @@ def image_seconds(base_model: Path, device: str, num_inference_steps: int) -> li
 
 
 def train(base_model: Path, device: str, image: Path) -> tuple[list[float], float]:
-    """Train with the defaults; return the seconds of every step, and those of the whole command.
+    """Train with the defaults; return the seconds of every step, and of the whole command.
 
     Raises:
-        SystemExit: the run failed; its own message stands above.
+        SystemExit: the run failed.
     """
     settings = {"subject": SUBJECT, "image": image, "base_model": base_model, "device.device": device}
     command = [sys.executable, "-m", "kedro", "run", "--pipeline", "train", "--params"]
@@ -67,7 +67,7 @@ def row(label: str, seconds: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time everything, print and write."""
+    """Time everything, print and write the table."""
     options = _parse(arguments)
     base_model = options.base_model.resolve()
     images = image_seconds(base_model, options.device, options.steps)

@@ -1,17 +1,15 @@
-"""Score the base model: how often its pictures show what the prompt says, by the judge's verdict; print one table.
+"""Evaluate the base model: the share of images that match their prompt, by the judge.
 
     python benchmarks/score_base_model.py
     python benchmarks/score_base_model.py --base-model FOLDER --sampler ddim --steps 50
 
-Prompts are captions of the picture world, drawn with a seed of their own; only what a caption says is asked. Beside the
-generated pictures stand the autoencoder's reconstruction of the real ones and the real ones themselves, composed from
-the same scenes: more than those the base model cannot reach.
+Prompts are random captions with a separate seed; attributes that a caption does not name are not scored. Images of the
+same scenes, composed of real drawings, and their reconstructions by the autoencoder give upper limits.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,9 +39,9 @@ from dreamartist_pipeline.embedded.judge import (
     JudgeVocabulary,
     Verdict,
     agreement,
+    attributes_in_caption,
     judge_images,
-    said_in_caption,
-    truth_of,
+    labels_of,
 )
 from dreamartist_pipeline.embedded.pretraining import psnr
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, TintRule, compose, draw_scenes, seen_tints, unseen_tints
@@ -57,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPRITES = ROOT / "data/02_intermediate/pretrain/sprites.safetensors"
 GENERATED, RECONSTRUCTED, REAL = "generated", "autoencoder's reconstruction", "real renderings"
 ANY, SEEN, UNSEEN = "any", "seen", "unseen"  # groups of prompts
-UNSEEN_MARGIN = 0.10  # how far unseen combinations may fall behind seen ones
+UNSEEN_MARGIN = 0.10  # allowed loss of unseen combinations against seen ones
 _NUM_WORST_OBJECTS = 12
 _NUM_WORST_CASES = 48
 
@@ -67,26 +65,26 @@ _NUM_WORST_CASES = 48
 
 @dataclass(frozen=True)
 class Prompts:
-    """One group of prompts with the scenes they describe."""
+    """A group of prompts with their scenes."""
 
     group: str
     scenes: Scenes
 
     @property
     def shown(self) -> tuple[Shown, ...]:
-        """What each prompt asks for."""
+        """The labels of each prompt."""
         return self.scenes.shown
 
 
 def nameable(vocabulary: JudgeVocabulary) -> SpriteSet:
-    """Return the sprites that a vocabulary names, style by style, without pixels: enough to draw prompts."""
+    """Return all sprites of a vocabulary without pixels, for drawing prompts."""
     pairs = list(product(vocabulary.styles, vocabulary.objects))
     styles, objects = zip(*pairs, strict=True)
     return SpriteSet(torch.empty(0, 4, 1, 1, dtype=torch.uint8), objects, styles)
 
 
 def draw_prompts(sprites: SpriteSet, num_prompts: int, num_combinations: int, seed: int) -> list[Prompts]:
-    """Draw prompts of any kind, and single tinted objects in tints that training shows them in, and does not."""
+    """Draw prompts of any kind, and of single objects in tints that are seen and unseen in training."""
     groups = [Prompts(ANY, draw_scenes(sprites, num_prompts, seed))]
     for group, tints_of in ((SEEN, seen_tints), (UNSEEN, unseen_tints)):
         seed += 1
@@ -98,7 +96,7 @@ def draw_prompts(sprites: SpriteSet, num_prompts: int, num_combinations: int, se
 def _single_tinted(sprites: SpriteSet, num_scenes: int, seed: int, tints_of: TintRule) -> Scenes:
     scenes = draw_scenes(sprites, 20 * num_scenes + 100, seed, tints_of=tints_of)  # about every sixth is one
     chosen = [i for i, one in enumerate(scenes.shown) if len(one.objects) == 1 and one.tints[0]][:num_scenes]
-    return dataclasses.replace(scenes.rows(torch.tensor(chosen)), shown=tuple(scenes.shown[i] for i in chosen))
+    return scenes.subset(chosen)
 
 
 # ---------------------------------------------------------------------------------------------- questions
@@ -108,8 +106,12 @@ def _single_tinted(sprites: SpriteSet, num_scenes: int, seed: int, tints_of: Tin
 class Question:
     """One row of the table.
 
-    group: of prompts. asks: (verdict, shown) -> right or wrong, or None where the prompt does not ask. target: the
-    share of right answers that a good base model reaches. within: instead, how far it may lie behind another row.
+    Attributes:
+        label: name of the row.
+        group: of prompts.
+        asks: (verdict, shown) -> whether the verdict is right; None if the prompt does not name the attribute.
+        target: share of right verdicts.
+        within: instead of a target, (allowed loss, row to compare with).
     """
 
     label: str
@@ -120,22 +122,22 @@ class Question:
 
 
 def _of(attribute: str) -> Callable[[Verdict, Shown], bool | None]:
-    """Ask for an attribute wherever the caption speaks of it."""
+    """Score an attribute that the caption names."""
 
     def ask(verdict: Verdict, shown: Shown) -> bool | None:
-        return agreement(verdict, shown)[attribute] if attribute in said_in_caption(shown) else None
+        return agreement(verdict, shown)[attribute] if attribute in attributes_in_caption(shown) else None
 
     return ask
 
 
 def _single(attribute: str) -> Callable[[Verdict, Shown], bool | None]:
-    """Ask for an attribute of scenes with one object."""
+    """Score an attribute of scenes with one object."""
     ask = _of(attribute)
     return lambda verdict, shown: ask(verdict, shown) if len(shown.objects) == 1 else None
 
 
 def _pair(*layouts: str) -> Callable[[Verdict, Shown], bool | None]:
-    """Ask for both objects and where they stand, of scenes laid out in one of these ways."""
+    """Score objects and positions of scenes in one of the layouts."""
 
     def ask(verdict: Verdict, shown: Shown) -> bool | None:
         right = agreement(verdict, shown)
@@ -174,7 +176,7 @@ QUESTIONS: dict[str, Question] = {
 
 @dataclass(frozen=True)
 class Pictures:
-    """One group's pictures by source, `[N, 3, H, W]` in [-1, 1], and the judge's verdicts on them."""
+    """Images `[N, 3, H, W]` in [-1, 1] of a group of prompts by source, and their verdicts."""
 
     prompts: Prompts
     images: dict[str, torch.Tensor]
@@ -182,7 +184,7 @@ class Pictures:
 
 
 def draw_pictures(backbone: Backbone, prompts: Prompts, first_seed: int, sampler: SamplerParams) -> torch.Tensor:
-    """Draw one picture for every prompt with the base model; the seeds count up from `first_seed`."""
+    """Generate one image per prompt with the base model, with seeds from `first_seed` on."""
     captions = list(prompts.scenes.captions)
     seeds = range(first_seed, first_seed + len(captions))
     base_model = attach(backbone, None, StrengthParams())
@@ -195,28 +197,28 @@ def paint_real(sprites: SpriteSet, order: SpriteSet, scenes: Scenes) -> torch.Te
 
     Args:
         sprites: drawings with pixels.
-        order: the sprites that the scenes' indices mean.
+        order: the sprites that the scenes index.
 
     Raises:
         SystemExit: a drawing is missing.
     """
-    place = {pair: index for index, pair in enumerate(zip(sprites.objects, sprites.styles, strict=True))}
-    wanted = list(zip(order.objects, order.styles, strict=True))
-    if missing := [" ".join(pair) for pair in wanted if pair not in place]:
-        raise SystemExit(f"expected drawings of everything the judge names in {SPRITES}; it lacks {missing[:5]}")
-    images = sprites.images[[place[pair] for pair in wanted]]
+    index_of = {pair: index for index, pair in enumerate(zip(sprites.objects, sprites.styles, strict=True))}
+    pairs = list(zip(order.objects, order.styles, strict=True))
+    if missing := [" ".join(pair) for pair in pairs if pair not in index_of]:
+        raise SystemExit(f"expected drawings of all classes of the judge in {SPRITES}; got none of {missing[:5]}")
+    images = sprites.images[[index_of[pair] for pair in pairs]]
     batches = torch.arange(len(scenes)).split(100)
     return torch.cat([compose(images, scenes.rows(batch), IMAGE_PX) for batch in batches])
 
 
 def reconstruct(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
-    """Send images through the autoencoder and back."""
+    """Encode and decode images."""
     batches = tqdm(images.split(50), desc="autoencoder", unit="batch")
     return torch.cat([decode_latents(backbone, encode_images(backbone, batch)[0]).cpu() for batch in batches])
 
 
 def held_out_sprites() -> SpriteSet | None:
-    """Render the objects that no stage of training has seen, or return None where the packages are absent."""
+    """Render the held-out objects; None without the sprite packages."""
     from dreamartist_pipeline.embedded.sprites import choose_held_out_sprites, draw_sprites
 
     configuration = CONFIG_LOADER_CLASS(conf_source=str(ROOT / "conf"), **CONFIG_LOADER_ARGS)
@@ -231,7 +233,7 @@ def held_out_sprites() -> SpriteSet | None:
 
 
 def quality_db(backbone: Backbone, sprites: SpriteSet, num_scenes: int, seed: int) -> float:
-    """Return the autoencoder's mean PSNR over scenes of some sprites."""
+    """Return the autoencoder's mean PSNR in dB over scenes of the sprites."""
     scenes = draw_scenes(sprites, num_scenes, seed, tints_of=seen_tints)
     images = compose(sprites.images, scenes, IMAGE_PX)
     return float(psnr(reconstruct(backbone, images), images).mean())
@@ -241,7 +243,7 @@ def quality_db(backbone: Backbone, sprites: SpriteSet, num_scenes: int, seed: in
 
 
 def tabulate(pictures: Sequence[Pictures]) -> pd.DataFrame:
-    """Return one row per question: how many prompts ask it, and the share of right answers by source."""
+    """Return one row per question: number of prompts, and share of right verdicts by source."""
     by_group = {one.prompts.group: one for one in pictures}
     rows: dict[str, dict[str, Any]] = {}
     for name, question in QUESTIONS.items():
@@ -270,7 +272,7 @@ def _target(question: Question, rows: dict[str, dict[str, Any]]) -> float | None
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Return the table for people; what does not apply is an em dash, what is reached is marked."""
+    """Return the table as markdown."""
     sources = [source for source in (GENERATED, RECONSTRUCTED, REAL) if source in table]
     lines = [
         f"| asked for | prompts | {' | '.join(sources)} | target | reached |",
@@ -289,7 +291,7 @@ def _percent(share: float | None) -> str:
 
 
 def by_object(pictures: Pictures) -> pd.DataFrame:
-    """Return one row per object, of scenes with one: the share of pictures that show it, and what else they show."""
+    """Return one row per object, over scenes with one object: share of right verdicts, and confusions."""
     ask = QUESTIONS["object"].asks
     right: dict[str, dict[str, list[bool]]] = {}
     taken_for: dict[str, Counter[str]] = {}
@@ -315,7 +317,7 @@ def by_object(pictures: Pictures) -> pd.DataFrame:
 
 
 def objects_to_markdown(table: pd.DataFrame) -> str:
-    """Return the per-object table for people."""
+    """Return the per-object table as markdown."""
     sources = [source for source in (GENERATED, RECONSTRUCTED, REAL) if source in table]
     lines = [
         f"| object | prompts | {' | '.join(sources)} | taken for |",
@@ -331,23 +333,23 @@ def objects_to_markdown(table: pd.DataFrame) -> str:
 
 
 def wrong_words(verdict: Verdict, shown: Shown) -> list[str]:
-    """Return what the judge sees instead, in words, for everything the caption asks and the picture does not show."""
-    right, said, truth = agreement(verdict, shown), said_in_caption(shown), truth_of(shown)
+    """Return the wrong predictions of the judge for attributes that the caption names."""
+    right, named, labels = agreement(verdict, shown), attributes_in_caption(shown), labels_of(shown)
     heads = {
         "object": "first_object",
         "second_object": "second_object",
         "style": "style",
-        "background": "background" if truth["background"] != verdict.background else "second_color",
+        "background": "background" if labels["background"] != verdict.background else "second_color",
         "pattern": "pattern",
         "tint": "first_tint",
         "second_tint": "second_tint",
         "layout": "layout",
     }
-    return [str(getattr(verdict, head)) for name, head in heads.items() if name in said and right[name] is False]
+    return [str(getattr(verdict, head)) for name, head in heads.items() if name in named and right[name] is False]
 
 
 def worst_cases(pictures: Sequence[Pictures], num_cases: int) -> Image.Image | None:
-    """Lay out the generated pictures with the most wrong answers, under each its prompt and what the judge sees."""
+    """Return a grid of the generated images with the most errors, labelled with prompt and predictions."""
     cases: list[tuple[int, str, torch.Tensor]] = []
     for group in pictures:
         rows = zip(group.prompts.shown, group.verdicts[GENERATED], group.images[GENERATED], strict=True)
@@ -365,7 +367,7 @@ def worst_cases(pictures: Sequence[Pictures], num_cases: int) -> Image.Image | N
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw, judge, print and write."""
+    """Generate and judge images, print and write the report."""
     options = _parse(arguments)
     try:
         judge = JudgeDataset(filepath=str(options.judge)).load()
@@ -389,10 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make_pictures(
     backbone: Backbone, judge: Judge, order: SpriteSet, groups: Sequence[Prompts], sampler: SamplerParams
 ) -> list[Pictures]:
-    """Make and judge every group's pictures from every source there is."""
+    """Return judged images of every group, from every available source."""
     sprites = SpriteSetDataset(filepath=str(SPRITES)).load() if SPRITES.is_file() else None
     if sprites is None:
-        print(f"no {SPRITES.relative_to(ROOT)}: the table has generated pictures only; `make sprites` renders it first")
+        print(f"no {SPRITES.relative_to(ROOT)}: the table has generated images only; run `make sprites` for the others")
     pictures: list[Pictures] = []
     first_seed = 0
     for group in groups:
@@ -410,12 +412,12 @@ def _introduction(options: argparse.Namespace, backbone: Backbone) -> str:
     lines = [
         f"Base model {backbone.name} ({backbone.fingerprint}), {options.sampler}, {options.steps} steps, "
         f"guidance {options.guidance_scale:g}, {options.num_prompts} prompts drawn with seed {options.seed}; "
-        "shares of pictures on which the judge agrees with the prompt."
+        "share of images whose prediction by the judge matches the prompt."
     ]
     if (sprites := held_out_sprites()) is not None:
         quality = quality_db(backbone, sprites, options.num_combinations or 200, options.seed + 3)
         lines.append(
-            f"The autoencoder restores scenes of {len(set(sprites.objects))} held-out objects at {quality:.2f} dB."
+            f"The autoencoder reconstructs scenes of {len(set(sprites.objects))} held-out objects at {quality:.2f} dB."
         )
     return "\n".join(lines)
 
@@ -441,7 +443,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, default=ROOT / "data/01_raw/judge/judge.safetensors")
     parser.add_argument("--num-prompts", type=int, default=1000)
     parser.add_argument("--num-combinations", type=int, default=200, help="seen ones, and as many unseen ones")
-    parser.add_argument("--seed", type=int, default=2_000_000, help="of the prompts; far from those of any training")
+    parser.add_argument("--seed", type=int, default=2_000_000, help="of the prompts; not used in any training")
     parser.add_argument("--sampler", choices=SHORT_SCHEDULERS, default="dpmsolver++")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)

@@ -1,13 +1,13 @@
-"""Score one-shot training: is the subject recognised, and does the prompt decide about all else? Print the tables.
+"""Evaluate one-shot training: recognition of the subject, and adherence to the rest of the prompt.
 
     python benchmarks/score_one_shot.py
     python benchmarks/score_one_shot.py --subjects development --workers 2
     python benchmarks/score_one_shot.py --subjects development --base-model FOLDER --no-judge --fixed-gallery
 
-Each subject is trained from its one bundled picture (`kedro run`; a run that is already there is read). Recognition: an
-independent network looks for the subject in pictures of the concept, among drawings of many objects. Obedience: base
-model and concepts draw the same prompts from the same seeds, the concept with its trigger word where the base model's
-prompt names an object, and the judge says whether background and object colour came as asked.
+Each subject is trained from its bundled picture (`kedro run`; earlier runs are reused). Recognition: an independent
+network ranks the subject among drawings of many objects. Adherence: base model and concepts draw the same prompts from
+the same seeds, the concept with its trigger word in place of the object, and the judge evaluates background and object
+colour.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.images import image_grid, to_tensor
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.embedded.datasets import JudgeDataset
-from dreamartist_pipeline.embedded.judge import Judge, agreement, judge_images, said_in_caption
+from dreamartist_pipeline.embedded.judge import Judge, agreement, attributes_in_caption, judge_images
 from dreamartist_pipeline.embedded.scenes import Shown, draw_scenes
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from one_shot.prompts import Prompts, draw_prompts, fill
@@ -52,49 +52,49 @@ from one_shot.report import objects_to_markdown, sheet, summarize, summary_to_ma
 from one_shot.world import World, load_world
 from score_base_model import nameable, reconstruct
 
-HELD_OUT_STYLE = "mushroom-outline"  # a subject drawn in the style that the base model never saw
-GROUPS = {  # of subjects: what is chosen by trying is chosen on the first, and reported on the second
+HELD_OUT_STYLE = "mushroom-outline"  # a subject in a style that is not in the training data
+GROUPS = {  # of subjects: choices are made on the first, results reported on the second
     "development": ("guitar", "sailboat", "pineapple", "cupcake", "teapot"),
     "reporting": (*SUBJECTS, HELD_OUT_STYLE),
 }
 BASE = "base model"
-TOLERANCE = 0.10 + 1e-9  # how far a concept may fall behind the base model; rounding aside
+TOLERANCE = 0.10 + 1e-9  # allowed loss of a concept against the base model
 COLUMNS = {"background": "background", "tint": "object colour"}
-SHOWN_PROMPTS = 7  # pictures of each subject in the overview
+SHOWN_PROMPTS = 7  # images of each subject in the overview
 
 
-# ------------------------------------------------------------------------------------------- obedience
+# ------------------------------------------------------------------------------------------- adherence
 
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt in two wordings: for the base model with an object it knows, for a concept with `{}` instead."""
+    """One prompt, with a known object for the base model, and as a template with `{}` for concepts."""
 
     shown: Shown
     template: str
 
 
 def draw_tasks(judge: Judge, num_prompts: int, seed: int) -> list[Task]:
-    """Draw prompts with one object, every one of which says a background or a colour."""
+    """Draw prompts with one object, and a background or a colour."""
     scenes = draw_scenes(nameable(judge.vocabulary), 4 * num_prompts + 50, seed)
     single = [shown for shown in scenes.shown if len(shown.objects) == 1 and asked(shown)]
     return [Task(shown, as_template(shown)) for shown in single[:num_prompts]]
 
 
 def as_template(shown: Shown) -> str:
-    """Return a caption with `{}` in the place of its object."""
+    """Return a caption with `{}` in place of its object."""
     word = shown.objects[0]
     return shown.caption.replace(f"an {word}", "a {}").replace(word, "{}")
 
 
 def asked(shown: Shown) -> list[str]:
-    """Return which of the columns a caption asks for."""
-    said = said_in_caption(shown)
-    return [name for name in COLUMNS if name in said and (name != "tint" or shown.tints[0])]
+    """Return the columns that a caption has a value for."""
+    named = attributes_in_caption(shown)
+    return [name for name in COLUMNS if name in named and (name != "tint" or shown.tints[0])]
 
 
 def score(judge: Judge, images: Sequence[Image.Image], tasks: Sequence[Task]) -> dict[str, float]:
-    """Return the share of pictures that show what was asked for, by column."""
+    """Return the share of images that are right, by column."""
     verdicts = judge_images(judge, to_tensor(images))
     answers: dict[str, list[bool]] = {name: [] for name in COLUMNS}
     for verdict, task in zip(verdicts, tasks, strict=True):
@@ -107,7 +107,7 @@ def score(judge: Judge, images: Sequence[Image.Image], tasks: Sequence[Task]) ->
 def draw(
     backbone: Backbone, concept: Concept | None, prompts: Sequence[str], sampler: SamplerParams
 ) -> list[Image.Image]:
-    """Draw every prompt once, a concept's with its word in place of `{}`; the seeds count up from 0."""
+    """Draw every prompt once, with seeds from 0 on; a concept's word fills `{}`."""
     loaded = attach(backbone, concept, StrengthParams())
     label = BASE
     if concept is not None:
@@ -119,14 +119,14 @@ def draw(
 
 
 def tabulate(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """Return one row per subject, their mean, and the base model first."""
+    """Return the rows, with the mean of the subjects as last one."""
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))
     table.loc["mean of the subjects"] = table.drop(index=BASE).mean()
     return table
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Return the table for people; in brackets the difference to the base model in points."""
+    """Return the table as markdown, with differences to the base model in points in brackets."""
     lines = [
         f"| | {' | '.join(f'{name} as asked' for name in COLUMNS.values())} | within 10 points |",
         "|---|---:|---:|---|",
@@ -142,18 +142,18 @@ def to_markdown(table: pd.DataFrame) -> str:
 def overview(
     references: Sequence[Image.Image], drawn: Sequence[Sequence[Image.Image]], tasks: Sequence[Task]
 ) -> Image.Image:
-    """Lay out one row per subject: its one picture, then what was drawn; the prompts stand under each picture."""
+    """Return a grid with one row per subject: reference picture and images, labelled with prompts."""
     images, labels = [], []
     for reference, row in zip(references, drawn, strict=True):
         images += [reference.convert("RGB").resize(row[0].size, Image.Resampling.LANCZOS), *row[:SHOWN_PROMPTS]]
-        labels += ["the one picture", *(task.template.format("…") for task in tasks[:SHOWN_PROMPTS])]
+        labels += ["reference picture", *(task.template.format("…") for task in tasks[:SHOWN_PROMPTS])]
     return image_grid(images, columns=1 + SHOWN_PROMPTS, labels=labels)
 
 
-def score_obedience(
+def score_adherence(
     backbone: Backbone, judge: Judge, concepts: dict[str, Concept], options: argparse.Namespace, sampler: SamplerParams
 ) -> str:
-    """Draw, judge, write table and overview, and return the report."""
+    """Draw and judge images, write table and overview, and return the report."""
     tasks = draw_tasks(judge, options.num_prompts, options.seed)
     rows = {BASE: score(judge, draw(backbone, None, [task.shown.caption for task in tasks], sampler), tasks)}
     drawn = []
@@ -165,8 +165,8 @@ def score_obedience(
     references = [Image.open(options.images / f"{subject}.png") for subject in concepts]
     overview(references, drawn, tasks).save(options.output / "one_shot.png")
     return (
-        f"Obedience, by the judge: {len(tasks)} prompts, the same seeds in every row; in brackets the difference to "
-        f"the base model in points.\n\n{to_markdown(table)}"
+        f"Prompt adherence, by the judge: {len(tasks)} prompts, the same seeds in every row; difference to the base "
+        f"model in points in brackets.\n\n{to_markdown(table)}"
     )
 
 
@@ -176,7 +176,7 @@ def score_obedience(
 def score_recognition(
     backbone: Backbone, world: World, concepts: dict[str, Concept], options: argparse.Namespace, sampler: SamplerParams
 ) -> str:
-    """Draw, look for the objects, write table and cut-outs, and return the report."""
+    """Draw and recognise images, write tables and cut-outs, and return the report."""
     prompts = draw_prompts(options.recognition_prompts, options.seed)
     of_concepts, others = draw_rows(backbone, world, concepts, prompts, sampler)
     evaluator = load_evaluator(EVALUATOR, backbone.device)
@@ -196,7 +196,7 @@ def score_recognition(
 def draw_rows(
     backbone: Backbone, world: World, concepts: dict[str, Concept], prompts: Prompts, sampler: SamplerParams
 ) -> tuple[list[Drawn], list[Drawn]]:
-    """Return the pictures of the concepts; and those of known objects, of class words, and the ceilings."""
+    """Return images of the concepts; and images of known objects, of class words, and of the upper limits."""
     by_concepts, by_words = [], []
     for subject, style in world.references.items():
         pictures = draw(backbone, concepts[subject], prompts.templates, sampler)
@@ -213,7 +213,7 @@ def draw_rows(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is missing, draw, score, print and write."""
+    """Train missing concepts, score them, print and write the report."""
     options = _parse(arguments)
     world = load_world(ROOT, options.images, options.subjects) if options.recognition else None
     judge = _load_judge(options.judge) if options.use_judge else None
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for subject in options.subjects
     ]
     if missing := [str(run.image) for run in runs if not run.image.is_file()]:
-        raise SystemExit(f"expected a picture of every subject; there is none at {', '.join(missing)}")
+        raise SystemExit(f"expected a picture of every subject; got none at {', '.join(missing)}")
     run_all(runs, options.workers)
     backbone = load_backbone(BaseModelFiles(options.base_model), DeviceParams())
     sampler = SamplerParams(batch_size=30)
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     parts = [f"Base model {backbone.name} ({backbone.fingerprint}), method {options.method}."]
     if judge is not None:
-        parts.append(score_obedience(backbone, judge, concepts, options, sampler))
+        parts.append(score_adherence(backbone, judge, concepts, options, sampler))
     if world is not None:
         parts.append(score_recognition(backbone, world, concepts, options, sampler))
     report = "\n\n".join(parts) + "\n"
@@ -258,18 +258,18 @@ def _load_judge(file: Path) -> Judge:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--subjects", nargs="+", default=["reporting"], help=f"names of pictures; {' or '.join(GROUPS)} is a group"
+        "--subjects", nargs="+", default=["reporting"], help=f"names of pictures, or groups: {', '.join(GROUPS)}"
     )
     parser.add_argument("--method", default="dreamartist-plus-plus", help="of conf/base/parameters_training.yml")
     parser.add_argument("--images", type=Path, default=ROOT / "data/01_raw/reference_images")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data/01_raw/base_model")
     parser.add_argument("--params", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters of every run")
     parser.add_argument("--judge", type=Path, default=ROOT / "data/01_raw/judge/judge.safetensors")
-    parser.add_argument("--no-judge", dest="use_judge", action="store_false", help="recognition alone")
-    parser.add_argument("--num-prompts", type=int, default=90, help="for the judge, per subject")
-    parser.add_argument("--no-recognition", dest="recognition", action="store_false", help="obedience alone")
+    parser.add_argument("--no-judge", dest="use_judge", action="store_false", help="recognition only")
+    parser.add_argument("--num-prompts", type=int, default=90, help="per subject, for the judge")
+    parser.add_argument("--no-recognition", dest="recognition", action="store_false", help="adherence only")
     parser.add_argument(
-        "--recognition-prompts", type=int, default=8, help="of another colour, of another style, small; twice plain"
+        "--recognition-prompts", type=int, default=8, help="of each hard kind; twice as many plain ones"
     )
     parser.add_argument(
         "--fixed-gallery",
@@ -277,10 +277,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_const",
         const=(FIXED,),
         default=(FIXED, ALL),
-        help="not among all objects; minutes less",
+        help="only the fixed gallery, which is minutes faster",
     )
     parser.add_argument("--seed", type=int, default=3_000_000, help="of the prompts")
-    parser.add_argument("--workers", type=int, default=1, help="trainings side by side; set OMP_NUM_THREADS=1 with it")
+    parser.add_argument("--workers", type=int, default=1, help="parallel trainings; set OMP_NUM_THREADS=1 too")
     parser.add_argument("--output", type=Path, default=ROOT / "data/08_reporting/one_shot")
     options = parser.parse_args(arguments)
     if not (options.use_judge or options.recognition):

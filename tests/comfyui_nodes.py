@@ -1,10 +1,10 @@
-"""ComfyUI's sampling nodes, written anew for tests from what they are known to compute, without its code.
+"""ComfyUI's sampling nodes, reimplemented for tests without its code.
 
-Known of ComfyUI (its public source, versions of 2025 and 2026): latents have the form x₀ + σ·ε; the model is asked
-about the whole timestep whose σ is nearest by its logarithm; an empty latent image gets noise · σ of the first sigma,
-and noise · √(1 + σ²) where that is the model's largest; ManualSigmas reads numbers without exponents; AddNoise scales
-noise by the sigma that it is given; `ddim` is `euler`. After ModelSamplingSD3 (shift 1) a model is one of flow
-matching, asked about timestep 1000 · σ: latents are multiplied by 1 − σ before the sampler, and divided by it after.
+The behaviour of ComfyUI (its public source, versions of 2025 and 2026): latents have the form x₀ + σ·ε; the model is
+evaluated at the integer timestep with the closest log σ; an empty latent image gets noise · σ of the first sigma, and
+noise · √(1 + σ²) if it is the largest sigma of the model; ManualSigmas reads numbers without exponents; AddNoise scales
+noise by its sigma; `ddim` is `euler`. After ModelSamplingSD3 (shift 1) a model is treated as a flow-matching model and
+evaluated at timestep 1000 · σ: latents are multiplied by 1 − σ before the sampler, and divided by it afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents in ᾱ's form, one timestep) -> the guided prediction."""
+"""(latents in the form of ᾱ, one timestep) -> the guided prediction."""
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x₀ + σ·ε, σ) -> x₀."""
@@ -28,7 +28,14 @@ _PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True)
 class Model:
-    """The base model as ComfyUI sees it. sigmas: of every timestep; predict: with guidance."""
+    """The base model in ComfyUI.
+
+    Attributes:
+        sigmas: of every timestep.
+        predict: with guidance.
+        predicts_v: whether the prediction is v, not ε.
+        channels: of the latents.
+    """
 
     sigmas: torch.Tensor
     predict: Predict
@@ -48,7 +55,7 @@ class Model:
 
 
 def drawn_latents(workflow: dict[str, Any], model: Model) -> torch.Tensor:
-    """Return the latents that a workflow hands to its VAEDecode."""
+    """Return the latents that are the input of a workflow's VAEDecode."""
     return _Run(workflow, model).latents(workflow["decoded"]["inputs"]["samples"])
 
 
@@ -77,7 +84,7 @@ class _Run:
                 return latents + noise_like(latents, seed) * scale[0]
             case "LatentMultiply":
                 assert 0 < inputs["multiplier"] <= 10
-                rounded = round(inputs["multiplier"], 2)  # as the editor does
+                rounded = round(inputs["multiplier"], 2)  # like the editor
                 return self.latents(inputs["samples"]) * rounded
             case "SamplerCustom":
                 assert inputs["add_noise"] is False
@@ -116,14 +123,14 @@ def karras(table: torch.Tensor, num_steps: int, rho: float = 7.0) -> torch.Tenso
 
 
 def normal(table: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """Timesteps evenly from the last to the first, log σ between them interpolated, and 0."""
+    """Evenly spaced timesteps from the last to the first, with interpolated log σ, and 0."""
     at = torch.linspace(len(table) - 1, 0, num_steps)
     low, high = table.log()[at.floor().long()], table.log()[at.ceil().long()]
     return torch.cat([torch.lerp(low, high, at.frac()).exp(), torch.zeros(1)])
 
 
 def ddim_uniform(table: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """Every (timesteps // steps)-th σ from the second on, which may be one step more than was asked for, and 0."""
+    """Every (timesteps // steps)-th σ from the second on, and 0; may have one step more than `num_steps`."""
     return torch.cat([torch.zeros(1), table[1 :: max(len(table) // num_steps, 1)]]).flip(0)
 
 

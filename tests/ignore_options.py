@@ -1,9 +1,8 @@
-"""Ignore one option after the other, and confirm that the test which proves it fails.
+"""Ignore the options one by one, and check that the test which proves the option fails.
 
-    python tests/ignore_options.py [OPTION ...]      for example training.loss, or nothing for all (some minutes)
+    python tests/ignore_options.py [OPTION ...]      for example training.loss; by default all (some minutes)
 
-To ignore an option, whoever reads it gets its default. What is required has none: OTHER_VALUES holds a value that is
-not the one in its proof.
+An ignored option always has its default. For required options, OTHER_VALUES has a value that differs from the proof.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pydantic import BaseModel
 from dreamartist_pipeline.params import SamplerParams, ScheduleParams
 
 TESTS = Path(__file__).resolve().parent
-USED_TWICE = (SamplerParams, ScheduleParams)  # only one of their places may ignore the option
+USED_TWICE = (SamplerParams, ScheduleParams)  # the option is ignored in one place only
 OTHER_VALUES: dict[str, Any] = {
     "LoRAGroup.layers": ("re:.*(attn2|mlp)$",),
     "LoRAGroup.lr": 1e-4,
@@ -43,7 +42,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 class Outcomes:
-    """A plugin of pytest that counts the tests that ran, and keeps what the first failure says."""
+    """A pytest plugin that counts the tests, and stores the message of the first failure."""
 
     def __init__(self) -> None:
         self.num_tests, self.failure = 0, ""
@@ -63,8 +62,8 @@ def main(chosen: list[str]) -> int:
         with ignored(option, proofs.roots(), proofs.model_in):
             outcomes = run(proof)
         unnoticed += not outcomes.failure
-        say = f"noticed:{outcomes.failure:.100}" if outcomes.failure else f"NOT NOTICED by {proof}"
-        sys.stdout.write(f"{option:<40} {say}{'' if outcomes.num_tests else ' (no test ran to its end)'}\n")
+        result = f"noticed:{outcomes.failure:.100}" if outcomes.failure else f"NOT NOTICED by {proof}"
+        sys.stdout.write(f"{option:<40} {result}{'' if outcomes.num_tests else ' (no test finished)'}\n")
         sys.stdout.flush()
     return 1 if unnoticed else 0
 
@@ -81,7 +80,7 @@ def load_proofs() -> Any:
 def ignored(
     option: str, roots: dict[str, type[BaseModel]], model_in: Callable[[Any], type[BaseModel] | None]
 ) -> Iterator[None]:
-    """Let nobody read the option's value within; what is validated and written down stays as it is."""
+    """Replace the value of the option for all readers; validation and serialization are unchanged."""
     root, *names = option.split(".")
     owners: list[Any] = [roots[root]]
     for name in names[:-1]:
@@ -90,7 +89,7 @@ def ignored(
     field = owner.model_fields[name]
     value = OTHER_VALUES.get(option, field.get_default(call_default_factory=True))
     if field.is_required() and option not in OTHER_VALUES:
-        raise SystemExit(f"{option} has no default: add another value than its proof's to OTHER_VALUES")
+        raise SystemExit(f"{option} has no default: add a value that differs from its proof to OTHER_VALUES")
     reader = always(value)
     if owner in USED_TWICE and len(owners) > 1:
         owner, name, reader = owners[-2], names[-2], changed(names[-2], {name: value})
@@ -102,17 +101,17 @@ def ignored(
 
 
 def always(value: Any) -> property:
-    """Return what hides an instance's own value: a property comes before it."""
+    """Return a property that hides the value of an instance."""
     return property(lambda self: value)
 
 
 def changed(name: str, changes: dict[str, Any]) -> property:
-    """Return what hides an instance's own model by one with changes."""
+    """Return a property that hides the model of an instance by a changed copy."""
     return property(lambda self: self.__dict__[name].model_copy(update=changes))
 
 
 def run(proof: str) -> Outcomes:
-    """Run a test, until its first failure, without a word."""
+    """Run a test until its first failure, without output."""
     outcomes = Outcomes()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pytest.main(["-q", "-x", "-p", "no:cacheprovider", str(TESTS / proof)], plugins=[outcomes])

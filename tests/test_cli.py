@@ -36,6 +36,7 @@ OPTION = next(param for param in run.params if param.name == "params")
         ("generate.prompts='{pt1}'", {"generate": {"prompts": "{pt1}"}}),
         ("subject=007, caption=no: 1, mask=null", {"subject": "007", "caption": "no: 1", "mask": None}),
         ("training.scale_lr=true, device.device=cpu", {"training": {"scale_lr": True}, "device": {"device": "cpu"}}),
+        ("training.seed = 3 , subject = cat", {"training": {"seed": 3}, "subject": "cat"}),
     ],
 )
 def test_a_comma_separates_parameters_only_before_another_key(text: str, expected: dict[str, Any]) -> None:
@@ -43,23 +44,21 @@ def test_a_comma_separates_parameters_only_before_another_key(text: str, expecte
 
 
 def test_a_parameter_that_is_given_twice_is_refused() -> None:
-    with pytest.raises(click.BadParameter, match="expected every parameter once; got import.positive twice"):
+    with pytest.raises(click.BadParameter, match="import.positive"):
         parse_params(CONTEXT, OPTION, "import.positive=a.pt, import.positive = b.pt")
 
 
 def test_a_parameter_without_a_value_is_refused() -> None:
-    with pytest.raises(click.BadParameter, match="expected key=value; got 'subject'"):
+    with pytest.raises(click.BadParameter, match="'subject'"):
         parse_params(CONTEXT, OPTION, "subject")
 
 
 def test_a_list_that_yaml_cannot_read_is_refused_with_how_to_write_it() -> None:
-    with pytest.raises(
-        click.BadParameter, match="in YAML for generate.prompts, such as .* got 'generate.prompts=.a {pt1"
-    ):
+    with pytest.raises(click.BadParameter, match="generate.prompts=.* got '.a {pt1"):
         parse_params(CONTEXT, OPTION, "generate.prompts=[a {pt1}, blue background]")
 
 
-def test_a_picture_may_lie_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert parse_params(CONTEXT, OPTION, "image=~/cat.jpg") == {"image": "/home/me/cat.jpg"}
 
@@ -90,7 +89,7 @@ def test_the_message_is_the_innermost_input_error() -> None:
         assert readable_message(error) == "expected a; got b; do c"
 
 
-def test_another_error_says_its_own_text() -> None:
+def test_the_message_of_another_error_is_its_own_text() -> None:
     assert readable_message(DatasetError("no such file")) == "no such file"
 
 
@@ -133,16 +132,16 @@ def test_an_imported_configuration_becomes_an_environment(toolkit_file: Path) ->
     assert "kedro run --env DreamArtist-plus-plus --pipeline train" in result.output
 
 
-def test_what_the_file_leaves_open_is_said_and_written_above_the_values(toolkit_file: Path) -> None:
+def test_defaults_are_printed_and_written_above_the_values(toolkit_file: Path) -> None:
     toolkit_file.write_text(CONFIG.replace("batch_size: 3, ", "loss_weight: 0.5, "), encoding="utf-8")
     result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
     assert "data.batch_size = not given: 4" in result.output
     text = Path("conf/mine/parameters.yml").read_text()
-    assert "# Not carried over, or not given: data.batch_size = not given: 4" in text
+    assert any(line.startswith("#") and "data.batch_size = not given: 4" in line for line in text.splitlines())
     assert yaml.safe_load(text)["training"]["batch_size"] == 4
 
 
-def test_values_that_no_run_would_take_write_no_environment(toolkit_file: Path) -> None:
+def test_invalid_values_write_no_environment(toolkit_file: Path) -> None:
     toolkit_file.write_text(CONFIG.replace("'2.0'", "'1.0'"), encoding="utf-8")
     result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
     assert result.exit_code == 1
@@ -159,17 +158,24 @@ def test_templates_are_found_from_the_toolkits_root(toolkit_file: Path) -> None:
     assert parameters["training"]["templates"] == ["a photo of it"]
 
 
-def test_an_environment_is_replaced_only_when_asked_to(toolkit_file: Path) -> None:
+def test_an_environment_is_replaced_only_on_request(toolkit_file: Path) -> None:
     runner = CliRunner()
     runner.invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
     again = runner.invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
     assert again.exit_code == 1
-    assert "is there already" in again.output
+    assert "conf/mine" in again.output and "--force" in again.output
     assert runner.invoke(cli, ["import-config", str(toolkit_file), "--env", "mine", "--force"]).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["base", "local", "../outside"])
-def test_a_name_that_is_no_environment_of_ones_own_is_refused(toolkit_file: Path, name: str) -> None:
+def test_a_reserved_or_invalid_environment_name_is_refused(toolkit_file: Path, name: str) -> None:
     result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", name, "--force"])
     assert result.exit_code == 1
-    assert "expected a name" in result.output
+    assert f"'{name}'" in result.output and "--env NAME" in result.output
+
+
+def test_a_base_file_whose_name_is_too_long_is_one_that_is_not_there(toolkit_file: Path) -> None:
+    toolkit_file.write_text(f"_base_: {'a' * 5000}\n{toolkit_file.read_text()}")
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    assert result.exit_code == 0
+    assert "the file was not found" in result.output

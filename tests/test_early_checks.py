@@ -1,4 +1,4 @@
-"""Checks that a node's function names."""
+"""Checks attached to the functions of nodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from dreamartist_pipeline.early_checks import EarlyCheck, checked_early, early_check_of
 
 
-def refuse_nothing(params: Any, training: Any) -> None:
+def accept(params: Any, training: Any) -> None:
     """Accept everything."""
 
 
@@ -16,8 +16,8 @@ def draw(x: int) -> int:
     return x + 1
 
 
-def test_a_function_names_its_check_and_stays_as_it_is() -> None:
+def test_a_check_is_attached_to_the_unchanged_function() -> None:
     assert early_check_of(draw) is None
-    assert checked_early("evaluation", refuse_nothing)(draw) is draw
-    assert early_check_of(draw) == EarlyCheck("evaluation", refuse_nothing)
+    assert checked_early("evaluation", accept)(draw) is draw
+    assert early_check_of(draw) == EarlyCheck("evaluation", accept)
     assert draw(1) == 2

@@ -1,4 +1,4 @@
-"""Errors in three parts."""
+"""Errors with a message in three parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_several_lines_keep_the_remedy_on_a_line_of_its_own() -> None:
     assert str(InputError("a", "others:\n  b", "do c")) == "expected a; got others:\n  b\ndo c"
 
 
-def test_an_error_crosses_processes_whole() -> None:
+def test_an_error_can_be_pickled() -> None:
     for kind in (InputError, TrainingError):
         error = pickle.loads(pickle.dumps(kind("a", "b", "do c", where="d")))
         assert (type(error), str(error), error.remedy) == (kind, "d: expected a; got b; do c", "do c")

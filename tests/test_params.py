@@ -1,7 +1,8 @@
-"""The schema: what the configuration may say."""
+"""The schema of the configuration: bounds, cross-field checks, and short forms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,27 +35,46 @@ def training(**values: Any) -> TrainingParams:
     return TrainingParams(**({"num_steps": 2, "words": WORDS} | values))
 
 
+def refuses(option: str = "", *parts: str) -> Callable[[ValidationError], bool]:
+    """Return a check for `pytest.raises`: an error of this option ("": of the model) has all parts in its message."""
+
+    def check(error: ValidationError) -> bool:
+        return any(
+            ".".join(map(str, each["loc"])) == option and all(part in each["msg"] for part in parts)
+            for each in error.errors()
+        )
+
+    return check
+
+
+Check = Callable[[ValidationError], bool]
+
+
 @pytest.mark.parametrize("section", sorted(SECTIONS))
 def test_every_section_refuses_unknown_keys(section: str) -> None:
-    with pytest.raises(ValidationError, match=r"no_such_key\s+Extra inputs are not permitted"):
+    with pytest.raises(ValidationError, check=refuses("no_such_key", "Extra")):
         SECTIONS[section].model_validate({"no_such_key": 1})
 
 
 @pytest.mark.parametrize(
-    ("model", "values"),
+    ("model", "values", "option"),
     [
-        (GenerateParams, {"prompts": ["a {cat:big}"]}),
-        (GenerateParams, {"prompts": ["a cat"], "negative_prompt": "{cat:big}"}),
-        (EvaluationParams, {"prompts": ["a {cat:big}"], "prior_prompts": ["a cat"]}),
-        (EvaluationParams, {"prompts": ["a"], "prior_prompts": ["a {cat:big}"]}),
-        (EvaluationParams, {"prompts": ["a"], "prior_prompts": ["a"], "negative_prompt": "{cat:big}"}),
-        (RegularizationParams, {"sampler": {}, "negative_prompt": "{cat:big}"}),
-        (TrainingParams, {"num_steps": 1, "words": WORDS, "templates": "a {pt1} {cat:big}"}),
-        (TrainingParams, {"num_steps": 1, "words": WORDS, "preview": {"prompts": "a {cat:big}"}}),
+        (GenerateParams, {"prompts": ["a {cat:big}"]}, "prompts.0"),
+        (GenerateParams, {"prompts": ["a cat"], "negative_prompt": "{cat:big}"}, "negative_prompt"),
+        (EvaluationParams, {"prompts": ["a {cat:big}"], "prior_prompts": ["a cat"]}, "prompts.0"),
+        (EvaluationParams, {"prompts": ["a"], "prior_prompts": ["a {cat:big}"]}, "prior_prompts.0"),
+        (
+            EvaluationParams,
+            {"prompts": ["a"], "prior_prompts": ["a"], "negative_prompt": "{cat:big}"},
+            "negative_prompt",
+        ),
+        (RegularizationParams, {"sampler": {}, "negative_prompt": "{cat:big}"}, "negative_prompt"),
+        (TrainingParams, {"num_steps": 1, "words": WORDS, "templates": "a {pt1} {cat:big}"}, "templates.0"),
+        (TrainingParams, {"num_steps": 1, "words": WORDS, "preview": {"prompts": "a {cat:big}"}}, "preview.prompts.0"),
     ],
 )
-def test_weighted_words_are_read_with_the_configuration(model: Any, values: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="expected a weight such as {cat:1.2} .* got 'big'"):
+def test_weighted_words_are_parsed_with_the_configuration(model: Any, values: dict[str, Any], option: str) -> None:
+    with pytest.raises(ValidationError, check=refuses(option, "'big'")):
         model(**values)
     assert model.model_validate(yaml.safe_load(yaml.safe_dump(values).replace("cat:big", "cat:1.5")))
 
@@ -62,53 +82,53 @@ def test_weighted_words_are_read_with_the_configuration(model: Any, values: dict
 @pytest.mark.parametrize("prompt", ["a {{pt1}:1.2}", "{pt1:1.2}", "a {red cat}"])
 @pytest.mark.parametrize("key", ["prompt", "negative_prompt"])
 def test_weighted_words_are_not_exported(key: str, prompt: str) -> None:
-    with pytest.raises(ValidationError, match="weighted words cannot be exported, because ComfyUI weights by another"):
+    with pytest.raises(ValidationError, check=refuses(key, repr(prompt))):
         ExportParams(**{"title": "fox", key: prompt})
     assert ExportParams(title="fox", prompt="a {pt1} {class}").prompt == "a {pt1} {class}"
 
 
 def test_class_and_trigger_words_have_no_braces() -> None:
-    with pytest.raises(ValidationError, match="class_word"):
+    with pytest.raises(ValidationError, check=refuses("class_word")):
         training(class_word="{cat:1.2}")
-    with pytest.raises(ValidationError, match="contains a brace; weights belong into templates"):
+    with pytest.raises(ValidationError, check=refuses("words.names", "'{my-cat:2}'", "brace")):
         training(words={"names": {"pt1": ["{my-cat:2}", "my-cat-neg"]}})
 
 
 def test_parameters_never_change_after_validation() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValidationError, check=refuses("num_steps", "frozen")):
         training().num_steps = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "check"),
     [
-        ({"rank": 0}, "an integer rank is at least 1, got 0"),
-        ({"rank": 1.5}, "a float rank is a fraction of out_features between 0 and 1, got 1.5"),
-        ({"lr": -1e-4}, "greater than 0"),
-        ({"branch": "pos"}, "a branch is p or n, .* got"),
-        ({"layers": []}, "at least 1 item"),
-        ({"layers": ["re:(unclosed"]}, "is not a regular expression"),
-        ({"dropout": 1.0}, "less than 1"),
-        ({"timestep_min_rank": 0}, "an integer rank is at least 1, got 0"),
-        ({"timestep_min_rank": 1, "svd_init": True}, "svd_init and timestep_min_rank exclude each other"),
+        ({"rank": 0}, refuses("rank", "got 0")),
+        ({"rank": 1.5}, refuses("rank", "got 1.5")),
+        ({"lr": -1e-4}, refuses("lr", "greater than 0")),
+        ({"branch": "pos"}, refuses("branch", "'pos'")),
+        ({"layers": []}, refuses("layers", "at least 1")),
+        ({"layers": ["re:(unclosed"]}, refuses("layers", "'re:(unclosed'")),
+        ({"dropout": 1.0}, refuses("dropout", "less than 1")),
+        ({"timestep_min_rank": 0}, refuses("timestep_min_rank", "got 0")),
+        ({"timestep_min_rank": 1, "svd_init": True}, refuses("", "svd_init", "timestep_min_rank")),
     ],
 )
-def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], check: Check) -> None:
+    with pytest.raises(ValidationError, check=check):
         LoRAGroup(**(GROUP | change))
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "parts"),
     [
-        ({"pt1": ["my-cat", "my-cat"]}, "same trigger word 'my-cat' in both branches"),
-        ({"pt1": ["my-cat", ""]}, "needs a trigger word per branch"),
-        ({"pt1": ["my cat", "my-cat-neg"]}, "contains a space; use a hyphen"),
-        ({"pt1": ["my/cat", "my-cat-neg"]}, "contains a slash; it names a file"),
+        ({"pt1": ["my-cat", "my-cat"]}, ("'pt1'", "same", "'my-cat'")),
+        ({"pt1": ["my-cat", ""]}, ("'pt1'", "['my-cat', '']")),
+        ({"pt1": ["my cat", "my-cat-neg"]}, ("'my cat'", "space")),
+        ({"pt1": ["my/cat", "my-cat-neg"]}, ("'my/cat'", "slash")),
     ],
 )
-def test_a_pair_of_trigger_words_that_cannot_work_is_refused(names: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_a_pair_of_trigger_words_that_cannot_work_is_refused(names: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, check=refuses("names", *parts)):
         WordsParams(names=names)
 
 
@@ -121,24 +141,24 @@ def test_only_a_guidance_scale_of_constantly_one_has_a_single_branch(scale: obje
 
 
 @pytest.mark.parametrize(
-    ("scale", "message"),
+    ("scale", "check"),
     [
-        ("high", "is a number or 'low-high:curve', got 'high'"),
-        ("1-3:sin", "guidance_scale.curve\n.*'ln', 'cos' or 'cos2'.*'sin'"),
-        ("0.5", "guidance_scale.low\n.*greater than or equal to 1.*0.5"),
-        ("3-0.5", "guidance_scale.high\n.*greater than or equal to 1.*0.5"),
-        ("__import__('os')", "is a number or"),
-        ("", "is a number or"),
-        ("3-", "is a number or"),
-        ("-1", "is a number or"),
-        ("3.0 or 1", "is a number or"),
-        ("9" * 400, "guidance_scale.low\n.*finite number"),
-        (True, "is a number or"),
-        (None, "guidance_scale"),
+        ("high", refuses("guidance_scale", "'high'")),
+        ("1-3:sin", refuses("guidance_scale.curve", "'cos2'")),
+        ("0.5", refuses("guidance_scale.low", "equal to 1")),
+        ("3-0.5", refuses("guidance_scale.high", "equal to 1")),
+        ("__import__('os')", refuses("guidance_scale", "__import__")),
+        ("", refuses("guidance_scale", "''")),
+        ("3-", refuses("guidance_scale", "'3-'")),
+        ("-1", refuses("guidance_scale", "'-1'")),
+        ("3.0 or 1", refuses("guidance_scale", "'3.0 or 1'")),
+        ("9" * 400, refuses("guidance_scale.low", "finite")),
+        (True, refuses("guidance_scale", "True")),
+        (None, refuses("guidance_scale")),
     ],
 )
-def test_a_guidance_scale_that_says_nothing_is_refused(scale: object, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_an_invalid_guidance_scale_is_refused(scale: object, check: Check) -> None:
+    with pytest.raises(ValidationError, check=check):
         training(guidance_scale=scale)
 
 
@@ -154,7 +174,7 @@ def test_a_guidance_scale_that_says_nothing_is_refused(scale: object, message: s
         (10**19, "1e+19"),
     ],
 )
-def test_a_guidance_scale_is_parsed_once_and_dumped_as_a_text_that_means_the_same(written: object, read: str) -> None:
+def test_a_guidance_scale_is_dumped_as_an_equivalent_text(written: object, read: str) -> None:
     scale = training(guidance_scale=written).guidance_scale
     assert (str(scale), scale.model_dump()) == (read, read)
     assert str(GuidanceScale.model_validate(read)) == read
@@ -169,94 +189,104 @@ def test_caption_transforms_keep_their_order_and_survive_a_dump() -> None:
 
 @pytest.mark.parametrize("transform", ["tag_mix", {"tag_dropout": 1.5}, {"tag_shuffle": 0.5}, "tag_erase"])
 def test_a_caption_transform_out_of_bounds_is_refused(transform: object) -> None:
-    with pytest.raises(ValidationError, match="caption_transforms"):
+    with pytest.raises(ValidationError) as error:
         training(caption_transforms=[transform])
+    assert {each["loc"][:2] for each in error.value.errors()} == {("caption_transforms", 0)}
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATE_PRESETS))
-def test_a_preset_of_templates_says_the_word_and_the_caption(name: str) -> None:
+def test_a_preset_of_templates_has_the_word_and_the_caption(name: str) -> None:
     templates = training(templates=name).templates
     assert templates == TEMPLATE_PRESETS[name]
     assert all("{pt1}" in template and "{caption}" in template for template in templates)
 
 
 def test_a_rank_by_timestep_is_refused_in_the_text_encoder() -> None:
-    with pytest.raises(ValidationError, match="the text encoder does not know the timestep"):
+    with pytest.raises(ValidationError, check=refuses("", "lora_text_encoder", "timestep_min_rank")):
         training(lora_text_encoder=[GROUP | {"timestep_min_rank": 1}])
 
 
 def test_a_negative_clip_skip_is_refused() -> None:
-    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+    with pytest.raises(ValidationError, check=refuses("clip_skip", "equal to 0")):
         training(clip_skip=-1)
 
 
 def test_a_training_of_nothing_is_refused() -> None:
-    with pytest.raises(ValidationError, match="nothing to train"):
+    with pytest.raises(ValidationError, check=refuses("", "lora_unet", "words.names")):
         training(words={})
 
 
 def test_a_negative_group_without_a_negative_branch_is_refused() -> None:
-    with pytest.raises(ValidationError, match="there is no negative branch, but a LoRA group has branch: n"):
+    with pytest.raises(ValidationError, check=refuses("", "guidance_scale", "branch: n")):
         training(guidance_scale="1.0", lora_unet=[GROUP | {"branch": "n"}])
 
 
 def test_a_branch_that_nothing_trains_is_refused() -> None:
-    with pytest.raises(ValidationError, match="no LoRA group trains the negative branch"):
+    with pytest.raises(ValidationError, check=refuses("", "branch: n", "words")):
         training(words={}, lora_unet=[GROUP | {"branch": "p"}])
 
 
 def test_a_side_off_the_grid_is_refused() -> None:
-    with pytest.raises(ValidationError, match="side_px 100 is not a multiple of multiple_px 64"):
+    with pytest.raises(ValidationError, check=refuses("", "side_px 100", "multiple_px 64")):
         BucketParams(side_px=100)
 
 
-def test_a_single_prompt_may_stand_alone() -> None:
+def test_a_single_prompt_is_accepted() -> None:
     assert GenerateParams(prompts="a red fox, blue background").prompts == ("a red fox, blue background",)  # type: ignore[arg-type]
 
 
 def test_an_unknown_evaluator_is_refused_before_a_training_that_ends_with_it() -> None:
-    with pytest.raises(ValidationError, match="an evaluator is efficientnet-lite0, clip:… or dinov2:…, got 'vgg16'"):
+    with pytest.raises(ValidationError, check=refuses("evaluators", "'vgg16'")):
         EvaluationParams(prompts=("a",), prior_prompts=("b",), evaluators=("vgg16",))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "check"),
     [
-        ({"title": "a/b"}, "should match pattern"),
-        ({"formats": []}, "at least 1 item"),
-        ({"formats": ["lycoris"]}, "'kohya', 'peft', 'toolkit' or 'embeddings'"),
-        ({"dtype": "int8"}, "'float32', 'float16' or 'bfloat16'"),
+        ({"title": "a/b"}, refuses("title", "pattern")),
+        ({"formats": []}, refuses("formats", "at least 1")),
+        ({"formats": ["lycoris"]}, refuses("formats.0", "'toolkit'")),
+        ({"dtype": "int8"}, refuses("dtype", "'bfloat16'")),
     ],
 )
-def test_an_export_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_an_export_out_of_bounds_is_refused(change: dict[str, Any], check: Check) -> None:
+    with pytest.raises(ValidationError, check=check):
         ExportParams(**({"title": "cat"} | change))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "check"),
     [
-        ({"timesteps": (0.5, 0.5)}, "low below high, got \\[0.5, 0.5\\]"),
-        ({"timesteps": (0.0, 1.5)}, "less than or equal to 1"),
-        ({"noise_offset": -0.1}, "greater than or equal to 0"),
-        ({"ema_decay": 1.0}, "less than 1"),
-        ({"optimizer": "lion"}, "'adamw', 'adamw8bit', 'prodigy' or 'schedule_free'"),
-        ({"optimizer": "schedule_free", "lora_unet": [GROUP]}, "needs schedule.kind constant, got one_cycle"),
-        ({"words": WORDS | {"optimizer": "schedule_free"}}, "needs words_schedule.kind constant, got one_cycle"),
+        ({"timesteps": (0.5, 0.5)}, refuses("timesteps", "[0.5, 0.5]")),
+        ({"timesteps": (0.0, 1.5)}, refuses("timesteps.1", "equal to 1")),
+        ({"noise_offset": -0.1}, refuses("noise_offset", "equal to 0")),
+        ({"ema_decay": 1.0}, refuses("ema_decay", "less than 1")),
+        ({"optimizer": "lion"}, refuses("optimizer", "'schedule_free'")),
+        (
+            {"optimizer": "schedule_free", "lora_unet": [GROUP]},
+            refuses("", "optimizer: ", " schedule.kind", "one_cycle"),
+        ),
+        (
+            {"words": WORDS | {"optimizer": "schedule_free"}},
+            refuses("", "words.optimizer: ", "words_schedule.kind", "one_cycle"),
+        ),
         (
             {
                 "words": WORDS | {"optimizer": "schedule_free"},
                 "words_schedule": {"kind": "constant"},
                 "ema_decay": 0.9,
             },
-            "averages by itself; set ema_decay to 0, got 0.9",
+            refuses("", "words.optimizer: ", "ema_decay", "0.9"),
         ),
-        ({"optimizer": "prodigy", "lora_unet": [GROUP]}, r"takes lr as a factor, usually 1.0.* got \[0.0001\]"),
-        ({"words": WORDS | {"optimizer": "prodigy", "lr": 1.0}, "scale_lr": True}, "set scale_lr to false"),
+        ({"optimizer": "prodigy", "lora_unet": [GROUP]}, refuses("", "optimizer: ", "[0.0001]")),
+        (
+            {"words": WORDS | {"optimizer": "prodigy", "lr": 1.0}, "scale_lr": True},
+            refuses("", "words.optimizer: ", "scale_lr"),
+        ),
     ],
 )
-def test_an_objective_or_optimizer_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_an_objective_or_optimizer_that_cannot_work_is_refused(change: dict[str, Any], check: Check) -> None:
+    with pytest.raises(ValidationError, check=check):
         training(**change)
 
 
@@ -264,7 +294,7 @@ def test_an_objective_or_optimizer_that_cannot_work_is_refused(change: dict[str,
     "change", [{"kind": "l1"}, {"huber_delta": 0}, {"reconstruction_weight": -1}, {"reconstruction_norm": "ssim"}]
 )
 def test_a_loss_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, check=refuses(*change)):
         LossParams(**change)
 
 
@@ -272,32 +302,32 @@ def test_a_loss_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "parts"),
     [
-        ("HeunDiscreteSheduler", "there is no scheduler of this name .* did you mean HeunDiscreteScheduler"),
-        ("eular", "did you mean euler"),
-        ("xyz", "choose one of ddim, "),
-        ("FlowMatchEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler is for models trained by flow matching"),
-        ("DPMSolverSDEScheduler", "draws its noise with torchsde.* sde-dpmsolver\\+\\+"),
-        ("RePaintScheduler", "needs inputs at every step"),
+        ("HeunDiscreteSheduler", ("HeunDiscreteScheduler",)),
+        ("eular", ("euler",)),
+        ("xyz", ("ddim", "UniPCMultistepScheduler")),
+        ("FlowMatchEulerDiscreteScheduler", ("FlowMatchEulerDiscreteScheduler", "flow-matching")),
+        ("DPMSolverSDEScheduler", ("torchsde", "sde-dpmsolver++")),
+        ("RePaintScheduler", ("RePaintScheduler", "inputs")),
     ],
 )
-def test_a_scheduler_that_cannot_draw_is_refused_with_what_to_do(name: str, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_a_scheduler_that_cannot_draw_is_refused_with_what_to_do(name: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, check=refuses("scheduler", *parts)):
         SamplerParams(scheduler=name)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "refused"),
     [
-        ({"prediction_type": "epsilon", "beta_start": 0.1}, "beta_start, prediction_type are fixed by the base model"),
-        ({"rescale_betas_zero_snr": False}, "rescale_betas_zero_snr are fixed by the base model"),
-        ({"timestep_type": "continuous"}, "timestep_type are fixed by the base model"),
-        ({"use_flow_sigmas": True}, "use_flow_sigmas is for models trained by flow matching"),
+        ({"prediction_type": "epsilon", "beta_start": 0.1}, "beta_start, prediction_type"),
+        ({"rescale_betas_zero_snr": False}, "rescale_betas_zero_snr"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
     ],
 )
-def test_scheduler_options_cannot_contradict_the_base_model(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_scheduler_options_cannot_contradict_the_base_model(options: dict[str, Any], refused: str) -> None:
+    with pytest.raises(ValidationError, check=refuses("scheduler_options", refused)):
         SamplerParams(scheduler_options=options)
 
 
@@ -312,67 +342,68 @@ def test_the_reference_preset_of_strengths_is_known_by_name_everywhere() -> None
 
 
 def test_an_unknown_preset_of_strengths_is_refused() -> None:
-    with pytest.raises(
-        ValidationError, match=r"a strength is \{positive: …, negative: …\} or reference, got 'referenc'"
-    ):
+    with pytest.raises(ValidationError, check=refuses("", "reference", "'referenc'")):
         StrengthParams.model_validate("referenc")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "check"),
     [
-        ({"width": 64}, "width and height belong together"),
-        ({"width": 60, "height": 64}, "multiple of 8"),
-        ({"denoise": 0.0}, "greater than 0"),
-        ({"denoise": 1.1}, "less than or equal to 1"),
-        ({"denoise": 0.04}, "denoise 0.04 of 20 steps leaves none; raise denoise to at least 0.05, or take more steps"),
+        ({"width": 64}, refuses("", "width", "height")),
+        ({"width": 60, "height": 64}, refuses("width", "multiple of 8")),
+        ({"denoise": 0.0}, refuses("denoise", "greater than 0")),
+        ({"denoise": 1.1}, refuses("denoise", "equal to 1")),
+        ({"denoise": 0.04}, refuses("", "denoise 0.04 of 20 steps", "0.05")),
     ],
 )
-def test_sizes_and_denoise_that_cannot_be_drawn_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_sizes_and_denoise_that_cannot_be_drawn_are_refused(change: dict[str, Any], check: Check) -> None:
+    with pytest.raises(ValidationError, check=check):
         GenerateParams(**{"prompts": ("a {pt1}",), **change})
 
 
-def test_a_training_has_one_beginning() -> None:
+def test_start_from_cannot_be_combined_with_svd_init() -> None:
     group = {"lr": 1e-3, "rank": 1, "layers": ["a"], "svd_init": True}
-    with pytest.raises(ValidationError, match="start_from cannot be combined with svd_init"):
+    with pytest.raises(ValidationError, check=refuses("", "start_from", "svd_init")):
         TrainingParams(num_steps=1, guidance_scale="1", lora_unet=[group], start_from="concept.safetensors")
 
 
-def test_one_file_or_name_may_stand_alone_in_an_import() -> None:
+def test_an_import_accepts_a_single_file_or_name() -> None:
     params = ImportParams(positive="cat.safetensors", words={"pt1": "my-cat.pt"}, names={"pt1": "my-own-cat"})
     assert params.positive == ("cat.safetensors",)
     assert (params.words, params.names) == ({"pt1": ("my-cat.pt",)}, {"pt1": ("my-own-cat",)})
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "check"),
     [
-        ({"toolkit": "ckpts", "positive": "cat.safetensors"}, "either toolkit, or positive, negative and words"),
-        ({"positive": "cat.safetensors", "step": 3}, "step is for toolkit"),
-        ({"words": {"pt1": ["a.pt", "b.pt"]}, "names": {"pt1": "a"}}, "names of slot 'pt1' need as many files"),
-        ({"names": {"pt2": "a"}}, r"names of slot 'pt2' need as many files in words; got \['a'\] for \[\]"),
-        ({"words": {"pt1": ["a.pt", "b.pt", "c.pt"]}}, "at most 2 items"),
-        ({"words": {"pt1": []}}, "at least 1 item"),
+        ({"toolkit": "ckpts", "positive": "cat.safetensors"}, refuses("", "toolkit", "positive, negative")),
+        ({"positive": "cat.safetensors", "step": 3}, refuses("", "toolkit", "step 3")),
+        (
+            {"words": {"pt1": ["a.pt", "b.pt"]}, "names": {"pt1": "a"}},
+            refuses("", "'pt1'", "['a']", "['a.pt', 'b.pt']"),
+        ),
+        ({"names": {"pt2": "a"}}, refuses("", "'pt2'", "['a']", "[]")),
+        ({"words": {"pt1": ["a.pt", "b.pt", "c.pt"]}}, refuses("words.pt1", "at most 2")),
+        ({"words": {"pt1": []}}, refuses("words.pt1", "at least 1")),
     ],
 )
-def test_an_import_that_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_an_import_that_contradicts_itself_is_refused(values: dict[str, Any], check: Check) -> None:
+    with pytest.raises(ValidationError, check=check):
         ImportParams(**values)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
-    with pytest.raises(ValidationError, match="finite"):
+    with pytest.raises(ValidationError, check=refuses("lr", "finite")):
         LoRAGroup.model_validate({"lr": value, "rank": 1, "layers": ["re:.*"]})
 
 
 def test_a_single_word_is_no_template_but_a_misspelt_preset() -> None:
-    with pytest.raises(ValidationError, match="a template or a preset out of object, style, caption"):
+    with pytest.raises(ValidationError, check=refuses("templates", "object, style, caption")):
         TrainingParams.model_validate({"num_steps": 1, "templates": "styel"})
 
 
-def test_what_only_says_how_a_training_runs_is_not_part_of_what_can_change_the_concept() -> None:
+def test_options_that_do_not_change_the_concept_are_no_result_values() -> None:
     plain = training()
     preview = {"every": 5, "prompts": ["a {pt1}"], "seed": 3}
     assert training(preview=preview, start_from="start.safetensors").result_values() == plain.result_values()

@@ -1,10 +1,12 @@
-"""Weighted words: the reference toolkit's syntax, by examples worked out by hand."""
+"""Weighted words: the syntax of the reference toolkit, by hand-derived examples."""
 
 from __future__ import annotations
 
 import pytest
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.prompt_weights import parse_weights
+from refusals import says
 
 
 @pytest.mark.parametrize(
@@ -26,27 +28,27 @@ from dreamartist_pipeline.prompt_weights import parse_weights
     ],
 )
 def test_braces_become_weights(prompt: str, parts: list[tuple[str, float]]) -> None:
-    came = parse_weights(prompt)
-    assert [text for text, _ in came] == [text for text, _ in parts]
-    assert [weight for _, weight in came] == pytest.approx([weight for _, weight in parts])
+    parsed = parse_weights(prompt)
+    assert [text for text, _ in parsed] == [text for text, _ in parts]
+    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in parts])
 
 
-def test_the_guides_own_example() -> None:
+def test_the_example_of_the_inference_guide() -> None:
     """`a {cat} running {in the {city}:1.2}`: cat 1.1 times, "in the" 1.2 times, city 1.2 · 1.1 times."""
-    came = [(text.strip(), weight) for text, weight in parse_weights("a {cat} running {in the {city}:1.2}")]
-    assert [text for text, _ in came] == ["a", "cat", "running", "in the", "city"]
-    assert [weight for _, weight in came] == pytest.approx([1, 1.1, 1, 1.2, 1.32])
+    parsed = [(text.strip(), weight) for text, weight in parse_weights("a {cat} running {in the {city}:1.2}")]
+    assert [text for text, _ in parsed] == ["a", "cat", "running", "in the", "city"]
+    assert [weight for _, weight in parsed] == pytest.approx([1, 1.1, 1, 1.2, 1.32])
 
 
 @pytest.mark.parametrize("number", ["", "big", "1.2.3", "nan", "inf", "1e999", "1_0", "--1"])
-def test_what_is_no_number_is_named(number: str) -> None:
-    with pytest.raises(ValueError, match=f"expected a weight such as {{cat:1.2}} .* got '{number}'"):
+def test_a_weight_that_is_no_number_is_refused(number: str) -> None:
+    with pytest.raises(InputError, check=says(expected="{cat:1.2}", got=f"{number!r} in")):
         parse_weights(f"a {{cat:{number}}}")
 
 
 @pytest.mark.parametrize(
-    ("prompt", "what"), [("a {cat", "'{' without '}'"), ("a cat}", "'}' without '{'"), ("}{", "'{' without '}'")]
+    ("prompt", "brace"), [("a {cat", "'{' without '}'"), ("a cat}", "'}' without '{'"), ("}{", "'{' without '}'")]
 )
-def test_a_brace_without_its_partner_is_named(prompt: str, what: str) -> None:
-    with pytest.raises(ValueError, match=f"got {what} in"):
+def test_an_unbalanced_brace_is_refused(prompt: str, brace: str) -> None:
+    with pytest.raises(InputError, check=says(got=f"{brace} in {prompt!r}")):
         parse_weights(prompt)

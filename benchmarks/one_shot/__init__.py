@@ -1,1 +1,1 @@
-"""What `score_one_shot.py` is made of beside the judge: prompts, recognition, tables."""
+"""Parts of `score_one_shot.py`: prompts, recognition, tables."""

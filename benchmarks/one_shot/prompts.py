@@ -1,24 +1,22 @@
-"""The prompts that recognition is measured with: each asks for another background, and for one more thing or none."""
+"""Prompts of the recognition benchmark: another background than the reference, and at most one more difference."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dreamartist_pipeline.embedded.scenes import Scenes, Shown, all_tints, draw_scenes
+from dreamartist_pipeline.embedded.scenes import Scenes, Shown, all_tints, draw_scenes, interleaved
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 PLAIN, HARD = "plain", "hard"
-GROUP_OF = {"background": PLAIN, "color": HARD, "style": HARD, "size": HARD}  # what a prompt asks to be different
-ASKED_STYLES = ("flat", "glossy")  # of no reference picture; every object is drawn in them
+GROUP_OF = {"background": PLAIN, "color": HARD, "style": HARD, "size": HARD}  # difference from the reference -> group
+ASKED_STYLES = ("flat", "glossy")  # styles of no reference picture, with drawings of every object
 REFERENCE_BACKGROUND = "white"
-SLOT = "{}"  # where a prompt names its object
+SLOT = "{}"  # placeholder of the object
 
-_SHARES = {"background": 2, "color": 1, "style": 1, "size": 1}  # of prompts, so that both groups are well known
+_SHARES = {"background": 2, "color": 1, "style": 1, "size": 1}  # of prompts; both groups have enough
 _TINTED_SHARE = 0.5
 _SCENES_PER_PROMPT, _MORE_SCENES = 1000, 2000  # one in 450 is of the rarest kind
 
@@ -28,8 +26,8 @@ class Prompts:
     """Prompts with the scenes they describe.
 
     Attributes:
-        scenes: one object each, of which only the place and the colours count; not its sprite.
-        kinds: for each, what it asks to be different: a key of GROUP_OF.
+        scenes: one object each; the sprite is a placeholder.
+        kinds: of each prompt, a key of GROUP_OF.
     """
 
     scenes: Scenes
@@ -45,10 +43,10 @@ class Prompts:
 
 
 def draw_prompts(num_prompts: int, seed: int) -> Prompts:
-    """Draw the prompts; the same seed draws the same.
+    """Draw the prompts.
 
     Args:
-        num_prompts: of each hard kind; of plain ones there are twice as many.
+        num_prompts: per hard kind; twice as many plain ones.
         seed: of the scenes.
     """
     slots = SpriteSet(torch.empty(0, 4, 1, 1, dtype=torch.uint8), (SLOT,) * len(ASKED_STYLES), ASKED_STYLES)
@@ -60,26 +58,20 @@ def draw_prompts(num_prompts: int, seed: int) -> Prompts:
         if len(of_kind) < share * num_prompts:
             raise ValueError(f"expected {share * num_prompts} prompts of the kind {kind!r}, got {len(of_kind)}")
         chosen += _evenly(scenes, of_kind)[: share * num_prompts]
-    shown = tuple(scenes.shown[index] for index in chosen)
-    rows = dataclasses.replace(scenes.rows(torch.tensor(chosen)), shown=shown)
-    return Prompts(rows, tuple(str(kind_of(one)) for one in shown))
+    drawn = scenes.subset(chosen)
+    return Prompts(drawn, tuple(str(kind_of(shown)) for shown in drawn.shown))
 
 
 def _evenly(scenes: Scenes, indices: Sequence[int]) -> list[int]:
-    """Return scenes in an order in which every colour, of the object or else of the background, comes equally often."""
-    seen: Counter[str] = Counter()
-    turns: list[tuple[int, int]] = []
-    for index in indices:
-        color = scenes.shown[index].tints[0] or scenes.shown[index].background
-        seen[color] += 1
-        turns.append((seen[color], index))
-    return [index for _, index in sorted(turns)]
+    """Order scenes so that every colour, of the object or else of the background, is equally frequent."""
+    colors = [scenes.shown[index].tints[0] or scenes.shown[index].background for index in indices]
+    return [indices[position] for position in interleaved(colors)]
 
 
 def kind_of(shown: Shown) -> str | None:
-    """Return what a caption asks to be different beside the background, or None where it does not fit.
+    """Return the kind of a caption, or None if the benchmark does not use it.
 
-    It fits when it asks for one object before another plain background, and for at most one more thing.
+    Used are captions with one object, another plain background, and at most one more difference.
     """
     if len(shown.objects) != 1 or shown.pattern != "plain" or shown.background == REFERENCE_BACKGROUND:
         return None
@@ -91,6 +83,6 @@ def kind_of(shown: Shown) -> str | None:
 
 
 def fill(templates: Sequence[str], word: str) -> list[str]:
-    """Put a word into templates, "an" before a vowel."""
+    """Fill a word into templates, with "an" before a vowel."""
     article = "an" if word[:1] in "aeiou" else "a"
     return [template.replace(f"a {SLOT}", f"{article} {SLOT}").replace(SLOT, word) for template in templates]

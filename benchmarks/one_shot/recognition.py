@@ -1,6 +1,6 @@
-"""Recognition of one-shot subjects: are they found again among the drawings of many objects?
+"""Recognition of one-shot subjects among the drawings of many objects.
 
-Every row of the table is a set of pictures of the same prompts; `embedded/recognition.py` has the arithmetic.
+All rows of the table have the same prompts; `gallery.py` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.evaluators import Evaluator
 from dreamartist_pipeline.core.images import to_images
-from dreamartist_pipeline.embedded.recognition import Gallery, cut_out, cut_out_drawings, luminance, recognize
 from dreamartist_pipeline.embedded.scenes import compose
+from one_shot.gallery import Gallery, cut_out, cut_out_drawings, luminance, recognize
 from one_shot.prompts import GROUP_OF, Prompts
 from one_shot.world import World
 
 FIXED, ALL = "fixed", "all"  # galleries
 CONCEPTS, KNOWN, CLASS_WORD, REAL, RECONSTRUCTED = "concepts", "known", "class word", "real", "reconstructed"  # rows
-KNOWN_OBJECTS = {  # animals, food and things in the shares of the reporting subjects -> the style left out for them
+KNOWN_OBJECTS = {  # object -> style excluded from its gallery; kinds in the proportions of the reporting subjects
     "rabbit": "noto",
     "turtle": "twemoji",
     "butterfly": "noto",
@@ -41,12 +41,12 @@ _BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of all prompts that should show one object.
+    """Images of all prompts for one object.
 
     Attributes:
         row: of the table.
         word: the object.
-        style: the one left out of the gallery: that of the reference picture.
+        style: of the reference picture; excluded from the gallery.
         images: one for each prompt.
     """
 
@@ -60,7 +60,7 @@ class Drawn:
 
 
 def paint_real(world: World, word: str, prompts: Prompts, size_px: int) -> torch.Tensor:
-    """Compose the prompts' scenes of the real drawing, in the style asked for or else that of the reference.
+    """Compose the scenes of the prompts from the real drawing, in the style of the prompt or else of the reference.
 
     Returns:
         float32 `[N, 3, size_px, size_px]` in [-1, 1].
@@ -76,7 +76,7 @@ def paint_real(world: World, word: str, prompts: Prompts, size_px: int) -> torch
 def draw_ceilings(
     world: World, prompts: Prompts, size_px: int, reconstruct: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[Drawn]:
-    """Return the real pictures of every subject, and what an autoencoder (`reconstruct`) leaves of them."""
+    """Return the real images of every subject, and their reconstructions by an autoencoder."""
     ceilings: list[Drawn] = []
     for word, style in world.references.items():
         real = paint_real(world, word, prompts, size_px)
@@ -88,11 +88,11 @@ def draw_ceilings(
 # ------------------------------------------------------------------------------------------- recognising
 
 Galleries = Mapping[tuple[str, bool], Gallery]
-"""(gallery, in colour or not) -> its drawings."""
+"""(gallery, in colour) -> its drawings."""
 
 
 def build_galleries(world: World, names: Sequence[str], size_px: int, evaluator: Evaluator) -> Galleries:
-    """Embed the drawings of some galleries, at the size of the pictures to come."""
+    """Embed the drawings of galleries, rendered at the size of the images."""
     words = set(world.sprites.objects) if ALL in names else set(world.fixed)
     chosen = [index for index, word in enumerate(world.sprites.objects) if word in words]
     objects, styles = (tuple(of[index] for index in chosen) for of in (world.sprites.objects, world.sprites.styles))
@@ -107,9 +107,9 @@ def build_galleries(world: World, names: Sequence[str], size_px: int, evaluator:
 
 
 def answers(drawn: Drawn, prompts: Prompts, galleries: Galleries, evaluator: Evaluator) -> pd.DataFrame:
-    """Return one line per picture and gallery: the object's rank, and the object nearest to the picture.
+    """Return one row per image and gallery: rank of the object, and nearest object.
 
-    Where a prompt asks for another colour, pictures and drawings are compared without colours.
+    For prompts with another colour, only luminance is compared.
     """
     lines: list[pd.DataFrame] = []
     for in_color in (True, False):
@@ -135,7 +135,7 @@ def answers(drawn: Drawn, prompts: Prompts, galleries: Galleries, evaluator: Eva
 def _embed(
     evaluator: Evaluator, cut_outs: Sequence[Image.Image], in_color: bool, label: str | None = None
 ) -> torch.Tensor:
-    """Embed cut-out objects; a label shows progress."""
+    """Embed cut-out objects, with a progress bar if there is a label."""
     images = cut_outs if in_color else [luminance(image) for image in cut_outs]
     starts = tqdm(range(0, len(images), _BATCH_SIZE), desc=label, unit="batch", disable=label is None)
     return torch.cat([evaluator.embed(images[start : start + _BATCH_SIZE]) for start in starts])

@@ -1,4 +1,4 @@
-"""From the answers about every picture to tables: shares with intervals over objects, and what is aimed at."""
+"""Tables of the recognition benchmark: shares with intervals over objects, and targets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image
 
 from dreamartist_pipeline.core.images import image_grid
-from dreamartist_pipeline.embedded.recognition import bootstrap_mean, cut_out
+from one_shot.gallery import bootstrap_mean, cut_out
 from one_shot.prompts import GROUP_OF, HARD, PLAIN, Prompts
 from one_shot.recognition import ALL, CLASS_WORD, CONCEPTS, FIXED, KNOWN, REAL, RECONSTRUCTED, Drawn
 
@@ -27,7 +27,7 @@ _SHOWN_PER_KIND = 2
 
 @dataclass(frozen=True)
 class Target:
-    """What concepts are to reach: a share of what known objects reach, and no less than a least value."""
+    """Target of concepts: a factor of the share of known objects, and a minimum."""
 
     group: str
     top: int
@@ -70,7 +70,7 @@ def summarize(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_to_markdown(summary: pd.DataFrame) -> str:
-    """Return one line per row, in brackets the intervals."""
+    """Return a table with one line per row, intervals in brackets."""
     columns = [
         (gallery, group, top) for gallery in summary.index.unique("gallery") for group in (PLAIN, HARD) for top in TOPS
     ]
@@ -84,8 +84,8 @@ def summary_to_markdown(summary: pd.DataFrame) -> str:
 
 
 def targets_to_markdown(summary: pd.DataFrame) -> str:
-    """Return what is aimed at, and whether it is reached in the fixed gallery."""
-    lines = _header(["prompts", "concepts", "known objects", "aimed at", "reached"])
+    """Return a table of the targets and results in the fixed gallery."""
+    lines = _header(["prompts", "concepts", "known objects", "target", "reached"])
     for target in TARGETS:
         reached, known = (
             float(summary.loc[(row, FIXED, target.group, target.top), "mean"]) for row in (CONCEPTS, KNOWN)
@@ -100,7 +100,7 @@ def targets_to_markdown(summary: pd.DataFrame) -> str:
 
 
 def objects_to_markdown(answers: pd.DataFrame) -> str:
-    """Return one line per subject, and per known object: its shares in the fixed gallery, and what it is taken for."""
+    """Return a table of shares and confusions in the fixed gallery, by subject and known object."""
     fixed = answers[(answers["gallery"] == FIXED) & answers["row"].isin([CONCEPTS, KNOWN])]
     groups, kinds = by_object(fixed, "group"), by_object(fixed, "kind")
     hard_kinds = [kind for kind, group in GROUP_OF.items() if group == HARD]
@@ -124,7 +124,7 @@ def _header(titles: Sequence[str]) -> list[str]:
 
 
 def sheet(drawn: Sequence[Drawn], answers: pd.DataFrame, prompts: Prompts) -> Image.Image:
-    """Lay out some cut-outs of every concept, with the prompt and what they are taken for."""
+    """Return a grid of some cut-outs of every concept, labelled with prompt and nearest object."""
     shown = [
         index
         for kind in GROUP_OF

@@ -1,7 +1,7 @@
-"""A few calls for scripts and notebooks: concepts from files, pictures, sampling from given noise, a step's numbers.
+"""Functions for scripts and notebooks: read concepts, draw images, sample given latents, compute one training step.
 
-Nothing here is random. `draw_images` takes seeds; in the other calls latents, noise and timesteps are handed in, so
-that results can be compared with those of any other implementation.
+Nothing is random: `draw_images` takes seeds; the other functions take latents, noise and timesteps, so that results can
+be compared with other implementations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dreamartist_pipeline.core.concept import Concept, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
-from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, by_branch
+from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.errors import InputError
@@ -68,7 +68,7 @@ def open_base_model(folder: str | Path, device: DeviceParams = _CPU) -> Backbone
 
 
 def read_concept(path: str | Path) -> Concept:
-    """Read a concept that this project trained, `data/06_models/<subject>/concept.safetensors`.
+    """Read a concept of this project, `data/06_models/<subject>/concept.safetensors`.
 
     Raises:
         InputError: no such file, or not a concept.
@@ -76,7 +76,7 @@ def read_concept(path: str | Path) -> Concept:
     file = Path(path)
     if not file.is_file():
         raise InputError(
-            expected=f"a concept's file at {file}", got="none", remedy="correct the path, or train the concept"
+            expected=f"a concept file at {file}", got="none", remedy="correct the path, or train the concept"
         )
     return concept_file.read_concept(file.read_bytes(), str(file))
 
@@ -95,27 +95,27 @@ def draw_images(
     mask: Image.Image | None = None,
     denoise: float | None = None,
 ) -> list[Image.Image]:
-    """Draw every prompt from every seed as the generate pipeline does: positive word and adapter, negative adapter.
+    """Draw every prompt with every seed, as the generate pipeline does.
 
     Args:
         backbone: the base model.
-        concept: what was trained on it, or None.
+        concept: a concept for this base model, or None.
         prompts: one or several; '{pt1}' is the positive trigger word.
-        negative_prompt: of the other side; the negative trigger word, '{pt1}', acts only if it is written here.
-        seeds: one image each, which depends on nothing but its own seed.
+        negative_prompt: '{pt1}' is the negative trigger word, which is used only if the prompt contains it.
+        seeds: one image per prompt and seed; an image depends on its own seed only.
         strength: a factor on each branch's adapter; "reference" is the toolkit's 0.8 positive, 0.65 negative.
         sampler: scheduler, steps, guidance scale, batch size.
-        size_px: (width, height); None: the base model's size, in the proportions of `image`.
-        image: a picture to start from (img2img).
-        mask: of its proportions, white where it is drawn anew (inpainting).
-        denoise: the share of the steps that is taken from `image`, diffusers' `strength`; None: 0.8, and 1 with a mask.
+        size_px: (width, height); None: the base model's size, with the aspect ratio of `image`.
+        image: initial image (img2img).
+        mask: white where `image` is redrawn (inpainting), with the same aspect ratio.
+        denoise: share of the steps that are run on `image`, diffusers' `strength`; None: 0.8, or 1 with a mask.
 
     Returns:
         The images, prompt by prompt, each with its settings in `info`: `parameters`, and `dreamartist` as JSON.
 
     Raises:
-        InputError: a concept that does not fit the base model, a scheduler that cannot be set up, or pictures that do
-            not go together.
+        InputError: a concept that does not fit the base model, an invalid scheduler, or an image and mask that do not
+            fit each other.
     """
     check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
     request = DrawingRequest(
@@ -141,30 +141,30 @@ def read_toolkit_concept(
 ) -> Concept:
     """Read the reference toolkit's files of one step as a concept for this base model, as `import.toolkit` does.
 
-    What a pair lacks where it may, all negative adapters or the negative word, is logged as a warning.
+    Missing negative adapters and a missing negative word are logged as warnings.
 
     Args:
-        backbone: the base model that it was trained on; the files do not say which.
+        backbone: the base model of the training; the files do not name it.
         folder: `{unet,text_encoder}[-neg]-STEP.safetensors` (or `.ckpt`) and the words as `WORD-STEP.pt` or `WORD.pt`;
             or a folder with all these in `ckpts/`.
-        words: (positive, negative); None takes the two `.pt` files, of which the negative ends in "-neg".
-        clip_skip: as it was trained; the files do not say. What is for layers that it leaves out is not read.
-        step: which step; None takes the newest.
-        positive_acts_on: what positive adapters act on where there are no negative ones: "both" sides of the guidance,
-            as in other tools, or the "positive" one alone.
+        words: (positive, negative); None: the two `.pt` files, of which the negative ends in "-neg".
+        clip_skip: of the training; the files do not name it. Layers that it skips are not read.
+        step: None: the newest.
+        positive_acts_on: what positive adapters act on without negative ones: "both" branches, as in other tools, or
+            only the "positive" one.
 
     Raises:
-        InputError: no such folder, no files of that step, a file that does not belong there or to this base model, half
-            of a pair of adapters, or words that are no pair or cannot be used.
+        InputError: no such folder, no files of that step, an unexpected file or one for another base model, an
+            incomplete pair of adapters, or words that are not a pair or not valid.
     """
     if isinstance(words, str):
-        raise InputError(expected="`words` as (positive, negative)", got=f"the text {words!r}", remedy="give both")
+        raise InputError(expected="`words` as (positive, negative)", got=f"{words!r}", remedy="give both")
     layout, names = layout_of(backbone, clip_skip), {SLOT: words} if words else {}
     read = read_toolkit_folder(
         folder_files(Path(folder).expanduser()), str(folder), layout, names, step, _WORDS_ARGUMENT
     )
     imported = resolve(read, layout, positive_acts_on, _WORDS_ARGUMENT)
-    _warn_of_halves(imported, str(folder))
+    _warn_incomplete_pair(imported, str(folder))
     return make_concept(imported, backbone.identity, clip_skip=clip_skip)
 
 
@@ -178,23 +178,23 @@ def sample_latents(
     strength: StrengthParams | Literal["reference"] = _FULL_STRENGTH,
     sampler: SamplerParams = _FIVE_DDIM_STEPS,
 ) -> torch.Tensor:
-    """Denoise given latents, one adapter per branch: `neg + s · (pos − neg)` goes to the scheduler at every step.
+    """Denoise given latents with one adapter per branch; the scheduler gets `neg + s · (pos − neg)` at every step.
 
     Args:
         backbone: the base model.
-        concept: what was trained on it, or None.
-        prompt: of the positive branch, trigger word or '{pt1}' in it.
-        negative_prompt: of the negative branch; the negative trigger word, '{pt1}', acts only if it is written here.
+        concept: a concept for this base model, or None.
+        prompt: of the positive branch; '{pt1}' is its trigger word.
+        negative_prompt: of the negative branch; '{pt1}' is its trigger word, which is used only if written here.
         latents: `[B, C, h, w]` standard normal, float32.
         strength: a factor on each branch's adapter.
         sampler: scheduler, steps and s.
 
     Returns:
-        Denoised latents `[B, C, h, w]`, before the autoencoder's scaling factor is taken out.
+        Denoised latents `[B, C, h, w]`, still multiplied by the autoencoder's scaling factor.
 
     Raises:
-        InputError: a scheduler that draws noise on the way or cannot be set up, a concept that does not fit the base
-            model, latents that are not the base model's, or a trigger word beyond the text encoder's context.
+        InputError: an ancestral or invalid scheduler, a concept that does not fit the base model, latents of another
+            shape, or a trigger word beyond the text encoder's context.
     """
     _check_latents(latents, backbone)
     check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
@@ -210,8 +210,11 @@ def sample_latents(
         fill_negative_prompt(negative_prompt, loaded.negative_words),
         fill_prompt(prompt, loaded, _class_word(concept)),
     )
+    loaded.prompts.check_not_cut(filled)
+    rows = torch.zeros(len(latents), dtype=torch.long, device=backbone.device)  # all of the same prompt
     with torch.no_grad():
-        conditioning = _conditioning(loaded, filled, len(latents))
+        encoded = loaded.prompts.encode(loaded.prompts.tokenize(filled))
+        conditioning = encoded[rows_of(rows, 1, _NUM_BRANCHES)]
         return sampling.sample_latents(
             lambda noisy, timesteps: loaded.backbone.denoise(noisy, timesteps, conditioning),
             scheduler,
@@ -223,11 +226,14 @@ def sample_latents(
 
 @dataclass(frozen=True)
 class StepValues:
-    """What one training step computes, before any update.
+    """Results of one training step before the update.
 
-    prediction: combined, `[B, C, h, w]`. row_losses: `[B]`; loss: their mean. gradients: of the loss, by the tensor's
-    name in the concept; of the factors and vectors themselves as the concept holds them, without any clipping. A
-    concept read from files of other tools holds `down` as it is in the file and `up` times alpha.
+    Attributes:
+        prediction: combined, `[B, C, h, w]`.
+        row_losses: `[B]`.
+        loss: mean of `row_losses`.
+        gradients: of the loss with respect to the concept's tensors, by name, not clipped. In a concept read from files
+            of other tools, `down` is as in the file and `up` is multiplied by alpha.
     """
 
     prediction: torch.Tensor = field(repr=False)
@@ -251,26 +257,26 @@ def step_values(
 ) -> StepValues:
     """Compute combined prediction, loss and gradients of one step for given latents, noise and timesteps.
 
-    The functions are those of the training loop (`core.training`).
+    It calls the functions of the training loop (`core.training`).
 
     Args:
         backbone: the base model.
-        concept: adapters and words as they are; nothing is changed.
-        prompt, negative_prompt: as the template gives them, each with its branch's trigger word or with '{pt1}'.
+        concept: it is not changed.
+        prompt, negative_prompt: filled templates, each with its branch's trigger word or with '{pt1}'.
         latents, noise: `[B, C, h, w]` float32.
         timesteps: `[B]` integers from 0.
         guidance_scale: a number, or "3.0", or "low-high:curve".
-        loss: kind of error and SNR weighting.
+        loss: loss function and SNR weighting.
         mask: attention mask `[B, 1, h, w]`, or None.
 
     Raises:
-        InputError: a reconstruction loss is asked for, which needs the picture; tensors that do not go together or not
-            with the base model; or a concept that does not fit it.
+        InputError: a reconstruction loss, which needs the image; tensors of the wrong shape; or a concept that does not
+            fit the base model.
     """
     if loss.reconstruction_weight:
         raise InputError(
-            expected="a loss on the prediction alone",
-            got="a reconstruction_weight, which needs the picture",
+            expected="a loss without reconstruction, which needs the image",
+            got=f"reconstruction_weight={loss.reconstruction_weight:g}",
             remedy="set it to 0",
         )
     _check_step(backbone, latents, noise, timesteps, mask)
@@ -282,11 +288,10 @@ def step_values(
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
     batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
     guidance = guidance_at(_guidance(guidance_scale), model.objective.noise_level(batch.timesteps))
-    delta = loss.huber_delta if loss.kind == "huber" else None
     learned = dict(_learned(loaded))
-    with torch.enable_grad():  # also where the caller has turned gradients off
+    with torch.enable_grad():  # also inside the caller's torch.no_grad()
         prediction = combined_prediction(model, batch, guidance)
-        by_row = row_losses(prediction, batch, model.objective, loss.weighting, loss.snr_gamma, delta)
+        by_row = row_losses(prediction, batch, model.objective, loss)
         gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
     return StepValues(
         prediction.detach(),
@@ -314,12 +319,12 @@ def _class_word(concept: Concept | None) -> str:
     return "" if concept is None else concept.metadata.class_word
 
 
-def _warn_of_halves(imported: Imported, folder: str) -> None:
-    """Say what a pair of the toolkit's lacks where it may lack it."""
+def _warn_incomplete_pair(imported: Imported, folder: str) -> None:
+    """Log which parts of a pair the toolkit's folder lacks."""
     if SHARED in imported.adapters:
-        log.warning("%s has no negative adapters: the positive ones act on both sides of the guidance", folder)
+        log.warning("%s has no negative adapters: the positive ones act on both branches", folder)
     elif "positive" in imported.adapters and "negative" not in imported.adapters:
-        log.warning("%s has no negative adapters: the negative side follows the base model", folder)
+        log.warning("%s has no negative adapters: the negative branch is the base model", folder)
     branches = {word.branch for word in imported.words}
     if branches == {"positive"} and "negative" in imported.adapters:
         log.warning("%s has negative adapters, but no negative word", folder)
@@ -331,12 +336,10 @@ def _check_latents(latents: torch.Tensor, backbone: Backbone) -> None:
         raise InputError(
             expected=f"latents [B, {channels}, h, w] of this base model",
             got=f"{list(latents.shape)}",
-            remedy="make them of that shape",
+            remedy="correct the shape",
         )
     if not latents.isfinite().all():
-        raise InputError(
-            expected="finite numbers as latents", got="some that are infinite or no numbers", remedy="correct them"
-        )
+        raise InputError(expected="finite latents", got="infinite values or NaN", remedy="correct them")
 
 
 def _check_step(
@@ -346,22 +349,21 @@ def _check_step(
     timesteps: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
-    """Confirm that a step's tensors go together and with the base model."""
+    """Check the shapes of a step's tensors and the range of its timesteps."""
     _check_latents(latents, backbone)
-    _check_shape(noise, "noise", tuple(latents.shape))
-    _check_shape(timesteps, "timesteps", (len(latents),))
+    rows, _, height, width = latents.shape
+    for name, tensor, shape in (
+        ("noise", noise, latents.shape),
+        ("timesteps", timesteps, (rows,)),
+        ("mask", mask, (rows, 1, height, width)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise InputError(
+                expected=f"{name} {list(shape)}, to match the latents",
+                got=f"{list(tensor.shape)}",
+                remedy="correct the shape",
+            )
     backbone.objective.check_timesteps(timesteps)
-    if mask is not None:
-        _check_shape(mask, "mask", (len(latents), 1, *latents.shape[2:]))
-
-
-def _check_shape(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise InputError(
-            expected=f"{name} {list(shape)}, to go with the latents",
-            got=f"{list(tensor.shape)}",
-            remedy="make it of that shape",
-        )
 
 
 def _batch_of_one_prompt(
@@ -371,7 +373,7 @@ def _batch_of_one_prompt(
     timesteps: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> Batch:
-    """Return a step's batch on the device of the tokens `[1, 2, L]`, every row with the same prompt and weight."""
+    """Return a batch on the device of the tokens `[1, 2, L]`; all rows have the same prompt and weight."""
     rows, device = len(latents), tokens.ids.device
     return Batch(
         latents=latents.to(device),
@@ -384,15 +386,8 @@ def _batch_of_one_prompt(
     )
 
 
-def _conditioning(loaded: LoadedConcept, prompts: tuple[str, str], rows: int) -> Conditioning:
-    """Return what 2·rows are told by (negative, positive) prompt; every row of a branch has the same prompt."""
-    loaded.prompts.check_not_cut(prompts)
-    encoded = loaded.prompts.encode(loaded.prompts.tokenize(prompts))
-    return encoded[rows_of(torch.zeros(rows, dtype=torch.long, device=loaded.backbone.device), 1, _NUM_BRANCHES)]
-
-
 def _learned(loaded: LoadedConcept) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what a concept has learned under the names it has in a concept file."""
+    """Yield the trained parameters of a concept with their names in a concept file."""
     for network, adapted in loaded.backbone.networks.items():
         for layer, module in adapted.named_modules():
             if isinstance(module, BranchLoRALayer):

@@ -1,7 +1,7 @@
-"""The project's own commands.
+"""The project's commands.
 
-`kedro run`, with two things made easier: values that contain commas, and errors that end in one readable message; and
-`kedro import-config`, which reads the reference toolkit's configurations.
+`kedro run`, extended by values with commas and by short error messages; and `kedro import-config`, which converts the
+reference toolkit's configurations.
 """
 
 from __future__ import annotations
@@ -24,62 +24,60 @@ from dreamartist_pipeline.errors import InputError, TrainingError
 from dreamartist_pipeline.hooks import RUN_SETTINGS, close_interrupted_run, input_error_in
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
-_KEPT_ENVIRONMENTS = ("base", "local", "test", "sd15")
+_RESERVED_ENVIRONMENTS = ("base", "local", "test", "sd15")
 _PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
 _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 
 
 def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[str, Any]) -> dict[str, Any]:
-    """Read `key=value,key=value`; a comma starts a new parameter only where a `key=` follows it.
+    """Parse `key=value,key=value`; a comma starts a new parameter only if a `key=` follows it.
 
-    Kedro splits at every comma, so that neither a prompt ("a red fox, blue background") nor a list could be given.
-    The settings of a run are text as it stands, whatever it looks like: `subject=007` is not the number 7. So are
-    prompts: in YAML, "{cat:1.2} asleep" is no text, and "a {cat: 1.2}" a mapping. Lists and quoted texts are YAML.
+    Kedro splits at every comma, also in prompts ("a red fox, blue background") and lists. Run settings are text:
+    `subject=007` is not the number 7. So are prompts: in YAML, "{cat:1.2} asleep" is an error, and "a {cat: 1.2}" a
+    mapping. Lists and quoted texts are YAML.
     """
     if isinstance(value, dict):
         return value
-    items = [item.strip() for item in _NEXT_PARAMETER.split(value) if item.strip()]
-    for item in items:
-        if "=" not in item:
-            raise click.BadParameter(f"expected key=value; got '{item}'; separate several by commas", ctx, param)
-    names = [item.partition("=")[0].strip() for item in items]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise click.BadParameter(f"expected every parameter once; got {twice[0]} twice; leave one out", ctx, param)
+    items = [
+        tuple(part.strip() for part in item.partition("=")) for item in _NEXT_PARAMETER.split(value) if item.strip()
+    ]
+    names = [name for name, _, _ in items]
     texts: dict[str, Any] = {}
     others: list[str] = []
-    for item in items:
-        name, _, text = (part.strip() for part in item.partition("="))
+    for name, equals, text in items:
+        if not equals:
+            raise click.BadParameter(f"expected key=value; got '{name}'; separate several by commas", ctx, param)
+        if names.count(name) > 1:
+            raise click.BadParameter(f"expected every parameter once; got {name} twice; leave one out", ctx, param)
         if name in RUN_SETTINGS and text != "null":
             texts[name] = _home(text)
         elif name.rpartition(".")[2] in _PROMPT_KEYS and not text.startswith(("[", "'", '"')) and text != "null":
             others.append(f"{name}={json.dumps(text, ensure_ascii=False)}")
         else:
-            others.append(item)
-    for item in others:
-        _check_yaml(item, ctx, param)
+            others.append(f"{name}={text}")
+            _check_yaml(name, text, ctx, param)
     return texts | cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(others)))
 
 
-def _check_yaml(item: str, ctx: click.Context, param: click.Parameter) -> None:
+def _check_yaml(name: str, text: str, ctx: click.Context, param: click.Parameter) -> None:
     try:
-        OmegaConf.from_dotlist([item])
+        OmegaConf.from_dotlist([f"{name}={text}"])
     except YAMLError as error:
-        name = item.partition("=")[0]
         raise click.BadParameter(
-            f"expected a value or a list in YAML for {name}, such as {name}=['a cat, asleep', 'a dog']; got '{item}', "
-            f"which cannot be read; put texts with commas, colons or braces in quotes",
+            f"expected a value or a list in YAML for {name}, such as {name}=['a cat, asleep', 'a dog']; got '{text}'; "
+            "quote texts with commas, colons or braces",
             ctx,
             param,
         ) from error
 
 
 def _home(text: str) -> str:
-    """Expand a leading `~`, which the shell leaves alone inside `image=~/cat.jpg`."""
+    """Expand a leading `~`, which the shell does not expand inside `image=~/cat.jpg`."""
     return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def readable_message(error: BaseException) -> str:
-    """Return what a user needs of an error: the innermost InputError, else the error's own text."""
+    """Return the message of the InputError that caused an error, else the error's own text."""
     if (cause := input_error_in(error)) is not None:
         return str(cause)
     lines = str(error).splitlines()
@@ -114,7 +112,7 @@ def _build_run_command() -> click.Command:
             type=click.UNPROCESSED,
             default="",
             callback=parse_params,
-            help="Parameters for this run: KEY=VALUE,KEY=VALUE; values may contain commas.",
+            help="Parameters of this run: KEY=VALUE,KEY=VALUE; values may contain commas.",
         )
     )
     params.append(click.Option(["--traceback"], is_flag=True, help="On an error, show where it was raised."))
@@ -126,9 +124,9 @@ def _build_run_command() -> click.Command:
 @click.option("--env", "name", help="Name of the environment to write; default: the file's name.")
 @click.option("--force", is_flag=True, help="Replace an environment of that name.")
 def import_config(file: Path, name: str | None, force: bool) -> None:
-    """Turn FILE, a training configuration of HCP-Diffusion, into an environment under conf/.
+    """Convert FILE, a training configuration of HCP-Diffusion, to an environment in conf/.
 
-    What has no counterpart here is listed with the reason. Train with it by `kedro run --env NAME --pipeline train`.
+    Options without a counterpart are listed with the reason. Train with `kedro run --env NAME --pipeline train`.
     """
     from dreamartist_pipeline.interop.toolkit_config import read_toolkit_config
 
@@ -140,11 +138,11 @@ def import_config(file: Path, name: str | None, force: bool) -> None:
         click.secho(f"Error: {error}", fg="red", err=True)
         raise click.exceptions.Exit(1) from error
     notes = [f"{key} = {reason}" for key, reason in imported.left_out.items()]
-    head = "\n".join([f"Imported from {file.name}.", *(f"Not carried over, or not given: {note}" for note in notes)])
+    head = "\n".join([f"Imported from {file.name}.", *(f"Not imported, or a default: {note}" for note in notes)])
     _write_yaml(folder / "globals.yml", imported.settings, head)
     _write_yaml(folder / "parameters.yml", imported.parameters, head)
     click.echo(f"Wrote {folder}/globals.yml and {folder}/parameters.yml.")
-    click.echo("\n".join([f"\nNot carried over, or not given: {len(notes)}", *(f"  {note}" for note in notes)]))
+    click.echo("\n".join([f"\nNot imported, or a default: {len(notes)}", *(f"  {note}" for note in notes)]))
     click.echo(f"\nTrain with it: kedro run --env {name} --pipeline train --params subject=NAME,image=FILE")
 
 
@@ -152,32 +150,39 @@ def _environment_folder(name: str, force: bool) -> Path:
     """Return the folder of a new environment.
 
     Raises:
-        InputError: not a project's folder, not a name of one's own, or the environment is there.
+        InputError: not in a project folder, an invalid or reserved name, or an existing environment.
     """
     if not Path("pyproject.toml").is_file():
-        raise InputError(expected="the project's folder", got=f"{Path.cwd()}", remedy="change into it")
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in _KEPT_ENVIRONMENTS:
+        raise InputError(expected="the project folder", got=f"{Path.cwd()}", remedy="change into it")
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in _RESERVED_ENVIRONMENTS:
         raise InputError(
-            expected=f"a name of letters, digits and hyphens that is not {' or '.join(_KEPT_ENVIRONMENTS)}",
+            expected=f"a name of letters, digits and hyphens that is not {' or '.join(_RESERVED_ENVIRONMENTS)}",
             got=f"{name!r}",
-            remedy="choose another (--env NAME)",
+            remedy="choose another name (--env NAME)",
         )
     folder = Path("conf") / name
     if folder.exists() and not force:
         raise InputError(
             expected="a new environment",
-            got=f"{folder}, which is there already",
+            got=f"{folder}, which exists",
             remedy="choose another name (--env NAME), or replace it (--force)",
         )
     return folder
 
 
 def _near(file: Path, path: str) -> str | None:
-    """Read a file that `file` names: paths count from the toolkit's root, which is one of the folders above."""
+    """Read a file named in `file`; its path is relative to the toolkit's root, a parent folder of `file`."""
     for folder in file.resolve().parents:
-        if (folder / path).is_file():
+        if _is_file(folder / path):
             return (folder / path).read_text(encoding="utf-8")
     return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is longer than the file system takes
+        return False
 
 
 def _write_yaml(file: Path, values: dict[str, Any], head: str) -> None:
@@ -190,7 +195,7 @@ def _write_yaml(file: Path, values: dict[str, Any], head: str) -> None:
 
 @click.group(name="dreamartist_pipeline")
 def cli() -> None:
-    """Collect this project's own commands."""
+    """Commands of this project."""
 
 
 run = _build_run_command()

@@ -1,6 +1,6 @@
-"""Checks before the first node of a run, so that a run fails at once on what would end it after minutes or hours.
+"""Checks that run before the first node, so that invalid options fail before hours of work.
 
-A node's function names its check; the hooks, which know no model library, call it, and the node does not repeat it.
+A check is attached to the function of a node and called by the hooks; the node does not repeat it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class PlannedConcept:
-    """What is known of a run's concept before its first node: of one that it trains, or that is there already.
+    """The properties of a run's concept that are known before the first node.
 
     Attributes:
-        is_trained_here: whether the run trains it.
-        zero_terminal_snr: whether it is drawn with a noise schedule that ends without signal.
+        is_trained_here: whether the run trains it; otherwise it exists already.
+        zero_terminal_snr: whether its noise schedule has zero terminal SNR.
         groups: network -> its LoRA groups.
         has_words: whether it has trigger words.
     """
@@ -33,35 +33,35 @@ class PlannedConcept:
 
     @classmethod
     def of_training(cls, params: TrainingParams) -> PlannedConcept:
-        """Return what a training will make."""
+        """Return the properties of a concept to be trained."""
         return cls(True, params.zero_terminal_snr, params.lora, bool(params.words.names))
 
 
 Check = Callable[[Any, PlannedConcept | None], None]
-"""(a section's parameters, the run's concept or None where there is none yet, as in an import); raises InputError."""
+"""(parameters of a section, concept of the run or None if unknown, as in an import) -> None; raises InputError."""
 
 
 @dataclass(frozen=True)
 class EarlyCheck:
-    """What to check, and the section of the parameters that it is about."""
+    """A check of one section of the parameters."""
 
     section: str
     check: Check
 
 
 def checked_early(section: str, check: Check) -> Callable[[_Function], _Function]:
-    """Have `params:<section>` checked before any node runs, in every run with the decorated node.
+    """Return a decorator: `params:<section>` is checked before the first node, in every run with the decorated node.
 
-    The function itself stays as it is.
+    The decorator returns the function itself.
     """
 
-    def mark(function: _Function) -> _Function:
+    def decorate(function: _Function) -> _Function:
         setattr(function, _NAME, EarlyCheck(section, check))
         return function
 
-    return mark
+    return decorate
 
 
 def early_check_of(function: Callable[..., Any]) -> EarlyCheck | None:
-    """Return the check that a node's function names, if any."""
+    """Return the check attached to the function of a node, if any."""
     return getattr(function, _NAME, None)

@@ -1,4 +1,4 @@
-"""What happens around a run: its configuration is checked, MLflow records it, and progress is printed."""
+"""Hooks around a run: check the configuration, record the run in MLflow, print progress."""
 
 from __future__ import annotations
 
@@ -54,64 +54,65 @@ _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 
 
 class ConfigurationHooks:
-    """Refuse invalid configuration before anything is opened, loaded or written."""
+    """Refuse invalid configuration before anything is loaded or written."""
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
-        """Tell configuration files where the project is, then check the parameters of all pipelines.
+        """Register the project root for configuration files, then validate the parameters of all pipelines.
 
-        Kedro would take a parameter's type from the annotation of the node that reads it, and silently pass a plain
-        dictionary where another annotation of that node cannot be evaluated; here the schema decides.
+        Kedro takes a parameter's type from the annotation of the node that reads it, and silently passes a plain
+        dictionary if another annotation of that node cannot be evaluated. The schema does not depend on nodes.
 
         Raises:
-            InputError: an environment that is not there, an unknown key, method or subject, or values outside their
-                bounds, all at once.
+            InputError: an unknown environment, key or method, an invalid subject, or values out of bounds, all of
+                these in one error.
         """
         register_project_root(context.project_path)
         check_environment(Path(context.config_loader.conf_source), context.config_loader.env)
         given = context.config_loader.runtime_params or {}
         check_names(given, origin="--params")
-        check_picture_is_named(given)
+        check_image_has_subject(given)
         check_subject(settings_of(context)["subject"])
         context.config_loader["parameters"] = build_parameters(load_parameters(context))
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Fail before the run on what would end it later: missing files, invalid parameters.
+        """Fail before the run on missing files and invalid parameters.
 
         Raises:
-            InputError: it imports a concept over another one, or a node's own check of its parameters fails.
-            DatasetError: what is missing or damaged, in its dataset's own words.
+            InputError: a missing input, a damaged concept, an import that would replace a concept, or a node's early
+                check.
         """
         if "params:import" in pipeline.inputs() and not catalog.load("params:import").replace:
             check_replaces_nothing(catalog)
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
-                catalog.load(name)
+                catalog.load(name)  # raises the error of its dataset
         planned = planned_concept(pipeline, catalog)
         for node in pipeline.nodes:
             run_early_check(node, catalog, planned)
 
 
 def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept | None:
-    """Return what is known of a run's concept; None where it has none, or imports one.
+    """Return what is known of a run's concept before the run; None without one, or in an import.
 
     Raises:
-        DatasetError: the concept in place is damaged.
+        InputError: the metadata of the existing concept are damaged.
     """
     if any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes):
         return PlannedConcept.of_training(catalog.load("params:training"))
     if "concept" not in pipeline.inputs():
         return None
-    metadata = catalog.load("concept").metadata
+    dataset: Any = catalog["concept"]
+    metadata = dataset.load_metadata()
     return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
 
 
 def run_early_check(node: Node, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
-    """Check a node's parameters as its function asks for.
+    """Run the early check of a node's function, if it has one.
 
     Raises:
-        InputError: what is wrong, after the name of the section.
+        InputError: the error of the check, with the section's name as `where`.
     """
     early = early_check_of(node.func)
     if early is None:
@@ -123,29 +124,29 @@ def run_early_check(node: Node, catalog: DataCatalog, planned: PlannedConcept | 
 
 
 def register_project_root(project_path: Path) -> None:
-    """Let configuration files ask for `${project_root:}`; the package may lie elsewhere than the project."""
+    """Register the resolver `${project_root:}`; the package may be installed outside the project."""
     OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
 
 
 def check_replaces_nothing(catalog: DataCatalog) -> None:
-    """Refuse an import over a concept that is there.
+    """Refuse an import over an existing concept.
 
     Raises:
-        InputError: with its path.
+        InputError: the concept exists.
     """
     if catalog.exists("concept"):
         raise InputError(
             expected="a subject without a concept",
-            got=f"{_path_of(catalog, 'concept')}, which is there already",
+            got=f"{_path_of(catalog, 'concept')}",
             remedy="choose another name (subject=NAME), or replace it (import.replace=true)",
         )
 
 
 def check_names(names: Collection[str], origin: str) -> None:
-    """Refuse top-level parameters that mean nothing: neither a section nor a setting of a run.
+    """Refuse top-level parameters that are neither a section nor a run setting.
 
     Raises:
-        InputError: an unknown name, with the nearest known one.
+        InputError: an unknown name; the remedy suggests the nearest known one.
     """
     known = (*RUN_SETTINGS, *SECTIONS)
     for name in map(str, names):
@@ -153,15 +154,15 @@ def check_names(names: Collection[str], origin: str) -> None:
             raise InputError(
                 expected=f"parameters out of {', '.join(known)}",
                 got=f"'{name}' from {origin}",
-                remedy=f"{_hint(name, known)}",
+                remedy=nearest(name, known, otherwise="remove it"),
             )
 
 
 def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections as the models of params.py, without the files' own variables (leading underscore).
+    """Return the sections as the models of params.py, without variables (names with a leading underscore).
 
     Raises:
-        InputError: unknown keys and values outside their bounds, of all sections at once.
+        InputError: unknown keys and values out of bounds, of all sections in one error.
     """
     parameters = {name: value for name, value in parameters.items() if not name.startswith("_")}
     check_names(parameters, origin="conf/")
@@ -173,7 +174,7 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             problems += [f"  {_problem(section, detail)}" for detail in _first_errors(error)]
     if problems:
         raise InputError(
-            expected="parameters as src/dreamartist_pipeline/params.py describes them",
+            expected="parameters as defined in src/dreamartist_pipeline/params.py",
             got="\n".join(["others:", *sorted(problems)]),
             remedy="correct them in conf/ or in --params",
         )
@@ -181,7 +182,7 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_errors(error: ValidationError) -> list[ErrorDetails]:
-    """Return the errors without those in the value of a key that does not exist."""
+    """Return the errors without those inside the value of an unknown key."""
     unknown = {detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"}
     return [
         detail
@@ -194,14 +195,14 @@ def _problem(section: str, detail: ErrorDetails) -> str:
     where = ".".join([section, *map(str, detail["loc"])])
     if detail["type"] == "extra_forbidden":
         key, known = str(detail["loc"][-1]), _keys_beside(SECTIONS[section], detail["loc"])
-        return f"{where}: there is no such key; {_hint(key, known)}"
+        return f"{where}: unknown key; {nearest(key, known, otherwise='remove it')}"
     if isinstance(detail["input"], dict):
         return f"{where}: {detail['msg']}"
     return f"{where}: {detail['msg']}; got {detail['input']!r}"
 
 
 def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
-    """Return the keys allowed where the last part of `path` stands."""
+    """Return the keys allowed at the last part of `path`."""
     for part in path[:-1]:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
@@ -211,59 +212,60 @@ def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _hint(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], otherwise: str) -> str:
+    """Return a remedy for an unknown name: the nearest known one, else `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else "remove it"
+    return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 def check_environment(source: Path, env: str | None) -> None:
-    """Refuse an environment (`--env`) that has no folder.
+    """Refuse an environment (`--env`) without a folder.
 
     Raises:
-        InputError: with those there are.
+        InputError: no such folder; the message lists those that exist.
     """
     if env and not (source / env).is_dir():
         known = ", ".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
         raise InputError(
-            expected=f"an environment out of {known}",
+            expected=f"one of the environments {known}",
             got=f"'{env}'",
-            remedy=f"choose one (--env NAME), or make {source / env}",
+            remedy=f"choose one (--env NAME), or create {source / env}",
         )
 
 
 def check_subject(subject: object) -> None:
-    """Refuse a subject's name that cannot be both a folder's name and part of a trigger word.
+    """Refuse a subject that cannot be a folder name and part of a trigger word.
 
     Raises:
-        InputError: other characters than letters, digits, dot, hyphen and underscore.
+        InputError: characters other than letters, digits, '.', '-' and '_'.
     """
     if subject is None or not _SUBJECT.match(str(subject)):
         raise InputError(
-            expected="a subject's name of letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
+            expected="a subject of letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
             got=f"'{subject}'",
             remedy=f"use for example '{re.sub(r'[^A-Za-z0-9]+', '-', str(subject)).strip('-') or 'my-cat'}'",
         )
 
 
-def check_picture_is_named(given: Mapping[str, Any]) -> None:
-    """Refuse a picture for one run without a subject for it: its results would replace those of another subject.
+def check_image_has_subject(given: Mapping[str, Any]) -> None:
+    """Refuse `image` without `subject`, because the results would replace those of another subject.
 
     Raises:
         InputError: `image` without `subject`.
     """
     if "image" in given and "subject" not in given:
         raise InputError(
-            expected="a subject's name beside the picture",
-            got=f"only image={given['image']}",
-            remedy="add subject=NAME, which names its folders and trigger word",
+            expected="a subject for the image",
+            got=f"image={given['image']} alone",
+            remedy="add subject=NAME, which names folders and the trigger word",
         )
 
 
 def load_parameters(context: KedroContext) -> dict[str, Any]:
-    """Return the merged configuration, with an InputError that a resolver raised as it is.
+    """Return the merged parameters.
 
     Raises:
-        InputError: for example an unknown method, or one entry of a list without the others.
+        InputError: raised by a resolver, such as an unknown method; or an override of a single list entry.
     """
     try:
         return dict(context.config_loader["parameters"])
@@ -271,19 +273,19 @@ def load_parameters(context: KedroContext) -> dict[str, Any]:
         if (cause := input_error_in(error)) is not None:
             raise cause from None
         raise
-    except TypeError as error:  # OmegaConf's for a mapping that meets a list
+    except TypeError as error:  # OmegaConf merges a mapping into a list
         raise InputError(
-            expected="parameters of the same shape as in conf/",
+            expected="parameters of the same structure as in conf/",
             got=f"{context.config_loader.runtime_params} ({error})",
             remedy=(
-                "give a list as a whole, such as training.lora_unet=[{lr: 1e-4, rank: 4, branch: p, layers: "
+                "replace the whole list, such as training.lora_unet=[{lr: 1e-4, rank: 4, branch: p, layers: "
                 "['re:.*attn']}]"
             ),
         ) from error
 
 
 def input_error_in(error: BaseException) -> InputError | None:
-    """Return the InputError that an error was made from, if any; Kedro and OmegaConf wrap what they pass on."""
+    """Return the InputError in the chain of causes, if any; Kedro and OmegaConf wrap errors."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__ or cause.__context__
@@ -291,7 +293,7 @@ def input_error_in(error: BaseException) -> InputError | None:
 
 
 def settings_of(context: KedroContext) -> dict[str, Any]:
-    """Return the settings of a run, each from `--params` or else from globals.yml."""
+    """Return the run settings, each from `--params` or else from globals.yml."""
     given = context.config_loader["globals"] | (context.config_loader.runtime_params or {})
     return {name: given.get(name) for name in RUN_SETTINGS}
 
@@ -300,15 +302,14 @@ def settings_of(context: KedroContext) -> dict[str, Any]:
 
 
 class RunRecordHooks:
-    """Make an MLflow run say what was run, from which commit, and how it ended."""
+    """Name and tag the MLflow run: settings, commit, and the error if it fails."""
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Remember the settings, for the run's name and tags."""
+        """Store the settings for the run's name and tags."""
         self._settings = settings_of(context)
-        self._project_path = context.project_path
 
-    @hook_impl(trylast=True)  # after kedro-mlflow opened the run
+    @hook_impl(trylast=True)  # after kedro-mlflow has opened the run
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
         """Name the run and tag it."""
         import mlflow
@@ -320,32 +321,30 @@ class RunRecordHooks:
         mlflow.MlflowClient().update_run(run.info.run_id, name=run_name(self._settings, names, run_params))
         mlflow.set_tags(
             {
-                "subject": self._settings["subject"],
-                "method": self._settings["method"],
-                "base_model": self._settings["base_model"],
+                **{name: self._settings[name] for name in ("subject", "method", "base_model")},
                 "pipeline": "+".join(names),
                 "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],
-                **git_tags(self._project_path),
+                **git_tags(Path(run_params["project_path"])),
             }
         )
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow logs them; the node still gets the models
     def before_node_run(self, inputs: dict[str, Any]) -> None:
-        """Turn typed parameters into plain ones, which MLflow then shows one value a row."""
+        """Convert pydantic models to plain values, which MLflow shows one per row."""
         for name, value in inputs.items():
             if isinstance(value, BaseModel):
                 inputs[name] = number_lists(value.model_dump(mode="json"))
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run
     def after_pipeline_run(self) -> None:
-        """Wait until everything that was logged in the background has arrived."""
+        """Wait for asynchronous logging."""
         import mlflow
 
         mlflow.flush_async_logging()
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run as FAILED
     def on_pipeline_error(self, error: Exception) -> None:
-        """Tag the run with the reason of its failure."""
+        """Tag the run with the error."""
         import mlflow
 
         if mlflow.active_run() is not None:
@@ -355,7 +354,7 @@ class RunRecordHooks:
 
 
 def close_interrupted_run() -> None:
-    """Mark the active MLflow run, if any, as KILLED: Kedro tells no hook of Ctrl-C, MLflow would say FINISHED."""
+    """Mark the active MLflow run, if any, as KILLED: Kedro calls no hook on Ctrl-C, MLflow would record FINISHED."""
     if "mlflow" not in sys.modules:
         return
     import mlflow
@@ -367,7 +366,7 @@ def close_interrupted_run() -> None:
 
 
 def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_params: Mapping[str, Any]) -> str:
-    """Return 'subject · pipeline · method · parameters that differ from the configuration files'."""
+    """Return 'subject · pipeline · method · parameters of the command line'."""
     pipeline = "+".join("default" if name == "__default__" else name for name in pipeline_names)
     given = {name: value for name, value in (run_params["runtime_params"] or {}).items() if name not in RUN_SETTINGS}
     differing = [f"{name}={value}" for name, value in flatten(given).items()]
@@ -375,7 +374,7 @@ def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_p
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
+    """Return nested mappings as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -386,7 +385,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def number_lists(value: Any) -> Any:
-    """Return the value with lists of mappings as mappings by position, so that each entry becomes a row of its own."""
+    """Return the value with lists of mappings as mappings by index, so that MLflow shows each entry in a row."""
     if isinstance(value, dict):
         return {key: number_lists(item) for key, item in value.items()}
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -395,7 +394,7 @@ def number_lists(value: Any) -> Any:
 
 
 def git_tags(project_path: Path) -> dict[str, str]:
-    """Return the commit of the project and whether files differ from it; nothing outside a git repository."""
+    """Return the commit of the project and whether the working tree is dirty; nothing outside a git repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(project_path), *arguments]
@@ -411,13 +410,12 @@ def git_tags(project_path: Path) -> dict[str, str]:
 
 
 class ConsoleHooks:
-    """Say which node runs, how long it took, and at the end where everything is."""
+    """Print which node runs, its duration, and at the end the files and the next commands."""
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Remember where the project is."""
+        """Store the settings for the closing summary."""
         self._settings = settings_of(context)
-        self._project_path = context.project_path
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline) -> None:
@@ -427,47 +425,43 @@ class ConsoleHooks:
 
     @hook_impl
     def before_node_run(self, node: Node) -> None:
-        """Announce a node."""
+        """Print the node's name."""
         self._num_started += 1
         self._node_started_s = time.monotonic()
         LOGGER.info("[%d/%d] %s", self._num_started, self._num_nodes, node.short_name)
 
     @hook_impl
     def after_node_run(self, node: Node) -> None:
-        """Say how long a node took, where that is worth saying."""
+        """Print the node's duration if it is above 2 s."""
         elapsed_s = time.monotonic() - self._node_started_s
         if elapsed_s > 2:
             LOGGER.info("      %s took %.1f s", node.short_name, elapsed_s)
 
-    @hook_impl(tryfirst=True)  # while the MLflow run is still open, so that its number is known
+    @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run, whose experiment is printed
     def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Print where the results are and how to look at them."""
-        elapsed_s = time.monotonic() - self._pipeline_started_s
-        files = written_files(pipeline, catalog, self._project_path)
-        lines = [f"Done in {elapsed_s:.0f} s. What this run wrote:", *(f"  {n:<24} {path}" for n, path in files)]
-        lines += ["", "Look at it:", *look_at_it(self._settings, run_params, self._project_path)]
-        click.echo("\n" + "\n".join(lines))
+        """Print the files of this run and the next commands."""
+        elapsed_s, project_path = time.monotonic() - self._pipeline_started_s, Path(run_params["project_path"])
+        files = written_files(pipeline, catalog, project_path)
+        click.echo(f"\nDone in {elapsed_s:.0f} s. Files of this run:")
+        click.echo("\n".join(f"  {name:<24} {path}" for name, path in files.items()))
+        click.echo("\n".join(["", "Next:", *next_commands(self._settings, run_params, project_path)]))
 
 
-def written_files(pipeline: Pipeline, catalog: DataCatalog, project_path: Path) -> list[tuple[str, str]]:
-    """Return name and path, relative to the project, of everything the pipeline stores on disk."""
-    files = []
-    for name in sorted(pipeline.all_outputs()):
-        path = _path_of(catalog, name)
-        if path is not None:
-            files.append((name, _relative(Path(path), project_path)))
-    return files
+def written_files(pipeline: Pipeline, catalog: DataCatalog, project_path: Path) -> dict[str, str]:
+    """Return the path, relative to the project, of every dataset that the pipeline stores on disk."""
+    paths = {name: _path_of(catalog, name) for name in sorted(pipeline.all_outputs())}
+    return {name: _relative(path, project_path) for name, path in paths.items() if path is not None}
 
 
-def _path_of(catalog: DataCatalog, name: str) -> str | None:
-    """Return where a dataset keeps its data, if that is a file or a folder."""
+def _path_of(catalog: DataCatalog, name: str) -> Path | None:
+    """Return the file or folder of a dataset, if it has one."""
     dataset = catalog.get(name)
     path = getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None)
-    return None if path is None else str(path)
+    return None if path is None else Path(path)
 
 
-def look_at_it(settings: Mapping[str, Any], run_params: Mapping[str, Any], project_path: Path) -> list[str]:
-    """Return the commands with which a user looks at the results, as lines of text."""
+def next_commands(settings: Mapping[str, Any], run_params: Mapping[str, Any], project_path: Path) -> list[str]:
+    """Return the commands that show the results and draw new images, as lines of text."""
     import mlflow
 
     uri = mlflow.get_tracking_uri()

@@ -1,9 +1,13 @@
-"""Every pipeline by name."""
+"""The pipelines by name."""
 
 from __future__ import annotations
 
-from kedro.pipeline import Pipeline
+from pathlib import Path
 
+from kedro.pipeline import Pipeline
+from kedro.utils import find_kedro_project
+
+from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
 from dreamartist_pipeline.pipelines import (
     evaluation,
     export,
@@ -20,8 +24,9 @@ from dreamartist_pipeline.tracking import MLflowTracker
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return the pipelines that `kedro run --pipeline NAME` knows."""
+    """Return the pipelines of `kedro run --pipeline NAME`."""
     tracker = MLflowTracker()
+    models = (find_kedro_project(Path.cwd()) or Path.cwd()) / "data/06_models"
     stages = {
         "ingestion": ingestion.create_pipeline(),
         "prompts": prompts.create_pipeline(),
@@ -38,8 +43,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "export": exporting,
         "generate": generate.create_pipeline(),
         "import": importing.create_pipeline(),
-        "pretrain": pretrain.create_pipeline(tracker),
-        "judge": judge.create_pipeline(tracker),
+        "pretrain": pretrain.create_pipeline(tracker, CheckpointStore(models / "pretrain/checkpoints")),
+        "judge": judge.create_pipeline(tracker, CheckpointStore(models / "judge/checkpoints")),
         "train": train,
         "__default__": train + evaluate + exporting,
     }

@@ -1,9 +1,8 @@
-"""Weighted words, "a {cat:1.2} on {a {red} sofa:0.8}": their syntax, which schema and text encoder share.
+"""The syntax of weighted words, "a {cat:1.2} on {a {red} sofa:0.8}".
 
-The syntax is the reference toolkit's (HCP-Diffusion, `TokenizerHook.parse_attn_mult` and its guide on inference):
-`{text:weight}`, a weight of 1.1 where none is given, and groups within groups multiply. The weight of a group is the
-number after the last colon before its closing brace. Where the toolkit stops with an IndexError or a bare float error,
-the message here says what is wrong.
+It is the syntax of the reference toolkit (HCP-Diffusion, `TokenizerHook.parse_attn_mult` and its inference guide):
+`{text:weight}` with a default weight of 1.1; weights of nested groups are multiplied. The weight is the number after
+the last colon before the closing brace. Deviation: invalid input raises an InputError.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """Return the prompt's text in order, in parts of one weight each, without the braces and numbers.
+    """Split a prompt into (text, weight) parts, without braces and numbers.
 
     >>> parse_weights("a {cat} in {the {city:2}:1.5}")
     [('a ', 1.0), ('cat', 1.1), (' in ', 1.0), ('the ', 1.5), ('city', 3.0)]
 
     Raises:
-        InputError: a brace without its partner, or something other than a number after a group's last colon.
+        InputError: a brace is unbalanced, or a weight is not a number.
     """
     pieces = _BRACE.split(prompt)  # text at even indices, braces between
-    weights = [1.0]  # of the groups that are open, read from the end: a group's weight stands there
+    weights = [1.0]  # of the open groups; the prompt is parsed from its end, because a weight is at the end of a group
     parts: list[tuple[str, float]] = []
     for index in reversed(range(len(pieces))):
         match pieces[index]:
@@ -49,18 +48,8 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     return parts[::-1]
 
 
-def checked_weights(prompt: str) -> str:
-    """Return the prompt as it is, once its braces have been read.
-
-    Raises:
-        InputError: see `parse_weights`.
-    """
-    parse_weights(prompt)
-    return prompt
-
-
 def _split_weight(text: str, prompt: str) -> tuple[str, float]:
-    """Cut "cat:1.2", which stands before a closing brace, into its text and its weight."""
+    """Split "cat:1.2" into text and weight."""
     before, colon, number = text.rpartition(":")
     if not colon:
         return text, DEFAULT_WEIGHT
@@ -69,14 +58,14 @@ def _split_weight(text: str, prompt: str) -> tuple[str, float]:
         raise InputError(
             expected="a weight such as {cat:1.2} after the colon within braces",
             got=f"{number!r} in {prompt!r}",
-            remedy="write a number, or take the braces away",
+            remedy="write a number, or remove the braces",
         )
     return before, weight
 
 
-def _unbalanced(prompt: str, what: str) -> InputError:
+def _unbalanced(prompt: str, brace: str) -> InputError:
     return InputError(
         expected="weighted words such as {cat:1.2} and slots in braces",
-        got=f"{what} in {prompt!r}",
-        remedy="close the braces, or take them away",
+        got=f"{brace} in {prompt!r}",
+        remedy="close the braces, or remove them",
     )

@@ -1,4 +1,4 @@
-"""The one table of schedulers: what each is called here, in diffusers and in ComfyUI, and which cannot draw."""
+"""The supported schedulers, with their names in diffusers and ComfyUI, and the unsupported ones."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ComfyUISampler:
-    """What stands for a scheduler in a ComfyUI workflow.
+    """The closest sampler in ComfyUI to a scheduler.
 
     Attributes:
         name: KSampler's sampler_name.
-        alike: values in the scheduler's configuration with which both take the same steps; None where they never do.
-        schedule: KSampler's scheduler, for a scheduler of diffusers that has no sigmas to give.
+        equivalent_config: values of the scheduler's configuration that make both equivalent; None if they never are.
+        schedule: KSampler's scheduler, for schedulers of diffusers without sigmas.
     """
 
     name: str
-    alike: Mapping[str, Any] | None = None
+    equivalent_config: Mapping[str, Any] | None = None
     schedule: str = "normal"
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One scheduler that can be asked for.
+    """A supported scheduler.
 
     Attributes:
-        class_name: its class in diffusers.
-        options: arguments of that class; everything else is the class's own default, or the base model's.
-        comfyui: what is nearest in ComfyUI, or why nothing there will do.
-        draws_noise: whether it adds noise at every step; others do only with an SDE as algorithm_type.
+        class_name: class in diffusers.
+        options: arguments of the class; all others have the default of the class or the value of the base model.
+        comfyui: the closest sampler in ComfyUI, or the reason why a workflow cannot use one.
+        draws_noise: whether it adds noise at every step; others do so only with an SDE as algorithm_type.
     """
 
     class_name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    comfyui: ComfyUISampler | str = "ComfyUI has nothing like it"
+    comfyui: ComfyUISampler | str = "ComfyUI has no equivalent"
     draws_noise: bool = False
 
     def options_for(self, zero_terminal_snr: bool) -> dict[str, Any]:
-        """Return the options under a noise schedule that does or does not end without signal.
+        """Return the options for a noise schedule with or without zero terminal SNR.
 
-        Karras' spacing would spend half of its steps beyond the last timestep's noise where that holds no signal.
+        With zero terminal SNR, Karras spacing would spend half of the steps beyond the noise of the last timestep.
         """
-        spaced = {"use_karras_sigmas": False} if zero_terminal_snr and "use_karras_sigmas" in self.options else {}
-        return {**self.options, **spaced}
+        spacing = {"use_karras_sigmas": False} if zero_terminal_snr and "use_karras_sigmas" in self.options else {}
+        return {**self.options, **spacing}
 
 
 _DPMSOLVER = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}
@@ -62,18 +62,18 @@ _DPMPP_2M = ComfyUISampler(
 _EULER = ComfyUISampler("euler", {})
 _UNIPC = (
     "ComfyUI's uni_pc is another solver, of third order: with the embedded base model its latents differ by "
-    "0.3 to 8 % of their deviation at 20 steps, by 0.7 to 11 % at 12"
+    "0.3 to 8 % of their standard deviation at 20 steps, and by 0.7 to 11 % at 12"
 )
 
 SCHEDULERS = {
-    # short names: settings that suit most
+    # short names, with recommended options
     "ddim": Scheduler("DDIMScheduler", {"clip_sample": False}, _DDIM),
     "dpmsolver++": Scheduler("DPMSolverMultistepScheduler", _DPMSOLVER, _DPMPP_2M),
     "euler": Scheduler("EulerDiscreteScheduler", {}, _EULER),
     "euler_a": Scheduler("EulerAncestralDiscreteScheduler", {}, ComfyUISampler("euler_ancestral"), draws_noise=True),
     "unipc": Scheduler("UniPCMultistepScheduler", {}, _UNIPC),
 } | {
-    # classes of diffusers with their own defaults: those that take the base model's noise schedule and prediction type
+    # classes of diffusers that support the noise schedule and prediction type of the base model, with default options
     scheduler.class_name: scheduler
     for scheduler in (
         Scheduler("DDIMParallelScheduler", {}, _DDIM),
@@ -104,31 +104,29 @@ SPACING_OPTIONS = (
     *("interpolation_type", "set_alpha_to_one", "steps_offset", "timestep_spacing"),
     *("use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas"),
 )
-"""Options of diffusers' classes that choose noise levels and nothing else."""
+"""Scheduler options of diffusers that affect only the noise levels."""
 
 ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-"""Options under a noise schedule that ends without signal: drawing then starts at the last timestep."""
+"""Options for zero terminal SNR: sampling starts at the last timestep."""
 
 UNFIT_SCHEDULERS = {
-    "is for models trained by flow matching or on another path from noise to picture": (
+    "is for flow-matching models or other probability paths": (
         *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
         *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler"),
         *("MiniMaxH3Scheduler", "PiflowScheduler", "SCMScheduler"),
     ),
-    "has a noise schedule of its own in place of the base model's": (
+    "has a noise schedule of its own": (
         *("CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CosineDPMSolverMultistepScheduler"),
         *("DDPMWuerstchenScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "IPNDMScheduler"),
         *("KarrasVeScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"),
     ),
-    "draws tokens, not latents": (
+    "draws tokens instead of latents": (
         *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
         "VQDiffusionScheduler",
     ),
-    "needs inputs at every step that drawing does not have": (
-        *("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),
-    ),
-    "goes from a picture to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
-    "draws its noise with torchsde, not from one generator per image (DPMSolverMultistepScheduler with "
-    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same equation)": ("DPMSolverSDEScheduler",),
+    "needs further inputs at every step": (*("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),),
+    "goes from image to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
+    "draws noise with torchsde instead of one generator per image (DPMSolverMultistepScheduler with "
+    "scheduler_options {algorithm_type: sde-dpmsolver++} solves the same SDE)": ("DPMSolverSDEScheduler",),
 }
-"""Reason -> classes of diffusers that cannot draw here."""
+"""Reason -> unsupported classes of diffusers."""

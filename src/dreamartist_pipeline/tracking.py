@@ -1,4 +1,4 @@
-"""Live curves and previews: what a node writes into the active MLflow run while it works."""
+"""Live curves and previews of a running node in the active MLflow run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class MLflowTracker:
-    """Writes to the MLflow run that is active in this thread, in the background; without one, it does nothing."""
+    """Logs asynchronously to the MLflow run that is active in this thread; does nothing without one."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers; returns at once (2 ms, against 42 ms when waiting for the database)."""
+        """Log numbers without waiting for the database (2 ms instead of 42 ms)."""
         import mlflow
 
         if mlflow.active_run() is not None:
@@ -22,7 +22,7 @@ class MLflowTracker:
             mlflow.log_metrics(named, step=step, synchronous=False)
 
     def log_image(self, image: Image, key: str, step: int | None = None) -> None:
-        """Log a picture; pictures of one key become one panel with a slider over the steps."""
+        """Log an image; MLflow shows the images of one key with a slider over the steps."""
         import mlflow
 
         if mlflow.active_run() is not None:
@@ -30,8 +30,8 @@ class MLflowTracker:
 
 
 def metric_name(name: str) -> str:
-    """Return the name as MLflow accepts it: `lr/unet[0]` becomes `lr/unet.0`, other signs become `_`.
+    """Return a name that MLflow accepts: `lr/unet[0]` becomes `lr/unet.0`, other invalid characters become `_`.
 
-    MLflow refuses a whole batch of metrics for one wrong name, and in the background nobody sees it.
+    MLflow rejects a whole batch of metrics for one invalid name, and asynchronous logging hides the error.
     """
     return re.sub(r"[^\w\-. :/]", "_", re.sub(r"\[(\w+)\]", r".\1", name))

@@ -1,8 +1,9 @@
-"""The base model's door: complete or refused, frozen, and drawing what diffusers' own pipeline draws."""
+"""The base model: checks of its files, frozen modules, and the same images as diffusers' own pipeline."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from dreamartist_pipeline.backbones.base_model import (
     Backbone,
     BaseModelFiles,
+    _warn_once,
     decode_latents,
     decode_with_gradients,
     encode_images,
@@ -27,9 +29,10 @@ from dreamartist_pipeline.backbones.base_model import (
 )
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
-from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
+from refusals import says
 
 CPU = DeviceParams(device="cpu")
 
@@ -50,22 +53,22 @@ def copied_model(tiny_base_model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_part_is_named(copied_model: Path, part: str) -> None:
     shutil.rmtree(copied_model / part)
-    with pytest.raises(InputError, match=f"expected a complete base model .* one without {part}/; copy"):
+    with pytest.raises(InputError, check=says(expected=str(copied_model), got=f"{part}/")):
         load_backbone(BaseModelFiles(copied_model), CPU)
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("file", "missing"),
     [
-        ("model_index.json", "without model_index.json"),
-        ("unet/config.json", "without unet/config.json"),
-        ("unet/diffusion_pytorch_model.safetensors", "without unet's weights"),
-        ("tokenizer/vocab.json", "without tokenizer/tokenizer.json"),
+        ("model_index.json", "model_index.json"),
+        ("unet/config.json", "unet/config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"),
+        ("tokenizer/vocab.json", "tokenizer/tokenizer.json"),
     ],
 )
-def test_a_missing_file_is_named(copied_model: Path, file: str, message: str) -> None:
+def test_a_missing_file_is_named(copied_model: Path, file: str, missing: str) -> None:
     (copied_model / file).unlink()
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, check=says(expected=str(copied_model), got=missing)):
         BaseModelFiles(copied_model).check()
 
 
@@ -76,7 +79,7 @@ def test_a_model_that_takes_more_than_latents_is_refused_before_its_weights_are_
     file = copied_model / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
-    with pytest.raises(InputError, match="takes the 4 channels of its latents; got 9 input channels in .*inpainting"):
+    with pytest.raises(InputError, check=says(expected="4 input channels", got="9 input channels")):
         load(BaseModelFiles(copied_model))
 
 
@@ -84,18 +87,18 @@ def test_a_model_that_takes_more_than_latents_is_refused_before_its_weights_are_
 def test_truncated_weights_are_named(copied_model: Path, content: bytes | None) -> None:
     weights = copied_model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(InputError, match=r"truncated .* as unet/diffusion_pytorch_model\.safetensors; download"):
+    with pytest.raises(InputError, check=says(got="truncated files or Git LFS pointers: unet/diffusion_pytorch_model")):
         BaseModelFiles(copied_model).check()
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected the base model's folder at .*nowhere; got no such folder"):
+    with pytest.raises(InputError, check=says(expected=str(tmp_path / "nowhere"), remedy="base_model")):
         BaseModelFiles(tmp_path / "nowhere").check()
 
 
 def test_sdxl_is_not_supported_yet(copied_model: Path) -> None:
     (copied_model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(InputError, match=r"of stable-diffusion; got StableDiffusionXLPipeline .* not supported yet"):
+    with pytest.raises(InputError, check=says(expected="stable-diffusion", got="StableDiffusionXLPipeline")):
         BaseModelFiles(copied_model).check()
 
 
@@ -118,6 +121,53 @@ def test_earlier_versions_fingerprint_follows_all_files(tiny_base_model: Path, c
     index = copied_model / "model_index.json"
     index.write_text(index.read_text() + " ")
     assert BaseModelFiles(copied_model).old_fingerprint() != old
+
+
+# --------------------------------------------------------------------------------------------- few steps
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[Path], list[str]]:
+    """Return the warnings of opening a base model's outline, as in a process of its own."""
+
+    def open_it(folder: Path) -> list[str]:
+        _warn_once.cache_clear()
+        with caplog.at_level(logging.WARNING, logger=BaseModelFiles.__module__):
+            load_outline(BaseModelFiles(folder))
+        return [record.getMessage() for record in caplog.records]
+
+    return open_it
+
+
+def test_a_model_of_few_steps_is_named_once(copied_model: Path, warnings_of: Callable[[Path], list[str]]) -> None:
+    turbo = copied_model.rename(copied_model.with_name("sd-turbo"))
+    (warning,) = warnings_of(turbo)
+    assert "sd-turbo is a Turbo model" in warning
+    load_outline(BaseModelFiles(turbo))
+    load_backbone(BaseModelFiles(turbo), CPU)
+    assert len(warnings_of(turbo)) == 2  # the second by clearing what was said
+
+
+def test_a_model_is_known_by_what_it_was_saved_from(
+    copied_model: Path, warnings_of: Callable[[Path], list[str]]
+) -> None:
+    index = copied_model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": "Lykon/dreamshaper-8-lcm"}))
+    assert "LCM" in warnings_of(copied_model)[0]
+
+
+def test_a_unet_that_takes_a_guidance_scale_is_an_lcms(
+    copied_model: Path, warnings_of: Callable[[Path], list[str]]
+) -> None:
+    config = copied_model / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 8}))
+    assert "takes a guidance scale" in warnings_of(copied_model)[0]
+
+
+def test_other_models_are_opened_without_a_warning(
+    tiny_base_model: Path, warnings_of: Callable[[Path], list[str]]
+) -> None:
+    assert warnings_of(tiny_base_model) == []
 
 
 # --------------------------------------------------------------------------------------------- opened once
@@ -144,9 +194,7 @@ def test_a_hub_id_is_its_own_fingerprint_and_needs_no_folder() -> None:
 @pytest.mark.parametrize("load", [load_outline, lambda files: load_backbone(files, CPU)], ids=["outline", "weights"])
 def test_a_damaged_configuration_is_refused(copied_model: Path, load: Callable[[BaseModelFiles], Any]) -> None:
     (copied_model / "unet" / "config.json").write_text("{")
-    with pytest.raises(
-        InputError, match=r"expected a base model that can be read from .*; got .*config\.json.*; correct base_m"
-    ):
+    with pytest.raises(InputError, check=says(expected=str(copied_model), got="config.json", remedy="base_model")):
         load(BaseModelFiles(copied_model))
 
 
@@ -155,14 +203,14 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no connection")
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
-    with pytest.raises(InputError, match="from the Hugging Face hub as owner/name; got no connection; correct base_m"):
+    with pytest.raises(InputError, check=says(expected="owner/name", got="no connection", remedy="base_model")):
         load_outline(BaseModelFiles("hub:owner/name"))
 
 
 def test_an_unknown_prediction_type_is_refused(copied_model: Path) -> None:
     config = copied_model / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
-    with pytest.raises(InputError, match="predicts epsilon or v_prediction; got 'sample'"):
+    with pytest.raises(InputError, check=says(expected="v_prediction", got="'sample'")):
         load_backbone(BaseModelFiles(copied_model), CPU)
 
 
@@ -221,7 +269,7 @@ def test_the_base_model_draws_what_diffusers_draws(tiny_base_model: Path, backbo
     expected = pipeline(
         prompts,
         negative_prompt=["background"] * 2,
-        latents=initial_noise((4, 8, 8), seeds),
+        latents=initial_noise((4, 8, 8), image_generators(seeds)),
         guidance_scale=4.0,
         num_inference_steps=4,
         output_type="np",
@@ -252,14 +300,14 @@ def test_every_scheduler_samples_the_zero_terminal_schedule_from_its_last_timest
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "euler_a", "unipc"])
-def test_the_schedule_is_rescaled_for_a_base_model_whose_files_do_not_speak_of_it(
+def test_the_schedule_is_rescaled_for_a_base_model_whose_config_lacks_the_options(
     tiny_base_model: Path, tmp_path: Path, name: str
 ) -> None:
     shutil.copytree(tiny_base_model, tmp_path / "model")
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text())
-    silent = {key: value for key, value in config.items() if key not in ("rescale_betas_zero_snr", "timestep_spacing")}
-    file.write_text(json.dumps(silent))
+    options = ("rescale_betas_zero_snr", "timestep_spacing")
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in options}))
     rescaled = with_zero_terminal_snr(load_backbone(BaseModelFiles(tmp_path / "model"), DeviceParams(device="cpu")))
     scheduler = make_scheduler(rescaled, SamplerParams(scheduler=name, num_inference_steps=3))
     scheduler.set_timesteps(3)

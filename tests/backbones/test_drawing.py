@@ -1,4 +1,4 @@
-"""Drawing prompts × seeds, from noise or a picture: beside diffusers' pipelines, and what each image says of it."""
+"""Generation of prompts × seeds, from noise or a picture: comparison with diffusers, and settings in the images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.images import to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, init_picture
-from dreamartist_pipeline.core.sampling import initial_noise
+from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
+from refusals import says
 
 PROMPTS, SEEDS = ["a red cat", "a blue dog"], [5, 6]
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=4, guidance_scale=4.0, batch_size=3)
@@ -96,12 +97,12 @@ def ours(backbone: Backbone, name: str, init: InitPicture) -> torch.Tensor:
     return torch.cat(list(draw_latents(backbone, base, PROMPTS, "background", SEEDS, sampler, init=init)))
 
 
-# --------------------------------------------------------------------------------------------- beside diffusers
+# -------------------------------------------------------------------------------------------- comparison with diffusers
 
 
 @pytest.mark.parametrize("denoise", [0.35, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_picture_becomes_what_diffusers_img2img_makes_of_it(
+def test_a_picture_gives_the_latents_of_diffusers_img2img(
     backbone: Backbone, plain: dict[str, Any], picture: Image.Image, name: str, denoise: float
 ) -> None:
     expected = one_by_one(plain, "img2img", name, image=picture, strength=denoise)
@@ -111,7 +112,7 @@ def test_a_picture_becomes_what_diffusers_img2img_makes_of_it(
 
 @pytest.mark.parametrize("denoise", [0.6, 1.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_masked_picture_becomes_what_diffusers_inpainting_makes_of_it(
+def test_a_masked_picture_gives_the_latents_of_diffusers_inpainting(
     backbone: Backbone, plain: dict[str, Any], picture: Image.Image, mask: Image.Image, name: str, denoise: float
 ) -> None:
     expected = one_by_one(plain, "inpaint", name, image=picture, mask_image=mask, strength=denoise, height=32, width=32)
@@ -121,7 +122,7 @@ def test_a_masked_picture_becomes_what_diffusers_inpainting_makes_of_it(
 
 def test_what_the_mask_keeps_is_the_picture(backbone: Backbone, picture: Image.Image, mask: Image.Image) -> None:
     mean, std = encode_images(backbone, to_tensor([picture]))
-    sampled = mean + std * initial_noise(mean.shape[1:], SEEDS)  # each generator's first draw
+    sampled = mean + std * initial_noise(mean.shape[1:], image_generators(SEEDS))  # each generator's first draw
     latents = ours(backbone, "ddim", InitPicture(picture, mask, 1.0))
     torch.testing.assert_close(latents[..., :4], sampled[..., :4])  # the left half, of 8
     assert not torch.isclose(latents[..., 4:], sampled[..., 4:], atol=1e-3).all(dim=(1, 2)).any()
@@ -170,7 +171,7 @@ def test_a_size_is_drawn_as_diffusers_draws_it(tiny_base_model: Path, backbone: 
 
 def test_sides_that_the_autoencoder_cannot_make_are_refused(backbone: Backbone) -> None:
     base = attach(backbone, None, StrengthParams())
-    with pytest.raises(InputError, match=r"in multiples of the base model's 4 px; got 32 × 30 px; round them"):
+    with pytest.raises(InputError, check=says(expected="4 px", got="32 × 30 px")):
         generate(backbone, base, PROMPTS[:1], "", [5], SAMPLER, size_px=(32, 30))
 
 
@@ -196,10 +197,10 @@ def test_without_a_size_the_proportions_are_the_pictures(backbone: Backbone, pic
 # --------------------------------------------------------------------------------------------- prompts, seeds, info
 
 
-def test_images_come_prompt_by_prompt_and_depend_on_their_own_seed_only(backbone: Backbone) -> None:
+def test_images_are_ordered_by_prompt_and_depend_on_their_own_seed_only(backbone: Backbone) -> None:
     drawn = draw(backbone, None, request())
-    said = [json.loads(image.info["dreamartist"]) for image in drawn.images]
-    assert [(s["prompt"], s["seed"]) for s in said] == [
+    settings = [json.loads(image.info["dreamartist"]) for image in drawn.images]
+    assert [(s["prompt"], s["seed"]) for s in settings] == [
         ("a red cat", 5),
         ("a red cat", 6),
         ("a blue dog", 5),
@@ -209,12 +210,14 @@ def test_images_come_prompt_by_prompt_and_depend_on_their_own_seed_only(backbone
     assert alone.tobytes() == drawn.images[3].tobytes()
 
 
-def test_an_image_says_what_it_started_from(backbone: Backbone, picture: Image.Image, mask: Image.Image) -> None:
+def test_the_settings_of_an_image_have_the_picture_it_started_from(
+    backbone: Backbone, picture: Image.Image, mask: Image.Image
+) -> None:
     masked = InitPicture(picture, mask, 0.5)
     (image,) = draw(backbone, None, request(prompts=PROMPTS[:1], seeds=[5], init=masked)).images
-    said = json.loads(image.info["dreamartist"])
-    assert (said["denoise"], said["init_image"]["size_px"], said["size_px"]) == (0.5, [32, 32], [32, 32])
-    assert said["init_image"]["sha256"] != said["init_mask"]["sha256"]
+    settings = json.loads(image.info["dreamartist"])
+    assert (settings["denoise"], settings["init_image"]["size_px"], settings["size_px"]) == (0.5, [32, 32], [32, 32])
+    assert settings["init_image"]["sha256"] != settings["init_mask"]["sha256"]
     assert image.info["parameters"].endswith("Size: 32x32, Model: tiny, Denoising strength: 0.5")
 
 
@@ -225,11 +228,11 @@ def test_an_image_says_what_it_started_from(backbone: Backbone, picture: Image.I
         {"sampler": SamplerParams(scheduler="SASolverScheduler", scheduler_options={"tau_func": lambda _: 0.0})},
     ],
 )
-def test_what_an_image_cannot_say_of_itself_is_refused_before_one_is_drawn(
+def test_settings_that_are_not_json_are_refused_before_an_image_is_generated(
     backbone: Backbone, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawing, "generate", lambda *_, **__: pytest.fail("drawn"))
-    with pytest.raises(InputError, match="expected settings that images can hold as JSON"):
+    with pytest.raises(InputError, check=says(expected="JSON", remedy="scheduler_options")):
         draw(backbone, None, request(**changes))
 
 

@@ -1,30 +1,20 @@
-"""A family of base models is one subclass.
-
-A toy with two text encoders, pooled states, float timesteps and flow matching goes through the nodes as they stand.
-"""
+"""A family of base models is one subclass of `Backbone`: the toy family trains, draws and exports unchanged nodes."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 from unittest.mock import Mock
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import UniPCMultistepScheduler
 from PIL import Image
-from safetensors.torch import load, load_file, save_file
-from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from safetensors.torch import load
+from transformers import CLIPTokenizer
 
-from dreamartist_pipeline.backbones.families import FAMILIES, Backbone
-from dreamartist_pipeline.backbones.families.backbone import frozen
-from dreamartist_pipeline.backbones.families.clip_text import text_states
-from dreamartist_pipeline.core.diffusion import Objective
-from dreamartist_pipeline.core.layout import FileNames
+from dreamartist_pipeline.backbones.families import FAMILIES
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.embedded.model import build_text_encoder
 from dreamartist_pipeline.params import DeviceParams, ExportParams, GenerateParams, TrainingParams
@@ -33,99 +23,10 @@ from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
 
 from ..conftest import TINY_SIZE
+from .toy_family import ENCODERS, TRANSFORMER, Toy, Transformer
 
-CPU, ENCODERS = DeviceParams(device="cpu"), ("text_encoder", "text_encoder_2")
-WIDTHS = {"text_encoder": 32, "text_encoder_2": 64}
+CPU = DeviceParams(device="cpu")
 SAMPLER = {"scheduler": "UniPCMultistepScheduler", "num_inference_steps": 3}
-seen: list[torch.Tensor] = []  # timesteps that the toy was asked for
-
-
-class Flow(Objective):
-    """z_t = (1 − s) · z₀ + s · ε and the target ε − z₀, at noise levels s = t / 1000 for a float t."""
-
-    prediction_type = "flow_prediction"
-
-    def sample_timesteps(self, limits, num_rows, generator):
-        low, high = limits
-        return 1000 * (low + (high - low) * torch.rand(num_rows, generator=generator))
-
-    def noise_level(self, timesteps):
-        return timesteps.float() / 1000
-
-    def add_noise(self, latents, noise, timesteps):
-        return torch.lerp(latents, noise, self.noise_level(timesteps).view(-1, 1, 1, 1))
-
-    def target(self, latents, noise, timesteps):
-        return noise - latents
-
-    def predicted_latents(self, noisy_latents, prediction, timesteps):
-        return noisy_latents - self.noise_level(timesteps).view(-1, 1, 1, 1) * prediction
-
-    def loss_weight(self, weighting, gamma, timesteps):
-        return torch.ones(len(timesteps))
-
-
-class Transformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"latents": 4, "text": sum(WIDTHS.values()), "pooled": WIDTHS["text_encoder_2"], "time": 1}
-        self.inputs = nn.ModuleDict({name: nn.Linear(size, 16) for name, size in sizes.items()})
-        self.out = nn.Linear(16, 4)
-
-    def forward(self, latents, level, hidden, pooled):
-        rows = {"text": hidden.mean(1), "pooled": pooled, "time": level[:, None]}
-        told = sum(self.inputs[name](value) for name, value in rows.items())[:, None]
-        states = torch.tanh(self.inputs["latents"](latents.flatten(2).mT) + told)  # [N, h·w, 16]
-        return self.out(states).mT.reshape(latents.shape)
-
-
-@dataclass(frozen=True)
-class TextStates:
-    hidden: torch.Tensor  # [N, L, 96], of both encoders
-    pooled: torch.Tensor  # [N, 64], of the second
-
-    def __getitem__(self, rows: torch.Tensor) -> TextStates:
-        return TextStates(self.hidden[rows], self.pooled[rows])
-
-
-@dataclass(kw_only=True)
-class Toy(Backbone):
-    family: ClassVar = "toy"
-    pipelines: ClassVar = ("ToyPipeline",)
-    parts: ClassVar = dict.fromkeys(("transformer", "vae", *ENCODERS), "config.json")
-    file_names: ClassVar = FileNames(
-        kohya_prefixes={"transformer": "lora_transformer_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
-        outer_modules=dict.fromkeys(ENCODERS, "text_model."),
-        embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
-        architecture="toy",
-        kohya_version="toy_v1",
-    )
-
-    @classmethod
-    def load(cls, source, device, dtype):
-        folder, transformer = Path(source.location), Transformer()
-        transformer.load_state_dict(load_file(folder / "transformer" / "model.safetensors"))
-        networks = {"transformer": transformer, **{n: CLIPTextModel.from_pretrained(folder / n) for n in ENCODERS}}
-        return cls(
-            name=source.name,
-            fingerprint=source.fingerprint,
-            networks={name: frozen(network, device) for name, network in networks.items()},
-            tokenizers={name: CLIPTokenizer.from_pretrained(folder / "tokenizer") for name in ENCODERS},
-            autoencoder=frozen(AutoencoderKL.from_pretrained(folder / "vae"), device),
-            objective=Flow(),
-            scheduler_config={"prediction_type": "flow_prediction", "use_flow_sigmas": True},
-            device=device,
-            dtype=dtype,
-            image_px=32,
-        )
-
-    def encode(self, tokens, clip_skip):
-        first, second = (text_states(self.networks[name], tokens[name].ids, clip_skip) for name in ENCODERS)
-        return TextStates(torch.cat([first, second], dim=-1), second[:, -1])
-
-    def predict(self, latents, timesteps, conditioning):
-        seen.append(timesteps)
-        return self.networks["transformer"](latents, timesteps / 1000, conditioning.hidden, conditioning.pooled)
 
 
 @pytest.fixture
@@ -134,23 +35,30 @@ def toy(tmp_path: Path, tiny_base_model: Path) -> Iterator[str]:
     folder = Path(shutil.copytree(tiny_base_model, tmp_path / "toy"))
     (folder / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
     torch.manual_seed(0)
-    wider = TINY_SIZE.model_copy(update={"text_width": WIDTHS["text_encoder_2"]})
+    wider = TINY_SIZE.model_copy(update={"text_width": 64})
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     build_text_encoder(wider, tokenizer).save_pretrained(folder / "text_encoder_2")
-    (folder / "transformer").mkdir()
-    (folder / "transformer" / "config.json").write_text("{}")
-    save_file(Transformer().state_dict(), folder / "transformer" / "model.safetensors")
+    Transformer().save_pretrained(folder / "transformer")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler.save_pretrained(folder / "scheduler")
     FAMILIES.append(Toy)
     yield str(folder)
     FAMILIES.remove(Toy)
 
 
 def test_a_new_family_trains_draws_saves_reloads_and_exports(
-    toy: str, tmp_path: Path, make_training_params: Callable[..., TrainingParams]
+    toy: str, tmp_path: Path, make_training_params: Callable[..., TrainingParams], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transformer = [{"lr": 1e-2, "rank": 2, "branch": branch, "layers": ("re:inputs|out",)} for branch in "pn"]
+    seen: list[torch.Tensor] = []
+    predict = Toy.predict
+    monkeypatch.setattr(
+        Toy, "predict", lambda self, latents, t, text: (seen.append(t), predict(self, latents, t, text))[1]
+    )
+    adapters = [
+        {"lr": 1e-2, "rank": 2, "branch": branch, "layers": ("re:latents|text|pooled|time|out",)} for branch in "pn"
+    ]
     groups = {f"lora_{encoder}": make_training_params().lora_text_encoder for encoder in ENCODERS}
-    groups |= {"lora_unet": (), "lora_transformer": transformer}
+    groups |= {"lora_unet": (), f"lora_{TRANSFORMER}": adapters}
     preview = {"every": 3, "prompts": ["a {pt1}"], "sampler": SAMPLER}
     params = make_training_params(num_steps=3, regularization_batch_size=0, preview=preview, **groups)
     picture, mask, tracker = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 127), Mock()

@@ -1,4 +1,4 @@
-"""Diffusers' loader on Stable Diffusion's own layout, every layer adapted."""
+"""Diffusers' loader on the layout of Stable Diffusion with all layers adapted."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def test_diffusers_takes_every_layer_and_predicts_as_the_concept_does(
 ) -> None:
     probe = make_probe(backbone)
     adapter = branch_adapter(concept, branch)
-    came = file_prediction(backbone, write(adapter, FACTS, torch.float32), "x", probe)
-    assert came.layers == {".".join(at) for at in adapter.by_layer()}
+    loaded = file_prediction(backbone, write(adapter, FACTS, torch.float32), "x", probe)
+    assert loaded.layers == {".".join(at) for at in adapter.by_layer()}
     expected = concept_predictions(backbone, concept, probe)[branch]
-    torch.testing.assert_close(came.prediction, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded.prediction, expected, rtol=1e-4, atol=1e-5)
     assert (expected - base_prediction(backbone, probe)).abs().max() > 0.1
 
 
@@ -119,13 +119,13 @@ def test_diffusers_takes_the_biases_of_a_peft_file(backbone: Backbone, concept: 
     }
     biased = build_concept(adapters, (), backbone.identity)
     probe = make_probe(backbone)
-    came = file_prediction(backbone, write_peft(adapters[branch], FACTS, torch.float32), "x", probe)
+    loaded = file_prediction(backbone, write_peft(adapters[branch], FACTS, torch.float32), "x", probe)
     expected = concept_predictions(backbone, biased, probe)[branch]
-    torch.testing.assert_close(came.prediction, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded.prediction, expected, rtol=1e-4, atol=1e-5)
     assert (expected - concept_predictions(backbone, concept, probe)[branch]).abs().max() > 0.01
 
 
-def test_every_layer_has_a_name_in_comfyui_and_a1111_and_comes_back_from_kohyas(
+def test_every_layer_has_a_name_in_comfyui_and_a1111_and_is_read_back_from_kohya(
     backbone: Backbone, concept: Concept
 ) -> None:
     layers = modules_of(backbone)

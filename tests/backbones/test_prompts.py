@@ -1,4 +1,4 @@
-"""Prompts become tokens: as the tokenizer does it, with trigger words expanded to their vectors."""
+"""Tokens of prompts: those of the tokenizer, with trigger words expanded to their vectors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dreamartist_pipeline.backbones.prompts import (
 from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, WordsParams
+from refusals import says
 
 
 @pytest.fixture(scope="module")
@@ -81,47 +82,47 @@ def test_weights_go_with_the_tokens_of_the_plain_text(
     tokenizer: CLIPTokenizer, vocabulary: Vocabulary, prompt: str, plain: str, weights: dict[int, float]
 ) -> None:
     prompts = PromptTokenizer(tokenizer, 24, vocabulary)
-    came = prompts.tokenize([prompt, "a"])
-    assert torch.equal(came.ids, prompts.tokenize([plain, "a"]).ids)
+    tokens = prompts.tokenize([prompt, "a"])
+    assert torch.equal(tokens.ids, prompts.tokenize([plain, "a"]).ids)
     if not weights:
-        assert came.weights is None
+        assert tokens.weights is None
         return
     expected = torch.ones(2, 24)
     for position, weight in weights.items():
         expected[0, position] = weight
-    assert came.weights is not None
-    torch.testing.assert_close(came.weights, expected)
+    assert tokens.weights is not None
+    torch.testing.assert_close(tokens.weights, expected)
 
 
 def test_weights_of_what_is_cut_off_are_cut_off_too(tokenizer: CLIPTokenizer) -> None:
-    came = PromptTokenizer(tokenizer, 24).tokenize(["{" + "cat " * 40 + ":2}"])
-    assert came.weights is not None
-    assert came.weights.tolist() == [[1.0, *[2.0] * 22, 1.0]]
+    tokens = PromptTokenizer(tokenizer, 24).tokenize(["{" + "cat " * 40 + ":2}"])
+    assert tokens.weights is not None
+    assert tokens.weights.tolist() == [[1.0, *[2.0] * 22, 1.0]]
 
 
-def test_braces_that_cannot_be_read_are_refused(tokenizer: CLIPTokenizer) -> None:
-    with pytest.raises(InputError, match="expected a weight such as .* got 'big' in 'a {cat:big}'"):
+def test_invalid_braces_are_refused(tokenizer: CLIPTokenizer) -> None:
+    with pytest.raises(InputError, check=says(expected="{cat:1.2}", got="'big'")):
         PromptTokenizer(tokenizer, 24).tokenize(["a {cat:big}"])
 
 
 def test_trigger_words_are_found_within_braces(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
     prompts = PromptTokenizer(tokenizer, 24, vocabulary)
     prompts.check_fits("a {my-fox:1.2}")
-    with pytest.raises(InputError, match="within the first 22 tokens"):
+    with pytest.raises(InputError, check=says(expected="22", got="my-fox:1.2")):
         prompts.check_fits("cat " * 21 + "{my-fox:1.2}")
 
 
 def test_words_beyond_the_context_are_refused(tokenizer: CLIPTokenizer, vocabulary: Vocabulary) -> None:
     prompts = PromptTokenizer(tokenizer, 24, vocabulary)
     prompts.check_fits("my-fox " + "cat " * 50)  # plain text may be cut
-    with pytest.raises(InputError, match=r"trigger words within the first 22 tokens .* is 23 tokens long"):
+    with pytest.raises(InputError, check=says(expected="22", got="23")):
         prompts.check_fits("cat " * 21 + "my-fox")
 
 
-def test_a_word_that_grows_together_with_its_neighbour_is_refused(
+def test_a_prompt_whose_trigger_word_is_part_of_another_word_is_refused(
     tokenizer: CLIPTokenizer, vocabulary: Vocabulary
 ) -> None:
-    with pytest.raises(InputError, match="expected a trigger word that stands by itself in every prompt; got 'two my"):
+    with pytest.raises(InputError, check=says(expected="trigger word", got="'two my-foxes'", remedy="slot")):
         PromptTokenizer(tokenizer, 24, vocabulary).check_fits("two my-foxes")
 
 
@@ -157,24 +158,24 @@ def test_weighted_states_are_the_plain_ones_times_weights_with_the_mean_restored
     encoder = PromptEncoder(backbone, clip_skip=clip_skip)
     with torch.no_grad():
         plain = encoder.encode(encoder.tokenize(["a red cat", "a blue dog"]))
-        came = encoder.encode(encoder.tokenize(["a {red {cat}:1.5}", "a blue dog"]))
+        weighted = encoder.encode(encoder.tokenize(["a {red {cat}:1.5}", "a blue dog"]))
     expected = plain[0].clone()
     expected[2] *= 1.5
     expected[3] *= 1.5 * 1.1
     expected *= plain[0].mean() / expected.mean()
-    torch.testing.assert_close(came[0], expected)
-    assert not torch.allclose(came[0], plain[0])
-    assert torch.equal(came[1], plain[1])  # bit for bit, beside a weighted prompt
+    torch.testing.assert_close(weighted[0], expected)
+    assert not torch.allclose(weighted[0], plain[0])
+    assert torch.equal(weighted[1], plain[1])  # bit-equal in a batch with a weighted prompt
 
 
 def test_skipping_every_layer_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(InputError, match="clip_skip below the text encoder's 2 layers; got 2"):
+    with pytest.raises(InputError, check=says(expected="clip_skip", got="2")):
         PromptEncoder(backbone, clip_skip=2)
 
 
 @pytest.mark.parametrize("word", ["cat", "Cat", "a"])
 def test_a_word_that_is_a_token_already_is_refused(tokenizer: CLIPTokenizer, word: str) -> None:
-    with pytest.raises(InputError, match=rf"'{word}', which is already a single token .* such as 'my-{word}'"):
+    with pytest.raises(InputError, check=says(got=f"'{word}', which is already a single token", remedy=f"'my-{word}'")):
         check_trigger_word(tokenizer, word)
 
 

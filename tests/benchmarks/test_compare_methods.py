@@ -13,6 +13,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
+from markdown_tables import cells, numbers
+
 _FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_methods.py"
 
 
@@ -46,7 +48,7 @@ def _results(similarities: tuple[float, float], agrees: list[bool | None], secon
     return bench.Results(metrics, images, seconds)
 
 
-def test_a_subject_counts_with_the_mean_over_its_images_of_which_something_was_asked() -> None:
+def test_a_subjects_value_is_the_mean_over_images_with_a_value() -> None:
     values = bench.of_subject(_results((0.1, 0.5), [True, None]), "concept")
     assert values["similarity"] == pytest.approx(0.8)
     assert values["background"] == 1.0
@@ -72,18 +74,18 @@ def test_the_table_has_base_methods_and_ceiling() -> None:
     }
     table = bench.tabulate(results, ["lora", "dreamartist-plus-plus"])
     assert list(table.index) == [bench.BASE_ROW, "LoRA, no negative branch", "DreamArtist++", bench.CEILING_ROW]
-    lines = bench.to_markdown(table).splitlines()
-    assert lines[2] == (
-        "| base model, class word | 0.200 ± 0.000 | 50% ± 0% | — | 0.250 ± 0.000 | 0.250 ± 0.000 | — | — | — |"
-    )
-    assert lines[4].startswith("| DreamArtist++ | 0.700 ± 0.000 | 50% ± 0% | — | 0.250 ± 0.000 |")
-    assert lines[4].endswith("| 1.00% ± 0.00% | 0.250 ± 0.000 | 10 ± 0 |")
-    assert lines[5].startswith("| autoencoder's reconstruction (ceiling) | 0.900 ± 0.000 | — |")
+    markdown = bench.to_markdown(table)
+    rows = {label: [numbers(cell) for cell in cells(markdown, label)] for label in table.index}
+    none: list[float] = []
+    assert rows[bench.BASE_ROW] == [[0.2, 0], [50, 0], none, [0.25, 0], [0.25, 0], none, none, none]
+    assert rows["DreamArtist++"][:4] == [[0.7, 0], [50, 0], none, [0.25, 0]]
+    assert rows["DreamArtist++"][-3:] == [[1, 0], [0.25, 0], [10, 0]]
+    assert rows[bench.CEILING_ROW] == [[0.9, 0], *[none] * 7]
 
 
 def test_methods_compared_with_different_base_images_are_refused() -> None:
     results = {"fox": {"a": _results((0.1, 0.3), [True, True]), "b": _results((0.2, 0.3), [True, True])}}
-    with pytest.raises(SystemExit, match="fox: expected the same base images for all methods"):
+    with pytest.raises(SystemExit, match="fox.*--again"):
         bench.check_same_base(results)
 
 
@@ -109,7 +111,7 @@ def _calls(monkeypatch: pytest.MonkeyPatch, status: int) -> list[list[str]]:
     return calls
 
 
-def test_a_run_is_repeated_only_when_what_decides_it_changes(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_reused_until_the_request_changes(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _calls(monkeypatch, status=0)
     bench.run_if_needed(run, again=False)
     bench.run_if_needed(run, again=False)
@@ -146,6 +148,6 @@ def test_a_run_passes_subject_method_and_overrides_on(run: object, monkeypatch: 
 
 def test_a_failed_run_is_named_and_not_recorded(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
     _calls(monkeypatch, status=1)
-    with pytest.raises(SystemExit, match="fox-lora: the run failed with exit status 1"):
+    with pytest.raises(SystemExit, match="fox-lora.* 1"):
         bench.run_if_needed(run, again=False)
     assert not list(run.folder.glob("*.json"))  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from markdown_tables import cells, numbers
+
 _FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "dual_branch_layer.py"
 
 
@@ -57,7 +59,7 @@ def test_another_gradient_is_refused(unet: nn.Module, batch: object) -> None:
         bench.SliceHook(bench.share_weights(unet), factors),
         bench.Stacked(bench.share_weights(unet), changed),
     ]
-    with pytest.raises(SystemExit, match=r"to compute the same; they differ in \d+ places: prediction"):
+    with pytest.raises(SystemExit, match="prediction"):
         bench.check_agreement(designs, batch, DOUBLE)
 
 
@@ -66,10 +68,11 @@ def test_a_missing_gradient_is_refused(unet: nn.Module, batch: object) -> None:
     silent = bench.Stacked(bench.share_weights(unet), factors)
     name = next(iter(silent.parameters()))
     silent.parameters()[name].requires_grad_(False)
-    with pytest.raises(SystemExit, match="missing gradient of"):
+    with pytest.raises(SystemExit, match=f"missing gradient of {name}"):
         bench.check_agreement([bench.SliceHook(bench.share_weights(unet), factors), silent], batch, DOUBLE)
 
 
 def test_the_table_reports_medians_and_ratios() -> None:
     times = {bench.Frozen.name: [1.0, 2.0, 3.0], bench.Stacked.name: [4.0, 4.0, 4.0]}
-    assert "| stacked (this project) | 4.0 | 4.0 – 4.0 | 2.00 | 1.00 |" in bench.table(times)
+    median, quartiles, *ratios = cells(bench.table(times), bench.Stacked.name)
+    assert (median, numbers(quartiles), ratios) == ("4.0", [4.0, 4.0], ["2.00", "1.00"])

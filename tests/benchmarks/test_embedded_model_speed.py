@@ -1,4 +1,4 @@
-"""The speed benchmark of the embedded model: what a line of its table says, and what a failed training does."""
+"""The speed benchmark of the embedded model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from markdown_tables import cells, numbers
+
 
 @pytest.fixture(scope="module")
 def bench():
     return importlib.import_module("embedded_model_speed")
 
 
-def test_a_line_says_the_median_and_the_quartiles(bench):
-    assert bench.row("a step", [0.4, 0.1, 0.2, 0.3, 9.0]) == "| a step | 0.300 | 0.200 to 0.400 |"
+def test_a_row_has_median_and_quartiles(bench):
+    median, quartiles = cells(bench.row("a step", [0.4, 0.1, 0.2, 0.3, 9.0]), "a step")
+    assert (numbers(median), numbers(quartiles)) == ([0.3], [0.2, 0.4])
 
 
 def test_single_images_are_timed_without_the_first_ones(bench, tiny_base_model):
@@ -26,5 +29,5 @@ def test_single_images_are_timed_without_the_first_ones(bench, tiny_base_model):
 
 def test_a_training_that_fails_ends_the_benchmark(bench, tiny_base_model, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
-    with pytest.raises(SystemExit, match="failed with exit status 3"):
+    with pytest.raises(SystemExit, match="status 3"):
         bench.train(tiny_base_model, "cpu", Path("fox.png"))

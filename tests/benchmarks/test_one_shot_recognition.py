@@ -17,6 +17,7 @@ from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.embedded.datasets import SpriteSetDataset
 from dreamartist_pipeline.embedded.scenes import Shown
 from dreamartist_pipeline.embedded.sprites import SpriteSet
+from markdown_tables import cells, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "data/01_raw/reference_images"
@@ -108,7 +109,7 @@ def test_a_world_without_rendered_sprites_is_refused_before_anything_is_trained(
     monkeypatch.setattr(bench, "run_all", train)
     judge = str(ROOT / "data/01_raw/judge/judge.safetensors")
     options = ["--subjects", "fox", "--images", str(IMAGES), "--judge", judge]
-    with pytest.raises(SystemExit, match=r"expected rendered sprites, .*run `make sprites`, or give --no-recognition"):
+    with pytest.raises(SystemExit, match="sprites.safetensors.*--no-recognition"):
         bench.main(options)
     with pytest.raises(AssertionError, match="trained"):
         bench.main([*options, "--no-recognition"])
@@ -117,7 +118,7 @@ def test_a_world_without_rendered_sprites_is_refused_before_anything_is_trained(
 def test_nothing_left_to_score_is_refused(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--no-judge", "--no-recognition"])
-    assert "leave nothing to score" in capsys.readouterr().err
+    assert "--no-judge" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_groups_of_subjects_are_disjoint_and_bundled(bench):
@@ -154,11 +155,11 @@ def test_sprites_are_read_without_those_that_have_no_name(worlds, tmp_path):
 
 def test_sprites_of_another_recipe_are_refused(worlds):
     worlds.check_drawn(make_world(worlds))
-    with pytest.raises(SystemExit, match="expected sprites of this recipe, got none of blob fox; run `make sprites`"):
+    with pytest.raises(SystemExit, match="blob fox.*make sprites"):
         worlds.check_drawn(make_world(worlds, fox="blob"))
 
 
-def test_only_held_out_objects_in_a_known_style_are_looked_for(worlds):
+def test_subjects_are_held_out_objects_in_a_known_style(worlds):
     from dreamartist_pipeline.params import PretrainParams
     from dreamartist_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
 
@@ -167,9 +168,9 @@ def test_only_held_out_objects_in_a_known_style_are_looked_for(worlds):
     sources = IMAGES / "sources.yml"
     found = worlds.reference_styles(sources, recipe, ["fox", "owl", "mushroom-outline", "cat"])
     assert found == {"fox": "noto", "owl": "twemoji"}
-    with pytest.raises(SystemExit, match="expected a subject among fox, .*, got cat; name one, or give --no-recog"):
+    with pytest.raises(SystemExit, match="fox.*cat.*--no-recognition"):
         worlds.reference_styles(sources, recipe, ["cat"])
-    with pytest.raises(SystemExit, match=r"expected the drawings' packages in nowhere/sources.yml, got no such file"):
+    with pytest.raises(SystemExit, match="nowhere/sources.yml"):
         worlds.reference_styles(Path("nowhere/sources.yml"), recipe, ["fox"])
 
 
@@ -236,7 +237,7 @@ def test_only_recoloured_prompts_are_compared_without_colours(prompting, recogni
     assert by_kind.to_dict() == {"background": "cat", "style": "cat", "size": "cat", "color": "fox"}
 
 
-def test_ceilings_are_the_real_pictures_and_what_an_autoencoder_leaves_of_them(prompting, recognition, worlds):
+def test_upper_limits_are_real_images_and_their_reconstructions(prompting, recognition, worlds):
     prompts = prompting.draw_prompts(1, seed=1)
     real, left = recognition.draw_ceilings(make_world(worlds), prompts, 64, torch.zeros_like)
     assert (real.row, left.row, real.word, real.style) == ("real", "reconstructed", "fox", "noto")
@@ -283,41 +284,47 @@ def test_shares_are_means_over_objects_of_their_shares(reporting):
 @pytest.mark.parametrize(
     ("known_hard", "expected"),
     [
-        ([1, 1, 6, 6], "| hard, top-1 | 37.5% | 50.0% | 35.0% (0.7 × 50%, at least 30%) | yes |"),
-        ([1, 6, 6, 6], "| hard, top-1 | 37.5% | 25.0% | 30.0% (0.7 × 25%, at least 30%) | yes |"),
-        ([1, 1, 1, 6], "| hard, top-1 | 37.5% | 75.0% | 52.5% (0.7 × 75%, at least 30%) | no |"),
+        ([1, 1, 6, 6], (37.5, 50.0, 35.0, "yes")),  # 0.7 × 50 %
+        ([1, 6, 6, 6], (37.5, 25.0, 30.0, "yes")),  # the minimum
+        ([1, 1, 1, 6], (37.5, 75.0, 52.5, "no")),  # 0.7 × 75 %
     ],
 )
-def test_hard_prompts_are_aimed_at_a_share_of_known_objects_and_a_least_value(reporting, known_hard, expected):
+def test_targets_of_hard_prompts_are_a_factor_of_known_objects_and_a_minimum(reporting, known_hard, expected):
     ranks = {**CONCEPTS, ("known", "cat"): ([1, 1, 1, 1], known_hard)}
-    table = reporting.targets_to_markdown(reporting.summarize(make_answers(ranks))).splitlines()
-    assert table[2] == expected
-    assert table[4:] == [
-        "| plain, top-1 | 62.5% | 100.0% | 90.0% (0.9 × 100%) | no |",
-        "| plain, top-5 | 75.0% | 100.0% | 95.0% (0.95 × 100%) | no |",
-    ]
+    table = reporting.targets_to_markdown(reporting.summarize(make_answers(ranks)))
+    assert target(table, "hard, top-1") == expected
+    assert target(table, "plain, top-1") == (62.5, 100.0, 90.0, "no")
+    assert target(table, "plain, top-5") == (75.0, 100.0, 95.0, "no")
+
+
+def target(table: str, label: str) -> tuple[float, float, float, str]:
+    """Return shares of concepts and known objects, the target, and whether it is reached."""
+    *shares, reached = cells(table, label)
+    concepts, known, goal = (numbers(share)[0] for share in shares)
+    return concepts, known, goal, reached
 
 
 def test_a_target_that_is_met_exactly_is_reached(reporting):
     ranks = {("concepts", "fox"): ([1] * 9 + [2], [1]), ("known", "cat"): ([1] * 10, [1])}
     table = reporting.targets_to_markdown(reporting.summarize(make_answers(ranks)))
-    assert "| plain, top-1 | 90.0% | 100.0% | 90.0% (0.9 × 100%) | yes |" in table
+    assert target(table, "plain, top-1") == (90.0, 100.0, 90.0, "yes")
 
 
 def test_every_row_of_the_table_has_its_interval(reporting):
     ranks = {(row, word): value for row in reporting.ROW_LABELS for (_, word), value in CONCEPTS.items()}
-    table = reporting.summary_to_markdown(reporting.summarize(make_answers(ranks))).splitlines()
-    assert table[0] == "|  | plain top-1 | plain top-5 | hard top-1 | hard top-5 |"
-    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == list(reporting.ROW_LABELS.values())
-    assert table[2].endswith("| 62% [50–75] | 75% [50–100] | 38% [25–50] | 62% [25–100] |")
+    table = reporting.summary_to_markdown(reporting.summarize(make_answers(ranks)))
+    for label in reporting.ROW_LABELS.values():
+        intervals = [numbers(cell) for cell in cells(table, label)]  # plain top-1 and top-5, hard top-1 and top-5
+        assert intervals == [[62, 50, 75], [75, 50, 100], [38, 25, 50], [62, 25, 100]]
     frame = make_answers(ranks)
     both = reporting.summarize(pd.concat([frame, frame.assign(gallery="all", rank=9)]))
-    assert reporting.summary_to_markdown(both).splitlines()[2].endswith("| 0% [0–0] |")
+    assert numbers(cells(reporting.summary_to_markdown(both), label)[-1]) == [0, 0, 0]
 
 
-def test_the_table_of_objects_says_what_they_are_taken_for(reporting):
+def test_the_table_of_objects_has_their_confusions(reporting):
     ranks = {**CONCEPTS, ("known", "cat"): ([1, 1, 1, 1], [1, 1, 6, 6])}
-    lines = reporting.objects_to_markdown(make_answers(ranks)).splitlines()
-    assert lines[0].endswith("| color top-1 | style top-1 | size top-1 | taken for |")
-    assert lines[2] == "| fox | 75% | 100% | 25% | 25% | 50% | 0% | 0% | bee (4) |"
-    assert lines[4].startswith("| cat (known) | 100% | 100% | 50% |")
+    table = reporting.objects_to_markdown(make_answers(ranks))
+    *shares, confusions = cells(table, "fox")
+    assert shares == ["75%", "100%", "25%", "25%", "50%", "0%", "0%"]
+    assert confusions == "bee (4)"
+    assert cells(table, "cat")[:3] == ["100%", "100%", "50%"]

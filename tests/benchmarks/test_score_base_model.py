@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from dreamartist_pipeline.embedded.datasets import JudgeDataset
-from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary, Verdict, truth_of
+from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary, Verdict, labels_of
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, unseen_tints
 from dreamartist_pipeline.embedded.sprites import SpriteSet
+from markdown_tables import cells
 
 _FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "score_base_model.py"
 
@@ -51,7 +52,7 @@ def scene(word: str = "cat", *others: str, **changes: object) -> Shown:
 
 
 def verdict_of(shown: Shown, **changes: str) -> Verdict:
-    return Verdict(**{**{head: word or "red" for head, word in truth_of(shown).items()}, **changes})
+    return Verdict(**{**{head: word or "red" for head, word in labels_of(shown).items()}, **changes})
 
 
 def pictures(*cases: tuple[Shown, Verdict], group: str = "any", **others: list[Verdict]) -> object:
@@ -81,12 +82,12 @@ def test_combinations_are_single_objects_in_tints_that_training_does_or_does_not
         assert {one.tints[0] in unseen_tints(one.objects[0]) for one in prompts.shown} == {expected}
 
 
-def test_the_same_seed_asks_the_same() -> None:
+def test_the_same_seed_draws_the_same_prompts() -> None:
     one, same, other = (bench.draw_prompts(bench.nameable(VOCABULARY), 5, 0, seed)[0] for seed in (3, 3, 4))
     assert one.scenes.captions == same.scenes.captions != other.scenes.captions
 
 
-def test_real_pictures_show_what_the_words_say_in_whatever_order_the_drawings_are() -> None:
+def test_real_images_are_independent_of_the_order_of_drawings() -> None:
     order = bench.nameable(VOCABULARY)
     scenes = bench.draw_prompts(order, 8, 0, seed=0)[0].scenes
     images = torch.full((6, 4, 8, 8), 255, dtype=torch.uint8)
@@ -99,7 +100,7 @@ def test_real_pictures_show_what_the_words_say_in_whatever_order_the_drawings_ar
 def test_drawings_that_are_missing_are_named() -> None:
     order = bench.nameable(VOCABULARY)
     sprites = SpriteSet(torch.zeros(5, 4, 8, 8, dtype=torch.uint8), order.objects[1:], order.styles[1:])
-    with pytest.raises(SystemExit, match="it lacks .'cat flat'."):
+    with pytest.raises(SystemExit, match="cat flat"):
         bench.paint_real(sprites, order, bench.draw_prompts(order, 1, 0, seed=0)[0].scenes)
 
 
@@ -110,12 +111,12 @@ def ask(question: str, shown: Shown, **changes: str) -> bool | None:
     return bench.QUESTIONS[question].asks(verdict_of(shown, **changes), shown)
 
 
-def test_what_a_caption_leaves_out_is_not_asked() -> None:
+def test_attributes_that_a_caption_omits_are_not_scored() -> None:
     bare = scene(caption="a cat")
     assert [ask(question, bare) for question in ("object", "style", "background", "pattern")] == [True] + [None] * 3
 
 
-def test_the_object_is_asked_of_pictures_with_one_object() -> None:
+def test_the_object_is_scored_in_images_with_one_object() -> None:
     assert ask("object", scene()) is True
     assert ask("object", scene(), first_object="dog") is False
     assert ask("object", scene("cat", "dog")) is None
@@ -154,7 +155,7 @@ def test_each_of_two_objects_must_have_its_own_colour() -> None:
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def test_the_table_counts_who_asks_and_shares_by_source() -> None:
+def test_the_table_has_number_of_prompts_and_shares_by_source() -> None:
     shown = [scene("cat"), scene("dog"), scene("sun", caption="a sun"), scene("sun")]
     right = [verdict_of(one) for one in shown]
     drawn = [
@@ -169,7 +170,7 @@ def test_the_table_counts_who_asks_and_shares_by_source() -> None:
     assert math.isnan(table.loc["two_objects", "generated"])
 
 
-def test_unseen_combinations_are_held_against_seen_ones() -> None:
+def test_unseen_combinations_are_compared_with_seen_ones() -> None:
     tinted = scene("cat", tints=("pink",))
     right, wrong = verdict_of(tinted), verdict_of(tinted, first_object="dog")
     groups = [
@@ -182,17 +183,19 @@ def test_unseen_combinations_are_held_against_seen_ones() -> None:
     assert table.loc["unseen_color", ["generated", "target"]].tolist() == [1.0, 0.9]
 
 
-def test_the_table_for_people_says_what_is_reached_and_leaves_the_rest_out() -> None:
+def test_the_table_marks_reached_targets() -> None:
     shown = scene("cat")
-    lines = bench.to_markdown(bench.tabulate([pictures((shown, verdict_of(shown, style="noto")))])).splitlines()
-    assert lines[0] == "| asked for | prompts | generated | target | reached |"
-    assert lines[2] == "| object (one in the picture) | 1 | 100.0% | 90.0% | yes |"
-    assert lines[3] == "| style | 1 | 0.0% | 85.0% | no |"
-    assert lines[5] == "| pattern | 1 | 100.0% | — | — |"
-    assert lines[7] == "| two objects, each in its place | 0 | — | 70.0% | — |"
+    table = bench.to_markdown(bench.tabulate([pictures((shown, verdict_of(shown, style="noto")))]))
+    rows = {name: cells(table, bench.QUESTIONS[name].label) for name in ("object", "style", "pattern", "two_objects")}
+    assert rows == {  # prompts, generated, target, reached
+        "object": ["1", "100.0%", "90.0%", "yes"],
+        "style": ["1", "0.0%", "85.0%", "no"],
+        "pattern": ["1", "100.0%", "—", "—"],
+        "two_objects": ["0", "—", "70.0%", "—"],
+    }
 
 
-def test_the_worst_object_comes_first_with_what_it_is_taken_for() -> None:
+def test_the_worst_object_is_first_with_its_confusions() -> None:
     cat, dog, pair = scene("cat"), scene("dog"), scene("cat", "dog")
     drawn = pictures(
         *((cat, verdict_of(cat)), (dog, verdict_of(dog)), (dog, verdict_of(dog, first_object="sun"))),
@@ -203,10 +206,10 @@ def test_the_worst_object_comes_first_with_what_it_is_taken_for() -> None:
         ["dog", 2, 0.5, "sun (1)"],
         ["cat", 1, 1.0, ""],
     ]
-    assert bench.objects_to_markdown(table).splitlines()[2] == "| dog | 2 | 50.0% | sun (1) |"
+    assert cells(bench.objects_to_markdown(table), "dog") == ["2", "50.0%", "sun (1)"]
 
 
-def test_worst_cases_start_with_the_most_wrong_picture() -> None:
+def test_worst_cases_start_with_the_image_with_most_errors() -> None:
     cat = scene("cat")
     drawn = pictures(
         (cat, verdict_of(cat, style="noto")),
@@ -219,7 +222,7 @@ def test_worst_cases_start_with_the_most_wrong_picture() -> None:
     assert bench.worst_cases([pictures((cat, verdict_of(cat)))], 5) is None
 
 
-def test_what_the_judge_sees_instead_is_said_in_words() -> None:
+def test_wrong_predictions_are_named() -> None:
     dotted = scene("cat", pattern="dotted")
     assert bench.wrong_words(verdict_of(dotted, first_object="dog", second_color="pink"), dotted) == ["dog", "pink"]
     assert bench.wrong_words(verdict_of(dotted, background="green"), dotted) == ["green"]
@@ -255,15 +258,15 @@ def test_the_command_writes_tables_and_worst_cases_without_any_drawings(
     bench.main(["--judge", str(judge_file), "--output", str(out), "--num-prompts", "40", "--num-combinations", "4"])
     assert asked == [("any", 0), ("seen", 40), ("unseen", 44)]
     assert {file.name for file in out.iterdir()} == {"scores.md", "scores.csv", "objects.csv", "worst_cases.png"}
-    assert "no absent.safetensors: the table has generated pictures only; `make sprites`" in capsys.readouterr().out
+    assert "absent.safetensors" in capsys.readouterr().out
     assert pd.read_csv(out / "scores.csv")["asked"].iloc[0] > 0
 
 
 def test_a_base_model_of_another_size_is_refused(judge_file: Path, tiny_base_model: Path) -> None:
-    with pytest.raises(SystemExit, match="expected a base model of 64 px, which the judge knows; got 32 px"):
+    with pytest.raises(SystemExit, match="64 px.*32 px"):
         bench.main(["--judge", str(judge_file), "--base-model", str(tiny_base_model)])
 
 
 def test_a_missing_judge_is_refused_with_the_command_that_trains_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="run `make judge`"):
+    with pytest.raises(SystemExit, match="absent.safetensors.*make judge"):
         bench.main(["--judge", str(tmp_path / "absent.safetensors")])

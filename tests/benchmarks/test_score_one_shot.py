@@ -9,6 +9,7 @@ import pytest
 
 from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
 from dreamartist_pipeline.embedded.scenes import Shown
+from markdown_tables import cells
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +30,17 @@ def shown(caption: str, word: str, tint: str = "") -> Shown:
         ("a tiny cat, in flat style", "cat", "a tiny {}, in flat style"),
     ],
 )
-def test_the_object_of_a_caption_gives_its_place_to_the_trigger_word(bench, caption, word, template):
+def test_the_trigger_word_replaces_the_object_of_a_caption(bench, caption, word, template):
     assert bench.as_template(shown(caption, word)) == template
 
 
-def test_only_what_a_caption_says_is_asked(bench):
+def test_attributes_that_a_caption_omits_are_not_scored(bench):
     assert bench.asked(shown("a cat, flat style", "cat")) == []
     assert bench.asked(shown("a cat, blue background", "cat")) == ["background"]
     assert bench.asked(shown("a red cat, flat style", "cat", "red")) == ["tint"]
 
 
-def test_every_task_asks_something_of_one_object(bench):
+def test_every_task_has_one_object_and_a_scored_attribute(bench):
     judge = Judge(JudgeVocabulary(("cat", "apple"), ("flat",)), channels=(4, 4))
     tasks = bench.draw_tasks(judge, num_prompts=20, seed=0)
     assert len(tasks) == 20
@@ -55,11 +56,11 @@ def test_a_subject_may_fall_ten_points_behind_the_base_model_and_no_more(bench):
         }
     )
     assert table.loc["mean of the subjects"].tolist() == pytest.approx([0.905, 0.8])
-    fox, owl = (line for line in bench.to_markdown(table).splitlines() if line.startswith(("| fox", "| owl")))
-    assert fox == "| fox | 86% (-9) | 90% (+0) | yes |"
-    assert owl.endswith("| 70% (-20) | no |")
+    report = bench.to_markdown(table)
+    assert cells(report, "fox") == ["86% (-9)", "90% (+0)", "yes"]
+    assert cells(report, "owl")[1:] == ["70% (-20)", "no"]
 
 
 def test_a_concept_that_is_as_good_as_the_base_model_passes_whatever_rounding_does(bench):
     table = pd.DataFrame({"background": [0.3, 0.2], "tint": [0.3, 0.2]}, index=["base model", "fox"])
-    assert bench.to_markdown(table).splitlines()[-1].endswith("| yes |")
+    assert cells(bench.to_markdown(table), "fox")[-1] == "yes"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from dreamartist_pipeline.core.adapters import (
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, combine, split
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
+from refusals import says
 
 
 class Attention(nn.Module):
@@ -76,7 +77,7 @@ def _group(branch: int | None = None, **changes: object) -> ResolvedGroup:
 
 
 def _randomize(stack: AdapterStack) -> AdapterStack:
-    """Leave the zero start, as training does."""
+    """Set all parameters to random values."""
     generator = _generator(7)
     for parameters in stack.parameters_by_group().values():
         for parameter in parameters:
@@ -84,8 +85,14 @@ def _randomize(stack: AdapterStack) -> AdapterStack:
     return stack
 
 
+def remove(stack: AdapterStack, model: nn.Module) -> None:
+    """Put the frozen layers back into the model."""
+    for name, layer in stack.layers.items():
+        model.set_submodule(name, layer.base)
+
+
 def _draw_masks(stack: AdapterStack, model: nn.Module, x: torch.Tensor, seed: int = 0) -> None:
-    """Draw the dropout masks of passes like that of `x`, two branches."""
+    """Draw the dropout masks of forward passes of `x`, two branches."""
     with stack.measuring():
         model(x)
     stack.draw_masks(len(x) // 2, _generator(seed))
@@ -139,13 +146,12 @@ def test_a_class_filters_the_matched_modules(model: Model) -> None:
     ],
 )
 def test_a_selector_that_matches_nothing_lists_near_names(model: Model, selector: str, near: str) -> None:
-    with pytest.raises(InputError, match=f"matches none; correct it: near names are .*{near}") as error:
+    with pytest.raises(InputError, check=says(got=repr(selector), remedy=near)):
         select_layers(model, ["blocks.0.ff", selector])
-    assert repr(selector) in str(error.value)
 
 
 def test_a_selector_of_modules_without_layers_is_refused(model: Model) -> None:
-    with pytest.raises(InputError, match=r"which matches blocks.0.norm, blocks.1.norm without any such layer inside"):
+    with pytest.raises(InputError, check=says(got="blocks.0.norm, blocks.1.norm")):
         select_layers(model, [r"re:.*norm$"])
 
 
@@ -187,7 +193,7 @@ def test_the_same_seed_gives_the_same_adapters_whatever_the_global_generator_doe
     def start(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(seed + 1)
         stack = inject(model, [_group(POSITIVE), _group(NEGATIVE)], 2, _generator(seed))
-        stack.remove_from(model)
+        remove(stack, model)
         return stack.state_dict()
 
     first, again, other = start(0), start(0), start(1)
@@ -195,24 +201,15 @@ def test_the_same_seed_gives_the_same_adapters_whatever_the_global_generator_doe
     assert not any(torch.equal(first[key], other[key]) for key in first if key.endswith("down"))
 
 
-def test_removing_adapters_puts_the_same_layers_back(model: Model, x: torch.Tensor) -> None:
-    before, modules = model(x), dict(model.named_modules())
-    stack = _randomize(inject(model, [_group(POSITIVE)], 2, _generator()))
-    assert not torch.equal(model(x), before)
-    stack.remove_from(model)
-    assert torch.equal(model(x), before)
-    assert all(module is modules[name] for name, module in model.named_modules())
-
-
 def test_a_model_with_adapters_takes_no_others(model: Model) -> None:
     inject(model, [_group(POSITIVE)], 2, _generator())
-    with pytest.raises(InputError, match="got one that has adapters already; start from the base model"):
+    with pytest.raises(InputError, check=says(expected="blocks.0.attn1.to_k", got="adapters")):
         inject(model, [_group(POSITIVE)], 2, _generator())
 
 
 def test_a_grouped_convolution_is_refused() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
-    with pytest.raises(InputError, match="expected an ordinary convolution 'conv'; got groups=2"):
+    with pytest.raises(InputError, check=says(expected="'conv'", got="groups=2")):
         inject(model, [_group(layers=("conv",))], 2, _generator())
 
 
@@ -291,25 +288,34 @@ def test_with_one_branch_all_rows_are_positive(model: Model, x: torch.Tensor) ->
     both = _randomize(inject(model, [_group(POSITIVE), _group()], 2, _generator()))
     positive_rows = split(model(torch.cat([x, x])), 2)[POSITIVE]
     saved = both.state_dict()
-    both.remove_from(model)
+    remove(both, model)
     load_adapters(model, saved, both.groups, num_branches=1)
     torch.testing.assert_close(model(x), positive_rows, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", ["ff", "conv"])
-def test_rows_that_cannot_be_shared_out_are_refused(model: Model, layer: str) -> None:
+def test_a_number_of_rows_that_is_no_multiple_of_the_branches_is_refused(model: Model, layer: str) -> None:
     stack = inject(model, [_group(POSITIVE, layers=("blocks.0.ff", "blocks.0.conv"))], 2, _generator())
-    with pytest.raises(ValueError, match=r"expected .* branches.* got 3 rows"):
+    with pytest.raises(ValueError, match="2 rows, got 3"):
         stack.layers[f"blocks.0.{layer}"](torch.zeros(3, 2, 8, 8))
 
 
 # ------------------------------------------------------------------------------------------------- gradients
 
 
+def parameters_by_branch(stack: AdapterStack) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of negative, positive and shared groups."""
+    found: dict[str, list[nn.Parameter]] = {"negative": [], "positive": [], "shared": []}
+    for layer in stack.layers.values():
+        for update in layer.updates:
+            found[update.group.branch] += update.learned().values()
+    return found
+
+
 def _gradients(stack: AdapterStack) -> dict[str, list[torch.Tensor]]:
     return {
         branch: [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-        for branch, parameters in stack.parameters_by_branch().items()
+        for branch, parameters in parameters_by_branch(stack).items()
     }
 
 
@@ -317,11 +323,11 @@ def _gradients(stack: AdapterStack) -> dict[str, list[torch.Tensor]]:
 def test_a_branch_gets_no_gradient_from_the_other_ones_rows(model: Model, x: torch.Tensor, checkpointing: str) -> None:
     groups = [_group(POSITIVE, rank=3), _group(NEGATIVE, rank=1), _group(layers=("re:.*ff$",))]
     stack = _randomize(inject(model, groups, 2, _generator()))
-    for branch, mine, other in ((NEGATIVE, "negative", "positive"), (POSITIVE, "positive", "negative")):
+    for branch, own, other in ((NEGATIVE, "negative", "positive"), (POSITIVE, "positive", "negative")):
         model.zero_grad()
         split(model(x.requires_grad_(), checkpointing), 2)[branch].square().sum().backward()
         gradients = _gradients(stack)
-        assert all(gradient.abs().max() > 0 for gradient in gradients[mine] + gradients["shared"])
+        assert all(gradient.abs().max() > 0 for gradient in gradients[own] + gradients["shared"])
         assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients[other])
 
 
@@ -331,9 +337,9 @@ def test_checkpointing_changes_no_gradient(model: Model, x: torch.Tensor, checkp
     stack.train()
     _draw_masks(stack, model, x)
 
-    def gradients(how: str) -> dict[str, list[torch.Tensor]]:
+    def gradients(checkpointing: str) -> dict[str, list[torch.Tensor]]:
         model.zero_grad()
-        combine(model(x.requires_grad_(), how), torch.full((2,), 3.0), 2).square().sum().backward()
+        combine(model(x.requires_grad_(), checkpointing), torch.full((2,), 3.0), 2).square().sum().backward()
         return _gradients(stack)
 
     plain, recomputed = gradients("none"), gradients(checkpointing)
@@ -351,7 +357,7 @@ def test_a_branch_alone_gets_the_gradient_it_gets_in_the_stack(model: Model) -> 
     stacked = _gradients(stack)
     layers, parameters = stack.layers, {id(p) for ps in stack.parameters_by_group().values() for p in ps}
     assert all(p.grad is None for p in model.parameters() if id(p) not in parameters)
-    stack.remove_from(model)
+    remove(stack, model)
 
     def naive(branch: int) -> torch.Tensor:
         weights = {
@@ -379,7 +385,7 @@ def test_training_steps_leave_frozen_weights_bit_equal(model: Model, x: torch.Te
         combine(model(x), torch.full((2,), 3.0), 2).square().mean().backward()
         optimizer.step()
     assert not any(torch.equal(start[key], tensor) for key, tensor in stack.state_dict().items())
-    stack.remove_from(model)
+    remove(stack, model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -440,9 +446,9 @@ def test_training_without_masks_or_with_those_of_another_batch_is_refused() -> N
     stack = inject(model, [_group(POSITIVE, layers=("layer",), dropout=0.5)], 2, _generator())
     layer, x = stack.layers["layer"], torch.zeros(4, 8)
     stack.train()
-    with pytest.raises(RuntimeError, match="expected the positions of a row, got none"):
+    with pytest.raises(RuntimeError, match="AdapterStack.measuring"):
         stack.draw_masks(2, _generator())
-    with pytest.raises(RuntimeError, match=r"expected a dropout mask of \(2, 2, 2\), got none; call draw_masks first"):
+    with pytest.raises(RuntimeError, match=r"\(2, 2, 2\), got none; call draw_masks"):
         layer(x)
     _draw_masks(stack, layer, x)
     layer(x)
@@ -477,7 +483,7 @@ def test_loaded_adapters_give_the_same_outputs_and_save_the_same_tensors(model: 
     image = torch.randn(4, 2, 6, 6)
     stack = _randomize(inject(model, SAVED, 2, _generator()))
     saved, expected, expected_conv = stack.state_dict(), model(x), model.blocks[0].conv(image)
-    stack.remove_from(model)
+    remove(stack, model)
     again = load_adapters(model, saved, SAVED, 2)
     assert torch.equal(model(x), expected)
     assert torch.equal(model.blocks[0].conv(image), expected_conv)
@@ -488,7 +494,7 @@ def test_loaded_adapters_give_the_same_outputs_and_save_the_same_tensors(model: 
 def test_loading_copies_the_tensors(model: Model, x: torch.Tensor) -> None:
     stack = _randomize(inject(model, SAVED, 2, _generator()))
     saved = stack.state_dict()
-    stack.remove_from(model)
+    remove(stack, model)
     load_adapters(model, saved, SAVED, 2)
     expected = model(x)
     for tensor in saved.values():
@@ -504,7 +510,7 @@ def test_a_strength_scales_the_update_of_its_branch(model: Model, layer: str) ->
     stack = _randomize(inject(model, groups, 2, _generator()))
     whole = split(getattr(model.blocks[0], layer)(rows), 2)
     saved = stack.state_dict()
-    stack.remove_from(model)
+    remove(stack, model)
     load_adapters(model, saved, groups, 2, strengths=(0.5, 0.25))
     scaled = split(getattr(model.blocks[0], layer)(rows), 2)
     for branch, strength in ((NEGATIVE, 0.5), (POSITIVE, 0.25)):
@@ -516,46 +522,37 @@ def test_strength_zero_is_the_base_model(model: Model, x: torch.Tensor) -> None:
     before = model(x)
     stack = _randomize(inject(model, SAVED, 2, _generator()))
     saved = stack.state_dict()
-    stack.remove_from(model)
+    remove(stack, model)
     load_adapters(model, saved, SAVED, 2, strengths=(0.0, 0.0))
     assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "check"),
     [
-        ({"lora_up.weight": torch.zeros(1)}, "named '<layer>.<group>.<branch>.<down|up|bias>', got 'lora_up"),
-        (
-            {"blocks.0.ff.5.positive.down": torch.zeros(1, 8)},
-            r"one of 3 LoRA groups, .* got \['down'\] of positive group 5",
-        ),
-        (
-            {"blocks.0.ff.0.positive.down": torch.zeros(1, 8)},
-            r"expected the concept to hold down \[rank, in\], up .* for blocks.0.ff; got \{'down': \(1, 8\)\}",
-        ),
-        ({"blocks.0.ff.0.negative.up": torch.zeros(1, 8)}, "of negative group 0 in blocks.0.ff"),
-        (
-            {"blocks.0.ff.2.shared.up": torch.zeros(9, 1)},
-            r"shapes \(1, 8\) and \(8, 1\) for blocks.0.ff; got \(1, 8\) and",
-        ),
+        ({"lora_up.weight": torch.zeros(1)}, says(got="lora_up.weight")),
+        ({"blocks.0.ff.5.positive.down": torch.zeros(1, 8)}, says(got="['down'] of positive group 5 in blocks.0.ff")),
+        ({"blocks.0.ff.0.positive.down": torch.zeros(1, 8)}, says(expected="blocks.0.ff", got="{'down': (1, 8)}")),
+        ({"blocks.0.ff.0.negative.up": torch.zeros(1, 8)}, says(got="['up'] of negative group 0 in blocks.0.ff")),
+        ({"blocks.0.ff.2.shared.up": torch.zeros(9, 1)}, says(expected="(8, 1) for blocks.0.ff", got="(9, 1)")),
         (
             {"block.2.shared.up": torch.zeros(8, 1), "block.2.shared.down": torch.zeros(1, 8)},
-            "expected a plain Linear or Conv2d 'block'; got no such layer",
+            says(expected="'block'", got="no such layer"),
         ),
         (
             {"blocks.2.shared.up": torch.zeros(8, 1), "blocks.2.shared.down": torch.zeros(1, 8)},
-            "expected a plain Linear or Conv2d 'blocks'; got no such layer",
+            says(expected="'blocks'", got="no such layer"),
         ),
     ],
 )
 def test_tensors_that_do_not_belong_are_refused_and_leave_the_model_as_it_was(
-    model: Model, changes: dict[str, torch.Tensor], message: str
+    model: Model, changes: dict[str, torch.Tensor], check: Callable[[InputError], bool]
 ) -> None:
     stack = inject(model, SAVED, 2, _generator())
     saved = stack.state_dict() | changes
-    stack.remove_from(model)
+    remove(stack, model)
     modules = dict(model.named_modules())
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, check=check):
         load_adapters(model, saved, SAVED, 2)
     assert dict(model.named_modules()) == modules
 
@@ -600,12 +597,12 @@ def test_checkpointing_gives_the_same_gradients_with_a_rank_by_timestep() -> Non
 
 def test_unknown_timesteps_are_refused_rather_than_taken_for_zero() -> None:
     model, _, x = _by_timestep("linear")
-    with pytest.raises(RuntimeError, match="expected the noise levels of 4 rows, got none"):
+    with pytest.raises(RuntimeError, match="4 rows, got none; call set_noise_levels"):
         model(x)
 
 
 def test_a_lowest_rank_above_the_rank_is_refused() -> None:
-    with pytest.raises(InputError, match="at most its rank 2 in a layer of 6 outputs; got 3"):
+    with pytest.raises(InputError, check=says(expected="timestep_min_rank of unet[None] at most its rank 2", got="3")):
         inject(nn.Sequential(nn.Linear(8, 6)), [_group(layers=("0",), timestep_min_rank=3)], 2, _generator())
 
 
@@ -673,7 +670,6 @@ def test_a_bias_is_one_of_its_groups_parameters() -> None:
     _, stack = _adapted("linear", _layer_group(POSITIVE, rank=2, bias=True), _layer_group(NEGATIVE, rank=2))
     counts = [sum(p.numel() for p in parameters) for parameters in stack.parameters_by_group().values()]
     assert counts == [2 * 4 + 6 * 2 + 6, 2 * 4 + 6 * 2]
-    assert [len(stack.parameters_by_branch()[branch]) for branch in ("positive", "negative")] == [3, 2]
     assert list(stack.num_layers_by_group().values()) == [1, 1]
 
 
@@ -683,7 +679,7 @@ def test_a_strength_scales_the_bias_too(kind: str) -> None:
     model, stack = _adapted(kind, *groups)
     layer, x = _randomize(stack).layers["layer"], _rows(kind)
     base, whole, saved = split(layer.base(x), 2), split(layer(x), 2), stack.state_dict()
-    stack.remove_from(model)
+    remove(stack, model)
     scaled = split(load_adapters(model, saved, groups, 2, strengths=(0.5, 0.25)).layers["layer"](x), 2)
     for branch, strength in ((NEGATIVE, 0.5), (POSITIVE, 0.25)):
         change = (whole[branch] - base[branch]) * strength
@@ -696,12 +692,12 @@ def test_a_saved_bias_comes_back_and_a_missing_or_unexpected_one_is_refused() ->
     saved = _randomize(stack).state_dict()
     expected = stack.layers["layer"](_rows("linear"))
     assert sorted(saved) == [f"layer.0.positive.{name}" for name in ("bias", "down", "up")]
-    stack.remove_from(model)
-    with pytest.raises(InputError, match=r"one of 1 LoRA groups, .* got \['bias', 'down', 'up'\]"):
+    remove(stack, model)
+    with pytest.raises(InputError, check=says(got="['bias', 'down', 'up'] of positive group 0")):
         load_adapters(model, saved, [_layer_group(POSITIVE)], 2)
-    with pytest.raises(InputError, match=r"a bias where the group has one; got \['down', 'up'\]"):
+    with pytest.raises(InputError, check=says(got="['down', 'up'] of positive group 0")):
         load_adapters(model, {key: saved[key] for key in saved if not key.endswith("bias")}, groups, 2)
-    with pytest.raises(InputError, match=r"\(a bias: \[out\]\) for layer; got \{'bias': \(5,\)"):
+    with pytest.raises(InputError, check=says(expected="for layer", got="'bias': (5,)")):
         load_adapters(model, saved | {"layer.0.positive.bias": torch.zeros(5)}, groups, 2)
     assert torch.equal(load_adapters(model, saved, groups, 2).layers["layer"](_rows("linear")), expected)
 
@@ -779,8 +775,8 @@ def test_the_factors_get_the_gradients_of_an_ordinary_pair(kind: str) -> None:
         weight = layer.weight + scale * (up_down(up, down) - start).view_as(layer.weight)
         bias = layer.base.bias + (0 if update.bias is None else scale * update.bias.detach())
         operate(split(x, 2)[branch], weight, bias).square().sum().backward()
-        for came, expected in ((update.down.grad, down.grad), (update.up.grad, up.grad)):
-            torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(update.down.grad, down.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(update.up.grad, up.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -796,7 +792,7 @@ def test_trained_factors_are_saved_as_a_plain_lora_of_twice_the_rank(kind: str) 
     assert (trained - stack.layers["layer"].base(x)).abs().max() > 0.1
     assert saved["layer.0.positive.down"].shape[0] == 2 * 2
     assert saved["layer.1.negative.up"].shape[1] == 2 * 3
-    stack.remove_from(model)
+    remove(stack, model)
     again = load_adapters(model, saved, SVD, 2)
     torch.testing.assert_close(again.layers["layer"](x), trained, rtol=0, atol=1e-5)
     assert all(torch.equal(again.state_dict()[key], saved[key]) for key in saved)
@@ -824,7 +820,7 @@ def test_a_start_by_svd_is_the_same_every_time_and_draws_no_random_numbers() -> 
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
 
 
-def test_without_weights_only_the_shapes_are_found() -> None:
+def test_on_the_meta_device_only_shapes_are_computed() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3)})
     update = inject(model, SVD[:1], 2, _generator()).layers["layer"].updates[0]
@@ -846,7 +842,5 @@ def test_a_start_by_svd_leaves_the_rank_by_timestep_of_another_group_alone() -> 
 
 
 def test_a_start_by_svd_of_more_ranks_than_the_weight_has_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"rank of at most 4 for svd_init .* whose weight is \(6, 4\); got 5; lower it"
-    ):
+    with pytest.raises(InputError, check=says(expected="at most 4 for svd_init", got="5")):
         _adapted("linear", _layer_group(POSITIVE, svd_init=True, rank=5))

@@ -31,15 +31,15 @@ def test_repeating_then_splitting_gives_every_branch_the_same_rows() -> None:
     assert torch.equal(repeat(x, 1), x)
 
 
-def test_rows_that_cannot_be_shared_out_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected a batch of 2 branches of equal length, got 3 rows"):
+def test_a_number_of_rows_that_is_no_multiple_of_the_branches_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 rows, got 3"):
         split(torch.zeros(3, 1), 2)
 
 
 def test_one_branch_is_the_positive_one() -> None:
     assert branches(1) == (POSITIVE,)
     assert branches(2) == (NEGATIVE, POSITIVE)
-    with pytest.raises(ValueError, match="expected 1 or 2 branches, got 3"):
+    with pytest.raises(ValueError, match="got 3"):
         branches(3)
 
 

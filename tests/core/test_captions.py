@@ -3,13 +3,15 @@ from __future__ import annotations
 import pytest
 
 from dreamartist_pipeline.core.captions import (
-    TagTransform,
     branch_prompts,
     caption_variants,
     fill_template,
     slot_names,
     without_weights,
 )
+from dreamartist_pipeline.params import CaptionTransformParams
+
+SHUFFLE = [CaptionTransformParams.model_validate("tag_shuffle")]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_every_slot_has_its_own_pair() -> None:
     assert branch_prompts("{pt1} in {pt2}", names) == ("cat-n in style-n", "cat-p in style-p")
 
 
-def test_slots_without_trigger_words_say_the_class_word_once() -> None:
+def test_slots_without_trigger_words_get_the_class_word_once() -> None:
     assert branch_prompts("a photo of a {pt1}, {caption}", {}, "cat", "on a sofa")[1] == "a photo of a cat, on a sofa"
     assert branch_prompts("a {pt1} {class}", {}, "cat") == ("a cat", "a cat")
 
@@ -70,7 +72,7 @@ def test_a_template_without_weights_keeps_its_slots() -> None:
 
 def test_weighted_tags_stay_whole() -> None:
     caption = "{red, {blue, green:2}:1.2}, round"
-    variants = caption_variants(caption, [TagTransform("tag_shuffle")], 20, seed=0)
+    variants = caption_variants(caption, SHUFFLE, 20, seed=0)
     assert set(variants) == {caption, "round, {red, {blue, green:2}:1.2}"}
 
 
@@ -82,25 +84,24 @@ def test_a_caption_without_transforms_is_its_only_variant() -> None:
 
 
 def test_shuffled_tags_are_all_there_in_several_orders() -> None:
-    variants = caption_variants(CAPTION, [TagTransform("tag_shuffle")], 50, seed=0)
+    variants = caption_variants(CAPTION, SHUFFLE, 50, seed=0)
     assert {tuple(sorted(variant.split(", "))) for variant in variants} == {("on a sofa", "red", "round")}
     assert len(set(variants)) == 6
 
 
 def test_each_tag_is_dropped_by_itself_with_its_probability() -> None:
-    variants = caption_variants(CAPTION, [TagTransform("tag_dropout", 0.25)], 2000, seed=0)
+    variants = caption_variants(CAPTION, [CaptionTransformParams.model_validate({"tag_dropout": 0.25})], 2000, seed=0)
     for tag in CAPTION.split(", "):
         assert sum(tag not in variant for variant in variants) / 2000 == pytest.approx(0.25, abs=0.04)
     assert len(set(variants)) == 8
 
 
 def test_all_tags_are_erased_together_with_their_probability() -> None:
-    variants = caption_variants(CAPTION, [TagTransform("tag_erase", 0.25)], 2000, seed=0)
+    variants = caption_variants(CAPTION, [CaptionTransformParams.model_validate({"tag_erase": 0.25})], 2000, seed=0)
     assert set(variants) == {"", CAPTION}
     assert variants.count("") / 2000 == pytest.approx(0.25, abs=0.04)
 
 
 def test_variants_follow_from_the_seed() -> None:
-    shuffle = [TagTransform("tag_shuffle")]
-    assert caption_variants(CAPTION, shuffle, 9, seed=1) == caption_variants(CAPTION, shuffle, 9, seed=1)
-    assert caption_variants(CAPTION, shuffle, 9, seed=1) != caption_variants(CAPTION, shuffle, 9, seed=2)
+    assert caption_variants(CAPTION, SHUFFLE, 9, seed=1) == caption_variants(CAPTION, SHUFFLE, 9, seed=1)
+    assert caption_variants(CAPTION, SHUFFLE, 9, seed=1) != caption_variants(CAPTION, SHUFFLE, 9, seed=2)

@@ -1,4 +1,4 @@
-"""The sheets: every picture is there, readable, and in its place."""
+"""The sheets: every image is present, readable, and in its place."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _section(**changes: object) -> SheetSection:
 
 def _places(sheet: Image.Image, color: str) -> tuple[int, int, int]:
     """Return (left, top, count) of the pixels that have exactly this colour."""
-    wanted = Image.new("RGB", (1, 1), color).getpixel((0, 0))
-    mask = [index for index, value in enumerate(sheet.get_flattened_data()) if value == wanted]
+    rgb = Image.new("RGB", (1, 1), color).getpixel((0, 0))
+    mask = [index for index, value in enumerate(sheet.get_flattened_data()) if value == rgb]
     return min(i % sheet.width for i in mask), min(i // sheet.width for i in mask), len(mask)
 
 
@@ -100,13 +100,12 @@ def test_wrap_breaks_between_words_and_long_words_at_hyphens_only() -> None:
 
 def test_a_missing_picture_is_reported_with_its_section() -> None:
     section = _section(right=[[_plain("cyan")], [_plain("black")]])
-    message = r"expected 2 rows of 2 pictures on the right of section 'With the trigger word', got 2 rows of \[1\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"right of section 'With the trigger word', got 2 rows of \[1\]"):
         contact_sheet(_plain("orange"), "fox", [], [section])
 
 
 def test_a_sheet_needs_a_section() -> None:
-    with pytest.raises(ValueError, match="expected at least one section"):
+    with pytest.raises(ValueError, match="sections is empty"):
         contact_sheet(_plain("orange"), "fox", [], [])
 
 
@@ -139,5 +138,5 @@ def test_the_picture_that_drawing_started_from_has_a_column_of_its_own() -> None
 
 
 def test_rows_that_do_not_fit_prompts_and_seeds_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected 1 rows of 2 pictures, got rows of \[1\]"):
+    with pytest.raises(ValueError, match=r"got rows of \[1\]"):
         prompt_sheet(["a fox"], [0, 1], [[Image.new("RGB", (8, 8))]])

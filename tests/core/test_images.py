@@ -1,4 +1,4 @@
-"""Any picture in, an upright RGB or RGBA image out, or one clear message."""
+"""Decoding to upright RGB or RGBA images, resizing, masks, tensors and grids."""
 
 import io
 import math
@@ -11,6 +11,7 @@ from PIL import Image
 from dreamartist_pipeline.core import images
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams
+from refusals import says
 
 MAX_PIXELS = 1_000_000
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -80,7 +81,7 @@ def test_float_grey_is_read_as_0_to_1_or_0_to_255(value: float, grey: int) -> No
 
 @pytest.mark.parametrize("value", [-1.0, 300.0, math.nan])
 def test_float_grey_beyond_its_range_is_refused(value: float) -> None:
-    with pytest.raises(InputError, match=r"grey values 0….*mode F.*8 bits per channel"):
+    with pytest.raises(InputError, check=says(expected="grey values 0…", got="mode F")):
         decode(encode(Image.new("F", (9, 9), value), "TIFF"))
 
 
@@ -115,7 +116,7 @@ def test_transparency_shows_the_background_color() -> None:
 
 
 def test_an_unknown_background_color_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"expected a colour name .* got 'whiteish'"):
+    with pytest.raises(InputError, check=says(got="'whiteish'", remedy="ingestion.background_color")):
         images.flatten_alpha(Image.new("RGBA", (8, 8)), "whiteish")
 
 
@@ -154,12 +155,12 @@ def test_exif_orientation_is_applied_once(
 
 
 def test_an_empty_file_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a picture as the picture; got an empty file"):
+    with pytest.raises(InputError, check=says(expected="the picture", got="empty")):
         decode(b"")
 
 
 def test_a_file_that_is_no_image_is_refused_with_its_first_bytes() -> None:
-    with pytest.raises(InputError, match=r"got 12 bytes in no image format .*%PDF-1\.7"):
+    with pytest.raises(InputError, check=says(expected="the picture", got="12 bytes")):
         decode(b"%PDF-1.7 abc")
 
 
@@ -168,7 +169,7 @@ def test_a_truncated_file_is_refused(file_format: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, file_format)
 
-    with pytest.raises(InputError, match=r"got a damaged or truncated (\w+ )?file|in no image format"):
+    with pytest.raises(InputError, check=lambda error: "truncated" in error.got or "no image format" in error.got):
         decode(data[: len(data) // 2])
 
 
@@ -176,13 +177,13 @@ def test_a_damaged_png_is_refused() -> None:
     data = bytearray(encode(two_colored()))
     data[45] ^= 0xFF  # inside the compressed pixels
 
-    with pytest.raises(InputError, match="damaged or truncated PNG file"):
+    with pytest.raises(InputError, check=says(got="PNG file")):
         decode(bytes(data))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])
 def test_a_picture_below_8_px_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=rf"at least 8 px wide and high; got {size[0]} × {size[1]} px"):
+    with pytest.raises(InputError, check=says(expected="8 px", got=f"{size[0]} × {size[1]} px")):
         decode(encode(Image.new("RGB", size)))
 
 
@@ -191,7 +192,9 @@ def test_a_huge_picture_is_refused_before_its_pixels_are_decoded(monkeypatch: py
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
 
-    with pytest.raises(InputError, match=r"at most 100,000,000 pixels; got 20000 × 20000 px; .*ingestion.max_pixels"):
+    with pytest.raises(
+        InputError, check=says(expected="100,000,000", got="20000 × 20000", remedy="ingestion.max_pixels")
+    ):
         decode(data, max_pixels=100_000_000)
 
 
@@ -207,7 +210,7 @@ def test_pillows_own_pixel_limit_is_left_as_it_was() -> None:
 def test_several_frames_are_refused(file_format: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in (RED, GREEN, BLUE)]
 
-    with pytest.raises(InputError, match=r"one still picture .* got 3 frames .*; export one frame as PNG"):
+    with pytest.raises(InputError, check=says(got="3 frames")):
         decode(encode(frames[0], file_format, save_all=True, append_images=frames[1:]))
 
 
@@ -284,7 +287,7 @@ def test_attention_averages_weights_and_not_greys() -> None:
 
 def test_a_mask_of_other_proportions_is_refused() -> None:
     images.check_mask_proportions((101, 50), (2000, 1000))
-    with pytest.raises(InputError, match=r"proportions of the reference image \(200 × 100 px\); got 100 × 100 px"):
+    with pytest.raises(InputError, check=says(expected="reference image (200 × 100 px)", got="100 × 100 px")):
         images.check_mask_proportions((100, 100), (200, 100))
 
 
@@ -315,10 +318,10 @@ def test_values_beyond_the_range_are_clipped() -> None:
 
 def test_a_grid_lays_images_out_row_by_row() -> None:
     colors = [RED, GREEN, BLUE]
-    grid = images.image_grid([Image.new("RGB", (10, 10), c) for c in colors], columns=2, gap_px=2)
+    grid = images.image_grid([Image.new("RGB", (10, 10), c) for c in colors], columns=2)
 
-    assert grid.size == (2 + 2 * 12, 2 + 2 * 12)
-    assert [grid.getpixel(at) for at in ((7, 7), (19, 7), (7, 19), (19, 19))] == [*colors, WHITE]
+    assert grid.size == (4 + 2 * 14, 4 + 2 * 14)
+    assert [grid.getpixel(at) for at in ((9, 9), (23, 9), (9, 23), (23, 23))] == [*colors, WHITE]
 
 
 def test_small_images_are_enlarged_until_their_labels_can_be_read() -> None:
@@ -327,7 +330,7 @@ def test_small_images_are_enlarged_until_their_labels_can_be_read() -> None:
     assert images.image_grid(cells, columns=2).width == 4 + 2 * (64 + 4)
 
 
-def test_labels_stand_under_their_images() -> None:
+def test_labels_are_below_their_images() -> None:
     cells = [Image.new("RGB", (64, 64), RED)] * 2
     grid = images.image_grid(cells, columns=2, labels=["a long label over lines", ""], cell_px=64)
     bare = images.image_grid(cells, columns=2)
@@ -339,5 +342,5 @@ def test_labels_stand_under_their_images() -> None:
 
 
 def test_a_grid_needs_a_label_per_image() -> None:
-    with pytest.raises(ValueError, match="a label per image, got 1 for 2"):
+    with pytest.raises(ValueError, match="got 1 for 2"):
         images.image_grid([Image.new("RGB", (8, 8))] * 2, columns=2, labels=["one"])

@@ -5,6 +5,7 @@ import torch
 
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse, snr_weight
 from dreamartist_pipeline.errors import InputError
+from refusals import says
 
 SNR = torch.tensor([0.0, 1.0, 2.0, 8.0])
 
@@ -25,7 +26,7 @@ def test_weights_for_gamma_two(weighting: str, prediction_type: str, expected: l
 
 
 def test_an_unknown_weighting_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a weighting among none, min_snr, soft_min_snr; got 'min_snrr'"):
+    with pytest.raises(InputError, check=says(expected="none, min_snr, soft_min_snr", got="'min_snrr'")):
         snr_weight("min_snrr", SNR, 2.0, "epsilon")
 
 
@@ -51,7 +52,7 @@ def test_the_loss_is_float32_whatever_the_prediction_is() -> None:
 
 
 def test_a_shape_that_would_broadcast_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected a prediction of shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 8, 8\), got \(1, 4, 8, 8\)"):
         masked_mse(torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 8, 8), torch.ones(2), None)
 
 
@@ -78,5 +79,5 @@ def test_decoded_images_are_compared_under_the_mask_of_their_latents(norm: str, 
 
 
 def test_an_unknown_norm_of_images_is_refused() -> None:
-    with pytest.raises(InputError, match="expected a norm among l1, l2; got 'l3'"):
+    with pytest.raises(InputError, check=says(expected="l1, l2", got="'l3'")):
         image_error(torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), None, "l3")

@@ -69,7 +69,7 @@ def test_mean_pairwise_distance_of_orthogonal_and_equal_rows() -> None:
 
 
 def test_mean_pairwise_distance_refuses_a_single_image() -> None:
-    with pytest.raises(ValueError, match="expected at least 2 embeddings to compare, got 1; draw more images"):
+    with pytest.raises(ValueError, match="2 embeddings, got 1"):
         metrics.mean_pairwise_distance(torch.ones(1, 2))
 
 
@@ -83,5 +83,5 @@ def test_image_distance_is_zero_for_equal_and_one_for_black_against_white() -> N
 
 
 def test_image_distance_refuses_different_sizes() -> None:
-    with pytest.raises(ValueError, match=r"expected two images of one size, got \(4, 4\) and \(8, 4\)"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) and \(8, 4\)"):
         metrics.image_distance(Image.new("RGB", (4, 4)), Image.new("RGB", (8, 4)))

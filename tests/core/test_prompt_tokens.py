@@ -1,4 +1,4 @@
-"""Token weights: carried with the ids, and what they do to text states, by values worked out by hand."""
+"""Token weights: passed along with the ids, and their effect on text states, by hand-derived values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch, concatenate, weight_states
 
 
-def test_the_prompts_mean_is_brought_back() -> None:
+def test_the_mean_of_the_prompt_is_restored() -> None:
     states = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])  # mean 2
     weighted = weight_states(states, torch.tensor([[1.0, 2.0]]))  # 1, 3, 4, 4: mean 3
     torch.testing.assert_close(weighted, torch.tensor([[[1.0, 3.0], [4.0, 4.0]]]) * 2 / 3)

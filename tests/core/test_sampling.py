@@ -83,7 +83,7 @@ def test_progress_counts_the_steps() -> None:
 
 
 def test_noise_depends_on_the_own_seed_only() -> None:
-    together, alone = initial_noise((4, 2, 2), [7, 8]), initial_noise((4, 2, 2), [8])
+    together, alone = (initial_noise((4, 2, 2), image_generators(seeds)) for seeds in ([7, 8], [8]))
     assert torch.equal(together[1], alone[0])
     assert not torch.equal(together[0], together[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from kedro.io import DatasetError
 
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.errors import InputError
+from refusals import says
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def dataset(folder: Path) -> ConceptDataset:
     return ConceptDataset(filepath=str(folder / "new" / "concept.safetensors"))
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path, concept: Concept) -> None:
+def test_a_saved_concept_is_loaded(tmp_path: Path, concept: Concept) -> None:
     dataset(tmp_path).save(concept)
     loaded = dataset(tmp_path).load()
     assert loaded.metadata == concept.metadata
@@ -58,10 +61,23 @@ def test_a_failed_save_leaves_the_earlier_concept_as_it_was(tmp_path: Path, conc
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["concept.safetensors"]
 
 
-def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+def test_the_metadata_is_loaded_without_the_tensors(
+    tmp_path: Path, concept: Concept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(tmp_path).save(concept)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read the tensors"))
+    assert dataset(tmp_path).load_metadata() == concept.metadata
+
+
+@pytest.mark.parametrize("read", [ConceptDataset.load, ConceptDataset.load_metadata, ConceptDataset.preview])
+def test_a_missing_file_is_refused_with_how_to_train_it(
+    tmp_path: Path, read: Callable[[ConceptDataset], object]
+) -> None:
     assert not dataset(tmp_path).exists()
-    with pytest.raises(DatasetError, match="expected a concept at .*; got no such file; train it first"):
-        dataset(tmp_path).load()
+    with pytest.raises(
+        FileError, check=says(expected="concept.safetensors", got="no such file", remedy="--pipeline train")
+    ):
+        read(dataset(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\xff" * 64])
@@ -70,8 +86,10 @@ def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "new" / "concept.safetensors").write_bytes(content)
     with pytest.raises(DatasetError) as raised:
         dataset(tmp_path).load()
-    assert isinstance(raised.value.__cause__, InputError)  # which the command line shows alone
-    assert "expected a safetensors file" in str(raised.value.__cause__)
+    assert isinstance(raised.value.__cause__, InputError)  # the command line shows only this one
+    assert "safetensors" in raised.value.__cause__.expected
+    with pytest.raises(FileError, check=says(expected="concept.safetensors")):
+        dataset(tmp_path).load_metadata()
 
 
 def test_the_preview_shows_metadata_and_shapes(tmp_path: Path, concept: Concept) -> None:

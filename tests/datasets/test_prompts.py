@@ -9,7 +9,9 @@ import pytest
 import yaml
 from kedro.io import DatasetError
 
+from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.datasets.prompts import PromptDatabaseDataset
+from refusals import says
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "data" / "01_raw" / "prompts" / "embedded_world.parquet"
@@ -36,27 +38,25 @@ def test_a_preview_shows_the_first_rows(database: Path) -> None:
     assert inspect.signature(PromptDatabaseDataset.preview).return_annotation.__name__ == "TablePreview"
 
 
-def test_a_missing_database_says_where_it_was_looked_for(tmp_path: Path) -> None:
+def test_a_missing_database_is_refused_with_its_path(tmp_path: Path) -> None:
     dataset = PromptDatabaseDataset(filepath=str(tmp_path / "none.parquet"))
 
     assert not dataset.exists()
-    with pytest.raises(
-        DatasetError, match=r"expected a prompt database \(parquet\) at .*none.parquet; got no such file"
-    ):
+    with pytest.raises(FileError, check=says(expected="none.parquet", got="no such file", remedy="prompt_database")):
         dataset.load()
 
 
 @pytest.mark.parametrize("content", [b"", b"prompt,id\na cat,1\n", b"PAR1 and then nothing PAR1"])
-def test_a_file_that_is_not_parquet_says_how_to_convert_it(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_parquet_is_refused_with_how_to_convert_it(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "prompts.parquet"
     file.write_bytes(content)
 
-    with pytest.raises(DatasetError, match=r"expected a parquet file .*; got something else .*convert it"):
+    with pytest.raises(FileError, check=says(expected="prompts.parquet", remedy="to_parquet")):
         PromptDatabaseDataset(filepath=str(file)).load()
 
 
-def test_a_database_is_only_read(database: Path) -> None:
-    with pytest.raises(DatasetError, match="it is only read"):
+def test_a_database_is_never_written(database: Path) -> None:
+    with pytest.raises(DatasetError, match="read-only"):
         PromptDatabaseDataset(filepath=str(database)).save(pd.DataFrame())
 
 

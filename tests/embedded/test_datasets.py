@@ -13,7 +13,6 @@ import torch
 from kedro.io import DatasetError
 
 from dreamartist_pipeline.embedded.datasets import (
-    CheckpointStore,
     PretrainedFolderDataset,
     SpritePackagesDataset,
     SpriteSetDataset,
@@ -42,13 +41,13 @@ def test_packages_load_to_the_json_inside_them(tmp_path):
 
 def test_a_missing_package_says_how_to_get_it(tmp_path):
     spec = {"file": "absent.tgz", "sha256": "0", "members": []}
-    with pytest.raises(DatasetError, match="found none; run `make sprites`"):
+    with pytest.raises(DatasetError, match="absent.tgz.*make sprites"):
         SpritePackagesDataset(path=str(tmp_path), packages={"x": spec}).load()
 
 
 def test_a_package_with_another_hash_is_not_read(tmp_path):
     spec = write_package(tmp_path, icons={}) | {"sha256": "0" * 64}
-    with pytest.raises(DatasetError, match="SHA-256 0000"):
+    with pytest.raises(DatasetError, match="0" * 64):
         SpritePackagesDataset(path=str(tmp_path), packages={"x": spec}).load()
 
 
@@ -59,13 +58,6 @@ def test_a_sprite_set_survives_saving_and_loading(tmp_path):
     loaded = dataset.load()
     assert torch.equal(loaded.images, sprites.images)
     assert (loaded.objects, loaded.styles) == (sprites.objects, sprites.styles)
-
-
-def test_checkpoints_of_two_recipes_do_not_mix(tmp_path):
-    store = CheckpointStore(tmp_path)
-    store.of_recipe("a").save("stage", {"step": 3, "weights": [torch.ones(2)]})
-    assert store.of_recipe("a").load("stage")["step"] == 3
-    assert store.of_recipe("b").load("stage") is None
 
 
 class FakePipeline:
@@ -103,7 +95,7 @@ def test_a_start_is_a_base_models_folder_or_none(tmp_path):
     assert StartDataset(path=None).load() is None
     absent = StartDataset(path=str(tmp_path))
     assert not absent.exists()
-    with pytest.raises(DatasetError, match="correct pretrain.start"):
+    with pytest.raises(DatasetError, match="pretrain.start"):
         absent.load()
     (tmp_path / "model_index.json").touch()
     assert absent.load() == str(tmp_path)

@@ -34,7 +34,7 @@ def test_a_judge_survives_saving_and_loading_to_half_precision(judge: Judge, tmp
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_the_same_judge_gives_the_same_bytes_and_leaves_nothing_else(judge: Judge, tmp_path: Path):
+def test_the_same_judge_gives_the_same_bytes_and_no_other_files(judge: Judge, tmp_path: Path):
     for name in ("a", "b"):
         JudgeDataset(filepath=str(tmp_path / f"{name}.safetensors")).save(judge)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -42,7 +42,7 @@ def test_the_same_judge_gives_the_same_bytes_and_leaves_nothing_else(judge: Judg
 
 
 def test_a_missing_judge_says_how_to_train_it(tmp_path: Path):
-    with pytest.raises(DatasetError, match=r"expected the judge at .*run `make judge`, which trains it"):
+    with pytest.raises(DatasetError, match="absent.safetensors.*make judge"):
         JudgeDataset(filepath=str(tmp_path / "absent.safetensors")).load()
 
 
@@ -50,13 +50,13 @@ def test_a_truncated_file_is_refused(judge: Judge, tmp_path: Path):
     file = tmp_path / "judge.safetensors"
     JudgeDataset(filepath=str(file)).save(judge)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DatasetError, match=r"expected the judge at .*run `make judge`"):
+    with pytest.raises(DatasetError, match="judge.safetensors.*make judge"):
         JudgeDataset(filepath=str(file)).load()
 
 
 def test_weights_of_something_else_are_refused(tmp_path: Path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "judge.safetensors")
-    with pytest.raises(DatasetError, match="expected a judge of the format dreamartist-judge/1 at .*, got None"):
+    with pytest.raises(DatasetError, match="dreamartist-judge/1.*None"):
         JudgeDataset(filepath=str(tmp_path / "judge.safetensors")).load()
 
 

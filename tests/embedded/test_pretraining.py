@@ -14,7 +14,6 @@ from dreamartist_pipeline.embedded.pretraining import (
     Muon,
     Plan,
     StageReporter,
-    StageSettings,
     StepReport,
     denoiser_loss,
     draw_timesteps,
@@ -26,11 +25,14 @@ from dreamartist_pipeline.embedded.pretraining import (
     psnr,
     warmup_stable_decay,
 )
+from dreamartist_pipeline.params import StageParams
+
+SEED = 0
 
 
-def settings(num_steps: int = 6, **changes: object) -> StageSettings:
-    values = {"batch_size": 4, "lr": 0.1, "warmup_steps": 1, "ema_decay": 0.5, "seed": 0, "checkpoint_minutes": 0.0}
-    return StageSettings(num_steps=num_steps, **{**values, **changes})
+def settings(num_steps: int = 6, **changes: object) -> StageParams:
+    values = {"batch_size": 4, "lr": 0.1, "warmup_steps": 1, "ema_decay": 0.5, "checkpoint_minutes": 0.0}
+    return StageParams(num_steps=num_steps, **{**values, **changes})
 
 
 def run(weight: nn.Parameter, **kwargs: object) -> list[dict]:
@@ -39,7 +41,8 @@ def run(weight: nn.Parameter, **kwargs: object) -> list[dict]:
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         return (weight - torch.randn(3, generator=generator)).pow(2).mean()
 
-    fit_stage([weight], loss_of, settings(), save_checkpoint=lambda state: saved.append(copy.deepcopy(state)), **kwargs)
+    keep = lambda state: saved.append(copy.deepcopy(state))  # noqa: E731
+    fit_stage([weight], loss_of, settings(), SEED, save_checkpoint=keep, **kwargs)
     return saved
 
 
@@ -92,6 +95,7 @@ def test_a_resumed_run_of_matrices_ends_in_the_same_weights_too():
             [matrix],
             lambda generator: (matrix - torch.randn(16, 16, generator=generator)).pow(2).mean(),
             settings(matrix_lr=0.1),
+            SEED,
             matrices=[matrix],
             checkpoint=checkpoint,
             save_checkpoint=lambda state: saved.append(copy.deepcopy(state)),
@@ -103,7 +107,7 @@ def test_a_resumed_run_of_matrices_ends_in_the_same_weights_too():
     assert torch.equal(whole, resumed)
 
 
-def test_hidden_matrices_are_kernels_and_linear_weights_but_no_narrow_ends_embeddings_or_biases():
+def test_hidden_matrices_are_wide_kernels_and_linear_weights():
     kernel, linear = nn.Conv2d(16, 16, 3), nn.Linear(32, 16)
     others = nn.ModuleList([nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 3), nn.Embedding(32, 16), nn.GroupNorm(1, 16)])
     found = hidden_matrices(nn.ModuleList([kernel, linear]), others)
@@ -146,7 +150,7 @@ def test_training_ends_with_the_moving_average_and_not_the_last_weights():
     assert not torch.equal(weight, last["parameters"][0])
 
 
-def test_a_checkpoint_is_looked_at_with_the_averages_in_place_and_training_goes_on_without_them():
+def test_a_checkpoint_is_saved_with_the_averages_in_place_and_training_continues_without_them():
     weight, seen, saved = nn.Parameter(torch.zeros(3)), [], []
 
     def save(checkpoint: dict) -> None:
@@ -158,9 +162,9 @@ def test_a_checkpoint_is_looked_at_with_the_averages_in_place_and_training_goes_
             assert torch.equal(weight, saved[-1]["state"]["parameters"][0])
         return (weight - torch.randn(3, generator=generator)).pow(2).mean()
 
-    fit_stage([weight], loss_of, settings(3), save_checkpoint=save)
-    for looked_at, checkpoint in zip(seen, saved, strict=True):
-        assert torch.equal(looked_at, checkpoint["state"]["averages"]["values"][0])
+    fit_stage([weight], loss_of, settings(3), SEED, save_checkpoint=save)
+    for weights, checkpoint in zip(seen, saved, strict=True):
+        assert torch.equal(weights, checkpoint["state"]["averages"]["values"][0])
 
 
 def test_the_rate_warms_up_stays_and_falls_by_a_root_to_nearly_nothing():
@@ -181,13 +185,13 @@ def test_a_longer_training_continues_at_the_constant_rate_where_no_decay_has_beg
     assert plan_of(settings(num_steps=200, decay_share=0.2), checkpoint) == Plan(200, 160)
 
 
-def test_the_decay_begins_where_it_is_told_to_and_makes_up_its_share():
+def test_decay_now_begins_the_decay_at_the_checkpoint():
     checkpoint = {"step": 80, "plan": [1000, 850]}
     assert plan_of(settings(num_steps=1000, decay_share=0.2, decay_now=True), checkpoint) == Plan(100, 80)
 
 
 @pytest.mark.parametrize("changes", [{"num_steps": 500}, {"decay_now": True}])
-def test_a_decay_that_has_begun_goes_on_as_it_was_planned(changes):
+def test_a_decay_that_has_begun_keeps_its_plan(changes):
     checkpoint = {"step": 85, "plan": [100, 80]}
     assert plan_of(settings(**{"num_steps": 100, **changes}), checkpoint) == Plan(100, 80)
 
@@ -197,7 +201,7 @@ def test_minutes_size_the_stage_by_its_first_steps(monkeypatch):
     monkeypatch.setattr(pretraining.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(pretraining, "_SIZED_AFTER", 4)
     weight, seen = nn.Parameter(torch.zeros(3)), []
-    fit_stage([weight], lambda generator: weight.sum(), settings(10**6, minutes=1.0), on_step=seen.append)
+    fit_stage([weight], lambda generator: weight.sum(), settings(10**6, minutes=1.0), SEED, on_step=seen.append)
     assert seen[0].num_steps == 10**6
     assert seen[4].num_steps == seen[-1].num_steps == seen[-1].step
     assert 10 < seen[-1].step < 60  # two readings of the clock a step, each a second: about 30 steps a minute
@@ -212,10 +216,9 @@ def test_a_stopped_stage_ends_with_a_checkpoint_of_its_last_step():
         return weight.sum()
 
     seen: list[StepReport] = []
+    stage = settings(checkpoint_minutes=60.0)
     with pytest.raises(KeyboardInterrupt, match="step 3"):
-        fit_stage(
-            [weight], loss_of, settings(checkpoint_minutes=60.0), save_checkpoint=saved.append, on_step=seen.append
-        )
+        fit_stage([weight], loss_of, stage, SEED, save_checkpoint=saved.append, on_step=seen.append)
     assert [checkpoint["step"] for checkpoint in saved] == [3]
 
 
@@ -223,9 +226,8 @@ def test_checkpoints_are_taken_by_the_clock_and_at_the_end(monkeypatch):
     clock = iter(range(0, 10**6, 30))  # half a minute a reading
     monkeypatch.setattr(pretraining.time, "monotonic", lambda: float(next(clock)))
     weight, saved = nn.Parameter(torch.zeros(3)), []
-    fit_stage(
-        [weight], lambda generator: weight.sum(), settings(7, checkpoint_minutes=2.0), save_checkpoint=saved.append
-    )
+    stage = settings(7, checkpoint_minutes=2.0)
+    fit_stage([weight], lambda generator: weight.sum(), stage, SEED, save_checkpoint=saved.append)
     assert [checkpoint["step"] for checkpoint in saved] == [3, 7]
 
 

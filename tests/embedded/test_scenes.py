@@ -51,7 +51,7 @@ def test_a_sprite_covers_its_place_and_nothing_else():
     assert abs(red - 0.25) < 0.02  # half the side, a quarter of the area
 
 
-def test_left_and_right_sprites_stand_left_and_right():
+def test_left_and_right_sprites_are_left_and_right():
     scene = make_scene(sprite=torch.tensor([[0.0, 1.0]]), place=torch.tensor([[[0.25, 0.5, 0.4], [0.75, 0.5, 0.4]]]))
     image = compose(make_sprites().images, scene, SIZE_PX)[0]
     assert image[:, 16, 8].tolist() == [1.0, -1.0, -1.0]
@@ -91,7 +91,7 @@ def test_captions_name_the_object_and_the_background_that_is_painted():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_a_scene_shows_is_where_its_caption_says(layout):
+def test_captions_name_the_positions_of_objects(layout):
     scenes = draw_scenes(make_sprites(), 600, seed=1)
     drawn = [(i, shown) for i, shown in enumerate(scenes.shown) if shown.layout == layout]
     assert drawn
@@ -123,7 +123,7 @@ def test_an_object_is_never_drawn_with_its_two_unseen_tints_in_training():
         assert len(seen_tints(word)) == len(TINTS) - 2
 
 
-def test_unseen_combinations_can_be_asked_for():
+def test_unseen_tints_can_be_drawn():
     shown = draw_scenes(make_sprites(), 500, seed=4, tints_of=unseen_tints).shown
     tints = {(word, tint) for one in shown for word, tint in zip(one.objects, one.tints, strict=True) if tint}
     assert tints == {(word, tint) for word in ("apple", "whale") for tint in unseen_tints(word)}

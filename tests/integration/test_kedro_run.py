@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+from project_copy import PROJECT, copy_project
+
 SUBJECT = "button"
 
 
@@ -91,22 +92,12 @@ def last_run(project: Path) -> Any:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
     """Return a copy of the project with a picture, prompts and a tiny base model of its own."""
-    import pandas as pd
     from PIL import Image, ImageDraw
 
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("conf", "src"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.rmtree(folder / "conf" / "local")
-    (folder / "conf" / "local").mkdir()
-    for name in ("pyproject.toml", ".telemetry"):
-        shutil.copy(PROJECT / name, folder)
-    (folder / "data" / "09_tracking").mkdir(parents=True)
-    shutil.copytree(tiny_base_model, folder / "tiny")
+    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
     picture = Image.new("RGB", (48, 40), "white")
     ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
     picture.save(folder / "button.png")
-    pd.DataFrame({"prompt": ["a red cat", "a blue dog", "a green bird"]}).to_parquet(folder / "prompts.parquet")
     return folder
 
 
@@ -163,7 +154,7 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     }
 
 
-def test_the_closing_summary_says_where_everything_is_and_how_to_look(
+def test_the_closing_summary_lists_files_and_commands(
     trained: subprocess.CompletedProcess[str],
 ) -> None:
     assert f"data/06_models/{SUBJECT}/concept.safetensors" in trained.stdout
@@ -202,14 +193,14 @@ def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) 
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Adapter strengths: 0.8 positive, 0.65 negative." in result.stdout + result.stderr
     newest = max((project / "data" / "07_model_output" / SUBJECT).rglob("000_0.png"), key=lambda f: f.stat().st_mtime)
-    said = json.loads(Image.open(newest).info["dreamartist"])
-    assert (said["init_image"]["size_px"], said["init_mask"]["size_px"], said["denoise"]) == ([48, 40], [48, 40], 0.5)
-    assert said["strength"] == {"positive": 0.8, "negative": 0.65}
-    assert said["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
+    info = json.loads(Image.open(newest).info["dreamartist"])
+    assert (info["init_image"]["size_px"], info["init_mask"]["size_px"], info["denoise"]) == ([48, 40], [48, 40], 0.5)
+    assert info["strength"] == {"positive": 0.8, "negative": 0.65}
+    assert info["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
 
 
 @pytest.mark.usefixtures("trained")
-def test_exported_files_become_a_concept_again_which_draws_and_is_a_trainings_start(project: Path) -> None:
+def test_exported_files_are_imported_drawn_and_trained_from(project: Path) -> None:
     export = f"data/07_model_output/{SUBJECT}/export"
     files = {
         "import.positive": f"{export}/lora/{SUBJECT}.safetensors",
@@ -246,8 +237,8 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message, hint = result.stderr.splitlines()[-2:]
-    assert message.startswith("Error: expected a selector that matches")
-    assert hint == "(--traceback shows where it was raised)"
+    assert message.startswith("Error: expected ") and "'re:.*nowhere'" in message
+    assert "--traceback" in hint
     run = last_run(project)
     assert (run.info.status, run.data.tags["error"].split(":")[0]) == ("FAILED", "InputError")
     assert concept.read_bytes() == before
@@ -307,7 +298,8 @@ DATA = {  # kinds of datasets that load to data, never to something that reads o
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
-    "MetricsHistoryDataset",
+    *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
+    "JudgeDataset",
 }
 _SAVE_JSON = """
 import json, sys, fsspec
@@ -329,7 +321,7 @@ def viz_nodes(project: Path, trained: subprocess.CompletedProcess[str]) -> dict[
     command = [sys.executable, "-c", _SAVE_JSON, json.dumps(given)]
     subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=240)
     nodes: dict[str, dict[str, Any]] = {}
-    for pipeline in ("__default__", "generate", "import"):
+    for pipeline in ("__default__", "generate", "import", "pretrain", "judge"):
         shown = json.loads((project / "viz/api/pipelines" / pipeline).read_text())
         for node in shown["nodes"]:
             if node["type"] == "data":
@@ -352,7 +344,7 @@ def test_kedro_viz_shows_pictures(viz_nodes: dict[str, dict[str, Any]], name: st
     assert min(shown.size) >= 32
 
 
-def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(project: Path) -> None:
+def test_the_sample_recipe_pretrains_a_whole_base_model(project: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPModel
 
@@ -371,21 +363,21 @@ def test_the_sample_recipe_pretrains_a_whole_base_model_and_says_what_it_is(proj
 def test_an_unknown_recipe_is_refused_with_the_known_ones(project: Path) -> None:
     result = kedro_run(project, "--pipeline", "pretrain", "--params", "recipe=wrld")
     assert result.returncode == 1
-    assert "expected a recipe out of sample, world; got 'wrld'; did you mean 'world'?" in result.stderr
+    assert "recipe" in result.stderr and "'wrld'" in result.stderr and "'world'" in result.stderr
 
 
-def test_an_unknown_key_ends_before_anything_is_opened(project: Path) -> None:
+def test_an_unknown_key_fails_before_the_run(project: Path) -> None:
     result = kedro_run(project, "--pipeline", "train", "--params", "trainign.num_steps=1")
     assert result.returncode == 1
-    assert "got 'trainign' from --params; did you mean 'training'?" in result.stderr
+    assert "'trainign'" in result.stderr and "'training'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_what_cannot_be_exported_ends_before_anything_is_trained(project: Path) -> None:
+def test_a_training_that_cannot_be_exported_fails_before_the_run(project: Path) -> None:
     group = "{lr: 1e-3, rank: 4, timestep_min_rank: 1, layers: ['re:.*attn']}"
     result = kedro_run(project, "--params", settings(project, **{"training.lora_unet": f"[{group}]"}))
     assert result.returncode == 1
-    assert "got training.lora_unet.0 with timestep_min_rank=1, which kohya, peft, toolkit" in result.stderr
+    assert "training.lora_unet.0 with timestep_min_rank=1" in result.stderr
     assert "kedro run --pipelines train,evaluate" in result.stderr
     assert "Traceback" not in result.stderr
     assert "check_training" not in result.stdout + result.stderr

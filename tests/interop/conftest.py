@@ -1,4 +1,4 @@
-"""A concept with everything that files have to hold: several groups a layer, mixed ranks and alphas, convolutions."""
+"""A concept with all features of files: several groups per layer, different ranks and alphas, convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workflow: one adapter per branch, and links that lead somewhere."""
+"""The workflow: one adapter per branch, and valid links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dreamartist_pipeline.core.sigmas import Leg, SigmaPath
+from dreamartist_pipeline.core.sigmas import Segment, SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.comfyui import (
     BranchInputs,
@@ -24,8 +24,8 @@ POSITIVE = BranchInputs("a embedding:my-fox", "fox.safetensors", 0.8)
 NEGATIVE = BranchInputs("blurry", "fox-neg.safetensors", 0.65)
 PICTURE = Picture(512, 3, "epsilon")
 SAMPLER = SamplerParams(scheduler="dpmsolver++", num_inference_steps=9, guidance_scale=5.0)
-KARRAS = SigmaPath((Leg(14.6, (14.6, 0.03, 0.0)),), is_karras=True)
-TWO_LEGS = SigmaPath((Leg(14.61464, (14.6, 3.0)), Leg(0.95, (2.75, 0.0291))), end_scale=0.99957)
+KARRAS = SigmaPath((Segment(14.6, (14.6, 0.03, 0.0)),), is_karras=True)
+TWO_SEGMENTS = SigmaPath((Segment(14.61464, (14.6, 3.0)), Segment(0.95, (2.75, 0.0291))), end_scale=0.99957)
 
 
 def test_each_branch_has_its_own_hook_on_its_own_prompt() -> None:
@@ -46,7 +46,7 @@ def test_each_branch_has_its_own_hook_on_its_own_prompt() -> None:
     assert sum(node["class_type"] == "KSampler" for node in workflow.values()) == 1
 
 
-def test_sampler_and_picture_are_as_asked() -> None:
+def test_sampler_and_picture_are_as_configured() -> None:
     workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, KARRAS)
     inputs = workflow["sampler"]["inputs"]
     assert (inputs["sampler_name"], inputs["scheduler"]) == ("dpmpp_2m", "karras")
@@ -55,7 +55,7 @@ def test_sampler_and_picture_are_as_asked() -> None:
     assert inputs["model"] == ["base_model", 0]
 
 
-def test_a_model_that_predicts_v_is_told_so() -> None:
+def test_v_prediction_is_set_in_the_workflow() -> None:
     workflow = build_workflow(
         POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, prediction_type="v_prediction"), SAMPLER, KARRAS
     )
@@ -70,7 +70,7 @@ def test_a_concept_that_skips_layers_reads_an_earlier_one_in_both_branches() -> 
         assert workflow[f"{branch}_text_encoder"]["inputs"]["clip"] == ["last_layer", 0]
 
 
-def test_a_schedule_that_ends_without_signal_is_asked_for() -> None:
+def test_zero_terminal_snr_is_set_in_the_workflow() -> None:
     picture = dataclasses.replace(PICTURE, prediction_type="v_prediction", zero_terminal_snr=True)
     assert build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER, KARRAS)["model_sampling"]["inputs"]["zsnr"] is True
 
@@ -82,7 +82,7 @@ def test_a_branch_without_an_adapter_has_no_hook() -> None:
     check_workflow(workflow, ["fox.safetensors"], "w")
 
 
-def test_trigger_words_become_embeddings_only_where_they_stand_alone() -> None:
+def test_trigger_words_become_embeddings_only_as_separate_words() -> None:
     words = ["my-fox", "my-fox-neg"]
     assert embedding_prompt("a my-fox, blue", words) == "a embedding:my-fox, blue"
     assert embedding_prompt("my-fox-neg", words) == "embedding:my-fox-neg"
@@ -100,10 +100,10 @@ def test_a_prompt_is_written_so_that_comfyui_finds_its_embeddings_and_weights_no
 def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:
     workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, KARRAS)
     check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
-    with pytest.raises(InputError, match="expected the LoRA 'fox-neg.safetensors', which w loads"):
+    with pytest.raises(InputError, check=says(expected="'fox-neg.safetensors'", got="['fox.safetensors']")):
         check_workflow(workflow, ["fox.safetensors"], "w")
     del workflow["positive_lora"]
-    with pytest.raises(InputError, match="expected a node 'positive_lora' in w, which positive_text_encoder.hooks"):
+    with pytest.raises(InputError, check=says(expected="'positive_lora' in w, which positive_text_encoder.hooks")):
         check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
 
 
@@ -114,8 +114,8 @@ def node_inputs(workflow: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [node["inputs"] for node in workflow.values() if node["class_type"] == kind]
 
 
-def test_sigmas_are_given_one_by_one_from_noise_of_the_right_size() -> None:
-    path = SigmaPath((Leg(14.61464, (14.6, 3.0, 0.0)),))
+def test_sigmas_are_explicit_and_noise_has_the_scale_of_the_scheduler() -> None:
+    path = SigmaPath((Segment(14.61464, (14.6, 3.0, 0.0)),))
     workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, path)
     assert workflow["sampler"]["class_type"] == "SamplerCustom"
     assert workflow["sampler"]["inputs"]["add_noise"] is False
@@ -129,8 +129,8 @@ def test_sigmas_are_given_one_by_one_from_noise_of_the_right_size() -> None:
     check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
 
 
-def test_latents_are_scaled_between_legs_and_at_the_end_by_factors_that_the_editor_keeps() -> None:
-    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, TWO_LEGS)
+def test_latents_are_scaled_between_segments_and_at_the_end_by_multiples_of_a_hundredth() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, TWO_SEGMENTS)
     check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
     factors = [inputs["multiplier"] for inputs in node_inputs(workflow, "LatentMultiply")]
     assert len(node_inputs(workflow, "SamplerCustom")) == 2
@@ -141,14 +141,14 @@ def test_latents_are_scaled_between_legs_and_at_the_end_by_factors_that_the_edit
     assert workflow["decoded"]["inputs"]["samples"] == ["scaled_4", 0]
 
 
-def test_a_model_that_predicts_v_is_sampled_as_such_in_every_leg() -> None:
+def test_v_prediction_is_set_in_every_segment() -> None:
     picture = dataclasses.replace(PICTURE, prediction_type="v_prediction")
-    workflow = build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER, TWO_LEGS)
+    workflow = build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER, TWO_SEGMENTS)
     users = node_inputs(workflow, "SamplerCustom") + node_inputs(workflow, "AddNoise")
     assert [inputs["model"] for inputs in users] == [["model_sampling", 0]] * 3
 
 
-def test_a_scheduler_without_sigmas_is_left_to_comfyuis_own() -> None:
+def test_a_scheduler_without_sigmas_uses_the_spacing_of_comfyui() -> None:
     sampler = SamplerParams(scheduler="LCMScheduler")
     inputs = build_workflow(POSITIVE, NEGATIVE, PICTURE, sampler, SigmaPath(()))["sampler"]["inputs"]
     assert (inputs["sampler_name"], inputs["scheduler"]) == ("lcm", "sgm_uniform")

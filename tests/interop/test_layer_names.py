@@ -1,4 +1,4 @@
-"""Which layers each tool knows."""
+"""The layers that each tool finds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_comfyui_drops_the_unets_attention_of_peft_files() -> None:
         (["mlp.fc1"], False, True),
     ],
 )
-def test_diffusers_loses_some_text_encoder_layers_in_one_form_but_never_in_both(
+def test_diffusers_loses_some_text_encoder_layers_in_one_format_but_never_in_both(
     names: list[str], kohya: bool, peft: bool
 ) -> None:
     layers = [f"{TEXT}.{name}" for name in names]

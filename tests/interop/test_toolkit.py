@@ -1,4 +1,4 @@
-"""The reference toolkit's files as it leaves them: layouts of keys, steps in names, pickled and empty files, words."""
+"""Files of the reference toolkit: layouts of keys, steps in file names, pickled and empty files, words."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words, write_toolkit
+from refusals import says
 
 from .conftest import ATTENTION, MODULES, NAMES, Files, expected_updates, newer, renamed_keys
 
@@ -31,7 +32,7 @@ def first(files: Files) -> Files:
 
 
 def with_averages(files: Files) -> Files:
-    """What a training with `model.ema` leaves: averages beside the weights, here twice as large."""
+    """Files of a training with `model.ema`: averages in addition to the weights, here twice as large."""
 
     def both(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return tensors | {key.replace("lora:", "lora_ema:"): 2 * tensor for key, tensor in tensors.items()}
@@ -56,21 +57,21 @@ def pickled(files: Files) -> Files:
     return changed
 
 
-def shouted(files: Files) -> Files:
+def in_upper_case(files: Files) -> Files:
     return {
         f"{stem}.{suffix.upper()}": file for name, file in files.items() for stem, _, suffix in [name.rpartition(".")]
     }
 
 
-def shouted_pickles(files: Files) -> Files:
-    return shouted(pickled(files))
+def pickled_in_upper_case(files: Files) -> Files:
+    return in_upper_case(pickled(files))
 
 
-def as_left_by_a_training(files: Files) -> Files:
+def of_a_training(files: Files) -> Files:
     return {name.replace(".pt", "-7.pt"): file for name, file in files.items()}
 
 
-LAYOUTS = [newer, first, with_averages, pickled, shouted, shouted_pickles, as_left_by_a_training]
+LAYOUTS = [newer, first, with_averages, pickled, in_upper_case, pickled_in_upper_case, of_a_training]
 
 
 def test_the_files_are_those_six_with_alpha_divided_by_the_rank(concept: Concept) -> None:
@@ -92,9 +93,9 @@ def test_every_layout_of_the_toolkit_gives_the_same_adapters_and_words(
     adapters, words = read_toolkit(files, MODULES, NAMES)
     assert set(words) == {"my-fox", "my-fox-neg"}
     for branch in BRANCHES:
-        came, expected = adapters[branch].by_layer(), expected_updates(concept, branch)
-        assert came.keys() == expected.keys()
-        for at, factors in came.items():
+        updates, expected = adapters[branch].by_layer(), expected_updates(concept, branch)
+        assert updates.keys() == expected.keys()
+        for at, factors in updates.items():
             torch.testing.assert_close(factors.update(), expected[at], rtol=1e-5, atol=1e-5)
 
 
@@ -114,29 +115,29 @@ def test_a_number_at_the_end_of_a_word_is_its_own_where_no_adapters_have_that_st
     assert files_of_step(["cat-3.pt", "cat-9.pt"], 3).words == {"cat": "cat-3.pt", "cat-9": "cat-9.pt"}
 
 
-def test_a_word_saved_at_the_step_goes_before_the_one_it_began_with() -> None:
+def test_a_word_of_the_step_takes_precedence_over_the_initial_one() -> None:
     assert files_of_step(["unet-5.ckpt", "cat.pt", "cat-5.pt"]).words == {"cat": "cat-5.pt"}
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(InputError, match="expected adapters of step 8; got those of 7, 9; choose one"):
+    with pytest.raises(InputError, check=says(expected="step 8", got="7, 9")):
         files_of_step(["unet-7.safetensors", "unet-9.safetensors"], 8)
 
 
 def test_a_step_reaches_the_reader(concept: Concept) -> None:
     half = Concept({name: tensor / 2 for name, tensor in concept.tensors.items()}, concept.metadata)
-    both = as_left_by_a_training(written(half)) | written(concept, 9)
+    both = of_a_training(written(half)) | written(concept, 9)
     expected = expected_updates(half, "positive")["unet", ATTENTION]
-    came = read_toolkit(both, MODULES, NAMES, step=7)[0]["positive"].networks["unet"][ATTENTION]
-    torch.testing.assert_close(came.update(), expected, rtol=1e-5, atol=1e-5)
+    factors = read_toolkit(both, MODULES, NAMES, step=7)[0]["positive"].networks["unet"][ATTENTION]
+    torch.testing.assert_close(factors.update(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_another_name_is_refused() -> None:
-    with pytest.raises(InputError, match="got fox.safetensors; leave them out"):
+    with pytest.raises(InputError, check=says(expected="WORD-STEP.pt", got="fox.safetensors")):
         read_toolkit({"fox.safetensors": b""}, MODULES, NAMES)
 
 
-def test_files_without_weights_are_passed_over() -> None:
+def test_files_without_weights_are_ignored() -> None:
     names = ["unet-7.safetensors", "README.md", "train.yaml", ".DS_Store", "._unet-7.safetensors", "grid.png"]
     assert files_of_step(names).names == ["unet-7.safetensors"]
 
@@ -144,8 +145,8 @@ def test_files_without_weights_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("gone", "add"),
     [
-        (["unet-7"], "add unet-7,"),
-        (["text_encoder-neg-7"], "add text_encoder-neg-7,"),
+        (["unet-7"], "unet-7,"),
+        (["text_encoder-neg-7"], "text_encoder-neg-7,"),
         (["unet-neg-7", "text_encoder-neg-7"], None),
         (["text_encoder-7", "text_encoder-neg-7"], None),
     ],
@@ -155,18 +156,18 @@ def test_half_of_a_pair_of_adapters_is_refused(gone: list[str], add: str | None)
     if add is None:
         assert files_of_step(names).names == sorted(names)
     else:
-        with pytest.raises(InputError, match=f"expected a pair of adapters for every network.*{add}"):
+        with pytest.raises(InputError, check=says(expected="pair", remedy=f"add {add}")):
             files_of_step(names)
 
 
-def test_negative_adapters_of_another_step_alone_are_no_pair() -> None:
+def test_negative_adapters_of_another_step_are_no_pair() -> None:
     names = ["unet-7.safetensors", "unet-neg-7.safetensors", "unet-9.safetensors"]
-    with pytest.raises(InputError, match=r"got unet-9.safetensors; add unet-neg-9, choose another step"):
+    with pytest.raises(InputError, check=says(expected="pair", got="unet-9.safetensors", remedy="add unet-neg-9,")):
         files_of_step(names)
     assert files_of_step(names, 7).names == ["unet-7.safetensors", "unet-neg-7.safetensors"]
 
 
-def test_a_network_of_one_branch_alone_has_an_empty_file_in_the_other(concept: Concept) -> None:
+def test_a_network_of_one_branch_has_an_empty_file_in_the_other(concept: Concept) -> None:
     positive, negative = (branch_adapter(concept, branch) for branch in BRANCHES)
     alone = BranchAdapter({"unet": negative.networks["unet"]})
     files = write_toolkit({"positive": positive, "negative": alone}, (), 7, NAMES)
@@ -179,23 +180,23 @@ def test_a_network_of_one_branch_alone_has_an_empty_file_in_the_other(concept: C
     assert list(read_toolkit(write_toolkit({"negative": alone}, (), 7, NAMES), MODULES, NAMES)[0]) == ["negative"]
 
 
-def test_a_word_of_other_steps_alone_is_refused() -> None:
+def test_a_word_of_other_steps_only_is_refused() -> None:
     names = ["unet-7.safetensors", "unet-9.safetensors", "my-fox-7.pt", "my-fox-9.pt", "my-fox-neg-7.pt"]
-    with pytest.raises(InputError, match=r"every word at step 9.*got my-fox-neg-7.pt of another step alone"):
+    with pytest.raises(InputError, check=says(expected="step 9", got="my-fox-neg-7.pt")):
         files_of_step(names)
     assert set(files_of_step(names, 7).words) == {"my-fox", "my-fox-neg"}
 
 
 def test_two_files_for_one_network_are_refused(concept: Concept) -> None:
     files = written(concept)
-    with pytest.raises(InputError, match="one file for a network"):
+    with pytest.raises(InputError, check=says(expected="network", got="text_encoder-7.safetensors")):
         read_toolkit(files | pickled(files), MODULES, NAMES)
 
 
 # --------------------------------------------------------------------------------------------- single files
 
 
-def test_a_training_of_words_alone_leaves_empty_files_and_has_no_adapters(concept: Concept) -> None:
+def test_a_training_of_words_only_writes_empty_files_and_has_no_adapters(concept: Concept) -> None:
     words = {name: file for name, file in written(concept).items() if name.endswith(".pt")}
     adapters, vectors = read_toolkit(words | {"unet-7.safetensors": save({})}, MODULES, NAMES)
     assert adapters == {} and set(vectors) == {"my-fox", "my-fox-neg"}
@@ -205,37 +206,35 @@ def test_a_tensor_in_two_spellings_is_refused() -> None:
     key = f"lora:{ATTENTION}.___."
     tensors = {f"{key}layer.W_down": torch.ones(2, 6), f"{key}layer.W_up": torch.ones(5, 2)}
     tensors |= {f"{key}alpha": torch.tensor(1.0), f"{key}scale": torch.tensor(2.0)}
-    with pytest.raises(
-        InputError, match=f"every tensor once in unet-1.safetensors; got alpha of unet.{ATTENTION} twice"
-    ):
+    with pytest.raises(InputError, check=says(expected="unet-1.safetensors", got=f"alpha of unet.{ATTENTION}")):
         read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
 def test_a_file_without_alpha_is_refused() -> None:
     key = f"lora:{ATTENTION}.___.layer"
     tensors = {f"{key}.W_down": torch.ones(2, 6), f"{key}.W_up": torch.ones(5, 2)}
-    with pytest.raises(InputError, match=f"expected alpha for unet.{ATTENTION} in unet-1.safetensors"):
+    with pytest.raises(InputError, check=says(expected=f"alpha for unet.{ATTENTION}", got="none")):
         read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
 def test_trained_weights_of_the_base_model_are_refused() -> None:
     tensors = {f"base:{ATTENTION}.weight": torch.ones(5, 6)}
-    with pytest.raises(InputError, match=f"1 unknown keys: base:{ATTENTION}.weight"):
+    with pytest.raises(InputError, check=says(expected="unet-1.safetensors", got=f"base:{ATTENTION}.weight")):
         read_toolkit({"unet-1.safetensors": write_tensors(tensors, {})}, MODULES, NAMES)
 
 
-def test_a_pickled_file_with_something_else_than_tensors_is_refused() -> None:
-    turning: dict[str, object] = {}
-    turning |= {"lora": turning}
-    for content, came in (
-        ({"lora": {f"{ATTENTION}.___.alpha": "one"}}, f"'lora:{ATTENTION}.___.alpha' in unet-1.ckpt; got a str"),
-        ({"lora": 3}, "'lora' in unet-1.ckpt; got a int"),
-        (turning, "'lora:lora' in unet-1.ckpt; got a dict"),
-        ({"lora": {"a": torch.zeros(1).expand(9, 9)}}, r"'lora:a' in unet-1.ckpt; got a view of shape \(9, 9\)"),
+def test_a_pickled_file_with_other_values_than_tensors_is_refused() -> None:
+    recursive: dict[str, object] = {}
+    recursive |= {"lora": recursive}
+    for content, key, got in (
+        ({"lora": {f"{ATTENTION}.___.alpha": "one"}}, f"'lora:{ATTENTION}.___.alpha'", "str"),
+        ({"lora": 3}, "'lora'", "int"),
+        (recursive, "'lora:lora'", "dict"),
+        ({"lora": {"a": torch.zeros(1).expand(9, 9)}}, "'lora:a'", "(9, 9)"),
     ):
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        with pytest.raises(InputError, match=f"expected a tensor with all its numbers as {came}"):
+        with pytest.raises(InputError, check=says(expected=f"{key} in unet-1.ckpt", got=got)):
             read_toolkit({"unet-1.ckpt": buffer.getvalue()}, MODULES, NAMES)
 
 
@@ -256,15 +255,15 @@ def test_words_are_paired_by_their_ending_or_by_name() -> None:
 
 @pytest.mark.parametrize("names", [{"pt1": ("a", "c")}, {"pt1": ("a",)}])
 def test_words_that_are_not_those_named_are_refused(names: dict[str, tuple[str, ...]]) -> None:
-    with pytest.raises(InputError, match=r"expected the words .* got \['a', 'b'\], the names of the files; name"):
+    with pytest.raises(InputError, check=says(expected="['a'", got="['a', 'b']", remedy="OPTION")):
         toolkit_words({"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, names, "OPTION")
 
 
 def test_words_that_are_no_pair_have_to_be_named() -> None:
-    with pytest.raises(InputError, match="one word and its '-neg' partner; got a, b; name the pair in OPTION"):
+    with pytest.raises(InputError, check=says(expected="'-neg'", got="a, b", remedy="OPTION")):
         toolkit_words({"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, {}, "OPTION")
 
 
-def test_a_word_that_cannot_be_typed_is_renamed_by_its_file() -> None:
-    with pytest.raises(InputError, match=r"got my \{fox\}.pt; rename it, such as my-fox.pt"):
+def test_an_invalid_word_has_to_be_renamed_by_its_file() -> None:
+    with pytest.raises(InputError, check=says(got="my {fox}.pt", remedy="my-fox.pt")):
         toolkit_words({"my {fox}": torch.zeros(1, 4)}, {}, "OPTION")

@@ -1,22 +1,226 @@
-"""The notebooks run from top to bottom."""
+"""The notebooks run from top to bottom in a kernel, in a copy of the project with a tiny base model."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import os
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from project_copy import PROJECT, copy_project
+
+FIRST, SECOND = "01_first_concept.ipynb", "02_compare_runs.ipynb"
+PNG, PLOTLY, HTML, MARKDOWN = "image/png", "application/vnd.plotly.v1+json", "text/html", "text/markdown"
+NUM_STEPS, SEEDS = 3, [0, 1]
+SIMILARITY = "efficientnet-lite0/similarity/concept"
+DRAWN = {"by_prompt": 3, "by_scale": 4, "by_negative": 3}  # variable of the first notebook -> its rows of pictures
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(notebook.parent)
-    names: dict[str, object] = {}
-    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    for number, cell in enumerate(cells):
-        exec(compile(cell.source, f"{notebook.name}, code cell {number}", "exec"), names)
-    assert names["base"] is not None
-    assert isinstance(names["result"], Image.Image) or "run `make train` first" in str(names["result"])
+def read(name: str) -> NotebookNode:
+    """Return a notebook as it is in the project."""
+    return nbformat.read(PROJECT / "notebooks" / name, as_version=4)
+
+
+def execute(project: Path, name: str, result: str = "None", **settings: Any) -> NotebookNode:
+    """Run a notebook's code in a kernel of this Python.
+
+    Args:
+        project: a copy of the project.
+        name: the notebook's file.
+        result: an expression; its value as JSON is the text of the last cell.
+        settings: values in place of those in the cell that is tagged `parameters`.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    notebook = nbformat.read(project / "notebooks" / name, as_version=4)
+    parameters, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert parameters.metadata["tags"] == ["parameters"]
+    given = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
+    own = [nbformat.v4.new_code_cell(code) for code in (given, f"import json\nprint(json.dumps({result}))")]
+    notebook.cells = [parameters, own[0], *others, own[1]]
+    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # no kernel of another Python
+    client = NotebookClient(
+        notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}}
+    )
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "src"), "IPYTHONDIR": str(project / "ipython")}
+    not_ours = ("KEDRO_ENV", "MLFLOW_TRACKING_URI")  # the copy has its own
+    client.execute(env={name: value for name, value in os.environ.items() if name not in not_ours} | ours)
+    return notebook
+
+
+def shown(notebook: NotebookNode, kind: str) -> list[Any]:
+    """Return everything of one MIME type that the cells show."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output.data[kind] for output in outputs if kind in output.get("data", {})]
+
+
+def printed(cell: NotebookNode) -> str:
+    """Return what a cell prints."""
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+
+def pictures(notebook: NotebookNode) -> list[Image.Image]:
+    """Return every picture that the cells show, by itself or within HTML."""
+    within = re.findall(r'src="data:image/png;base64,([^"]+)"', "".join(shown(notebook, HTML)))
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in [*shown(notebook, PNG), *within]]
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    """Return whether two pictures agree in every pixel."""
+    return np.array_equal(first.convert("RGB"), second.convert("RGB"))
+
+
+def make_project(folder: Path, base_model: Path) -> Path:
+    """Return a copy of the project whose local configuration makes everything tiny."""
+    copy_project(folder, base_model)
+    pictures = folder / "data" / "01_raw" / "reference_images"
+    pictures.mkdir(parents=True)
+    for name in ("fox.png", "fox.txt"):
+        shutil.copy(PROJECT / "data/01_raw/reference_images" / name, pictures)
+    local = folder / "conf" / "local"
+    (local / "globals.yml").write_text("prompt_database: prompts.parquet\n")
+    sizes = "\ningestion: {bucket: {side_px: 32, multiple_px: 8}}\n"
+    (local / "parameters.yml").write_text((folder / "conf/test/parameters.yml").read_text() + sizes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
+    """Return the project in which the first notebook runs."""
+    return make_project(tmp_path_factory.mktemp("project"), tiny_base_model)
+
+
+@pytest.fixture(scope="module")
+def first(project: Path) -> NotebookNode:
+    """Return the first notebook, executed."""
+    drawn = ", ".join(f"'{name}': {name}" for name in DRAWN)
+    distinct = f"{{name: len({{i.tobytes() for row in rows for i in row}}) for name, rows in {{{drawn}}}.items()}}"
+    return execute(project, FIRST, result=distinct, BASE_MODEL="tiny", NUM_STEPS=NUM_STEPS, SEEDS=SEEDS)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (PROJECT / "notebooks").glob("*.ipynb")))
+def test_a_notebook_is_kept_without_outputs(name: str) -> None:
+    code = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    assert code
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+# ------------------------------------------------------------------------------------------- the first concept
+
+
+def test_the_first_notebook_trains_and_evaluates_a_concept(project: Path, first: NotebookNode) -> None:
+    assert (project / "data/06_models/fox/concept.safetensors").is_file()
+    client, experiment = open_store(project)
+    (run,) = client.search_runs([experiment])
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == NUM_STEPS
+    assert SIMILARITY in run.data.metrics
+
+
+def test_the_first_notebook_shows_the_picture_the_curves_and_the_contact_sheet(
+    project: Path, first: NotebookNode
+) -> None:
+    picture, sheet, *_ = pictures(first)
+    assert same(picture, Image.open(project / "data/01_raw/reference_images/fox.png"))
+    assert same(sheet, Image.open(project / "data/08_reporting/fox/contact_sheet.png"))
+    (curves,) = shown(first, PLOTLY)
+    assert {len(trace["x"]) for trace in curves["data"]} == {NUM_STEPS}
+
+
+def test_the_first_notebook_draws_by_prompt_by_guidance_and_by_the_negative_branch(
+    first: NotebookNode,
+) -> None:
+    assert len(pictures(first)) == 5
+    assert json.loads(printed(first.cells[-1])) == {name: rows * len(SEEDS) for name, rows in DRAWN.items()}
+
+
+def test_the_first_notebook_keeps_a_picture_with_its_settings(project: Path, first: NotebookNode) -> None:
+    kept = Image.open(project / "data/07_model_output/fox/my_picture.png")
+    assert "my-fox" in kept.info["parameters"]
+
+
+# ------------------------------------------------------------------------------------------- comparing runs
+
+
+def open_store(project: Path) -> tuple[Any, str]:
+    """Return a client of the project's MLflow store, and the id of its experiment."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
+    return client, client.get_experiment_by_name("dreamartist").experiment_id
+
+
+def add_training(project: Path, method: str, subject: str = "fox") -> str:
+    """Record a training of seven steps and return its id."""
+    client, experiment = open_store(project)
+    run = client.create_run(experiment, tags={"subject": subject, "method": method}).info.run_id
+    client.log_param(run, "training.num_steps", "7")
+    client.log_metric(run, "loss", 0.5)
+    client.set_terminated(run)
+    return run
+
+
+def add_evaluation(project: Path, training: str, similarity: float, sheet: Image.Image) -> None:
+    """Record an evaluation as the child run of a training."""
+    client, experiment = open_store(project)
+    run = client.create_run(experiment, tags={"mlflow.parentRunId": training}).info.run_id
+    client.log_metric(run, SIMILARITY, similarity)
+    client.log_metric(run, "prior_drift_pixels", 0.25)
+    client.log_image(run, sheet, "evaluation/contact_sheet.png")
+    client.set_terminated(run)
+
+
+def test_the_second_notebook_says_what_to_do_without_a_training(tmp_path: Path, tiny_base_model: Path) -> None:
+    notebook = execute(make_project(tmp_path, tiny_base_model), SECOND)
+    assert any("kedro run --pipelines train,evaluate" in text for text in shown(notebook, MARKDOWN))
+    assert not shown(notebook, PLOTLY) + pictures(notebook)
+
+
+@pytest.mark.usefixtures("first")
+def test_the_second_notebook_shows_a_single_training_and_how_to_make_another(project: Path) -> None:
+    notebook = execute(project, SECOND)
+    assert any("method=lora" in text for text in shown(notebook, MARKDOWN))
+    tables = shown(notebook, HTML)
+    assert any("training.num_steps" in table for table in tables)
+    assert any(SIMILARITY in table for table in tables)
+    loss, results = shown(notebook, PLOTLY)
+    assert [len(loss["data"]), len(results["data"])] == [1, 1]
+    (sheet,) = pictures(notebook)
+    assert same(sheet, Image.open(project / "data/08_reporting/fox/contact_sheet.png"))
+
+
+@pytest.mark.usefixtures("first")
+def test_the_second_notebook_compares_trainings_with_evaluations_in_the_same_and_in_a_child_run(
+    project: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    sheet = Image.new("RGB", (40, 30), "red")
+    add_evaluation(copy, add_training(copy, "lora"), 0.125, sheet)
+    add_training(copy, "tutorial", subject="owl")
+    add_training(copy, "toolkit")
+    compared = f"[parameters['training.num_steps'].to_dict(), results['{SIMILARITY}'].to_dict()]"
+    notebook = execute(copy, SECOND, result=compared, SUBJECT="fox")
+    names = ["1 · fox · dreamartist-plus-plus", "2 · fox · lora", "3 · fox · toolkit"]
+    steps, similarity = json.loads(printed(notebook.cells[-1]))
+    assert steps == dict(zip(names, [str(NUM_STEPS), "7", "7"], strict=True))
+    assert list(similarity) == names[:2]
+    assert similarity[names[1]] == 0.125
+    assert [text for text in shown(notebook, MARKDOWN) if "not evaluated" in text and names[2] in text]
+    loss, results = shown(notebook, PLOTLY)
+    assert [trace["name"] for trace in loss["data"]] == names
+    assert [trace["name"] for trace in results["data"]] == names[:2]
+    _, child = pictures(notebook)
+    assert same(child, sheet)

@@ -20,7 +20,9 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages, measure
-from dreamartist_pipeline.pipelines.evaluation.nodes import _sampling_line, check_evaluation, evaluate_concept
+from dreamartist_pipeline.pipelines.evaluation.nodes import check_evaluation, evaluate_concept
+from dreamartist_pipeline.pipelines.evaluation.sheet import _sampling_line
+from refusals import says
 
 CPU = DeviceParams(device="cpu")
 
@@ -53,7 +55,7 @@ class RecordingTracker:
 
 
 @pytest.fixture
-def evidence() -> EvaluationImages:
+def images() -> EvaluationImages:
     """Two prompts, two seeds: the base misses half of the backgrounds and the red, the concept none of them."""
     templates = ("a {pt1}, blue background", "a red {pt1}, green background")
     base = [[_picture("blue", "orange"), _picture("pink", "orange")], [_picture("green", "yellow")] * 2]
@@ -74,21 +76,21 @@ def evidence() -> EvaluationImages:
     )
 
 
-def test_agreement_is_the_share_of_images_that_follow_the_prompt(evidence: EvaluationImages) -> None:
-    metrics = measure(evidence, [], color_agreement=True).metrics
+def test_agreement_is_the_share_of_images_that_follow_the_prompt(images: EvaluationImages) -> None:
+    metrics = measure(images, [], color_agreement=True).metrics
     assert metrics["background_agreement/base"] == 0.75
     assert metrics["background_agreement/concept"] == 1.0
     assert metrics["color_agreement/base"] == 0.0
     assert metrics["color_agreement/concept"] == 1.0
 
 
-def test_colours_are_read_where_asked_for_alone(evidence: EvaluationImages) -> None:
-    measured = measure(evidence, [])
+def test_colours_are_read_where_asked_for_alone(images: EvaluationImages) -> None:
+    measured = measure(images, [])
     assert not [name for name in (*measured.metrics, *measured.rows[0]) if "agree" in name or "background" in name]
 
 
 def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_for_the_subject(
-    evidence: EvaluationImages,
+    images: EvaluationImages,
 ) -> None:
     asked: list[list[str]] = []
 
@@ -98,19 +100,19 @@ def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_
             assert len(images) == len(texts)
             return torch.tensor([0.25, 0.5, 0.75, 1.0])
 
-    measured = measure(dataclasses.replace(evidence, class_word="fox"), [], OnePoint())
+    measured = measure(dataclasses.replace(images, class_word="fox"), [], OnePoint())
     assert asked == [["a fox, blue background"] * 2 + ["a red fox, green background"] * 2] * 2
     assert measured.metrics["clip_score/base"] == measured.metrics["clip_score/concept"] == 0.625
     assert [row.get("clip_score") for row in measured.rows[:5]] == [0.25, 0.5, 0.75, 1.0, 0.25]
-    assert "clip_score/base" not in measure(evidence, []).metrics
+    assert "clip_score/base" not in measure(images, []).metrics
 
 
-def test_prior_drift_is_the_mean_distance_of_both_models_images(evidence: EvaluationImages) -> None:
-    assert measure(evidence, []).metrics["prior_drift_pixels"] == pytest.approx((0 + 51 / 255) / 2)
+def test_prior_drift_is_the_mean_distance_of_both_models_images(images: EvaluationImages) -> None:
+    assert measure(images, []).metrics["prior_drift_pixels"] == pytest.approx((0 + 51 / 255) / 2)
 
 
-def test_similarity_is_that_of_the_object_whatever_the_background(evidence: EvaluationImages) -> None:
-    measured = measure(evidence, [MeanColor()])
+def test_similarity_is_that_of_the_object_whatever_the_background(images: EvaluationImages) -> None:
+    measured = measure(images, [MeanColor()])
     first = next(row for row in measured.rows if row["group"] == CONCEPT and row["seed"] == 7)
     assert first["mean-color/similarity"] == pytest.approx(1.0, abs=1e-6)  # orange on blue, against orange on white
     assert measured.metrics["mean-color/similarity/ceiling"] == pytest.approx(1.0, abs=1e-6)
@@ -120,29 +122,29 @@ def test_similarity_is_that_of_the_object_whatever_the_background(evidence: Eval
     assert measured.metrics["mean-color/similarity/concept"] == pytest.approx(sum(values) / 4, abs=1e-6)
 
 
-def test_copying_counts_the_nearest_image_background_included(evidence: EvaluationImages) -> None:
-    copied = Drawings(("a {pt1}",), ["a my-fox"], (7, 8), [[evidence.reference, _picture("black", "teal")]])
-    subject = {BASE: evidence.subject[BASE], CONCEPT: copied}
-    measured = measure(EvaluationImages(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()])
+def test_copying_counts_the_nearest_image_background_included(images: EvaluationImages) -> None:
+    copied = Drawings(("a {pt1}",), ["a my-fox"], (7, 8), [[images.reference, _picture("black", "teal")]])
+    subject = {BASE: images.subject[BASE], CONCEPT: copied}
+    measured = measure(EvaluationImages(images.reference, images.reference, subject, images.prior), [MeanColor()])
     assert measured.metrics["copying_pixels/concept"] == 1.0
     assert measured.metrics["mean-color/copying/concept"] == pytest.approx(1.0, abs=1e-6)
     assert measured.metrics["copying_pixels/base"] < 0.9
 
 
-def test_diversity_is_zero_where_all_seeds_give_one_image(evidence: EvaluationImages) -> None:
+def test_diversity_is_zero_where_all_seeds_give_one_image(images: EvaluationImages) -> None:
     same = [[_picture("blue", "red")] * 2] * 2
-    drawings = Drawings(evidence.subject[BASE].templates, ["x", "y"], (7, 8), same)
-    subject = {BASE: evidence.subject[BASE], CONCEPT: drawings}
+    drawings = Drawings(images.subject[BASE].templates, ["x", "y"], (7, 8), same)
+    subject = {BASE: images.subject[BASE], CONCEPT: drawings}
     metrics = measure(
-        EvaluationImages(evidence.reference, evidence.reference, subject, evidence.prior), [MeanColor()]
+        EvaluationImages(images.reference, images.reference, subject, images.prior), [MeanColor()]
     ).metrics
     assert metrics["mean-color/diversity/concept"] == pytest.approx(0, abs=1e-6)
     assert metrics["mean-color/diversity/base"] > 0.001
 
 
-def test_what_nothing_asks_for_is_left_out(evidence: EvaluationImages) -> None:
+def test_what_nothing_asks_for_is_left_out(images: EvaluationImages) -> None:
     one = {group: Drawings(("a {pt1}",), ["a fox"], (7,), [[_picture("blue", "red")]]) for group in (BASE, CONCEPT)}
-    only = EvaluationImages(evidence.reference, evidence.reference, one, evidence.prior)
+    only = EvaluationImages(images.reference, images.reference, one, images.prior)
     metrics = measure(only, [MeanColor()], color_agreement=True).metrics
     assert not [name for name in metrics if "agreement" in name or "diversity" in name]
     assert all(math.isfinite(value) for value in metrics.values())
@@ -233,18 +235,18 @@ def test_towers_beside_the_base_model_score_prompts_and_colours_are_read(
         _, metrics, table = _evaluate(base_model_with_towers, zero_step_concept, _params(evaluators=()))
     assert 0 <= metrics["clip_score/base"] == pytest.approx(table["clip_score"][table["group"] == BASE].mean())
     assert {"background_agreement/concept", "clip_score/concept"} <= set(metrics)
-    assert "no text-image score" not in caplog.text
+    assert "evaluation.text_image_model" not in caplog.text
     values = {"text_image_model": None, "color_agreement": False}
     _, metrics, _ = _evaluate(base_model_with_towers, zero_step_concept, _params(evaluators=(), **values))
     assert not [name for name in metrics if "clip_score" in name or "agreement" in name]
 
 
-def test_without_a_clip_model_the_score_is_left_out_and_the_run_says_so(
+def test_without_a_clip_model_the_score_is_left_out_and_the_option_is_logged(
     tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
         _, metrics, table = _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=()))
-    assert "Without a CLIP model for tiny there is no text-image score" in caplog.text
+    assert "evaluation.text_image_model" in caplog.text
     assert "clip_score" not in table
     assert not [name for name in metrics if "clip_score" in name or "agreement" in name]
 
@@ -255,7 +257,7 @@ def test_a_clip_model_named_for_the_score_is_used_with_any_base_model(
     named = f"clip:{base_model_with_towers.with_name('clip')}"
     _, metrics, _ = _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=(), text_image_model=named))
     assert 0 <= metrics["clip_score/concept"] <= 2.5
-    with pytest.raises(InputError, match="expected a folder with a clip model"):
+    with pytest.raises(InputError, check=says(expected="clip", got="/no/such/folder")):
         check_evaluation(_params(text_image_model="clip:/no/such/folder"), None)
 
 
@@ -311,8 +313,8 @@ def test_strengths_by_name_are_logged_and_written_on_the_sheet(
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dreamartist_pipeline.backbones.concepts.generate", pytest.fail)
-    with pytest.raises(InputError, match="expected a folder with a clip model"):
+    monkeypatch.setattr("dreamartist_pipeline.pipelines.evaluation.drawing.generate", pytest.fail)
+    with pytest.raises(InputError, check=says(expected="clip", got="/no/such/folder")):
         _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=("clip:/no/such/folder",)))
 
 

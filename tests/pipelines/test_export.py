@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,10 +107,13 @@ def test_the_export_holds_every_format_and_says_how_to_use_them(files: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("form", "folder"), [("kohya", "lora"), ("peft", "diffusers"), ("toolkit", "toolkit"), ("embeddings", "embeddings")]
+    ("file_format", "folder"),
+    [("kohya", "lora"), ("peft", "diffusers"), ("toolkit", "toolkit"), ("embeddings", "embeddings")],
 )
-def test_only_the_chosen_formats_are_written(tiny_base_model: Path, concept: Concept, form: Any, folder: str) -> None:
-    written = write_files(str(tiny_base_model), concept, ExportParams(title="fox", formats=(form,)))
+def test_only_the_chosen_formats_are_written(
+    tiny_base_model: Path, concept: Concept, file_format: Any, folder: str
+) -> None:
+    written = write_files(str(tiny_base_model), concept, ExportParams(title="fox", formats=(file_format,)))
     assert {name.split("/")[0] for name in written if "/" in name} == {folder}
     assert "comfyui_workflow.json" not in written  # it would lack the words, or the LoRAs
 
@@ -140,9 +144,10 @@ def test_prompts_seed_sampler_and_strengths_reach_the_workflow(tiny_base_model: 
 def test_the_readme_labels_the_fallback_as_not_equivalent(files: dict[str, bytes]) -> None:
     text = files["README.txt"].decode()
     assert "ComfyUI: equivalent" in text
-    assert "A1111 / Forge: a fallback that is NOT equivalent" in text
+    (heading,) = [line for line in text.splitlines() if line.startswith("A1111")]
+    assert "not equivalent" in heading.lower()
     assert "a my-fox <lora:fox:0.8>" in text
-    assert "negative prompt  my-fox-neg" in text
+    assert re.search(r"negative prompt:?\s+my-fox-neg$", text, re.MULTILINE)
 
 
 def readme_of(base_model: Path, concept: Concept, **changes: Any) -> str:
@@ -150,13 +155,13 @@ def readme_of(base_model: Path, concept: Concept, **changes: Any) -> str:
     return write_files(str(base_model), concept, params)["README.txt"].decode()
 
 
-def test_prompts_for_a1111_weight_nothing(tiny_base_model: Path, concept: Concept) -> None:
+def test_prompts_for_a1111_have_no_weights(tiny_base_model: Path, concept: Concept) -> None:
     text = readme_of(tiny_base_model, concept, prompt=r"a {pt1} (red), [blue] \o/", negative_prompt="(bad)")
     assert r"a my-fox \(red\), \[blue\] \\o/ <lora:fox:1>" in text
     assert r"negative prompt  my-fox-neg, \(bad\)" in text
 
 
-def test_the_readme_says_where_files_go_and_what_to_install(tiny_base_model: Path, concept: Concept) -> None:
+def test_the_readme_lists_folders_and_requirements(tiny_base_model: Path, concept: Concept) -> None:
     text = readme_of(tiny_base_model, concept)
     assert "lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings" in text
     assert "lora/fox.safetensors to models/Lora and embeddings/*.safetensors to embeddings" in text
@@ -165,25 +170,25 @@ def test_the_readme_says_where_files_go_and_what_to_install(tiny_base_model: Pat
     assert "ComfyUI 0.7.0" in readme_of(tiny_base_model, concept, sampler=SAMPLER)
 
 
-def test_nothing_is_said_of_tools_that_get_no_file(tiny_base_model: Path, concept: Concept) -> None:
+def test_the_readme_omits_tools_without_files(tiny_base_model: Path, concept: Concept) -> None:
     text = readme_of(tiny_base_model, concept, formats=("toolkit",))
     assert "A1111" not in text and "ComfyUI" not in text
 
 
-def test_a_concept_that_skips_layers_says_a1111s_clip_skip(tiny_base_model: Path, concept: Concept) -> None:
+def test_the_readme_has_the_clip_skip_of_a1111(tiny_base_model: Path, concept: Concept) -> None:
     skipping = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"clip_skip": 1}))
     assert "Clip skip 2" in readme_of(tiny_base_model, skipping)
     assert "Clip skip" not in readme_of(tiny_base_model, concept)
 
 
-def test_a_workflow_that_draws_another_picture_says_so(
+def test_the_reason_for_different_images_in_comfyui_is_reported(
     tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "dreamartist_pipeline"):
         kept, report = export(
             tiny_base_model, concept, formats=("kohya", "embeddings"), sampler={"scheduler": "euler_a"}
         )
-    reason = "noise of their own"
+    reason = "random noise"
     assert reason in report["files"]["comfyui_workflow.json"]["difference"]
     assert reason in kept["README.txt"].decode() and "ComfyUI: equivalent" not in kept["README.txt"].decode()
     assert reason in caplog.text
@@ -204,7 +209,7 @@ def test_the_sigmas_are_those_of_the_base_models_spacing(
 
 
 def test_a_prompt_that_would_lose_its_trigger_word_is_refused(tiny_base_model: Path, concept: Concept) -> None:
-    with pytest.raises(InputError, match="expected the trigger words within the first"):
+    with pytest.raises(InputError, check=says(expected="the trigger words", got="my-fox")):
         export(tiny_base_model, concept, formats=("embeddings",), prompt="cat " * 90 + "{pt1}")
 
 
@@ -231,7 +236,7 @@ def test_what_is_read_back_is_the_concept_to_the_dtypes_precision(
     assert report["files"]["toolkit/my-fox.pt"]["num_vectors"] == 2
 
 
-def test_small_updates_are_no_reason_to_refuse_float16(
+def test_small_updates_can_be_exported_in_float16(
     tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams
 ) -> None:
     small = [group | {"alpha": 1e-5} for group in MIXED[:3]]
@@ -241,7 +246,7 @@ def test_small_updates_are_no_reason_to_refuse_float16(
         assert report["files"][name]["update"]["relative_difference"] < 6e-4
 
 
-def test_the_report_says_which_layers_each_tool_refuses(tiny_base_model: Path, concept: Concept) -> None:
+def test_the_report_lists_the_layers_that_each_tool_ignores(tiny_base_model: Path, concept: Concept) -> None:
     _, report = export(tiny_base_model, concept, formats=("kohya", "peft"))
     refused = report["files"]["lora/fox.safetensors"]["refused_layers"]
     assert refused["ComfyUI"] == []
@@ -251,12 +256,12 @@ def test_the_report_says_which_layers_each_tool_refuses(tiny_base_model: Path, c
     assert as_peft and all(".attn" in layer for layer in as_peft)
 
 
-def test_a_tool_that_refuses_layers_is_logged(
+def test_a_tool_that_ignores_layers_is_logged(
     tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "dreamartist_pipeline"):
         export(tiny_base_model, concept, formats=("kohya",))
-    assert "lora/fox.safetensors: A1111 will not take" in caplog.text
+    assert any(message.startswith("lora/fox.safetensors: A1111 ") for message in caplog.messages)
 
 
 def tampered(file: bytes, ends: str, factor: float) -> bytes:
@@ -274,29 +279,25 @@ def tampered(file: bytes, ends: str, factor: float) -> bytes:
         ("embeddings/my-fox.safetensors", "emb_params"),
     ],
 )
-def test_a_file_that_does_not_give_back_the_concept_is_refused_by_name(
+def test_a_file_that_differs_from_the_concept_is_refused_by_name(
     tiny_base_model: Path, concept: Concept, files: dict[str, bytes], name: str, ends: str
 ) -> None:
     wrong = files | {name: tampered(files[name], ends, 1.01)}
-    with pytest.raises(InputError, match=f"expected .*{name} .*to hold|expected {name} to hold"):
+    with pytest.raises(InputError, check=says(expected=name)):
         check_files(str(tiny_base_model), concept, wrong, EVERYTHING)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "expected"),
     [
-        ("generate_with_diffusers.py", b"def (", "expected generate_with_diffusers.py to be Python"),
-        (
-            "comfyui_workflow.json",
-            b'{"a": {"inputs": {"x": ["b", 0]}}}',
-            "expected a node 'b' in comfyui_workflow.json",
-        ),
+        ("generate_with_diffusers.py", b"def (", "generate_with_diffusers.py"),
+        ("comfyui_workflow.json", b'{"a": {"inputs": {"x": ["b", 0]}}}', "'b' in comfyui_workflow.json"),
     ],
 )
 def test_a_broken_companion_is_refused_by_name(
-    tiny_base_model: Path, concept: Concept, files: dict[str, bytes], name: str, content: bytes, message: str
+    tiny_base_model: Path, concept: Concept, files: dict[str, bytes], name: str, content: bytes, expected: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, check=says(expected=expected)):
         check_files(str(tiny_base_model), concept, files | {name: content}, EVERYTHING)
 
 
@@ -307,24 +308,21 @@ def test_what_diffusers_predicts_is_compared_too(
 
     monkeypatch.setattr(checking, "_compare_updates", lambda *_: {})
     wrong = files | {"lora/fox-neg.safetensors": files["lora/fox.safetensors"]}
-    with pytest.raises(InputError, match="expected diffusers to adapt the concept's layers from lora/fox-neg"):
+    with pytest.raises(InputError, check=says(expected="lora/fox-neg", remedy="kohya")):
         check_files(str(tiny_base_model), concept, wrong, EVERYTHING)
     wrong = files | {"lora/fox.safetensors": tampered(files["lora/fox.safetensors"], "lora_up.weight", 1.5)}
-    with pytest.raises(InputError, match="expected diffusers to predict with lora/fox.safetensors what the concept's"):
+    with pytest.raises(InputError, check=says(expected="positive branch", got="a difference")):
         check_files(str(tiny_base_model), concept, wrong, EVERYTHING)
 
 
 def test_a_file_that_diffusers_refuses_is_named(backbone: Backbone) -> None:
     orphan = save({"lora_unet_conv_in.alpha": torch.tensor(1.0)})
-    with pytest.raises(InputError, match="expected diffusers to load lora/x; got ValueError"):
+    with pytest.raises(InputError, check=says(expected="lora/x", got="ValueError")):
         file_prediction(backbone, orphan, "lora/x", make_probe(backbone))
 
 
 def test_a_concept_of_another_base_model_is_refused(other_layout: Path, concept: Concept) -> None:
-    with pytest.raises(
-        InputError,
-        match="got 'epsilon', which differs in prediction_type",
-    ):
+    with pytest.raises(InputError, check=says(got="prediction_type (epsilon, not v_prediction)")):
         export(other_layout, concept, formats=("kohya",))
 
 
@@ -332,23 +330,29 @@ def test_a_concept_of_another_base_model_is_refused(other_layout: Path, concept:
 
 
 @pytest.mark.parametrize(
-    ("layers", "form", "other"), [(("re:.*q_proj$", "re:.*mlp$"), "kohya", "peft"), (("re:.*mlp$",), "peft", "kohya")]
+    ("layers", "file_format", "other"),
+    [(("re:.*q_proj$", "re:.*mlp$"), "kohya", "peft"), (("re:.*mlp$",), "peft", "kohya")],
 )
-def test_where_diffusers_loses_layers_of_one_form_the_script_takes_the_other(
-    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams, layers: Any, form: str, other: str
+def test_where_diffusers_loses_layers_of_one_format_the_script_takes_the_other(
+    tiny_base_model: Path,
+    backbone: Backbone,
+    make_training_params: MakeParams,
+    layers: Any,
+    file_format: str,
+    other: str,
 ) -> None:
     group = {"lr": 1e-3, "rank": 1, "branch": "p", "layers": layers}
     partial = make_concept(backbone, make_training_params(lora_unet=(), lora_text_encoder=(group,)))
     kept, report = export(tiny_base_model, partial)
     names = {"kohya": "lora/fox.safetensors", "peft": "diffusers/fox.safetensors"}
-    assert report["files"][names[form]]["diffusers"] == {"takes_all_layers": False}
+    assert report["files"][names[file_format]]["diffusers"] == {"takes_all_layers": False}
     assert report["files"][names[other]]["diffusers"]["takes_all_layers"]
     assert names[other] in kept["generate_with_diffusers.py"].decode()
     try:  # the rule holds as long as diffusers really loses them
-        loaded = file_prediction(backbone, kept[names[form]], "x", make_probe(backbone))
+        loaded = file_prediction(backbone, kept[names[file_format]], "x", make_probe(backbone))
     except InputError:
         return
-    assert len(loaded.layers) < report["files"][names[form]]["num_layers"]
+    assert len(loaded.layers) < report["files"][names[file_format]]["num_layers"]
 
 
 def test_a_concept_of_words_alone_exports_its_words(
@@ -359,7 +363,7 @@ def test_a_concept_of_words_alone_exports_its_words(
     assert not [name for name in kept if name.startswith(("lora/", "diffusers/"))]
     workflow = json.loads(kept["comfyui_workflow.json"])
     assert workflow["negative_prompt"]["inputs"]["clip"] == ["base_model", 1]
-    with pytest.raises(InputError, match="trigger words only; got export.formats=.*; add embeddings"):
+    with pytest.raises(InputError, check=says(got="export.formats=['kohya']", remedy="embeddings")):
         export(tiny_base_model, words, formats=("kohya",))
 
 
@@ -378,10 +382,11 @@ def test_a_plain_lora_goes_to_both_branches_and_is_equivalent_in_a1111(
     kept, _ = export(tiny_base_model, make_concept(backbone, params))
     positive, negative = (load(kept[f"lora/fox{suffix}.safetensors"]) for suffix in ("", "-neg"))
     assert all(torch.equal(tensor, negative[name]) for name, tensor in positive.items())
-    assert "A1111 / Forge: equivalent" in kept["README.txt"].decode()
-    assert "a fox <lora:fox:1>" in kept["README.txt"].decode()
+    text = kept["README.txt"].decode()
+    assert "not equivalent" not in text.lower()
+    assert "a fox <lora:fox:1>" in text
     unequal = readme_of(tiny_base_model, make_concept(backbone, params), strength=STRENGTH)
-    assert "a fox <lora:fox:0.8>" in unequal and "NOT equivalent" in unequal
+    assert "a fox <lora:fox:0.8>" in unequal and "not equivalent" in unequal.lower()
 
 
 def test_a_concept_that_started_by_svd_exports_as_any_other(
@@ -400,10 +405,10 @@ def test_a_concept_with_biases_is_refused_in_the_kohya_format_and_drawn_by_the_s
     groups = [group | {"bias": True} for group in MIXED[:3]]
     text = [{"lr": 1e-3, "rank": 1, "branch": branch, "layers": [TEXT], "bias": branch == "p"} for branch in "pn"]
     biased = make_concept(backbone, make_training_params(lora_unet=groups, lora_text_encoder=text))
-    refused = r"kohya cannot hold; .* export.formats=\[peft,toolkit,embeddings\]"
-    with pytest.raises(InputError, match=refused):
+    refused = says(got="kohya", remedy="export.formats=[peft,toolkit,embeddings]")
+    with pytest.raises(InputError, check=refused):
         check_export(ExportParams(title="fox"), planned(biased))
-    with pytest.raises(InputError, match=refused):  # of an import in the same run, which no early check knows
+    with pytest.raises(InputError, check=refused):  # of an import in the same run, which is not checked early
         write_files(str(tiny_base_model), biased, ExportParams(title="fox"))
     formats = ("peft", "toolkit", "embeddings")
     kept, report = export(tiny_base_model, biased, **EVERYTHING.model_dump() | {"formats": formats})
@@ -411,7 +416,7 @@ def test_a_concept_with_biases_is_refused_in_the_kohya_format_and_drawn_by_the_s
     assert report["files"]["diffusers/fox.safetensors"]["diffusers"]["takes_all_layers"]
     assert_script_draws(tiny_base_model, backbone, biased, kept, tmp_path)
     wrong = kept | {"toolkit/unet-3.safetensors": tampered(kept["toolkit/unet-3.safetensors"], ".bias", 1.01)}
-    with pytest.raises(InputError, match="expected .*toolkit/unet-3.safetensors .*to hold the concept's update"):
+    with pytest.raises(InputError, check=says(expected="toolkit/unet-3.safetensors", got="a relative difference")):
         check_files(str(tiny_base_model), biased, wrong, ExportParams(title="fox", formats=formats))
 
 
@@ -433,9 +438,9 @@ def test_the_toolkits_files_come_back_as_a_concept_that_draws_the_same(
     ]
     built = build_concept(adapters, words, backbone.identity)
     probe = make_probe(backbone)
-    expected, came = concept_predictions(backbone, concept, probe), concept_predictions(backbone, built, probe)
+    expected, got = concept_predictions(backbone, concept, probe), concept_predictions(backbone, built, probe)
     for branch, prediction in expected.items():
-        torch.testing.assert_close(came[branch], prediction, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[branch], prediction, rtol=1e-5, atol=1e-5)
     assert attach(backbone, built, StrengthParams()).trigger_words == {"pt1": ("my-fox", "my-fox-neg")}
 
 
@@ -483,9 +488,9 @@ def assert_script_draws(
     loaded = attach(backbone, concept, STRENGTH)
     expected = generate(backbone, loaded, [prompt] * 2, "a red cat", seeds, SAMPLER)
     plain = generate(backbone, attach(backbone, None, STRENGTH), [prompt] * 2, "a red cat", seeds, SAMPLER)
-    for came, wanted, without in zip(drawn, expected, plain, strict=True):
-        assert np.abs(np.asarray(came, int) - np.asarray(wanted, int)).max() <= 1
-        assert np.abs(np.asarray(without, int) - np.asarray(wanted, int)).max() > 20
+    for image, with_concept, base in zip(drawn, expected, plain, strict=True):
+        assert np.abs(np.asarray(image, int) - np.asarray(with_concept, int)).max() <= 1
+        assert np.abs(np.asarray(base, int) - np.asarray(with_concept, int)).max() > 20
 
 
 def test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options(
@@ -508,7 +513,7 @@ def test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options(
 
 def test_a_scheduler_that_comfyui_does_not_have_is_refused(concept: Concept) -> None:
     params = ExportParams(title="fox", sampler=SamplerParams(scheduler="PNDMScheduler"))
-    with pytest.raises(InputError, check=says(got="PNDMScheduler", remedy="export.sampler.scheduler")):
+    with pytest.raises(InputError, check=says(expected="ComfyUI", got="PNDMScheduler")):
         check_export(params, planned(concept))
 
 
@@ -516,7 +521,7 @@ def test_scheduler_options_are_checked_and_strengths_logged(
     tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = SamplerParams(scheduler_options={"nonsense": 1})
-    with pytest.raises(InputError, match="got 'nonsense'"):
+    with pytest.raises(InputError, check=says(expected="scheduler_options", got="'nonsense'")):
         check_export(ExportParams(title="fox", sampler=wrong), planned(concept))
     with caplog.at_level(logging.INFO):
         write_files(str(tiny_base_model), concept, EVERYTHING)

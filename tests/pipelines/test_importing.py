@@ -1,4 +1,4 @@
-"""The import: files of other tools become a concept that draws, and wrong ones are refused without loading a weight."""
+"""The import: files of other tools become a concept, and invalid ones are refused without loading weights."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from dreamartist_pipeline.pipelines.export.nodes import write_files
 from dreamartist_pipeline.pipelines.importing import create_pipeline
 from dreamartist_pipeline.pipelines.importing.nodes import import_concept
 from dreamartist_pipeline.pipelines.training.nodes import check_training
+from refusals import says
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=2, guidance_scale=3.0)
@@ -135,31 +136,33 @@ def test_a_toolkits_folder_is_the_concept_that_the_python_call_reads(
 
 
 def test_a_step_of_the_toolkits_folder_can_be_named(run: Run) -> None:
-    with pytest.raises(InputError, match="expected adapters of step 9; got those of 3"):
+    with pytest.raises(InputError, check=says(expected="step 9", got="3")):
         run(toolkit="toolkit", step=9)
 
 
-def test_one_lora_alone_acts_on_both_sides_and_says_so(
+def test_one_lora_alone_acts_on_both_branches_and_is_logged(
     run: Run, concept: Concept, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         imported, report = run(positive="lora/fox.safetensors")
     assert imported.metadata.num_branches == 1
     assert report["adapters"].keys() == {"shared"}
-    assert "acts on both sides of the guidance" in report["notes"][0]
+    assert "import.positive_acts_on" in report["notes"][0]
     assert report["notes"][0] in caplog.text
     expected = branch_adapter(concept, "positive").by_layer()
     for branch in ("positive", "negative"):
-        came = branch_adapter(imported, branch).by_layer()
-        assert came.keys() == expected.keys()
-        for at, factors in came.items():
+        layers = branch_adapter(imported, branch).by_layer()
+        assert layers.keys() == expected.keys()
+        for at, factors in layers.items():
             torch.testing.assert_close(factors.update(), expected[at].update(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_positive_lora_may_act_on_the_positive_side_alone(run: Run) -> None:
+def test_a_positive_lora_may_act_on_the_positive_branch_alone(run: Run) -> None:
     imported, report = run(positive="lora/fox.safetensors", positive_acts_on="positive")
     assert branch_adapter(imported, "negative").num_layers == 0
-    assert report["notes"] == ["the negative side has no adapter: it follows the base model"]
+    assert report["adapters"].keys() == {"positive"}
+    (note,) = report["notes"]
+    assert "negative branch" in note
 
 
 def test_a_positive_half_of_a_toolkits_folder_is_the_same_concept_by_both_ways(
@@ -170,9 +173,9 @@ def test_a_positive_half_of_a_toolkits_folder_is_the_same_concept_by_both_ways(
         shutil.copy(folder / "toolkit" / name, folder / "half")
     for options, branch in (({}, "shared"), ({"positive_acts_on": "positive"}, "positive")):
         imported, report = run(toolkit="half", **options)
-        came = read_toolkit_concept(backbone, folder / "half", **options)
-        assert came.metadata == imported.metadata
-        assert came.tensors.keys() == imported.tensors.keys()
+        concept = read_toolkit_concept(backbone, folder / "half", **options)
+        assert concept.metadata == imported.metadata
+        assert concept.tensors.keys() == imported.tensors.keys()
         assert report["adapters"].keys() == {branch}
 
 
@@ -210,8 +213,8 @@ def test_what_clip_skip_leaves_out_is_left_out_of_the_concept_and_reported(
     layers = [f"encoder.layers.1.{name}" for name in TEXT_LAYERS]
     assert report["left_out"] == {"positive": layers, "negative": layers}
     assert not [name for name in imported.tensors if "encoder.layers.1" in name]
-    note = "6 text-encoder layers of the positive LoRA are left out: clip_skip 1 skips them"
-    assert note in report["notes"][0] and note in caplog.text
+    note = report["notes"][0]
+    assert note.startswith("6 ") and "positive" in note and "clip_skip 1" in note and note in caplog.text
     everything = Concept(concept.tensors, concept.metadata.model_copy(update={"clip_skip": 1}))
     assert (draw(backbone, imported) - draw(backbone, everything)).abs().max() <= 1
     assert run(**PAIR)[1]["left_out"] == {}
@@ -233,17 +236,17 @@ def test_a_lora_of_which_clip_skip_leaves_nothing_is_refused(run: Run, folder: P
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 32), f"{name}.lora_up.weight": torch.ones(96, 1)}
     (folder / "last.safetensors").write_bytes(write_tensors(tensors, {}))
     run(positive="last.safetensors")
-    with pytest.raises(InputError, match="got only text-encoder layers that clip_skip leaves out; lower"):
+    with pytest.raises(InputError, check=says(got="clip_skip", remedy="clip_skip")):
         run(positive="last.safetensors", clip_skip=1)
     _, report = run(positive="lora/fox.safetensors", negative="last.safetensors", clip_skip=1)
-    assert report["adapters"].keys() == {"positive"}  # a pair stays one: the positive LoRA is not made to act on both
+    assert report["adapters"].keys() == {"positive"}  # the positive LoRA of a pair does not act on both
 
 
 def test_several_files_of_one_branch_add_up(run: Run, concept: Concept) -> None:
     imported, _ = run(positive=["lora/fox.safetensors", "lora/fox-neg.safetensors"])
-    came = branch_adapter(imported, "positive").by_layer()
+    layers = branch_adapter(imported, "positive").by_layer()
     positive, negative = (branch_adapter(concept, branch).by_layer() for branch in ("positive", "negative"))
-    for at, factors in came.items():
+    for at, factors in layers.items():
         torch.testing.assert_close(
             factors.update(), positive[at].update() + negative[at].update(), rtol=1e-5, atol=1e-5
         )
@@ -283,35 +286,35 @@ def test_every_documented_command_is_a_valid_import() -> None:
 
 
 def test_nothing_to_import_is_refused(run: Run) -> None:
-    with pytest.raises(InputError, match="expected files to import; got none"):
+    with pytest.raises(InputError, check=says(got="none", remedy="import.positive=")):
         run()
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "parts"),
     [
-        ({"positive": "README.txt"}, "expected a safetensors file README.txt"),
-        ({"positive": "embeddings/my-fox.safetensors"}, "got an embedding .*; give it in import.words"),
-        ({"words": {"pt1": "lora/fox.safetensors"}}, r"expected one embedding \[n, D\] in fox.safetensors"),
-        ({"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "cat"}}, "'cat', which is already a single token"),
+        ({"positive": "README.txt"}, {"expected": "README.txt"}),
+        ({"positive": "embeddings/my-fox.safetensors"}, {"got": "an embedding", "remedy": "import.words"}),
+        ({"words": {"pt1": "lora/fox.safetensors"}}, {"expected": "[n, D] in fox.safetensors"}),
+        ({"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "cat"}}, {"got": "'cat'", "remedy": "my-cat"}),
         (
             {"words": {"pt1": ["toolkit/my-fox.pt", "toolkit/my-fox-neg.pt"]}, "names": {"pt1": ["my-x", "My-X"]}},
-            "every trigger word once; got 'my-x' twice; .* import.names.pt1=",
+            {"got": "'my-x' twice", "remedy": "import.names.pt1="},
         ),
         (
             {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "bad hands"}},
-            "without spaces, braces or slashes; got 'bad hands'; name it, such as import.names.pt1=bad-hands",
+            {"got": "'bad hands'", "remedy": "import.names.pt1=bad-hands"},
         ),
         (
             {"words": {"pt1": "toolkit/my-fox.pt"}, "names": {"pt1": "my{cat}"}},
-            "without spaces, braces or slashes; got 'my{cat}'; name it, such as import.names.pt1=my-cat",
+            {"got": "'my{cat}'", "remedy": "import.names.pt1=my-cat"},
         ),
-        ({"toolkit": "lora"}, "expected files named"),
-        ({**PAIR, "clip_skip": 2}, "clip_skip below the text encoder's 2 layers"),
+        ({"toolkit": "lora"}, {"expected": "STEP.safetensors", "got": "fox-neg.safetensors"}),
+        ({**PAIR, "clip_skip": 2}, {"expected": "clip_skip", "got": "2"}),
     ],
 )
-def test_a_wrong_file_is_refused(run: Run, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_a_wrong_file_is_refused(run: Run, values: dict[str, Any], parts: dict[str, str]) -> None:
+    with pytest.raises(InputError, check=says(**parts)):
         run(**values)
 
 
@@ -319,18 +322,18 @@ def test_a_lora_of_another_base_model_is_refused_by_layer(run: Run, folder: Path
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     wide = {f"unet.{layer}.lora_A.weight": torch.ones(2, 768), f"unet.{layer}.lora_B.weight": torch.ones(320, 2)}
     (folder / "wide.safetensors").write_bytes(write_tensors(wide, {}))
-    with pytest.raises(InputError, match=rf"unet.{layer} is \(2, 768\) and \(320, 2\) where .* set base_model"):
+    with pytest.raises(InputError, check=says(got=f"unet.{layer} is (2, 768) and (320, 2)", remedy="base_model")):
         run(positive="wide.safetensors")
 
 
 def test_an_embedding_of_another_width_or_longer_than_a_prompt_is_refused(run: Run, folder: Path) -> None:
     for name, shape in (("wide", (1, 768)), ("long", (23, 32)), ("empty", (0, 32))):
         (folder / f"my-{name}.safetensors").write_bytes(write_tensors({"emb_params": torch.ones(shape)}, {}))
-    with pytest.raises(InputError, match="vectors of width 32 for 'my-wide'; got 768"):
+    with pytest.raises(InputError, check=says(expected="32 for 'my-wide'", got="768")):
         run(words={"pt1": "my-wide.safetensors"})
-    with pytest.raises(InputError, match="expected 1 to 22 vectors for 'my-long'.* got 23"):
+    with pytest.raises(InputError, check=says(expected="1 to 22 vectors for 'my-long'", got="23")):
         run(words={"pt1": "my-long.safetensors"})
-    with pytest.raises(InputError, match="expected 1 to 22 vectors for 'my-empty'.* got 0"):
+    with pytest.raises(InputError, check=says(expected="1 to 22 vectors for 'my-empty'", got="0")):
         run(words={"pt1": "my-empty.safetensors"})
 
 
@@ -338,7 +341,7 @@ def test_an_embedding_with_numbers_that_are_not_finite_is_refused(run: Run, fold
     for name, number in (("nan", float("nan")), ("inf", float("inf"))):
         vectors = torch.cat([torch.ones(2, 31), torch.full((2, 1), number)], dim=1)
         (folder / f"my-{name}.safetensors").write_bytes(write_tensors({"emb_params": vectors}, {}))
-        with pytest.raises(InputError, match=f"expected finite vectors for 'my-{name}'"):
+        with pytest.raises(InputError, check=says(expected=f"finite vectors for 'my-{name}'")):
             run(words={"pt1": f"my-{name}.safetensors"})
 
 
@@ -350,10 +353,52 @@ def test_weights_in_the_class_word_are_refused() -> None:
 def test_names_for_a_toolkits_folder_without_words_are_refused(run: Run, folder: Path) -> None:
     (folder / "wordless").mkdir()
     shutil.copy(folder / "toolkit/unet-3.safetensors", folder / "wordless")
-    with pytest.raises(
-        InputError, match=r"expected the words \['my-x'\]; got \[\], the names of the files; name these"
-    ):
+    with pytest.raises(InputError, check=says(expected="['my-x']", got="[]", remedy="import.names")):
         run(toolkit="wordless", names={"pt1": "my-x"})
+
+
+@pytest.mark.parametrize("file", ["learned_embeds.safetensors", "learned_embeds-steps-500.safetensors"])
+def test_the_word_inside_a_file_names_it_where_diffusers_calls_all_files_alike(
+    run: Run, folder: Path, file: str
+) -> None:
+    (folder / file).write_bytes(write_tensors({"<cat-toy>": torch.ones(1, 32)}, {}))
+    imported, report = run(words={"pt1": file})
+    assert imported.metadata.words["pt1"][0] == "<cat-toy>"
+    (note,) = report["notes"]
+    assert "<cat-toy>" in note and file in note and "import.names.pt1" in note
+
+
+def test_the_word_inside_a_file_is_offered_where_the_file_has_a_name_of_its_own(run: Run, folder: Path) -> None:
+    (folder / "my-toy.safetensors").write_bytes(write_tensors({"<cat-toy>": torch.ones(1, 32)}, {}))
+    imported, report = run(words={"pt1": "my-toy.safetensors"})
+    assert imported.metadata.words["pt1"][0] == "my-toy"
+    assert "import.names.pt1='<cat-toy>'" in report["notes"][0]
+    imported, report = run(words={"pt1": "my-toy.safetensors"}, names={"pt1": "<cat-toy>"})
+    assert imported.metadata.words["pt1"][0] == "<cat-toy>"
+    assert report["notes"] == []
+
+
+def test_what_is_noted_of_a_lora_stands_in_the_report_and_the_log(
+    run: Run, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
+    file = write_tensors(factors | {f"{name}.alpha": torch.tensor(0.5)}, {})
+    (folder / "converted.safetensors").write_bytes(file)
+    with caplog.at_level(logging.INFO):
+        _, report = run(positive="converted.safetensors")
+    assert "--auto_scale_alpha" in report["notes"][-1]
+    assert report["notes"][-1] in caplog.text
+
+
+def test_the_usual_clip_skip_of_an_anime_model_is_suggested(tiny_base_model: Path, tmp_path: Path) -> None:
+    base_model = shutil.copytree(tiny_base_model, tmp_path / "anything-v5")
+    (tmp_path / "my-toy.safetensors").write_bytes(write_tensors({"emb_params": torch.ones(1, 32)}, {}))
+    files = UserFilesDataset(path=str(tmp_path), files=["my-toy.safetensors"]).load()
+    for clip_skip, hints in ((0, 1), (1, 0)):
+        params = ImportParams(words={"pt1": "my-toy.safetensors"}, clip_skip=clip_skip)
+        _, report = import_concept(str(base_model), files, {}, params)
+        assert sum("import.clip_skip=1" in note for note in report["notes"]) == hints
 
 
 def test_the_pipeline_gives_a_concept_and_a_report() -> None:

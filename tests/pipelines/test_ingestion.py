@@ -13,6 +13,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams, IngestionParams
 from dreamartist_pipeline.pipelines.ingestion import create_pipeline
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
+from refusals import says
 
 BUCKET = BucketParams(side_px=16, multiple_px=8)
 
@@ -100,28 +101,28 @@ def test_transparent_parts_of_a_mask_weigh_nothing() -> None:
 
 
 def test_a_mask_of_other_proportions_is_refused() -> None:
-    with pytest.raises(InputError, match="an attention mask with the proportions of the reference image"):
+    with pytest.raises(InputError, check=says(expected="64 × 32", got="32 × 64")):
         prepare_reference(
             png(Image.new("RGB", (64, 32))), png(half_white_mask((32, 64))), IngestionParams(bucket=BUCKET)
         )
 
 
 def test_a_black_mask_is_refused() -> None:
-    with pytest.raises(InputError, match="got black everywhere"):
+    with pytest.raises(InputError, check=says(expected="mask", got="black")):
         prepare_reference(
             png(Image.new("RGB", (16, 16))), png(Image.new("L", (16, 16), 0)), IngestionParams(bucket=BUCKET)
         )
 
 
 @pytest.mark.parametrize(
-    ("picture", "mask", "message"),
+    ("picture", "mask", "name"),
     [
-        (b"nonsense", None, "as the reference image"),
-        (png(Image.new("L", (16, 16))), b"nonsense", "as the attention mask"),
+        (b"nonsense", None, "the reference image"),
+        (png(Image.new("L", (16, 16))), b"nonsense", "the attention mask"),
     ],
 )
-def test_a_message_says_which_of_the_two_files_is_bad(picture: bytes, mask: bytes | None, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_an_error_names_the_invalid_one_of_the_two_files(picture: bytes, mask: bytes | None, name: str) -> None:
+    with pytest.raises(InputError, check=says(expected=name, got="nonsense")):
         prepare_reference(picture, mask, IngestionParams(bucket=BUCKET))
 
 
@@ -168,7 +169,7 @@ def test_a_bad_mask_leaves_the_earlier_results_as_they_were(tmp_path: Path) -> N
     (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "blue")))
     (tmp_path / "mask.png").write_bytes(b"nonsense")
 
-    with pytest.raises(InputError, match="as the attention mask"):
+    with pytest.raises(InputError, check=says(expected="the attention mask", got="nonsense")):
         SequentialRunner().run(create_pipeline(), catalog_of(tmp_path, f"{tmp_path}/mask.png"))
 
     assert (tmp_path / "prepared_image.png").read_bytes() == before

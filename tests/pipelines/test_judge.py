@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dreamartist_pipeline.embedded.datasets import CheckpointStore
-from dreamartist_pipeline.embedded.judge import NOTHING, Verdict, truth_of
+from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
+from dreamartist_pipeline.embedded.judge import NOTHING, Verdict, labels_of
 from dreamartist_pipeline.embedded.scenes import Shown
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 from dreamartist_pipeline.params import JudgeParams
@@ -57,9 +57,6 @@ def test_a_judge_knows_the_words_of_its_sprites(sprites: SpriteSet, params: Judg
 
 def test_an_interrupted_training_resumes_to_the_same_weights(sprites: SpriteSet, params: JudgeParams, tmp_path: Path):
     class InterruptingStore(CheckpointStore):
-        def of_recipe(self, recipe: str) -> InterruptingStore:
-            return InterruptingStore(self.path / recipe)
-
         def save(self, name: str, state: dict[str, Any]) -> None:
             super().save(name, state)
             raise KeyboardInterrupt
@@ -75,17 +72,18 @@ def test_every_accuracy_is_reported_and_tracked(sprites: SpriteSet, params: Judg
     tracker = RecordingTracker()
     judge = train_judge(sprites, params, CheckpointStore(tmp_path), tracker)
     report = measure_judge(judge, sprites, params, tracker)
+    assert tracker.metrics["judge/samples"] == 4 * 2  # steps times batch size
     assert report["num_scenes"]["all"] == 40
     assert tracker.metrics["judge/one_object/object"] == report["accuracy"]["one_object"]["object"]
     assert 0 < report["accuracy"]["all"]["object"] < 1  # a guess between two, by a judge that has hardly trained
 
 
-def test_accuracies_are_shares_of_the_scenes_that_ask():
+def test_accuracies_are_shares_of_the_scenes_with_a_label():
     def shown(word: str, tint: str = "") -> Shown:
         return Shown((word,), (tint,), "flat", "one", "plain", "blue", "red", "")
 
     def verdict(one: Shown, **changes: str) -> Verdict:
-        return Verdict(**{**{head: word or NOTHING for head, word in truth_of(one).items()}, **changes})
+        return Verdict(**{**{head: word or NOTHING for head, word in labels_of(one).items()}, **changes})
 
     scenes = [shown("apple"), shown("apple"), shown("whale", "red"), shown("whale", "pink")]
     verdicts = [verdict(one) for one in scenes]

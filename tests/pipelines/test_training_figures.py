@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from dreamartist_pipeline.pipelines.training.figures import training_figure
+from dreamartist_pipeline.pipelines.training.figures import plot_history
 
 
 def _history(num_steps: int) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def _history(num_steps: int) -> pd.DataFrame:
 
 
 def test_every_series_has_a_trace_in_its_panel() -> None:
-    figure = training_figure(_history(40))
+    figure = plot_history(_history(40))
     panels = {(trace.name, trace.yaxis) for trace in figure.data if trace.name}
     assert panels == {
         ("reference", "y"),
@@ -45,22 +45,22 @@ def test_every_series_has_a_trace_in_its_panel() -> None:
 
 
 def test_the_loss_is_smoothed_over_a_twentieth_of_the_steps() -> None:
-    figure = training_figure(_history(40))
+    figure = plot_history(_history(40))
     smooth = next(trace for trace in figure.data if trace.name == "reference")
     assert list(smooth.y[:3]) == pytest.approx([1.0, (1 + 1 / 2) / 2, (1 / 2 + 1 / 3) / 2])
 
 
 def test_a_training_without_regularization_has_no_such_curve() -> None:
-    figure = training_figure(_history(3).drop(columns="loss_regularization"))
+    figure = plot_history(_history(3).drop(columns="loss_regularization"))
     assert "regularization" not in {trace.name for trace in figure.data}
 
 
 def test_a_training_of_no_steps_still_gives_a_figure() -> None:
-    assert len(training_figure(_history(0)).data) > 0
+    assert len(plot_history(_history(0)).data) > 0
 
 
 def test_branches_keep_their_colours_and_words_are_dotted() -> None:
-    lines = {trace.name: trace.line for trace in training_figure(_history(3)).data}
+    lines = {trace.name: trace.line for trace in plot_history(_history(3)).data}
     assert lines["positive adapters"].color == lines["positive words"].color == lines["unet.0.positive"].color
     assert lines["positive adapters"].color != lines["negative adapters"].color
     assert lines["positive words"].dash == lines["words.positive.pt1"].dash == "dot"

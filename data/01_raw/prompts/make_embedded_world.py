@@ -1,11 +1,10 @@
-"""Write embedded_world.parquet: distinct captions of the embedded base model's picture world.
+"""Write embedded_world.parquet: distinct captions of the embedded base model's training scenes.
 
     python data/01_raw/prompts/make_embedded_world.py
 
-Objects and styles are those that the judge beside it knows, in the order of conf/base/parameters_pretrain.yml, objects
-known by their published names after them; the captions are the ones the base model's training scenes carry.
-Columns: prompt; objects (named ones, separated by a comma); style (as named in the prompt, or ''); background (its main
-colour as named in the prompt, or '').
+Objects and styles are those of the judge, in the order of conf/base/parameters_pretrain.yml, followed by objects with
+published names. Columns: prompt; objects (comma-separated); style ('' if the prompt has none); background (its main
+colour, '' if the prompt has none).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SEED = 20240
 
 
 def vocabulary() -> tuple[list[str], list[str]]:
-    """Return the objects and the styles of the picture world."""
+    """Return objects and styles."""
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["_recipes"]["world"]
     known = JudgeDataset(filepath=str(JUDGE)).load().vocabulary
     objects = dict.fromkeys([*recipe["objects"], *sorted(known.objects)])

@@ -1,9 +1,9 @@
-"""Render the bundled reference images: subjects (and a style) that the embedded base model has never seen.
+"""Render the bundled reference images: subjects (and a style) held out of the embedded base model's training.
 
     python data/01_raw/reference_images/make_reference_images.py
 
-Needs the `pretrain` extra and the sprite packages (`make sprites`). What is rendered stands in `sources.yml`; authors
-and licences are in the README beside this file.
+Needs the `pretrain` extra and the sprite packages (`make sprites`). `sources.yml` lists the icons, the README
+of this folder authors and licences.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def render(collection: dict[str, Any], icon: str) -> Image.Image:
     name = collection.get("aliases", {}).get(icon, {}).get("parent", icon)
     pixels = rasterize(icon_svg(collection, name), SIDE_PX - 2 * MARGIN_PX)
     if pixels is None:
-        raise ValueError(f"expected a drawing in the icon {icon!r}, got an empty one")
+        raise ValueError(f"expected a drawing in the icon {icon!r}, got an empty image")
     sprite = Image.fromarray(pixels.transpose(1, 2, 0), "RGBA")
     image = Image.new("RGBA", (SIDE_PX, SIDE_PX), BACKGROUND)
     image.alpha_composite(sprite, (MARGIN_PX, MARGIN_PX))
@@ -48,8 +48,8 @@ def main() -> None:
     catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog_pretrain.yml").read_text(encoding="utf-8"))
     entry = catalog["sprite_packages"]
     specs = {**entry["packages"], **HELD_OUT_PACKAGES}
-    wanted = {source["package"]: specs[source["package"]] for source in sources.values()}
-    packages = SpritePackagesDataset(path=str(ROOT / entry["path"]), packages=wanted).load()
+    used = {source["package"]: specs[source["package"]] for source in sources.values()}
+    packages = SpritePackagesDataset(path=str(ROOT / entry["path"]), packages=used).load()
     for subject, source in sources.items():
         image = render(packages[source["package"]]["icons"], source["icon"])
         image.save(FOLDER / f"{subject}.png", optimize=True)

@@ -1,1 +1,1 @@
-"""Base models: all that imports diffusers and transformers."""
+"""Base models: the only package that imports diffusers and transformers."""

@@ -1,4 +1,4 @@
-"""The frozen base model: finding it, loading it, and its way between pixels and latents."""
+"""The frozen base model: its files, loading it, and encoding and decoding images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
+from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
@@ -26,16 +28,16 @@ HUB = "hub:"
 _INDEX = "model_index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _FINGERPRINT_SUFFIXES = (".json", ".txt", *_WEIGHT_SUFFIXES)
-_WEIGHTS_BESIDE = "config.json"  # what describes a part that has weights
-_VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either spelling of a tokenizer
-transformers_logging.disable_progress_bar()  # of weights from the disk, within the bars of a run
+_MODULE_CONFIG = "config.json"  # of a part with weights
+_VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either set is enough
+transformers_logging.disable_progress_bar()  # it would break the progress bars of a run
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BaseModelFiles:
-    """Where the base model is: a folder in diffusers' layout, or `hub:owner/name`. Cheap to make, loads nothing."""
+    """A base model that is not loaded: a folder in diffusers' layout, or `hub:owner/name`."""
 
     path: Path | str
 
@@ -46,41 +48,58 @@ class BaseModelFiles:
 
     @property
     def name(self) -> str:
-        """A name without a path: the folder's own name, or the hub id."""
+        """The folder's name without its path, or the hub id."""
         return self.hub_id or Path(self.path).resolve().name
 
     @property
     def source(self) -> str:
-        """What diffusers' `from_pretrained` takes."""
+        """The argument of diffusers' `from_pretrained`."""
         return self.hub_id or str(self.path)
 
-    def family(self) -> type[Backbone]:
-        """Return the family that reads it, by its model_index.json.
+    def index(self) -> dict[str, Any]:
+        """Return its model_index.json.
 
         Raises:
-            InputError: there is no such file, or no family for what it names.
+            InputError: there is no such file.
             OSError: the hub cannot be reached.
         """
         if self.hub_id is not None:
-            index = DiffusionPipeline.load_config(self.hub_id)
-        else:
-            _check_has(Path(self.path), [] if (Path(self.path) / _INDEX).is_file() else [_INDEX])
-            index = json.loads((Path(self.path) / _INDEX).read_text())
-        class_name = index.get("_class_name")
+            return dict(DiffusionPipeline.load_config(self.hub_id))
+        _check_has(Path(self.path), [] if (Path(self.path) / _INDEX).is_file() else [_INDEX])
+        index: dict[str, Any] = json.loads((Path(self.path) / _INDEX).read_text())
+        return index
+
+    def names(self) -> tuple[str, ...]:
+        """Return what the model is called: by its folder or hub id, and by the one it was saved from, if it says that.
+
+        Raises:
+            InputError: it has no model_index.json.
+            OSError: the hub cannot be reached.
+        """
+        return self.name, str(self.index().get("_name_or_path", ""))
+
+    def family(self) -> type[Backbone]:
+        """Return the family of the pipeline that model_index.json names.
+
+        Raises:
+            InputError: the file is missing, or no family has that pipeline.
+            OSError: the hub cannot be reached.
+        """
+        class_name = self.index().get("_class_name")
         for family in FAMILIES:
             if class_name in family.pipelines:
                 return family
         raise InputError(
             expected=f"a base model of {', '.join(family.family for family in FAMILIES)}",
-            got=f"{class_name} in {self.source}, which is not supported yet",
+            got=f"{class_name} in {self.source}",
             remedy="choose another base model",
         )
 
     def check(self) -> None:
-        """Confirm that the folder is complete and of a kind that can be trained.
+        """Check that the folder is complete and of a supported family; a model of the hub is not checked.
 
         Raises:
-            InputError: there is no folder, a part or file is missing or truncated, or the model is of another family.
+            InputError: there is no folder, a part or file is missing or truncated, or the family is not supported.
         """
         if self.hub_id is not None:
             return
@@ -91,27 +110,27 @@ class BaseModelFiles:
                 got="no such folder",
                 remedy=f"set base_model to a folder in diffusers' layout, or to {HUB}owner/name",
             )
-        parts = self.family().parts
+        parts = self.family().parts()
         _check_has(folder, list(_missing_files(folder, parts)))
         if damaged := [f"{f.parent.name}/{f.name}" for f in _model_files(folder, parts) if not _is_whole(f)]:
             raise InputError(
-                expected=f"whole weight files in {folder}",
-                got=f"a truncated one, or a Git LFS pointer, as {', '.join(damaged)}",
+                expected=f"complete weight files in {folder}",
+                got=f"truncated files or Git LFS pointers: {', '.join(damaged)}",
                 remedy="download the model again",
             )
 
     def fingerprint(self) -> str:
-        """Return what the weights are known by, read once in a process unless the files change; see `fingerprint_of`.
+        """Return the fingerprint of the weights, see `fingerprint_of`; the id of a model of the hub.
 
-        A model of the hub has its id.
+        The weights are read once per process unless the files change.
         """
         if self.hub_id is not None:
             return f"{HUB}{self.hub_id}"
-        parts = [part for part, config in self.family().parts.items() if config == _WEIGHTS_BESIDE]
+        parts = [part for part, config in self.family().parts().items() if config == _MODULE_CONFIG]
         return _fingerprint(tuple(Path(self.path) / part for part in parts), self.state())
 
     def old_fingerprint(self) -> str:
-        """Return what earlier versions called the fingerprint, 16 hex digits over names and bytes of all files."""
+        """Return the fingerprint of earlier versions: 16 hex digits over names and bytes of all files."""
         if self.hub_id is not None:
             return f"{HUB}{self.hub_id}"
         digest = hashlib.sha256()
@@ -123,11 +142,11 @@ class BaseModelFiles:
         return digest.hexdigest()[:16]
 
     def state(self) -> tuple[tuple[str, int, int], ...]:
-        """Return (name, size, time of change) of all files; nothing of a model of the hub."""
+        """Return (name, size, modification time) of all files; () for a model of the hub."""
         if self.hub_id is not None:
             return ()
         folder = Path(self.path)
-        files = _model_files(folder, self.family().parts)
+        files = _model_files(folder, self.family().parts())
         states = ((file.relative_to(folder).as_posix(), file.stat()) for file in files)
         return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
 
@@ -138,9 +157,9 @@ def _fingerprint(parts: tuple[Path, ...], _state: tuple[tuple[str, int, int], ..
 
 
 def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
-    """Return the base model, which all of a process share: adapters go into `share_weights`, never into this one.
+    """Return the base model from a cache that the process shares; put adapters into its `share_weights()` only.
 
-    It is loaded again when its files change, or for another device or dtype; the last two are kept.
+    It is loaded again when its files change, or for another device or dtype. The cache keeps two.
 
     Raises:
         InputError: see `load_backbone`.
@@ -150,7 +169,7 @@ def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
     return _opened(files, files.state(), device.model_copy(update={"device": pick_device(device).type}))
 
 
-@functools.lru_cache(maxsize=2)  # one to train and draw with, one in float32 on the CPU to check exports with
+@functools.lru_cache(maxsize=2)  # one to train and generate with, one in float32 on the CPU to check exports
 def _opened(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...], device: DeviceParams) -> Backbone:
     log.info("Loading the base model %s on %s in %s.", files.name, device.device, device.dtype)
     return load_backbone(files, device)
@@ -160,14 +179,14 @@ def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
     """Load every part of the base model, frozen and in eval mode.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, the device is not there, or
-            the model is of no known family or cannot be trained as one of it.
+        InputError: the folder is incomplete or cannot be read, the hub cannot be reached, there is no such device, or
+            the model is not supported.
     """
     return _load(files, pick_device(device), getattr(torch, device.dtype))
 
 
 def load_outline(files: BaseModelFiles) -> Backbone:
-    """Return the base model on the meta device, enough to check a plan against; no weight is loaded.
+    """Return the base model on the meta device, without weights, to check parameters and files against.
 
     Raises:
         InputError: see `load_backbone`.
@@ -179,14 +198,29 @@ def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype) -> Ba
     files.check()
     with _readable(files):
         source = ModelSource(files.name, files.fingerprint(), files.source, local_files_only=files.hub_id is None)
-        return files.family().load(source, device, dtype)
+        model = files.family().load(source, device, dtype)
+        _warn_of_few_steps(files, model)
+        return model
+
+
+def _warn_of_few_steps(files: BaseModelFiles, model: Backbone) -> None:
+    configs = [getattr(network, "config", None) for network in model.networks.values()]
+    takes_guidance = any(getattr(config, "time_cond_proj_dim", None) is not None for config in configs)
+    if kind := few_step_kind(files.index(), files.names(), takes_guidance):
+        _warn_once(few_step_hint(kind, files.name, takes_guidance))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning the first time in a process: a run opens its base model several times."""
+    log.warning("%s", text)
 
 
 def pick_device(params: DeviceParams) -> torch.device:
-    """Return the device to run on; `auto` is the GPU where there is one.
+    """Return the device; `auto` is the GPU if there is one.
 
     Raises:
-        InputError: a GPU was asked for by name and there is none.
+        InputError: `cuda` without a GPU.
     """
     if params.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
@@ -201,7 +235,7 @@ def pick_device(params: DeviceParams) -> torch.device:
 def encode_images(backbone: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation `[B, C, h, w]` of the latents of `images` `[B, 3, H, W]` in [-1, 1].
 
-    Both are float32 and already times the model's scaling factor: latents are `mean + std · noise`.
+    Both are float32 and multiplied by the model's scaling factor: latents are `mean + std · noise`.
     """
     posterior = backbone.autoencoder.encode(images.to(backbone.device, torch.float32)).latent_dist
     scale = float(backbone.autoencoder.config.scaling_factor)
@@ -215,21 +249,21 @@ def decode_latents(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:
 
 
 def decode_with_gradients(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:
-    """Return what `decode_latents` does, through which gradients reach the latents, and not clamped."""
+    """Return the images of `decode_latents`, not clamped and differentiable with respect to the latents."""
     scale = float(backbone.autoencoder.config.scaling_factor)
     decoded: torch.Tensor = backbone.autoencoder.decode(latents.float() / scale, return_dict=False)[0]
     return decoded
 
 
 def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
-    """Return the base model with a noise schedule that ends without signal (Lin et al. 2023), weights shared.
+    """Return the base model with a noise schedule of zero terminal SNR (Lin et al. 2023), weights shared.
 
-    Drawing then starts at the last timestep (`trailing`), as that schedule needs.
+    Sampling then starts at the last timestep (`timestep_spacing: trailing`), as this schedule requires.
 
     Raises:
         InputError: the model predicts ε.
     """
-    defaults = backbone.scheduler_config.get("_use_default_values", ())  # diffusers ignores what is named there
+    defaults = backbone.scheduler_config.get("_use_default_values", ())  # diffusers ignores values named there
     kept_defaults = {"_use_default_values": [name for name in defaults if name not in ZERO_TERMINAL_SNR]}
     return dataclasses.replace(
         backbone,
@@ -240,26 +274,25 @@ def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
 
 @contextmanager
 def _readable(files: BaseModelFiles) -> Iterator[None]:
-    """Turn what diffusers and transformers raise for files that they cannot get or read into an InputError."""
+    """Convert errors of diffusers and transformers on files that cannot be downloaded or read into an InputError."""
     try:
         yield
     except OSError as error:
-        where = f"the Hugging Face hub as {files.hub_id}" if files.hub_id else str(files.path)
+        place = f"the Hugging Face hub as {files.hub_id}" if files.hub_id else str(files.path)
         raise InputError(
-            expected=f"a base model that can be read from {where}",
+            expected=f"a readable base model in {place}",
             got=f"{error}",
-            remedy="correct base_model, or download the model again (a hub id needs the network, or its files in the "
-            "cache)",
+            remedy="correct base_model, or download the model again; a hub id needs the network or a cached model",
         ) from error
 
 
 def _check_has(folder: Path, missing: list[str]) -> None:
-    """Raise an InputError where something is missing."""
+    """Raise an InputError if anything is missing."""
     if missing:
         raise InputError(
             expected=f"a complete base model in {folder}",
             got=f"one without {', '.join(missing)}",
-            remedy="copy what is missing, or download the model again",
+            remedy="copy the missing files, or download the model again",
         )
 
 
@@ -271,14 +304,14 @@ def _missing_files(folder: Path, parts: Mapping[str, str]) -> Iterator[str]:
         names = {file.name for file in (folder / part).iterdir()}
         if config not in names:
             yield f"{part}/{config}"
-        if config == _WEIGHTS_BESIDE and not any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names):
-            yield f"{part}'s weights (a .safetensors file)"
+        if config == _MODULE_CONFIG and not any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names):
+            yield f"{part}/*.safetensors"
         if part.startswith("tokenizer") and not any(files <= names for files in _VOCABULARY_FILES):
             yield f"{part}/tokenizer.json (or vocab.json and merges.txt)"
 
 
 def _is_whole(file: Path) -> bool:
-    """Say whether a safetensors file is as long as its header says; other files are taken as they are."""
+    """Return whether a safetensors file has the length given in its header; True for other files."""
     if file.suffix != ".safetensors":
         return True
     size = file.stat().st_size

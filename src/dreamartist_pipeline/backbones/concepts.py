@@ -1,6 +1,6 @@
-"""Concepts on a base model: starting a new one, attaching a trained one, and drawing with it.
+"""Concepts on a base model: starting a new one, attaching a trained one, and generating images with it.
 
-A base model stays as it is: adapters and words go into a copy of UNet and text encoder that shares all weights.
+The base model is never changed: adapters and words are put into copies of its networks that share all weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dreamartist_pipeline.core.sampling import KnownLatents, image_generators, i
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import LoRAGroup, ResolvedGroup, SamplerParams, StrengthParams, TrainingParams
 
-_NUM_BRANCHES = 2  # when drawing, the negative rows are always there
+_NUM_BRANCHES = 2  # images are always generated with negative rows
 _VERSIONED = ("torch", "diffusers", "transformers")
 
 
@@ -42,10 +42,11 @@ _VERSIONED = ("torch", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class NewConcept:
-    """A concept that trains: adapters and words in place in a copy of the base model.
+    """A concept in training: adapters and words in a copy of the base model.
 
-    stacks: network (such as `unet`) -> its adapters; networks without adapters are left out.
-    words: text encoder -> the learned vectors; empty without trigger words.
+    Attributes:
+        stacks: network (such as `unet`) -> its adapters; networks without adapters are omitted.
+        words: text encoder -> the learned vectors; empty without trigger words.
     """
 
     backbone: Backbone
@@ -55,7 +56,7 @@ class NewConcept:
     num_branches: int
 
     def snapshot(self, metadata: ConceptMetadata) -> Concept:
-        """Return a copy of what has been learned so far."""
+        """Return a copy of the current adapters and words."""
         tensors = {
             f"{network}.{name}": tensor
             for network, adapters in self.stacks.items()
@@ -67,7 +68,7 @@ class NewConcept:
 
     @contextmanager
     def drawing(self, trigger_words: dict[str, tuple[str, str]]) -> Iterator[LoadedConcept]:
-        """Draw with what has been learned so far, without a copy; dropout is off within.
+        """Yield the current state to generate images with, without a copy and with dropout off.
 
         Args:
             trigger_words: slot -> (positive, negative).
@@ -82,11 +83,11 @@ class NewConcept:
 
 
 def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, seed: int) -> NewConcept:
-    """Put fresh adapters and words into a copy of the base model; its outputs do not change yet.
+    """Put new adapters and words into a copy of the base model; new adapters do not change its outputs.
 
     Raises:
-        InputError: a layer selector finds nothing, an init text does not fit, or the base model cannot be trained with
-            the noise schedule asked for.
+        InputError: a layer selector matches nothing, an init text is invalid, or the base model does not support
+            zero terminal SNR.
     """
     generator = torch.Generator().manual_seed(seed)
     own = (with_zero_terminal_snr(backbone) if params.zero_terminal_snr else backbone).share_weights()
@@ -106,13 +107,20 @@ def start_concept(backbone: Backbone, params: TrainingParams, lr_factor: float, 
 def inject_adapters(
     own: Backbone, params: TrainingParams, lr_factor: float, generator: torch.Generator
 ) -> dict[str, AdapterStack]:
-    """Put the configured LoRA groups into the base model's networks, in place; also works on the meta device.
+    """Put the configured LoRA groups into the base model's networks, in place, also on the meta device.
 
     Raises:
-        InputError: a network that the base model does not have, a layer selector that finds nothing, or only layers
-            that clip_skip leaves out.
+        InputError: the base model does not have a network, a layer selector matches nothing, or a group has only
+            layers that clip_skip leaves out.
     """
-    _check_networks(list(params.lora), list(own.networks))
+    for network in params.lora:
+        if network not in own.networks:
+            near = difflib.get_close_matches(network, own.networks, n=1)
+            raise InputError(
+                expected=f"LoRA groups for the base model's networks, {', '.join(f'lora_{n}' for n in own.networks)}",
+                got=f"lora_{network}",
+                remedy=f"did you mean lora_{near[0]}?" if near else "remove it",
+            )
     groups = lora_groups(params, lr_factor)
     for encoder in own.tokenizers if params.clip_skip else ():
         groups[encoder] = _without_skipped(own, encoder, groups.get(encoder, ()), params.clip_skip)
@@ -121,22 +129,6 @@ def inject_adapters(
         for network, module in own.networks.items()
         if groups.get(network)
     }
-
-
-def _check_networks(named: Sequence[str], known: Sequence[str]) -> None:
-    """Confirm that LoRA groups are for networks of the base model.
-
-    Raises:
-        InputError: one is not.
-    """
-    for network in named:
-        if network not in known:
-            near = difflib.get_close_matches(network, known, n=1)
-            raise InputError(
-                expected=f"LoRA groups for the base model's networks, {', '.join(f'lora_{n}' for n in known)}",
-                got=f"lora_{network}",
-                remedy=f"{f'did you mean lora_{near[0]}?' if near else 'remove it'}",
-            )
 
 
 def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], clip_skip: int) -> list[str]:
@@ -149,29 +141,29 @@ def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], c
 def _without_skipped(
     backbone: Backbone, encoder: str, groups: Sequence[ResolvedGroup], clip_skip: int
 ) -> tuple[ResolvedGroup, ...]:
-    """Narrow the groups to the layers that text states come from.
+    """Return the groups without the layers that clip_skip leaves out.
 
     Raises:
-        InputError: a group has no layer left.
+        InputError: a group has no other layers.
     """
-    narrowed = []
+    module, narrowed = backbone.networks[encoder], []
     for group in groups:
         skipped = skipped_layers(backbone, encoder, group.layers, clip_skip)
-        left = [name for name in select_layers(backbone.networks[encoder], group.layers) if name not in skipped]
-        if not left:
+        layers = tuple(name for name in select_layers(module, group.layers) if name not in skipped)
+        if not layers:
             raise InputError(
-                expected=f"layers in {group.name} that text states come from",
-                got=f"{', '.join(skipped)}, which clip_skip={clip_skip} leaves out, so that nothing would train",
+                expected=f"layers in {group.name} that are used with clip_skip={clip_skip}",
+                got=f"only {', '.join(skipped)}",
                 remedy="select earlier layers, or lower clip_skip",
             )
-        narrowed.append(group.model_copy(update={"layers": tuple(left)}))
+        narrowed.append(group.model_copy(update={"layers": layers}))
     return tuple(narrowed)
 
 
 def lora_groups(params: TrainingParams, lr_factor: float) -> dict[str, tuple[ResolvedGroup, ...]]:
-    """Return the LoRA groups of every network named, with the learning rates as applied, named as `unet.0.positive`.
+    """Return network -> its LoRA groups, with the scaled learning rates and names such as `unet.0.positive`.
 
-    Without a negative branch every group is one for all rows, so that drawing applies it to the negative rows too, as
+    Without a negative branch every group is shared, so that images are generated with it in the negative rows, too, as
     other tools apply a plain LoRA.
     """
     return {
@@ -184,25 +176,25 @@ def lora_groups(params: TrainingParams, lr_factor: float) -> dict[str, tuple[Res
 
 def _resolved(group: LoRAGroup, name: str, lr_factor: float, num_branches: int) -> ResolvedGroup:
     branch = SHARED if num_branches == 1 else group.branch
-    own = {"name": f"{name}.{branch}", "branch": branch, "lr": group.lr * lr_factor}
-    return ResolvedGroup.model_validate(group.model_dump() | own)
+    resolved = {"name": f"{name}.{branch}", "branch": branch, "lr": group.lr * lr_factor}
+    return ResolvedGroup.model_validate(group.model_dump() | resolved)
 
 
 def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary:
-    """Return the trigger words, numbered from the end of the base vocabulary."""
+    """Return the trigger words, with ids after the base vocabulary."""
     return Vocabulary.build(params.words.names, params.words.num_vectors, vocabulary_size, params.num_branches)
 
 
 def concept_metadata(
     backbone: Backbone, params: TrainingParams, lr_factor: float, start_sha256: str | None = None
 ) -> ConceptMetadata:
-    """Return what a concept needs to be used again, and what made it.
+    """Return the metadata of a concept: how to use it, and how it was trained.
 
     Args:
-        backbone: the base model it trains on.
+        backbone: the base model it is trained on.
         params: of the training.
-        lr_factor: what every learning rate is multiplied by.
-        start_sha256: of the concept's file that it starts from, or None.
+        lr_factor: factor on every learning rate.
+        start_sha256: of the concept file that the training starts from, or None.
     """
     groups = lora_groups(params, lr_factor)
     return ConceptMetadata(
@@ -233,9 +225,10 @@ def concept_metadata(
 
 @dataclass(frozen=True)
 class LoadedConcept:
-    """A concept ready to draw with; without a concept, the base model itself.
+    """A concept on a base model, or the base model alone, to generate images with.
 
-    trigger_words: slot -> (positive, negative); the latter is "" for a word by itself.
+    Attributes:
+        trigger_words: slot -> (positive, negative); the latter is "" for a word without a partner.
     """
 
     backbone: Backbone
@@ -244,7 +237,7 @@ class LoadedConcept:
 
     @property
     def negative_words(self) -> dict[str, str]:
-        """Slot -> the word that a negative prompt's slot stands for: the negative one, or the only one there is."""
+        """Slot -> its word in a negative prompt: the negative one, or the positive one without a partner."""
         words = {word.key: word.name for word in self.prompts.words}
         return {
             slot: words.get(f"{BRANCH_NAMES[NEGATIVE]}.{slot}", positive)
@@ -253,10 +246,10 @@ class LoadedConcept:
 
 
 def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
-    """Put a concept on a copy of the base model that shares its weights; `backbone` itself stays as it is.
+    """Put a concept into a copy of the base model that shares its weights; `backbone` is not changed.
 
     Raises:
-        InputError: the concept was trained on a base model of another layout, or lacks something.
+        InputError: the concept was trained on a base model of another layout, or is incomplete.
     """
     if concept is None:
         return LoadedConcept(backbone, PromptEncoder(backbone), {})
@@ -272,13 +265,13 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
 
 
 def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
-    """Return the base model alone, as it is to be compared with a concept: same schedule, same layer of text states."""
+    """Return the base model without a concept, but with the concept's noise schedule and clip_skip."""
     own = with_schedule_of(concept, backbone)
     return LoadedConcept(own, PromptEncoder(own, clip_skip=concept.metadata.clip_skip), {})
 
 
 def with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
-    """Return the base model with the noise schedule that a concept was trained on, weights shared."""
+    """Return the base model with the noise schedule of a concept; weights are shared."""
     return with_zero_terminal_snr(backbone) if concept.metadata.zero_terminal_snr else backbone
 
 
@@ -298,7 +291,7 @@ def _put_words(own: Backbone, encoder: str, vocabulary: Vocabulary, vectors: Seq
     return words
 
 
-# ------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------- generating
 
 
 def generate(
@@ -313,25 +306,24 @@ def generate(
     size_px: tuple[int, int] | None = None,
     init: InitPicture | None = None,
 ) -> list[Image.Image]:
-    """Draw one image per prompt; image i takes prompt i and seed i.
+    """Generate one image per prompt; image i has prompt i and seed i.
 
-    Positive rows: the prompt, the positive adapter. Negative rows: the user's negative prompt without a trigger word,
-    the negative adapter. Without a concept exactly the base model draws.
+    Positive rows have the prompt and the positive adapter, negative rows the negative prompt and the negative adapter.
 
     Args:
         backbone: the base model that `loaded` was attached to.
         loaded: the concept, or the base model alone.
-        prompts: one per image, trigger words in them.
+        prompts: one per image, trigger words filled in.
         negative_prompt: for all images.
         seeds: one per image.
         sampler: scheduler, steps, guidance scale and batch size.
         progress: called with the number of new images after each batch.
         size_px: (width, height); None: the base model's size.
-        init: a picture to start from, and what of it is drawn anew; it is brought to `size_px`, and encoded once.
+        init: a picture to start from, with denoising strength and mask; it is resized to `size_px`.
 
     Raises:
         ValueError: not one seed per prompt.
-        InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
+        InputError: sides that are no multiples of the latent scale, or a scheduler that cannot follow the schedule.
     """
     images: list[Image.Image] = []
     for latents in draw_latents(backbone, loaded, prompts, negative_prompt, seeds, sampler, size_px=size_px, init=init):
@@ -352,12 +344,7 @@ def draw_latents(
     size_px: tuple[int, int] | None = None,
     init: InitPicture | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield the latents `[B, C, h, w]` of one batch of images after the other; see `generate`.
-
-    Raises:
-        ValueError: not one seed per prompt.
-        InputError: sides that the autoencoder cannot make, or a scheduler that does not go with the concept.
-    """
+    """Yield the latents `[B, C, h, w]` of each batch of images; arguments and errors are those of `generate`."""
     if len(prompts) != len(seeds):
         raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
     size_px = size_px or (backbone.image_px, backbone.image_px)
@@ -372,7 +359,9 @@ def draw_latents(
 class _EncodedPicture:
     """A picture to start from, as the distribution of its latents.
 
-    mean, std: `[1, C, h, w]`, times the scaling factor. denoise, mask: see `KnownLatents`.
+    Attributes:
+        mean, std: `[1, C, h, w]`, multiplied by the scaling factor.
+        denoise, mask: see `KnownLatents`.
     """
 
     mean: torch.Tensor
@@ -381,7 +370,7 @@ class _EncodedPicture:
     mask: torch.Tensor | None
 
     def sample(self, generators: Sequence[torch.Generator]) -> KnownLatents:
-        """Sample its latents for every image with the image's own generator, which moves on by as much."""
+        """Sample its latents once per image, with the image's generator."""
         noise = initial_noise(self.mean.shape[1:], generators).to(self.mean.device)  # [B, C, h, w]
         return KnownLatents(self.mean + self.std * noise, self.denoise, self.mask)
 
@@ -409,7 +398,7 @@ def _draw_batch(
     known = None if picture is None else picture.sample(generators)
     noise = initial_noise(shape, generators).to(backbone.device)
     if known is not None and known.mask is not None:
-        # diffusers encodes the masked picture here, for models with inputs for it; the seeds shall mean the same.
+        # diffusers samples the masked picture's latents here; discarding as much noise keeps seeds equivalent.
         initial_noise(shape, generators)
     return sample_latents(
         lambda latents, timesteps: loaded.backbone.denoise(latents, timesteps, conditioning),
@@ -429,13 +418,13 @@ def _latent_shape(backbone: Backbone, size_px: tuple[int, int]) -> tuple[int, in
         raise InputError(
             expected=f"width and height in multiples of the base model's {backbone.latent_scale} px",
             got=f"{width} × {height} px",
-            remedy="round them",
+            remedy="round them to multiples",
         )
     return backbone.latent_channels, height // backbone.latent_scale, width // backbone.latent_scale
 
 
 def _conditioning(encoder: PromptEncoder, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
-    """Return what 2·B rows are told, negative ones first; equal prompts are encoded once."""
+    """Return the conditioning of 2·B rows, negative rows first; equal prompts are encoded once."""
     distinct = list(dict.fromkeys(prompts))
     tokens = encoder.tokenize([negative_prompt, *distinct])
     positive = torch.arange(1, len(tokens), device=tokens.ids.device)

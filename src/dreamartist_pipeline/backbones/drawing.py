@@ -1,4 +1,4 @@
-"""Drawing prompts × seeds with a concept: what `generate` and the Python call share, and what each image says of it."""
+"""Generation of prompts × seeds with a concept, with the settings embedded in every image."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from dreamartist_pipeline.params import SamplerParams, StrengthParams
 
 @dataclass(frozen=True)
 class DrawingRequest:
-    """What to draw: every prompt from every seed.
+    """A request for one image of every prompt with every seed.
 
-    prompts: with slots such as '{pt1}'. size_px: (width, height); None: the base model's size, in the proportions of
-    `init`. init: a picture to start from, or None.
+    Attributes:
+        prompts: with slots such as '{pt1}'.
+        size_px: (width, height); None: the base model's size, with the proportions of `init`.
+        init: a picture to start from, or None.
     """
 
     prompts: Sequence[str]
@@ -39,9 +41,12 @@ class DrawingRequest:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn. prompts: with their slots filled. images: prompt by prompt, settings in `info`.
+    """The result of a request.
 
-    init: the picture that was started from, at the size of the images, or None.
+    Attributes:
+        prompts: with their slots filled.
+        images: all seeds of the first prompt, then of the second, …; settings in `info`.
+        init: the picture to start from, at the size of the images, or None.
     """
 
     prompts: tuple[str, ...]
@@ -55,31 +60,33 @@ def draw(
     request: DrawingRequest,
     progress: Callable[[int], None] | None = None,
 ) -> Drawn:
-    """Draw every prompt from every seed, one adapter per branch.
+    """Generate one image of every prompt with every seed.
 
-    A slot becomes the concept's positive trigger word, or its class word if it has none; in the negative prompt its
-    negative one. Every image says in `info` how it was drawn: `parameters` in the form of A1111, `dreamartist` as JSON
-    with all of it.
+    A slot is filled with the concept's positive trigger word (in the negative prompt, the negative one), or with the
+    class word if the concept has no such slot. `info` of every image has the settings: `parameters` in A1111's format,
+    `dreamartist` as JSON.
 
     Args:
         backbone: the base model.
-        concept: what was trained on it; None: the base model alone draws.
-        request: what to draw.
+        concept: trained on it; None: the base model alone.
+        request: prompts, seeds and settings.
         progress: called with the number of new images after each batch.
 
     Raises:
-        InputError: a concept that does not fit the base model, a size or scheduler that does not go with them, a
-            trigger word beyond the text encoder's context, or settings that no image could hold.
+        InputError: the concept does not fit the base model, an invalid size or scheduler, a truncated trigger word, or
+            settings that are not JSON.
     """
     loaded = attach(backbone, concept, request.strength)
     class_word = "" if concept is None else concept.metadata.class_word
     prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
     request = replace(request, negative_prompt=fill_negative_prompt(request.negative_prompt, loaded.negative_words))
     loaded.prompts.check_not_cut([*prompts, request.negative_prompt])
-    size_px = request.size_px or _own_size(backbone, request.init)
+    side_px = backbone.image_px
+    default_px = (side_px, side_px) if request.init is None else picture_size(request.init, side_px)
+    size_px = request.size_px or default_px
     init = None if request.init is None else fit_picture(request.init, size_px)
     rows = [(prompt, seed) for prompt in prompts for seed in request.seeds]
-    texts = _texts_of_images(rows, backbone, concept, request, size_px)  # first, so that no drawn image is lost
+    infos = _image_infos(rows, backbone, concept, request, size_px)  # fails before an image is generated
     images = generate(
         backbone,
         loaded,
@@ -91,41 +98,36 @@ def draw(
         size_px=size_px,
         init=init,
     )
-    for image, said in zip(images, texts, strict=True):
-        image.info.update(said)
+    for image, info in zip(images, infos, strict=True):
+        image.info.update(info)
     return Drawn(prompts, tuple(images), init)
 
 
 def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str, branch: int = POSITIVE) -> str:
-    """Fill a prompt's slots with the trigger words of a branch, all others with the class word."""
+    """Fill a prompt's slots with the trigger words of a branch, other slots with the class word."""
     words = {slot: pair[0 if branch == POSITIVE else 1] for slot, pair in loaded.trigger_words.items()}
     return fill_template(prompt, dict.fromkeys(slot_names(prompt), class_word) | words)
 
 
-def _own_size(backbone: Backbone, init: InitPicture | None) -> tuple[int, int]:
-    side_px = backbone.image_px
-    return (side_px, side_px) if init is None else picture_size(init, side_px)
-
-
-def _texts_of_images(
+def _image_infos(
     rows: Sequence[tuple[str, int]],
     backbone: Backbone,
     concept: Concept | None,
     request: DrawingRequest,
     size_px: tuple[int, int],
 ) -> list[dict[str, str]]:
-    """Return what each image, of one (prompt, seed), says of itself.
+    """Return `info` of the image of each (prompt, seed).
 
     Raises:
-        InputError: something of it cannot be written as JSON.
+        InputError: a setting is not JSON.
     """
     try:
         common = _common_settings(backbone, concept, request, size_px)
-        return [_texts({"prompt": prompt, "seed": seed, **common}) for prompt, seed in rows]
-    except (TypeError, ValueError) as error:  # json's and pydantic's
+        return [_image_info({"prompt": prompt, "seed": seed, **common}) for prompt, seed in rows]
+    except (TypeError, ValueError) as error:  # of json and pydantic
         raise InputError(
-            expected="settings that images can hold as JSON",
-            got=f"one that cannot be written ({error})",
+            expected="settings that can be written as JSON",
+            got=f"{error}",
             remedy="give plain numbers, texts and lists, also in scheduler_options",
         ) from error
 
@@ -133,7 +135,7 @@ def _texts_of_images(
 def _common_settings(
     backbone: Backbone, concept: Concept | None, request: DrawingRequest, size_px: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return what all images of a request share, as JSON types."""
+    """Return the settings that all images of a request share, as JSON types."""
     settings: dict[str, Any] = {
         "negative_prompt": request.negative_prompt,
         "size_px": list(size_px),
@@ -145,18 +147,18 @@ def _common_settings(
     }
     if request.init is not None:
         settings["denoise"] = request.init.denoise
-        settings["init_image"] = _identity(request.init.image)
+        settings["init_image"] = _size_and_hash(request.init.image)
         if request.init.mask is not None:
-            settings["init_mask"] = _identity(request.init.mask)
+            settings["init_mask"] = _size_and_hash(request.init.mask)
     return settings
 
 
-def _identity(image: Image.Image) -> dict[str, Any]:
-    """Return a picture's size and the SHA-256 of its pixels: enough to recognise it, wherever it lies."""
+def _size_and_hash(image: Image.Image) -> dict[str, Any]:
+    """Return a picture's size and the SHA-256 of its pixels."""
     return {"size_px": list(image.size), "sha256": hashlib.sha256(image.tobytes()).hexdigest()}
 
 
-def _texts(settings: dict[str, Any]) -> dict[str, str]:
+def _image_info(settings: dict[str, Any]) -> dict[str, str]:
     sampler, negative_prompt = settings["sampler"], settings["negative_prompt"]
     shown = {
         "Steps": sampler["num_inference_steps"],

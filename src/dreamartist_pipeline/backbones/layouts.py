@@ -1,4 +1,4 @@
-"""The layout of a base model, from its modules on any device, the meta device included."""
+"""The layout of a base model, read from its modules on any device, including the meta device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from dreamartist_pipeline.core.layout import ModelLayout
 
 
 def layout_of(model: Backbone, clip_skip: int = 0) -> ModelLayout:
-    """Return what files have to fit in a base model that leaves out so many of the text encoders' last layers.
+    """Return the layout of a base model whose text encoders are read without their last `clip_skip` layers.
 
     Raises:
-        InputError: as many layers are skipped as there are, or more.
+        InputError: clip_skip leaves no layer.
     """
     shapes = model.layer_shapes
-    configs = {encoder: model.networks[encoder].config for encoder in model.tokenizers}
-    for config in configs.values():
+    configs = [model.networks[encoder].config for encoder in model.tokenizers]
+    for config in configs:
         check_clip_skip(config.num_hidden_layers, clip_skip)
-    skipped = {encoder: skipped_layers(model, encoder, list(shapes[encoder]), clip_skip) for encoder in configs}
 
     def check_word(word: str) -> None:
         for tokenizer in model.tokenizers.values():
@@ -27,9 +26,12 @@ def layout_of(model: Backbone, clip_skip: int = 0) -> ModelLayout:
 
     return ModelLayout(
         shapes=shapes,
-        skipped={encoder: frozenset(layers) for encoder, layers in skipped.items()},
+        skipped={
+            encoder: frozenset(skipped_layers(model, encoder, list(shapes[encoder]), clip_skip))
+            for encoder in model.tokenizers
+        },
         word_widths=model.word_widths,
-        max_vectors=min(config.max_position_embeddings for config in configs.values()) - 2,  # beside start and end
+        max_vectors=min(config.max_position_embeddings for config in configs) - 2,  # without start and end
         check_word=check_word,
         names=model.file_names,
     )

@@ -1,4 +1,4 @@
-"""Does diffusers' own loader make of a LoRA file what the concept says? Predictions of both, on the same inputs."""
+"""Predictions of a concept, and of its LoRA files loaded by diffusers, on the same inputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import StrengthParams
 
 _NUM_BRANCHES = len(BRANCH_NAMES)
-_NOISE_LEVELS = ((0.2, 0.3), (0.7, 0.8))  # of one row each
+_NOISE_LEVELS = ((0.2, 0.3), (0.7, 0.8))  # one row from each range
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed inputs: latents `[B, C, h, w]`, timesteps `[B]`, tokens `[B, L]` of the base vocabulary.
+    """Fixed inputs of a comparison.
 
-    clip_skip: how many of the text encoders' last layers are left out.
+    Attributes:
+        latents: `[B, C, h, w]`.
+        timesteps: `[B]`.
+        tokens: `[B, L]`, of the base vocabulary.
+        clip_skip: how many of the text encoders' last layers are left out.
     """
 
     latents: torch.Tensor = field(repr=False)
@@ -37,14 +41,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class FilePrediction:
-    """What diffusers made of a file. layers: `<network>.<module>` that got an adapter. prediction: `[B, C, h, w]`."""
+    """A LoRA file as diffusers loads it.
+
+    Attributes:
+        layers: the adapted layers, `<network>.<module>`.
+        prediction: `[B, C, h, w]`.
+    """
 
     layers: frozenset[str]
     prediction: torch.Tensor = field(repr=False)
 
 
 def make_probe(backbone: Backbone, seed: int = 0, clip_skip: int = 0) -> Probe:
-    """Draw inputs from a seed: a small picture at an early and a late timestep, random words."""
+    """Return random inputs of a seed: small latents at a low and a high noise level, random tokens."""
     generator = torch.Generator().manual_seed(seed)
     num_rows, channels = len(_NOISE_LEVELS), backbone.latent_channels
     side = max(2, backbone.image_px // backbone.latent_scale // 4)
@@ -62,17 +71,17 @@ def make_probe(backbone: Backbone, seed: int = 0, clip_skip: int = 0) -> Probe:
 
 @torch.no_grad()
 def base_prediction(backbone: Backbone, probe: Probe) -> torch.Tensor:
-    """Return what the base model predicts, `[B, C, h, w]`."""
+    """Return the base model's prediction `[B, C, h, w]`."""
     conditioning = PromptEncoder(backbone, clip_skip=probe.clip_skip).encode(probe.tokens)
     return backbone.denoise(probe.latents, probe.timesteps, conditioning)
 
 
 @torch.no_grad()
 def concept_predictions(backbone: Backbone, concept: Concept, probe: Probe) -> dict[str, torch.Tensor]:
-    """Return what each branch of the concept predicts, both for the same inputs: branch name -> `[B, C, h, w]`.
+    """Return branch name -> the prediction `[B, C, h, w]` of the concept's branch.
 
     Raises:
-        InputError: the concept was trained on another base model.
+        InputError: the concept was trained on a base model of another layout.
     """
     loaded = attach(backbone, concept, StrengthParams())
     rows = torch.arange(len(probe.tokens), device=backbone.device)
@@ -84,20 +93,20 @@ def concept_predictions(backbone: Backbone, concept: Concept, probe: Probe) -> d
 
 @torch.no_grad()
 def file_prediction(backbone: Backbone, file: bytes, name: str, probe: Probe) -> FilePrediction:
-    """Load a LoRA file with `load_lora_weights` of the base model's pipeline and predict; `backbone` stays as it is.
+    """Load a LoRA file with `load_lora_weights` and predict; `backbone` is not changed.
 
     Args:
-        backbone: the base model.
+        backbone: a base model with a diffusers pipeline.
         file: a kohya or peft file.
-        name: what to call it in an error.
+        name: the file's name in an error.
         probe: the inputs.
 
     Raises:
-        InputError: diffusers refuses the file.
+        InputError: diffusers rejects the file.
     """
     own = backbone.share_weights()
     pipeline = own.pipeline
-    assert pipeline is not None  # asked for where there is one
+    assert pipeline is not None  # see Args
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "lora.safetensors").write_bytes(file)
         try:
@@ -106,7 +115,7 @@ def file_prediction(backbone: Backbone, file: bytes, name: str, probe: Probe) ->
             raise InputError(
                 expected=f"diffusers to load {name}",
                 got=f"{type(error).__name__}: {error}",
-                remedy="leave its format out of export.formats",
+                remedy="remove its format from export.formats",
             ) from error
     layers = frozenset(
         f"{network}.{module_name}"

@@ -1,4 +1,4 @@
-"""From prompts to text states: tokens, trigger words as several learned vectors, the text encoder."""
+"""Prompts to text states: tokens, trigger words as several learned vectors, the text encoders."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import WordsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
+_NO_WORDS = Vocabulary(())
+
 
 class PromptTokenizer:
-    """The base model's tokenizer, to which a vocabulary of trigger words may be added.
+    """The tokenizer of one text encoder, extended by a vocabulary of trigger words.
 
-    max_tokens: the text encoder's context, start and end included.
+    Attributes:
+        max_tokens: the text encoder's context, start and end token included.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, max_positions: int, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, max_positions: int, vocabulary: Vocabulary = _NO_WORDS) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self.max_tokens = min(tokenizer.model_max_length, max_positions)
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Return `[N, L]` tokens on the CPU, as the tokenizer pads them.
+        """Return `[N, L]` tokens on the CPU, padded as by the tokenizer.
 
-        A trigger word becomes the ids of its vectors, which are not below the size of the base vocabulary. What is too
-        long is cut off before the end token. Braces of weighted words are no tokens: a prompt has the tokens of its
-        plain text, each with the weight of the part that it begins in, and all vectors of a trigger word have the
-        word's. (The reference toolkit counts a word as one token there, so that behind a word of several vectors its
-        weights lie too far to the front.) Start, end and padding have the weight 1.
+        A trigger word becomes the ids of its vectors, which follow the base vocabulary. Long prompts are truncated
+        before the end token. Braces of weighted words are removed before tokenization. A token has the weight of the
+        part in which it begins; all vectors of a trigger word have the word's weight; start, end and padding have the
+        weight 1. (The reference toolkit counts a trigger word as one token here, so that the weights after a word of
+        several vectors are shifted.)
 
         Raises:
-            InputError: braces that cannot be read.
+            InputError: invalid braces.
         """
         tokenizer = self._tokenizer
         ids, weights = [], []
@@ -54,47 +57,45 @@ class PromptTokenizer:
         )
 
     def check_fits(self, prompt: str) -> None:
-        """Confirm that a trigger word is found in the prompt, and that no vector of one is cut off.
+        """Check that the prompt has a trigger word, and that no vector of one is truncated.
 
         Raises:
-            InputError: no word stands by itself, the prompt with its words is longer than the text encoder's context,
-                or it has braces that cannot be read.
+            InputError: there is no separate trigger word, a vector is truncated, or braces are invalid.
         """
         if not self._learned_ids & {token_id for token_id, _ in self._inner_tokens(prompt)}:
             raise InputError(
-                expected="a trigger word that stands by itself in every prompt",
+                expected="a trigger word as a separate word in every prompt",
                 got=f"{prompt!r}",
                 remedy="put spaces or commas around the template's slot",
             )
         self.check_not_cut(prompt)
 
     def check_not_cut(self, prompt: str) -> None:
-        """Confirm that no vector of a trigger word is cut off.
+        """Check that no vector of a trigger word is truncated.
 
         Raises:
-            InputError: the prompt with its words is longer than the text encoder's context, or it has braces that
-                cannot be read.
+            InputError: one is, or braces are invalid.
         """
         inner = [token_id for token_id, _ in self._inner_tokens(prompt)]
         if self._learned_ids & set(inner[self.max_tokens - 2 :]):
             raise InputError(
                 expected=f"the trigger words within the first {self.max_tokens - 2} tokens of every prompt",
-                got=f"{prompt!r}, which with its words is {len(inner)} tokens long",
-                remedy="shorten it or take fewer vectors",
+                got=f"{prompt!r}, which has {len(inner)} tokens",
+                remedy="shorten it, or take fewer vectors",
             )
 
     @property
     def _learned_ids(self) -> set[int]:
-        return {i for word in (self._vocabulary.words if self._vocabulary else ()) for i in word.ids}
+        return {token_id for word in self._vocabulary.words for token_id in word.ids}
 
     def _inner_tokens(self, prompt: str) -> list[tuple[int, float]]:
-        """Return (id, weight) of all tokens between start and end, however many there are."""
+        """Return (id, weight) of all tokens between start and end, not truncated."""
         parts = parse_weights(prompt)
         text = "".join(part for part, _ in parts)
-        weights = [weight for part, weight in parts for _ in part]  # of every character
+        weights = [weight for part, weight in parts for _ in part]  # one per character
         tokens: list[tuple[int, float]] = []
         start = 0
-        for part in self._split(text):
+        for part in self._vocabulary.split_prompt(text):
             if isinstance(part, str):
                 tokens += [(token_id, weights[start + offset]) for token_id, offset in self._plain_tokens(part)]
                 start += len(part)
@@ -103,11 +104,8 @@ class PromptTokenizer:
                 start += len(part.name)
         return tokens
 
-    def _split(self, text: str) -> list[str | Word]:
-        return [text] if self._vocabulary is None else self._vocabulary.split_prompt(text)
-
     def _plain_tokens(self, text: str) -> list[tuple[int, int]]:
-        """Return (id, index of the character it begins with) of a text's tokens."""
+        """Return (id, index of its first character) of the tokens of a plain text."""
         encoded = self._tokenizer(
             text, add_special_tokens=False, truncation=True, max_length=self.max_tokens, return_offsets_mapping=True
         )
@@ -115,13 +113,13 @@ class PromptTokenizer:
 
 
 class PromptEncoder:
-    """Tokenizers and text encoders of one base model, with the trigger words of one concept or none.
+    """Tokenizers and text encoders of one base model, with the trigger words of at most one concept.
 
     Attributes:
-        vocabularies: text encoder -> the words, numbered behind its own vocabulary; empty without words.
+        vocabularies: text encoder -> the trigger words, with ids after its own vocabulary; empty without words.
 
     Raises:
-        InputError: clip_skip, how many of the last layers are left out, leaves none.
+        InputError: clip_skip leaves no layer.
     """
 
     def __init__(
@@ -133,35 +131,35 @@ class PromptEncoder:
         for name, tokenizer in backbone.tokenizers.items():
             config = backbone.networks[name].config
             check_clip_skip(config.num_hidden_layers, clip_skip)
-            vocabulary = self.vocabularies.get(name)
+            vocabulary = self.vocabularies.get(name, _NO_WORDS)
             self._tokenizers[name] = PromptTokenizer(tokenizer, config.max_position_embeddings, vocabulary)
 
     @property
     def words(self) -> tuple[Word, ...]:
-        """The trigger words; every text encoder has the same."""
+        """The trigger words, the same for every text encoder."""
         return next((vocabulary.words for vocabulary in self.vocabularies.values()), ())
 
     def check_fits(self, prompt: str) -> None:
-        """Confirm that a trigger word is found and not cut off; see `PromptTokenizer.check_fits`."""
+        """Check a prompt for every text encoder; see `PromptTokenizer.check_fits`."""
         for tokenizer in self._tokenizers.values():
             tokenizer.check_fits(prompt)
 
     def check_not_cut(self, prompts: Iterable[str]) -> None:
-        """Confirm that no trigger word of any prompt is cut off; see `PromptTokenizer.check_not_cut`."""
+        """Check prompts for every text encoder; see `PromptTokenizer.check_not_cut`."""
         for prompt in prompts:
             for tokenizer in self._tokenizers.values():
                 tokenizer.check_not_cut(prompt)
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Return `[N, L]` tokens on the backbone's device, those of all text encoders side by side."""
+        """Return `[N, L]` tokens on the backbone's device, concatenated over the text encoders."""
         tokens = [tokenizer.tokenize(prompts) for tokenizer in self._tokenizers.values()]
         return side_by_side(tokens).to(self._backbone.device)
 
     def encode(self, tokens: PromptTokens) -> Conditioning:
-        """Return what the base model is told of N prompts.
+        """Return the conditioning of N prompts.
 
         Args:
-            tokens: `[N, L]`; with adapters in a text encoder, branches stacked (negative rows first).
+            tokens: `[N, L]`; with adapters in a text encoder, branches stacked, negative rows first.
         """
         lengths = [tokenizer.max_tokens for tokenizer in self._tokenizers.values()]
         parts = dict(zip(self._tokenizers, tokens.split(lengths), strict=True))
@@ -169,16 +167,16 @@ class PromptEncoder:
 
 
 def check_trigger_word(tokenizer: CLIPTokenizer, word: str) -> None:
-    """Confirm that a trigger word means nothing yet.
+    """Check that the base model does not know a trigger word.
 
     Raises:
-        InputError: it is a single token of the base model's vocabulary, or nothing that can be tokenized.
+        InputError: it is a single token of the vocabulary, or has no token.
     """
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) <= 1:
         raise InputError(
             expected="a trigger word that the base model does not know",
-            got=f"{word!r}, which is {'already a single token' if ids else 'empty'} in its vocabulary",
+            got=f"{word!r}, which {'is already a single token' if ids else 'has no token'} in its vocabulary",
             remedy=f"choose another, such as 'my-{word}'",
         )
 
@@ -190,12 +188,12 @@ def initial_word_vectors(
     embedding: nn.Embedding,
     generator: torch.Generator,
 ) -> list[torch.Tensor]:
-    """Return the vectors `[n, D]` that every trigger word of the vocabulary starts with, in its order.
+    """Return the initial vectors `[n, D]` of every trigger word, in the vocabulary's order.
 
-    An embedding on the meta device stands for zeros.
+    With an embedding on the meta device, vectors of an init text are zeros.
 
     Raises:
-        InputError: an init text cannot be read, has no token, or does not go with the number of vectors.
+        InputError: an init text is invalid, has no token, or does not match the number of vectors.
     """
     initial = []
     for word in vocabulary.words:

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers, by a short name or by their class's name, on the base model's own noise schedule."""
+"""Schedulers of diffusers, by short name or class name, with the base model's own noise schedule."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
     """Return a fresh diffusers scheduler with the base model's own noise schedule and prediction type.
 
     Raises:
-        InputError: the scheduler does not take its options, or cannot follow a schedule that ends without signal.
+        InputError: the scheduler does not take its options, or cannot follow a zero-terminal-SNR schedule.
     """
     return _build(backbone.scheduler_config, sampler)
 
 
 def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> None:
-    """Confirm, before a base model is loaded, that the scheduler takes its options and its number of steps.
+    """Check, without a base model, that the scheduler takes its options and its number of steps.
 
-    It takes all of its steps, on zeros: some options are first used then, and higher orders after a few steps only.
+    All steps are run, on zeros: some options are first read in a step, higher orders only after a few.
 
     Args:
         sampler: as configured.
-        zero_terminal_snr: whether it has to follow a noise schedule that ends without signal.
+        zero_terminal_snr: whether the noise schedule has zero terminal SNR.
 
     Raises:
         InputError: it does not.
@@ -51,12 +51,12 @@ def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> No
             sampler.num_inference_steps,
             generators=image_generators([0]),
         )
-    except Exception as error:  # an unfit value fails wherever it is first used, as an error of any kind
-        raise _refused(sampler, error) from error
+    except Exception as error:  # an invalid value fails where it is first used, with any error
+        raise _rejected(sampler, error) from error
 
 
 def draws_noise(scheduler: Any) -> bool:
-    """Whether a scheduler adds noise on the way, so that its result depends on a generator."""
+    """Return whether a scheduler adds noise in its steps, so that its result depends on a generator."""
     is_sde = str(scheduler.config.get("algorithm_type", "")).startswith("sde")
     return is_sde or SCHEDULERS[type(scheduler).__name__].draws_noise
 
@@ -65,36 +65,30 @@ def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
     scheduler, zero_terminal_snr = SCHEDULERS[sampler.scheduler], bool(config.get(_ZERO_SNR))
     kind = getattr(diffusers, scheduler.class_name)
     known = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "args", "kwargs")]
-    _check_options(sampler, known)
+    for option in sorted(sampler.scheduler_options.keys() - set(known)):
+        near = difflib.get_close_matches(option, known, n=1)
+        raise InputError(
+            expected=f"scheduler_options of {sampler.scheduler}",
+            got=f"{option!r}",
+            remedy=f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}",
+        )
     if zero_terminal_snr and _ZERO_SNR not in known:
         raise InputError(
-            expected=(
-                "a scheduler that can follow this concept's or base model's noise schedule, which ends without signal"
-            ),
-            got=f"{sampler.scheduler}, which would draw with another",
+            expected="a scheduler that supports zero terminal SNR, a noise schedule that ends without signal",
+            got=f"{sampler.scheduler}, which has no {_ZERO_SNR}",
             remedy="choose ddim, dpmsolver++ or euler",
         )
     try:
         return kind.from_config(config, **scheduler.options_for(zero_terminal_snr) | sampler.scheduler_options)
     except Exception as error:  # see check_sampler
-        raise _refused(sampler, error) from error
+        raise _rejected(sampler, error) from error
 
 
-def _check_options(sampler: SamplerParams, known: list[str]) -> None:
-    for option in sampler.scheduler_options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
-            raise InputError(
-                expected=f"scheduler_options that {sampler.scheduler} knows", got=f"'{option}'", remedy=hint
-            )
-
-
-def _refused(sampler: SamplerParams, error: Exception) -> InputError:
+def _rejected(sampler: SamplerParams, error: Exception) -> InputError:
     options = f" with scheduler_options {sampler.scheduler_options}" if sampler.scheduler_options else ""
-    said = str(error) or type(error).__name__
+    steps, reason = sampler.num_inference_steps, str(error) or type(error).__name__
     return InputError(
         expected="a scheduler that can be set up",
-        got=(f"{sampler.scheduler}{options} for {sampler.num_inference_steps} steps, to which diffusers says: {said}"),
-        remedy="correct them, or choose another scheduler",
+        got=f"{sampler.scheduler}{options} for {steps} steps, which diffusers rejects: {reason}",
+        remedy="correct the options, or choose another scheduler",
     )

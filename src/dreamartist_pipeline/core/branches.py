@@ -1,8 +1,8 @@
-"""The [negative | positive] batch: this is the only place that knows in which order the branches are stacked.
+"""The [negative | positive] batch. The order of the branches is defined here only.
 
-Both branches see the same noisy latents and timesteps, so a batch of `B` images becomes `num_branches · B` rows: first
-the negative branch's, then the positive branch's. With one branch (plain training) all rows are the positive branch's.
-Their predictions are combined as in classifier-free guidance, `neg + s · (pos − neg)`.
+Both branches have the same noisy latents and timesteps, so a batch of `B` images becomes `num_branches · B` rows: the
+negative branch first, then the positive branch. With one branch (plain training), all rows are positive. The
+predictions are combined as in classifier-free guidance, `neg + s · (pos − neg)`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def branches(num_branches: int) -> tuple[int, ...]:
-    """Return the branches of a stacked batch in row order: (NEGATIVE, POSITIVE), or (POSITIVE,) when there is one.
+    """Return the branches of a stacked batch in row order: (NEGATIVE, POSITIVE), or (POSITIVE,) for one branch.
 
     Raises:
         ValueError: `num_branches` is neither 1 nor 2.
@@ -36,17 +36,17 @@ def branches(num_branches: int) -> tuple[int, ...]:
 
 
 def stack(negative: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Stack what differs between the branches: two `[B, ...]` give `[2·B, ...]`."""
+    """Stack the inputs of both branches: two `[B, ...]` give `[2·B, ...]`."""
     return torch.cat([negative, positive])
 
 
 def repeat(x: torch.Tensor, num_branches: int) -> torch.Tensor:
-    """Give every branch the same rows: `[B, ...]` becomes `[num_branches·B, ...]`."""
+    """Repeat the rows for every branch: `[B, ...]` becomes `[num_branches·B, ...]`."""
     return torch.cat([x] * num_branches)
 
 
 def rows_of(index: torch.Tensor, length: int, num_branches: int) -> torch.Tensor:
-    """Return where the same entries of every branch stand in a stacked batch of `length` rows a branch.
+    """Return the rows of the same entries of every branch, in a stacked batch with `length` rows per branch.
 
     `index` `[B]` becomes `[num_branches·B]`.
     """
@@ -54,22 +54,22 @@ def rows_of(index: torch.Tensor, length: int, num_branches: int) -> torch.Tensor
 
 
 def split(x: torch.Tensor, num_branches: int) -> tuple[torch.Tensor, ...]:
-    """Take a stacked batch apart: `[num_branches·B, ...]` becomes one `[B, ...]` a branch, in row order.
+    """Split a stacked batch `[num_branches·B, ...]` into one `[B, ...]` per branch, in row order.
 
     Raises:
-        ValueError: the rows cannot be shared out equally.
+        ValueError: the number of rows is not a multiple of num_branches.
     """
     if x.shape[0] % num_branches:
-        raise ValueError(f"expected a batch of {num_branches} branches of equal length, got {x.shape[0]} rows")
+        raise ValueError(f"expected a multiple of {num_branches} rows, got {x.shape[0]}")
     return x.chunk(num_branches)
 
 
 def combine(prediction: torch.Tensor, guidance: torch.Tensor, num_branches: int) -> torch.Tensor:
-    """Combine the branches' predictions, `neg + s · (pos − neg)`; one branch is returned as it is.
+    """Combine the predictions of the branches, `neg + s · (pos − neg)`; a single branch is returned unchanged.
 
     Args:
         prediction: `[num_branches·B, ...]`, stacked.
-        guidance: `[B]`, the guidance scale s of every image.
+        guidance: s, the guidance scale of every image, `[B]`.
         num_branches: 1 or 2.
 
     Returns:
@@ -84,5 +84,5 @@ def combine(prediction: torch.Tensor, guidance: torch.Tensor, num_branches: int)
 
 
 def guidance_at(scale: GuidanceScale, noise_level: torch.Tensor) -> torch.Tensor:
-    """Return `low + (high − low) · curve(r)`, `[B]`, for noise levels r of 0 to 1, float32 `[B]`."""
+    """Return `low + (high − low) · curve(r)`, `[B]`, for noise levels r in [0, 1], float32 `[B]`."""
     return scale.low + (scale.high - scale.low) * _CURVES[scale.curve](noise_level)

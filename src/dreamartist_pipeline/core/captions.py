@@ -1,26 +1,25 @@
-"""Templates, and how one of them becomes a prompt for each branch."""
+"""Prompt templates, and transforms of caption tags."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
+from dreamartist_pipeline.params import CaptionTransformParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
 _SLOT = re.compile(r"\{(?P<name>\w+)(?P<weight>:[^{}:]*)?\}")
 _USUAL_SLOT = re.compile(r"pt\d*|class|caption")
 _EMPTY_GROUP = re.compile(r"\{\s*(:[^{}:]*)?\}")
-_OPEN, _CLOSE = "\x02", "\x03"  # stand in for the braces of slots, no prompt has them
+_OPEN, _CLOSE = "\x02", "\x03"  # replace the braces of slots while weights are parsed
 
 
 def fill_template(template: str, slots: Mapping[str, str]) -> str:
-    """Fill '{name}' slots; those not in `slots` become empty, and the gap they leave is closed.
+    """Fill '{name}' slots; slots without a value are removed together with the space, comma or weight around them.
 
-    '{name:1.2}' is a slot, too, whose text is weighted, if `slots` has the name or it is 'pt1' (any number), 'class' or
-    'caption'; otherwise it is a weighted word and stays as it is. No weight is left where there is nothing to weight.
+    '{name:1.2}' is a slot with a weight if `slots` has the name, or if it is 'pt1' (any number), 'class' or 'caption'.
+    Otherwise it is a weighted word and is kept.
 
     >>> fill_template("a {pt1}, {caption}, oil painting", {"pt1": "my-cat"})
     'a my-cat, oil painting'
@@ -38,9 +37,9 @@ def fill_template(template: str, slots: Mapping[str, str]) -> str:
 
 
 def fill_negative_prompt(prompt: str, words: Mapping[str, str]) -> str:
-    """Fill a negative prompt's slots, slot -> word; 'pt1' (any number), 'class' and 'caption' without one become empty.
+    """Fill the slots of a negative prompt; 'pt1' (any number), 'class' and 'caption' without a word are removed.
 
-    Any other '{name}' is a weighted word here, not a slot.
+    Any other '{name}' is a weighted word, not a slot. `words` is slot -> trigger word.
 
     >>> fill_negative_prompt("{pt1}, {blurry}, {class}", {"pt1": "my-cat-neg"})
     'my-cat-neg, {blurry}'
@@ -50,21 +49,21 @@ def fill_negative_prompt(prompt: str, words: Mapping[str, str]) -> str:
 
 
 def slot_names(template: str, words: Collection[str] = ()) -> list[str]:
-    """Return the names of a template's slots, in order.
+    """Return the slot names of a template, in order.
 
-    `words` are the slots that have trigger words; see `fill_template` for what '{name:1.2}' is.
+    `words` are the slots with trigger words; see `fill_template` for '{name:1.2}'.
     """
     return [match["name"] for match in _SLOT.finditer(template) if _is_slot(match, words)]
 
 
 def without_weights(template: str, words: Collection[str] = ()) -> str:
-    """Return a template without weights, its slots still open.
+    """Remove the weights of a template and keep its slots.
 
     >>> without_weights("a {{pt1}:1.2}, {blue:1.3} background")
     'a {pt1}, blue background'
 
     Raises:
-        ValueError: braces that cannot be read.
+        InputError: unbalanced braces or an invalid weight.
     """
     marked = _SLOT.sub(lambda m: f"{_OPEN}{m['name']}{_CLOSE}" if _is_slot(m, words) else m[0], template)
     plain = "".join(text for text, _ in parse_weights(marked))
@@ -79,17 +78,16 @@ def _is_slot(match: re.Match[str], words: Collection[str]) -> bool:
 def branch_prompts(
     template: str, names: Mapping[str, tuple[str, str]], class_word: str = "", caption: str = ""
 ) -> tuple[str, str]:
-    """Fill one template once for each branch.
+    """Fill one template for each branch.
 
     Args:
         template: text with slots: those of `names`, '{class}' and '{caption}'.
-        names: slot -> (positive, negative) trigger word; ('', '') leaves the slot empty in both branches.
-        class_word: fills '{class}', or, in a template without it, every slot that `names` lacks, as when
-            drawing; with it, "a {pt1} {class}" would say the class word twice.
+        names: slot -> (positive, negative) trigger word; ('', '') removes the slot in both branches.
+        class_word: fills '{class}'. In a template without '{class}', it fills every slot that is not in `names`.
         caption: fills '{caption}'.
 
     Returns:
-        (negative prompt, positive prompt), in the order in which branches are stacked.
+        (negative prompt, positive prompt), the order of the stacked branches.
     """
     slots = slot_names(template, names)
     unnamed = {} if "class" in slots else dict.fromkeys(slots, class_word)
@@ -100,7 +98,7 @@ def branch_prompts(
 
 
 def _tidy(text: str) -> str:
-    """Close the gaps of empty slots: weights of nothing, doubled spaces, spaces before commas, commas on end."""
+    """Remove empty groups, repeated spaces and commas, and spaces before commas."""
     while text != (fewer := _EMPTY_GROUP.sub("", text)):
         text = fewer
     return " ".join(re.sub(r"(\s*,)+", ",", text).split()).strip(" ,")
@@ -109,30 +107,10 @@ def _tidy(text: str) -> str:
 # ------------------------------------------------------------------------------------------------- caption transforms
 
 
-@dataclass(frozen=True)
-class TagTransform:
-    """One change of a caption's comma-separated tags, drawn anew for each variant.
+def caption_variants(caption: str, transforms: Sequence[CaptionTransformParams], count: int, seed: int) -> list[str]:
+    """Draw `count` variants of a caption by applying all transforms in order; without transforms, return the caption.
 
-    kind: "tag_shuffle" puts them into random order; "tag_dropout" drops each with probability p; "tag_erase" drops
-        all of them together with probability p.
-    """
-
-    kind: Literal["tag_shuffle", "tag_dropout", "tag_erase"]
-    p: float = 0.0
-
-    def apply(self, tags: Sequence[str], choices: random.Random) -> list[str]:
-        """Return the tags that remain, in their new order."""
-        if self.kind == "tag_shuffle":
-            return choices.sample(tags, len(tags))
-        if self.kind == "tag_dropout":
-            return [tag for tag in tags if choices.random() >= self.p]
-        return [] if choices.random() < self.p else list(tags)
-
-
-def caption_variants(caption: str, transforms: Sequence[TagTransform], count: int, seed: int) -> list[str]:
-    """Draw `count` variants of a caption, each by all transforms in order; without transforms, the caption alone.
-
-    Equal variants are kept, so that one drawn evenly from them has the transforms' probabilities.
+    Duplicates are kept, so that a uniform choice among the variants has the probabilities of the transforms.
     """
     if not transforms:
         return [caption]
@@ -142,13 +120,24 @@ def caption_variants(caption: str, transforms: Sequence[TagTransform], count: in
     for _ in range(count):
         remaining = tags
         for transform in transforms:
-            remaining = transform.apply(remaining, choices)
+            remaining = _transformed(remaining, transform, choices)
         variants.append(", ".join(remaining))
     return variants
 
 
+def _transformed(tags: list[str], transform: CaptionTransformParams, choices: random.Random) -> list[str]:
+    """Shuffle the tags, drop each one with probability p (tag_dropout), or all of them at once (tag_erase)."""
+    match transform.kind:
+        case "tag_shuffle":
+            return choices.sample(tags, len(tags))
+        case "tag_dropout":
+            return [tag for tag in tags if choices.random() >= transform.p]
+        case "tag_erase":
+            return [] if choices.random() < transform.p else tags
+
+
 def _tags(caption: str) -> list[str]:
-    """Cut a caption at its commas; those within the braces of weighted words hold their tags together."""
+    """Split a caption at its commas, except within the braces of weighted words."""
     tags, depth = [""], 0
     for character in caption:
         depth += (character == "{") - (character == "}")

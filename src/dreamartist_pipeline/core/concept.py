@@ -1,4 +1,4 @@
-"""The trained result of one subject: adapter pair, embedding pair, and the metadata needed to use them again."""
+"""A concept, the result of a training: adapter pair, embedding pair, and their metadata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dreamartist_pipeline.core.lora_factors import LearnedUpdate, learned_updates
 from dreamartist_pipeline.errors import InputError
@@ -20,40 +20,37 @@ WORDS = "words"
 _FIRST_ENCODER = "text_encoder"
 
 _GROUPS = "lora_"  # followed by the network
-_PLAIN = (  # texts that stand for themselves; everything else is JSON
+_PLAIN = (  # stored as plain text; all other values are JSON
     *("base_model", "base_model_fingerprint", "base_model_family", "prediction_type", "guidance_scale", "class_word"),
     *("config_sha256", "start_sha256"),
 )
-_FIRST_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
-_SHOWN_FAULTS = 3
-
-Whole = Annotated[int, Field(ge=0)]
-VectorCount = Annotated[int, Field(ge=1)] | None
+_OLD_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
+_MAX_REPORTED = 3
 
 
 class ConceptMetadata(BaseModel):
-    """What a concept's file says beside its tensors; neither times nor paths, so that equal trainings give equal bytes.
+    """The metadata of a concept file. Without times and paths, so that equal trainings write equal bytes.
 
-    Keys that are not known are ignored: other tools add theirs. Whatever changes how a concept acts needs another
-    FORMAT. An unknown option of a LoRA group is an error for that reason.
+    Unknown keys are ignored, because other tools add theirs. Whatever changes how a concept is applied requires a new
+    FORMAT; for this reason, an unknown option of a LoRA group is an error.
 
-    Defaults are what is meant by files of earlier versions, and by imported concepts, that lack a key.
+    The defaults apply to keys that are missing in files of earlier versions and in imported concepts.
 
     Attributes:
         base_model: its name.
         base_model_fingerprint: of its weights, "sha256:…"; in files of earlier versions 16 hex digits, of its files.
-        base_model_family: what must be the same when the concept is attached.
         num_branches: 2, or 1 for a training without a negative branch.
-        num_steps: how long it was trained; 0 when unknown.
-        words: slot -> (positive, negative) trigger word; the latter is "" for a word by itself.
-        num_vectors: of (positive, negative) words; None where they differ, so that only the tensors say it.
-        lora: network of the base model -> its groups, in the order of the tensors' numbers; () without adapters.
-        class_word: stands in for a slot without a word.
-        clip_skip: how many of the text encoder's last layers are left out.
-        zero_terminal_snr: whether the noise schedule ends without signal.
-        config_sha256: of the configuration, as far as it can change the result.
-        start_sha256: of the concept's file that the training started from.
-        imported_from: (name, SHA-256) of the files of other tools that it was made of.
+        num_steps: of the training; 0 if unknown.
+        words: slot -> (positive, negative) trigger word; the latter is "" if there is none.
+        num_vectors: of (positive, negative) words; None if the words of a branch have different numbers of vectors.
+        lora: network of the base model -> its groups, in the order of their indices; () without adapters.
+        class_word: fills a slot without a trigger word.
+        base_model_family: the concept fits base models of this family only.
+        clip_skip: number of skipped last layers of the text encoder.
+        zero_terminal_snr: whether the noise schedule has zero terminal SNR.
+        config_sha256: of the options that can change the result.
+        start_sha256: of the concept file that the training started from.
+        imported_from: (name, SHA-256) of the imported files.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -61,17 +58,17 @@ class ConceptMetadata(BaseModel):
     base_model: str
     base_model_fingerprint: str
     num_branches: Literal[1, 2]
-    num_steps: Whole
+    num_steps: NonNegativeInt
     words: dict[str, tuple[Annotated[str, Field(min_length=1)], str]]
-    num_vectors: tuple[VectorCount, VectorCount]
+    num_vectors: tuple[PositiveInt | None, PositiveInt | None]
     lora: dict[str, tuple[ResolvedGroup, ...]]
     class_word: str = ""
-    base_model_family: str = "stable-diffusion"  # later than the first files, which knew no other
-    clip_skip: Whole = 0  # later than the first files
-    zero_terminal_snr: bool = False  # later than the first files
+    base_model_family: str = "stable-diffusion"
+    clip_skip: NonNegativeInt = 0
+    zero_terminal_snr: bool = False
     prediction_type: str | None = None
     guidance_scale: GuidanceScale | None = None
-    seed: Whole | None = None
+    seed: NonNegativeInt | None = None
     templates: tuple[str, ...] | None = None
     init_text: tuple[str, str] | None = None
     versions: dict[str, str] | None = None
@@ -81,35 +78,35 @@ class ConceptMetadata(BaseModel):
 
     @classmethod
     def read(cls, fields: Mapping[str, str], origin: str) -> ConceptMetadata:
-        """Return the metadata that a file of this or an earlier version holds.
+        """Parse the metadata of a file of this or an earlier version.
 
         Args:
-            fields: text by key, as in the file.
-            origin: what to call the file in an error.
+            fields: key -> text, as in the file.
+            origin: name of the file in error messages.
 
         Raises:
-            InputError: not a concept of this project, or one with damaged metadata.
+            InputError: the file is not a concept of this project, or its metadata is invalid.
         """
         if fields.get("format") != FORMAT:
             raise InputError(
                 expected=f"a concept of this project in {origin}",
-                got="a safetensors file of another kind",
-                remedy="make a concept of it first (kedro run --pipeline import), and name that one",
+                got="another safetensors file",
+                remedy="import it first (kedro run --pipeline import), and use the imported concept",
             )
         values = {key: text if key in _PLAIN else _parsed(text) for key, text in fields.items()}
         values["lora"] = {key.removeprefix(_GROUPS): _renamed(values[key]) for key in fields if key.startswith(_GROUPS)}
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            errors = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
             raise InputError(
                 expected=f"the metadata of a concept in {origin}",
-                got=f"{'; '.join(faults[:_SHOWN_FAULTS])}",
+                got="; ".join(errors[:_MAX_REPORTED]),
                 remedy="the file is damaged or of a later version: copy it again, or train the concept again",
             ) from error
 
     def write(self) -> dict[str, str]:
-        """Return the metadata as a file holds them: text by key, keys sorted."""
+        """Return key -> text as stored in a file, with sorted keys."""
         values = {key: value for key, value in self.model_dump(mode="json").items() if value is not None}
         values |= {f"{_GROUPS}{network}": groups for network, groups in values.pop("lora").items()}
         texts = {key: value if key in _PLAIN else to_json(value) for key, value in values.items()}
@@ -117,7 +114,7 @@ class ConceptMetadata(BaseModel):
 
 
 def _parsed(text: str) -> Any:
-    """Return a JSON value, or a text that is none as it is, for the schema to refuse under the key's name."""
+    """Parse JSON; return other text unchanged, so that validation reports it with its key."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -125,10 +122,10 @@ def _parsed(text: str) -> Any:
 
 
 def _renamed(groups: Any) -> Any:
-    """Return groups with the names that the first files did not have: unet[0] is unet.0.positive."""
+    """Return the groups with the group names of the first files updated: unet[0] becomes unet.0.positive."""
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return groups
-    matches = [_FIRST_NAME.fullmatch(str(group.get("name"))) for group in groups]
+    matches = [_OLD_NAME.fullmatch(str(group.get("name"))) for group in groups]
     return [
         group | {"name": f"{match['network']}.{match['index']}.{group.get('branch')}"} if match else group
         for group, match in zip(groups, matches, strict=True)
@@ -136,13 +133,20 @@ def _renamed(groups: Any) -> Any:
 
 
 def to_json(value: object) -> str:
-    """Return `value` as compact JSON with sorted keys: the one spelling used in metadata."""
+    """Return `value` as compact JSON with sorted keys, the form used in metadata."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class TriggerWord:
-    """A learned word. branch: "negative" or "positive". vectors: text encoder -> float32 `[n, D]`."""
+    """A trigger word with its learned vectors.
+
+    Attributes:
+        name: the trigger word.
+        slot: in templates.
+        branch: "negative" or "positive".
+        vectors: text encoder -> float32 `[n, D]`.
+    """
 
     name: str
     slot: str
@@ -151,25 +155,25 @@ class TriggerWord:
 
     @property
     def num_vectors(self) -> int:
-        """n, the same for every text encoder."""
+        """The number of vectors n, the same for every text encoder."""
         return len(next(iter(self.vectors.values())))
 
     @property
     def key(self) -> str:
-        """The word's name in a concept, "<branch>.<slot>"."""
+        """The name of the word in a concept, "<branch>.<slot>"."""
         return f"{self.branch}.{self.slot}"
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept as it is stored.
+    """A concept as stored in a file.
 
     Attributes:
-        tensors: float32, contiguous, on the CPU, named `<network>.<layer>.<group>.<branch>.<down|up|bias>` for adapters
-            (network such as `unet` or `text_encoder`, group its index in the configuration, branch `negative`,
-            `positive` or `shared`; alpha and rank are in the metadata, not folded in) and `words.<branch>.<slot>`
-            `[n, D]` for words; see `words_part` for those of further text encoders.
-        metadata: what else is needed to use them.
+        tensors: float32, contiguous, on the CPU. Adapters are named `<network>.<layer>.<group>.<branch>.<down|up|bias>`
+            (network: such as `unet`; group: its index in the configuration; branch: `negative`, `positive` or
+            `shared`); alpha is in the metadata, not multiplied in. Words `[n, D]` are named `words.<branch>.<slot>`;
+            see `words_part` for further text encoders.
+        metadata: of the concept.
     """
 
     tensors: dict[str, torch.Tensor] = field(repr=False)
@@ -177,11 +181,11 @@ class Concept:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The networks of the base model that it was made for, adapted or not."""
+        """The networks of the base model, adapted or not."""
         return tuple(self.metadata.lora)
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Return the tensors under `prefix.`, named without it."""
+        """Return the tensors whose name starts with `prefix.`, by the rest of the name."""
         return {
             name.removeprefix(f"{prefix}."): tensor
             for name, tensor in self.tensors.items()
@@ -189,18 +193,18 @@ class Concept:
         }
 
     def updates(self, network: str) -> tuple[LearnedUpdate, ...]:
-        """Return what the adapters of a network have learned.
+        """Return the LoRA updates of a network.
 
         Raises:
-            InputError: a tensor that belongs to no group, or an incomplete update.
+            InputError: a tensor belongs to no group, or an update is incomplete.
         """
         return learned_updates(self.part(network), self.metadata.lora.get(network, ()))
 
     def trigger_words(self) -> tuple[TriggerWord, ...]:
-        """Return the learned words of both branches, positive first in every slot.
+        """Return the trigger words of both branches, positive first in every slot.
 
         Raises:
-            InputError: a word without vectors, or vectors without a word.
+            InputError: a word has no vectors, or vectors have no word.
         """
         names, vectors = self._word_names(), self._word_vectors()
         encoders = {encoder for by_encoder in vectors.values() for encoder in by_encoder}
@@ -209,14 +213,14 @@ class Concept:
         if wrong:
             raise InputError(
                 expected=f"vectors [n, width] for every trigger word in the concept, {', '.join(names) or 'none'}",
-                got=f"{', '.join(sorted(wrong))} missing, without a word or of another shape",
-                remedy="train the concept again, the file is incomplete",
+                got=f"{', '.join(sorted(wrong))} missing, without a word, or of another shape",
+                remedy="the file is incomplete: train the concept again",
             )
         keys = ((*key.split(".", 1), name) for key, name in names.items())
         return tuple(TriggerWord(name, slot, branch, vectors[f"{branch}.{slot}"]) for branch, slot, name in keys)
 
     def _word_names(self) -> dict[str, str]:
-        """Return "<branch>.<slot>" -> trigger word, of those that have vectors."""
+        """Return "<branch>.<slot>" -> trigger word, for all words with vectors."""
         branches = ("positive", "negative")[: self.metadata.num_branches]
         return {
             f"{branch}.{slot}": name
@@ -234,13 +238,13 @@ class Concept:
         return found
 
     def check(self, origin: str) -> None:
-        """Confirm that the tensors are whole and belong to the metadata.
+        """Check the tensors against the metadata.
 
         Args:
-            origin: what to call the file in an error.
+            origin: name of the file in error messages.
 
         Raises:
-            InputError: what is missing, too much, of another dtype or shape, or not finite.
+            InputError: a tensor is missing, unknown, of another dtype or shape, or not finite.
         """
         known = {*self.networks, *map(words_part, self.networks)}
         for name, tensor in self.tensors.items():
@@ -256,11 +260,11 @@ class Concept:
 
 
 def words_part(encoder: str) -> str:
-    """Return what the vectors for a text encoder begin with: `words`, or `words_text_encoder_2` for a second one."""
+    """Return the name prefix of a text encoder's vectors: `words`, or `words_<encoder>` for all but the first one."""
     return WORDS if encoder == _FIRST_ENCODER else f"{WORDS}_{encoder}"
 
 
 def _are_words(vectors: Iterable[torch.Tensor]) -> bool:
-    """Say whether these are one word's vectors `[n, D]` for several text encoders, n being the same."""
+    """Return whether these are vectors `[n, D]` of one word for several text encoders, with the same n > 0."""
     shapes = [tuple(tensor.shape) for tensor in vectors]
     return all(len(shape) == 2 for shape in shapes) and len({shape[0] for shape in shapes} - {0}) == 1

@@ -1,4 +1,4 @@
-"""What a base model is trained for: noising, targets, weights of the loss, and the timesteps it is drawn at."""
+"""The training objective of a base model: timesteps, noising, targets and loss weights."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class Objective(Protocol):
-    """What a family of base models is trained for. Latents are `[B, C, H, W]`; timesteps `[B]`, integers or floats.
+    """The training objective of a family of base models. Latents are `[B, C, H, W]`, timesteps `[B]`.
 
-    Timesteps have the unit of the family's diffusers schedulers, so that training and drawing read alike.
+    Timesteps have the unit of the diffusers schedulers of the family, integers or floats.
     """
 
     @property
     def prediction_type(self) -> str:
-        """What the model predicts, as diffusers' schedulers call it."""
+        """`prediction_type` of the diffusers schedulers."""
 
     def check_limits(self, limits: tuple[float, float]) -> None:
-        """Confirm that timesteps can be drawn between two noise levels, fractions of the whole range.
+        """Check that there are timesteps within `limits`, fractions of the whole range.
 
         Raises:
             InputError: there are none.
         """
 
     def check_timesteps(self, timesteps: torch.Tensor) -> None:
-        """Confirm that timesteps are those of the model.
+        """Check that all timesteps are valid.
 
         Raises:
-            InputError: some are not.
+            InputError: one is not.
         """
 
     def sample_timesteps(self, limits: tuple[float, float], num_rows: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw a training's timesteps within `limits`, on the generator's device."""
+        """Draw training timesteps within `limits`, `[B]`, on the device of the generator."""
 
     def noise_level(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the place of timesteps between the first (0) and the last, pure noise (1): float32 `[B]`."""
+        """Return the position in the range of timesteps, from 0 (clean) to 1 (pure noise): float32 `[B]`."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the noisy latents."""
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the model should predict."""
+        """Return the prediction target."""
 
     def predicted_latents(
         self, noisy_latents: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Return the clean latents that a prediction stands for."""
+        """Return the clean latents that follow from a prediction."""
 
     def loss_weight(self, weighting: str, gamma: float, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each row's loss, `[B]`; see `losses.snr_weight` for the names of weightings."""
+        """Return the loss weight of each row, `[B]`; see `losses.snr_weight` for the weightings."""
 
     def with_zero_terminal_snr(self) -> Objective:
-        """Return the objective without signal at the last timestep.
+        """Return the objective with zero SNR at the last timestep.
 
         Raises:
-            InputError: the model cannot be trained for that.
+            InputError: the prediction type does not allow it.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The forward process z_t = √ᾱ_t · z₀ + √(1 − ᾱ_t) · ε with integer timesteps, and what the base model predicts.
+    """The forward process z_t = √ᾱ_t · z₀ + √(1 − ᾱ_t) · ε with integer timesteps, and the prediction type.
 
     Attributes:
-        alphas_cumprod: ᾱ, float32 `[T]`, falling from almost 1 to almost 0.
+        alphas_cumprod: ᾱ, float32 `[T]`, decreasing from almost 1 to almost 0.
         prediction_type: "epsilon", or "v_prediction" (Salimans and Ho 2022).
 
     Raises:
@@ -93,43 +93,44 @@ class NoiseSchedule:
         """T, the number of timesteps; t runs from 0 to T − 1."""
         return len(self.alphas_cumprod)
 
-    def to(self, device: torch.device | str) -> NoiseSchedule:
-        """Return the same schedule on another device."""
-        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
-
     def with_zero_terminal_snr(self) -> NoiseSchedule:
-        """Return the schedule rescaled so that the last timestep holds no signal (Lin et al. 2023, algorithm 1).
+        """Return the schedule rescaled to zero terminal SNR (Lin et al. 2023, algorithm 1).
 
-        √ᾱ is shifted until its last value is 0 and scaled until its first is as before.
+        √ᾱ is shifted so that its last value is 0, and scaled so that its first value is unchanged.
 
         Raises:
-            InputError: the model predicts ε, which says nothing about the image where there is no signal.
+            InputError: the model predicts ε, which is undefined as a target at zero SNR.
         """
-        check_zero_terminal_snr(self.prediction_type)
+        if self.prediction_type != "v_prediction":
+            raise InputError(
+                expected="a base model that predicts v_prediction, because training.zero_terminal_snr is true",
+                got=f"{self.prediction_type!r}",
+                remedy="set zero_terminal_snr to false, or choose another base model",
+            )
         levels = self.alphas_cumprod.double().sqrt()
         rescaled = (levels - levels[-1]) * levels[0] / (levels[0] - levels[-1])
         return NoiseSchedule((rescaled**2).to(self.alphas_cumprod.dtype), self.prediction_type)
 
     def check_limits(self, limits: tuple[float, float]) -> None:
-        """Confirm that a timestep lies within `limits`; see `timestep_range`."""
+        """Check that `limits` contain a timestep; see `timestep_range`."""
         timestep_range(limits, self.num_train_timesteps)
 
     def check_timesteps(self, timesteps: torch.Tensor) -> None:
-        """Confirm that timesteps are integers from 0 to T − 1.
+        """Check that all timesteps are integers from 0 to T − 1.
 
         Raises:
-            InputError: some are not.
+            InputError: one is not.
         """
         last = self.num_train_timesteps - 1
         if timesteps.is_floating_point() or not ((timesteps >= 0) & (timesteps <= last)).all():
             raise InputError(
-                expected=f"timesteps that are integers from 0 to {last}",
+                expected=f"timesteps as integers from 0 to {last}",
                 got=f"{timesteps.tolist()}",
                 remedy="correct them",
             )
 
     def sample_timesteps(self, limits: tuple[float, float], num_rows: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw timesteps `[B]` evenly within `limits`, fractions of T."""
+        """Draw timesteps `[B]` uniformly within `limits`, fractions of T."""
         first, end = timestep_range(limits, self.num_train_timesteps)
         return torch.randint(first, end, (num_rows,), generator=generator, device=generator.device)
 
@@ -138,16 +139,16 @@ class NoiseSchedule:
         return timesteps.to(torch.float32) / (self.num_train_timesteps - 1)
 
     def loss_weight(self, weighting: str, gamma: float, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the weight by the signal-to-noise ratio, `[B]`; see `snr_weight`."""
+        """Return the SNR weight of each row, `[B]`; see `snr_weight`."""
         return snr_weight(weighting, self.snr(timesteps), gamma, self.prediction_type)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the noisy latents z_t: all `[B, C, H, W]`, for integer timesteps `[B]`."""
+        """Return the noisy latents z_t, `[B, C, H, W]`, for integer timesteps `[B]`."""
         signal_level, noise_level = self._levels(latents, timesteps)
         return signal_level * latents + noise_level * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the model should predict, `[B, C, H, W]`: ε, or v = √ᾱ · ε − √(1 − ᾱ) · z₀."""
+        """Return the prediction target, `[B, C, H, W]`: ε, or v = √ᾱ · ε − √(1 − ᾱ) · z₀."""
         if self.prediction_type == "epsilon":
             return noise
         signal_level, noise_level = self._levels(latents, timesteps)
@@ -156,7 +157,7 @@ class NoiseSchedule:
     def predicted_latents(
         self, noisy_latents: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Return ẑ₀ `[B, C, H, W]`: (z_t − √(1 − ᾱ) · ε̂) / √ᾱ, or √ᾱ · z_t − √(1 − ᾱ) · v̂."""
+        """Return ẑ₀, `[B, C, H, W]`: (z_t − √(1 − ᾱ) · ε̂) / √ᾱ, or √ᾱ · z_t − √(1 − ᾱ) · v̂."""
         signal_level, noise_level = self._levels(noisy_latents, timesteps)
         if self.prediction_type == "epsilon":
             return (noisy_latents - noise_level * prediction) / signal_level
@@ -168,36 +169,22 @@ class NoiseSchedule:
         return alphas / (1 - alphas)
 
     def _levels(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return √ᾱ and √(1 − ᾱ), each shaped to multiply `latents`."""
+        """Return √ᾱ and √(1 − ᾱ), shaped to broadcast with `latents`."""
         alphas = self.alphas_cumprod[timesteps].reshape(-1, *[1] * (latents.dim() - 1))  # [B, 1, 1, 1]
         return alphas.sqrt().to(latents.dtype), (1 - alphas).sqrt().to(latents.dtype)
 
 
-def check_zero_terminal_snr(prediction_type: str) -> None:
-    """Confirm that a model can be trained where there is no signal.
-
-    Raises:
-        InputError: it predicts ε.
-    """
-    if prediction_type != "v_prediction":
-        raise InputError(
-            expected="a base model that predicts v_prediction, because training.zero_terminal_snr is true",
-            got=f"{prediction_type!r}",
-            remedy="set zero_terminal_snr to false, or choose another base model",
-        )
-
-
 def timestep_range(limits: tuple[float, float], num_train_timesteps: int) -> tuple[int, int]:
-    """Return the timesteps [first, end) of `limits`, fractions of T that are rounded to whole timesteps.
+    """Return the range [first, end) of timesteps within `limits`, fractions of T.
 
     Raises:
-        InputError: no timestep lies between them.
+        InputError: the range is empty.
     """
     first, end = (round(limit * num_train_timesteps) for limit in limits)
     if first >= end:
         raise InputError(
-            expected=f"training.timesteps to hold at least one of {num_train_timesteps} timesteps",
-            got=f"{list(limits)}, which holds none",
-            remedy="widen it",
+            expected=f"training.timesteps to contain at least one of {num_train_timesteps} timesteps",
+            got=f"{list(limits)}, which contains none",
+            remedy="widen the range",
         )
     return first, end

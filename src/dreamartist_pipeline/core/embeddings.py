@@ -1,7 +1,7 @@
-"""Trigger words: new vocabulary entries that stand for learned vectors, a pair for every slot.
+"""Trigger words: new vocabulary entries with learned vectors, a (positive, negative) pair per slot.
 
-A trigger word is one entry of the prompt and `num_vectors` vectors of the text encoder's input. Its vectors have ids
-from the end of the base vocabulary on, so the frozen token embedding is never copied or resized.
+A trigger word expands to `num_vectors` learned vectors. Their ids follow the base vocabulary, so that the frozen token
+embedding is neither copied nor resized.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dreamartist_pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class Word:
-    """One trigger word: its vectors have the ids `first_id` to `first_id + num_vectors − 1`."""
+    """One trigger word; the ids of its vectors are `first_id` to `first_id + num_vectors − 1`."""
 
     name: str
     slot: str
@@ -33,7 +33,7 @@ class Word:
 
     @property
     def key(self) -> str:
-        """The word's name in a concept file, "<branch>.<slot>"."""
+        """The name of the word in a concept file, "<branch>.<slot>"."""
         return f"{BRANCH_NAMES[self.branch]}.{self.slot}"
 
     @property
@@ -44,7 +44,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All trigger words of a concept, their ids following on each other without a gap."""
+    """All trigger words of a concept, with consecutive ids."""
 
     words: tuple[Word, ...]
 
@@ -56,16 +56,16 @@ class Vocabulary:
         first_id: int,
         num_branches: int = 2,
     ) -> Vocabulary:
-        """Number the vectors of all trigger words.
+        """Assign ids to the vectors of all trigger words.
 
         Args:
             names: slot -> (positive, negative) trigger word.
-            num_vectors: how many vectors a (positive, negative) word has.
-            first_id: the size of the base vocabulary.
+            num_vectors: number of vectors of a (positive, negative) word.
+            first_id: size of the base vocabulary.
             num_branches: with 1, there are no negative words.
 
         Raises:
-            InputError: one word fills two places, upper and lower case being the same.
+            InputError: a word occurs twice, ignoring case.
         """
         positive, negative = num_vectors
         counts = {
@@ -79,15 +79,15 @@ class Vocabulary:
     def of_counts(
         cls, names: Mapping[str, tuple[str, str]], num_vectors: Mapping[str, int], first_id: int
     ) -> Vocabulary:
-        """Number the vectors of trigger words that each have a number of their own.
+        """Assign ids as `build`, with a separate number of vectors for each word.
 
         Args:
             names: slot -> (positive, negative) trigger word.
-            num_vectors: "<branch>.<slot>" -> how many vectors the word has; words that are not in it are left out.
-            first_id: the size of the base vocabulary.
+            num_vectors: "<branch>.<slot>" -> number of vectors; other words are skipped.
+            first_id: size of the base vocabulary.
 
         Raises:
-            InputError: one word fills two places, upper and lower case being the same.
+            InputError: a word occurs twice, ignoring case.
         """
         words: list[Word] = []
         for slot, (positive, negative) in names.items():
@@ -99,21 +99,16 @@ class Vocabulary:
                     raise InputError(
                         expected="every trigger word once",
                         got=f"{name!r} twice",
-                        remedy=f"give slot {slot!r} another one",
+                        remedy=f"choose another word for slot {slot!r}",
                     )
                 words.append(Word(name, slot, branch, first_id, count))
                 first_id += count
         return cls(tuple(words))
 
-    @property
-    def num_vectors(self) -> int:
-        """How many learned vectors there are, of all words and branches."""
-        return sum(word.num_vectors for word in self.words)
-
     def split_prompt(self, prompt: str) -> list[str | Word]:
-        """Cut a prompt into plain text and trigger words, in order; upper and lower case are the same.
+        """Split a prompt into plain text and trigger words, ignoring case.
 
-        A trigger word counts only when it stands alone: "my-cat" is found in "my-cat, sitting", not in "my-cat-neg".
+        Only whole words match: "my-cat" is found in "my-cat, sitting", but not in "my-cat-neg".
         """
         by_name = {word.name.lower(): word for word in self.words}
         return [by_name.get(part.lower(), part) for part in self._pattern.split(prompt) if part]
@@ -128,24 +123,25 @@ class Vocabulary:
 
 
 class WordEmbedding(nn.Module):
-    """A frozen token embedding, extended by the learned vectors of both branches' trigger words.
+    """The frozen token embedding of a text encoder, extended by the learned vectors of all trigger words.
 
-    Takes the place of the text encoder's token embedding. The learned vectors stay in float32 and are cast to the
-    dtype of the token embedding where they are used.
+    The learned vectors are float32, and are cast to the dtype of the token embedding in `forward`.
 
     Attributes:
-        vectors: one Parameter `[num_vectors, dim]` for each word, in the order of `vocabulary.words`.
+        base: the frozen token embedding.
+        vocabulary: the trigger words.
+        vectors: one Parameter `[num_vectors, dim]` per word, in the order of `vocabulary.words`.
     """
 
     def __init__(self, base: nn.Embedding, vocabulary: Vocabulary, initial: Sequence[torch.Tensor]) -> None:
-        """Freeze `base` and copy the initial vectors, one tensor `[num_vectors, dim]` for each word.
+        """Freeze `base` and copy the initial vectors, one tensor `[num_vectors, dim]` per word.
 
         Raises:
-            ValueError: no words, ids that do not follow on the base vocabulary, or vectors of another shape.
+            ValueError: there are no words, their ids do not follow the base vocabulary, or a shape is wrong.
         """
         super().__init__()
         if not vocabulary.words or vocabulary.words[0].first_id != base.num_embeddings:
-            raise ValueError(f"expected words whose ids start at {base.num_embeddings}, got {vocabulary.words}")
+            raise ValueError(f"expected words with ids from {base.num_embeddings}, got {vocabulary.words}")
         expected = [(word.num_vectors, base.embedding_dim) for word in vocabulary.words]
         if (got := [tuple(vectors.shape) for vectors in initial]) != expected:
             raise ValueError(f"expected initial vectors of shapes {expected}, got {got}")
@@ -157,22 +153,15 @@ class WordEmbedding(nn.Module):
         )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look up ids `[...]`, giving `[..., dim]`: from the vocabulary's size on they name learned vectors."""
+        """Look up ids `[...]`, giving `[..., dim]`; ids after the base vocabulary are learned vectors."""
         vocab_size = self.base.num_embeddings
         is_learned = ids >= vocab_size
         tokens = self.base(torch.where(is_learned, 0, ids))
         learned = F.embedding(torch.where(is_learned, ids - vocab_size, 0), torch.cat(list(self.vectors)))
         return torch.where(is_learned[..., None], learned.to(tokens.dtype), tokens)
 
-    def parameters_by_branch(self) -> dict[str, list[nn.Parameter]]:
-        """Return the learned vectors of each branch, {"negative": [...], "positive": [...]}."""
-        found: dict[str, list[nn.Parameter]] = {name: [] for name in BRANCH_NAMES}
-        for word, vectors in zip(self.vocabulary.words, self.vectors, strict=True):
-            found[BRANCH_NAMES[word.branch]].append(vectors)
-        return found
-
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the learned vectors for a concept file: "<branch>.<slot>" -> float32 on the CPU."""
+        """Return copies of the learned vectors: "<branch>.<slot>" -> float32 on the CPU."""
         return {
             word.key: vectors.detach().to("cpu", torch.float32, copy=True).contiguous()
             for word, vectors in zip(self.vocabulary.words, self.vectors, strict=True)
@@ -186,9 +175,12 @@ _RANDOM = re.compile(r"\*\[\s*(?P<std>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(?:,\s*(?P<c
 
 @dataclass(frozen=True)
 class InitText:
-    """How a word's vectors start: from a text's tokens, from noise of a standard deviation, or the one then the other.
+    """The initial values of a word: the token embeddings of a text, normal noise, or the text followed by noise.
 
-    `num_random` says how many of the vectors are noise; None leaves to noise what the text's tokens do not fill.
+    Attributes:
+        text: None for noise only.
+        std: standard deviation of the noise; None for text only.
+        num_random: number of noise vectors; None for those that the tokens of the text do not fill.
     """
 
     text: str | None
@@ -197,10 +189,10 @@ class InitText:
 
 
 def parse_init(text: str) -> InitText:
-    """Read "cat", "*[0.017]", "*[0.017, 3]" or "cat, *[0.017, 2]".
+    """Parse "cat", "*[0.017]", "*[0.017, 3]" or "cat, *[0.017, 2]".
 
     Raises:
-        InputError: the text is empty or its random part has another form.
+        InputError: the text is empty, or its random part is malformed.
     """
     match = _RANDOM.search(text.strip())
     words = text.strip()[: match.start()].rstrip(" ,") if match else text.strip()
@@ -222,20 +214,19 @@ def initial_vectors(
     dim: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Return a word's vectors before training, float32 `[num_vectors, dim]`: those of the text, then the random ones.
+    """Return the initial vectors of a word, float32 `[num_vectors, dim]`: those of the text, followed by noise.
 
-    When the text has more or fewer tokens than vectors to fill, they are spread evenly (vector i of n takes token
-    ⌊i·k/n⌋ of k), as textual inversion tools do.
+    If the text has k tokens for n vectors, vector i is token ⌊i·k/n⌋, as in textual inversion tools.
 
     Args:
-        init: what they start from.
-        num_vectors: n.
-        token_vectors: the token embedding of `init.text`, `[k, dim]`; None without a text.
-        dim: the text encoder's width.
-        generator: draws the random vectors, on the CPU.
+        init: the initial values.
+        num_vectors: of the word.
+        token_vectors: the token embeddings of `init.text`, `[k, dim]`; None without a text.
+        dim: width of the text encoder.
+        generator: CPU generator of the noise.
 
     Raises:
-        InputError: the text has no token, or the numbers of vectors contradict each other.
+        InputError: the text has no token, or the numbers of vectors are inconsistent.
     """
     num_text = _num_text_vectors(init, num_vectors, 0 if token_vectors is None else len(token_vectors))
     random = torch.randn(num_vectors - num_text, dim, generator=generator) * (init.std or 0.0)
@@ -248,7 +239,7 @@ def initial_vectors(
 def _num_text_vectors(init: InitText, num_vectors: int, num_tokens: int) -> int:
     if init.text is not None and num_tokens == 0:
         raise InputError(
-            expected="an init text that the tokenizer knows", got=f"{init.text!r}", remedy="choose another init_text"
+            expected="init_text with at least one token", got=f"{init.text!r}", remedy="choose another init_text"
         )
     if init.std is None:
         return num_vectors
@@ -258,7 +249,7 @@ def _num_text_vectors(init: InitText, num_vectors: int, num_tokens: int) -> int:
     if num_text < 0 or (num_text > 0) != (init.text is not None):
         raise InputError(
             expected=f"init_text to fill {num_vectors} vectors",
-            got=f"{init.num_random} random ones and {'a' if init.text else 'no'} text",
+            got=f"{init.num_random} random vectors and {'a' if init.text else 'no'} text",
             remedy="correct init_text or num_vectors",
         )
     return num_text

@@ -1,4 +1,4 @@
-"""Sheets of pictures: what a concept learned and what it left alone, and what was drawn from prompts and seeds."""
+"""Image sheets: contact sheets of an evaluation, and grids of prompts × seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-CELL_PX = (144, 256)  # smallest and largest longer side of a picture on the sheet
+CELL_PX = (144, 256)  # minimum and maximum of an image's longer side on a sheet
 
 _PAPER = "#ffffff"
 _INK = "#1c1c22"
@@ -21,16 +21,23 @@ _BLOCK_PAD = 14
 _BLOCK_GAP = 24
 _LABEL_PX = 250
 _HEADING_PX, _LABEL_TEXT_PX, _SMALL_PX, _TITLE_PX = 20, 17, 14, 34
-_HEAD_ROOM = 62  # of a block: its heading and the seeds above its columns
+_BLOCK_HEAD_PX = 62  # heading of a block and seeds of its columns
 
 Row = Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
 class SheetSection:
-    """Rows of prompts in two blocks side by side: the same prompts and seeds on the left and on the right.
+    """Two blocks side by side with the same prompts (rows) and seeds (columns).
 
-    prompts: one label per row. left, right: one picture per row and seed. seeds: the columns of either block.
+    Attributes:
+        title: of the section.
+        left_heading: of the left block.
+        right_heading: of the right block.
+        prompts: one per row.
+        left: images of the left block, one per prompt and seed.
+        right: images of the right block.
+        seeds: one per column.
     """
 
     title: str
@@ -45,21 +52,21 @@ class SheetSection:
 def contact_sheet(
     reference: Image.Image, title: str, lines: Sequence[str], sections: Sequence[SheetSection]
 ) -> Image.Image:
-    """Lay out a contact sheet: the reference image in the corner, a title with a few lines, then the sections.
+    """Lay out a contact sheet: the reference image, a title with some lines of text, then the sections.
 
-    Small pictures are enlarged to 144 px, large ones are shrunk to 256 px, so that a sheet is always readable.
+    Images are resized such that the longer side is 144 to 256 px.
 
     Args:
-        reference: the picture that was learned.
+        reference: the reference image.
         title: the subject.
-        lines: what stands under the title, e.g. trigger word and scores.
-        sections: at least one, with as many pictures in a row as it has seeds.
+        lines: text below the title, e.g. trigger word and scores.
+        sections: at least one.
 
     Raises:
-        ValueError: there is no section, or a section's rows do not fit its prompts and seeds.
+        ValueError: there is no section, or the images of a section do not match its prompts and seeds.
     """
     if not sections:
-        raise ValueError("expected at least one section on the contact sheet, got none; give prompts to draw")
+        raise ValueError("a contact sheet needs at least one section; sections is empty")
     for section in sections:
         _check_section(section)
     cell = _cell_size(sections[0].left[0][0])
@@ -79,20 +86,20 @@ def contact_sheet(
 def prompt_sheet(
     prompts: Sequence[str], seeds: Sequence[int], rows: Sequence[Row], before: Image.Image | None = None
 ) -> Image.Image:
-    """Lay out prompts × seeds: a row per prompt, which stands beside it, and a column per seed.
+    """Lay out prompts × seeds: one labelled row per prompt, and one column per seed.
 
     Args:
         prompts: one per row.
         seeds: one per column.
-        rows: as many pictures in each as there are seeds.
-        before: the picture that drawing started from, shown in a column of its own on the left.
+        rows: one image per prompt and seed.
+        before: the initial image, shown in an extra column on the left.
 
     Raises:
-        ValueError: the rows do not fit prompts and seeds.
+        ValueError: the images do not match prompts and seeds.
     """
     if not prompts or len(rows) != len(prompts) or {len(row) for row in rows} != {len(seeds)}:
         raise ValueError(
-            f"expected {len(prompts)} rows of {len(seeds)} pictures, got rows of {[len(row) for row in rows]}"
+            f"expected {len(prompts)} rows of {len(seeds)} images, got rows of {[len(row) for row in rows]}"
         )
     headings = ([] if before is None else ["started from"]) + [f"seed {seed}" for seed in seeds]
     cell = _cell_size(rows[0][0])
@@ -114,7 +121,7 @@ def prompt_sheet(
 
 
 def fit_cell(image: Image.Image, cell: tuple[int, int]) -> Image.Image:
-    """Bring a picture into a cell (width, height) without stretching it."""
+    """Fit an image into a cell (width, height), with padding."""
     return ImageOps.pad(image.convert("RGB"), cell, Image.Resampling.LANCZOS, color=_PAPER)
 
 
@@ -123,8 +130,8 @@ def _check_section(section: SheetSection) -> None:
         columns = {len(row) for row in rows}
         if len(rows) != len(section.prompts) or columns != {len(section.seeds)}:
             raise ValueError(
-                f"expected {len(section.prompts)} rows of {len(section.seeds)} pictures on the {side} of section "
-                f"{section.title!r}, got {len(rows)} rows of {sorted(columns)}; give one picture per prompt and seed"
+                f"expected {len(section.prompts)} rows of {len(section.seeds)} images on the {side} of section "
+                f"{section.title!r}, got {len(rows)} rows of {sorted(columns)}"
             )
 
 
@@ -148,7 +155,7 @@ def _section_width(section: SheetSection, cell: tuple[int, int]) -> int:
 
 def _block_height(section: SheetSection, cell: tuple[int, int]) -> int:
     rows = len(section.prompts)
-    return _HEAD_ROOM + rows * cell[1] + (rows - 1) * _GAP + _BLOCK_PAD
+    return _BLOCK_HEAD_PX + rows * cell[1] + (rows - 1) * _GAP + _BLOCK_PAD
 
 
 def _section_height(section: SheetSection, cell: tuple[int, int]) -> int:
@@ -184,7 +191,7 @@ def _draw_section(sheet: Image.Image, section: SheetSection, y: int, cell: tuple
     draw.line((_MARGIN, y, sheet.width - _MARGIN, y), fill=_RULE, width=1)
     draw.text((_MARGIN, y + 12), section.title, fill=_INK, font=_font(_HEADING_PX))
     top = y + _HEADING_PX + 26
-    first_row = top + _HEAD_ROOM
+    first_row = top + _BLOCK_HEAD_PX
     for index, prompt in enumerate(section.prompts):
         _draw_label(draw, prompt, first_row + index * (cell[1] + _GAP), cell[1])
     left = _MARGIN + _LABEL_PX
@@ -210,22 +217,22 @@ def _draw_block(
     _draw_fitting(draw, (x + _BLOCK_PAD, y + 10), heading, color, width - 2 * _BLOCK_PAD)
     for column, seed in enumerate(section.seeds):
         left = x + _BLOCK_PAD + column * (cell[0] + _GAP)
-        draw.text((left, y + _HEAD_ROOM - 21), f"seed {seed}", fill=_SOFT_INK, font=_font(_SMALL_PX))
+        draw.text((left, y + _BLOCK_HEAD_PX - 21), f"seed {seed}", fill=_SOFT_INK, font=_font(_SMALL_PX))
         for row, images in enumerate(rows):
-            place = (left, y + _HEAD_ROOM + row * (cell[1] + _GAP))
+            place = (left, y + _BLOCK_HEAD_PX + row * (cell[1] + _GAP))
             sheet.paste(fit_cell(images[column], cell), place)
             _frame(draw, place, cell, _RULE)
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, text: str, y: int, height: int) -> None:
-    """Write a prompt beside its row, wrapped, centred in the row's height."""
+    """Write a prompt to the left of its row, wrapped and vertically centred."""
     font = _font(_LABEL_TEXT_PX)
     wrapped = "\n".join(wrap(text, font, _LABEL_PX - 24))
     draw.multiline_text((_MARGIN, y + height / 2), wrapped, fill=_INK, font=font, spacing=6, anchor="lm")
 
 
 def _label_height(text: str) -> int:
-    """Return how high `_draw_label` writes a prompt."""
+    """Return the height of a prompt as `_draw_label` writes it."""
     return len(wrap(text, _font(_LABEL_TEXT_PX), _LABEL_PX - 24)) * (_LABEL_TEXT_PX + 8)
 
 
@@ -245,7 +252,7 @@ def _frame(
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    """Break a text into lines of at most `width_px`, between words, and at hyphens where a word alone is too long."""
+    """Break a text into lines of at most `width_px`, between words, and at the hyphens of words that are too long."""
     lines: list[str] = []
     for word in text.split() or [""]:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width_px:
@@ -256,7 +263,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
 
 
 def _break_word(word: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    """Break a word that is too long after its hyphens; what has none stays whole."""
+    """Break a word that is too long after its hyphens; parts without hyphens are not broken."""
     pieces = [""]
     for part in word.replace("-", "-\n").split("\n") if font.getlength(word) > width_px else [word]:
         if pieces[-1] and font.getlength(pieces[-1] + part) > width_px:
@@ -267,10 +274,8 @@ def _break_word(word: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[
 
 
 def _font(size_px: int) -> ImageFont.FreeTypeFont:
-    """Return Pillow's own scalable font."""
+    """Return Pillow's default font, which is scalable with FreeType."""
     font = ImageFont.load_default(size_px)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError(
-            "expected Pillow with FreeType, which has a scalable font; got one without; install Pillow from its wheel"
-        )
+        raise RuntimeError("Pillow was built without FreeType, so it has no scalable font; install it from its wheel")
     return font

@@ -1,4 +1,4 @@
-"""Sets of captioned images: as they are read, and as they are to be drawn."""
+"""Sets of captioned images, to read and to generate."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from PIL.Image import Image
 
 CaptionedImages = Sequence[tuple[str, Callable[[], Image]]]
-"""Captions, each with what reads its RGB image."""
+"""(caption, function that loads the RGB image) pairs."""
 
 DrawBatches = Callable[[Sequence[Sequence[int]]], Iterator[Image]]
-"""Batches of indices -> the images of all these indices, one after the other."""
+"""Batches of indices -> iterator over the images of all these indices."""
 
 
 @dataclass(frozen=True)
 class ImagesToDraw:
-    """A set that is drawn while it is saved, as far as it is not there.
+    """A set of images that is generated while it is saved, except for images that exist already.
 
     Attributes:
-        key: the set's name; stands for everything that shapes the images.
+        key: name of the set, a hash of everything that determines the images.
         captions: one per image.
-        batch_size: how many images are drawn at once. Batches are cut alike every time, and drawn whole, so that a set
-            holds the same bytes whether or not it was interrupted.
-        manifest: the key and what made the set; JSON types.
-        draw: called once with the batches that lack an image, and not at all for a whole set.
-        is_in: whether a set of another name, given its manifest, is the same; it is then used in place of a new one.
+        batch_size: images per batch. The batches are always the same and are generated whole, so that an interrupted
+            set ends up with the same bytes.
+        manifest: the key and the settings of the set, as JSON types.
+        draw: called once with the batches that lack an image; not called for a complete set.
+        is_in: takes the manifest of an existing set with another key, and returns whether it can be used instead.
     """
 
     key: str

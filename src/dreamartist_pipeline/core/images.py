@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: decode whatever a user has, bring it to a bucket, turn images into tensors and back."""
+"""Decode image files, resize to buckets, convert between images and tensors, and lay out image grids."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams
 
 MIN_SIDE_PX = 8
-NEUTRAL_GREY = 127  # the attention mask's grey that weighs exactly 1
-MAX_ATTENTION = 5.0  # the weight of white
+NEUTRAL_GREY = 127  # grey of weight 1 in the attention mask
+MAX_ATTENTION = 5.0  # weight of white in the attention mask
 
-_STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD")  # phone photos with a depth or gain map, layered files: take frame 0
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+_STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD")  # phone photos with a depth or gain map, layered files: use frame 0
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
 # ------------------------------------------------------------------------------------------------- decode
 
 
 def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = "ingestion.max_pixels") -> Image.Image:
-    """Decode one still picture of any Pillow mode, upright.
+    """Decode one still image of any Pillow mode, and apply its EXIF orientation.
 
     Args:
-        data: the bytes of an image file.
-        name: what the picture is called in messages.
-        max_pixels: refuse larger pictures before their pixels are decoded.
-        setting: the configuration's name of `max_pixels`, if it has one.
+        data: bytes of an image file.
+        name: name of the image in messages.
+        max_pixels: larger images are rejected before their pixels are decoded.
+        setting: the option that sets `max_pixels`, if any.
 
     Returns:
-        An RGBA image when the file has transparency, else an RGB one; turned as its EXIF orientation says.
+        An RGBA image if the file has transparency, else an RGB image.
 
     Raises:
-        InputError: empty, no image, damaged, too small, too large, or several frames.
+        InputError: the file is empty, damaged or not an image, is too small or too large, or has several frames.
     """
     if not data:
         raise InputError(expected=f"a picture as {name}", got="an empty file", remedy="give a PNG, JPEG or WebP file")
-    with _pillow_pixel_limit(None):  # the size is checked below, with a message that names the setting
+    with _pillow_pixel_limit(None):  # `_check_size` names the setting in its message
         image = _open(data, name)
     _check_size(image, name, max_pixels, setting)
     try:
-        with _pillow_pixel_limit(max_pixels):  # holds for pictures inside the file, too
+        with _pillow_pixel_limit(max_pixels):  # also limits images embedded in the file
             _check_still(image, name)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -60,14 +60,14 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
         raise InputError(
             expected=f"{name} to have at most {max_pixels:,} pixels", got=f"more ({error})", remedy="scale it down"
         ) from error
-    except _DAMAGE as error:
+    except _DECODE_ERRORS as error:
         raise _damaged(name, f"{image.format} file", error) from error
     return _to_rgb_or_rgba(image, name)
 
 
 @contextmanager
 def _pillow_pixel_limit(max_pixels: int | None) -> Iterator[None]:
-    """Make Pillow raise above `max_pixels` (None: never), and restore its global limit afterwards."""
+    """Make Pillow raise for more than `max_pixels` (None: no limit) within this context."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -87,14 +87,14 @@ def _open(data: bytes, name: str) -> Image.Image:
             got=f"{len(data):,} bytes in no image format that Pillow reads (they begin with {data[:8]!r})",
             remedy="export it as PNG or JPEG",
         ) from error
-    except _DAMAGE as error:
+    except _DECODE_ERRORS as error:
         raise _damaged(name, "file", error) from error
 
 
-def _damaged(name: str, what: str, error: Exception) -> InputError:
+def _damaged(name: str, kind: str, error: Exception) -> InputError:
     return InputError(
-        expected=f"a whole picture as {name}",
-        got=f"a damaged or truncated {what} ({error})",
+        expected=f"a complete image as {name}",
+        got=f"a damaged or truncated {kind} ({error})",
         remedy="download or export it again",
     )
 
@@ -138,14 +138,14 @@ def _to_rgb_or_rgba(image: Image.Image, name: str) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image, name: str) -> Image.Image:
-    """Bring grey values of more than 8 bits to 8: integers are 0…65535, floats 0…1 or, if larger ones occur, 0…255."""
+    """Convert grey values to 8 bits: integers range over 0…65535, floats over 0…1, or over 0…255 if any exceeds 1."""
     values = np.asarray(image).astype(np.float64)
     white = 65535.0
     if image.mode == "F":
         white = 1.0 if values.max() <= 1 else 255.0
-    if not (values.min() >= 0 and values.max() <= white):  # also false for NaN
+    if not (values.min() >= 0 and values.max() <= white):  # also true for NaN
         raise InputError(
-            expected=f"{name} to hold grey values 0…{white:g}",
+            expected=f"grey values 0…{white:g} in {name}",
             got=f"{values.min():g}…{values.max():g} (mode {image.mode})",
             remedy="export it with 8 bits per channel",
         )
@@ -156,40 +156,30 @@ def _deep_grey(image: Image.Image, name: str) -> Image.Image:
 
 
 def flatten_alpha(image: Image.Image, background_color: str) -> Image.Image:
-    """Lay the image over a background colour: RGB, whatever comes in.
+    """Composite the image over a background colour and return RGB.
 
     Raises:
-        InputError: the colour is none that Pillow knows.
-    """
-    color = parse_color(background_color)
-    if image.mode != "RGBA":
-        return image.convert("RGB")
-    background = Image.new("RGBA", image.size, (*color, 255))
-    return Image.alpha_composite(background, image).convert("RGB")
-
-
-def parse_color(text: str) -> tuple[int, int, int]:
-    """Read a colour name or a code such as '#f5f5f5' as (red, green, blue) in 0…255.
-
-    Raises:
-        InputError: it is neither.
+        InputError: Pillow does not know the colour.
     """
     try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
+        color = ImageColor.getrgb(background_color)[:3]
     except ValueError as error:
         raise InputError(
             expected="a colour name such as 'white' or a code such as '#f5f5f5'",
-            got=f"{text!r}",
+            got=f"{background_color!r}",
             remedy="correct ingestion.background_color",
         ) from error
-    return red, green, blue
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    background = Image.new("RGB", image.size, color).convert("RGBA")
+    return Image.alpha_composite(background, image).convert("RGB")
 
 
 def bucket_size(size_px: tuple[int, int], bucket: BucketParams) -> tuple[int, int]:
-    """Choose the (width, height) that a picture of `size_px` (width, height) is brought to.
+    """Return the bucket (width, height) of an image of `size_px` (width, height).
 
-    With `keep_aspect`: for every length of the long side, in multiples of `multiple_px`, the short side is the longest
-    that keeps the area within `side_px`²; of these sizes, the one nearest in aspect ratio (the larger of equal ones).
+    With `keep_aspect`, the candidates are all long sides in multiples of `multiple_px`, each with the longest short
+    side that keeps the area within `side_px`². The nearest aspect ratio is chosen, and the larger of equal sizes.
     """
     if not bucket.keep_aspect:
         return bucket.side_px, bucket.side_px
@@ -202,18 +192,18 @@ def bucket_size(size_px: tuple[int, int], bucket: BucketParams) -> tuple[int, in
 
 
 def to_bucket(image: Image.Image, bucket: BucketParams, fit: str, background_color: str) -> Image.Image:
-    """Bring a picture to its bucket's size; see `bucket_size` and `fit_to_size`."""
+    """Resize an image to its bucket; see `bucket_size` and `fit_to_size`."""
     return fit_to_size(image, bucket_size(image.size, bucket), fit, background_color)
 
 
 def fit_to_size(image: Image.Image, size_px: tuple[int, int], fit: str, background_color: str) -> Image.Image:
-    """Resize a picture to (width, height) without stretching it.
+    """Resize an image to (width, height) and keep its aspect ratio.
 
     Args:
         image: RGB or L.
         size_px: (width, height).
-        fit: 'crop' keeps the middle and fills the size; 'pad' keeps everything and fills up with the background.
-        background_color: what is padded.
+        fit: 'crop' fills the size and crops the sides; 'pad' keeps the whole image and pads it.
+        background_color: of the padding.
     """
     if fit == "crop":
         return ImageOps.fit(image, size_px, Image.Resampling.LANCZOS)
@@ -229,24 +219,24 @@ def check_mask_proportions(
     mask_name: str = "an attention mask",
     image_name: str = "the reference image",
 ) -> None:
-    """Refuse a mask that was not drawn over the picture: its aspect ratio may differ by 2 % (rounded sizes).
+    """Check that mask and image have the same aspect ratio, within 2 % for rounded sizes.
 
     Raises:
-        InputError: another aspect ratio.
+        InputError: the aspect ratios differ.
     """
     mask_aspect, image_aspect = mask_size_px[0] / mask_size_px[1], image_size_px[0] / image_size_px[1]
     if not 1 / 1.02 <= mask_aspect / image_aspect <= 1.02:
         raise InputError(
             expected=f"{mask_name} with the proportions of {image_name} ({image_size_px[0]} × {image_size_px[1]} px)",
             got=f"{mask_size_px[0]} × {mask_size_px[1]} px",
-            remedy="draw the mask over the picture and save it at the same size",
+            remedy="paint the mask over the image and save it at the same size",
         )
 
 
 def attention_mask(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """Read a grey picture as loss weights, averaged down to (width, height).
+    """Convert a grey image to loss weights, averaged to (width, height).
 
-    Grey v ≤ 127 weighs v/127 (0…1), above it rises linearly from 1 to 5 (the reference toolkit's scale).
+    Grey v ≤ 127 has the weight v/127; above, the weight rises linearly from 1 to 5 (scale of the reference toolkit).
 
     Returns:
         float32 `[1, height, width]` in 0…5.
@@ -261,13 +251,13 @@ def attention_mask(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Stack RGB images of one size: float32 `[B, 3, H, W]` in [-1, 1]."""
+    """Convert RGB images of equal size to float32 `[B, 3, H, W]` in [-1, 1]."""
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(tensor: torch.Tensor) -> list[Image.Image]:
-    """Turn `[B, 3, H, W]` in [-1, 1] (any float type and device, values beyond are clipped) into RGB images."""
+    """Convert `[B, 3, H, W]`, clipped to [-1, 1], of any float dtype and device, to RGB images."""
     levels = ((tensor.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(pixels) for pixels in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -275,7 +265,8 @@ def to_images(tensor: torch.Tensor) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------------- grids
 
 
-_LABELLED_CELL_PX = 192
+_GAP_PX = 4
+_MIN_LABELLED_CELL_PX = 192  # so that labels are readable
 
 
 def image_grid(
@@ -283,35 +274,32 @@ def image_grid(
     columns: int,
     labels: Sequence[str] | None = None,
     cell_px: int | None = None,
-    gap_px: int = 4,
 ) -> Image.Image:
-    """Lay images out row by row on white.
+    """Lay out images row by row on white.
 
     Args:
-        images: at least one; fitted into square cells where their size differs.
-        columns: images per row; the last row may be shorter.
-        labels: a text under each image ('' for none), wrapped to the cell's width.
-        cell_px: side of a cell; by default the largest side among the images, and wide enough to read under when there
-            are labels.
-        gap_px: white space around every cell.
+        images: at least one; padded to square cells.
+        columns: images per row.
+        labels: a text below each image ('' for none), wrapped to the width of the cell.
+        cell_px: side of a cell; by default the largest side of all images, with labels at least 192 px.
 
     Raises:
-        ValueError: no images, or not one label per image.
+        ValueError: there are no images, or the number of labels differs.
     """
     if not images or columns < 1:
         raise ValueError(f"expected at least one image and one column, got {len(images)} and {columns}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"expected a label per image, got {len(labels)} for {len(images)}")
-    side = cell_px or max(*(max(image.size) for image in images), _LABELLED_CELL_PX if labels else 0)
+    side = cell_px or max(*(max(image.size) for image in images), _MIN_LABELLED_CELL_PX if labels else 0)
     font = ImageFont.load_default(size=max(10, side // 14))
     texts = [_wrap(label, font, side) for label in labels or []]
     text_px = max((_text_height(text, font) for text in texts), default=0)
-    pitch = (side + gap_px, side + text_px + gap_px)
+    pitch = (side + _GAP_PX, side + text_px + _GAP_PX)
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * pitch[0] + gap_px, rows * pitch[1] + gap_px), "white")
+    sheet = Image.new("RGB", (columns * pitch[0] + _GAP_PX, rows * pitch[1] + _GAP_PX), "white")
     for index, image in enumerate(images):
-        x, y = gap_px + index % columns * pitch[0], gap_px + index // columns * pitch[1]
+        x, y = _GAP_PX + index % columns * pitch[0], _GAP_PX + index // columns * pitch[1]
         sheet.paste(ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color="white"), (x, y))
         if texts:
             ImageDraw.Draw(sheet).multiline_text((x, y + side + 2), texts[index], fill="black", font=font, spacing=2)
@@ -322,8 +310,8 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def _wrap(text: str, font: _Font, width_px: int) -> str:
-    letters = max(4, int(width_px / max(1.0, font.getlength("n"))))
-    return "\n".join(textwrap.wrap(text, letters))
+    num_letters = max(4, int(width_px / max(1.0, font.getlength("n"))))
+    return "\n".join(textwrap.wrap(text, num_letters))
 
 
 def _text_height(text: str, font: _Font) -> int:

@@ -1,4 +1,4 @@
-"""What adapters and trigger words have to fit in a base model, and what files call its parts."""
+"""The shapes of a base model that adapters and trigger words must match, and the names of its parts in files."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""network -> layer -> the shape of its weight, of every Linear and Conv2d"""
+"""network -> Linear or Conv2d layer -> shape of its weight"""
 
 
 @dataclass(frozen=True)
 class FileNames:
-    """What the files of other tools call the parts of a family's base models.
+    """The names of a base model's parts in files of other tools.
 
     Attributes:
-        kohya_prefixes: network -> what its layers begin with in kohya files, such as `lora_unet_`.
-        outer_modules: network -> the module around it in files that it lacks in memory, such as `text_model.`.
-        embedding_keys: text encoder -> the key of its vectors in an embedding file.
-        architecture: as modelspec names it.
-        kohya_version: the base model's version as kohya names it.
-        pipeline: the diffusers pipeline of the exported script and workflow; None: there are none for this family.
-        layers_per_block: residual blocks on each level of a UNet, by which A1111 numbers them.
+        kohya_prefixes: network -> prefix of its layers in kohya files, such as `lora_unet_`.
+        outer_modules: network -> prefix of its layers that exists only in files, such as `text_model.`.
+        embedding_keys: text encoder -> key of its vectors in an embedding file.
+        architecture: modelspec architecture.
+        kohya_version: base model version in kohya metadata.
+        pipeline: diffusers pipeline of the exported script and workflow; None if the family has none.
+        layers_per_block: residual blocks per level of the UNet, for A1111's layer numbers.
+        kohya_aliases: network -> further prefixes that are read, such as `lora_te1_` for the only text encoder.
     """
 
     kohya_prefixes: Mapping[str, str]
@@ -30,9 +31,10 @@ class FileNames:
     kohya_version: str
     pipeline: str | None = None
     layers_per_block: int | None = None
+    kohya_aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def external(self, network: str, layer: str) -> str:
-        """Return a layer's name in files; a layer that has the outer module in its name already keeps it."""
+        """Return the name of a layer in files, with the prefix of the outer module."""
         outer = self.outer_modules.get(network, "")
         return outer + layer.removeprefix(outer)
 
@@ -43,7 +45,7 @@ class FileNames:
 
 @dataclass(frozen=True)
 class BaseModelIdentity:
-    """The base model that a concept belongs to: its name, the fingerprint of its weights, its family and networks."""
+    """The name, weight fingerprint, family and networks of the base model of a concept."""
 
     name: str
     fingerprint: str
@@ -56,12 +58,12 @@ class ModelLayout:
     """Shapes that imported files must match.
 
     Attributes:
-        shapes: of its layers.
-        skipped: network -> the layers that clip_skip leaves out, where adapters act on nothing.
-        word_widths: text encoder -> the width of a learned vector.
-        max_vectors: how many a prompt holds.
-        check_word: raises an InputError for a trigger word that the base model knows already.
-        names: what files call its parts.
+        shapes: of the layers.
+        skipped: network -> layers that clip_skip leaves out, so that adapters there have no effect.
+        word_widths: text encoder -> width of a learned vector.
+        max_vectors: maximum number of vectors in a prompt.
+        check_word: raises an InputError for a trigger word that is already a token.
+        names: of the parts in files.
     """
 
     shapes: Shapes = field(repr=False)

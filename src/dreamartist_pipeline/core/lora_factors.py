@@ -1,4 +1,4 @@
-"""The factors of a LoRA update: one type for what a group adds to a layer, and the one check that it is complete."""
+"""The factors of a LoRA update, and the check that they are complete."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
 SHARED = "shared"
-"""The branch of a group that acts on the rows of both."""
+"""`branch` of a group that acts on both branches."""
 
 
 @dataclass(frozen=True)
 class LoRAFactors:
-    """One layer's update ΔW = scale · up · down and Δbias = scale · bias.
+    """The update of one layer, ΔW = scale · up · down and Δbias = scale · bias.
 
     Attributes:
-        down: `[rank, in]`, or `[rank, in, kh, kw]` of a convolution.
+        down: `[rank, in]`, or `[rank, in, kh, kw]` for a convolution.
         up: `[out, rank]`, or `[out, rank, 1, 1]`.
         scale: alpha / rank.
         bias: `[out]`, or None.
@@ -38,20 +38,19 @@ class LoRAFactors:
         return self.down.shape[0]
 
     def up_for_scale(self, scale: float) -> torch.Tensor:
-        """Return the `up` with which a reader that multiplies by `scale` gets the same update."""
-        return self.up if self.scale == scale else self.up * (self.scale / scale)
+        """Return `up` for a reader that multiplies by `scale`, such that the update is the same."""
+        return self.up * (self.scale / scale)
 
     def bias_for_scale(self, scale: float) -> torch.Tensor:
-        """Return the bias `[out]` for a reader that multiplies by `scale`, as `up_for_scale`; zeros without one."""
-        if self.bias is None:
-            return self.up.new_zeros(len(self.up))
-        return self.bias if self.scale == scale else self.bias * (self.scale / scale)
+        """Return the bias `[out]` for a reader that multiplies by `scale`; zeros if there is no bias."""
+        bias = self.up.new_zeros(len(self.up)) if self.bias is None else self.bias
+        return bias * (self.scale / scale)
 
     def balanced_for_scale(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (down, up) for a reader that multiplies by `scale`, with norms as equal as powers of two make them.
+        """Return (down, up) for a reader that multiplies by `scale`, with balanced norms.
 
-        Of a small alpha or a short training, `up` alone is so small that float16 keeps few of its digits. Every rank
-        has its own factor; powers of two leave the update as it is to the last bit.
+        After a short training or with a small alpha, `up` is so small that it loses precision in float16. Each rank has
+        its own factor, a power of two, so that the update is bit-equal.
         """
         down, up = self.down, self.up_for_scale(scale)
         norms = down.flatten(1).norm(dim=1), up.flatten(1).norm(dim=0)  # [rank] each
@@ -65,15 +64,15 @@ class LoRAFactors:
 
 
 def check_complete(tensors: Mapping[str, torch.Tensor], layer: str, origin: str) -> None:
-    """Confirm that tensors are the factors of one update: down and up of one rank, and at most a bias and an alpha.
+    """Check that tensors are the factors of one update: down and up of one rank, and optionally a bias and an alpha.
 
     Args:
-        tensors: "down", "up" and perhaps "bias" and "alpha".
-        layer: whose they are.
-        origin: the file or concept they come from, for the message.
+        tensors: "down", "up", and optionally "bias" and "alpha".
+        layer: name of the layer, for the message.
+        origin: name of the file or concept, for the message.
 
     Raises:
-        InputError: one is missing, or their shapes do not go together.
+        InputError: a tensor is missing, or the shapes do not match.
     """
     complete = {"down", "up"} <= tensors.keys() and min(tensors["down"].dim(), tensors["up"].dim()) >= 2
     complete = complete and tensors["down"].shape[0] == tensors["up"].shape[1] > 0
@@ -84,7 +83,7 @@ def check_complete(tensors: Mapping[str, torch.Tensor], layer: str, origin: str)
             expected=(
                 f"{origin} to hold down [rank, in], up [out, rank] and at most one alpha (a bias: [out]) for {layer}"
             ),
-            got=f"{shapes}",
+            got=str(shapes),
             remedy="the file is incomplete: make or download it again",
         )
 
@@ -94,7 +93,14 @@ def check_complete(tensors: Mapping[str, torch.Tensor], layer: str, origin: str)
 
 @dataclass(frozen=True)
 class LearnedUpdate:
-    """What one group of a concept has learned for one layer. index: the group's, among those of its network."""
+    """The update of one group of a concept in one layer.
+
+    Attributes:
+        layer: its name.
+        index: position of the group among those of its network.
+        group: the LoRA group.
+        factors: the update.
+    """
 
     layer: str
     index: int
@@ -108,14 +114,14 @@ _KEY = re.compile(
 
 
 def learned_updates(tensors: Mapping[str, torch.Tensor], groups: Sequence[ResolvedGroup]) -> tuple[LearnedUpdate, ...]:
-    """Return the updates that a network's tensors hold, by layer, group and branch.
+    """Return the updates of a network, sorted by layer, group and branch.
 
     Args:
-        tensors: "<layer>.<group index>.<branch>.<down|up|bias>" -> tensor, as `AdapterStack.state_dict` returns them.
-        groups: those of the network, for alpha, branch and bias.
+        tensors: "<layer>.<group index>.<branch>.<down|up|bias>" -> tensor, as in `AdapterStack.state_dict`.
+        groups: of the network, for alpha, branch and bias.
 
     Raises:
-        InputError: a tensor of another name, of no group, or an incomplete update.
+        InputError: a tensor has another name or no group, or an update is incomplete.
     """
     found: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -127,7 +133,7 @@ def learned_updates(tensors: Mapping[str, torch.Tensor], groups: Sequence[Resolv
                 remedy="load a concept that this project saved",
             )
         found.setdefault((match["layer"], int(match["index"]), match["branch"]), {})[match["name"]] = tensor
-    return tuple(_learned(*at, parts, groups) for at, parts in sorted(found.items()))
+    return tuple(_learned(*key, parts, groups) for key, parts in sorted(found.items()))
 
 
 def _learned(

@@ -1,4 +1,4 @@
-"""The loss: a masked squared or Huber error, weighted by the signal-to-noise ratio; the error of decoded images."""
+"""Losses: masked squared or Huber errors with SNR weighting, and the error of decoded images."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ NORMS = ("l1", "l2")
 
 
 def snr_weight(weighting: str, snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """Return the weight w(t) of each row's loss, `[B]`.
+    """Return the loss weight w(t) of each row, `[B]`.
 
-    none: 1. min_snr: min(snr, γ) / snr (Hang et al. 2023, section 3.4). soft_min_snr: γ³ / (snr² + γ³), the same two
-    limits without the kink. Those are the weights of ε; for v-prediction the division by snr becomes one by (snr + 1).
+    none: 1. min_snr: min(snr, γ) / snr (Hang et al. 2023, section 3.4). soft_min_snr: γ³ / (snr² + γ³), which has the
+    same limits and is smooth. These are the weights for ε; v-prediction divides by (snr + 1) instead of snr.
 
     Args:
         weighting: "none", "min_snr" or "soft_min_snr".
         snr: ᾱ / (1 − ᾱ), `[B]`.
-        gamma: γ, the ratio above which the weight falls.
+        gamma: γ, the SNR above which the weight decreases.
         prediction_type: "epsilon" or "v_prediction".
 
     Raises:
@@ -44,7 +44,7 @@ def masked_mse(
 ) -> torch.Tensor:
     """Return mean(w · mask · (prediction − target)²) of each row, float32 `[B]`.
 
-    The mask is not normalised: doubling it doubles the loss, as in the reference toolkit.
+    The mask is not normalised, as in the reference toolkit: doubling it doubles the loss.
 
     Args:
         prediction: `[B, C, h, w]`, any floating dtype.
@@ -53,7 +53,7 @@ def masked_mse(
         mask: attention mask `[B, 1, h, w]`, 0 to 5, or None for 1 everywhere.
 
     Raises:
-        ValueError: prediction and target differ in shape, and broadcasting would hide it.
+        ValueError: prediction and target differ in shape.
     """
     return weight.float() * _row_means(_error(prediction, target) ** 2, mask)
 
@@ -63,22 +63,28 @@ def masked_huber(
 ) -> torch.Tensor:
     """Return mean(w · mask · h(prediction − target)) of each row, float32 `[B]`, with the smooth Huber loss h.
 
-    h(e) = 2δ · (√(e² + δ²) − δ) (pseudo-Huber; Khrapov et al. 2024, scaled as there): e² for |e| ≪ δ, 2δ|e| for
-    |e| ≫ δ. Arguments and errors are those of `masked_mse`; delta: δ.
+    h(e) = 2δ · (√(e² + δ²) − δ) (pseudo-Huber, scaled as in Khrapov et al. 2024): e² for |e| ≪ δ, 2δ|e| for |e| ≫ δ.
+
+    Args:
+        prediction, target, weight, mask: see `masked_mse`.
+        delta: δ.
+
+    Raises:
+        ValueError: prediction and target differ in shape.
     """
     squared_error = _error(prediction, target) ** 2
-    # The same as above without the difference of two near numbers, which loses small errors in float32.
+    # Equal to the formula above, but without cancellation for small errors.
     huber = 2 * delta * squared_error / ((squared_error + delta**2).sqrt() + delta)
     return weight.float() * _row_means(huber, mask)
 
 
 def image_error(decoded: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor | None, norm: str) -> torch.Tensor:
-    """Return mean(mask · |decoded − pixels|), or of its square, of each row, float32 `[B]`.
+    """Return mean(mask · |decoded − pixels|), or the mean of squares, of each row, float32 `[B]`.
 
     Args:
-        decoded: `[B, 3, H, W]` in about [-1, 1].
+        decoded: `[B, 3, H, W]`, approximately in [-1, 1].
         pixels: the same shape.
-        mask: attention mask `[B, 1, h, w]` at any size, brought to H × W by its nearest value; None for 1 everywhere.
+        mask: attention mask `[B, 1, h, w]`, resized to H × W by nearest neighbour; None for 1 everywhere.
         norm: "l1" or "l2".
 
     Raises:

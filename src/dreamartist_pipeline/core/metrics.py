@@ -1,7 +1,6 @@
-"""What images are measured by: similarity, prompt agreement, diversity, drift and copying.
+"""Image metrics: similarity, prompt agreement, diversity, drift and copying.
 
-Everything here is arithmetic on images and on embeddings `[N, D]` whose rows have length 1; which network makes the
-embeddings is not decided here.
+All functions take images, or embeddings `[N, D]` of any network.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-OBJECT_TOLERANCE = 40 / 255  # largest channel difference that still counts as background
-UNIFORM_SHARE = 0.6  # of the border pixels, so that the border is one colour and the rest is an object
-REGION_MARGIN = 0.15  # ground around the object, as a share of its longer side
+OBJECT_TOLERANCE = 40 / 255  # largest channel difference of background pixels
+UNIFORM_SHARE = 0.6  # fraction of border pixels of one colour in a plain background
+REGION_MARGIN = 0.15  # margin around the object, as a fraction of its longer side
 
 _SUBJECT_SIDE = re.compile(r"\{pt\d+\}[^,{}]*? on the (left|right)\b")
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
-    """Return the image's RGB values: float32 `[H, W, 3]` in 0..1."""
+    """Return the RGB values of an image: float32 `[H, W, 3]` in 0..1."""
     return torch.from_numpy(np.array(image.convert("RGB"))).float() / 255
 
 
@@ -34,10 +33,9 @@ def border(image: Image.Image) -> torch.Tensor:
 
 
 def object_mask(image: Image.Image) -> torch.Tensor:
-    """Tell object from background: bool `[H, W]`, True where a pixel differs from the border's median colour.
+    """Segment the object: bool `[H, W]`, True where a pixel differs from the median colour of the border.
 
-    A picture without a plain background (under 60 % of its border has one colour, as in a photograph), or without
-    anything in front of it, is all object.
+    If less than 60 % of the border has that colour, as in photographs, or if no pixel differs, all pixels are True.
     """
     median = border(image).median(dim=0).values
     differs = (pixels(image) - median).abs().amax(dim=-1) > OBJECT_TOLERANCE
@@ -50,12 +48,12 @@ def object_mask(image: Image.Image) -> torch.Tensor:
 def object_region(
     image: Image.Image, ground: str | tuple[int, int, int] = "white", mask: torch.Tensor | None = None
 ) -> Image.Image:
-    """Cut the object out: a square RGB picture of it alone, whatever its background and size were.
+    """Crop the object to a centred square RGB image, independent of its background and position.
 
     Args:
-        image: the picture.
-        ground: the colour that the object is laid on, in the middle.
-        mask: bool `[H, W]`, True where the object is; by default what `object_mask` finds.
+        image: with the object.
+        ground: colour of the new background.
+        mask: bool `[H, W]`, True for the object; by default `object_mask(image)`.
     """
     mask = object_mask(image) if mask is None else mask
     if bool(mask.all()):
@@ -71,11 +69,11 @@ def object_region(
 
 
 def subject_part(image: Image.Image, prompt: str) -> Image.Image:
-    """Return the part of the picture that the subject was asked in: a half where the prompt says left or right.
+    """Return the half of the image that the prompt places the subject in, or the whole image if it names no side.
 
     Args:
-        image: the picture.
-        prompt: the prompt with its '{pt1}' slot still open, e.g. "a {pt1} on the left and a yellow car on the right".
+        image: generated from the prompt.
+        prompt: with its '{pt1}' slot, e.g. "a {pt1} on the left and a yellow car on the right".
     """
     side = _SUBJECT_SIDE.search(prompt)
     if side is None:
@@ -89,38 +87,38 @@ def subject_part(image: Image.Image, prompt: str) -> Image.Image:
 
 
 def similarity(embeddings: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the cosine between each row of `[N, D]` and the reference `[D]`: float32 `[N]` in -1..1."""
+    """Return the cosine similarity of each row of `[N, D]` to the reference `[D]`: float32 `[N]` in -1..1."""
     return torch.nn.functional.cosine_similarity(embeddings.float(), reference.float()[None], dim=1)
 
 
 def clip_score(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """Return how well each image `[N, D]` fits its text `[N, D]`: float32 `[N]`, 0 to 2.5.
+    """Return the CLIPScore of each image `[N, D]` and its text `[N, D]`: float32 `[N]`, 0 to 2.5.
 
-    2.5 · max(cos, 0): CLIPScore (Hessel et al. 2021, eq. 1), here without the words "A photo depicts" before the text.
+    2.5 · max(cos, 0) (Hessel et al. 2021, eq. 1), without the prefix "A photo depicts".
     """
     cosine = torch.nn.functional.cosine_similarity(images.float(), texts.float(), dim=1)
     return 2.5 * cosine.clamp(min=0)
 
 
 def mean_pairwise_distance(embeddings: torch.Tensor) -> float:
-    """Return the mean of 1 - cosine over all pairs of rows of `[N, D]`: 0 when all images are the same.
+    """Return the mean of 1 - cosine similarity over all pairs of rows of `[N, D]`.
 
     Raises:
-        ValueError: there are fewer than two rows, so there is no pair.
+        ValueError: there are fewer than two rows.
     """
     if len(embeddings) < 2:
-        raise ValueError(f"expected at least 2 embeddings to compare, got {len(embeddings)}; draw more images")
+        raise ValueError(f"expected at least 2 embeddings, got {len(embeddings)}")
     rows = torch.nn.functional.normalize(embeddings.float(), dim=1)
     first, second = torch.triu_indices(len(rows), len(rows), offset=1)
     return float((1 - (rows[first] * rows[second]).sum(dim=1)).mean())
 
 
 def image_distance(first: Image.Image, second: Image.Image) -> float:
-    """Return the mean absolute difference of two pictures of one size: 0 (equal) to 1 (black against white).
+    """Return the mean absolute difference of two images of equal size: 0 (equal) to 1 (black and white).
 
     Raises:
         ValueError: the sizes differ.
     """
     if first.size != second.size:
-        raise ValueError(f"expected two images of one size, got {first.size} and {second.size}; resize one of them")
+        raise ValueError(f"expected images of equal size, got {first.size} and {second.size}")
     return float((pixels(first) - pixels(second)).abs().mean())

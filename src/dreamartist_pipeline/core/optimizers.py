@@ -1,8 +1,8 @@
-"""Optimizers by name: torch's AdamW, and those of libraries that are needed only where they are asked for."""
+"""Optimizers by name: AdamW of torch, and others whose libraries are imported on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,14 +16,14 @@ LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_fre
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Confirm that an optimizer can run here.
+    """Check that an optimizer is available on a device.
 
     Raises:
-        InputError: its library is not installed, or it needs a GPU and `device` is none.
+        InputError: its library is not installed, or it needs a GPU.
     """
     if name == "adamw8bit" and device.type != "cuda":
         raise InputError(
-            expected="a CUDA GPU, because optimizer adamw8bit runs on nothing else",
+            expected="a CUDA GPU, because optimizer adamw8bit requires one",
             got=f"{device.type}",
             remedy="choose adamw",
         )
@@ -37,9 +37,9 @@ def check_optimizer(name: str, device: torch.device) -> None:
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Move parameters into one flat tensor; they and their gradients become views of it and of its gradient.
+    """Move parameters into one flat parameter; they and their gradients become views of it and its gradient.
 
-    Hundreds of small tensors cost more to update than to train.
+    Updating hundreds of small tensors would take longer than the forward and backward pass.
     """
     flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -52,40 +52,39 @@ def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 
 
 def make_optimizers(name: str, groups: Sequence[dict[str, Any]]) -> list[Optimizer]:
-    """Return the optimizers of some parameters; their parameter groups are `groups`, in order.
+    """Return the optimizers of parameter groups, in order.
 
-    adamw: torch's. adamw8bit: with moments of 8 bits (Dettmers et al. 2022). prodigy (Mishchenko and Defazio 2024)
-    finds the rate by itself, and `lr` is a factor of it; an optimizer per group, so that each has an estimate of
-    its own and factors may differ; safeguarded for warm-up, as the library advises for diffusion models (its other
-    advice, bias correction, holds the estimate back for the first hundred steps: too long here). schedule_free: AdamW
-    whose evaluation point is an average (Defazio et al. 2024).
+    - adamw: of torch.
+    - adamw8bit: AdamW with 8-bit moments (Dettmers et al. 2022).
+    - prodigy: estimates the learning rate; `lr` is a factor of it (Mishchenko and Defazio 2024). There is one optimizer
+      per group, so that each has its own estimate and factor. safeguard_warmup follows the advice of the library for
+      diffusion models; its other advice, bias correction, would delay the estimate by about a hundred steps.
+    - schedule_free: AdamW evaluated at an average of its iterates (Defazio et al. 2024).
 
     Args:
         name: of the optimizer.
-        groups: torch's parameter groups with `params`, the peak `lr`, and a decoupled `weight_decay`.
+        groups: torch parameter groups with `params`, the peak `lr`, and a decoupled `weight_decay`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
     """
     match name:
         case "adamw":
             return [torch.optim.AdamW(groups, fused=True)]
         case "adamw8bit":
-            return [_from_library(name, "AdamW8bit", "bitsandbytes.optim")(groups)]
+            from bitsandbytes.optim import AdamW8bit
+
+            return [AdamW8bit(groups)]
         case "prodigy":
-            prodigy = _from_library(name, "Prodigy")
-            return [prodigy([group], lr=group["lr"], safeguard_warmup=True) for group in groups]
+            from prodigyopt import Prodigy
+
+            return [Prodigy([group], lr=group["lr"], safeguard_warmup=True) for group in groups]
         case "schedule_free":
-            optimizer = _from_library(name, "AdamWScheduleFree")(groups)
+            from schedulefree import AdamWScheduleFree
+
+            optimizer = AdamWScheduleFree(groups)
             optimizer.train()
             return [optimizer]
     raise InputError(
         expected=f"an optimizer among adamw, {', '.join(LIBRARIES)}", got=f"{name!r}", remedy="correct optimizer"
     )
-
-
-def _from_library(name: str, attribute: str, module: str | None = None) -> Callable[..., Any]:
-    from importlib import import_module
-
-    factory: Callable[..., Any] = getattr(import_module(module or LIBRARIES[name]), attribute)
-    return factory

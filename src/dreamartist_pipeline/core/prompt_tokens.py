@@ -1,4 +1,4 @@
-"""Prompts as the text encoder reads them: token ids, and how much the states of each token count."""
+"""Tokenized prompts with attention weights, and the weighting of text states."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Protocol
 
 import torch
 
-SMALLEST_MEAN = 1e-4  # of a prompt's text states, as a share of their root mean square; below, it is only rounding
+SMALLEST_MEAN = 1e-4  # of text states, relative to their root mean square; smaller means are rounding errors
 
 
 class Conditioning(Protocol):
-    """What a denoiser is told about N prompts. Only the family of base models that made it looks inside.
+    """The conditioning of N prompts. Its content is specific to the family of base models.
 
-    Stable Diffusion's is the tensor of text states itself.
+    For Stable Diffusion, it is the tensor of text states.
     """
 
     def __getitem__(self, rows: torch.Tensor, /) -> Conditioning:
-        """Return the rows of these indices, one after the other."""
+        """Return the rows with these indices."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptTokens:
-    """Token ids `[..., L]` (int64) with their attention weights `[..., L]` (float32); None: all weights are 1.
+    """Token ids with attention weights. The tokens of several text encoders are concatenated along L.
 
-    The tokens of several text encoders stand side by side in L: see `side_by_side` and `split`.
+    Attributes:
+        ids: `[..., L]`, int64.
+        weights: `[..., L]`, float32; None if all weights are 1.
     """
 
     ids: torch.Tensor
@@ -35,11 +37,11 @@ class PromptTokens:
         return len(self.ids)
 
     def __getitem__(self, rows: torch.Tensor) -> PromptTokens:
-        """Return the rows of these indices."""
+        """Return the rows with these indices."""
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> PromptTokens:
-        """Return the same on a device."""
+        """Return a copy on a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def branches_in_rows(self) -> PromptTokens:
@@ -47,7 +49,7 @@ class PromptTokens:
         return self._map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
 
     def split(self, lengths: Sequence[int]) -> list[PromptTokens]:
-        """Take apart what `side_by_side` joined; `lengths` add up to L."""
+        """Undo `side_by_side`; `lengths` sum to L."""
         weights = [None] * len(lengths) if self.weights is None else self.weights.split(list(lengths), dim=-1)
         return [PromptTokens(*each) for each in zip(self.ids.split(list(lengths), dim=-1), weights, strict=True)]
 
@@ -56,17 +58,17 @@ class PromptTokens:
 
 
 def concatenate(parts: Sequence[PromptTokens]) -> PromptTokens:
-    """Lay prompts end to end: `[P, ..., L]` and `[Q, ..., L]` become `[P + Q, ..., L]`."""
+    """Concatenate prompts: `[P, ..., L]` and `[Q, ..., L]` become `[P + Q, ..., L]`."""
     return _joined(parts, torch.cat)
 
 
 def by_branch(parts: Sequence[PromptTokens]) -> PromptTokens:
-    """Put the prompts of every branch, `[P, L]` each, beside each other: `[P, nb, L]`."""
+    """Stack the prompts of all branches, `[P, L]` each: `[P, nb, L]`."""
     return _joined(parts, lambda tensors: torch.stack(tensors, dim=1))
 
 
 def side_by_side(parts: Sequence[PromptTokens]) -> PromptTokens:
-    """Put the tokens of the same prompts beside each other: `[..., L]` and `[..., M]` become `[..., L + M]`."""
+    """Concatenate the tokens of the same prompts: `[..., L]` and `[..., M]` become `[..., L + M]`."""
     return _joined(parts, lambda tensors: torch.cat(tensors, dim=-1))
 
 
@@ -81,12 +83,11 @@ def _joined(parts: Sequence[PromptTokens], join: Callable[[list[torch.Tensor]], 
 
 
 def weight_states(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Multiply each token's text state by its weight and bring the prompt's mean back: `h·w · mean(h) / mean(h·w)`.
+    """Multiply text states by their weights and restore the mean of the prompt: `h·w · mean(h) / mean(h·w)`.
 
-    The means are over all tokens and channels of a prompt, start, end and padding included (HCP-Diffusion,
-    `TEEXHook.mult_attn`). Deviation: a mean whose size is rounding (`SMALLEST_MEAN`), or whose sign the weights would
-    turn, is not brought back, because the quotient would be noise, or turn every state around. A prompt whose weights
-    are all 1 stays bit for bit the same.
+    The means are over all tokens and channels of a prompt, including start, end and padding (HCP-Diffusion,
+    `TEEXHook.mult_attn`). Deviation: the mean is not restored if it is a rounding error (`SMALLEST_MEAN`) or if the
+    weights change its sign, because the quotient would be noise or negate all states. Weights of 1 change no bit.
 
     Args:
         states: `[N, L, D]`.

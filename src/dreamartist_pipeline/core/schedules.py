@@ -1,4 +1,4 @@
-"""Learning rates by step, as factors of their peak, and the momentum that belongs to them."""
+"""Schedules of learning rate and momentum."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 
 from dreamartist_pipeline.params import ScheduleParams
 
-# Defaults of torch.optim.lr_scheduler.OneCycleLR: the rate as a fraction of its peak, and Adam's β₁.
+# Defaults of torch.optim.lr_scheduler.OneCycleLR: learning rate relative to its peak, and β₁ of Adam.
 _ONE_CYCLE_RATES = (1 / 25, 1.0, 1 / 25e4)  # at the start, the peak and the end
 _ONE_CYCLE_BETA1 = (0.95, 0.85, 0.95)
 
 
 def schedule_factor(schedule: ScheduleParams, step: int, num_steps: int) -> float:
-    """Return the learning rate at `step` (from 0) as a fraction of its peak.
+    """Return the learning rate at `step` (from 0), relative to its peak.
 
-    constant: linear warm-up, then 1. cosine: linear warm-up, then half a cosine to 0. one_cycle: half a cosine from
-    1/25 to 1, reached at step `warmup_steps` − 1, then another down to 1/250000 (Smith & Topin 2018; torch's OneCycleLR
-    with its defaults and pct_start = warmup_steps / num_steps).
+    - constant: linear warm-up, then 1.
+    - cosine: linear warm-up, then half a cosine to 0.
+    - one_cycle: half a cosine from 1/25 to 1 at step `warmup_steps` − 1, then half a cosine to 1/250000 (Smith and
+      Topin 2018; OneCycleLR of torch with its defaults and pct_start = warmup_steps / num_steps).
     """
     warmup = min(schedule.warmup_steps, num_steps)
     match schedule.kind:
@@ -30,10 +31,9 @@ def schedule_factor(schedule: ScheduleParams, step: int, num_steps: int) -> floa
 
 
 def scheduled_beta1(schedule: ScheduleParams, step: int, num_steps: int) -> float | None:
-    """Return Adam's β₁ at `step` (from 0), or None where the schedule leaves it to the optimizer.
+    """Return β₁ of Adam at `step` (from 0), or None if it is not scheduled.
 
-    one_cycle: 0.95 at the start, 0.85 at the peak of the learning rate, 0.95 at the end, as OneCycleLR with
-    cycle_momentum.
+    one_cycle: 0.95 at the start, 0.85 at the peak of the learning rate, 0.95 at the end (cycle_momentum of OneCycleLR).
     """
     if schedule.kind != "one_cycle":
         return None
@@ -41,10 +41,10 @@ def scheduled_beta1(schedule: ScheduleParams, step: int, num_steps: int) -> floa
 
 
 def _one_cycle(values: tuple[float, float, float], step: int, warmup: int, num_steps: int) -> float:
-    """Go from the first value to the second, at step `warmup` − 1, and on to the third, at the last step.
+    """Interpolate from the first value to the second at step `warmup` − 1, and to the third at the last step.
 
-    Without warm-up the second belongs to the step before the first one, so that it is never used. OneCycleLR divides by
-    zero where the warm-up is one step; here that step has the second value, its limit.
+    Without warm-up, the second value would be at step −1 and is not used. For a warm-up of one step, where OneCycleLR
+    divides by zero, the first step has the second value.
     """
     start, peak, end = values
     peak_step = warmup - 1

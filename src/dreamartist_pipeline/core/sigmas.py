@@ -1,4 +1,4 @@
-"""Denoising in the form x₀ + σ·ε (Karras et al. 2022), as k-diffusion and the tools built on it describe it."""
+"""Denoising in the form x₀ + σ·ε (Karras et al. 2022), the parameterisation of k-diffusion and tools based on it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Leg:
-    """Denoising along falling sigmas, without a break.
+class Segment:
+    """Denoising along consecutive decreasing sigmas.
 
     Attributes:
-        scale: what the latents are multiplied by before; of the first leg: the noise.
-        sigmas: every step goes from one to the next.
-        is_flow: whether the model is read as one of flow matching, whose step is `x + (σ′ − σ) · prediction`, x being
-            (1 − σ) · latents before and after. Such a model is asked about timestep 1000 · σ, whole or not.
+        scale: factor applied to the latents before the segment; in the first segment, to the noise.
+        sigmas: each step goes from one to the next.
+        is_flow: whether the model is treated as a flow-matching model, whose step is `x + (σ′ − σ) · prediction` with
+            x = (1 − σ) · latents before and after. It is evaluated at timestep 1000 · σ, which may be fractional.
     """
 
     scale: float
@@ -23,18 +23,17 @@ class Leg:
 
 @dataclass(frozen=True)
 class SigmaPath:
-    """How a scheduler goes from noise to latents.
+    """The sigmas of a scheduler from noise to latents.
 
     Attributes:
-        legs: in order. More than one where the noise level that a step ends at is not the one that the next step
-            assumes, which amounts to a scaling of the latents; none for a scheduler without sigmas.
-        end_scale: what the latents are multiplied by after the last leg.
-        is_karras: whether it is Karras' spacing (ρ = 7) of the whole noise schedule, in one leg from full noise.
-        difference: why k-diffusion's sampler of that name does not give the same latents on this path; "" where it
-            does.
+        segments: in order. A new one starts if a step ends at another noise level than the next step assumes, which is
+            equivalent to scaling the latents. Empty for a scheduler without sigmas.
+        end_scale: factor applied to the latents after the last segment.
+        is_karras: whether it is Karras spacing (ρ = 7) of the complete noise schedule, in one segment from full noise.
+        difference: why k-diffusion's sampler of that name gives other latents on this path; "" if it gives the same.
     """
 
-    legs: tuple[Leg, ...]
+    segments: tuple[Segment, ...]
     end_scale: float = 1.0
     is_karras: bool = False
     difference: str = ""

@@ -1,13 +1,14 @@
-"""A training that begins with a concept in place of fresh values.
+"""Initialise a training from a concept.
 
-Every update of the concept goes into the ranks of a configured group, such that the group's own
-(alpha / rank) · up · down is the same update. Ranks that are left over start fresh: down random, up zero. So the first
-step sees the concept's own predictions, and nothing of the concept is left out.
+Every update of the concept is copied into the first ranks of a configured group, rescaled such that the group's
+(alpha / rank) · up · down is the same update. The remaining ranks are initialised fresh: down random, up zero. The
+predictions of the first step are therefore those of the concept.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,12 @@ _OPTION = "training.start_from"
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with. sha256: of the concept's file."""
+    """The concept that a training starts from.
+
+    Attributes:
+        concept: the initial values.
+        sha256: of the concept file.
+    """
 
     concept: Concept
     sha256: str
@@ -33,7 +39,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A group's update in one layer, and what it takes over; several updates add up."""
+    """The updates of the concept that initialise one group in one layer; they are summed.
+
+    Attributes:
+        network: of the base model.
+        layer: in that network.
+        target: the update to initialise.
+        updates: those of the concept.
+    """
 
     network: str
     layer: str
@@ -42,22 +55,22 @@ class Assignment:
 
     @property
     def rank(self) -> int:
-        """The ranks it needs."""
+        """The rank that the target needs."""
         return sum(update.factors.rank for update in self.updates)
 
     @property
     def option(self) -> str:
-        """The group as the configuration names it."""
+        """The configuration key of the target's group."""
         return f"training.lora_{self.network}.{self.target.index}"
 
 
-def take_over(
+def load_initial_values(
     stacks: Mapping[str, AdapterStack], words: Mapping[str, WordEmbedding], concept: Concept
 ) -> dict[str, int]:
-    """Give adapters and words the values of a concept, in place; also works on the meta device.
+    """Copy the adapters and words of a concept, in place; also works on the meta device.
 
-    A layer's first group of a branch takes what acts on that branch. What acts on both goes to a group of both, or else
-    to one of each.
+    In each layer, the first group of a branch takes the updates of that branch. Shared updates go to a shared group,
+    or otherwise to one group of each branch.
 
     Args:
         stacks: network -> its fresh adapters.
@@ -65,11 +78,11 @@ def take_over(
         concept: of the same base model.
 
     Returns:
-        Name of each group (`unet.0.positive`, `words.positive.pt1`) -> how many layers, or vectors, it took over.
+        Group (`unet.0.positive`, `words.positive.pt1`) -> number of its layers, or vectors, that were copied.
 
     Raises:
-        InputError: something of the concept has no place: a layer or bias without a group for it, too small a rank,
-            other words.
+        InputError: the concept does not fit the configured groups: no group for a layer or bias, a rank that is too
+            small, or other words.
     """
     assignments = plan_assignments(stacks, concept)
     for assignment in assignments:
@@ -78,80 +91,69 @@ def take_over(
         _check_bias(assignment)
     _check_ranks(assignments)
     _check_words(words, concept)
-    taken: dict[str, int] = {}
     for assignment in assignments:
-        _fill(assignment)
-        taken[assignment.target.group.name] = taken.get(assignment.target.group.name, 0) + 1
-    return taken | _fill_words(words, concept)
+        _copy_updates(assignment)
+    copied = Counter(assignment.target.group.name for assignment in assignments)
+    return {**copied, **_copy_words(words, concept)}
 
 
 # ------------------------------------------------------------------------------------------------- adapters
 
 
 def plan_assignments(stacks: Mapping[str, AdapterStack], concept: Concept) -> list[Assignment]:
-    """Return which layer of the training takes which updates of the concept, one group's learned updates each.
+    """Assign the updates of the concept to groups of the training, layer by layer.
 
     Raises:
-        InputError: some update has no layer or group to take it.
+        InputError: there is no layer or group for an update.
     """
     assignments: list[Assignment] = []
-    without_place: list[tuple[str, str]] = []  # (<network>.<layer>, branch)
+    unassigned: list[tuple[str, str]] = []  # (<network>.<layer>, branch)
     for network in concept.networks:
         layers = stacks[network].layers if network in stacks else {}
         for layer, by_branch in _updates(network, concept).items():
-            targets = _first_targets(layers[layer].updates if layer in layers else ())
-            for name, updates in _for_targets(by_branch, targets):
-                if name in targets:
-                    assignments.append(Assignment(network, layer, targets[name], tuple(updates)))
+            updates = layers[layer].updates if layer in layers else ()
+            targets: dict[str, LowRankUpdate] = {u.group.branch: u for u in reversed(updates)}  # first of each branch
+            for branch, learned in _by_target(by_branch, targets):
+                if branch in targets:
+                    assignments.append(Assignment(network, layer, targets[branch], tuple(learned)))
                 else:
-                    without_place.append((f"{network}.{layer}", name))
-    if without_place:
+                    unassigned.append((f"{network}.{layer}", branch))
+    if unassigned:
         raise InputError(
             expected=f"a LoRA group for every layer of the concept in {_OPTION}",
-            got=f"none for {len(without_place)}: {_alike(without_place)}",
-            remedy=f"{_advice(without_place, stacks)}",
+            got=f"none for {len(unassigned)}: {_summary(unassigned)}",
+            remedy=_missing_group_remedy(unassigned, stacks),
         )
     return assignments
 
 
-def _advice(without_place: Sequence[tuple[str, str]], stacks: Mapping[str, AdapterStack]) -> str:
+def _missing_group_remedy(unassigned: Sequence[tuple[str, str]], stacks: Mapping[str, AdapterStack]) -> str:
     layers = [layer for adapters in stacks.values() for layer in adapters.layers.values()]
-    if any(layer.num_branches == 1 for layer in layers) and any(branch != SHARED for _, branch in without_place):
-        return (
-            "raise training.guidance_scale above 1: at 1 there are no branches, and every group acts on both sides of "
-            "the guidance"
-        )
+    if any(layer.num_branches == 1 for layer in layers) and any(branch != SHARED for _, branch in unassigned):
+        return "raise training.guidance_scale above 1: at 1 there is no negative branch and every group is shared"
     return "add groups of that branch (p, n, or none for shared) whose layers match them"
 
 
-def _alike(without_place: Sequence[tuple[str, str]]) -> str:
-    """Name layers with their branches, those that differ in their numbers alone as one: `down_blocks.*.conv_in`."""
+def _summary(unassigned: Sequence[tuple[str, str]]) -> str:
+    """List layers with their branches, merging those that differ only in numbers: `down_blocks.*.conv_in`."""
     branches: dict[str, set[str]] = {}
-    for layer, branch in without_place:
+    for layer, branch in unassigned:
         branches.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), set()).add(branch)
     return ", ".join(f"{layer} ({', '.join(sorted(names))})" for layer, names in branches.items())
 
 
 def _updates(network: str, concept: Concept) -> dict[str, dict[str, list[LearnedUpdate]]]:
-    """Return layer -> branch name -> the updates of the concept's groups."""
+    """Return layer -> branch name -> updates of the concept."""
     found: dict[str, dict[str, list[LearnedUpdate]]] = {}
     for update in concept.updates(network):
         found.setdefault(update.layer, {}).setdefault(update.group.branch, []).append(update)
     return found
 
 
-def _first_targets(updates: Sequence[LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """Return branch name -> the first group of that branch in a layer."""
-    targets: dict[str, LowRankUpdate] = {}
-    for update in updates:
-        targets.setdefault(update.group.branch, update)
-    return targets
-
-
-def _for_targets(
+def _by_target(
     by_branch: Mapping[str, list[LearnedUpdate]], targets: Mapping[str, LowRankUpdate]
 ) -> Iterator[tuple[str, list[LearnedUpdate]]]:
-    """Yield (branch of the group that should take them, updates) of one layer."""
+    """Yield (branch of the target, updates) for one layer."""
     shared = by_branch.get(SHARED, [])
     split = bool(shared) and SHARED not in targets and targets.keys() >= set(BRANCH_NAMES)
     for branch in BRANCH_NAMES:
@@ -162,7 +164,7 @@ def _for_targets(
 
 
 def _check_shapes(assignment: Assignment) -> None:
-    """Confirm that an update of the concept is one of this layer, whatever its rank."""
+    """Check that the updates have the shape of this layer, apart from the rank."""
     down, up = assignment.target.down.shape[1:], assignment.target.up[:, 0].shape
     for factors in (update.factors for update in assignment.updates):
         if factors.down.shape[1:] != down or factors.up[:, 0].shape != up:
@@ -177,16 +179,16 @@ def _check_shapes(assignment: Assignment) -> None:
 
 
 def _check_timestep_rank(assignment: Assignment) -> None:
-    """Confirm that the same ranks act at every timestep as in the concept."""
+    """Check that the active ranks at every timestep are those of the concept."""
     configured = assignment.target.group.timestep_min_rank
     if configured is None and all(update.group.timestep_min_rank is None for update in assignment.updates):
         return
     (first, *others), rank = assignment.updates, assignment.target.rank
     if others or (first.group.timestep_min_rank, first.factors.rank) != (configured, rank):
-        got = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in assignment.updates)
+        stored = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in assignment.updates)
         raise InputError(
             expected=f"the rank and timestep_min_rank that the concept in {_OPTION} has for "
-            f"{assignment.network}.{assignment.layer}, {got}",
+            f"{assignment.network}.{assignment.layer}, {stored}",
             got=f"rank {rank} with {configured}",
             remedy=f"set {assignment.option}.rank and .timestep_min_rank to the former",
         )
@@ -195,31 +197,31 @@ def _check_timestep_rank(assignment: Assignment) -> None:
 def _check_bias(assignment: Assignment) -> None:
     if assignment.target.bias is None and any(update.factors.bias is not None for update in assignment.updates):
         raise InputError(
-            expected=f"a bias for {assignment.network}.{assignment.layer}, since the concept in {_OPTION} has one",
+            expected=f"a bias for {assignment.network}.{assignment.layer}, as in the concept in {_OPTION}",
             got="a group without",
             remedy=f"set {assignment.option}.bias to true",
         )
 
 
 def _check_ranks(assignments: Sequence[Assignment]) -> None:
-    """Confirm that every group has the ranks it needs; each group is named once, with the most that it needs."""
-    short: dict[str, Assignment] = {}
+    """Check that the rank of every group suffices; each group is reported once, with the largest rank it needs."""
+    too_small: dict[str, Assignment] = {}
     for assignment in assignments:
-        worst = short.get(assignment.option)
-        if assignment.rank > assignment.target.rank and (worst is None or assignment.rank > worst.rank):
-            short[assignment.option] = assignment
-    if short:
+        largest = too_small.get(assignment.option)
+        if assignment.rank > assignment.target.rank and (largest is None or assignment.rank > largest.rank):
+            too_small[assignment.option] = assignment
+    if too_small:
         raise InputError(
             expected=f"LoRA groups of the ranks that the concept in {_OPTION} has, "
-            + ", ".join(f"{t.rank} in {t.network}.{t.layer}" for t in short.values()),
-            got=", ".join(str(t.target.rank) for t in short.values()),
-            remedy="set " + ", ".join(f"{option}.rank to {t.rank}" for option, t in short.items()),
+            + ", ".join(f"{a.rank} in {a.network}.{a.layer}" for a in too_small.values()),
+            got=", ".join(str(a.target.rank) for a in too_small.values()),
+            remedy="set " + ", ".join(f"{option}.rank to {a.rank}" for option, a in too_small.items()),
         )
 
 
 @torch.no_grad()
-def _fill(assignment: Assignment) -> None:
-    """Copy the updates into the first ranks; up is zero in the others, whose down stays as drawn."""
+def _copy_updates(assignment: Assignment) -> None:
+    """Copy the updates into the first ranks; the other ranks keep their random down and get a zero up."""
     target, end = assignment.target, 0
     target.up.zero_()
     for factors in (update.factors for update in assignment.updates):
@@ -234,16 +236,16 @@ def _fill(assignment: Assignment) -> None:
 
 
 def _check_words(words: Mapping[str, WordEmbedding], concept: Concept) -> None:
-    """Confirm that every word of the concept is trained here: the same slot, branch, name and number of vectors."""
+    """Check that the training has every word of the concept, with the same slot, branch, name and shape of vectors."""
     expected = {word.key: (word.name, word.num_vectors) for word in concept.trigger_words()}
     trained = next((embedding.vocabulary.words for embedding in words.values()), ())
-    here = {word.key: (word.name, word.num_vectors) for word in trained}
-    if wrong := [key for key, word in expected.items() if here.get(key) != word]:
-        differing = [f"{key} {expected[key]} where the training has {here.get(key, 'none')}" for key in sorted(wrong)]
+    configured = {word.key: (word.name, word.num_vectors) for word in trained}
+    if wrong := [key for key, word in expected.items() if configured.get(key) != word]:
+        differences = [f"{key} {expected[key]}, configured {configured.get(key, 'none')}" for key in sorted(wrong)]
         raise InputError(
             expected=f"the trigger words of the concept in {_OPTION}",
-            got=f"(word, vectors) {'; '.join(differing)}",
-            remedy=f"{_words_to_set(concept.metadata)}",
+            got=f"other (word, vectors): {'; '.join(differences)}",
+            remedy=_words_remedy(concept.metadata),
         )
     widths = {encoder: embedding.base.embedding_dim for encoder, embedding in words.items()}
     for word in concept.trigger_words():
@@ -256,12 +258,12 @@ def _check_words(words: Mapping[str, WordEmbedding], concept: Concept) -> None:
             )
 
 
-def _words_to_set(metadata: ConceptMetadata) -> str:
-    """Say with which words a training can begin with a concept."""
+def _words_remedy(metadata: ConceptMetadata) -> str:
+    """Return the settings of a training that can start from a concept with these words."""
     if None in metadata.num_vectors:
         return (
-            "a training has one number of vectors for all words of a branch: start from a concept with one slot, "
-            "imported without the other words"
+            "training.words.num_vectors applies to all words of a branch: start from a concept with one slot, imported "
+            "without the other words"
         )
     names = {slot: (word, partner or f"{word}-neg") for slot, (word, partner) in metadata.words.items()}
     return (
@@ -271,13 +273,14 @@ def _words_to_set(metadata: ConceptMetadata) -> str:
 
 
 @torch.no_grad()
-def _fill_words(words: Mapping[str, WordEmbedding], concept: Concept) -> dict[str, int]:
-    taken: dict[str, int] = {}
+def _copy_words(words: Mapping[str, WordEmbedding], concept: Concept) -> dict[str, int]:
+    """Copy the vectors of the concept's words and return group -> number of vectors."""
+    copied: dict[str, int] = {}
     for encoder, embedding in words.items():
         part = words_part(encoder)
         stored = concept.part(part)
         for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True):
             if word.key in stored:
                 vectors.copy_(stored[word.key])
-                taken[f"{part}.{word.key}"] = word.num_vectors
-    return taken
+                copied[f"{part}.{word.key}"] = word.num_vectors
+    return copied

@@ -1,4 +1,4 @@
-"""Where curves and pictures go while a node works; a run hands it to its nodes, and tests hand in their own."""
+"""The interface for metrics and images that nodes log during a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _Result = TypeVar("_Result")
 
 
 class Tracker(Protocol):
-    """What nodes need of the run's tracker."""
+    """Logs metrics and images of a run."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers."""
+        """Log scalar values."""
 
     def log_image(self, image: Image, key: str, step: int) -> None:
-        """Log a picture."""
+        """Log an image."""
 
 
-def tracked(function: Callable[..., _Result], tracker: Tracker) -> Callable[..., _Result]:
-    """Return the function with its keyword argument `tracker` given: a service, which no dataset has to stand for."""
+def tracked(function: Callable[..., _Result], tracker: Tracker, **services: Any) -> Callable[..., _Result]:
+    """Bind the keyword argument `tracker` of a node function, and further services, which are not datasets."""
 
-    @functools.wraps(function)  # Kedro reads the hints of its parameters, kedro-viz its source
+    @functools.wraps(function)  # Kedro reads its type hints, Kedro-Viz its source
     def with_tracker(*args: Any, **kwargs: Any) -> _Result:
-        return function(*args, tracker=tracker, **kwargs)
+        return function(*args, tracker=tracker, **services, **kwargs)
 
     return with_tracker

@@ -1,8 +1,8 @@
-"""The training loop and its state, the same for a concept and for the stages of pretraining.
+"""The training loop and its state, for concepts and for the stages of pretraining.
 
-`train` iterates over optimizer steps; what differs between trainings is passed in as functions of the step. All that a
-training changes is in its `TrainingState`: a training continues from its `state_dict` exactly where it was taken.
-Reporting, previews and checkpoints are the caller's, between two steps.
+`train` iterates over optimizer steps and calls functions of the step for everything that is specific to a training. The
+complete state is in `TrainingState`: a training resumed from its `state_dict` gives the same bits. Logging, previews
+and checkpoints are up to the caller, between two steps.
 """
 
 from __future__ import annotations
@@ -25,67 +25,67 @@ _Parts = TypeVar("_Parts")
 
 
 class Averages:
-    """Running averages of parameters over the steps taken; before the first one, the initial values.
+    """Running averages of parameters over steps; the initial values before the first step.
 
     Attributes:
         values: the averages, in the order of the parameters.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], weight: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Start from the parameters' values.
+        """Initialise the averages with the current values.
 
         Args:
-            parameters: what is averaged.
-            weight: the weight of the newest values, by the number of steps averaged with them: float64 `[]` to `[]`.
+            parameters: to average.
+            weight: maps the number of steps, including the newest, to the weight of the newest: float64 `[]` to `[]`.
         """
         self._parameters, self._weight = tuple(parameters), weight
         self.values = [parameter.detach().clone() for parameter in parameters]
         self._num_steps = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
 
     def update(self, taken: torch.Tensor) -> None:
-        """Add the parameters' values where `taken`, a boolean `[]` on their device, is true; else change nothing."""
+        """Add the current values if `taken`, a boolean `[]` on their device, is true."""
         self._num_steps += taken
         weight = torch.where(taken, self._weight(self._num_steps), 0)
         for average, parameter in zip(self.values, self._parameters, strict=True):
             average.lerp_(parameter.detach(), weight.to(average.dtype))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages and how many steps they hold."""
+        """Return the averages and their number of steps."""
         return {"values": self.values, "num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the result of `state_dict`."""
         for average, value in zip(self.values, state["values"], strict=True):
             average.copy_(value)
         self._num_steps.copy_(state["num_steps"])
 
 
 def normalized_ema(decay: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the weight with which n steps average to Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ: the initial values weigh nothing."""
+    """Return the weight function of the average Σ βⁿ⁻ⁱ θᵢ / Σ βⁿ⁻ⁱ over n steps, without the initial values."""
     return lambda num_steps: (1 - decay) / (1 - decay**num_steps)
 
 
 @runtime_checkable
 class AveragingOptimizer(Protocol):
-    """An optimizer whose parameters hold its average in eval mode, such as schedule-free AdamW."""
+    """An optimizer that averages its iterates, such as schedule-free AdamW."""
 
     def train(self) -> None:
-        """Put the values that train into the parameters."""
+        """Set the parameters to the training values."""
 
     def eval(self) -> None:
-        """Put the average into the parameters."""
+        """Set the parameters to the averages."""
 
 
 @dataclass
 class TrainingState:
-    """All that a training changes.
+    """The complete state of a training.
 
     Attributes:
-        parameters: what trains, in a fixed order; each with a gradient after a backward pass.
-        optimizers: together they update all parameters.
+        parameters: trainable, in a fixed order; each has a gradient after the backward pass.
+        optimizers: of all parameters.
         averages: of the parameters, or None.
-        scaler: of the loss, against underflow of float16 gradients; disabled by default.
-        step: how many steps are done.
+        scaler: scales the loss, against underflow of float16 gradients; disabled by default.
+        step: number of finished steps.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -95,15 +95,15 @@ class TrainingState:
     step: int = 0
 
     def update(self, finite: torch.Tensor) -> None:
-        """Take one step with all optimizers, without reading from the device where there is but one optimizer.
+        """Run one step of all optimizers. With a single optimizer, this does not synchronize with the device.
 
-        While the scaler is on, gradients that are not finite skip the step for all parameters. It is not averaged
-        then, but counts as a step.
+        If the scaler is enabled, gradients that are not finite skip the step for all parameters. A skipped step is not
+        averaged, but counts as a step.
 
         Args:
-            finite: whether all gradients were finite before clipping; a boolean `[]` on the device.
+            finite: whether all gradients were finite before clipping, a boolean `[]` on the device.
         """
-        # The scaler asks every optimizer about its own gradients only, and clipping has spread a NaN to all.
+        # The scaler has looked for infs per optimizer, before clipping spread them to all gradients.
         if not (self.scaler.is_enabled() and len(self.optimizers) > 1 and not finite):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -113,7 +113,7 @@ class TrainingState:
         self.step += 1
 
     def keep_averages(self) -> None:
-        """Put the averages into the parameters, where there are any; training goes on only within `averaged`."""
+        """Set the parameters to the averages, if any, at the end of a training."""
         for optimizer in self._averaging_optimizers():
             optimizer.eval()
         if self.averages:
@@ -121,7 +121,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Hold the averages in the parameters within, and afterwards exactly the values that train."""
+        """Set the parameters to the averages within this context, and restore the exact training values afterwards."""
         if not self.averages and not self._averaging_optimizers():
             yield
             return
@@ -138,7 +138,7 @@ class TrainingState:
         return [optimizer for optimizer in self.optimizers if isinstance(optimizer, AveragingOptimizer)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state: dicts and lists of tensors, numbers, booleans and None."""
+        """Return a copy of the state as dicts and lists of tensors, numbers, booleans and None."""
         state: dict[str, Any] = _plain_copy(
             {
                 "step": self.step,
@@ -151,20 +151,17 @@ class TrainingState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned; the given state is not changed by further steps.
+        """Load a copy of the result of `state_dict`.
 
         Raises:
-            InputError: it belongs to a training of other parameters.
+            InputError: the parameters or averages do not match.
         """
         expected, got = ([tuple(p.shape) for p in ps] for ps in (self.parameters, state["parameters"]))
         if got != expected or bool(state["averages"]) != bool(self.averages):
             raise InputError(
-                expected=(
-                    f"the state of a training of parameters of shapes {expected}, "
-                    f"{'with' if self.averages else 'without'} averages"
-                ),
-                got=f"shapes {got}, {'with' if state['averages'] else 'without'} them",
-                remedy="continue with the parameters it was started with",
+                expected=f"a state with shapes {expected} and averages={bool(self.averages)}",
+                got=f"shapes {got} and averages={bool(state['averages'])}",
+                remedy="resume with the configuration of the interrupted training",
             )
         state = _plain_copy(state)
         _copy_into(self.parameters, state["parameters"])
@@ -182,7 +179,7 @@ def _copy_into(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor
 
 
 def _plain_copy(value: Any) -> Any:
-    """Copy nested containers: tensors are cloned, tuples become lists."""
+    """Copy nested containers; tensors are cloned, and tuples become lists."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -197,13 +194,13 @@ def _plain_copy(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class FinishedStep(Generic[_Parts]):
-    """What one step did; its tensors are still on the device.
+    """The results of one step; tensors are on the device.
 
     Attributes:
-        step: from 1.
+        step: counted from 1.
         loss: `[]`.
-        parts: what the loss function returned beside the loss.
-        grad_norms: of each parameter's gradient before clipping, `[num_parameters]`.
+        parts: second result of `loss_of`.
+        grad_norms: gradient norm of each parameter before clipping, `[num_parameters]`.
     """
 
     step: int
@@ -221,15 +218,17 @@ def train(
     clip: Callable[[torch.Tensor], None],
     average_gradients: Callable[[Sequence[nn.Parameter]], None] | None = None,
 ) -> Iterator[FinishedStep[_Parts]]:
-    """Train until `num_steps` steps are done, and yield each; between two of them the state may be read and saved.
+    """Run steps until `num_steps` are done, and yield each one; the state may be saved between two steps.
+
+    Steps passed to the functions count from 0.
 
     Args:
-        state: changed in place; its `step` says where to continue.
+        state: updated in place; `state.step` is the first step to run.
         num_steps: of the whole training.
-        set_rates: sets the optimizers' learning rates for a step, from 0.
-        loss_of: draws a step's batch, from 0, and returns its scalar loss and what is to be reported of it.
-        clip: clips the gradients in place; it is given their norms, `[num_parameters]`, and may refuse them.
-        average_gradients: over processes that train together; it is given the parameters.
+        set_rates: sets the learning rates of a step.
+        loss_of: returns the scalar loss of a step, and values to report.
+        clip: takes the gradient norms `[num_parameters]` and clips the gradients in place; it may raise.
+        average_gradients: averages the gradients of the parameters over processes.
     """
     while state.step < num_steps:
         step = state.step
@@ -249,6 +248,6 @@ def train(
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Return the norm of each parameter's gradient, `[num_parameters]`; 0 where there is none."""
+    """Return the gradient norm of each parameter, `[num_parameters]`; 0 without a gradient."""
     gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in parameters]
     return torch.stack(torch._foreach_norm(gradients))

@@ -1,1 +1,1 @@
-"""The few custom Kedro datasets."""
+"""Custom Kedro datasets."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kedro.io import AbstractDataset, DatasetError
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
 
 HUB = "hub:"
 
 
-class BaseModelDataset(AbstractDataset[None, str]):
-    """Loads to the place of a base model in diffusers' layout; reading its weights is left to the node that needs them.
+class BaseModelDataset(ReadOnlyDataset[str]):
+    """Loads the location of a base model in diffusers' layout; nodes that need the weights read them.
 
     Args:
         path: a folder, or `hub:OWNER/NAME`.
@@ -25,22 +25,15 @@ class BaseModelDataset(AbstractDataset[None, str]):
         """Return the folder's path or the `hub:` id.
 
         Raises:
-            DatasetError: the folder does not exist.
+            FileError: the folder does not exist.
         """
         if not self._exists():
-            raise DatasetError(
-                f"expected a base model at {self._path}; got no such folder; "
-                f"set --params base_model=FOLDER (diffusers' layout) or base_model={HUB}OWNER/NAME"
+            raise FileError(
+                expected=f"a base model at {self._path}",
+                got="no such folder",
+                remedy=f"set --params base_model=FOLDER (diffusers' layout) or base_model={HUB}OWNER/NAME",
             )
         return self._path
-
-    def save(self, data: None) -> None:
-        """Refuse: a base model is never written.
-
-        Raises:
-            DatasetError: always.
-        """
-        raise DatasetError(f"{self._path} is a base model; it is only read")
 
     def _exists(self) -> bool:
         return self._path.startswith(HUB) or Path(self._path).is_dir()

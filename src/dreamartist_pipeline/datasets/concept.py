@@ -7,20 +7,21 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedro.io import AbstractDataset, DatasetError
+from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
 
+from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
-    from dreamartist_pipeline.core.concept import Concept
+    from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 
 
 class ConceptDataset(AbstractDataset["Concept", "Concept"]):
-    """A concept in a safetensors file; a save replaces the old file in one step, and equal concepts give equal bytes.
+    """A concept in a safetensors file; a save replaces the file atomically, and equal concepts give equal bytes.
 
     Args:
-        filepath: the file; its folder is made when needed.
+        filepath: the file; its folder is created when needed.
     """
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
@@ -31,7 +32,7 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         """Return the concept.
 
         Raises:
-            DatasetError: no file.
+            FileError: no file.
             InputError: not a safetensors file, one of another tool, or a damaged concept.
         """
         from dreamartist_pipeline.interop.concept_file import read_concept
@@ -39,8 +40,20 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         self._check_file()
         return read_concept(self._filepath.read_bytes(), str(self._filepath))
 
+    def load_metadata(self) -> "ConceptMetadata":
+        """Return the concept's metadata, without reading its tensors.
+
+        Raises:
+            FileError: no file, or not a safetensors file.
+            InputError: a file of another tool, or damaged metadata.
+        """
+        from dreamartist_pipeline.core.concept import ConceptMetadata
+
+        texts, _ = self._read_header()
+        return ConceptMetadata.read(texts, str(self._filepath))
+
     def save(self, data: "Concept") -> None:
-        """Write the concept under a temporary name, then rename it."""
+        """Write the file atomically."""
         from dreamartist_pipeline.interop.concept_file import write_concept
 
         with written_whole(self._filepath) as temporary:
@@ -48,19 +61,31 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
 
     def preview(self) -> JSONPreview:
         """Show the metadata and the tensors' names and shapes, without reading the tensors."""
-        from safetensors import safe_open
+        texts, shapes = self._read_header()
+        return JSONPreview(json.dumps({"metadata": texts, "tensors": shapes}, indent=1))
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, list[int]]]:
+        """Return the metadata and the shapes by name, both sorted."""
+        from safetensors import SafetensorError, safe_open
 
         self._check_file()
-        with safe_open(self._filepath, framework="np") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-            metadata = dict(sorted((file.metadata() or {}).items()))
-        return JSONPreview(json.dumps({"metadata": metadata, "tensors": shapes}, indent=1))
+        try:
+            with safe_open(self._filepath, framework="np") as file:
+                shapes = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+                return dict(sorted((file.metadata() or {}).items())), shapes
+        except SafetensorError as error:
+            raise FileError(
+                expected=f"a safetensors file {self._filepath}",
+                got=f"another file format ({error})",
+                remedy="train the concept again, or copy the file again",
+            ) from error
 
     def _check_file(self) -> None:
         if not self._filepath.is_file():
-            raise DatasetError(
-                f"expected a concept at {self._filepath}; got no such file; "
-                "train it first (kedro run --pipeline train --params subject=NAME), or correct the subject's name"
+            raise FileError(
+                expected=f"a concept at {self._filepath}",
+                got="no such file",
+                remedy="train it first (kedro run --pipeline train --params subject=NAME), or correct the subject",
             )
 
     def _exists(self) -> bool:

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kedro.io import AbstractDataset, DatasetError
+from kedro.io import AbstractDataset
+
+from dreamartist_pipeline.datasets.inputs import FileError
 
 
 class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
-    """A folder as a mapping of relative names, such as `lora/fox.safetensors`, to bytes.
+    """A folder as a mapping from relative names, such as `lora/fox.safetensors`, to bytes.
 
-    A save writes a new folder beside the old one and then takes its place: files of an earlier save are gone, and an
-    interrupted save leaves the earlier one alone.
+    A save writes a new folder beside the old one and then swaps them: files of an earlier save are removed, and an
+    interrupted save leaves the earlier one unchanged.
 
     Args:
-        path: the folder; it holds nothing else.
+        path: the folder; it contains nothing else.
     """
 
     def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
@@ -25,13 +27,15 @@ class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
         self.metadata = metadata
 
     def load(self) -> dict[str, bytes]:
-        """Read every file, by name.
+        """Return the content of every file by name.
 
         Raises:
-            DatasetError: there is no such folder.
+            FileError: no such folder.
         """
         if not self._path.is_dir():
-            raise DatasetError(f"expected a folder at {self._path}; got none; run the pipeline that makes it")
+            raise FileError(
+                expected=f"a folder at {self._path}", got="none", remedy="run the pipeline that creates it first"
+            )
         files = sorted(path for path in self._path.rglob("*") if path.is_file())
         return {path.relative_to(self._path).as_posix(): path.read_bytes() for path in files}
 
@@ -39,11 +43,13 @@ class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
         """Replace the folder by these files.
 
         Raises:
-            DatasetError: a name would lead out of the folder.
+            FileError: a name that points outside the folder.
         """
         for name in data:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise DatasetError(f"expected names inside {self._path}; got {name!r}; give a relative name")
+                raise FileError(
+                    expected=f"file names inside {self._path}", got=f"{name!r}", remedy="use relative names"
+                )
         partial, old = (self._path.with_name(f".{self._path.name}.{state}") for state in ("partial", "old"))
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)

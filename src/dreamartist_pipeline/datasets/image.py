@@ -1,4 +1,4 @@
-"""Datasets of single pictures: the user's own as bytes, the project's as Pillow images saved whole or not at all.
+"""Datasets of single images: the user's files as bytes, the project's as Pillow images written atomically.
 
 Annotations here are evaluated (no `from __future__ import annotations`): kedro-viz reads the return type of `preview`.
 """
@@ -8,23 +8,23 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedro.io import AbstractDataset, DatasetError
+from kedro.io import AbstractDataset
 from kedro_datasets._typing import ImagePreview
 from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
 from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.PngImagePlugin import PngInfo
 
 _PREVIEW_SIDE_PX = 512
 _PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 
 
-class ReferenceImageDataset(AbstractDataset[None, bytes]):
-    """The reference image as the user's file holds it; decoding it, and judging it, is ingestion's step.
+class ReferenceImageDataset(ReadOnlyDataset[bytes]):
+    """The bytes of the reference image's file; the ingestion pipeline decodes and checks them.
 
     Args:
         filepath: an image file.
@@ -35,15 +35,15 @@ class ReferenceImageDataset(AbstractDataset[None, bytes]):
         self.metadata = metadata
 
     def load(self) -> bytes:
-        """Read the file's bytes."""
+        """Return the file's bytes.
+
+        Raises:
+            FileError: no such file.
+        """
         return _read(self._filepath, "the reference image", "give its path as --params image=PATH")
 
-    def save(self, data: None) -> None:
-        """Refuse: it is input."""
-        raise DatasetError(f"{self._filepath} is the user's own picture; it is only read")
-
     def preview(self) -> ImagePreview:
-        """Show the picture, scaled down."""
+        """Show the image, scaled down."""
         return _file_preview(self.load())
 
     def _exists(self) -> bool:
@@ -53,13 +53,13 @@ class ReferenceImageDataset(AbstractDataset[None, bytes]):
         return {"filepath": self._filepath.as_posix()}
 
 
-class OptionalImageDataset(AbstractDataset[None, bytes | None]):
-    """A picture that may be left out: loads to None without a filepath; a filepath without a file is an error.
+class OptionalImageDataset(ReadOnlyDataset[bytes | None]):
+    """An optional image file: loads None without a filepath; a filepath without a file is an error.
 
     Args:
         filepath: an image file, or None.
-        what: what the picture is called in messages.
-        setting: the run's setting that names the file.
+        what: name of the image in messages.
+        setting: name of the run setting that holds the path.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class OptionalImageDataset(AbstractDataset[None, bytes | None]):
         self.metadata = metadata
 
     def load(self) -> bytes | None:
-        """Read the file's bytes, if there is a file to read."""
+        """Return the file's bytes, or None without a filepath.
+
+        Raises:
+            FileError: no such file.
+        """
         if self._filepath is None:
             return None
         return _read(self._filepath, self._what, f"correct --params {self._setting}=PATH, or leave it out")
 
-    def save(self, data: None) -> None:
-        """Refuse: it is input."""
-        raise DatasetError(f"{self._what} is the user's own picture; it is only read")
-
     def preview(self) -> ImagePreview:
-        """Show the picture, scaled down; nothing when there is none."""
+        """Show the image, scaled down; nothing without a filepath."""
         data = self.load()
         return ImagePreview("") if data is None else _file_preview(data)
 
@@ -96,13 +96,13 @@ class OptionalImageDataset(AbstractDataset[None, bytes | None]):
         return {"filepath": self._filepath and self._filepath.as_posix()}
 
 
-class CaptionDataset(AbstractDataset[None, str]):
-    """What the reference image shows beside the subject: a caption given, or the text file beside the image, or "".
+class CaptionDataset(ReadOnlyDataset[str]):
+    """The reference image's caption: the one given, else the text file beside the image, else "".
 
-    The text file has the image's name with the suffix .txt, as LoRA training tools expect it.
+    The text file has the image's name with the suffix .txt, as in LoRA training tools.
 
     Args:
-        filepath: the reference image's file; under this name Kedro makes it absolute.
+        filepath: the reference image's file; Kedro makes a path of this name absolute.
         caption: takes precedence over the text file.
     """
 
@@ -112,10 +112,10 @@ class CaptionDataset(AbstractDataset[None, str]):
         self.metadata = metadata
 
     def load(self) -> str:
-        """Return the caption in one line; "" when there is none.
+        """Return the caption in one line; "" without a caption.
 
         Raises:
-            DatasetError: the text file is not text in UTF-8.
+            FileError: the text file is not UTF-8.
         """
         if self._caption is not None:
             return str(self._caption).strip()
@@ -124,14 +124,11 @@ class CaptionDataset(AbstractDataset[None, str]):
         try:
             return " ".join(self._file.read_text(encoding="utf-8").split())
         except UnicodeDecodeError as error:
-            raise DatasetError(
-                f"expected the picture's caption as UTF-8 text in {self._file}; got something else ({error}); "
-                'save it as UTF-8, rename it, or give --params caption="…"'
+            raise FileError(
+                expected=f"the caption as UTF-8 text in {self._file}",
+                got=f"{error}",
+                remedy='save it as UTF-8, rename it, or set --params caption="…"',
             ) from error
-
-    def save(self, data: None) -> None:
-        """Refuse: it is input."""
-        raise DatasetError("the caption is the user's own text; it is only read")
 
     def _exists(self) -> bool:
         return True
@@ -141,13 +138,13 @@ class CaptionDataset(AbstractDataset[None, str]):
 
 
 class ImageDataset(AbstractDataset["Image", "Image"]):
-    """A Pillow image in a lossless file; a save replaces the old file in one step.
+    """A Pillow image in a lossless file; a save replaces the file atomically.
 
-    A drawn image's settings (`image.info`, keys of `KEPT_TEXTS`) are kept in the file's metadata, where it is a PNG.
+    PNGs keep a generated image's settings (`image.info`, keys of `KEPT_TEXTS`) in their metadata.
 
     Args:
-        filepath: where; the suffix names the format.
-        save_args: what Pillow's `Image.save` takes besides.
+        filepath: the file; its suffix determines the format.
+        save_args: further arguments of Pillow's `Image.save`.
     """
 
     def __init__(
@@ -158,7 +155,11 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
         self.metadata = metadata
 
     def load(self) -> "Image":
-        """Read the image in its own mode."""
+        """Return the image in its own mode.
+
+        Raises:
+            FileError: no such file.
+        """
         from PIL import Image
 
         data = _read(self._filepath, "an image", "run the pipeline that makes it")
@@ -167,7 +168,7 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
             return image.copy()
 
     def save(self, data: "Image") -> None:
-        """Write the image, whole or not at all."""
+        """Write the file atomically."""
         save_image(data, self._filepath, **self._save_args)
 
     def preview(self) -> ImagePreview:
@@ -182,10 +183,10 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
 
 
 class ImageRunsDataset(PartitionedDataset):  # type: ignore[misc]  # its library has no types
-    """Named images in a folder that is new for every run; a preview shows those of the newest.
+    """Named images in one folder per run; the preview shows those of the newest run.
 
     Args:
-        path: this run's folder; the folders beside it that begin with a digit are those of earlier runs.
+        path: this run's folder; sibling folders whose names begin with a digit belong to earlier runs.
         metadata: for kedro-viz.
     """
 
@@ -200,29 +201,25 @@ class ImageRunsDataset(PartitionedDataset):  # type: ignore[misc]  # its library
 
 
 KEPT_TEXTS = ("parameters", "dreamartist")
-"""What of `image.info` goes into a PNG: how the image was drawn, and nothing that a user's own picture brings along."""
+"""Keys of `image.info` that are written to a PNG: generation settings, but no metadata of a user's own file."""
 
 
 def save_image(image: "Image", file: Path, **save_args: Any) -> None:
-    """Write an image under a temporary name beside it, then rename: readers see the old file or the whole new one."""
-    if file.suffix.lower() == ".png" and (texts := _texts(image)) is not None:
+    """Write an image atomically, a PNG with the texts of `KEPT_TEXTS`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for key in KEPT_TEXTS:
+        if key in image.info:
+            texts.add_itxt(key, image.info[key])
+    if texts.chunks and file.suffix.lower() == ".png":
         save_args = {"pnginfo": texts, **save_args}
     with written_whole(file) as temporary:
         image.save(temporary, **save_args)
 
 
-def _texts(image: "Image") -> "PngInfo | None":
-    from PIL.PngImagePlugin import PngInfo
-
-    texts = PngInfo()
-    kept = [key for key in KEPT_TEXTS if key in image.info]
-    for key in kept:
-        texts.add_itxt(key, image.info[key])
-    return texts if kept else None
-
-
 def grid_preview(captioned: CaptionedImages) -> ImagePreview:
-    """Return what kedro-viz shows of several images: the first ones, each above its caption; nothing of none."""
+    """Return the kedro-viz preview of several images: the first ones, each above its caption."""
     from dreamartist_pipeline.core.images import image_grid
 
     first = captioned[:_PREVIEWED]
@@ -236,11 +233,11 @@ def _read(file: Path, what: str, remedy: str) -> bytes:
     if file.is_file():
         return file.read_bytes()
     got = "a folder" if file.is_dir() else "no such file"
-    raise DatasetError(f"expected {what} at {file}; got {got}; {remedy}{_neighbours(file)}")
+    raise FileError(expected=f"{what} at {file}", got=got, remedy=f"{remedy}{_images_beside(file)}")
 
 
-def _neighbours(file: Path) -> str:
-    """Name the pictures that lie where this one was expected."""
+def _images_beside(file: Path) -> str:
+    """Return the names of the images in the folder of a missing file, as a remark."""
     folder = file if file.is_dir() else file.parent
     if not folder.is_dir():
         return ""
@@ -256,7 +253,7 @@ def _file_preview(data: bytes) -> ImagePreview:
 
 
 def image_preview(image: "Image") -> ImagePreview:
-    """Return what kedro-viz shows of an image, scaled down."""
+    """Return the kedro-viz preview of an image, scaled down."""
     small = image.convert("RGBA" if image.has_transparency_data else "RGB")
     small.thumbnail((_PREVIEW_SIDE_PX, _PREVIEW_SIDE_PX))
     png = io.BytesIO()

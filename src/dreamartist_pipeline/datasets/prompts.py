@@ -6,15 +6,16 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import TablePreview
+
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class PromptDatabaseDataset(AbstractDataset[None, "pd.DataFrame"]):
-    """A table of prompts in a parquet file; which column holds them is a parameter of the draw.
+class PromptDatabaseDataset(ReadOnlyDataset["pd.DataFrame"]):
+    """A table of prompts in a parquet file; the parameter `prompts.column` names the column that holds them.
 
     Args:
         filepath: a parquet file.
@@ -25,7 +26,11 @@ class PromptDatabaseDataset(AbstractDataset[None, "pd.DataFrame"]):
         self.metadata = metadata
 
     def load(self) -> "pd.DataFrame":
-        """Read the whole table."""
+        """Return the whole table.
+
+        Raises:
+            FileError: no file, or not a parquet file.
+        """
         import pandas as pd
         import pyarrow as pa
 
@@ -33,35 +38,29 @@ class PromptDatabaseDataset(AbstractDataset[None, "pd.DataFrame"]):
         try:
             return pd.read_parquet(self._filepath)
         except (pa.ArrowException, OSError) as error:
-            raise DatasetError(self._not_parquet(error)) from error
-
-    def save(self, data: None) -> None:
-        """Refuse: it is input."""
-        raise DatasetError(f"{self._filepath} is a published prompt database; it is only read")
+            raise FileError(
+                expected=f"a prompt database (parquet) at {self._filepath}",
+                got=f"another file format ({error})",
+                remedy="convert it, for example with pandas: pd.read_csv(FILE).to_parquet(...)",
+            ) from error
 
     def preview(self, nrows: int = 8) -> TablePreview:
         """Show the first rows, without reading the others."""
         import pyarrow.parquet as pq
 
         self._check_file()
-        batches = pq.ParquetFile(self._filepath).iter_batches(batch_size=nrows)
-        first = next(batches, None)
+        file = pq.ParquetFile(self._filepath)
+        first = next(file.iter_batches(batch_size=nrows), None)
         rows = [] if first is None else [list(row.values()) for row in first.to_pylist()]
-        columns = pq.ParquetFile(self._filepath).schema_arrow.names
-        return TablePreview({"index": list(range(len(rows))), "columns": columns, "data": rows})
+        return TablePreview({"index": list(range(len(rows))), "columns": file.schema_arrow.names, "data": rows})
 
     def _check_file(self) -> None:
         if not self._filepath.is_file():
-            raise DatasetError(
-                f"expected a prompt database (parquet) at {self._filepath}; got no such file; "
-                "correct prompt_database in the catalog"
+            raise FileError(
+                expected=f"a prompt database (parquet) at {self._filepath}",
+                got="no such file",
+                remedy="correct prompt_database in the catalog",
             )
-
-    def _not_parquet(self, error: Exception) -> str:
-        return (
-            f"expected a parquet file as prompt database at {self._filepath}; got something else ({error}); "
-            "convert it, for example with pandas: pd.read_csv(FILE).to_parquet(...)"
-        )
 
     def _exists(self) -> bool:
         return self._filepath.is_file()

@@ -1,4 +1,4 @@
-"""The regularization set: captioned images in a folder named after what made them, shared by all subjects.
+"""The regularization set: captioned images in a folder named by the hash of their settings, shared by all subjects.
 
 Annotations here are evaluated (no `from __future__ import annotations`): kedro-viz reads the return type of `preview`.
 """
@@ -6,7 +6,7 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,25 +18,27 @@ from kedro_datasets._typing import ImagePreview
 
 from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw
 from dreamartist_pipeline.datasets.image import grid_preview, save_image
+from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.datasets.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CAPTIONS, _MANIFEST = "image_captions.json", "manifest.json"
-_DAMAGE = (OSError, SyntaxError, ValueError)  # Pillow's, of a missing file too
+_DAMAGE = (OSError, SyntaxError, ValueError)  # what Pillow raises for missing and damaged files
+_DRAW_AGAIN = "draw it again (kedro run --pipelines prompts,regularization --params subject=NAME)"
 
 log = logging.getLogger(__name__)
 
 
 class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
-    """The set that a subject uses: a save draws what is not there, a load reads captions, and pictures on demand.
+    """The set that a subject uses: a save draws the missing images, a load reads the captions, and images on demand.
 
     A set is `<path>/<key>/`: PNGs, image_captions.json (file name -> caption) and manifest.json. Until its last image
-    is drawn it is `<path>/<key>.partial/`. Runs that save the same set wait for one of them.
+    is drawn it is `<path>/<key>.partial/`. A lock file makes concurrent runs draw a set only once.
 
     Args:
-        filepath: a copy of the manifest, which says which set the subject uses.
+        filepath: a copy of the manifest of the set that the subject uses.
         path: the folder of all sets.
     """
 
@@ -45,26 +47,28 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         self.metadata = metadata
 
     def load(self) -> CaptionedImages:
-        """Return the captions in the order of the images, each with what reads its image.
+        """Return each caption with a function that reads its image, in the order of the prompts.
 
         Raises:
-            DatasetError: there is no set yet, or it is no longer whole; a damaged image is found when it is read.
+            FileError: no set, or an incomplete one. A damaged image raises it when it is read.
         """
         manifest = _read_json(self._filepath) or {}
         folder = self._folder(str(manifest.get("key", "none")))
         captions = _read_json(folder / _CAPTIONS)
         if captions is None or not all((folder / name).is_file() for name in captions):
-            raise DatasetError(
-                f"expected a whole regularization set in {folder}, which {self._filepath} names; got none, or a part "
-                "of it; draw what is missing (kedro run --pipelines prompts,regularization --params subject=NAME)"
+            raise FileError(
+                expected=f"the regularization set in {folder}, as named in {self._filepath}",
+                got="no set, or an incomplete one",
+                remedy=_DRAW_AGAIN,
             )
         return [(caption, partial(_read_image, folder / name)) for name, caption in captions.items()]
 
     def save(self, data: ImagesToDraw) -> None:
-        """Draw the images that are missing or damaged, each on disk before the next, and say which set is in use.
+        """Draw missing and damaged images, each written before the next is drawn, then write the subject's manifest.
 
         Raises:
-            DatasetError: fewer images were drawn than asked for, or what drawing them raises.
+            FileError: a key that cannot be a folder's name.
+            DatasetError: another number of images than requested, or an error while drawing.
         """
         self._path.mkdir(parents=True, exist_ok=True)
         data = data if self._folder(data.key).exists() else self._adopted(data)
@@ -77,7 +81,7 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         _save_json(self._filepath, data.manifest)
 
     def _adopted(self, data: ImagesToDraw) -> ImagesToDraw:
-        """Return the requested set under the name that it has here already, if it has another."""
+        """Return the requested set under the key of an equal set on disk, if there is one."""
         for file in sorted(self._path.glob(f"*/{_MANIFEST}")):
             manifest = _read_json(file) or {}
             if manifest.get("key") == file.parent.name and data.is_in(manifest):
@@ -85,12 +89,14 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         return data
 
     def preview(self) -> ImagePreview:
-        """Show the first pictures with their captions."""
+        """Show the first images with their captions."""
         return grid_preview(self.load())
 
     def _folder(self, key: str) -> Path:
         if not re.fullmatch(r"[\w-]+", key):
-            raise DatasetError(f"expected a key of letters, digits, '_' and '-'; got {key!r}; delete {self._filepath}")
+            raise FileError(
+                expected="a key of letters, digits, '_' and '-'", got=f"{key!r}", remedy=f"delete {self._filepath}"
+            )
         return self._path / key
 
     def _exists(self) -> bool:
@@ -105,7 +111,7 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
 
 
 def _complete(folder: Path, data: ImagesToDraw) -> None:
-    """Bring a folder to hold the whole set, batch by batch."""
+    """Draw the missing images of a folder, batch by batch, then write captions and manifest."""
     files = {folder / f"{index:06d}.png": caption for index, caption in enumerate(data.captions)}
     whole = [_is_whole(file) for file in files]
     starts = range(0, len(files), data.batch_size)
@@ -113,24 +119,17 @@ def _complete(folder: Path, data: ImagesToDraw) -> None:
     missing = [batch for batch in batches if not all(whole[index] for index in batch)]
     if missing:
         log.info("Drawing the regularization set %s: %d images, %d already there.", data.key, len(files), sum(whole))
-        _save_images([list(files)[index] for batch in missing for index in batch], data.draw(missing))
+        requested = [list(files)[index] for batch in missing for index in batch]
+        for file, image in zip(requested, data.draw(missing), strict=True):
+            save_image(image, file)
     else:
-        log.info("The regularization set %s (%d images) is complete and is used again.", data.key, len(files))
+        log.info("The regularization set %s (%d images) is complete and is reused.", data.key, len(files))
     _save_json(folder / _CAPTIONS, {file.name: caption for file, caption in files.items()})
     _save_json(folder / _MANIFEST, data.manifest)
 
 
-def _save_images(files: list[Path], images: Iterator["Image"]) -> None:
-    """Write each image as it comes."""
-    for num_saved, file in enumerate(files):
-        image = next(images, None)
-        if image is None:
-            raise DatasetError(f"expected {len(files)} images to be drawn; got {num_saved}; this is an error of ours")
-        save_image(image, file)
-
-
 def _is_whole(file: Path) -> bool:
-    """Whether a PNG is there with every byte that its checksums stand for."""
+    """Return whether a PNG exists and its checksums are right."""
     from PIL import Image
 
     try:
@@ -149,14 +148,13 @@ def _read_image(file: Path) -> "Image":
         with Image.open(file) as image:
             return image.convert("RGB")
     except _DAMAGE as error:
-        raise DatasetError(
-            f"expected an image of the regularization set in {file}; got: {error}; draw it again "
-            "(kedro run --pipelines prompts,regularization --params subject=NAME)"
+        raise FileError(
+            expected=f"an image of the regularization set in {file}", got=f"{error}", remedy=_DRAW_AGAIN
         ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    """Return the mapping in a file, or None where there is none that can be read."""
+    """Return the mapping in a JSON file, or None without a readable one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

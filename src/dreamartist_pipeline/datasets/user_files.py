@@ -7,18 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kedro.io import AbstractDataset, DatasetError
-
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
 from dreamartist_pipeline.interop.user_files import UserFiles
 
 
-class UserFilesDataset(AbstractDataset[None, UserFiles]):
-    """Files that parameters name: the path as it is written there -> what reads the file.
+class UserFilesDataset(ReadOnlyDataset[UserFiles]):
+    """Files named in parameters: the path as written there -> a function that reads the file.
 
     Args:
-        path: where relative paths begin.
-        files: paths, within lists and mappings as the parameters have them; None for no file.
+        path: base folder of relative paths.
+        files: paths, nested in lists and mappings as in the parameters; None for no file.
     """
 
     def __init__(self, *, path: str, files: Any, metadata: dict[str, Any] | None = None) -> None:
@@ -26,20 +24,12 @@ class UserFilesDataset(AbstractDataset[None, UserFiles]):
         self.metadata = metadata
 
     def load(self) -> UserFiles:
-        """Return what reads each file.
+        """Return a reader for each file.
 
         Raises:
-            InputError: there is no such file.
+            FileError: no such file.
         """
         return {path: _reader(resolved(path, self._root)) for path in self._files}
-
-    def save(self, data: None) -> None:
-        """Refuse: they are input.
-
-        Raises:
-            DatasetError: always.
-        """
-        raise DatasetError("the user's own files are only read")
 
     def _exists(self) -> bool:
         return all(resolved(path, self._root).is_file() for path in self._files)
@@ -48,12 +38,12 @@ class UserFilesDataset(AbstractDataset[None, UserFiles]):
         return {"files": self._files}
 
 
-class UserFolderDataset(AbstractDataset[None, UserFiles]):
-    """The files of a folder that a parameter names: file name -> what reads the file.
+class UserFolderDataset(ReadOnlyDataset[UserFiles]):
+    """The files of a folder named in a parameter: file name -> a function that reads the file.
 
     Args:
-        path: where a relative path begins.
-        folder: see `folder_files`; None for no folder, and so no files.
+        path: base folder of a relative path.
+        folder: see `folder_files`; None for no files.
     """
 
     def __init__(self, *, path: str, folder: str | None, metadata: dict[str, Any] | None = None) -> None:
@@ -61,20 +51,12 @@ class UserFolderDataset(AbstractDataset[None, UserFiles]):
         self.metadata = metadata
 
     def load(self) -> UserFiles:
-        """Return what reads each file.
+        """Return a reader for each file.
 
         Raises:
-            InputError: there is no such folder.
+            FileError: no such folder.
         """
         return {} if self._folder is None else folder_files(self._folder)
-
-    def save(self, data: None) -> None:
-        """Refuse: they are input.
-
-        Raises:
-            DatasetError: always.
-        """
-        raise DatasetError("the user's own files are only read")
 
     def _exists(self) -> bool:
         return self._folder is None or self._folder.is_dir()
@@ -84,31 +66,28 @@ class UserFolderDataset(AbstractDataset[None, UserFiles]):
 
 
 def folder_files(folder: Path) -> UserFiles:
-    """Return name -> what reads it for the files that lie directly in a folder; in its `ckpts`, where it has one.
+    """Return a reader for each file directly in a folder, or in its subfolder `ckpts` if it has one.
 
     Raises:
-        InputError: there is no such folder.
+        FileError: no such folder.
     """
     if not folder.is_dir():
-        raise InputError(
-            expected=f"a folder at {folder}", got=f"{'a file' if folder.is_file() else 'none'}", remedy="correct it"
-        )
+        got = "a file" if folder.is_file() else "none"
+        raise FileError(expected=f"a folder at {folder}", got=got, remedy="correct the path")
     inner = folder / "ckpts"
-    return {
-        file.name: _reader(file) for file in sorted((inner if inner.is_dir() else folder).iterdir()) if file.is_file()
-    }
+    files = (inner if inner.is_dir() else folder).iterdir()
+    return {file.name: _reader(file) for file in sorted(files) if file.is_file()}
 
 
 def resolved(path: str, root: Path) -> Path:
-    """Return where a path leads that is relative to the root, absolute, or from the home folder (`~/`)."""
+    """Return a path that is relative to `root`, absolute, or relative to the home folder (`~/`)."""
     return root / Path(path).expanduser()
 
 
 def _reader(file: Path) -> partial[bytes]:
     if not file.is_file():
-        raise InputError(
-            expected=f"a file at {file}", got=f"{'a folder' if file.is_dir() else 'none'}", remedy="correct the path"
-        )
+        got = "a folder" if file.is_dir() else "none"
+        raise FileError(expected=f"a file at {file}", got=got, remedy="correct the path")
     return partial(Path.read_bytes, file)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `file`, with the same ending, and rename it when the writing went well.
+    """Yield a temporary path beside `file`, with the same suffix, and rename it to `file` on success.
 
-    Readers see the old file or the whole new one. Folders are made; after an error nothing is left behind.
+    Readers see the old file or the complete new one. Folders are created; after an error nothing is left behind.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}.partial{file.suffix}")

@@ -1,1 +1,1 @@
-"""The embedded base model and its picture world: sprites, scenes, the judge, pretraining, colour words."""
+"""The embedded base model and its images: sprites, scenes, colour words, pretraining, and the judge."""

@@ -1,13 +1,14 @@
-"""Datasets of the embedded world: sprite packages, rendered sprites, checkpoints, trained folders, the judge."""
+"""Datasets of the embedded world: sprite packages, rendered sprites, trained models, the judge."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kedro.io import AbstractDataset, DatasetError
 
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 JUDGE_FORMAT = "dreamartist-judge/1"
-_JUDGE_HEADER = "judge"  # one entry, so that the same judge gives the same bytes
+_JUDGE_HEADER = "judge"  # a single entry: safetensors writes several in no fixed order
 
 
 class SpritePackagesDataset(AbstractDataset[None, "SpritePackages"]):
-    """Published icon packages (npm tarballs), verified against their SHA-256 before a byte is parsed.
+    """Published icon packages (npm tarballs), verified against their SHA-256 before they are parsed; read-only.
 
     Args:
         path: folder of the tarballs.
-        packages: name -> {"file": tarball name, "sha256": its hash, "members": JSON files to read}.
+        packages: name -> {"file": name of the tarball, "sha256": its hash, "members": JSON files to read}.
+        metadata: for kedro-viz.
     """
 
     def __init__(
@@ -43,19 +45,19 @@ class SpritePackagesDataset(AbstractDataset[None, "SpritePackages"]):
         tarball = self._path / spec["file"]
         if not tarball.exists():
             raise DatasetError(
-                f"expected the sprite package {tarball}, found none; run `make sprites`, which fetches it"
+                f"expected the sprite package {tarball}; got no such file; run `make sprites`, which downloads it"
             )
         digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
         if digest != spec["sha256"]:
             raise DatasetError(
-                f"expected {tarball} with SHA-256 {spec['sha256']}, got {digest}; "
-                "delete it and run `make sprites`, which fetches it again"
+                f"expected {tarball} with SHA-256 {spec['sha256']}; got {digest}; "
+                "delete it and run `make sprites`, which downloads it again"
             )
         with tarfile.open(tarball) as archive:
             return {PurePosixPath(member).stem: _read_json(archive, member) for member in spec["members"]}
 
     def save(self, data: None) -> None:
-        raise DatasetError("sprite packages are published by others; they are only read")
+        raise DatasetError("sprite packages are read-only")
 
     def _exists(self) -> bool:
         return all((self._path / spec["file"]).exists() for spec in self._packages.values())
@@ -68,17 +70,30 @@ def _read_json(archive: tarfile.TarFile, member: str) -> Any:
     file = archive.extractfile(f"package/{member}")
     if file is None:
         raise DatasetError(
-            f"expected {member} in the sprite package, found none; delete the package and run `make sprites`"
+            f"expected {member} in the sprite package; got no such file; delete the package and run `make sprites`"
         )
     return json.load(file)
 
 
-class SpriteSetDataset(AbstractDataset["SpriteSet", "SpriteSet"]):
-    """A rendered SpriteSet as one safetensors file, names in its header."""
+_Data = TypeVar("_Data")
+
+
+class _FileDataset(AbstractDataset[_Data, _Data]):
+    """A dataset of one file."""
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)
         self.metadata = metadata
+
+    def _exists(self) -> bool:
+        return self._filepath.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._filepath.as_posix()}
+
+
+class SpriteSetDataset(_FileDataset["SpriteSet"]):
+    """A SpriteSet as one safetensors file, with the names in its header."""
 
     def load(self) -> SpriteSet:
         from safetensors import safe_open
@@ -98,62 +113,9 @@ class SpriteSetDataset(AbstractDataset["SpriteSet", "SpriteSet"]):
         with written_whole(self._filepath) as temporary:
             save_file({"images": data.images.contiguous()}, temporary, metadata=names)
 
-    def _exists(self) -> bool:
-        return self._filepath.exists()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._filepath.as_posix()}
-
-
-class CheckpointStore:
-    """Named training checkpoints in a folder; each is replaced whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def of_recipe(self, recipe: str) -> CheckpointStore:
-        """Return the store of one recipe, a folder of its own."""
-        return CheckpointStore(self.path / recipe)
-
-    def load(self, name: str) -> dict[str, Any] | None:
-        """Return the latest checkpoint of that name, or None when there is none."""
-        import torch
-
-        file = self._file(name)
-        return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
-
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        import torch
-
-        with written_whole(self._file(name)) as temporary:
-            torch.save(state, temporary)
-
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.pt"
-
-
-class CheckpointStoreDataset(AbstractDataset[None, CheckpointStore]):
-    """Loads to a CheckpointStore over a folder."""
-
-    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
-        self._path = Path(path)
-        self.metadata = metadata
-
-    def load(self) -> CheckpointStore:
-        return CheckpointStore(self._path)
-
-    def save(self, data: None) -> None:
-        raise DatasetError("a checkpoint store is filled by the training that uses it, not saved as a whole")
-
-    def _exists(self) -> bool:
-        return True
-
-    def _describe(self) -> dict[str, Any]:
-        return {"path": self._path.as_posix()}
-
 
 class PretrainedFolderDataset(AbstractDataset[Any, str]):
-    """A diffusers folder: saves any object that has `save_pretrained`, in one rename; loads to the folder's path."""
+    """A folder of a diffusers or transformers model: saves by `save_pretrained` and one rename; loads the path."""
 
     def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
         self._path = Path(path)
@@ -164,13 +126,13 @@ class PretrainedFolderDataset(AbstractDataset[Any, str]):
 
     def save(self, data: Any) -> None:
         temporary, replaced = (self._path.with_name(self._path.name + suffix) for suffix in (".tmp", ".old"))
-        _remove_folder(temporary)
-        _remove_folder(replaced)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         data.save_pretrained(temporary)
         if self._path.exists():
             os.replace(self._path, replaced)
         os.replace(temporary, self._path)
-        _remove_folder(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _exists(self) -> bool:
         return self._path.exists()
@@ -180,7 +142,7 @@ class PretrainedFolderDataset(AbstractDataset[Any, str]):
 
 
 class StartDataset(AbstractDataset[None, str | None]):
-    """The folder of a base model to take over from, as a path; None for none."""
+    """Folder of a base model to continue from, loaded as a path, or None; read-only."""
 
     def __init__(self, *, path: str | None, metadata: dict[str, Any] | None = None) -> None:
         self._path = path
@@ -194,7 +156,7 @@ class StartDataset(AbstractDataset[None, str | None]):
         return self._path
 
     def save(self, data: None) -> None:
-        raise DatasetError(f"{self._path} is a base model; it is only read")
+        raise DatasetError(f"{self._path} is read-only")
 
     def _exists(self) -> bool:
         return self._path is None or (Path(self._path) / "model_index.json").is_file()
@@ -203,25 +165,16 @@ class StartDataset(AbstractDataset[None, str | None]):
         return {"path": self._path}
 
 
-def _remove_folder(path: Path) -> None:
-    import shutil
-
-    if path.exists():
-        shutil.rmtree(path)
-
-
-class JudgeDataset(AbstractDataset["Judge", "Judge"]):
+class JudgeDataset(_FileDataset["Judge"]):
     """A Judge as one safetensors file: weights in float16, vocabulary and channels in the header.
 
-    Loads frozen, in float32 and eval mode.
+    The loaded judge is frozen, in float32 and in eval mode.
     """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        self._filepath = Path(filepath)
-        self.metadata = metadata
 
     def load(self) -> Judge:
         from safetensors import SafetensorError, safe_open
+
+        from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
 
         try:
             with safe_open(self._filepath, framework="pt") as file:
@@ -229,14 +182,16 @@ class JudgeDataset(AbstractDataset["Judge", "Judge"]):
                 weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, SafetensorError) as error:
             raise DatasetError(
-                f"expected the judge at {self._filepath}, got: {error}; run `make judge`, which trains it"
+                f"expected the judge at {self._filepath}; got: {error}; run `make judge`, which trains it"
             ) from error
         if header.get("format") != JUDGE_FORMAT:
             raise DatasetError(
-                f"expected a judge of the format {JUDGE_FORMAT} at {self._filepath}, got {header.get('format')}; "
+                f"expected a judge of the format {JUDGE_FORMAT} at {self._filepath}; got {header.get('format')}; "
                 "run `make judge`, which trains it"
             )
-        return _build_judge(header, weights)
+        judge = Judge(JudgeVocabulary(tuple(header["objects"]), tuple(header["styles"])), header["channels"])
+        judge.load_state_dict(weights)
+        return judge.eval().requires_grad_(False)
 
     def save(self, data: Judge) -> None:
         import torch
@@ -251,18 +206,3 @@ class JudgeDataset(AbstractDataset["Judge", "Judge"]):
         weights = {name: value.to(torch.float16).contiguous() for name, value in data.state_dict().items()}
         with written_whole(self._filepath) as temporary:
             save_file(weights, temporary, metadata={_JUDGE_HEADER: json.dumps(header)})
-
-    def _exists(self) -> bool:
-        return self._filepath.exists()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._filepath.as_posix()}
-
-
-def _build_judge(header: dict[str, Any], weights: dict[str, Any]) -> Judge:
-    from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
-
-    vocabulary = JudgeVocabulary(tuple(header["objects"]), tuple(header["styles"]))
-    judge = Judge(vocabulary, header["channels"])
-    judge.load_state_dict(weights)
-    return judge.eval().requires_grad_(False)

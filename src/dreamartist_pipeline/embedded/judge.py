@@ -1,16 +1,15 @@
-"""The judge: a small classifier that says what a picture of the embedded model's world shows.
+"""The judge: a small classifier of the embedded base model's images.
 
-It scores what the base model draws, and shares nothing with it: other layers, another seed, drawings rendered at
-another size, disturbances of its own, and never an image that a base model or its autoencoder made. Each question
-(`HEADS`) has a softmax of its own; a question that a scene does not pose, such as the tint of an object that keeps its
-own colours, adds no loss and is never scored.
+It evaluates the base model and is independent of it: other layers, another seed, drawings rendered at another
+resolution, augmentation, and no training image from a base model or its autoencoder. Each attribute (`HEADS`) has its
+own softmax. An attribute without a label in a scene, such as the tint of an object in its own colours, adds no loss and
+is not scored.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -18,33 +17,42 @@ import torch.nn.functional as F
 from torch import nn
 
 from dreamartist_pipeline.embedded.colors import COLORS
-from dreamartist_pipeline.embedded.scenes import LAYOUTS, PATTERNS, TINTS, Scenes, Shown, all_tints, draw_scenes
+from dreamartist_pipeline.embedded.scenes import (
+    LAYOUTS,
+    PATTERNS,
+    TINTS,
+    Scenes,
+    Shown,
+    all_tints,
+    draw_scenes,
+    interleaved,
+)
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 
 IMAGE_PX = 64
-NOTHING = "nothing"  # the second object of a scene that has one
+NOTHING = "nothing"  # label of the second object in a scene with one object
 ATTRIBUTES = ("object", "second_object", "style", "background", "pattern", "tint", "second_tint", "layout")
 
 _SIDE_BY_SIDE = "beside"
-_LOOKS_THE_SAME = "twins"  # as two equal objects placed beside each other
+_TWINS = "twins"  # looks like two equal objects beside each other
 _UNORDERED_PATTERNS = ("striped", "checkered")  # whose two colours cover the same area
-_SAME_WORDS = {  # head -> whose words and weights it shares
+_SHARED_WITH = {  # head -> head whose words and weights it shares
     "second_object": "first_object",
     "second_tint": "first_tint",
 }
 _NORM_GROUPS = 4
-_NOT_ASKED = -100
+_NO_LABEL = -100
 
 
 @dataclass(frozen=True)
 class JudgeVocabulary:
-    """The words the judge can answer with, beside the fixed ones of the picture world."""
+    """Classes of the judge that depend on the sprites."""
 
     objects: tuple[str, ...]
     styles: tuple[str, ...]
 
     def answers(self) -> dict[str, tuple[str, ...]]:
-        """Return the possible words of every head, in the order of its logits."""
+        """Return the classes of every head, in the order of its logits."""
         return {
             "first_object": (*self.objects, NOTHING),
             "second_object": (*self.objects, NOTHING),
@@ -60,11 +68,18 @@ class JudgeVocabulary:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in one image, in words; first is left or top.
+    """Prediction of the judge for one image. Every head always predicts; first is left or top.
 
-    second_object: NOTHING where there is none. second_color: of the pattern, if there is one. first_tint, second_tint:
-    the tint, if the object has one. Of stripes and checks, whose colours are interchangeable, `background` is the one
-    that comes first in COLORS.
+    Attributes:
+        first_object: its word.
+        second_object: its word, or NOTHING.
+        style: its word in captions.
+        layout: one of LAYOUTS.
+        pattern: one of PATTERNS.
+        background: its colour; of the colours of stripes and checks, the first in COLORS.
+        second_color: of the pattern; meaningless without one.
+        first_tint: of the first object; meaningless without a tint.
+        second_tint: of the second object; likewise.
     """
 
     first_object: str
@@ -85,14 +100,13 @@ HEADS = tuple(field.name for field in fields(Verdict))
 
 
 class Judge(nn.Module):
-    """A residual convolutional network with group normalisation; each head has its own attention map.
+    """A residual convolutional network with group normalisation and an attention map per head.
 
-    A question's own softmax over places pools the features it is answered from, so that an object is told by the same
-    weights wherever it stands.
+    Each head pools the features by its own softmax over positions, so one set of weights recognises an object anywhere.
 
     Args:
-        vocabulary: the words it answers with.
-        channels: of the stem and of each block; every one of them halves the side.
+        vocabulary: the classes.
+        channels: of the stem and of each block; each of them halves the resolution.
     """
 
     def __init__(self, vocabulary: JudgeVocabulary, channels: Sequence[int]) -> None:
@@ -106,7 +120,7 @@ class Judge(nn.Module):
         self.places = nn.Parameter(torch.zeros(len(HEADS), side, side))
         answers = vocabulary.answers()
         self.words = nn.ModuleDict(
-            {_SAME_WORDS.get(head, head): nn.Linear(channels[-1], len(answers[head])) for head in HEADS}
+            {_SHARED_WITH.get(head, head): nn.Linear(channels[-1], len(answers[head])) for head in HEADS}
         )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,11 +130,11 @@ class Judge(nn.Module):
             ValueError: images of another size.
         """
         if images.shape[1:] != (3, IMAGE_PX, IMAGE_PX):
-            raise ValueError(f"expected images [B, 3, {IMAGE_PX}, {IMAGE_PX}], got {list(images.shape)}; resize them")
+            raise ValueError(f"expected images [B, 3, {IMAGE_PX}, {IMAGE_PX}], got {list(images.shape)}")
         features = F.silu(self.norm(self.blocks(self.stem(images))))
         attention = (self.gaze(features) + self.places).flatten(2).softmax(-1)  # [B, heads, places]
         pooled = attention @ features.flatten(2).transpose(1, 2)  # [B, heads, C]
-        return {head: self.words[_SAME_WORDS.get(head, head)](pooled[:, i]) for i, head in enumerate(HEADS)}
+        return {head: self.words[_SHARED_WITH.get(head, head)](pooled[:, i]) for i, head in enumerate(HEADS)}
 
 
 class _Block(nn.Module):
@@ -138,11 +152,11 @@ class _Block(nn.Module):
         return skipped + residual
 
 
-# ---------------------------------------------------------------------------------------------- truth and verdict
+# ---------------------------------------------------------------------------------------------- labels
 
 
-def truth_of(shown: Shown) -> dict[str, str | None]:
-    """Return the right word for every head, or None where the scene does not pose the question."""
+def labels_of(shown: Shown) -> dict[str, str | None]:
+    """Return the label of every head, or None where the scene has none."""
     two = len(shown.objects) > 1
     background, second_color = _background_colors(shown)
     return {
@@ -168,18 +182,17 @@ def _background_colors(shown: Shown) -> tuple[str, str | None]:
 
 
 def _visible_layout(shown: Shown) -> str:
-    things = set(zip(shown.objects, shown.tints, strict=True))
-    return _LOOKS_THE_SAME if shown.layout == _SIDE_BY_SIDE and len(things) == 1 else shown.layout
+    kinds = set(zip(shown.objects, shown.tints, strict=True))
+    return _TWINS if shown.layout == _SIDE_BY_SIDE and len(kinds) == 1 else shown.layout
 
 
 def agreement(verdict: Verdict, shown: Shown) -> dict[str, bool | None]:
-    """Say for each of ATTRIBUTES whether the verdict agrees with what is shown; None where nothing was asked.
+    """Return for each of ATTRIBUTES whether the verdict is right; None where the scene has no label.
 
-    A second object is asked for where there is one; that there is none is a matter of the layout. The background
-    agrees when both colours of a pattern do.
+    `second_object` has a label in scenes with two objects. The background is right if both colours of a pattern are.
     """
-    truth = truth_of(shown)
-    right = {head: None if truth[head] is None else getattr(verdict, head) == truth[head] for head in HEADS}
+    labels = labels_of(shown)
+    right = {head: None if labels[head] is None else getattr(verdict, head) == labels[head] for head in HEADS}
     return {
         "object": right["first_object"],
         "second_object": right["second_object"] if len(shown.objects) > 1 else None,
@@ -192,56 +205,51 @@ def agreement(verdict: Verdict, shown: Shown) -> dict[str, bool | None]:
     }
 
 
-def said_in_caption(shown: Shown) -> frozenset[str]:
-    """Return those of ATTRIBUTES that a scene's caption speaks of: style and background are sometimes left out."""
-    unsaid: set[str] = set()
+def attributes_in_caption(shown: Shown) -> frozenset[str]:
+    """Return the ATTRIBUTES that the caption of a scene names; style and background may be omitted."""
+    omitted: set[str] = set()
     if f"{shown.style} style" not in shown.caption:
-        unsaid |= {"style"}
+        omitted |= {"style"}
     if "background" not in shown.caption:
-        unsaid |= {"background", "pattern"}
-    return frozenset(ATTRIBUTES) - unsaid
+        omitted |= {"background", "pattern"}
+    return frozenset(ATTRIBUTES) - omitted
 
 
 # ---------------------------------------------------------------------------------------------- training, judging
 
 
 def draw_hard_scenes(sprites: SpriteSet, num_scenes: int, seed: int) -> Scenes:
-    """Draw scenes with every tint, as many small, paired or tinted objects as large ones in their own colours.
+    """Draw scenes with every tint, balanced over size, number of objects, and tinted or not.
 
-    The former are harder to tell, and rarer where the base model learns. The same seed draws the same scenes.
+    Small, paired and tinted objects are harder to classify, and rare in the base model's training scenes. The same
+    seed draws the same scenes.
     """
     scenes = draw_scenes(sprites, 4 * num_scenes, seed, tints_of=all_tints)
-    seen: Counter[tuple[bool, int, bool]] = Counter()
-    turns: list[tuple[int, int]] = []  # a scene's turn within its kind, its index
-    for index, shown in enumerate(scenes.shown):
-        kind = (shown.layout == "small", len(shown.objects), any(shown.tints))
-        seen[kind] += 1
-        turns.append((seen[kind], index))
-    chosen = [index for _, index in sorted(turns)[:num_scenes]]
-    return replace(scenes.rows(torch.tensor(chosen)), shown=tuple(scenes.shown[index] for index in chosen))
+    kinds = [(one.layout == "small", len(one.objects), any(one.tints)) for one in scenes.shown]
+    return scenes.subset(interleaved(kinds)[:num_scenes])
 
 
 def judge_loss(judge: Judge, images: torch.Tensor, shown: Sequence[Shown]) -> torch.Tensor:
-    """Return the mean over heads of the cross-entropy, each over the images that pose its question.
+    """Return the mean over heads of the cross-entropy, each averaged over the images with a label.
 
     Args:
-        judge: what is trained.
+        judge: the trained model.
         images: `[B, 3, 64, 64]` in [-1, 1].
-        shown: the truth about each image.
+        shown: the scene of each image.
     """
-    logits, truths = judge(images), [truth_of(one) for one in shown]
+    logits, all_labels = judge(images), [labels_of(one) for one in shown]
     losses = []
     for name, words in judge.vocabulary.answers().items():
-        targets = [_NOT_ASKED if (word := truth[name]) is None else words.index(word) for truth in truths]
+        targets = [_NO_LABEL if (word := labels[name]) is None else words.index(word) for labels in all_labels]
         target = torch.tensor(targets, device=images.device)
-        total = F.cross_entropy(logits[name], target, ignore_index=_NOT_ASKED, reduction="sum")
-        losses.append(total / (target != _NOT_ASKED).sum().clamp(min=1))
+        total = F.cross_entropy(logits[name], target, ignore_index=_NO_LABEL, reduction="sum")
+        losses.append(total / (target != _NO_LABEL).sum().clamp(min=1))
     return torch.stack(losses).mean()
 
 
 @torch.no_grad()
 def judge_images(judge: Judge, images: torch.Tensor, batch_size: int = 128) -> list[Verdict]:
-    """Return a verdict on every image of `[N, 3, 64, 64]` in [-1, 1]."""
+    """Return the verdicts on images `[N, 3, 64, 64]` in [-1, 1]."""
     answers = judge.vocabulary.answers()
     verdicts: list[Verdict] = []
     for batch in images.split(batch_size):
@@ -253,22 +261,22 @@ def judge_images(judge: Judge, images: torch.Tensor, batch_size: int = 128) -> l
     return verdicts
 
 
-# ---------------------------------------------------------------------------------------------- disturbances
+# ---------------------------------------------------------------------------------------------- augmentation
 
 _MAX_SHIFT_PX = 2
-_SOFT_SIDES_PX = (36, 56)  # resampled down to and up again
-_SOFT_PARTS = 2  # of half a batch, each of its own softness; the other half stays sharp
-_MAX_GAIN, _MAX_OFFSET = 0.08, 0.06  # small, so that every colour keeps its name
+_BLUR_SIDES_PX = (36, 56)  # downsampled to, then upsampled again
+_BLUR_PARTS = 2  # of half a batch, each with its own resolution; the other half stays sharp
+_MAX_GAIN, _MAX_OFFSET = 0.08, 0.06  # small, so that colours keep their names
 _MAX_NOISE, _MAX_BLOTCHES = 0.10, 0.06  # standard deviations
 _BLOTCHES_PX = 8
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Disturb images `[B, 3, H, W]` in [-1, 1]: shifts, softness, brightness and colour casts, fine and coarse noise.
+    """Augment images `[B, 3, H, W]` in [-1, 1]: shifts, blur, brightness and colour casts, fine and coarse noise.
 
-    They stand for what an autoencoder and a sampler may do to a picture without changing what it shows.
+    These imitate the artefacts of an autoencoder and a sampler.
     """
-    images = _recolored(_softened(_shifted(images, generator), generator), generator)
+    images = _recolored(_blurred(_shifted(images, generator), generator), generator)
     return _noised(images, generator).clamp(-1, 1)
 
 
@@ -282,22 +290,21 @@ def _shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W]
 
 
-def _softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _blurred(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     half = len(images) // 2
-    parts = images[half:].chunk(_SOFT_PARTS)
-    low, high = _SOFT_SIDES_PX
+    parts = images[half:].chunk(_BLUR_PARTS)
+    low, high = _BLUR_SIDES_PX
     sides = torch.randint(low, high + 1, (len(parts),), device=images.device, generator=generator).tolist()
-    return torch.cat([images[:half], *(_resampled(part, side) for part, side in zip(parts, sides, strict=True))])
-
-
-def _resampled(images: torch.Tensor, side_px: int) -> torch.Tensor:
-    small = F.interpolate(images, size=(side_px, side_px), mode="bilinear", antialias=True)
-    return F.interpolate(small, size=images.shape[2:], mode="bilinear")
+    small = [
+        F.interpolate(part, size=(side, side), mode="bilinear", antialias=True)
+        for part, side in zip(parts, sides, strict=True)
+    ]
+    return torch.cat([images[:half], *(F.interpolate(part, size=images.shape[2:], mode="bilinear") for part in small)])
 
 
 def _recolored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    gain = 1 + _MAX_GAIN * _signed(images, (len(images), 1, 1, 1), generator)
-    return images * gain + _MAX_OFFSET * _signed(images, (len(images), 3, 1, 1), generator)
+    gain = 1 + _MAX_GAIN * _uniform((len(images), 1, 1, 1), generator)
+    return images * gain + _MAX_OFFSET * _uniform((len(images), 3, 1, 1), generator)
 
 
 def _noised(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -309,5 +316,5 @@ def _noised(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images + _MAX_NOISE * levels[0] * fine + _MAX_BLOTCHES * levels[1] * blotches
 
 
-def _signed(images: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, device=images.device, generator=generator) * 2 - 1
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, device=generator.device, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""The embedded base model's architecture: the four Stable Diffusion parts, at the size of a laptop."""
+"""Architecture of the embedded base model: the networks and the tokenizer of Stable Diffusion, at CPU size."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from dreamartist_pipeline.params import EmbeddedModelSize
 
-_WORD_END = "</w>"  # how CLIP's byte-pair tokens mark the end of a word
+_WORD_END = "</w>"  # marks the end of a word in CLIP's byte-pair tokens
 
 
 def build_autoencoder(size: EmbeddedModelSize) -> AutoencoderKL:
-    """Return an untrained autoencoder, one downsampling fewer than it has levels.
+    """Return an untrained autoencoder.
 
-    Each residual block starts as the identity (its last convolution is zero), which trains faster at this size.
+    It downsamples by 2 between its levels. Residual blocks start as the identity (their last convolution is zero),
+    which trains faster at this size.
     """
     levels = len(size.autoencoder_channels)
     autoencoder = AutoencoderKL(
@@ -42,7 +43,7 @@ def build_autoencoder(size: EmbeddedModelSize) -> AutoencoderKL:
 
 
 def build_unet(size: EmbeddedModelSize) -> UNet2DConditionModel:
-    """Return an untrained UNet with cross-attention at the chosen levels and a zero output layer."""
+    """Return an untrained UNet with cross-attention at some levels and a zero-initialised output layer."""
     down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in size.unet_attention)
     up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(size.unet_attention))
     unet = UNet2DConditionModel(
@@ -67,17 +68,19 @@ def build_text_encoder(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLI
 
 
 @torch.no_grad()
-def take_over_text_encoder(
+def load_with_new_vocabulary(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     weights: Mapping[str, torch.Tensor],
     known: CLIPTokenizer,
 ) -> None:
-    """Give a text encoder the weights of one with another vocabulary, in place; words that it lacked begin fresh.
+    """Load weights of a text encoder with another vocabulary, in place; embeddings of new tokens are drawn at random.
 
     Args:
         text_encoder: for the vocabulary of `tokenizer`.
-        weights: the other one's state dict, for the vocabulary of `known`.
+        tokenizer: the new vocabulary.
+        weights: state dict for the vocabulary of `known`.
+        known: the vocabulary of the weights.
     """
     name = next(key for key in weights if key.endswith("token_embedding.weight"))
     vectors = weights[name]  # [vocabulary, width]
@@ -90,7 +93,7 @@ def take_over_text_encoder(
 
 
 def build_towers(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Return an untrained CLIP: the text encoder and an image tower, with projections to one space."""
+    """Return an untrained CLIP model: text and image tower, with projections to a shared space."""
     return CLIPModel(
         CLIPConfig(
             text_config=_text_config(size, tokenizer).to_dict(),
@@ -124,10 +127,10 @@ def _text_config(size: EmbeddedModelSize, tokenizer: CLIPTokenizer) -> CLIPTextC
 
 
 def build_tokenizer(captions: Sequence[str], folder: Path, max_tokens: int) -> CLIPTokenizer:
-    """Train a byte-pair vocabulary on captions and write it to `folder` in the layout CLIPTokenizer reads.
+    """Train a byte-pair vocabulary on captions, and write it to `folder` for CLIPTokenizer.
 
-    As in CLIP, the alphabet holds every byte, alone and at a word's end, so any text can be tokenised; the merges make
-    each word of the captions one token. Training is deterministic.
+    As in CLIP, the alphabet has every byte, inside and at the end of a word, so that any text can be tokenised. Each
+    word of the captions becomes one token. Training is deterministic.
     """
     model = _train_byte_pairs(captions)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

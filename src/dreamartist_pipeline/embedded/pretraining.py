@@ -1,9 +1,9 @@
-"""Training the embedded base model: autoencoder, text and image towers, then UNet and text encoder.
+"""Training loop of the embedded base model's stages and of the judge, and the losses of the base model.
 
-All stages share the loop of concept training (`core.trainer`), with Muon for the hidden matrices and AdamW for the
-rest, warm-up, a constant rate and a decay, gradient clipping, a moving average of the weights, and checkpoints. Every
-step draws its randomness from (seed, rank, step), so an interrupted run that resumes ends in the same weights as one
-that was never interrupted.
+All stages share the loop of concept training (`core.trainer`): Muon for hidden matrices, AdamW for all other
+parameters, warm-up, constant rate and decay, gradient clipping, a moving average of the weights, and checkpoints. The
+randomness of a step depends on (seed, rank, step) only, so an interrupted and resumed run ends in the same weights as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,93 +14,71 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, train
 from dreamartist_pipeline.params import StageParams
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 Checkpoint = dict[str, Any]
 _REPORT_EVERY = 25  # steps
-_SIZED_AFTER = 100  # steps, whose throughput decides how many fit into a stage's minutes
+_SIZED_AFTER = 100  # steps; their throughput gives the number of steps where `minutes` is set
+_MAX_GRAD_NORM = 1.0
 
 
 class Checkpoints(Protocol):
-    """Where the checkpoints of the stages are kept, by name."""
+    """The latest checkpoint of each stage, by name."""
 
     def of_recipe(self, recipe: str) -> Checkpoints:
-        """Return those of one recipe, which no other one sees."""
+        """Return the checkpoints of one recipe."""
 
     def load(self, name: str) -> Checkpoint | None:
-        """Return the latest of that name, or None."""
+        """Return the latest checkpoint of a stage, or None."""
 
-    def save(self, name: str, state: Checkpoint) -> None:
-        """Replace it, whole or not at all."""
-
-
-class Autoencoder(Protocol):
-    """What the autoencoder stage needs of a diffusers AutoencoderKL."""
-
-    def encode(self, x: torch.Tensor) -> Any:
-        """Return something whose `latent_dist` is the posterior of images `[B, 3, H, W]`."""
-
-    def decode(self, z: torch.Tensor) -> Any:
-        """Return something whose `sample` are the images of latents `[B, C, h, w]`."""
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """How one stage is optimised."""
-
-    num_steps: int
-    batch_size: int  # per process
-    lr: float
-    warmup_steps: int
-    ema_decay: float
-    seed: int
-    decay_share: float = 0.2
-    decay_now: bool = False
-    minutes: float | None = None
-    checkpoint_minutes: float = 10.0
-    matrix_lr: float | None = None  # of the parameters handed over as matrices; None: they are AdamW's too
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    bf16: bool = False  # autocast; on a CPU without native bfloat16 it is several times slower than float32
-
-    @classmethod
-    def of(cls, stage: StageParams, seed: int, bf16: bool = False) -> StageSettings:
-        """Return the settings that a stage's parameters describe."""
-        names = {field.name for field in fields(cls)}
-        return cls(**stage.model_dump(include=names), seed=seed, bf16=bf16)
+    def save(self, name: str, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint of a stage."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a stage takes, and from which step on its rate falls; fixed once the decay has begun."""
+    """Number of steps of a stage, and the step from which its rate decays; fixed once the decay has begun."""
 
     num_steps: int
     decay_from: int
 
     @classmethod
     def lasting(cls, num_steps: int, decay_share: float) -> Plan:
-        """Return the plan of so many steps, the last share of which are the decay."""
+        """Return the plan of `num_steps` steps whose last share is the decay."""
         return cls(num_steps, num_steps - math.ceil(decay_share * num_steps))
 
     @classmethod
     def decaying_from(cls, step: int, decay_share: float) -> Plan:
-        """Return the plan whose decay begins at `step` and makes up its share of all steps."""
+        """Return the plan whose decay begins at `step` and takes its share of all steps."""
         return cls(max(step + 1, round(step / (1 - min(decay_share, 0.99)))), step)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, and of how many; the gradient's norm is the one before clipping, seconds its duration."""
+    """Figures of one step.
+
+    Attributes:
+        step: counted from 1.
+        num_steps: of the stage.
+        loss: of this process's batch.
+        lr: AdamW's learning rate.
+        grad_norm: before clipping.
+        seconds: duration of the step.
+    """
 
     step: int
     num_steps: int
@@ -110,34 +88,22 @@ class StepReport:
     seconds: float
 
 
-class ProgressBar(Protocol):
-    """What reporting needs of a tqdm bar."""
-
-    total: float | None
-
-    def update(self) -> object:
-        """Count one more step."""
-
-    def set_postfix(self, **values: str) -> None:
-        """Show values beside the bar."""
-
-
 class StageReporter:
-    """Moves a stage's progress bar, and from time to time shows and tracks what the last steps did on average.
+    """Updates a progress bar every step, and logs means over the last steps every `_REPORT_EVERY` steps.
 
     Args:
-        name: of the stage.
-        batch_size: of all processes together.
+        name: of the stage; prefix of the metrics.
+        batch_size: summed over all processes.
         bar: the progress bar.
-        tracker: where curves go: loss, rate, gradient norm, samples per second, done share and hours to go.
+        tracker: receives loss, rate, gradient norm, samples, samples per second, share done and hours left.
     """
 
-    def __init__(self, name: str, batch_size: int, bar: ProgressBar, tracker: Tracker) -> None:
+    def __init__(self, name: str, batch_size: int, bar: tqdm[Any], tracker: Tracker) -> None:
         self._name, self._batch_size, self._bar, self._tracker = name, batch_size, bar, tracker
         self._reports: list[StepReport] = []
 
     def __call__(self, report: StepReport) -> None:
-        """Take note of one step."""
+        """Record one step."""
         self._bar.total = report.num_steps
         self._bar.update()
         self._reports.append(report)
@@ -160,11 +126,69 @@ class StageReporter:
         self._tracker.log_metrics({f"{self._name}/{key}": value for key, value in values.items()}, step=report.step)
 
 
+def run_stage(
+    name: str,
+    networks: Sequence[nn.Module],
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    stage: StageParams,
+    seed: int,
+    store: Checkpoints,
+    tracker: Tracker,
+    *,
+    bf16: bool = False,
+    after_save: Callable[[int], None] | None = None,
+) -> None:
+    """Train the networks of a stage in place, from its latest checkpoint on; called on every rank.
+
+    Args:
+        name: of the stage: of its checkpoint, progress bar and metrics.
+        networks: all their parameters train; a checkpoint stores them in this order.
+        loss_of: see `fit_stage`.
+        stage: length and optimisation.
+        seed: of all random draws.
+        store: where checkpoints are.
+        tracker: receives the curves.
+        bf16: see `fit_stage`.
+        after_save: called with the step after every checkpoint, on rank 0 only; the networks hold their averages.
+
+    Raises:
+        KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint.
+    """
+    checkpoint = store.load(name)
+
+    def save(state: Checkpoint) -> None:
+        store.save(name, state)
+        if after_save:
+            after_save(state["step"])
+
+    start = checkpoint["step"] if checkpoint else 0
+    batch_size = stage.batch_size * (dist.get_world_size() if dist.is_initialized() else 1)
+    with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=rank() > 0) as bar:
+        try:
+            fit_stage(
+                [parameter for network in networks for parameter in network.parameters()],
+                loss_of,
+                stage,
+                seed,
+                bf16=bf16,
+                matrices=hidden_matrices(*networks),
+                checkpoint=checkpoint,
+                save_checkpoint=save,
+                on_step=StageReporter(name, batch_size, bar, tracker),
+            )
+        except KeyboardInterrupt as stop:
+            if rank() == 0:
+                bar.write(f"{name}: {stop}")
+            raise
+
+
 def fit_stage(
     parameters: Sequence[nn.Parameter],
     loss_of: Callable[[torch.Generator], torch.Tensor],
-    settings: StageSettings,
+    settings: StageParams,
+    seed: int,
     *,
+    bf16: bool = False,
     matrices: Sequence[nn.Parameter] = (),
     checkpoint: Checkpoint | None = None,
     save_checkpoint: Callable[[Checkpoint], None] | None = None,
@@ -173,53 +197,59 @@ def fit_stage(
     """Optimise `parameters` in place and leave their moving averages in them.
 
     Args:
-        parameters: what is trained, in a fixed order; a checkpoint stores them by that order.
+        parameters: what is trained; a checkpoint stores them in this order.
         loss_of: draws a batch with the generator and returns its scalar loss.
-        settings: the stage's schedule.
+        settings: length and optimisation.
+        seed: of all random draws.
+        bf16: autocast to bfloat16; on a CPU without native bfloat16 it is several times slower than float32.
         matrices: those of `parameters` that Muon optimises (see `hidden_matrices`); AdamW optimises the others.
         checkpoint: state to resume from, as `save_checkpoint` received it.
-        save_checkpoint: called every `checkpoint_minutes`, at the end, and before a stop by SIGINT or SIGTERM ends the
-            stage, on rank 0 only; the parameters hold their averages meanwhile.
+        save_checkpoint: called every `checkpoint_minutes`, at the end, and when SIGINT or SIGTERM stops the stage; on
+            rank 0 only, while the parameters hold their averages.
         on_step: called after every step, on rank 0 only.
 
     Raises:
-        KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint.
+        KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint. All ranks stop at the same step.
     """
-    stage = _Stage(parameters, matrices, loss_of, settings, checkpoint)
-    is_first = _rank() == 0
+    stage = _Stage(parameters, matrices, loss_of, settings, seed, bf16, checkpoint)
+    is_first = rank() == 0
     saved = clock = time.monotonic()
-    with stop_requests() as stopped:
+    with stop_requests() as stop_requested:
         for done in stage.steps():
             clock, previous = time.monotonic(), clock
             if on_step and is_first:
                 on_step(stage.report(done, clock - previous))
-            due = clock - saved >= 60 * settings.checkpoint_minutes or stage.is_done or stopped()
+            stopped = _on_any_rank(stop_requested())
+            due = clock - saved >= 60 * settings.checkpoint_minutes or stage.is_done or stopped
             if due and save_checkpoint and is_first:
                 checkpoint = stage.checkpoint()
                 with stage.state.averaged():
                     save_checkpoint(checkpoint)
                 saved = clock = time.monotonic()
-            if stopped():
+            if stopped:
                 raise KeyboardInterrupt(f"stopped after step {done.step}; the same command continues")
     stage.state.keep_averages()
 
 
 class _Stage:
-    """A stage's training state, its plan, and what the training loop asks of it."""
+    """Training state and plan of a stage, with the callbacks of the training loop."""
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
         matrices: Sequence[nn.Parameter],
         loss_of: Callable[[torch.Generator], torch.Tensor],
-        settings: StageSettings,
+        settings: StageParams,
+        seed: int,
+        bf16: bool,
         checkpoint: Checkpoint | None,
     ) -> None:
         averages = Averages(parameters, warmed_up_ema(settings.ema_decay))
         self.state = TrainingState(parameters, _build_optimizers(parameters, matrices, settings), averages)
         if checkpoint:
             self.state.load_state_dict(checkpoint["state"])
-        self._loss_of, self._settings, self._device = loss_of, settings, parameters[0].device
+        self._loss_of, self._settings, self._seed, self._bf16 = loss_of, settings, seed, bf16
+        self._device = parameters[0].device
         self._plan = plan_of(settings, checkpoint)
         self._is_sized = checkpoint is not None or not settings.minutes
 
@@ -260,32 +290,32 @@ class _Stage:
                 group["lr"] = optimizer.defaults["lr"] * self._factor(step)
 
     def _loss_of_step(self, step: int) -> tuple[torch.Tensor, None]:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.bf16):
-            return self._loss_of(step_generator(self._settings.seed, _rank(), step, self._device)), None
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return self._loss_of(step_generator(self._seed, rank(), step, self._device)), None
 
     def _clip(self, norms: torch.Tensor) -> None:
-        nn.utils.clip_grads_with_norm_(self.state.parameters, self._settings.max_grad_norm, norms.norm())
+        nn.utils.clip_grads_with_norm_(self.state.parameters, _MAX_GRAD_NORM, norms.norm())
 
 
 def warmed_up_ema(decay: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the weight of the newest of n values: 1 − decay, and more at the start, where it is 9 / (n + 9)."""
+    """Return n -> weight of the newest of n values in the moving average: 1 − decay, at least 9 / (n + 9)."""
     return lambda num_steps: 1 - (num_steps / (num_steps + 9)).clamp(max=decay)
 
 
-def plan_of(settings: StageSettings, checkpoint: Checkpoint | None) -> Plan:
-    """Return the plan of the parameters, or that of the checkpoint where its decay has begun already."""
+def plan_of(settings: StageParams, checkpoint: Checkpoint | None) -> Plan:
+    """Return the plan of the settings, or that of the checkpoint if its decay has begun or its length was measured."""
     if checkpoint is None:
         return Plan.lasting(settings.num_steps, settings.decay_share)
-    step, begun = checkpoint["step"], Plan(*checkpoint["plan"])
-    if step > begun.decay_from:
-        return begun
+    step, stored = checkpoint["step"], Plan(*checkpoint["plan"])
+    if step > stored.decay_from:
+        return stored
     if settings.decay_now:
         return Plan.decaying_from(step, settings.decay_share)
-    return begun if settings.minutes else Plan.lasting(max(step, settings.num_steps), settings.decay_share)
+    return stored if settings.minutes else Plan.lasting(max(step, settings.num_steps), settings.decay_share)
 
 
-def _sized(settings: StageSettings, seconds_per_step: float) -> Plan:
-    """Return the plan that takes `settings.minutes` in all, the same on every rank."""
+def _sized(settings: StageParams, seconds_per_step: float) -> Plan:
+    """Return the plan that takes `settings.minutes` in total, the same on every rank."""
     num_steps = [max(_SIZED_AFTER + 1, int(60 * (settings.minutes or 0) / seconds_per_step))]
     if dist.is_initialized():
         dist.broadcast_object_list(num_steps)
@@ -294,21 +324,24 @@ def _sized(settings: StageSettings, seconds_per_step: float) -> Plan:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within, SIGINT and SIGTERM only make the yielded function return True; no signal reaches other threads."""
+    """Yield a function that returns whether SIGINT or SIGTERM arrived; within, they have no other effect.
+
+    Outside the main thread, which alone receives signals, it always returns False.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    arrived = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: arrived.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield arrived.is_set
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def warmup_stable_decay(step: int, plan: Plan, warmup_steps: int) -> float:
-    """Linear warm-up to 1, a constant rate, then 1 − √progress down to 0 (Hägele et al. 2024)."""
+    """Return the rate factor: linear warm-up to 1, constant, then 1 − √progress down to 0 (Hägele et al. 2024)."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     progress = (step - plan.decay_from) / (plan.num_steps - plan.decay_from)
     return warm * (1 - math.sqrt(max(0.0, progress)))
@@ -320,7 +353,7 @@ def step_generator(seed: int, rank: int, step: int, device: torch.device) -> tor
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Average gradients over all processes, as one flat message; nothing to do in a single process."""
+    """Average gradients over all processes, in one all-reduce; does nothing in a single process."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -331,34 +364,43 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Return the rank of this process; 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _on_any_rank(flag: bool) -> bool:
+    """Return whether the flag is set on any rank; a collective call."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor([flag], dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 # ---------------------------------------------------------------------------------------------- optimizers
 
-_MIN_MATRIX_SIDE = 16  # below it a weight reads or writes pixels, latents or an embedding: AdamW's work
+_MIN_MATRIX_SIDE = 16  # below it a layer reads or writes pixels or latents, and AdamW optimises it
 
 
 def hidden_matrices(*networks: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of all linear and convolution layers inside the networks, but not their narrow ends."""
+    """Return the weights of all linear and convolution layers with at least `_MIN_MATRIX_SIDE` inputs and outputs."""
     layers = [m for network in networks for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     weights = [cast(nn.Parameter, layer.weight) for layer in layers]
     return [w for w in weights if min(len(w), w[0].numel()) >= _MIN_MATRIX_SIDE]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal (Jordan et al. 2024), for matrices and convolution kernels.
+    """Momentum SGD with orthogonalised updates (Jordan et al. 2024), for matrices and convolution kernels.
 
-    A kernel `[out, in, h, w]` is the matrix `[out, in·h·w]`. Updates have the size that AdamW's would have (Liu et al.
-    2025: times 0.2·sqrt(longest side)), so learning rates carry over. In a process group every rank makes the updates
-    of some matrices and hands them to the others. PyTorch's own takes no kernels and computes in bfloat16 only, which
-    many a CPU cannot do fast.
+    A kernel `[out, in, h, w]` is the matrix `[out, in·h·w]`. Updates are scaled by 0.2·sqrt(longest side), the size of
+    AdamW's updates (Liu et al. 2025), so learning rates carry over. In a process group each rank orthogonalises some of
+    the matrices and broadcasts them. `torch.optim.Muon` takes no kernels and computes in bfloat16, slow on many CPUs.
 
     Args:
         matrices: what is optimised; all need gradients at every step.
         lr: learning rate.
-        momentum: decay of the gradients' average; Nesterov's variant.
+        momentum: decay of the gradients' average (Nesterov).
         weight_decay: decoupled.
     """
 
@@ -390,27 +432,27 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
-    """Make all updates orthogonal in place; the ranks of a process group share the work."""
+    """Orthogonalise all updates in place; the ranks of a process group share the work."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    owners = _share_out([min(u.shape) * u.numel() for u in updates], world)
-    by_owner = [[u for u, its_owner in zip(updates, owners, strict=True) if its_owner == o] for o in range(world)]
-    for update in by_owner[_rank()]:
+    owners = _assign_owners([min(u.shape) * u.numel() for u in updates], world)
+    by_owner = [[u for u, owner in zip(updates, owners, strict=True) if owner == index] for index in range(world)]
+    for update in by_owner[rank()]:
         update.copy_(orthogonalized(update))
     if world > 1:
         for owner, owned in enumerate(by_owner):
-            _hand_out(owned, owner)
+            _broadcast(owned, owner)
 
 
-def _hand_out(tensors: Sequence[torch.Tensor], owner: int) -> None:
-    """Give every rank the owner's tensors, in place and as one message."""
+def _broadcast(tensors: Sequence[torch.Tensor], owner: int) -> None:
+    """Copy the owner's tensors to every rank, in place and in one message."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.broadcast(flat, owner)
     for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(values.view_as(tensor))
 
 
-def _share_out(costs: Sequence[int], num_owners: int) -> list[int]:
-    """Give each piece of work, largest first, to the owner with the least so far; return the owner of each."""
+def _assign_owners(costs: Sequence[int], num_owners: int) -> list[int]:
+    """Return the owner of each task: the largest task first, to the owner with the lowest total cost so far."""
     totals, owners = [0] * num_owners, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[index] = totals.index(min(totals))
@@ -419,10 +461,10 @@ def _share_out(costs: Sequence[int], num_owners: int) -> list[int]:
 
 
 def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
-    """Return about U·Vᵀ of a matrix U·S·Vᵀ: all singular values become about 1 (Newton-Schulz, Jordan et al. 2024).
+    """Return approximately U·Vᵀ of a matrix U·S·Vᵀ (Newton-Schulz iteration, Jordan et al. 2024).
 
-    Iterates on the square Gram matrix of the shorter side and multiplies the long one once, at the end: a third of
-    the work for a 3×3 kernel.
+    Iterates on the Gram matrix of the shorter side and multiplies by the matrix once at the end: a third of the work
+    for a 3×3 kernel.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
@@ -439,7 +481,7 @@ def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tenso
 
 
 def _build_optimizers(
-    parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], settings: StageSettings
+    parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], settings: StageParams
 ) -> list[torch.optim.Optimizer]:
     chosen = {id(matrix) for matrix in matrices} if settings.matrix_lr else set()
     others = [p for p in parameters if id(p) not in chosen]
@@ -455,10 +497,10 @@ def _build_optimizers(
 # ---------------------------------------------------------------------------------------------- autoencoder
 
 
-def autoencoder_loss(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
-    """L1 + squared error + an edge term on image gradients, with a whisper of KL to keep the posterior bounded.
+def autoencoder_loss(autoencoder: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """L1 + squared error + L1 of image gradients + a small KL term that bounds the posterior.
 
-    The edge term is what keeps outlines crisp without an adversary. `images` is `[B, 3, H, W]` in [-1, 1].
+    The gradient term keeps outlines sharp without an adversarial loss. `images` is `[B, 3, H, W]` in [-1, 1].
     """
     posterior = autoencoder.encode(images).latent_dist
     reconstruction: torch.Tensor = autoencoder.decode(posterior.sample()).sample.float()
@@ -475,9 +517,9 @@ def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def normalize_latents(quant: nn.Conv2d, post_quant: nn.Conv2d, latents: torch.Tensor) -> None:
-    """Fold the latents' per-channel mean and deviation into the 1×1 quantisation convolutions, exactly.
+    """Fold the latents' per-channel mean and standard deviation into the 1×1 quantisation convolutions, exactly.
 
-    Afterwards latents have zero mean and unit deviation per channel and `scaling_factor` is 1.
+    Afterwards latents have zero mean and unit standard deviation per channel, for a `scaling_factor` of 1.
 
     Args:
         quant, post_quant: the autoencoder's `quant_conv` and `post_quant_conv`, with biases; changed in place.
@@ -509,15 +551,21 @@ def denoiser_loss(
     snr_gamma: float = 5.0,
     density: str = "uniform",
 ) -> torch.Tensor:
-    """v-prediction loss with a capped-SNR weight and prompts dropped for classifier-free guidance.
+    """v-prediction loss with a capped-SNR weight and prompt dropout for classifier-free guidance.
 
-    The weight (min(snr, γ) + 1) / (snr + 1) keeps full weight at high noise, where captions are learned, unlike
-    min-SNR for v-prediction (Hang et al. 2023), which fades there.
+    The weight (min(snr, γ) + 1) / (snr + 1) stays 1 at high noise, where captions are learned; min-SNR for v-prediction
+    (Hang et al. 2023) goes to 0 there.
 
     Args:
+        unet: predicts v.
+        text_encoder: returns text states of token ids.
         latents: `[B, C, h, w]`.
-        token_ids: `[B, L]` of the captions; `empty_ids` `[1, L]` stands in for dropped ones.
+        token_ids: `[B, L]` of the captions.
+        empty_ids: `[1, L]`, in place of dropped captions.
         alphas_cumprod: `[T]` of the noise schedule.
+        generator: of dropout, timesteps and noise.
+        prompt_dropout: share of dropped captions.
+        snr_gamma: γ.
         density: of the timesteps, see `draw_timesteps`.
     """
     batch, device = len(latents), latents.device
@@ -535,7 +583,7 @@ def denoiser_loss(
 
 
 def draw_timesteps(num: int, num_train_timesteps: int, density: str, generator: torch.Generator) -> torch.Tensor:
-    """Draw int64 timesteps `[num]`: uniform, or logit-normal around the middle (Esser et al. 2024, m = 0, s = 1)."""
+    """Draw int64 timesteps `[num]`: uniform, or logit-normal (Esser et al. 2024, m = 0, s = 1)."""
     if density == "uniform":
         return torch.randint(num_train_timesteps, (num,), device=generator.device, generator=generator)
     fraction = torch.randn(num, device=generator.device, generator=generator).sigmoid()

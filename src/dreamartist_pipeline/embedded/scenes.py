@@ -1,15 +1,15 @@
-"""The embedded model's picture world: sprites composed into captioned scenes.
+"""Training data of the embedded base model: captioned scenes of sprites.
 
-A *scene* places one or two sprites, possibly tinted, on a coloured and possibly patterned background, and comes with a
-caption that says exactly what it shows. Drawing a scene (cheap, random) is kept apart from composing its pixels
-(batched tensor arithmetic on any device).
+A *scene* is one or two sprites, optionally tinted, on a plain or patterned background, with a caption. Scenes are drawn
+at random (cheap, on the CPU) and composed to pixels separately (batched, on any device).
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ TINTS: tuple[str, ...] = tuple(name for name in COLORS if name not in ("black", 
 PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted", "checkered")
 LAYOUTS: tuple[str, ...] = ("one", "small", "twins", "beside", "stacked")
 
-_COLOR_JITTER = 12  # ± levels of 255, so that a colour word means a small region and not one value
+_COLOR_JITTER = 12  # ± levels of 255, so that a colour word is a small region of colours
 _MID_LUMINANCE = 0.55  # luminance that a tint maps onto its pure colour
 TINTED_SHARE = 0.25  # of objects
 _USUAL_WORDING = 0.8  # share of the first wording of each part of a caption
@@ -35,10 +35,17 @@ _NOWHERE: _Place = (0.5, 0.5, 0.0)
 
 @dataclass(frozen=True)
 class Shown:
-    """What one scene shows, in words: the truth behind its caption.
+    """Labels and caption of one scene.
 
-    objects, tints: one entry per object, left or top first; a tint is "" where the object keeps its own colours.
-    layout: one of LAYOUTS. background, second_color: colour words; the second one only shows in a pattern.
+    Attributes:
+        objects: words of the objects, left or top first.
+        tints: colour word of each object, or "" for its own colours.
+        style: word of the drawing style.
+        layout: one of LAYOUTS.
+        pattern: one of PATTERNS.
+        background: colour word.
+        second_color: colour word, visible in patterns only.
+        caption: the prompt.
     """
 
     objects: tuple[str, ...]
@@ -53,11 +60,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of drawn scenes; every tensor is float32 with the batch first.
+    """A batch of scenes.
 
-    sprite `[B, 2]` indices, -1 for none · place `[B, 2, 3]` centre x, y and side, as fractions of the image ·
-    tint `[B, 2, 4]` on/off and RGB in 0..255 · pattern `[B]` index into PATTERNS ·
-    colors `[B, 2, 3]` background and pattern RGB in 0..255 · shift `[B, 2]` pattern offset in pixels.
+    Attributes:
+        sprite: `[B, 2]` indices, -1 for none; this and all other tensors are float32.
+        place: `[B, 2, 3]` centre x, y and side, as fractions of the image.
+        tint: `[B, 2, 4]` 0 or 1, and RGB in 0..255.
+        pattern: `[B]` index into PATTERNS.
+        colors: `[B, 2, 3]` RGB of background and pattern in 0..255.
+        shift: `[B, 2]` offset of the pattern in pixels.
+        shown: labels and captions, `B` entries; empty after `rows`.
     """
 
     sprite: torch.Tensor
@@ -73,7 +85,7 @@ class Scenes:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """What describes each scene."""
+        """The caption of each scene."""
         return tuple(shown.caption for shown in self.shown)
 
     def to(self, device: torch.device | str) -> Scenes:
@@ -81,8 +93,12 @@ class Scenes:
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def rows(self, chosen: torch.Tensor) -> Scenes:
-        """Return the chosen scenes, to be composed; the words are left behind."""
+        """Return the chosen scenes, without `shown`."""
         return replace(self, **{name: tensor[chosen] for name, tensor in self._tensors().items()}, shown=())
+
+    def subset(self, indices: Sequence[int]) -> Scenes:
+        """Return the chosen scenes with their `shown`."""
+        return replace(self.rows(torch.tensor(indices)), shown=tuple(self.shown[index] for index in indices))
 
     def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shown"}
@@ -92,11 +108,11 @@ class Scenes:
 
 
 TintRule = Callable[[str], Sequence[str]]
-"""Object word -> the tints it may be drawn with."""
+"""Word of an object -> tints that it is drawn with."""
 
 
 def unseen_tints(word: str) -> tuple[str, ...]:
-    """Return the two tints that an object never has in training: whether words combine is tested with them."""
+    """Return the two tints that an object never has in training, for tests of unseen combinations."""
     first = zlib.crc32(word.encode()) % len(TINTS)
     return TINTS[first], TINTS[(first + 3) % len(TINTS)]
 
@@ -107,7 +123,7 @@ def seen_tints(word: str) -> tuple[str, ...]:
 
 
 def all_tints(word: str) -> tuple[str, ...]:
-    """Return every tint, whatever the object."""
+    """Return every tint."""
     return TINTS
 
 
@@ -122,21 +138,30 @@ def draw_scenes(
     """Draw random scenes with captions.
 
     Args:
-        sprites: where the pictures come from.
-        num_scenes: how many.
+        sprites: the drawings.
+        num_scenes: number of scenes.
         seed: the same seed draws the same scenes.
-        choices: sprite indices to draw from; by default all that have a name.
-        tints_of: which tints an object may have.
-        tinted_share: share of the objects that have one.
+        choices: indices of the sprites to draw from, with repetitions; default: all named ones.
+        tints_of: tints of an object.
+        tinted_share: share of tinted objects.
     """
     rng = random.Random(seed)
     pool = list(choices) if choices is not None else sprites.named()
     by_style: dict[str, list[int]] = {}
     for index in pool:
         by_style.setdefault(sprites.styles[index], []).append(index)
-    painter = _Painter(sprites, pool, by_style, tints_of, tinted_share, rng)
-    drawn = [painter.draw() for _ in range(num_scenes)]
-    return _stack(drawn, rng)
+    sampler = _SceneSampler(sprites, pool, by_style, tints_of, tinted_share, rng)
+    return _stack([sampler.draw() for _ in range(num_scenes)], rng)
+
+
+def interleaved(kinds: Sequence[Hashable]) -> list[int]:
+    """Return all indices, ordered so that every first part has about the same number of each kind."""
+    count: Counter[Hashable] = Counter()
+    ranked: list[tuple[int, int]] = []
+    for index, kind in enumerate(kinds):
+        count[kind] += 1
+        ranked.append((count[kind], index))
+    return [index for _, index in sorted(ranked)]
 
 
 @dataclass(frozen=True)
@@ -147,8 +172,8 @@ class _Scene:
 
 
 @dataclass(frozen=True)
-class _Painter:
-    """Draws one scene after the other from one source of randomness."""
+class _SceneSampler:
+    """Draws random scenes."""
 
     sprites: SpriteSet
     pool: Sequence[int]
@@ -173,7 +198,9 @@ class _Painter:
             indices, tints = [*indices, other], [*tints, self._tint(other, background)]
         objects = tuple(self.sprites.objects[index] for index in indices)
         names = [f"{tint} {name}" if tint else name for name, tint in zip(objects, tints, strict=True)]
-        caption = _caption(_what(layout, names, rng), style, _background_phrase(pattern, background, second_color), rng)
+        caption = _caption(
+            _arrangement(layout, names, rng), style, _background_phrase(pattern, background, second_color), rng
+        )
         return _Scene(
             (first, indices[1] if len(indices) > 1 else -1),
             _places(layout, rng),
@@ -198,8 +225,8 @@ def _places(layout: str, rng: random.Random) -> tuple[_Place, _Place]:
     return (0.26, 0.5, side), (0.75, 0.5, side)
 
 
-def _what(layout: str, names: Sequence[str], rng: random.Random) -> str:
-    """Say what is where, mostly in the first of two wordings."""
+def _arrangement(layout: str, names: Sequence[str], rng: random.Random) -> str:
+    """Return the phrase of objects and layout, mostly in the first of two wordings."""
     first, second = _with_article(names[0]), _with_article(names[-1])
     usual, other = {
         "one": (first, f"one {names[0]}"),
@@ -224,9 +251,9 @@ def _background_phrase(pattern: str, background: str, second_color: str) -> str:
     }[pattern]
 
 
-def _caption(what: str, style: str, background: str, rng: random.Random) -> str:
-    """Compose a caption whose parts are sometimes missing, reordered or worded otherwise, as people write them."""
-    parts = [what]
+def _caption(objects: str, style: str, background: str, rng: random.Random) -> str:
+    """Compose a caption; parts are sometimes omitted, reordered or worded differently."""
+    parts = [objects]
     if rng.random() < 0.9:
         parts.append(f"{style} style" if rng.random() < _USUAL_WORDING else f"in {style} style")
     if rng.random() < 0.93:
@@ -307,7 +334,7 @@ def _place_sprites(
 
 
 def tinted(rgb: torch.Tensor, alpha: torch.Tensor, color: torch.Tensor) -> torch.Tensor:
-    """Recolour by luminance: the sprite's mean luminance maps to `color`, darker towards black, lighter towards white.
+    """Recolour by luminance: the mean luminance maps to `color`, darker to black, lighter to white.
 
     Args:
         rgb: `[B, 3, H, W]` in 0..1.

@@ -1,4 +1,4 @@
-"""Sprites, one drawing with an alpha channel each: which published ones to take, their names, how to rasterise them."""
+"""Sprites, drawings with an alpha channel: selection from published packages, names, rasterisation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SpritePackages = dict[str, dict[str, Any]]
 """Package -> stem of a JSON file -> its content."""
 
 EMOJI_NAMES = "emojibase-data"  # code points with their groups
-NAMES_BY_CODE_POINT = "noto"  # the package whose icon names stand in where a package has no code points
+NAMES_BY_CODE_POINT = "noto"  # names the icons of packages that have no code points
 _DRAWN_GROUPS = {0, 3, 4, 5, 6, 7}  # faces, animals, food, travel, activities, objects; no people, symbols, flags
-_MIN_COVERAGE = 0.02  # of opaque pixels; less is an empty or unreadable drawing
+_MIN_COVERAGE = 0.02  # share of opaque pixels; drawings with less are empty or unreadable
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class SpriteSet:
 
     Attributes:
         images: uint8 `[N, 4, side, side]`, RGBA with straight alpha.
-        objects: per sprite, the object's word in captions, or "" when it is never named (autoencoder only).
-        styles: per sprite, the style's word in captions.
+        objects: `N` words of objects in captions; "" is never named (autoencoder only).
+        styles: `N` words of styles in captions.
     """
 
     images: torch.Tensor
@@ -42,19 +42,18 @@ class SpriteSet:
     styles: tuple[str, ...]
 
     def named(self) -> list[int]:
-        """Indices of the sprites that captions may name."""
+        """Return the indices of sprites with an object word."""
         return [i for i, name in enumerate(self.objects) if name]
 
 
 def choose_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator[tuple[str, str, str]]:
-    """Yield (svg, object word or "", style word) of every sprite the model may see.
+    """Yield (svg, object word or "", style word) of every training sprite.
 
-    Objects in captions are those of `params.objects` in the packages of `params.styles`, and those that
-    `params.published_objects` describes. All other drawings of all packages widen what the autoencoder sees. Held-out
-    objects and styles are left out of everything.
+    Captions name the objects of `params.objects` and `params.published_objects` in the packages of `params.styles`.
+    All other drawings train the autoencoder only. Held-out objects and styles are excluded.
 
     Raises:
-        InputError: if a named object is missing from a style.
+        InputError: an object of `params.objects` is missing from a style.
     """
     labels = _published_labels(packages, params)
     named = {_normal(code): word for word, code in params.objects.items()}
@@ -73,7 +72,7 @@ def choose_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator
 
 
 def _published_labels(packages: SpritePackages, params: PretrainParams) -> dict[str, str]:
-    """Return the labels, in plain letters, of all code points of drawable groups that are not held out."""
+    """Return code point -> normalised label of all drawable emoji that are not held out."""
     held_out = {_normal(code) for code in params.held_out_objects.values()}
     return {
         code: _plain(str(emoji.get("label", "")))
@@ -83,49 +82,45 @@ def _published_labels(packages: SpritePackages, params: PretrainParams) -> dict[
 
 
 def _plain(label: str) -> str:
-    """Return a label in lower case and plain letters: "Piñata" is "pinata", "woman’s hat" is "womans hat"."""
+    """Return a label in lower-case ASCII letters: "Piñata" becomes "pinata", "woman’s hat" "womans hat"."""
     letters = unicodedata.normalize("NFKD", label.lower().replace("’", ""))
     return " ".join(re.findall(r"[a-z]+", "".join(c for c in letters if not unicodedata.combining(c))))
 
 
 def _published_words(packages: SpritePackages, params: PretrainParams, labels: dict[str, str]) -> dict[str, str]:
-    """Return code point -> word of the objects known by their published names.
+    """Return code point -> word of the objects named by their published labels.
 
-    Names that are taken, held out or given twice name nothing. Of look-alikes the first of those that most styles draw
-    stands for all, under the name they share.
+    Labels that are ambiguous, held out or in `params.objects` are skipped. Of a group of look-alikes, the drawing
+    with the most styles is used, under the group's word.
 
     Raises:
-        InputError: a listed name is no published one.
+        InputError: `published_objects` lists an unknown label.
     """
     rule = params.published_objects
     if rule is None:
         return {}
     drawn = Counter(code for package in params.styles for code in icon_names(packages, package))
     code_of = {label: code for code, label in labels.items() if drawn[code] >= rule.min_styles}
-    _check_published({*rule.left_out, *(label for group in rule.look_alikes.values() for label in group)}, labels)
+    shared = {label for group in rule.look_alikes.values() for label in group}
+    if unknown := sorted({*rule.left_out, *shared} - set(labels.values())):
+        raise InputError(
+            expected="published names in pretrain.published_objects",
+            got=", ".join(map(repr, unknown)),
+            remedy="correct or remove them",
+        )
     taken = {*params.objects, *params.held_out_objects, *rule.left_out}
     ambiguous = {label for label, count in Counter(labels.values()).items() if count > 1}
-    shared = {label for group in rule.look_alikes.values() for label in group}
-    alone = {label: [label] for label in code_of if label not in shared and len(label.split()) <= rule.max_words}
+    single = {label: [label] for label in code_of if label not in shared and len(label.split()) <= rule.max_words}
     words: dict[str, str] = {}
-    for word, group in ({**alone, **rule.look_alikes}).items():
+    for word, group in {**single, **rule.look_alikes}.items():
         known = [label for label in group if label in code_of and label not in taken | ambiguous]
         if word and word not in taken and known:
             words[code_of[max(known, key=lambda label: drawn[code_of[label]])]] = word
     return words
 
 
-def _check_published(names: Iterable[str], labels: dict[str, str]) -> None:
-    if unknown := sorted(set(names) - set(labels.values())):
-        raise InputError(
-            expected="published names in pretrain.published_objects",
-            got=f"{', '.join(map(repr, unknown))}",
-            remedy="correct or remove them",
-        )
-
-
 def choose_held_out_sprites(packages: SpritePackages, params: PretrainParams) -> Iterator[tuple[str, str, str]]:
-    """Yield (svg, object word, style word) of the objects that no stage may see, in every style that draws them."""
+    """Yield (svg, object word, style word) of the held-out objects, in every style that has them."""
     for package, style in params.styles.items():
         names = icon_names(packages, package)
         for word, code in params.held_out_objects.items():
@@ -134,7 +129,7 @@ def choose_held_out_sprites(packages: SpritePackages, params: PretrainParams) ->
 
 
 def icon_names(packages: SpritePackages, package: str) -> dict[str, str]:
-    """Map code points to a package's icons: by its own code points, else by the names the noto set gives them."""
+    """Return code point -> icon name of a package, by its own code points or else by those of noto."""
     chars = packages[package].get("chars") or packages[NAMES_BY_CODE_POINT]["chars"]
     icons = packages[package]["icons"]["icons"]
     return {_normal(code): name for code, name in chars.items() if name in icons}
@@ -152,7 +147,7 @@ def icon_svg(collection: dict[str, Any], name: str) -> str:
 
 
 def draw_sprites(drawings: Iterable[tuple[str, str, str]], side_px: int) -> SpriteSet:
-    """Render drawings, as `choose_sprites` yields them, to a sprite set; those that show nothing are left out."""
+    """Rasterise drawings, as `choose_sprites` yields them; empty ones are left out."""
     import numpy as np
 
     rendered = [(image, word, style) for svg, word, style in drawings if (image := rasterize(svg, side_px)) is not None]
@@ -161,7 +156,7 @@ def draw_sprites(drawings: Iterable[tuple[str, str, str]], side_px: int) -> Spri
 
 
 def rasterize(svg: str, side_px: int) -> np.ndarray | None:
-    """Render an SVG to uint8 `[4, side_px, side_px]` RGBA, or None when nothing is drawn."""
+    """Rasterise an SVG to uint8 `[4, side_px, side_px]` RGBA; None if nearly nothing is opaque."""
     import numpy as np
     import resvg_py
     from PIL import Image

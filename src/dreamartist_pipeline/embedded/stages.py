@@ -1,43 +1,41 @@
-"""The training stages as each process runs them: build the parts, draw the scenes, fit, report."""
+"""The training stages of the embedded base model, as each process runs them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
+from dreamartist_pipeline.core.images import image_grid, to_images
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.embedded.model import (
     build_autoencoder,
     build_text_encoder,
     build_towers,
     build_unet,
-    take_over_text_encoder,
+    load_with_new_vocabulary,
 )
 from dreamartist_pipeline.embedded.pretraining import (
-    Checkpoint,
     Checkpoints,
-    StageReporter,
-    StageSettings,
     autoencoder_loss,
     denoiser_loss,
-    fit_stage,
-    hidden_matrices,
     normalize_latents,
     psnr,
+    rank,
+    run_stage,
     step_generator,
 )
 from dreamartist_pipeline.embedded.scenes import Scenes, compose, draw_scenes
 from dreamartist_pipeline.embedded.sprites import SpriteSet
-from dreamartist_pipeline.params import DenoiserParams, PretrainParams, StageParams
+from dreamartist_pipeline.params import DenoiserParams, PretrainParams
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -46,27 +44,27 @@ if TYPE_CHECKING:
 
 _VALIDATION_SCENES = 256
 _NUM_SHOWN_OBJECTS = 64
-_DRAWN_AT_ONCE = 16
+_SAMPLING_BATCH = 16
 
 
 def fit_autoencoder(
     sprites: SpriteSet, held_out: SpriteSet, params: PretrainParams, store: Checkpoints, tracker: Tracker
 ) -> AutoencoderKL:
-    """Train the autoencoder and fold its latent statistics in; on every rank.
+    """Train the autoencoder and normalise its latents; called on every rank.
 
-    Its quality is measured on scenes of the held-out sprites.
+    Checkpoints are evaluated on scenes of the held-out sprites.
     """
     device, stage = _device(), params.autoencoder
     torch.manual_seed(params.seed)
     autoencoder = build_autoencoder(params.size).to(device, memory_format=torch.channels_last)
     images = sprites.images.to(device)
-    scenes = draw_scenes(sprites, stage.num_scenes, params.seed + 1, _half_named_half_any(sprites)).to(device)
+    scenes = draw_scenes(sprites, stage.num_scenes, params.seed + 1, _balanced_choices(sprites)).to(device)
 
     def paint(chosen: torch.Tensor) -> torch.Tensor:
         return compose(images, scenes.rows(chosen), params.size.image_px)
 
-    unseen_scenes = draw_scenes(held_out, _VALIDATION_SCENES, params.seed + 1).to(device)
-    unseen = compose(held_out.images.to(device), unseen_scenes, params.size.image_px)
+    validation_scenes = draw_scenes(held_out, _VALIDATION_SCENES, params.seed + 1).to(device)
+    validation = compose(held_out.images.to(device), validation_scenes, params.size.image_px)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(scenes), (stage.batch_size,), device=device, generator=generator)
@@ -75,23 +73,27 @@ def fit_autoencoder(
             batch = paint(chosen)
         return autoencoder_loss(autoencoder, batch)
 
-    def save(checkpoint: Checkpoint) -> None:
-        store.save("autoencoder", checkpoint)
-        with torch.no_grad():
-            restored = torch.cat(
-                [autoencoder.decode(autoencoder.encode(batch).latent_dist.mode()).sample for batch in unseen.split(64)]
-            )
-        quality = psnr(restored, unseen).mean().item()
-        tqdm.write(f"autoencoder after {checkpoint['step']} steps: {quality:.2f} dB on held-out sprites")
-        tracker.log_metrics({"autoencoder/psnr_db": quality}, step=checkpoint["step"])
-        tracker.log_image(_side_by_side(unseen[:8], restored[:8]), key="autoencoder", step=checkpoint["step"])
+    def evaluate(step: int) -> None:
+        _log_reconstructions(autoencoder, validation, tracker, step)
 
-    _fit("autoencoder", [autoencoder], loss_of, stage, params.seed, store, tracker, save)
+    bf16 = _has_bfloat16(device)
+    run_stage("autoencoder", [autoencoder], loss_of, stage, params.seed, store, tracker, bf16=bf16, after_save=evaluate)
     with torch.no_grad():
-        typical = [paint(batch) for batch in torch.arange(min(len(scenes), 1024), device=device).split(64)]
-        latents = torch.cat([autoencoder.encode(batch).latent_dist.mode() for batch in typical])
+        batches = torch.arange(min(len(scenes), 1024), device=device).split(64)
+        latents = torch.cat([autoencoder.encode(paint(batch)).latent_dist.mode() for batch in batches])
     normalize_latents(autoencoder.quant_conv, autoencoder.post_quant_conv, latents)
     return autoencoder.cpu().requires_grad_(False)
+
+
+@torch.no_grad()
+def _log_reconstructions(autoencoder: AutoencoderKL, images: torch.Tensor, tracker: Tracker, step: int) -> None:
+    latents = (autoencoder.encode(batch).latent_dist.mode() for batch in images.split(64))
+    restored = torch.cat([autoencoder.decode(batch).sample for batch in latents])
+    psnr_db = psnr(restored, images).mean().item()
+    tqdm.write(f"autoencoder after {step} steps: {psnr_db:.2f} dB on held-out sprites")
+    tracker.log_metrics({"autoencoder/psnr_db": psnr_db}, step=step)
+    pairs = [*to_images(images[:8]), *to_images(restored[:8])]
+    tracker.log_image(image_grid(pairs, columns=8), key="autoencoder", step=step)
 
 
 def fit_towers(
@@ -103,11 +105,16 @@ def fit_towers(
     store: Checkpoints,
     tracker: Tracker,
 ) -> CLIPModel:
-    """Train text and image tower to find each other's match (Radford et al. 2021); on every rank.
+    """Train text and image tower contrastively (CLIP, Radford et al. 2021); called on every rank.
 
     Args:
-        scenes: what is painted, anew each time it is drawn.
+        sprites: of the scenes.
+        scenes: training scenes, the last of which are held back for validation.
         token_ids: `[N, L]` of their captions, int64.
+        tokenizer_path: folder of the tokenizer.
+        params: the recipe.
+        store: where checkpoints are.
+        tracker: receives the curves.
     """
     from transformers import CLIPTokenizer
 
@@ -132,23 +139,27 @@ def fit_towers(
         ).loss
         return loss
 
-    def save(checkpoint: Checkpoint) -> None:
-        store.save("towers", checkpoint)
-        with torch.no_grad():
-            matches = compare(held_back).logits_per_image.argmax(dim=1) == torch.arange(len(held_back), device=device)
-        found = matches.float().mean().item()
-        tqdm.write(f"towers after {checkpoint['step']} steps: {found:.0%} of {len(matches)} unseen captions found")
-        tracker.log_metrics({"towers/captions_found": found}, step=checkpoint["step"])
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        nearest = compare(held_back).logits_per_image.argmax(dim=1)
+        accuracy = (nearest == torch.arange(len(held_back), device=device)).float().mean().item()
+        tqdm.write(f"towers after {step} steps: right caption for {accuracy:.0%} of {len(held_back)} unseen images")
+        tracker.log_metrics({"towers/captions_found": accuracy}, step=step)
 
-    _fit("towers", [towers], loss_of, stage, params.seed, store, tracker, save)
+    bf16 = _has_bfloat16(device)
+    run_stage("towers", [towers], loss_of, stage, params.seed, store, tracker, bf16=bf16, after_save=evaluate)
     return towers.cpu().eval()
 
 
 @dataclass(frozen=True)
 class DenoiserParts:
-    """Folders of what the denoiser is trained with.
+    """Folders of the parts that the denoiser is trained with.
 
-    start: a base model to continue from; None: a fresh UNet, and the text tower as text encoder.
+    Attributes:
+        autoencoder: trained.
+        towers: trained.
+        tokenizer: of the captions.
+        start: base model to continue from; None: an untrained UNet, and the text tower as text encoder.
     """
 
     autoencoder: str
@@ -160,73 +171,73 @@ class DenoiserParts:
 def fit_denoiser(
     sprites: SpriteSet, parts: DenoiserParts, params: PretrainParams, store: Checkpoints, tracker: Tracker
 ) -> StableDiffusionPipeline:
-    """Train UNet and text encoder on scenes drawn anew for every step; on every rank, each with modules of its own.
+    """Train UNet and text encoder on new scenes in every step; called on every rank.
 
-    The text encoder goes on learning, which a model of this size needs.
+    At this size the text encoder has to keep learning.
     """
     device, stage = _device(), params.denoiser
     pipeline = assemble_untrained(parts, params).to(device)
     unet = pipeline.unet.to(memory_format=torch.channels_last).train()
-    autoencoder = pipeline.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     text_encoder = pipeline.text_encoder.train()
-    empty_ids = token_ids_of(pipeline.tokenizer, [""]).to(device)
-    alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
-    images = sprites.images.to(device)
+    loss_on = _loss_on_scenes(pipeline, sprites.images.to(device), params.size.image_px)
     checkpoint = store.load("denoiser")
-    batches = _SceneBatches.of(sprites, pipeline.tokenizer, stage, params.seed).starting_at(
+    names = replace(sprites, images=sprites.images[:0])
+    batches = _SceneBatches(names, pipeline.tokenizer, stage, params.seed, rank()).starting_at(
         checkpoint["step"] if checkpoint else 0
     )
 
-    def encode(scenes: Scenes) -> torch.Tensor:
-        with torch.no_grad():
-            painted = compose(images, scenes, params.size.image_px)
-            latents: torch.Tensor = autoencoder.encode(painted).latent_dist.mode().float()
-        return latents
-
-    def loss_of_scenes(scenes: Scenes, token_ids: torch.Tensor, generator: torch.Generator, **options: Any) -> Any:
-        latents, ids = encode(scenes.to(device)), token_ids.to(device)
-        return denoiser_loss(unet, text_encoder, latents, ids, empty_ids, alphas_cumprod, generator, **options)
-
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        loss: torch.Tensor = loss_of_scenes(*next(batches), generator, density=stage.timestep_density)
-        return loss
+        return loss_on(*next(batches), generator, density=stage.timestep_density)
 
     held_back = draw_scenes(sprites, _VALIDATION_SCENES, params.seed + 7, tinted_share=stage.tinted_share)
     held_back_ids = token_ids_of(pipeline.tokenizer, list(held_back.captions))
 
     @torch.no_grad()
-    def validate(token_ids: torch.Tensor) -> float:
+    def validation_loss(token_ids: torch.Tensor) -> float:
         generator = torch.Generator(device).manual_seed(params.seed)
-        rows = zip(torch.arange(len(held_back)).split(64), token_ids.split(64), strict=True)
-        losses = [loss_of_scenes(held_back.rows(chosen), ids, generator, prompt_dropout=0.0) for chosen, ids in rows]
+        batches = zip(torch.arange(len(held_back)).split(64), token_ids.split(64), strict=True)
+        losses = [loss_on(held_back.rows(rows), ids, generator, prompt_dropout=0.0) for rows, ids in batches]
         return torch.stack(losses).mean().item()
 
-    def save(checkpoint: Checkpoint) -> None:
-        store.save("denoiser", checkpoint)
-        step = checkpoint["step"]
-        right, wrong = validate(held_back_ids), validate(held_back_ids.roll(1, dims=0))
-        tracker.log_metrics({"denoiser/held_back_loss": right, "denoiser/caption_gap": wrong - right}, step=step)
+    def evaluate(step: int) -> None:
+        loss, shuffled = validation_loss(held_back_ids), validation_loss(held_back_ids.roll(1, dims=0))
+        tracker.log_metrics({"denoiser/held_back_loss": loss, "denoiser/caption_gap": shuffled - loss}, step=step)
         tracker.log_image(sample_grid(pipeline), key="samples", step=step)
-        tqdm.write(f"denoiser after {step} steps: loss {right:.4f}, with captions of other scenes {wrong:.4f}")
+        tqdm.write(f"denoiser after {step} steps: loss {loss:.4f}, with shuffled captions {shuffled:.4f}")
 
-    _fit("denoiser", [unet, text_encoder], loss_of, stage, params.seed, store, tracker, save)
+    networks, bf16 = [unet, text_encoder], _has_bfloat16(device)
+    run_stage("denoiser", networks, loss_of, stage, params.seed, store, tracker, bf16=bf16, after_save=evaluate)
     return pipeline.to("cpu")
+
+
+def _loss_on_scenes(
+    pipeline: StableDiffusionPipeline, sprite_images: torch.Tensor, image_px: int
+) -> Callable[..., torch.Tensor]:
+    """Return (scenes, token ids `[B, L]`, generator, options of `denoiser_loss`) -> loss of UNet and text encoder."""
+    device = sprite_images.device
+    autoencoder = pipeline.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    empty_ids = token_ids_of(pipeline.tokenizer, [""]).to(device)
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
+
+    def loss_on(scenes: Scenes, token_ids: torch.Tensor, generator: torch.Generator, **options: Any) -> torch.Tensor:
+        with torch.no_grad():
+            images = compose(sprite_images, scenes.to(device), image_px)
+            latents = autoencoder.encode(images).latent_dist.mode().float()
+        networks, ids = (pipeline.unet, pipeline.text_encoder), token_ids.to(device)
+        return denoiser_loss(*networks, latents, ids, empty_ids, alphas_cumprod, generator, **options)
+
+    return loss_on
 
 
 @dataclass(frozen=True)
 class _SceneBatches(Dataset[tuple[Scenes, torch.Tensor]]):
-    """Step -> this rank's scenes of that step and the token ids `[B, L]` of their captions."""
+    """Step -> this rank's scenes of that step, and the token ids `[B, L]` of their captions."""
 
-    names: SpriteSet  # without images: they are composed where the training is
+    names: SpriteSet  # without images: the training process composes them
     tokenizer: Any
     stage: DenoiserParams
     seed: int
     rank: int
-
-    @classmethod
-    def of(cls, sprites: SpriteSet, tokenizer: Any, stage: DenoiserParams, seed: int) -> _SceneBatches:
-        names = replace(sprites, images=sprites.images[:0])
-        return cls(names, tokenizer, stage, seed, dist.get_rank() if dist.is_initialized() else 0)
 
     def __getitem__(self, step: int) -> tuple[Scenes, torch.Tensor]:
         seed = step_generator(self.seed + 2, self.rank, step, torch.device("cpu")).initial_seed()
@@ -234,40 +245,24 @@ class _SceneBatches(Dataset[tuple[Scenes, torch.Tensor]]):
         return scenes, token_ids_of(self.tokenizer, list(scenes.captions))
 
     def starting_at(self, step: int) -> Iterator[tuple[Scenes, torch.Tensor]]:
-        """Iterate over the batches from this step on, without end."""
-        workers = self.stage.drawing_processes
-        return iter(DataLoader(self, batch_size=None, sampler=itertools.count(step), num_workers=workers))
-
-
-def _fit(
-    name: str,
-    networks: list[torch.nn.Module],
-    loss_of: Any,
-    stage: StageParams,
-    seed: int,
-    store: Checkpoints,
-    tracker: Tracker,
-    save: Any,
-) -> None:
-    checkpoint = store.load(name)
-    settings = StageSettings.of(stage, seed, bf16=_has_bfloat16(_device()))
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    start = checkpoint["step"] if checkpoint else 0
-    with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=not first) as bar:
-        fit_stage(
-            [parameter for network in networks for parameter in network.parameters()],
-            loss_of,
-            settings,
-            matrices=hidden_matrices(*networks),
-            checkpoint=checkpoint,
-            save_checkpoint=save,
-            on_step=StageReporter(name, stage.batch_size * world, bar, tracker),
+        """Return an infinite iterator over the batches from this step on."""
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=itertools.count(step),
+            num_workers=self.stage.drawing_processes,
+            worker_init_fn=_ignore_interrupts,
         )
+        return iter(loader)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Keep a worker of the data loader alive on Ctrl-C: the step that it draws for is finished before the stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def assemble_untrained(parts: DenoiserParts, params: PretrainParams) -> StableDiffusionPipeline:
-    """Put UNet and text encoder as they begin beside a trained autoencoder, with Stable Diffusion's noise schedule."""
+    """Build the pipeline of a trained autoencoder, UNet and text encoder as they start, and the noise schedule."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -283,7 +278,7 @@ def assemble_untrained(parts: DenoiserParts, params: PretrainParams) -> StableDi
     else:
         unet.load_state_dict(_weights(UNet2DConditionModel, f"{parts.start}/unet"))
         known = CLIPTokenizer.from_pretrained(f"{parts.start}/tokenizer", local_files_only=True)
-        take_over_text_encoder(text_encoder, tokenizer, _weights(CLIPTextModel, f"{parts.start}/text_encoder"), known)
+        load_with_new_vocabulary(text_encoder, tokenizer, _weights(CLIPTextModel, f"{parts.start}/text_encoder"), known)
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -330,8 +325,6 @@ SAMPLE_PROMPTS = (
 
 def sample_grid(pipeline: StableDiffusionPipeline, images_per_prompt: int = 2) -> Image.Image:
     """Draw every sample prompt, one column per prompt, with fixed seeds."""
-    from dreamartist_pipeline.core.images import image_grid
-
     images = []
     for seed in range(images_per_prompt):
         images += _draw(pipeline, SAMPLE_PROMPTS, [seed * 100 + i for i in range(len(SAMPLE_PROMPTS))])
@@ -339,9 +332,7 @@ def sample_grid(pipeline: StableDiffusionPipeline, images_per_prompt: int = 2) -
 
 
 def object_grid(pipeline: StableDiffusionPipeline, params: PretrainParams) -> Image.Image:
-    """Draw the first objects of the vocabulary, styles in turn, each with its word under it."""
-    from dreamartist_pipeline.core.images import image_grid
-
+    """Draw the first objects of the vocabulary, in alternating styles, each labelled with object and style."""
     words, styles = list(params.objects)[:_NUM_SHOWN_OBJECTS], list(params.styles.values())
     named = [(word, styles[i % len(styles)]) for i, word in enumerate(words)]
     images = _draw(pipeline, [f"a {word}, {style} style, white background" for word, style in named], range(len(words)))
@@ -352,8 +343,8 @@ def object_grid(pipeline: StableDiffusionPipeline, params: PretrainParams) -> Im
 def _draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), _DRAWN_AT_ONCE):
-        rows = slice(start, start + _DRAWN_AT_ONCE)
+    for start in range(0, len(prompts), _SAMPLING_BATCH):
+        rows = slice(start, start + _SAMPLING_BATCH)
         images += pipeline(
             list(prompts[rows]),
             num_inference_steps=20,
@@ -363,17 +354,11 @@ def _draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequ
     return images
 
 
-def _half_named_half_any(sprites: SpriteSet) -> list[int]:
-    """Draw named sprites as often as all the others together: they are what will be generated."""
+def _balanced_choices(sprites: SpriteSet) -> list[int]:
+    """Return sprite indices, the named ones about as often as all others: they are what the model will draw."""
     named = sprites.named()
     others = [index for index, name in enumerate(sprites.objects) if not name]
     return named * max(1, len(others) // len(named)) + others
-
-
-def _side_by_side(images: torch.Tensor, restored: torch.Tensor) -> Any:
-    from dreamartist_pipeline.core.images import image_grid, to_images
-
-    return image_grid([*to_images(images), *to_images(restored)], columns=len(images))
 
 
 def _device() -> torch.device:
@@ -381,5 +366,5 @@ def _device() -> torch.device:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Say whether the device multiplies bfloat16 natively; emulated, it is slower than float32."""
+    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()

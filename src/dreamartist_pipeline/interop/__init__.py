@@ -1,1 +1,1 @@
-"""Files of other tools, in and out."""
+"""Reading and writing the files of other tools."""

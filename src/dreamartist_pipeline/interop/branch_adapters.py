@@ -1,8 +1,8 @@
-"""The form between a concept and the files of other tools: one plain LoRA per branch, one embedding per word.
+"""The intermediate representation between concepts and files of other tools: one plain LoRA per branch.
 
-Other tools know neither groups nor branches. So every layer of a branch gets a single update, ΔW = scale · up · down,
-and perhaps a bias; several groups in one layer are concatenated along the rank, which adds them up, and a shared group
-goes to both branches.
+Other tools know neither groups nor branches. Here each layer of a branch has a single update, ΔW = scale · up · down,
+with an optional bias. Groups on the same layer are concatenated along the rank, which adds them; a shared group acts on
+both branches.
 """
 
 from __future__ import annotations
@@ -19,18 +19,30 @@ from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 
-_ALPHA = 1.0  # of the groups of a concept that is built here; everything else is in `up`
+_ALPHA = 1.0  # of the groups of a built concept; the scale is folded into `up`
 
 
 @dataclass(frozen=True)
 class BranchAdapter:
-    """What acts on one branch: network (such as `unet`) -> layer -> its update; networks may be missing."""
+    """The updates of one branch.
+
+    Attributes:
+        networks: network (such as `unet`) -> layer -> its update; networks without updates are omitted.
+    """
 
     networks: dict[str, dict[str, LoRAFactors]]
 
+    @classmethod
+    def of_layers(cls, updates: Mapping[tuple[str, str], LoRAFactors]) -> BranchAdapter:
+        """Return the adapter of (network, layer) -> update, in alphabetical order."""
+        networks: dict[str, dict[str, LoRAFactors]] = {}
+        for (network, layer), factors in sorted(updates.items()):
+            networks.setdefault(network, {})[layer] = factors
+        return cls(networks)
+
     @property
     def num_layers(self) -> int:
-        """How many layers have an update, of all networks."""
+        """The number of layers with an update, in all networks."""
         return sum(len(layers) for layers in self.networks.values())
 
     def by_layer(self) -> dict[tuple[str, str], LoRAFactors]:
@@ -39,7 +51,7 @@ class BranchAdapter:
 
 
 def has_bias(layers: Mapping[str, LoRAFactors]) -> bool:
-    """Say whether any of these layers has a bias."""
+    """Return whether any of these layers has a bias."""
     return any(factors.bias is not None for factors in layers.values())
 
 
@@ -47,26 +59,33 @@ def has_bias(layers: Mapping[str, LoRAFactors]) -> bool:
 
 
 def branch_adapter(concept: Concept, branch: str) -> BranchAdapter:
-    """Return everything that acts on the rows of one branch, "negative" or "positive".
+    """Return the updates that act on the rows of one branch, "negative" or "positive".
 
     Raises:
         InputError: a tensor belongs to no group, or an update is incomplete.
     """
-    return BranchAdapter(
-        {network: layers for network in concept.networks if (layers := _branch_layers(concept, network, branch))}
+    return _sum_by_layer(
+        ((network, update.layer), update.factors)
+        for network in concept.networks
+        for update in concept.updates(network)
+        if update.group.branch in (branch, SHARED)
     )
 
 
-def _branch_layers(concept: Concept, network: str, branch: str) -> dict[str, LoRAFactors]:
-    groups: dict[str, list[LoRAFactors]] = {}
-    for update in concept.updates(network):
-        if update.group.branch in (branch, SHARED):
-            groups.setdefault(update.layer, []).append(update.factors)
-    return {layer: _joined(members) for layer, members in groups.items()}
+def added_up(adapters: Sequence[BranchAdapter]) -> BranchAdapter:
+    """Return one adapter with the sum of the updates of several."""
+    return _sum_by_layer(item for adapter in adapters for item in adapter.by_layer().items())
+
+
+def _sum_by_layer(updates: Iterable[tuple[tuple[str, str], LoRAFactors]]) -> BranchAdapter:
+    by_layer: dict[tuple[str, str], list[LoRAFactors]] = {}
+    for at, factors in updates:
+        by_layer.setdefault(at, []).append(factors)
+    return BranchAdapter.of_layers({at: _joined(members) for at, members in by_layer.items()})
 
 
 def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
-    """Concatenate the groups of one layer along the rank; groups of unequal scale keep theirs inside `up`."""
+    """Concatenate the groups of one layer along the rank; unequal scales are folded into `up`."""
     scale = groups[0].scale if len({group.scale for group in groups}) == 1 else 1.0
     down = torch.cat([group.down for group in groups])  # [R, in, ...]
     up = torch.cat([group.up_for_scale(scale) for group in groups], dim=1)  # [out, R, ...]
@@ -74,18 +93,6 @@ def _joined(groups: Sequence[LoRAFactors]) -> LoRAFactors:
     if any(group.bias is not None for group in groups):
         bias = torch.stack([group.bias_for_scale(scale) for group in groups]).sum(0)  # [out]
     return LoRAFactors(down, up, scale, bias)
-
-
-def added_up(adapters: Sequence[BranchAdapter]) -> BranchAdapter:
-    """Return one adapter that does what several do together."""
-    layers: dict[tuple[str, str], list[LoRAFactors]] = {}
-    for adapter in adapters:
-        for at, factors in adapter.by_layer().items():
-            layers.setdefault(at, []).append(factors)
-    networks: dict[str, dict[str, LoRAFactors]] = {}
-    for (network, layer), members in sorted(layers.items()):
-        networks.setdefault(network, {})[layer] = _joined(members)
-    return BranchAdapter(networks)
 
 
 # ------------------------------------------------------------------------------------------------- into a concept
@@ -100,17 +107,16 @@ def build_concept(
     clip_skip: int = 0,
     imported_from: tuple[tuple[str, str], ...] | None = None,
 ) -> Concept:
-    """Return a concept that `backbones.concepts.attach` takes: one LoRA group per branch and network.
+    """Return a concept with one LoRA group per branch and network.
 
     Args:
-        adapters: branch name -> its adapter, "shared" for one that acts on both; a branch without one follows the base
-            model.
-        words: a positive word, or a pair, for every slot; each with its own number of vectors.
-        base_model: what the files were made for; nobody but the caller can know.
-        class_word: stands in for a slot without a word.
-        num_steps: how long it was trained, as far as is known.
-        clip_skip: how many of the text encoder's last layers it was trained without; no file says it.
-        imported_from: (name, SHA-256) of the files it is made of.
+        adapters: branch name, or "shared" for both -> its adapter; a branch without one predicts as the base model.
+        words: a positive word, or a pair, for every slot; numbers of vectors may differ.
+        base_model: the base model of the files, which do not name it.
+        class_word: fills slots without a word.
+        num_steps: of the training; 0 if unknown.
+        clip_skip: of the training, which the files do not contain.
+        imported_from: (name, SHA-256) of the files.
 
     Raises:
         InputError: a negative word without a positive one.
@@ -122,8 +128,11 @@ def build_concept(
     }
     groups: dict[str, tuple[ResolvedGroup, ...]] = {}
     for network in base_model.networks:
-        names = (*BRANCH_NAMES, SHARED)
-        present = {b: adapters[b].networks[network] for b in names if network in _networks(adapters, b)}
+        present = {
+            branch: adapters[branch].networks[network]
+            for branch in (*BRANCH_NAMES, SHARED)
+            if branch in adapters and network in adapters[branch].networks
+        }
         groups[network] = tuple(_group(network, i, b, present[b]) for i, b in enumerate(present))
         for index, (branch, layers) in enumerate(present.items()):
             for layer, factors in layers.items():
@@ -132,8 +141,7 @@ def build_concept(
                 tensors[f"{prefix}.up"] = _stored(factors.up_for_scale(_ALPHA / factors.rank))
                 if has_bias(layers):
                     tensors[f"{prefix}.bias"] = _stored(factors.bias_for_scale(_ALPHA / factors.rank))
-    by_branch = {branch: {word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES}
-    positive, negative = by_branch["positive"], by_branch["negative"]
+    negative, positive = ({word.slot: word for word in words if word.branch == branch} for branch in BRANCH_NAMES)
     only_shared = set(adapters) == {SHARED}
     metadata = ConceptMetadata(
         base_model=base_model.name,
@@ -151,21 +159,17 @@ def build_concept(
     return Concept(dict(sorted(tensors.items())), metadata)
 
 
-def _networks(adapters: Mapping[str, BranchAdapter], branch: str) -> dict[str, dict[str, LoRAFactors]]:
-    return adapters[branch].networks if branch in adapters else {}
-
-
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
 def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFactors]) -> ResolvedGroup:
-    """Return the group that layers were put into; ranks are those of the tensors."""
+    """Return the group of these layers; its rank is their highest."""
     return ResolvedGroup(
         name=f"{network}.{index}.{branch}",
         rank=max(factors.rank for factors in layers.values()),
         layers=tuple(sorted(layers)),
-        lr=0.0,  # nothing trains it
+        lr=0.0,  # not trained here
         branch=branch,
         alpha=_ALPHA,
         bias=has_bias(layers),
@@ -173,15 +177,15 @@ def _group(network: str, index: int, branch: str, layers: Mapping[str, LoRAFacto
 
 
 def _word_names(positive: Mapping[str, TriggerWord], negative: Mapping[str, TriggerWord]) -> dict[str, tuple[str, str]]:
-    """Return slot -> (positive, negative) word. A word by itself beside pairs has "" for a partner.
+    """Return slot -> (positive, negative) word; a word without a partner has "" where others have one.
 
-    Where no word has a partner, there is one branch, and names of partners are what a training would call them.
+    Without any negative word there is one branch; its partners are named as in a training.
     """
     if alone := negative.keys() - positive.keys():
         raise InputError(
             expected="a positive word in every slot that has a negative one",
             got=f"none for {sorted(alone)}",
-            remedy="give its file, or give the negative word alone as the positive one of a slot",
+            remedy="add its file, or make the negative word the positive one of a slot",
         )
     return {
         slot: (word.name, (negative[slot].name if slot in negative else "") if negative else f"{word.name}-neg")
@@ -190,6 +194,6 @@ def _word_names(positive: Mapping[str, TriggerWord], negative: Mapping[str, Trig
 
 
 def _num_vectors(words: Iterable[TriggerWord]) -> int | None:
-    """Return how many vectors each of these words has; None where they differ, so that only the tensors say it."""
+    """Return the common number of vectors of these words, or None if they differ."""
     counts = {word.num_vectors for word in words} or {1}
     return counts.pop() if len(counts) == 1 else None

@@ -1,8 +1,8 @@
-"""A ComfyUI workflow, in the API's format, that applies one adapter per branch.
+"""A ComfyUI workflow in API format that applies one adapter per branch.
 
-CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one sampler: the hook travels
-with the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
-The noise levels are given one by one, because ComfyUI's schedulers space them in other ways than diffusers' do.
+CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one sampler: the hook is attached
+to the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
+The sigmas are explicit, because ComfyUI's schedulers space them differently from those of diffusers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dreamartist_pipeline.params import SamplerParams
 from dreamartist_pipeline.schedulers import SCHEDULERS, SPACING_OPTIONS, ComfyUISampler
 
 BASE_MODEL_FILE = "BASE_MODEL.safetensors"
-"""Stands for the checkpoint, which users choose in the first node."""
+"""A placeholder for the checkpoint, which users select in the first node."""
 
 MANUAL_SIGMAS_SINCE = "0.7.0"
 """The first version of ComfyUI with the node ManualSigmas."""
 
-_SAME_SCALE = 1e-5  # a factor this near to 1 is left out
-_MOST_HUNDREDTHS = 1000  # LatentMultiply takes factors up to 10
+_SAME_SCALE = 1e-5  # relative; closer to 1, a factor is omitted
+_MAX_HUNDREDTHS = 1000  # LatentMultiply accepts factors up to 10
 
 Link = list[Any]
 """[node id, index of its output]."""
@@ -32,7 +32,11 @@ Link = list[Any]
 
 @dataclass(frozen=True)
 class BranchInputs:
-    """Inputs of one branch. lora_file: in ComfyUI's folder of LoRAs; None without an adapter."""
+    """Inputs of one branch.
+
+    Attributes:
+        lora_file: in ComfyUI's folder of LoRAs; None without an adapter.
+    """
 
     prompt: str
     lora_file: str | None
@@ -41,9 +45,11 @@ class BranchInputs:
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn besides: size, seed, how the base model predicts, and which of the text encoder's layers is read.
+    """Settings of the image and the base model.
 
-    clip_skip: how many of its last layers are left out. zero_terminal_snr: as the concept was trained.
+    Attributes:
+        clip_skip: how many of the text encoder's last layers are left out.
+        zero_terminal_snr: of the concept's training.
     """
 
     side_px: int
@@ -56,17 +62,17 @@ class Picture:
 def build_workflow(
     positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams, path: SigmaPath
 ) -> dict[str, Any]:
-    """Return node id -> {class_type, inputs}, as ComfyUI's /prompt takes it.
+    """Return node id -> {class_type, inputs}, the input of ComfyUI's /prompt.
 
     Args:
         positive: inputs of the positive branch.
         negative: inputs of the negative branch.
-        picture: what is drawn.
-        sampler: how.
-        path: the sigmas of that sampler's scheduler.
+        picture: of the image and the base model.
+        sampler: scheduler, steps and guidance.
+        path: the sigmas of that scheduler.
 
     Raises:
-        InputError: ComfyUI has nothing like the scheduler or one of its options.
+        InputError: ComfyUI does not have the scheduler or one of its options.
     """
     text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
@@ -76,8 +82,8 @@ def build_workflow(
         **_branch("negative", negative, text_encoder),
         "latents": _node("EmptyLatentImage", **size),
     }
-    drawn = _add_sampling(nodes, picture, sampler, path)
-    nodes["decoded"] = _node("VAEDecode", samples=drawn, vae=["base_model", 2])
+    denoised = _add_sampling(nodes, picture, sampler, path)
+    nodes["decoded"] = _node("VAEDecode", samples=denoised, vae=["base_model", 2])
     nodes["image"] = _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist")
     if picture.prediction_type == "v_prediction":
         nodes["model_sampling"] = _node(
@@ -93,40 +99,38 @@ def build_workflow(
 
 
 def comfyui_sampler(sampler: SamplerParams) -> ComfyUISampler:
-    """Return what stands for a scheduler in ComfyUI.
+    """Return the closest sampler in ComfyUI.
 
     Raises:
-        InputError: ComfyUI has nothing like the scheduler or one of its options.
+        InputError: ComfyUI does not have the scheduler or one of its options.
     """
     known = SCHEDULERS[sampler.scheduler].comfyui
     if not isinstance(known, ComfyUISampler):
+        names = ", ".join(name for name, each in SCHEDULERS.items() if isinstance(each.comfyui, ComfyUISampler))
         raise InputError(
-            expected="a scheduler that a ComfyUI workflow can follow",
+            expected="a scheduler that ComfyUI has too, for the workflow",
             got=f"{sampler.scheduler} ({known})",
-            remedy=(
-                "set export.sampler.scheduler to one of "
-                f"{', '.join(name for name, s in SCHEDULERS.items() if isinstance(s.comfyui, ComfyUISampler))}"
-            ),
+            remedy=f"set export.sampler.scheduler to one of {names}",
         )
     if unknown := sorted(sampler.scheduler_options.keys() - set(SPACING_OPTIONS)):
         raise InputError(
-            expected=f"scheduler_options that a ComfyUI workflow can say, {', '.join(SPACING_OPTIONS)}",
-            got=f"{', '.join(unknown)}",
-            remedy="leave them out of export.sampler",
+            expected=f"scheduler_options that a ComfyUI workflow supports, {', '.join(SPACING_OPTIONS)}",
+            got=", ".join(unknown),
+            remedy="remove them from export.sampler",
         )
     return known
 
 
 def needs_manual_sigmas(path: SigmaPath) -> bool:
-    """Say whether a workflow gives the sigmas one by one, by a node that older versions of ComfyUI do not have."""
-    return bool(path.legs) and not path.is_karras
+    """Return whether the workflow has explicit sigmas, which need ComfyUI `MANUAL_SIGMAS_SINCE` or newer."""
+    return bool(path.segments) and not path.is_karras
 
 
 # ------------------------------------------------------------------------------------------------- sampling
 
 
 def _add_sampling(nodes: dict[str, Any], picture: Picture, sampler: SamplerParams, path: SigmaPath) -> Link:
-    """Add the nodes from empty latents to drawn ones, and return what leads to these."""
+    """Add the nodes from empty latents to denoised ones, and return the link to the latter."""
     known = comfyui_sampler(sampler)
     guided = {
         "model": ["model_sampling" if picture.prediction_type == "v_prediction" else "base_model", 0],
@@ -135,7 +139,7 @@ def _add_sampling(nodes: dict[str, Any], picture: Picture, sampler: SamplerParam
         "negative": ["negative_prompt", 0],
     }
     if needs_manual_sigmas(path):
-        return _add_legs(nodes, known.name, guided, picture.seed, path)
+        return _add_segments(nodes, known.name, guided, picture.seed, path)
     nodes["sampler"] = _node(
         "KSampler",
         **guided,
@@ -149,15 +153,14 @@ def _add_sampling(nodes: dict[str, Any], picture: Picture, sampler: SamplerParam
     return ["sampler", 0]
 
 
-def _add_legs(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], seed: int, path: SigmaPath) -> Link:
-    """Add one SamplerCustom for every leg, from noise of the first leg's scale.
+def _add_segments(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], seed: int, path: SigmaPath) -> Link:
+    """Add one SamplerCustom per segment, starting at noise with the scale of the first segment.
 
-    That scale needs AddNoise: SamplerCustom itself would scale by the first sigma, or by √(1 + σ²) where that is the
-    model's largest. Between whole timesteps only ComfyUI's models of flow matching can be asked, so that the base model
-    is read as one there.
+    AddNoise sets this scale: SamplerCustom would scale by the first sigma, or by √(1 + σ²) if it is the largest.
+    ComfyUI evaluates only flow-matching models at fractional timesteps; such segments treat the base model as one.
     """
     nodes["noise"] = _node("RandomNoise", noise_seed=seed)
-    nodes["noise_scale"] = _node("ManualSigmas", sigmas=_written([path.legs[0].scale]))
+    nodes["noise_scale"] = _node("ManualSigmas", sigmas=_format_sigmas([path.segments[0].scale]))
     nodes["solver"] = _node("KSamplerSelect", sampler_name=sampler_name)
     nodes["noisy_latents"] = _node(
         "AddNoise",
@@ -166,17 +169,17 @@ def _add_legs(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], 
         sigmas=["noise_scale", 0],
         latent_image=["latents", 0],
     )
-    if any(leg.is_flow for leg in path.legs):
+    if any(segment.is_flow for segment in path.segments):
         nodes["fractional_timesteps"] = _node("ModelSamplingSD3", model=["base_model", 0], shift=1.0)
     latents: Link = ["noisy_latents", 0]
-    for index, leg in enumerate(path.legs):
-        suffix = f"_{index + 1}" if len(path.legs) > 1 else ""
+    for index, segment in enumerate(path.segments):
+        suffix = f"_{index + 1}" if len(path.segments) > 1 else ""
         if index:
-            latents = _add_scaling(nodes, latents, leg.scale)
-        nodes[f"sigmas{suffix}"] = _node("ManualSigmas", sigmas=_written(leg.sigmas))
+            latents = _add_scaling(nodes, latents, segment.scale)
+        nodes[f"sigmas{suffix}"] = _node("ManualSigmas", sigmas=_format_sigmas(segment.sigmas))
         nodes[f"sampler{suffix}"] = _node(
             "SamplerCustom",
-            **guided | ({"model": ["fractional_timesteps", 0]} if leg.is_flow else {}),
+            **guided | ({"model": ["fractional_timesteps", 0]} if segment.is_flow else {}),
             add_noise=False,
             noise_seed=seed,
             sampler=["solver", 0],
@@ -188,7 +191,7 @@ def _add_legs(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], 
 
 
 def _add_scaling(nodes: dict[str, Any], latents: Link, scale: float) -> Link:
-    """Multiply latents, by two nodes: the field has steps of 0.01, to which ComfyUI's editor may round."""
+    """Multiply latents by two nodes: the field has steps of 0.01, to which ComfyUI's editor may round."""
     if abs(scale - 1) < _SAME_SCALE:
         return latents
     for factor in _hundredths(scale):
@@ -199,16 +202,16 @@ def _add_scaling(nodes: dict[str, Any], latents: Link, scale: float) -> Link:
 
 
 def _hundredths(scale: float) -> tuple[float, float]:
-    """Return two multiples of 0.01, at most 10, whose product is nearest to a scale."""
+    """Return two multiples of 0.01, at most 10, with the product closest to `scale`."""
     pairs = (
-        (first, min(max(round(scale * 1e4 / first), 1), _MOST_HUNDREDTHS)) for first in range(1, _MOST_HUNDREDTHS + 1)
+        (first, min(max(round(scale * 1e4 / first), 1), _MAX_HUNDREDTHS)) for first in range(1, _MAX_HUNDREDTHS + 1)
     )
     first, second = min(pairs, key=lambda pair: (abs(pair[0] * pair[1] - scale * 1e4), abs(pair[0] - 100)))
     return first / 100, second / 100
 
 
-def _written(sigmas: Iterable[float]) -> str:
-    """Write sigmas as ManualSigmas reads them: it knows no exponents."""
+def _format_sigmas(sigmas: Iterable[float]) -> str:
+    """Return sigmas in the syntax of ManualSigmas, which has no exponents."""
     return ", ".join(f"{sigma:.9f}" for sigma in sigmas)
 
 
@@ -239,29 +242,29 @@ def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def embedding_prompt(prompt: str, words: Iterable[str]) -> str:
-    """Return a prompt with every trigger word as ComfyUI asks for an embedding, `embedding:my-cat`.
+    """Return a prompt for ComfyUI, with `embedding:my-cat` for a trigger word.
 
-    ComfyUI splits at spaces and takes only commas off a name, and weights what is in parentheses, which is plain text
-    here: words get spaces around them, parentheses a backslash.
+    ComfyUI ends an embedding's name at a space or comma, and reads parentheses as weights: words are surrounded by
+    spaces, parentheses are escaped.
     """
     name_of = {word.lower(): word for word in words}
     alternatives = "|".join(sorted(map(re.escape, name_of), key=len, reverse=True)) or "(?!)"
 
     def embedding(match: re.Match[str]) -> str:
         before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
-        apart_before = "" if not before or before.isspace() else " "
-        apart_after = "" if not after or after.isspace() or after == "," else " "
-        return f"{apart_before}embedding:{name_of[match[0].lower()]}{apart_after}"
+        space_before = "" if not before or before.isspace() else " "
+        space_after = "" if not after or after.isspace() or after == "," else " "
+        return f"{space_before}embedding:{name_of[match[0].lower()]}{space_after}"
 
-    asked = re.sub(rf"(?<![\w:-])(?:{alternatives})(?![\w-])", embedding, prompt, flags=re.IGNORECASE)
-    return re.sub(r"[()]", r"\\\g<0>", asked)
+    replaced = re.sub(rf"(?<![\w:-])(?:{alternatives})(?![\w-])", embedding, prompt, flags=re.IGNORECASE)
+    return re.sub(r"[()]", r"\\\g<0>", replaced)
 
 
 def check_workflow(workflow: Mapping[str, Any], lora_files: Iterable[str], name: str) -> None:
-    """Confirm that every link leads to a node and that every LoRA it names is in the export.
+    """Check that every link has its node, and that every LoRA is in the export.
 
     Raises:
-        InputError: which one does not.
+        InputError: a node or a LoRA is missing.
     """
     known = set(lora_files)
     for node, content in workflow.items():

@@ -1,4 +1,4 @@
-"""What lies beside the exported files: how to use them, and a script for diffusers."""
+"""The README of an export, and its script for diffusers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export holds, for those who use it.
+    """The content of an export.
 
     Attributes:
         loras: branch -> file in the kohya format.
-        diffusers_loras: branch -> the file that diffusers takes whole.
+        diffusers_loras: branch -> a file that diffusers loads completely.
         words: branch -> trigger words.
-        workflow: the sigmas of the ComfyUI workflow; None without one.
+        workflow: the sigmas of the ComfyUI workflow; None if there is no workflow.
         strength: of each branch's adapter, in all examples.
-        branches_are_equal: whether both have the same adapter, of the same strength.
-        clip_skip: how many of the text encoder's last layers are left out.
+        branches_are_equal: whether both branches have the same adapter with the same strength.
+        clip_skip: number of the text encoder's last layers that are skipped.
     """
 
     title: str
@@ -45,7 +45,7 @@ class ExportSummary:
 
 
 def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams) -> str:
-    """Return a script that draws with one adapter per branch in plain diffusers."""
+    """Return a script that generates images with one adapter per branch in plain diffusers."""
     scheduler = SCHEDULERS[sampler.scheduler]
     rescaled = ZERO_TERMINAL_SNR if summary.zero_terminal_snr else {}
     settings = {
@@ -67,8 +67,13 @@ def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams) 
 
 
 def readme(summary: ExportSummary) -> str:
-    """Return the export's README: what is where, and what is equivalent to this project's own drawing."""
-    sections = [_heading(summary), _comfyui(summary), _diffusers(summary), _a1111(summary)]
+    """Return the export's README: its files, and how each tool uses them."""
+    sections = [
+        _heading(summary),
+        _comfyui(summary),
+        _diffusers(summary),
+        _a1111(summary),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -82,8 +87,8 @@ def _heading(summary: ExportSummary) -> str:
     lines = [
         f"{summary.title}: a DreamArtist++ concept for the base model {summary.base_model}.",
         "",
-        "It has one LoRA per branch. The positive one belongs to the prompt, the negative one to the negative prompt;",
-        "loading both for both sides draws something else. Use it with the base model it was trained on.",
+        "It has one LoRA per branch: the positive one for the prompt, the negative one for the negative prompt. Images",
+        "differ if both are applied to both prompts. Use it with the base model it was trained on.",
         "",
         *(f"  {file:<{width}}  {content}" for file, content in contents.items()),
     ]
@@ -94,22 +99,20 @@ def _comfyui(summary: ExportSummary) -> str:
     path = summary.workflow
     if path is None:
         return ""
-    heading = (
-        "one adapter per branch, but NOT the same picture" if path.difference else "equivalent, one adapter per branch"
-    )
+    heading = "one adapter per branch, but images differ" if path.difference else "equivalent, one adapter per branch"
     loras, has_words = "lora/*.safetensors" if summary.loras else "", any(summary.words.values())
     lines = [
         f"ComfyUI: {heading}",
         *([f"  {path.difference[0].upper()}{path.difference[1:]}."] if path.difference else []),
-        f"  Install: {_copied(loras, 'models/loras', has_words, 'models/embeddings')}; no custom nodes.",
+        f"  Install: {_copy_instruction(loras, 'models/loras', has_words, 'models/embeddings')}; no custom nodes.",
         *([f"  Needs ComfyUI {MANUAL_SIGMAS_SINCE} or newer."] if needs_manual_sigmas(path) else []),
-        "  Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node.",
+        "  Load comfyui_workflow.json (menu Workflow, Open) and select the checkpoint in its first node.",
     ]
     return "\n".join(lines)
 
 
-def _copied(loras: str, lora_folder: str, has_words: bool, embedding_folder: str) -> str:
-    """Say which files go where; folders are those of the tool."""
+def _copy_instruction(loras: str, lora_folder: str, has_words: bool, embedding_folder: str) -> str:
+    """Return which files to copy to which folders of a tool."""
     places = [f"{loras} to {lora_folder}"] if loras else []
     if has_words:
         places.append(f"embeddings/*.safetensors to {embedding_folder}")
@@ -135,8 +138,8 @@ def _a1111(summary: ExportSummary) -> str:
     equal = ["A1111 / Forge: equivalent, because both branches have the same LoRA here"]
     fallback = [
         "A1111 / Forge: a fallback that is NOT equivalent",
-        "  They cannot put a LoRA on the negative side only. The nearest is the positive LoRA, which there acts on",
-        "  both sides, with both embeddings. Expect other images than ComfyUI, diffusers and this project draw.",
+        "  They cannot apply a LoRA to the negative prompt only. The closest is the positive LoRA, which acts on",
+        "  both prompts, with both embeddings. Images differ from those of ComfyUI, diffusers and this project.",
     ]
     name, strength = lora.rpartition("/")[2].removesuffix(".safetensors"), summary.strength.positive
     prompt = _for_a1111(summary.prompt) + (f" <lora:{name}:{strength:g}>" if lora else "")
@@ -144,7 +147,7 @@ def _a1111(summary: ExportSummary) -> str:
     negative_prompt = _a1111_negative_prompt(summary)
     lines = [
         *(equal if summary.branches_are_equal else fallback),
-        f"  Install: {_copied(lora, 'models/Lora', has_words, 'embeddings')}; no extension.",
+        f"  Install: {_copy_instruction(lora, 'models/Lora', has_words, 'embeddings')}; no extension.",
         f"  prompt           {prompt}" + (f"   (trigger word: {trigger_words})" if trigger_words else ""),
         *([f"  negative prompt  {negative_prompt}"] if negative_prompt else []),
         *([f"  settings         Clip skip {summary.clip_skip + 1}"] if summary.clip_skip else []),
@@ -153,12 +156,12 @@ def _a1111(summary: ExportSummary) -> str:
 
 
 def _a1111_negative_prompt(summary: ExportSummary) -> str:
-    """Return the negative prompt; before it, the negative words it lacks, which are all that branch has there."""
+    """Return the negative prompt, preceded by the negative trigger words that it does not contain."""
     words = () if summary.branches_are_equal else summary.words.get("negative", ())
-    unwritten = [word for word in words if word not in summary.negative_prompt]
-    return ", ".join(part for part in (*unwritten, _for_a1111(summary.negative_prompt)) if part)
+    missing = [word for word in words if word not in summary.negative_prompt]
+    return ", ".join(part for part in (*missing, _for_a1111(summary.negative_prompt)) if part)
 
 
 def _for_a1111(prompt: str) -> str:
-    """Return a prompt in which A1111 weights nothing: parentheses, brackets and backslashes are text."""
+    """Return a prompt without weights for A1111: parentheses, brackets and backslashes are escaped."""
     return re.sub(r"[()\[\]\\]", r"\\\g<0>", prompt)

@@ -1,4 +1,4 @@
-"""This project's own concept file, as bytes."""
+"""The concept file of this project, as bytes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_t
 
 
 def read_concept(file: bytes, name: str) -> Concept:
-    """Return the concept that a file holds.
+    """Return the concept in a file.
 
     Args:
         file: its bytes.
-        name: what to call it in an error.
+        name: its name in an error.
 
     Raises:
-        InputError: not a safetensors file, one of another tool, or a damaged concept.
+        InputError: not a safetensors file, not a concept, or a damaged one.
     """
     tensors = read_tensors(file, name)
     concept = Concept(tensors, ConceptMetadata.read(read_metadata(file), name))

@@ -1,4 +1,4 @@
-"""What files of other tools can hold of a concept."""
+"""Options of LoRA groups that the files of other tools can represent."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import LoRAGroup
 
 _WITHOUT_BIAS = ("kohya",)
-"""The nearest thing, ComfyUI's `X.diff_b`, makes diffusers refuse the file, and ComfyUI has no place for it in layers
-without a bias of their own, such as to_q."""
+"""ComfyUI's `X.diff_b` is no substitute: diffusers rejects the file, and ComfyUI ignores it in layers without a bias,
+such as to_q."""
 
 
 def check_expressible(
     groups: Mapping[str, Sequence[LoRAGroup]], formats: Sequence[str], is_trained_here: bool = False
 ) -> None:
-    """Confirm that files of other tools can hold a concept's LoRA groups.
+    """Check that the export formats can represent a concept's LoRA groups.
 
     Args:
         groups: network -> its groups.
-        formats: those to be written.
-        is_trained_here: whether the run trains them, so that they are parameters that can be changed.
+        formats: the formats to export.
+        is_trained_here: whether this run trains the groups, which are parameters then.
 
     Raises:
-        InputError: an option of a group that they cannot hold, and what to leave out.
+        InputError: a group has an option that a format cannot represent.
     """
     for network, members in groups.items():
         for index, group in enumerate(members):
             option, refusing = _not_expressible(group, formats)
             if refusing:
+                prefix = "training." if is_trained_here else ""
                 raise InputError(
-                    expected="LoRA groups that other tools' files can hold, because this run exports them",
-                    got=(
-                        f"{'training.' if is_trained_here else ''}lora_{network}.{index} with {option}, which "
-                        f"{', '.join(refusing)} cannot hold"
-                    ),
-                    remedy=f"{_advice(formats, refusing, is_trained_here)}",
+                    expected="LoRA groups that the export formats support, because this run exports them",
+                    got=f"{prefix}lora_{network}.{index} with {option}, which {', '.join(refusing)} cannot hold",
+                    remedy=_advice(formats, refusing, is_trained_here),
                 )
 
 
 def _not_expressible(group: LoRAGroup, formats: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the option that stands in the way, and the formats that it keeps from being written."""
+    """Return an option that cannot be represented, and the formats that do not support it."""
     if group.timestep_min_rank is not None:
         return f"timestep_min_rank={group.timestep_min_rank}", formats
     if group.bias:
@@ -50,7 +48,7 @@ def _not_expressible(group: LoRAGroup, formats: Sequence[str]) -> tuple[str, Seq
 
 def _advice(formats: Sequence[str], refusing: Sequence[str], is_trained_here: bool) -> str:
     others = [name for name in formats if name not in refusing]
-    leave_out = f"leave these formats out, export.formats=[{','.join(others)}], or " if others else ""
+    reduce = f"set export.formats=[{','.join(others)}], or " if others else ""
     if is_trained_here:
-        return f"{leave_out}run without the export: kedro run --pipelines train,evaluate"
-    return f"{leave_out}draw with it instead: kedro run --pipeline generate"
+        return f"{reduce}run without the export: kedro run --pipelines train,evaluate"
+    return f"{reduce}generate images with it instead: kedro run --pipeline generate"

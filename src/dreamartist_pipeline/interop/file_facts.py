@@ -1,4 +1,4 @@
-"""What an exported file's metadata say about it."""
+"""The metadata of exported files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dreamartist_pipeline.core.layout import FileNames
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file in words.
+    """The description of an exported file.
 
-    trigger_phrase: what users type; "" without one. prediction_type: "epsilon" or "v_prediction".
-    names: what the file calls the base model's parts.
+    Attributes:
+        trigger_phrase: its trigger words, or "".
+        prediction_type: "epsilon" or "v_prediction".
+        names: the names of the base model's parts in files.
     """
 
     title: str

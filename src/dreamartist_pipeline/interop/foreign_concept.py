@@ -1,4 +1,4 @@
-"""From files of other tools to a concept: what they hold, checked against the base model."""
+"""Concepts from the files of other tools, checked against the base model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from dreamartist_pipeline.core.concept import Concept, TriggerWord
 from dreamartist_pipeline.core.layout import BaseModelIdentity, ModelLayout
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.branch_adapters import (
-    BranchAdapter,
-    build_concept,
-)
+from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, build_concept
 from dreamartist_pipeline.interop.foreign_lora import fitted
 from dreamartist_pipeline.interop.toolkit import files_of_step, read_toolkit, toolkit_words
 from dreamartist_pipeline.interop.toolkit_config import SLOT
@@ -24,7 +21,13 @@ from dreamartist_pipeline.params import PositiveActsOn
 
 @dataclass(frozen=True)
 class Source:
-    """A file that was read: its name, the SHA-256 of its bytes, and what it holds."""
+    """A file that was read.
+
+    Attributes:
+        file: its name.
+        sha256: of its bytes.
+        holds: a description of its content.
+    """
 
     file: str
     sha256: str
@@ -33,10 +36,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Imported:
-    """What the files hold.
+    """The content of the files.
 
-    adapters: branch name, or "shared" for both -> its adapter. num_steps: how long it was trained, 0 when unknown.
-    left_out: branch name -> layers whose updates act on nothing.
+    Attributes:
+        adapters: branch name, or "shared" for both -> its adapter.
+        num_steps: of the training; 0 if unknown.
+        left_out: branch name -> layers that clip_skip leaves out.
+        notes: what users should know about the files.
     """
 
     adapters: dict[str, BranchAdapter]
@@ -44,6 +50,7 @@ class Imported:
     sources: tuple[Source, ...]
     num_steps: int = 0
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def source(name: str, file: bytes, holds: str) -> Source:
@@ -59,24 +66,22 @@ def read_toolkit_folder(
     step: int | None,
     option: str,
 ) -> Imported:
-    """Read the files of one step out of a folder that the reference toolkit left.
+    """Read the files of one step from an output folder of the reference toolkit.
 
     Args:
-        files: those of the folder.
-        folder: what it is called in messages.
+        files: of the folder.
+        folder: its name in messages.
         layout: of the base model.
-        names: slot -> positive and, perhaps, negative word; empty: one pair, of which the negative ends in "-neg".
-        step: which one; None takes the newest.
-        option: where users name the words of a slot, for an error: "import.names.{slot}".
+        names: slot -> positive and optional negative word; empty: one pair, the negative word ending in "-neg".
+        step: the step; None for the last.
+        option: the option that names the words of a slot, for an error: "import.names.{slot}".
 
     Raises:
-        InputError: there is no such step, nothing in it, words that are not there or no pair, or a file that
-            does not belong there or to this base model.
+        InputError: no such step, an empty one, missing or unpaired words, or an unexpected or mismatched file.
     """
     of_step = files_of_step(files, step)
     contents = {name: files[name]() for name in of_step.names}
-    modules = {network: list(layers) for network, layers in layout.shapes.items()}
-    found, vectors = read_toolkit(contents, modules, layout.names, step)
+    found, vectors = read_toolkit(contents, layout.shapes, layout.names, step)
     words = toolkit_words(vectors, names, option.format(slot=SLOT))
     if not (found or words):
         raise InputError(expected=f"adapters or words in {folder}", got="none", remedy="give the folder of a training")
@@ -92,28 +97,36 @@ def read_toolkit_folder(
 
 
 def resolve(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveActsOn, option: str) -> Imported:
-    """Return what becomes the concept: adapters on the branches that they act on, and words that can be used.
+    """Return the content of the concept: adapters by the branches they act on, without skipped layers, and valid words.
 
     Args:
         imported: as read.
         layout: of the base model.
-        positive_acts_on: what a positive adapter acts on where there is no negative one; both, as in other tools.
-        option: where users name the words of a slot, for an error: "import.names.{slot}".
+        positive_acts_on: the branches of a positive adapter without a negative one; both, as in other tools.
+        option: the option that names the words of a slot, for an error: "import.names.{slot}".
 
     Raises:
-        InputError: a word that cannot be typed, is known to the base model or is there twice, vectors that do not fit,
-            or nothing that acts on anything.
+        InputError: an invalid, known or duplicate word, vectors that do not fit, or no effective adapter.
     """
     adapters = imported.adapters
     if positive_acts_on == "both" and set(adapters) == {"positive"}:
         adapters = {SHARED: adapters["positive"]}
-    _check_words(imported.words, layout, option)
-    left_out = {branch: layers for branch, a in adapters.items() if (layers := _skipped(a, layout))}
-    used = {branch: _without_skipped(adapter, layout) for branch, adapter in adapters.items()}
-    used = {branch: adapter for branch, adapter in used.items() if adapter.num_layers}
+    for word in imported.words:
+        others = [other.name for other in imported.words if other is not word]
+        _check_name(word, others, option.format(slot=word.slot))
+        layout.check_word(word.name)
+        _check_vectors(word, layout)
+    used, left_out = {}, {}
+    for branch, adapter in adapters.items():
+        updates = adapter.by_layer()
+        skipped = [at for at in updates if at[1] in layout.skipped.get(at[0], ())]
+        if skipped:
+            left_out[branch] = tuple(layer for _, layer in skipped)
+        if len(skipped) < len(updates):
+            used[branch] = BranchAdapter.of_layers({at: updates[at] for at in updates if at not in skipped})
     if not (used or imported.words):
         raise InputError(
-            expected="adapters that act on something",
+            expected="adapters with an effect",
             got="only text-encoder layers that clip_skip leaves out",
             remedy="lower clip_skip",
         )
@@ -123,7 +136,7 @@ def resolve(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveA
 def make_concept(
     imported: Imported, base_model: BaseModelIdentity, class_word: str = "", clip_skip: int = 0
 ) -> Concept:
-    """Return the concept; its metadata name the files it was made of.
+    """Return the concept, with the names and hashes of the files in its metadata.
 
     Raises:
         InputError: a negative word without a positive one.
@@ -134,45 +147,21 @@ def make_concept(
     )
 
 
-# ------------------------------------------------------------------------------------------------- adapters
-
-
-def _skipped(adapter: BranchAdapter, layout: ModelLayout) -> tuple[str, ...]:
-    return tuple(layer for network, layer in adapter.by_layer() if layer in layout.skipped.get(network, ()))
-
-
-def _without_skipped(adapter: BranchAdapter, layout: ModelLayout) -> BranchAdapter:
-    """Return the adapter without the text encoders' layers that clip_skip leaves out."""
-    networks = {
-        network: {layer: f for layer, f in layers.items() if layer not in layout.skipped.get(network, ())}
-        for network, layers in adapter.networks.items()
-    }
-    return BranchAdapter({network: layers for network, layers in networks.items() if layers})
-
-
 # ------------------------------------------------------------------------------------------------- words
-
-
-def _check_words(words: Sequence[TriggerWord], layout: ModelLayout, option: str) -> None:
-    for word in words:
-        _check_name(word, [other.name for other in words if other is not word], option.format(slot=word.slot))
-        layout.check_word(word.name)
-        _check_vectors(word, layout)
 
 
 def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
     if not word.name or word.name != typable(word.name):
-        named = typable(word.name) or "my-word"
         raise InputError(
             expected="a trigger word without spaces, braces or slashes",
             got=f"{word.name!r}",
-            remedy=f"name it, such as {option}={named}",
+            remedy=f"name it, such as {option}={typable(word.name) or 'my-word'}",
         )
     if word.name.lower() in map(str.lower, others):
         raise InputError(
             expected="every trigger word once",
             got=f"{word.name!r} twice",
-            remedy=f"name them apart, such as {option}=[{word.name}, {word.name}-neg]",
+            remedy=f"give them different names, such as {option}=[{word.name}, {word.name}-neg]",
         )
 
 
@@ -180,23 +169,19 @@ def _check_vectors(word: TriggerWord, layout: ModelLayout) -> None:
     widths = {encoder: vectors.shape[-1] for encoder, vectors in word.vectors.items()}
     if widths != layout.word_widths:
         raise InputError(
-            expected=f"vectors of width {_numbers(layout.word_widths)} for {word.name!r}",
-            got=f"{_numbers(widths)}",
+            expected=f"vectors of width {' and '.join(map(str, layout.word_widths.values()))} for {word.name!r}",
+            got=" and ".join(map(str, widths.values())),
             remedy="give an embedding for this base model, or set base_model to the one it was made for",
         )
     if not 1 <= word.num_vectors <= layout.max_vectors:
         raise InputError(
-            expected=f"1 to {layout.max_vectors} vectors for {word.name!r}, which is what a prompt holds",
+            expected=f"1 to {layout.max_vectors} vectors for {word.name!r}, the length of a prompt",
             got=f"{word.num_vectors}",
             remedy="give another embedding",
         )
     if not all(vectors.isfinite().all() for vectors in word.vectors.values()):
         raise InputError(
             expected=f"finite vectors for {word.name!r}",
-            got="some that are infinite or no numbers",
+            got="infinite or NaN values",
             remedy="make or download the embedding again",
         )
-
-
-def _numbers(widths: Mapping[str, int]) -> str:
-    return " and ".join(map(str, widths.values()))

@@ -1,9 +1,8 @@
-"""LoRA files of whichever tool: which format they have, whether they are plain LoRA, and whether they fit the model."""
+"""LoRA files of other tools: detection of the format, rejection of other adapter types, and shape checks."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,38 +13,45 @@ from dreamartist_pipeline.core.layout import FileNames, Shapes
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
+from dreamartist_pipeline.interop.foreign_kinds import (
+    advice_by_width,
+    check_not_for_another_model,
+    check_plain,
+    refuse_pickled,
+)
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.peft_files import read_peft
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
+from dreamartist_pipeline.interop.unread_files import is_pickled
 
 _SHOWN = 3  # layers named in an error
-_READERS = {"kohya": read_kohya, "peft": read_peft}
-_ENDINGS = {"kohya": (".lora_down.weight", ".lora_up.weight"), "peft": (".lora_A.weight", ".lora_B.weight")}
-_EXTRACT = "give a plain LoRA, or have LyCORIS extract one"
-_SD_ONLY = "give one for Stable Diffusion 1.x or 2.x"
-_OTHER_KINDS = {  # pattern of a key -> what a file with it holds, and what to do
-    r"^bundle_emb\.": ("a LoRA with embeddings bundled into it", "take them out, and give LoRA and embeddings apart"),
-    r"^lora_te[12]_|^lora_unet_(input|output)_blocks_|^text_encoder_2\.": ("a LoRA for SDXL", _SD_ONLY),
-    r"\.dora_scale$|\.lora_magnitude_vector": ("a DoRA", "give a plain LoRA"),
-    r"\.lokr_": ("a LoKr", _EXTRACT),
-    r"\.hada_": ("a LoHa", _EXTRACT),
-    r"\.oft_": ("an OFT", _EXTRACT),
-    r"\.lora_mid\.": ("a LoCon with Tucker decomposition", _EXTRACT),
-    r"\.diff(_b)?$": ("whole weight differences", _EXTRACT),
-    r"^lora(_ema)?:": ("adapters of HCP-Diffusion", "give their folder as import.toolkit"),
-    r"^emb_params$|^clip_[lg]$": ("an embedding", "give it in import.words"),
-    r"^base_model\.model\.": ("peft's own form, which does not say which network it is for", "save it by diffusers"),
-    r"[._]lora\.down\.weight$": ("an old form of diffusers", "load and save it once with a present diffusers"),
-    r"^model\.diffusion_model\.": ("a whole model", "give a LoRA"),
+_READERS = {"kohya": read_kohya, "peft": read_peft, "diffusers": read_peft}
+_ENDINGS = {
+    "peft": (".lora_A.weight", ".lora_B.weight"),
+    "diffusers": (
+        "lora.down.weight",
+        "lora.up.weight",
+        ".lora_linear_layer.down.weight",
+        ".lora_linear_layer.up.weight",
+    ),
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
 }
+_ALPHA_TOLERANCE = 5e-3  # of an alpha in bfloat16
 
 
 @dataclass(frozen=True)
 class ForeignLoRA:
-    """A LoRA file's content. form: "kohya" or "peft"."""
+    """The content of a LoRA file.
+
+    Attributes:
+        form: "kohya", "peft" or "diffusers".
+        adapter: its updates.
+        notes: what users should know about it.
+    """
 
     form: str
     adapter: BranchAdapter
+    notes: tuple[str, ...] = ()
 
 
 def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> ForeignLoRA:
@@ -53,77 +59,109 @@ def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> Forei
 
     Args:
         file: its bytes, safetensors.
-        name: what to call it in an error.
+        name: its name in an error.
         shapes: of the base model's layers.
-        names: what files call them.
+        names: their names in files.
 
     Raises:
-        InputError: not a safetensors file, no plain LoRA, keys that no layer explains, or shapes of another base model.
+        InputError: not a safetensors file, not a plain LoRA, unknown keys, or shapes of another base model.
     """
+    if is_pickled(file):
+        refuse_pickled(file, name)
     keys, metadata = read_tensors(file, name).keys(), read_metadata(file)
-    form = _form(keys, metadata, name)
-    modules = {network: list(layers) for network, layers in shapes.items()}
-    adapter = _READERS[form](file, name, modules, names)
-    return ForeignLoRA(form, fitted(adapter, name, shapes))
+    _check_foreign(metadata, name)
+    check_plain(keys, name)
+    try:
+        form = _form(keys, name)
+        adapter = fitted(_READERS[form](file, name, shapes, names), name, shapes)
+    except InputError:
+        check_not_for_another_model(keys, name)
+        raise
+    return ForeignLoRA(form, adapter, _notes(adapter, name))
 
 
-def _form(keys: Collection[str], metadata: Mapping[str, str], name: str) -> str:
-    """Return the format by its keys.
-
-    Raises:
-        InputError: another kind of file; the message says which, as far as it is known.
-    """
+def _check_foreign(metadata: Mapping[str, str], name: str) -> None:
     if metadata.get("format") == FORMAT:
         raise InputError(
             expected=f"a LoRA of another tool in {name}",
             got="a concept of this project",
             remedy="copy it to data/06_models/SUBJECT/concept.safetensors, or start from it with training.start_from",
         )
-    for pattern, (holds, advice) in _OTHER_KINDS.items():
-        if found := [key for key in sorted(keys) if re.search(pattern, key)]:
-            raise InputError(expected=f"a plain LoRA in {name}", got=f"{holds} ({found[0]}, …)", remedy=advice)
+
+
+def _form(keys: Collection[str], name: str) -> str:
+    """Return the format by its keys.
+
+    Raises:
+        InputError: no LoRA.
+    """
     for form, endings in _ENDINGS.items():
-        if any(key.endswith(endings) for key in keys):
-            return form
-    got = ", ".join(sorted(keys)[:_SHOWN]) or "no tensors"
+        if stems := [key for key in keys if key.endswith(endings)]:
+            has_module_names = "." in stems[0].removesuffix(".weight").rpartition(".")[0]
+            return "diffusers" if form == "kohya" and has_module_names else form
+    is_word = len(keys) == 1
     raise InputError(
-        expected=f"a LoRA in the kohya format or diffusers' (peft) in {name}", got=got, remedy="give another file"
+        expected=f"a LoRA in kohya, peft or diffusers' format in {name}",
+        got=", ".join(sorted(keys)[:_SHOWN]) or "no tensors",
+        remedy="give another file" + (", or, if it is an embedding, give it in import.words" if is_word else ""),
     )
 
 
+def _notes(adapter: BranchAdapter, name: str) -> tuple[str, ...]:
+    ranks = sorted({factors.rank for factors in adapter.by_layer().values()})
+    if (alpha := _alpha_divided_twice(adapter)) is None:
+        return ()
+    by = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return (
+        f"alpha is {alpha:.3g} / rank throughout {name}, as HCP-Diffusion's converter writes it; unless that was "
+        f"called with --auto_scale_alpha, the LoRA is weaker than it was trained, by its rank ({by}): import the "
+        "folder of the training (import.toolkit), or convert it again with --auto_scale_alpha",
+    )
+
+
+def _alpha_divided_twice(adapter: BranchAdapter) -> float | None:
+    """Return the alpha that was divided by the rank before it was written as alpha, None where there is no sign of it.
+
+    The scale is then alpha / rank² in every layer. A sign is an alpha of 1, the toolkit's default, or one alpha for
+    several ranks: where ranks differ, other tools keep alpha or alpha / rank the same.
+    """
+    layers = adapter.by_layer().values()
+    alphas = [factors.scale * factors.rank**2 for factors in layers]
+    ranks = {factors.rank for factors in layers}
+    if not all(math.isclose(alpha, alphas[0], rel_tol=2 * _ALPHA_TOLERANCE) for alpha in alphas):
+        return None
+    is_default = math.isclose(alphas[0], 1.0, rel_tol=_ALPHA_TOLERANCE)
+    return alphas[0] if len(ranks) > 1 or (is_default and ranks != {1}) else None
+
+
 def fitted(adapter: BranchAdapter, name: str, shapes: Shapes) -> BranchAdapter:
-    """Return the adapter with every factor in the shape its layer needs; 1 × 1 kernels come with and without axes.
+    """Return the adapter with the factors reshaped for its layers: files have 1 × 1 kernels with or without axes.
 
     Raises:
-        InputError: shapes that belong to another base model, or numbers that are not finite; the message names layers.
+        InputError: shapes of another base model, or non-finite values; the message names the layers.
     """
-    networks: dict[str, dict[str, LoRAFactors]] = {}
-    wrong = []
+    reshaped, wrong = {}, []
     for (network, layer), factors in adapter.by_layer().items():
         weight = shapes[network][layer]
         down, up = (factors.rank, *weight[1:]), (weight[0], factors.rank, *[1] * (len(weight) - 2))
         if _is_reshape(factors.down, down) and _is_reshape(factors.up, up):
-            reshaped = replace(factors, down=factors.down.reshape(down), up=factors.up.reshape(up))
-            networks.setdefault(network, {})[layer] = reshaped
+            reshaped[network, layer] = replace(factors, down=factors.down.reshape(down), up=factors.up.reshape(up))
         else:
             got = f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}"
-            wrong.append(f"{network}.{layer} is {got} where {down} and {up} belong")
+            wrong.append(f"{network}.{layer} is {got} where {down} and {up} are expected")
     if wrong:
         raise InputError(
             expected=f"{name} to fit the layers of this base model",
-            got=f"{len(wrong)} of {adapter.num_layers} that do not: {'; '.join(wrong[:_SHOWN])}",
-            remedy="set base_model to the one it was made for, or give another file",
+            got=f"{len(wrong)} of {adapter.num_layers} layers with other shapes: {'; '.join(wrong[:_SHOWN])}",
+            remedy=advice_by_width(adapter.by_layer()),
         )
     if infinite := [".".join(at) for at, factors in adapter.by_layer().items() if not _is_finite(factors)]:
         raise InputError(
-            expected=f"finite numbers in {name}",
-            got=(
-                f"{len(infinite)} of {adapter.num_layers} layers with some that are infinite or no numbers: "
-                f"{', '.join(infinite[:_SHOWN])}"
-            ),
+            expected=f"finite values in {name}",
+            got=f"{len(infinite)} of {adapter.num_layers} layers with others: {', '.join(infinite[:_SHOWN])}",
             remedy="make or download it again",
         )
-    return BranchAdapter(networks)
+    return BranchAdapter.of_layers(reshaped)
 
 
 def _is_finite(factors: LoRAFactors) -> bool:
@@ -132,6 +170,6 @@ def _is_finite(factors: LoRAFactors) -> bool:
 
 
 def _is_reshape(tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Say whether only axes of length 1 at the end are missing or too many."""
+    """Return whether shapes differ at most in trailing axes of length 1."""
     got, length = tuple(tensor.shape), max(tensor.dim(), len(shape))
     return got + (1,) * (length - len(got)) == shape + (1,) * (length - len(shape))

@@ -1,13 +1,13 @@
-"""Which layer a name in another tool's file stands for, and which names each tool knows.
+"""Layer names in the files of other tools, and which layers each tool finds.
 
-Diffusers' module names are ours. A kohya name is one of them with '_' for '.', which cannot be undone without knowing
-the modules.
+This project uses the module names of diffusers. A kohya name has '_' for '.', which can only be reversed with a list of
+all modules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.errors import InputError
@@ -22,13 +22,13 @@ _UNET_LAYER = re.compile(
 _TEXT_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 
 
-def layers_by_name(modules: Mapping[str, Sequence[str]], names: FileNames, kohya: bool) -> dict[str, tuple[str, str]]:
-    """Return external name -> (network, layer) of all modules; the names are kohya's, or `<network>.<name>`.
+def layers_by_name(modules: Mapping[str, Collection[str]], names: FileNames, kohya: bool) -> dict[str, tuple[str, str]]:
+    """Return name in files -> (network, layer) of all modules.
 
     Args:
         modules: network -> the names of its modules.
-        names: what files call them.
-        kohya: which of the two spellings.
+        names: their names in files.
+        kohya: whether to use kohya's names or `<network>.<name>`.
 
     Raises:
         InputError: two modules have the same kohya name.
@@ -41,41 +41,41 @@ def layers_by_name(modules: Mapping[str, Sequence[str]], names: FileNames, kohya
                 raise InputError(
                     expected=f"one module for the name {name!r}",
                     got=f"{found[name][1]} and {layer}",
-                    remedy="take a format that keeps the dots, such as peft",
+                    remedy="use the peft format, which keeps the dots",
                 )
     return found
 
 
-# ------------------------------------------------------------------------------------------------- who knows it
+# ------------------------------------------------------------------------------------------------- known layers
 
 
 def known_to_comfyui(network: str, layer: str) -> bool:
-    """Say whether ComfyUI finds a layer under its kohya name (`comfy.lora`: `unet_to_diffusers`, `LORA_CLIP_MAP`)."""
+    """Return whether ComfyUI finds a layer by its kohya name (`comfy.lora`: `unet_to_diffusers`, `LORA_CLIP_MAP`)."""
     pattern = _UNET_LAYER if network == "unet" else _TEXT_LAYER
     return pattern.fullmatch(layer) is not None
 
 
 def known_to_comfyui_as_peft(network: str, layer: str) -> bool:
-    """Say whether ComfyUI finds a layer under its peft name.
+    """Return whether ComfyUI finds a layer under its peft name.
 
-    In a UNet's attention it looks for `attn1.processor.to_q`, as diffusers once wrote, and drops `attn1.to_q` silently.
+    In a UNet's attention it expects the old name `attn1.processor.to_q` and silently ignores `attn1.to_q`.
     """
     return known_to_comfyui(network, layer) and not (network == "unet" and ".to_" in layer)
 
 
 def known_to_a1111(network: str, layer: str, layers_per_block: int | None) -> bool:
-    """Say whether A1111 and Forge find a layer under its kohya name (`convert_diffusers_name_to_compvis`).
+    """Return whether A1111 and Forge find a layer under its kohya name (`convert_diffusers_name_to_compvis`).
 
-    They number a UNet's blocks as Stable Diffusion's own code does, for two residual blocks a level.
+    They number a UNet's blocks as in the original code of Stable Diffusion, assuming two residual blocks per level.
     """
     return known_to_comfyui(network, layer) and (network != "unet" or layers_per_block == 2)
 
 
 def diffusers_loses_layers(form: str, text_layers: Sequence[str]) -> bool:
-    """Say whether diffusers does not take all of a file, because of which text-encoder layers are in it.
+    """Return whether diffusers fails to load some text-encoder layers of a file.
 
-    `convert_state_dict_to_diffusers` guesses the form of a text encoder's keys: a kohya file's q, k and v are only
-    found beside an out_proj, and a peft file with adapted MLPs alone is refused. The other form works in either case.
+    `convert_state_dict_to_diffusers` guesses the format of a text encoder's keys: q, k and v of a kohya file are only
+    found if there is an out_proj, and a peft file with MLP layers only is rejected. The other format always works.
 
     Args:
         form: "kohya" or "peft".

@@ -1,4 +1,4 @@
-"""Files that torch pickled (`.pt`, `.bin`, `.ckpt`), opened without running or believing anything that is in them."""
+"""Files pickled by torch (`.pt`, `.bin`, `.ckpt`), loaded without running code from untrusted sources."""
 
 from __future__ import annotations
 
@@ -13,59 +13,78 @@ from dreamartist_pipeline.errors import InputError
 
 
 def load_weights(file: bytes, name: str, holds: str) -> Mapping[str, Any]:
-    """Return the mapping that such a file holds.
+    """Return the mapping in a pickled file.
 
     Args:
         file: its bytes.
-        name: what to call it in an error.
-        holds: what it should hold, for an error: "an embedding".
+        name: its name in an error.
+        holds: the expected content in an error, such as "an embedding".
 
     Raises:
-        InputError: not such a file, no mapping, or something that needs code to be run to be read.
+        InputError: not such a file, no mapping, or a file that runs code when it is loaded.
     """
-    try:
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):  # a dictionary, in the first embeddings
-            content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are no pickle the unpickler fails by chance: KeyError, IndexError, …
-        raise InputError(
-            expected=f"{holds} in {name} that loads without running code",
-            got=f"{_refused(error)}",
-            remedy="make or download it again, or have the tool that made it save plain tensors",
-        ) from error
+    content = load_pickled(file, name, holds)
     if not isinstance(content, Mapping):
         raise InputError(expected=f"{holds} in {name}", got=f"a {type(content).__name__}", remedy="give another file")
     return content
 
 
-def _refused(error: Exception) -> str:
-    """Say why a file was not opened; torch's own words advise to trust it."""
-    if call := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"one that asks for {call[1]}"
-    return f"a damaged or unusual one ({type(error).__name__})"
+def load_pickled(file: bytes, name: str, holds: str) -> object:
+    """Return the content of a pickled file, of any type; see `load_weights`.
+
+    Raises:
+        InputError: not such a file, or a file that runs code when it is loaded.
+    """
+    try:
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):  # in the first embeddings
+            return torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+    except Exception as error:  # on arbitrary bytes the unpickler raises anything: KeyError, IndexError, …
+        call = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own message recommends weights_only=False
+        raise InputError(
+            expected=f"{holds} in {name} that loads without running code",
+            got=f"a call of {call[1]}" if call else f"a damaged or unknown file ({type(error).__name__})",
+            remedy=(
+                "save plain tensors, as safetensors, with the tool that made it"
+                if call
+                else "make or download it again"
+            ),
+        ) from error
+
+
+def flat_names(content: Mapping[str, Any]) -> dict[str, object]:
+    """Return `section:key` -> value of a file in sections, such as `{"lora": {key: tensor}}`.
+
+    Values outside of sections keep their names.
+    """
+    flat: dict[str, object] = {}
+    for section, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{section}:{key}": inner for key, inner in value.items()}
+        else:
+            flat[str(section)] = value
+    return flat
 
 
 def dense_tensor(value: object, key: object, name: str) -> torch.Tensor:
-    """Return a value of such a file that is a tensor, and whose numbers are all in the file.
+    """Return a value of a pickled file that is a tensor with all its elements in the file.
 
-    A pickled tensor may be a view that repeats a few numbers: small in the file, and any size once it is copied.
+    A pickled tensor may be an expanded view: small in the file, of any size when it is copied.
 
     Args:
-        value: what the file holds under `key`.
-        key: where, for an error.
-        name: what to call the file in an error.
+        value: the value of `key` in the file.
+        key: its key, for an error.
+        name: the file's name in an error.
 
     Raises:
-        InputError: no tensor, a sparse one, one without numbers (meta), or a view of fewer numbers than it has.
+        InputError: not a tensor, or one that is sparse, quantized, on the meta device or an expanded view.
     """
     if not isinstance(value, torch.Tensor):
         got = f"a {type(value).__name__}"
     elif value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        got = "a sparse, quantized or empty (meta) one"
+        got = "a sparse, quantized or meta tensor"
     elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
         stored = value.untyped_storage().nbytes() // value.element_size()
-        got = f"a view of shape {tuple(value.shape)} of {stored} numbers"
+        got = f"a view of shape {tuple(value.shape)} of {stored} elements"
     else:
         return value.detach()
-    raise InputError(
-        expected=f"a tensor with all its numbers as {key!r} in {name}", got=got, remedy="save the file again"
-    )
+    raise InputError(expected=f"a dense tensor {key!r} in {name}", got=got, remedy="save the file again")

@@ -1,4 +1,4 @@
-"""Safetensors files as bytes: written the same way every time, read with a message that names the file."""
+"""Safetensors files as bytes, written deterministically."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.interop.unread_files import name_unread
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,12 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
     from safetensors.torch import save
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return sort_header(save(contiguous, metadata=dict(metadata) or None))  # {} without tensors makes a broken header
+    file = save(contiguous, metadata=dict(metadata) or None)  # {} without tensors makes a broken header
+    # The library sorts tensors by type and name, but writes metadata in random order. The layout is the length of the
+    # header (8 bytes, little-endian), header, tensors.
+    header = json.dumps(_header(file), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # aligns the tensors
+    return len(header).to_bytes(8, "little") + header + tensor_bytes(file)
 
 
 def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
@@ -25,44 +31,29 @@ def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
 
     Args:
         file: its bytes.
-        name: what to call it in an error.
+        name: its name in an error.
 
     Raises:
-        InputError: not a whole safetensors file, or numbers of a type that torch does not have.
+        InputError: not a complete safetensors file, or one with a dtype that torch does not have.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         return dict(load(file))
-    except (SafetensorError, KeyError) as error:  # KeyError: an exotic type, such as F4
-        raise InputError(
-            expected=f"a safetensors file {name}",
-            got=f"something else ({error})",
-            remedy="give the right file, or make it again",
-        ) from error
+    except (SafetensorError, KeyError) as error:  # KeyError: an unknown dtype, such as F4
+        got, remedy = name_unread(file, error)
+        raise InputError(expected=f"a safetensors file {name}", got=got, remedy=remedy) from error
 
 
 def read_metadata(file: bytes) -> dict[str, str]:
-    """Return the metadata of a whole safetensors file; empty when it has none."""
+    """Return the metadata of a complete safetensors file, or {}."""
     metadata: dict[str, str] = _header(file).get("__metadata__", {})
     return metadata
 
 
-def sort_header(file: bytes) -> bytes:
-    """Return a safetensors file with its header in alphabetical order.
-
-    The library writes the metadata in the random order of a hash map, another one in every process. The tensors
-    themselves it orders by type and name. Layout: length of the header (8 bytes, little-endian), header, tensors.
-    """
-    header = json.dumps(_header(file), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    encoded = header.encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the tensors start aligned
-    return len(encoded).to_bytes(8, "little") + encoded + tensor_bytes(file)
-
-
 def tensor_bytes(file: bytes) -> bytes:
-    """Return what follows the header of a safetensors file: the tensors, whatever the metadata say."""
+    """Return the tensors of a safetensors file, without header and metadata."""
     return file[8 + int.from_bytes(file[:8], "little") :]
 
 

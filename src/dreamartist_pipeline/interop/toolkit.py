@@ -1,10 +1,9 @@
-"""The files of the reference toolkit (HCP-Diffusion), in and out.
+"""The files of the reference toolkit (HCP-Diffusion).
 
-A training leaves in `ckpts/`, for every step saved, `{unet,unet-neg,text_encoder,text_encoder-neg}-{step}.safetensors`
-(or `.ckpt`, pickled) with keys `lora:<module>.___.<alpha | …>`, and every word as `<word>-{step}.pt` in the old form.
-alpha is already divided by the rank, and scales a bias too. A network that it did not train has a file without tensors,
-so that where there are negative adapters, each network has a pair of files.
-Words made by its `create_embedding`, and those written here, are `<word>.pt`.
+For every saved step, a training writes `{unet,unet-neg,text_encoder,text_encoder-neg}-{step}.safetensors` (or `.ckpt`,
+pickled) to `ckpts/`, with keys `lora:<module>.___.<alpha | …>`, and every word as `<word>-{step}.pt`. alpha is already
+divided by the rank, and also scales a bias. An untrained network has a file without tensors, so that with negative
+adapters each network has a pair of files. Words of its `create_embedding`, and those written here, are `<word>.pt`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.layer_names import layers_by_name
-from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
+from dreamartist_pipeline.interop.pickled_weights import dense_tensor, flat_names, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit_config import SLOT
@@ -32,35 +31,35 @@ _NETWORKS = ("unet", "text_encoder")
 _FILE = re.compile(rf"(?P<network>{'|'.join(_NETWORKS)})(?P<negative>-neg)?-(?P<step>\d+)\.(?i:safetensors|ckpt)")
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _WORD_FILE = re.compile(r"(?P<word>.+?)(?:-(?P<step>\d+))?(?P<suffix>\.(?i:pt))")
-_KEY = re.compile(r"lora:(?P<module>.+)\.(?:___|lora_block)\.(?P<part>.+)")  # the latter in its first files
+_KEY = re.compile(r"lora:(?P<module>.+)\.(?:___|lora_block)\.(?P<part>.+)")  # lora_block: in old files
 _PARTS = {
     "alpha": "alpha",
-    "scale": "alpha",  # its first files
+    "scale": "alpha",  # old files
     "layer.lora_down.weight": "down",
     "layer.lora_up.weight": "up",
-    "layer.W_down": "down",  # its newer files
+    "layer.W_down": "down",  # new files
     "layer.W_up": "up",
     "layer.lora_up.bias": "bias",
-    "layer.bias": "bias",  # beside W_down and W_up
+    "layer.bias": "bias",  # with W_down and W_up
 }
-_AVERAGES = ("lora_ema:", "base_ema:")  # beside the weights themselves, which it uses by default
+_AVERAGES = ("lora_ema:", "base_ema:")  # ignored: the toolkit uses the weights themselves by default
 
 
 def write_toolkit(
     adapters: Mapping[str, BranchAdapter], words: Sequence[TriggerWord], step: int, names: FileNames
 ) -> dict[str, bytes]:
-    """Return file name -> bytes of the toolkit's layout, in float32.
+    """Return file name -> bytes in the toolkit's layout, in float32.
 
-    A network without adapters has no file, and one with adapters of one branch alone an empty file for the other.
+    A network without adapters has no file; if only one branch has adapters, the other has an empty file.
 
     Args:
         adapters: branch name -> its adapter.
         words: of both branches.
-        step: the number of training steps, part of the names.
-        names: what files call the base model's parts.
+        step: the number of training steps, for the file names.
+        names: the names of the base model's parts in files.
 
     Raises:
-        InputError: a base model with other networks than the toolkit's.
+        InputError: the base model has other networks than the toolkit's.
     """
     files = {}
     networks = sorted({network for adapter in adapters.values() for network in adapter.networks})
@@ -68,7 +67,7 @@ def write_toolkit(
         raise InputError(
             expected=f"a base model of {' and '.join(_NETWORKS)} for the toolkit's files",
             got=f"one with {', '.join(unknown)}",
-            remedy="leave toolkit out of export.formats",
+            remedy="remove toolkit from export.formats",
         )
     for branch in ("positive", "negative") if "negative" in adapters else adapters:
         layers_of = adapters[branch].networks if branch in adapters else {}
@@ -91,9 +90,12 @@ def write_toolkit(
 
 @dataclass(frozen=True)
 class ToolkitStep:
-    """Which files of a folder belong to one step.
+    """The files of one step in a folder.
 
-    adapters: names of files. words: word -> the file that holds it. step: None in a folder of words alone.
+    Attributes:
+        step: None in a folder with words only.
+        adapters: names of files.
+        words: word -> its file.
     """
 
     step: int | None
@@ -107,27 +109,27 @@ class ToolkitStep:
 
 
 def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitStep:
-    """Choose the files of one step.
+    """Return the files of one step.
 
-    A number at the end of a word's file is a step only where there are adapters of it, or when it is the one asked
-    for; a word may end in a number of its own. A word saved at the step goes before one without a step. Files that hold
-    no weights, such as a README, are passed over.
+    The number at the end of a word's file is a step if there are adapters of this step, or if `step` is that number;
+    otherwise it belongs to the word. A word of the step takes precedence over one without a step. Files without
+    weights, such as a README, are ignored.
 
     Args:
         names: of all files.
-        step: which one; None takes the newest.
+        step: the step; None for the last.
 
     Raises:
-        InputError: weights that do not belong here, no adapters of that step, half of a pair of adapters, or a word of
-            other steps only.
+        InputError: unexpected weight files, no adapters of that step, half of a pair of adapters, or a word of other
+            steps only.
     """
     matches = {name: match for name in sorted(names) if (match := _FILE.fullmatch(name))}
-    weights = [name for name in names if name.lower().endswith(_WEIGHTS) and not name.startswith(".")]
+    weights = [name for name in sorted(names) if name.lower().endswith(_WEIGHTS) and not name.startswith(".")]
     if unexpected := [name for name in weights if name not in matches and not name.lower().endswith(".pt")]:
         raise InputError(
             expected="files named {unet,text_encoder}[-neg]-STEP.safetensors (or .ckpt), WORD-STEP.pt or WORD.pt",
-            got=f"{', '.join(sorted(unexpected))}",
-            remedy="leave them out",
+            got=", ".join(unexpected),
+            remedy="remove them",
         )
     steps = sorted({int(match["step"]) for match in matches.values()})
     if step is not None and steps and step not in steps:
@@ -144,7 +146,7 @@ def files_of_step(names: Collection[str], step: int | None = None) -> ToolkitSte
 
 
 def _check_pairs(adapters: Sequence[re.Match[str]], has_negative: bool) -> None:
-    """Confirm that where a folder has negative adapters, of any step, every network of this step has both files."""
+    """Check that every network of the step has both files if the folder has negative adapters of any step."""
     found = {(match["network"], match["negative"] or "") for match in adapters}
     if not (has_negative and found):
         return
@@ -153,33 +155,26 @@ def _check_pairs(adapters: Sequence[re.Match[str]], has_negative: bool) -> None:
     if missing := [f"{network}{half}-{adapters[0]['step']}" for network, half in pairs if (network, half) not in found]:
         raise InputError(
             expected="a pair of adapters for every network, as the folder has negative ones",
-            got=f"{', '.join(match[0] for match in adapters)}",
-            remedy=(
-                f"add {', '.join(missing)}, choose another step, or copy what belongs together into a folder of its own"
-            ),
+            got=", ".join(match[0] for match in adapters),
+            remedy=f"add {', '.join(missing)}, choose another step, or copy matching files to another folder",
         )
 
 
 def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int | None) -> dict[str, str]:
-    without_step: dict[str, str] = {}
-    of_step: dict[str, str] = {}
-    elsewhere: dict[str, str] = {}
-    for name in sorted(names):
-        match = _WORD_FILE.fullmatch(name)
-        if match is None:
-            continue
+    without_step, of_step, of_other_steps = {}, {}, {}
+    for match in filter(None, map(_WORD_FILE.fullmatch, names)):
         if match["step"] is None or int(match["step"]) not in steps:
-            without_step[name.removesuffix(match["suffix"])] = name
+            without_step[match[0].removesuffix(match["suffix"])] = match[0]
         elif int(match["step"]) == chosen:
-            of_step[match["word"]] = name
+            of_step[match["word"]] = match[0]
         else:
-            elsewhere[match["word"]] = name
+            of_other_steps[match["word"]] = match[0]
     words = without_step | of_step
-    if lost := [file for word, file in elsewhere.items() if word not in words]:
+    if missing := [file for word, file in of_other_steps.items() if word not in words]:
         raise InputError(
-            expected=f"every word at step {chosen}, whose adapters are read",
-            got=f"{', '.join(lost)} of another step alone",
-            remedy="choose that step, or rename the file to WORD.pt if it belongs here",
+            expected=f"every word at step {chosen}, the step of the adapters",
+            got=f"only {', '.join(missing)}",
+            remedy="choose that step, or rename the file to WORD.pt",
         )
     return words
 
@@ -188,42 +183,37 @@ def _words_of_step(names: Collection[str], steps: set[int | None], chosen: int |
 
 
 def read_toolkit(
-    files: Mapping[str, bytes], modules: Mapping[str, Sequence[str]], names: FileNames, step: int | None = None
+    files: Mapping[str, bytes], modules: Mapping[str, Collection[str]], names: FileNames, step: int | None = None
 ) -> tuple[dict[str, BranchAdapter], dict[str, torch.Tensor]]:
-    """Return branch name -> adapter, and word -> vectors `[n, D]`, of one step; the toolkit's averages are left alone.
+    """Return branch name -> adapter, and word -> vectors `[n, D]`, of one step; averaged weights are ignored.
 
     Args:
-        files: file name -> bytes; adapters and words, also of several steps.
+        files: file name -> bytes, of adapters and words of any steps.
         modules: network -> the names of the base model's modules.
-        names: what files call them.
-        step: which step; None takes the newest.
+        names: their names in files.
+        step: the step; None for the last.
 
     Raises:
-        InputError: a file that does not belong here, no files of that step, two files for one network, or keys that no
-            module explains.
+        InputError: an unexpected file, no files of that step, two files for one network, or unknown keys.
     """
     of_step = files_of_step(files, step)
-    networks: dict[str, dict[str, dict[str, LoRAFactors]]] = {}
-    for name in of_step.adapters:
-        match = _FILE.fullmatch(name)
-        assert match is not None
-        found = networks.setdefault("negative" if match["negative"] else "positive", {})
-        if match["network"] in found:
+    seen: set[tuple[str, str]] = set()
+    updates: dict[str, dict[Layer, LoRAFactors]] = {"negative": {}, "positive": {}}
+    for match in filter(None, map(_FILE.fullmatch, of_step.adapters)):
+        branch, network = "negative" if match["negative"] else "positive", match["network"]
+        if (branch, network) in seen:
             raise InputError(
-                expected="one file for a network", got=f"{name} beside another", remedy="leave one of them out"
+                expected="one file per network", got=f"{match[0]} and another", remedy="remove one of them"
             )
-        found[match["network"]] = _read_network(files[name], name, match["network"], modules, names)
-    adapters = {
-        branch: BranchAdapter({network: layers for network, layers in found.items() if layers})
-        for branch, found in sorted(networks.items())
-        if any(found.values())
-    }
+        seen.add((branch, network))
+        updates[branch] |= _read_network(files[match[0]], match[0], network, modules, names)
+    adapters = {branch: BranchAdapter.of_layers(found) for branch, found in updates.items() if found}
     return adapters, {word: read_embedding(files[name], name) for word, name in of_step.words.items()}
 
 
 def _read_network(
-    file: bytes, name: str, network: str, modules: Mapping[str, Sequence[str]], names: FileNames
-) -> dict[str, LoRAFactors]:
+    file: bytes, name: str, network: str, modules: Mapping[str, Collection[str]], names: FileNames
+) -> dict[Layer, LoRAFactors]:
     known = layers_by_name({network: modules[network]}, names, kohya=False)
 
     def place(key: str) -> tuple[Layer, str] | None:
@@ -237,8 +227,8 @@ def _read_network(
             raise InputError(
                 expected=f"alpha for {'.'.join(at)} in {name}", got="none", remedy="the file is incomplete"
             )
-        factors[at[1]] = LoRAFactors(part["down"], part["up"], float(part["alpha"]), part.get("bias"))
-    return dict(sorted(factors.items()))
+        factors[at] = LoRAFactors(part["down"], part["up"], float(part["alpha"]), part.get("bias"))
+    return factors
 
 
 def _tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
@@ -247,31 +237,26 @@ def _tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
 
 
 def _pickled_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a pickled file, `{"lora": {key: tensor}, …}`, named as in safetensors: `lora:key`."""
-    flat: dict[str, object] = {}
-    for section, value in load_weights(file, name, "adapters").items():
-        if isinstance(value, Mapping):
-            flat |= {f"{section}:{key}": tensor for key, tensor in value.items()}
-        else:
-            flat[str(section)] = value
+    """Return the tensors of a pickled file `{"lora": {key: tensor}, …}`, with keys `lora:key` as in safetensors."""
+    flat = flat_names(load_weights(file, name, "adapters"))
     return {key: dense_tensor(value, key, name) for key, value in flat.items()}
 
 
-# ------------------------------------------------------------------------------------------------- its words
+# ------------------------------------------------------------------------------------------------- words
 
 
 def toolkit_words(
     vectors: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]], option: str
 ) -> list[TriggerWord]:
-    """Tell which words are positive and which negative.
+    """Assign words to slots and branches.
 
     Args:
         vectors: word -> its vectors.
-        names: slot -> positive and, perhaps, negative word; empty: one pair, of which the negative ends in "-neg".
-        option: where users name the pairs, for an error.
+        names: slot -> positive and optional negative word; empty: one pair, the negative word ending in "-neg".
+        option: the option that names the pairs, for an error.
 
     Raises:
-        InputError: words that are no pair or cannot be typed, a word that is not there, or one that has no place.
+        InputError: words that are not a pair, an invalid word, or words other than those named.
     """
     for word in vectors:
         if word != typable(word):
@@ -303,9 +288,7 @@ def _pair(words: Sequence[str], option: str) -> tuple[str, str]:
     if len(positive) > 1 or len(negative) > 1:
         raise InputError(
             expected="one word and its '-neg' partner",
-            got=f"{', '.join(words)}",
-            remedy=(
-                f"name the pair in {option}; where the numbers are steps, give the step, or keep the files of one step"
-            ),
+            got=", ".join(words),
+            remedy=f"name the pair in {option}; if the numbers are steps, choose one, or keep the files of one step",
         )
     return (positive or [""])[0], (negative or [""])[0]

@@ -10,6 +10,7 @@ import pytest
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config import ImportedConfig
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, TrainingParams
+from refusals import says
 
 Import = Callable[..., ImportedConfig]
 AsRun = Callable[[ImportedConfig], TrainingParams]
@@ -34,20 +35,20 @@ def test_objective_and_data_sets_are_carried_over(imported: ImportedConfig) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "expected", "got"),
     [
-        ("a: [", "YAML file"),
-        ("- 1", "YAML mapping"),
-        ("data: {batch_size: 4}\nunet: [{lr: 1e-6}]", "lora_unet.*tokenizer_pt.train"),
-        ("lora_unet: []", "data set .*'data'"),
-        ("lora_unet: [{layers: [a]}]\ndata: {batch_size: many}", "data.batch_size.*many"),
-        ("data: {batch_size: 4}\ntokenizer_pt: {train: [{name: a}]}\nword_names: {}", "lora_unet.*tokenizer_pt.train"),
-        (FULL.replace("lr: 0.003", "name2: x"), r"\(lr\).*tokenizer_pt.train"),
-        ("_base_: me.yaml", "cycle.*me.yaml"),
+        ("a: [", "YAML file", "syntax error"),
+        ("- 1", "YAML mapping", ""),
+        ("data: {batch_size: 4}\nunet: [{lr: 1e-6}]", "lora_unet", "data, unet"),
+        ("lora_unet: []", "'data'", "none"),
+        ("lora_unet: [{layers: [a]}]\ndata: {batch_size: many}", "data.batch_size", "'many'"),
+        ("data: {batch_size: 4}\ntokenizer_pt: {train: [{name: a}]}\nword_names: {}", "lora_unet", "tokenizer_pt"),
+        (FULL.replace("lr: 0.003", "name2: x"), "lr", "pt-dog"),
+        ("_base_: me.yaml", "cycle", "'me.yaml'"),
     ],
 )
-def test_other_files_are_refused(imported_from: Import, text: str, expected: str) -> None:
-    with pytest.raises(InputError, match=expected):
+def test_other_files_are_refused(imported_from: Import, text: str, expected: str, got: str) -> None:
+    with pytest.raises(InputError, check=says(expected=expected, got=got)):
         imported_from(text, me_yaml="_base_: me.yaml")
 
 
@@ -68,16 +69,17 @@ def test_the_tutorial_trains_both_branches_and_names_its_defaults(imported_from:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "option", "value"),
     [
-        ("seed: soon\n", r"training.seed: .*got 'soon'"),
-        ("train: {max_grad_norm: 0}\n", r"training.max_grad_norm: .*got 0"),
-        ("train: {cfg_scale: fast}\n", r"training.guidance_scale: .*got 'fast'"),
+        ("seed: soon\n", "training.seed:", "'soon'"),
+        ("train: {max_grad_norm: 0}\n", "training.max_grad_norm:", "0"),
+        ("train: {cfg_scale: fast}\n", "training.guidance_scale:", "'fast'"),
     ],
 )
-def test_invalid_values_are_refused(imported_from: Import, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_invalid_values_are_refused(imported_from: Import, text: str, option: str, value: str) -> None:
+    with pytest.raises(InputError, check=says(got=option)) as error:
         imported_from(TUTORIAL + text)
+    assert f"(got {value})" in error.value.got
 
 
 def test_a_relative_folder_is_not_a_hub_id(imported_from: Import) -> None:

@@ -10,6 +10,7 @@ import pytest
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config import ImportedConfig
 from dreamartist_pipeline.params import TrainingParams
+from refusals import says
 
 Import = Callable[..., ImportedConfig]
 TUTORIAL = Path(__file__).with_name("tutorial.yaml").read_text(encoding="utf-8")
@@ -75,11 +76,18 @@ def test_an_unresolved_layer_is_not_a_selector(imported_from: Import) -> None:
 
 
 def test_an_unknown_branch_is_refused(imported_from: Import) -> None:
-    with pytest.raises(InputError, match=r"training.lora_unet.0.branch: .*got 0"):
+    with pytest.raises(InputError, check=says(got="training.lora_unet.0.branch:")) as error:
         imported_from(TUTORIAL.replace("branch: p", "branch: 0"))
+    assert "(got 0)" in error.value.got
 
 
 def test_a_layer_that_is_a_mapping_is_named(imported_from: Import) -> None:
     imported = imported_from(PLAIN_GROUP.replace("[conv_in]", "[conv_in, {a: b}]") + "data: {batch_size: 4}\n")
     assert imported.parameters["training"]["lora_unet"][0]["layers"] == ["conv_in"]
     assert "lora_unet.0.layers.1.a" in imported.left_out
+
+
+def test_an_alpha_that_is_no_number_is_refused_where_it_would_be_rescaled(imported_from: Import) -> None:
+    group = PLAIN_GROUP.replace("rank: 2", "rank: 2, alpha: abc, alpha_auto_scale: False")
+    with pytest.raises(InputError, check=says(got="training.lora_unet.0.alpha")):
+        imported_from(group + "data: {batch_size: 4}\n")

@@ -10,6 +10,7 @@ import pytest
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config import ImportedConfig
 from dreamartist_pipeline.params import TrainingParams
+from refusals import says
 
 Import = Callable[..., ImportedConfig]
 AsRun = Callable[[ImportedConfig], TrainingParams]
@@ -66,5 +67,5 @@ def test_precision_no_is_float32_although_yaml_reads_false(imported_from: Import
 
 
 def test_a_negative_branch_at_a_guidance_scale_of_1_is_refused(imported_from: Import) -> None:
-    with pytest.raises(InputError, match=r"guidance_scale is 1, .*branch: n"):
+    with pytest.raises(InputError, check=says(got="guidance_scale is 1")):
         imported_from(TUTORIAL + "train: {cfg_scale: '1.0'}\n")

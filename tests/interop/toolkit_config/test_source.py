@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config import ImportedConfig
+from refusals import says
 
 Import = Callable[..., ImportedConfig]
 TUTORIAL = Path(__file__).with_name("tutorial.yaml").read_text(encoding="utf-8")
@@ -143,3 +145,51 @@ def test_a_value_of_a_base_file_is_overridden(imported_from: Import) -> None:
     assert imported.parameters["training"]["seed"] == 3
     assert imported.parameters["training"]["noise_offset"] == 0.1
     assert "seed" not in imported.left_out
+
+
+@pytest.mark.parametrize("text", ["5", "1.5", "true"])
+def test_a_single_value_is_no_configuration(imported_from: Import, text: str) -> None:
+    with pytest.raises(InputError, check=says(expected="mapping", got=text)):
+        imported_from(f"{text}\n")
+
+
+def test_a_list_is_no_configuration(imported_from: Import) -> None:
+    with pytest.raises(InputError, check=says(expected="mapping", got="list")):
+        imported_from("- 1\n")
+
+
+@pytest.mark.parametrize("bases", ["5", "[5]", "true", "{a: b}", "[[a.yaml]]"])
+def test_base_files_are_named_by_texts(imported_from: Import, bases: str) -> None:
+    with pytest.raises(InputError, check=says(expected="_base_")):
+        imported_from(f"_base_: {bases}\n{TUTORIAL}")
+
+
+@pytest.mark.parametrize("value", ["[" * 1000 + "]" * 1000, "{b: " * 1000 + "1" + "}" * 1000, "[" * 150 + "]" * 150])
+def test_nesting_that_is_too_deep_is_refused(imported_from: Import, value: str) -> None:
+    with pytest.raises(InputError, check=says(got="too deeply")):
+        imported_from(f"bells: {value}\n{TUTORIAL}")
+
+
+def test_a_chain_of_base_files_that_is_too_long_is_refused(imported_from: Import) -> None:
+    chain = {f"b{i}_yaml": f"_base_: b{i + 1}.yaml\n" for i in range(1500)}
+    with pytest.raises(InputError, check=says(got="base files")):
+        imported_from(f"_base_: b0.yaml\n{TUTORIAL}", **chain)
+
+
+def test_a_cycle_of_base_files_is_refused(imported_from: Import) -> None:
+    with pytest.raises(InputError, check=says(expected="cycle", got="a.yaml")):
+        imported_from(f"_base_: a.yaml\n{TUTORIAL}", a_yaml="_base_: b.yaml\n", b_yaml="_base_: [a.yaml]\n")
+
+
+def test_a_base_file_is_read_once_however_often_it_is_named(imported_from: Import) -> None:
+    """Read anew each time, these 60 files would be 2⁶⁰."""
+    doubled = {f"b{i}_yaml": f"_base_: [b{i + 1}.yaml, b{i + 1}.yaml]\n" for i in range(60)}
+    imported = imported_from(f"_base_: b0.yaml\n{TUTORIAL}", **doubled, b60_yaml="seed: 7\n")
+    assert imported.parameters["training"]["seed"] == 7
+
+
+def test_references_that_multiply_the_values_are_refused(imported_from: Import) -> None:
+    lines = ["r0: [x, x, x, x, x, x, x, x]", *(f"r{i}: [{', '.join([f'${{r{i - 1}}}'] * 8)}]" for i in range(1, 40))]
+    text = "\n".join(line.replace("${", "'${").replace("}", "}'") for line in lines)
+    with pytest.raises(InputError, check=says(expected="values", got="more than")):
+        imported_from(f"{text}\n{TUTORIAL}")

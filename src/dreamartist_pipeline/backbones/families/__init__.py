@@ -1,4 +1,4 @@
-"""Families of base models. A new one is a subclass of `Backbone` in a file of its own, and a line here."""
+"""Families of base models: one subclass of `Backbone` per module, listed in `FAMILIES`."""
 
 from __future__ import annotations
 

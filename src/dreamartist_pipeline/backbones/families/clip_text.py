@@ -1,4 +1,4 @@
-"""CLIP text encoders: their states after a chosen layer, and the layers that this leaves out."""
+"""CLIP text encoders: text states with clip_skip, and the modules that it leaves out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dreamartist_pipeline.errors import InputError
 
 
 def check_clip_skip(num_layers: int, clip_skip: int) -> None:
-    """Confirm that a layer remains.
+    """Check that clip_skip leaves at least one layer.
 
     Raises:
-        InputError: as many layers are skipped as there are, or more.
+        InputError: it does not.
     """
     if clip_skip >= num_layers:
         raise InputError(
@@ -25,9 +25,9 @@ def check_clip_skip(num_layers: int, clip_skip: int) -> None:
 
 
 def text_states(encoder: Any, token_ids: torch.Tensor, clip_skip: int) -> torch.Tensor:
-    """Return `[N, L, D]` after the final norm: of the last layer, or of an earlier one by clip_skip.
+    """Return the states `[N, L, D]` of the last layer, or of an earlier one by clip_skip, after the final norm.
 
-    The final norm follows an earlier layer too, as in diffusers' `StableDiffusionPipeline.encode_prompt`.
+    diffusers' `StableDiffusionPipeline.encode_prompt` applies the final norm to an earlier layer, too.
     """
     if not clip_skip:
         states: torch.Tensor = encoder(token_ids)[0]
@@ -38,10 +38,10 @@ def text_states(encoder: Any, token_ids: torch.Tensor, clip_skip: int) -> torch.
 
 
 def skipped_modules(encoder: nn.Module, clip_skip: int) -> set[nn.Module]:
-    """Return what clip_skip leaves out: no gradient would ever reach an adapter there."""
+    """Return the modules that clip_skip leaves out, where adapters get no gradient."""
     blocks = _text_model(encoder).encoder.layers
     return {module for block in blocks[len(blocks) - clip_skip :] for module in block.modules()}
 
 
 def _text_model(encoder: nn.Module) -> Any:
-    return getattr(encoder, "text_model", encoder)  # transformers 5 has no module between
+    return getattr(encoder, "text_model", encoder)  # removed in transformers 5

@@ -1,7 +1,7 @@
 """Training configurations of the reference toolkit (HCP-Diffusion), translated into this project's parameters.
 
-Nothing in such a file is run or imported: class names under `_target_` are compared with the supported ones, resolvers
-are not called, and '512*512' is read as a product of numbers. Whatever is not translated is reported with a reason.
+Nothing in a file is run or imported: class names under `_target_` are compared with the supported ones, resolvers are
+not called, and '512*512' is parsed as a product. Values that are not translated are reported with a reason.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _TEMPLATE_CLASSES = {name: name for name in ("TemplateFill", "Compose", "TextIma
 _TAG_TRANSFORMS = {"TagShuffle": "tag_shuffle", "TagDropout": "tag_dropout", "TagErase": "tag_erase"}
 _TAG_PROBABILITY = 0.1  # the toolkit's default for dropping and erasing tags
 _MULTIPLE_PX = 64
-_REGULARIZATION_REASONS = {  # pattern of a regularization set's keys -> why they are not carried over
+_REGULARIZATION_REASONS = {  # pattern of keys of the regularization set -> why they are not carried over
     "img_root|caption_file": "the base model generates the regularization set; see prompts and regularization",
     r"prompt_template(\..+)?|\w*transforms\.\d+(\..+)?": "regularization prompts come from the prompt database",
     r"bucket\..+": "regularization images have the size of the prepared image",
@@ -58,7 +58,7 @@ def find_data_sets(reader: ConfigReader) -> DataSets:
 
 
 def _candidates(reader: ConfigReader) -> list[str]:
-    """Return the keys of all data sets: those with an option of data sets below them, or else `data` itself."""
+    """Return the keys of all data sets: keys with an option of a data set below them, or else `data` itself."""
     found: list[str] = []
     for top in reader.children(""):
         if re.fullmatch(r"data\w*", top) and (below := reader.children(top)):
@@ -104,7 +104,7 @@ def _batch_size(reader: ConfigReader, data_set: str, name: str) -> int:
 
 
 def _caption_transforms(reader: ConfigReader, data_set: str) -> list[Any]:
-    """Return what changes the tags of captions, in the file's order."""
+    """Return the transforms of tags, in the file's order."""
     transforms: list[Any] = []
     for key in reader.find(data_set, "_target_"):
         if name := reader.read_choice(key, _TAG_TRANSFORMS):
@@ -162,7 +162,7 @@ def read_ingestion(reader: ConfigReader, reference: str) -> dict[str, Any]:
 
 
 def _area_side(reader: ConfigReader, key: str) -> tuple[str, float] | None:
-    """Return the key and the square root of an area: '512*512', also as the argument of an eval that is not run."""
+    """Return the key and the square root of an area: '512*512', also as an argument of eval, which is not run."""
     for place in (key, f"{key}._args_.0"):
         text = str(reader.values.get(place) or "").strip()
         if PRODUCT.fullmatch(text):

@@ -38,7 +38,7 @@ _SECTIONS: dict[str, type[Params]] = {
     "ingestion": IngestionParams,
     "device": DeviceParams,
 }
-_REQUIRED = {"training": {"num_steps": 1}}  # stands for what the method's own values set in a run
+_REQUIRED = {"training": {"num_steps": 1}}  # set by the method in a run
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ImportedConfig:
     """A toolkit configuration as this project's configuration.
 
     Attributes:
-        settings: for globals.yml: `method` (whose values apply where the file has none), `base_model`, `class_word`.
+        settings: for globals.yml: `method` (which has the defaults), `base_model`, `class_word`.
         parameters: for parameters.yml: `training`, `ingestion`, `device`.
         left_out: dotted key of the file -> its value and why it is not carried over, or the default that is used.
     """
@@ -113,25 +113,25 @@ def _base_model(reader: ConfigReader) -> str:
 
 
 def _check(parameters: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse values that every run would refuse.
+    """Validate the sections.
 
     Raises:
-        InputError: with all problems.
+        InputError: a value is invalid; the message lists all of them.
     """
     for name, values in parameters.items():
         try:
             _SECTIONS[name].model_validate({**_REQUIRED.get(name, {}), **values})
         except ValidationError as error:
             problems = [
-                f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']} (got {_short(problem['input'])})"
+                f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']} (got {_shown(problem['input'])})"
                 for problem in error.errors()
             ]
             raise InputError(
-                expected="values that this project can train with",
-                got=f"{'; '.join(problems)}",
+                expected="valid parameters of this project",
+                got="; ".join(problems),
                 remedy="correct the file",
             ) from error
 
 
-def _short(value: Any) -> str:
+def _shown(value: Any) -> str:
     return repr(value) if not isinstance(value, Mapping | list | tuple) else "these values together"

@@ -49,8 +49,10 @@ def _rescaled_alpha(reader: ConfigReader, prefix: str, group: Mapping[str, Any])
     key = f"{prefix}.alpha_auto_scale"
     if reader.read(key) is not False:
         return {}
+    if not isinstance(alpha := group.get("alpha", 1.0), int | float):
+        return {}  # refused with all other invalid values
     if isinstance(group["rank"], int):
-        return {"alpha": float(group.get("alpha", 1.0)) * group["rank"]}
+        return {"alpha": float(alpha) * group["rank"]}
     reader.leave_out(
         [key],
         "layers are always scaled by alpha / rank, and a fractional rank differs between layers; set an integer rank, "

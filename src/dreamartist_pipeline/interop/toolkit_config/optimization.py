@@ -42,7 +42,7 @@ def read_loss(reader: ConfigReader, regularization_weight: float | None) -> dict
 
 
 def read_optimization(reader: ConfigReader) -> dict[str, Any]:
-    """Return what `training` says about steps, optimizer and schedules."""
+    """Return the parameters of `training` for steps, optimizer and schedules."""
     values = reader.read_set(_OPTIONS) | read_optimizer(reader, "train.optimizer")
     for part, name in (("scheduler", "schedule"), ("scheduler_pt", "words_schedule")):
         if schedule := _schedule(reader, f"train.{part}", values.get("num_steps")):
@@ -77,6 +77,6 @@ def _schedule(reader: ConfigReader, prefix: str, num_steps: int | None) -> dict[
 
 
 def read_device(reader: ConfigReader) -> dict[str, str]:
-    """Return the `device` section: the dtype, if the file says one."""
+    """Return the `device` section: the dtype, if the file has one."""
     dtype = reader.read_choice("mixed_precision", _DTYPES)
     return {"dtype": dtype} if dtype else {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,12 +21,14 @@ PRODUCT = re.compile(r"\d+(\s*[*,]\s*\d+)*")
 _REFERENCE = re.compile(r"\$\{(?:[^{}:]|\$\{[^{}:]*\})*\}")  # ${a.b}, also ${a.${b}}
 _RESOLVER = re.compile(r"\$\{[\w.]+:([^{}]*)\}")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)")
+_MAX_VALUES = 10_000  # OmegaConf's own limit for YAML aliases
+_SHOWN = 60  # characters of a wrong value in an error
 
 ReadText = Callable[[str], str | None]  # path -> text of a file that a configuration names, None if it is not found
 
 
 class ConfigReader:
-    """Reads values and records which were used, which were left out and why, and which defaults were filled in.
+    """Values of a configuration, with a record of which are used, left out and why, and which defaults are used.
 
     Args:
         config: the merged configuration.
@@ -55,7 +58,7 @@ class ConfigReader:
         return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
     def read_or(self, key: str, default: Any, source: str) -> Any:
-        """Return a value; if there is none, record that the default is used, and its source."""
+        """Return a value; if there is none, return the default and record it with its source."""
         if (value := self.read(key)) is None:
             self.record_default(key, f"{default}, {source}")
             return default
@@ -66,7 +69,7 @@ class ConfigReader:
         return {name: value for key, name in names.items() if (value := self.read(key)) is not None}
 
     def read_choice(self, key: str, choices: Mapping[str, str]) -> str | None:
-        """Translate a name or the last part of a class path; None, and not used, if it is not one of the choices."""
+        """Translate a name or the last part of a class path; return None, not marked as used, if it is unknown."""
         choice = choices.get(str(self.values.get(key)).rpartition(".")[2])
         if choice is not None:
             self.use([key])
@@ -77,12 +80,12 @@ class ConfigReader:
         self._used.update(keys)
 
     def leave_out(self, keys: Collection[str], reason: str) -> None:
-        """Mark values as not carried over, for this reason."""
+        """Mark values as not carried over, with a reason."""
         self._reasons |= dict.fromkeys(keys, reason)
         self._used.difference_update(keys)
 
     def record_default(self, key: str, remark: str) -> None:
-        """Record what is used where the configuration has no value."""
+        """Record the default for a missing value."""
         self._defaults[key] = remark
 
     def is_null(self, key: str) -> bool:
@@ -127,43 +130,100 @@ def read_config(text: str, read_text: ReadText) -> ConfigReader:
         read_text: finds base files.
 
     Raises:
-        InputError: not a YAML mapping, circular base files, or invalid references.
+        InputError: not a YAML mapping, nesting that is too deep, circular base files, a `_base_` that names no files,
+            or references that are invalid or multiply the values.
     """
     missing: dict[str, str] = {}
     try:
-        config = _load(text, read_text, missing)
+        config = _load(text, _BaseFiles(read_text, missing))
         _escape_dangling(config)
+        _check_size(config)
         values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        return ConfigReader(values, missing)
     except OmegaConfBaseException as error:
         raise InputError(expected="valid references", got=f"{error}", remedy="correct the file") from error
-    return ConfigReader(values, missing)
-
-
-def _load(text: str, read_text: ReadText, missing: dict[str, str], ancestors: tuple[str, ...] = ()) -> DictConfig:
-    """Return a file merged over its base files; adds those not found to `missing`."""
-    try:
-        config = OmegaConf.create(text)
-    except YAMLError as error:
+    except RecursionError as error:  # of the YAML parser, of OmegaConf or of a long chain of base files
         raise InputError(
-            expected="a YAML file", got=f"one that cannot be parsed: {error}", remedy="correct it"
+            expected="a training configuration",
+            got="values or base files that are nested too deeply",
+            remedy="correct it",
         ) from error
-    if not isinstance(config, DictConfig):
-        raise InputError(expected="a YAML mapping", got="something else", remedy="import a training configuration")
-    config = OmegaConf.create(_without_resolvers(OmegaConf.to_container(config, resolve=False)))
-    bases = config.pop("_base_", None) or []
+
+
+@dataclass(frozen=True)
+class _BaseFiles:
+    """What `_base_` leads to.
+
+    Attributes:
+        read_text: finds a file.
+        missing: `_base_ FILE` -> a remark; those not found are added.
+        loaded: FILE -> its values over those of its own base files, so that a file is read once however often it is
+            named.
+    """
+
+    read_text: ReadText
+    missing: dict[str, str]
+    loaded: dict[str, DictConfig] = field(default_factory=dict)
+
+
+def _load(text: str, files: _BaseFiles, ancestors: tuple[str, ...] = ()) -> DictConfig:
+    """Return a file merged over its base files."""
+    config = _parse(text)
+    bases = _base_names(config.pop("_base_", None))
     merged = OmegaConf.create()
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         if base in ancestors:
             raise InputError(expected="base files without a cycle", got=f"{base!r} again", remedy="correct _base_")
-        if (base_text := read_text(base)) is None:
-            missing[f"_base_ {base}"] = "the file was not found; its values are not carried over"
-        else:
-            merged = cast(DictConfig, OmegaConf.merge(merged, _load(base_text, read_text, missing, (*ancestors, base))))
+        if base not in files.loaded:
+            if (base_text := files.read_text(base)) is None:
+                files.missing[f"_base_ {base}"] = "the file was not found; its values are not carried over"
+                continue
+            files.loaded[base] = _load(base_text, files, (*ancestors, base))
+        merged = cast(DictConfig, OmegaConf.merge(merged, files.loaded[base]))
     return cast(DictConfig, OmegaConf.merge(merged, config))
 
 
+def _parse(text: str) -> DictConfig:
+    """Return a YAML mapping, in which resolvers are text.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        config = OmegaConf.create(text)
+    except YAMLError as error:
+        raise InputError(expected="a YAML file", got=f"a syntax error: {error}", remedy="correct it") from error
+    except AssertionError:  # what OmegaConf makes of a single number
+        config = None
+    if not isinstance(config, DictConfig):
+        raise InputError(
+            expected="a YAML mapping",
+            got="a list" if isinstance(config, ListConfig) else f"a single value, {text.strip()[:_SHOWN]!r}",
+            remedy="import a training configuration",
+        )
+    return cast(DictConfig, OmegaConf.create(_without_resolvers(OmegaConf.to_container(config, resolve=False))))
+
+
+def _base_names(bases: Any) -> list[str]:
+    """Return the files that `_base_` names.
+
+    Raises:
+        InputError: something else than a name or a list of them.
+    """
+    names = [bases] if isinstance(bases, str) else list(bases) if isinstance(bases, ListConfig) else bases
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            expected="the name of a file, or a list of names, as _base_",
+            got=f"{str(bases)[:_SHOWN]}",
+            remedy="correct the file",
+        )
+    return names
+
+
 def _without_resolvers(value: Any) -> Any:
-    """Escape texts with resolvers, so that they stay as they are; arguments that are a product replace them."""
+    """Escape texts with resolvers, which are not run; replace a resolver of a product by the product."""
     if isinstance(value, dict):
         return {name: _without_resolvers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -192,6 +252,30 @@ def _escape_dangling(node: DictConfig | ListConfig) -> None:
             value = node[name] = _escaped(OmegaConf.to_container(node, resolve=False)[name])  # type: ignore[index]
         if isinstance(value, DictConfig | ListConfig) and not OmegaConf.is_interpolation(node, name):
             _escape_dangling(value)
+
+
+def _check_size(config: DictConfig) -> None:
+    """Confirm that references do not multiply the values, as lists of references to lists of references do.
+
+    Raises:
+        InputError: there are more values than OmegaConf allows for YAML aliases.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if not isinstance(node, DictConfig | ListConfig) or node._is_none():
+            return 1
+        if id(node) not in sizes:
+            names: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
+            sizes[id(node)] = 1 + sum(1 if OmegaConf.is_missing(node, name) else size(node[name]) for name in names)
+        return sizes[id(node)]
+
+    if (total := size(config)) > _MAX_VALUES:
+        raise InputError(
+            expected=f"at most {_MAX_VALUES} values, with every reference written out",
+            got=f"{total}" if total < 10 * _MAX_VALUES else f"more than {10 * _MAX_VALUES}",
+            remedy="correct the file",
+        )
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

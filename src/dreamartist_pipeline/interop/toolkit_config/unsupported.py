@@ -1,4 +1,4 @@
-"""Why options of the reference toolkit have no counterpart in this project, and what to use instead."""
+"""Options of the reference toolkit without a counterpart in this project: reasons and alternatives."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ REASONS_BY_PART = {
     "image_transforms": "see ingestion",
     "num_bucket": "one image has one size",
 }
-NO_EFFECT = {  # key -> the value with which nothing differs here
+NO_EFFECT = {  # key -> the value that has no effect in this project
     "allow_tf32": False,
     "train.gradient_accumulation_steps": 1,
-    "train.loss.type": "eps",  # the base model says what it predicts
+    "train.loss.type": "eps",  # the base model defines its prediction type
     "model.tokenizer_repeats": 1,
     "model.clip_final_norm": True,
     "model.force_cast_precision": False,

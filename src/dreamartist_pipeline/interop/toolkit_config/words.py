@@ -12,7 +12,7 @@ from dreamartist_pipeline.interop.toolkit_config.optimization import read_optimi
 from dreamartist_pipeline.interop.toolkit_config.source import ConfigReader, ReadText
 from dreamartist_pipeline.params import WordsParams
 
-SLOT = "pt1"  # of the first pair of words, in templates and prompts of this project; the next is pt2
+SLOT = "pt1"  # the first pair's slot in this project's templates and prompts; the next is pt2
 _SLOT_NAME = re.compile(r"\{(\w+)\}")
 
 
@@ -23,9 +23,9 @@ class TriggerWords:
     Attributes:
         names: slot of this project -> [positive, negative] word that is trained.
         slots: slot of the file -> slot of this project, for trained words.
-        texts: slot of the file -> key -> word, where no embedding is trained.
-        lr: learning rate of the trained words as the file gives it, 0 without any.
-        has_trained_pair: whether words are trained, and some slot has a word for each branch.
+        texts: slot of the file -> key -> word, for words without a trained embedding.
+        lr: learning rate of the trained words in the file, or 0.
+        has_trained_pair: whether words are trained and some slot has a word for each branch.
     """
 
     names: dict[str, list[str]]
@@ -49,7 +49,7 @@ def words_by_slot(reader: ConfigReader, data_set: str) -> dict[str, dict[str, st
 
 
 def read_class_word(reader: ConfigReader, data_set: str) -> str:
-    """Return what fills '{class}', '' if nothing does."""
+    """Return the word for '{class}', or ''."""
     words = words_by_slot(reader, data_set).get("class", {})
     first = next(iter(words.values()), "")
     reader.use(words)
@@ -139,13 +139,13 @@ def _learning_rates(reader: ConfigReader, known: list[str]) -> dict[str, float]:
 def read_words_parameters(reader: ConfigReader, words: TriggerWords, total_batch_size: int) -> dict[str, Any]:
     """Return `training.words` and `training.scale_lr`.
 
-    The latter is one switch for adapters and words, where the toolkit has one for each: the words' learning rate is
-    converted if these differ.
+    `scale_lr` applies to adapters and words, while the toolkit has an option for each: the words' learning rate is
+    converted if they differ.
 
     Args:
         reader: the configuration.
-        words: of which some are trained.
-        total_batch_size: rows of both data sets, by which `scale_lr` multiplies every learning rate.
+        words: at least one trained.
+        total_batch_size: rows of both data sets; `scale_lr` multiplies every learning rate by it.
     """
     lr = float(words.lr)
     scale_lr = reader.read_or(
@@ -196,7 +196,7 @@ def _slots(templates: Iterable[str]) -> set[str]:
 
 
 def _use_texts(reader: ConfigReader, words: TriggerWords, slots: set[str]) -> None:
-    """Mark words without an embedding as used if a template contains them as text."""
+    """Mark words without an embedding as used if a template contains their slot."""
     for slot, texts in words.texts.items():
         reader.use(texts)
         first = next(iter(texts.values()))
@@ -207,9 +207,9 @@ def _use_texts(reader: ConfigReader, words: TriggerWords, slots: set[str]) -> No
 
 
 def _renamed(template: str, words: TriggerWords) -> str:
-    """Rename the slots of trained words and fill in the others.
+    """Rename the slots of trained words, and fill in the words of other slots.
 
-    An unknown slot is taken for that of the only pair; it becomes empty beside several, and stays without any.
+    An unknown slot becomes that of the only pair; with several pairs it is removed, without any it is kept.
     """
     known = {name: f"{{{name}}}" for name in ("caption", "class")}
     known |= {slot: next(iter(texts.values())) for slot, texts in words.texts.items()}

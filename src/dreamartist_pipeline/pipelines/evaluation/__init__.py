@@ -1,4 +1,4 @@
-"""Evaluation: what the concept learned, and what it changed besides."""
+"""Evaluation: similarity to the subject, and drift from the base model."""
 
 from dreamartist_pipeline.pipelines.evaluation.pipeline import create_pipeline
 

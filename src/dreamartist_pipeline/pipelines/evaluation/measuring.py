@@ -1,22 +1,30 @@
-"""From drawn images to numbers: one row per image, and from the rows one flat dictionary of metrics."""
+"""Metrics of an evaluation: a table with one row per image, and a flat dictionary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from dreamartist_pipeline.core.captions import fill_template, slot_names
+from dreamartist_pipeline.core.metrics import (
+    image_distance,
+    mean_pairwise_distance,
+    object_region,
+    similarity,
+    subject_part,
+)
+from dreamartist_pipeline.embedded import colors
 
 BASE, CONCEPT = "base", "concept"
 TableRow = dict[str, Any]
 
 
 class Embedder(Protocol):
-    """What measuring needs of an evaluator."""
+    """Interface of an evaluator."""
 
     @property
     def label(self) -> str:
@@ -27,17 +35,21 @@ class Embedder(Protocol):
 
 
 class TextImageScorer(Protocol):
-    """What measuring needs of a model that compares pictures with texts."""
+    """Interface of a model that compares images with texts."""
 
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        """Return how well each picture fits its text `[N]`."""
+        """Return how well each image fits its text `[N]`."""
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """What one model drew: `images[prompt][seed]`.
+    """The images of one model.
 
-    templates: the prompts with open slots. prompts: the same as they were drawn. seeds: one per column.
+    Attributes:
+        templates: prompts with unfilled slots.
+        prompts: the templates, filled.
+        seeds: one per column.
+        images: `images[prompt][seed]`.
     """
 
     templates: Sequence[str]
@@ -46,11 +58,11 @@ class Drawings:
     images: Sequence[Sequence[Image.Image]]
 
     def flat(self) -> list[Image.Image]:
-        """All images, prompt by prompt."""
+        """Return all images, prompt by prompt."""
         return [image for row in self.images for image in row]
 
     def cells(self) -> Iterator[tuple[str, str, int, Image.Image]]:
-        """All images with template, prompt and seed, in the order of `flat`."""
+        """Yield template, prompt, seed and image, in the order of `flat`."""
         for template, prompt, row in zip(self.templates, self.prompts, self.images, strict=True):
             for seed, image in zip(self.seeds, row, strict=True):
                 yield template, prompt, seed, image
@@ -58,11 +70,14 @@ class Drawings:
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Everything that is measured.
+    """The images that are measured; `subject` and `prior` have the keys BASE and CONCEPT, and the same seeds.
 
-    subject, prior: by BASE and CONCEPT; prompts with the subject's slot, and prompts without it, same seeds.
-    reconstruction: the reference after the autoencoder, the best that any concept can reach. class_word: what prompts
-    call the subject where a trigger word would mean nothing.
+    Attributes:
+        reference: the prepared image.
+        reconstruction: `reference` encoded and decoded by the autoencoder, the upper limit of similarity.
+        subject: drawn from prompts with the subject's slot.
+        prior: drawn from prompts without it.
+        class_word: replaces trigger words for the text-image score.
     """
 
     reference: Image.Image
@@ -74,46 +89,51 @@ class EvaluationImages:
 
 @dataclass(frozen=True)
 class Measurements:
-    """rows: one per image. metrics: flat, finite, ready for a tracker; what no prompt asks for is left out."""
+    """Results of an evaluation.
+
+    Attributes:
+        rows: one per image.
+        metrics: flat and finite; without those that no prompt asks for.
+    """
 
     rows: list[TableRow]
     metrics: dict[str, float]
 
 
 def measure(
-    evidence: EvaluationImages,
+    images: EvaluationImages,
     embedders: Sequence[Embedder],
     text_image: TextImageScorer | None = None,
     color_agreement: bool = False,
 ) -> Measurements:
-    """Measure all images with arithmetic on their pixels and with each evaluator.
+    """Compute all metrics from pixels and from the embeddings of each evaluator.
 
     Metrics, where <group> is base or concept:
 
-    * `clip_score/<group>`, with `text_image`: mean CLIPScore of an image with its prompt;
+    * `clip_score/<group>`, with `text_image`: mean CLIPScore of image and prompt;
     * `background_agreement/<group>`, `color_agreement/<group>`, with `color_agreement`: share of images that follow the
       prompt, 0..1;
-    * `copying_pixels/<group>`: 1 - distance (0..1) of the image that is nearest to the reference;
+    * `copying_pixels/<group>`: 1 - distance (0..1) between the reference and its nearest image;
     * `prior_drift_pixels`: mean distance, 0..1, between both models' images of prompts without trigger word;
 
     and for each evaluator
 
-    * `<evaluator>/similarity/<group>` and `similarity_std`: cosine of the object with the reference's object;
+    * `<evaluator>/similarity/<group>` and `similarity_std`: cosine of the object and the reference's object;
     * `<evaluator>/similarity/ceiling`: the same for the reference's reconstruction;
-    * `<evaluator>/copying/<group>`: largest cosine of a whole image, background included, with the reference;
+    * `<evaluator>/copying/<group>`: largest cosine of a whole image and the reference;
     * `<evaluator>/diversity/<group>`: mean distance between the seeds of one prompt;
     * `<evaluator>/prior_drift`: mean distance of prior images between both models.
     """
-    rows = {group: _subject_rows(group, drawings, evidence.reference) for group, drawings in evidence.subject.items()}
-    prior_rows = _drift_rows(evidence.prior)
+    rows = {group: _subject_rows(group, drawings, images.reference) for group, drawings in images.subject.items()}
+    prior_rows = _drift_rows(images.prior)
     metrics: dict[str, float] = {}
     for embedder in embedders:
-        metrics |= _embedding_metrics(embedder, evidence, rows, prior_rows)
+        metrics |= _embedding_metrics(embedder, images, rows, prior_rows)
     for group, group_rows in rows.items():
         if text_image is not None:
-            metrics[f"clip_score/{group}"] = _add_scores(group_rows, evidence, group, text_image)
+            metrics[f"clip_score/{group}"] = _add_scores(group_rows, images, group, text_image)
         if color_agreement:
-            metrics |= _add_agreement(group_rows, evidence.subject[group], group)
+            metrics |= _add_agreement(group_rows, images.subject[group], group)
         metrics[f"copying_pixels/{group}"] = max(row["copying_pixels"] for row in group_rows)
     metrics["prior_drift_pixels"] = _mean([row["drift_pixels"] for row in prior_rows])
     return Measurements([row for group in rows.values() for row in group] + prior_rows, metrics)
@@ -123,8 +143,6 @@ def measure(
 
 
 def _subject_rows(group: str, drawings: Drawings, reference: Image.Image) -> list[TableRow]:
-    from dreamartist_pipeline.core.metrics import image_distance
-
     return [
         {
             "kind": "subject",
@@ -138,10 +156,7 @@ def _subject_rows(group: str, drawings: Drawings, reference: Image.Image) -> lis
 
 
 def _agreement(template: str, image: Image.Image) -> TableRow:
-    """Compare what a prompt asks for with what its image shows; agreement is None where nothing was asked."""
-    from dreamartist_pipeline.core.metrics import subject_part
-    from dreamartist_pipeline.embedded import colors
-
+    """Compare the colours in a prompt with those of its image; agreement is None without a colour in the prompt."""
     backgrounds, color = colors.asked_backgrounds(template), colors.asked_object_color(template)
     seen_background = colors.background_color(image)
     seen_color = colors.object_color(subject_part(image, template))
@@ -156,9 +171,7 @@ def _agreement(template: str, image: Image.Image) -> TableRow:
 
 
 def _drift_rows(prior: dict[str, Drawings]) -> list[TableRow]:
-    """Compare every image of a prompt without trigger word with the one the base model draws from the same seed."""
-    from dreamartist_pipeline.core.metrics import image_distance
-
+    """Compare each prior image with the base model's image from the same seed."""
     pairs = zip(prior[BASE].cells(), prior[CONCEPT].cells(), strict=True)
     return [
         {
@@ -173,7 +186,7 @@ def _drift_rows(prior: dict[str, Drawings]) -> list[TableRow]:
 
 
 def _add_agreement(rows: Sequence[TableRow], drawings: Drawings, group: str) -> dict[str, float]:
-    """Add to each row what its prompt asks for and its image shows, and return the shares that agree."""
+    """Add the colours of prompt and image to each row, and return the shares that agree."""
     shares = {}
     for row, (template, _, _, image) in zip(rows, drawings.cells(), strict=True):
         row.update(_agreement(template, image))
@@ -187,13 +200,11 @@ def _add_agreement(rows: Sequence[TableRow], drawings: Drawings, group: str) -> 
 # ---------------------------------------------------------------------------------------------- texts
 
 
-def _add_scores(rows: Sequence[TableRow], evidence: EvaluationImages, group: str, text_image: TextImageScorer) -> float:
-    """Add to each row how well its image fits its prompt, in which the class word stands for the subject."""
-    from dreamartist_pipeline.core.captions import fill_template, slot_names
-
-    drawings = evidence.subject[group]
+def _add_scores(rows: Sequence[TableRow], images: EvaluationImages, group: str, text_image: TextImageScorer) -> float:
+    """Add the text-image score to each row, the class word in place of the trigger word, and return the mean."""
+    drawings = images.subject[group]
     texts = [
-        fill_template(template, dict.fromkeys(slot_names(template), evidence.class_word))
+        fill_template(template, dict.fromkeys(slot_names(template), images.class_word))
         for template, _, _, _ in drawings.cells()
     ]
     scores = text_image.score(drawings.flat(), texts).tolist()
@@ -206,17 +217,16 @@ def _add_scores(rows: Sequence[TableRow], evidence: EvaluationImages, group: str
 
 
 def _embedding_metrics(
-    embedder: Embedder, evidence: EvaluationImages, rows: dict[str, list[TableRow]], prior_rows: list[TableRow]
+    embedder: Embedder, images: EvaluationImages, rows: dict[str, list[TableRow]], prior_rows: list[TableRow]
 ) -> dict[str, float]:
-    """Measure with one evaluator; each image's own values are added to its row."""
-    from dreamartist_pipeline.core.metrics import object_region, similarity
-
+    """Return the metrics of one evaluator, and add the values of each image to its row."""
     name = embedder.label
-    whole = embedder.embed([evidence.reference])[0]
-    subject, ceiling = embedder.embed([object_region(evidence.reference), object_region(evidence.reconstruction)])
+    whole = embedder.embed([images.reference])[0]
+    subject, ceiling = embedder.embed([object_region(images.reference), object_region(images.reconstruction)])
     metrics = {f"{name}/similarity/ceiling": float(similarity(ceiling[None], subject)[0])}
-    for group, drawings in evidence.subject.items():
-        similarities = similarity(embedder.embed(_subject_regions(drawings)), subject)
+    for group, drawings in images.subject.items():
+        regions = [object_region(subject_part(image, template)) for template, _, _, image in drawings.cells()]
+        similarities = similarity(embedder.embed(regions), subject)
         embeddings = embedder.embed(drawings.flat())
         copying = similarity(embeddings, whole)
         for row, value, copied in zip(rows[group], similarities.tolist(), copying.tolist(), strict=True):
@@ -227,23 +237,15 @@ def _embedding_metrics(
             f"{name}/copying/{group}": float(copying.max()),
             **_diversity(f"{name}/diversity/{group}", embeddings, len(drawings.seeds)),
         }
-    base, concept = (embedder.embed(evidence.prior[group].flat()) for group in (BASE, CONCEPT))
+    base, concept = (embedder.embed(images.prior[group].flat()) for group in (BASE, CONCEPT))
     drift = (1 - (base * concept).sum(dim=1)).clamp(min=0).tolist()
     for row, value in zip(prior_rows, drift, strict=True):
         row[f"{name}/drift"] = value
     return {**metrics, f"{name}/prior_drift": _mean(drift)}
 
 
-def _subject_regions(drawings: Drawings) -> list[Image.Image]:
-    from dreamartist_pipeline.core.metrics import object_region, subject_part
-
-    return [object_region(subject_part(image, template)) for template, _, _, image in drawings.cells()]
-
-
 def _diversity(name: str, embeddings: Tensor, num_seeds: int) -> dict[str, float]:
     """Return the mean over prompts of the mean distance between the images of one prompt; nothing for a single seed."""
-    from dreamartist_pipeline.core.metrics import mean_pairwise_distance
-
     if num_seeds < 2:
         return {}
     by_prompt = embeddings.reshape(-1, num_seeds, embeddings.shape[-1])  # [P, S, D]

@@ -1,4 +1,4 @@
-"""Wiring of the evaluation stage."""
+"""The evaluation pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
-    """Contact sheet, metrics and a table of all images, with and without the concept."""
+    """Create a contact sheet, metrics and a table of all images, with and without the concept."""
     return Pipeline(
         [
             node(

@@ -1,4 +1,4 @@
-"""Export: a trained concept becomes files for the tools where people make pictures."""
+"""Export: write a concept's files for other tools."""
 
 from dreamartist_pipeline.pipelines.export.pipeline import create_pipeline
 

@@ -1,4 +1,4 @@
-"""Does every exported file give back the concept? Through this project's readers, and through diffusers' loader."""
+"""Verify exported files: read them with this project's readers and with diffusers, and compare with the concept."""
 
 from __future__ import annotations
 
@@ -50,28 +50,31 @@ from dreamartist_pipeline.pipelines.export.writing import (
 )
 
 UPDATE_LIMITS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
-"""How far an update may be from the concept's, ‖difference‖ / ‖update‖, by the dtype it is stored in."""
+"""Limit of ‖difference‖ / ‖update‖ by the dtype of the file."""
 
 EFFECT_LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""How far a prediction may be from the concept's, as a share of what the adapter changes in it."""
+"""Limit of the difference of predictions, as a share of the adapter's effect, by the dtype of the file."""
 
-_ROUNDING = 2e-5  # and, as a share of the prediction, what float32 sums in another order may differ by
+_ROUNDING = 2e-5  # added to the limit, as a share of the prediction: float32 sums in another order
 
 _TOOLKIT = "toolkit/"
 _READERS = {"kohya": read_kohya, "peft": read_peft}
 
 
 @dataclass(frozen=True)
-class _Truth:
-    """The concept and the base model, and what they predict; computed when asked for, once."""
+class _Reference:
+    """The concept and the base model with their predictions, computed once on first use."""
 
     backbone: Backbone
     concept: Concept
-    source: ExportSource
+
+    @cached_property
+    def source(self) -> ExportSource:
+        return read_source(self.concept, self.backbone)
 
     @cached_property
     def probe(self) -> Probe:
-        return make_probe(self.backbone, clip_skip=self.source.clip_skip)
+        return make_probe(self.backbone, clip_skip=self.concept.metadata.clip_skip)
 
     @cached_property
     def base(self) -> torch.Tensor:
@@ -86,38 +89,38 @@ class _Truth:
         return {network: list(layers) for network, layers in layout_of(self.backbone).shapes.items()}
 
 
-def check_export(
+def verify_files(
     backbone: Backbone, concept: Concept, files: Mapping[str, bytes], params: ExportParams
 ) -> dict[str, Any]:
     """Read every file back and compare.
 
     Args:
         backbone: the base model, in float32.
-        concept: what was exported.
-        files: name -> bytes, of `writing.concept_files` and `writing.companions`.
-        params: how they were written.
+        concept: the exported concept.
+        files: name -> bytes, from `writing.concept_files` and `writing.companions`.
+        params: of the export.
 
     Returns:
-        Plain values: title, dtype, base model, and per file its size, hash, what was compared, differences and limits;
-        of the workflow, why ComfyUI draws another picture, "" where it does not.
+        Plain values: title, dtype, base model, and per file size, hash, what was compared, differences and limits; for
+        the workflow, why images in ComfyUI differ, or "".
 
     Raises:
-        InputError: a file does not give back the concept, which the message names, or an example prompt is longer than
-            the text encoder's context and would lose a trigger word.
+        InputError: a file that differs from the concept, or an example prompt whose trigger word is beyond the text
+            encoder's context.
     """
-    truth = _Truth(backbone, concept, read_source(concept, backbone))
-    summary = describe(truth.source, files, params)
+    reference = _Reference(backbone, concept)
+    summary = describe(reference.source, files, params)
     attach(backbone, concept, params.strength).prompts.check_not_cut([summary.prompt, summary.negative_prompt])
     entries: dict[str, dict[str, Any]] = {name: {} for name in files}
-    for form in _READERS:
-        for branch in truth.source.adapters:
-            if (name := lora_name(branch, form, params)) in files:
-                entries[name] = _check_lora(files[name], name, form, branch, truth, params)
-    for word in truth.source.words:
+    for file_format in _READERS:
+        for branch in reference.source.adapters:
+            if (name := lora_name(branch, file_format, params)) in files:
+                entries[name] = _check_lora(files[name], name, file_format, branch, reference, params)
+    for word in reference.source.words:
         if (name := f"embeddings/{word.name}.safetensors") in files:
-            got = read_vectors(files[name], name, truth.source.names.embedding_keys)
+            got = read_vectors(files[name], name, reference.source.names.embedding_keys)
             entries[name] = _check_words(got, word.vectors, name, params.dtype)
-    entries |= _check_toolkit(files, truth)
+    entries |= _check_toolkit(files, reference)
     _check_companions(files)
     if summary.workflow:
         entries[WORKFLOW] = {"difference": summary.workflow.difference}
@@ -131,20 +134,22 @@ def check_export(
 # ------------------------------------------------------------------------------------------------- LoRA files
 
 
-def _check_lora(file: bytes, name: str, form: str, branch: str, truth: _Truth, params: ExportParams) -> dict[str, Any]:
-    adapter = truth.source.adapters[branch]
-    read = _READERS[form](file, name, truth.modules, truth.source.names)
+def _check_lora(
+    file: bytes, name: str, file_format: str, branch: str, reference: _Reference, params: ExportParams
+) -> dict[str, Any]:
+    adapter = reference.source.adapters[branch]
+    read = _READERS[file_format](file, name, reference.modules, reference.source.names)
     return {
         "branch": branch,
         "num_layers": adapter.num_layers,
         "update": _compare_updates(adapter, read, name, UPDATE_LIMITS[params.dtype]),
-        "diffusers": _check_diffusers(file, name, form, branch, truth, params),
-        "refused_layers": _refused_layers(adapter, form, truth),
+        "diffusers": _check_diffusers(file, name, file_format, branch, reference, params),
+        "refused_layers": _refused_layers(adapter, file_format, reference),
     }
 
 
 def _compare_updates(expected: BranchAdapter, got: BranchAdapter, name: str, limit: float) -> dict[str, float]:
-    """Return the largest ‖difference‖ / ‖update‖ of all layers, and of their biases.
+    """Return the largest ‖difference‖ / ‖update‖ of all layers and biases.
 
     Raises:
         InputError: other layers, or a difference above the limit.
@@ -153,13 +158,13 @@ def _compare_updates(expected: BranchAdapter, got: BranchAdapter, name: str, lim
     if written.keys() != found.keys():
         odd = sorted(".".join(at) for at in written.keys() ^ found.keys())
         raise InputError(
-            expected=f"the concept's layers in {name}", got=f"others in {', '.join(odd)}", remedy="export it again"
+            expected=f"the concept's layers in {name}", got=f"other layers: {', '.join(odd)}", remedy="export it again"
         )
     differences = {at: _layer_difference(found[at], written[at]) for at in written}
     worst = max(differences, key=lambda at: differences[at])
     if not differences[worst] <= limit:
         raise InputError(
-            expected=f"{name} to hold the concept's update of {'.'.join(worst)} to {limit:g}",
+            expected=f"the concept's update of {'.'.join(worst)} in {name} up to {limit:g}",
             got=f"a relative difference of {differences[worst]:.3g}",
             remedy="set export.dtype to float32",
         )
@@ -179,42 +184,43 @@ def _relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _check_diffusers(
-    file: bytes, name: str, form: str, branch: str, truth: _Truth, params: ExportParams
+    file: bytes, name: str, file_format: str, branch: str, reference: _Reference, params: ExportParams
 ) -> dict[str, Any]:
-    """Compare the prediction that diffusers makes with the file with that of the concept's branch.
+    """Compare diffusers' prediction with the file and the prediction of the concept's branch.
 
     Raises:
-        InputError: diffusers refuses the file, takes other layers, or predicts something else.
+        InputError: diffusers rejects the file, adapts other layers, or its prediction differs.
     """
-    adapter = truth.source.adapters[branch]
-    if truth.backbone.pipeline is None or diffusers_loses_layers(form, list(adapter.networks.get("text_encoder", {}))):
+    adapter = reference.source.adapters[branch]
+    text_layers = list(adapter.networks.get("text_encoder", {}))
+    if reference.backbone.pipeline is None or diffusers_loses_layers(file_format, text_layers):
         return {"takes_all_layers": False}
-    loaded = file_prediction(truth.backbone, file, name, truth.probe)
+    loaded = file_prediction(reference.backbone, file, name, reference.probe)
     expected_layers = {".".join(at) for at in adapter.by_layer()}
     if lost := sorted(expected_layers ^ loaded.layers):
         raise InputError(
-            expected=f"diffusers to adapt the concept's layers from {name}",
-            got=f"others in {', '.join(lost)}",
-            remedy=f"leave {form} out of export.formats",
+            expected=f"the concept's layers from diffusers' loader of {name}",
+            got=f"other layers: {', '.join(lost)}",
+            remedy=f"remove {file_format} from export.formats",
         )
-    expected = truth.by_branch[branch]
+    expected = reference.by_branch[branch]
     difference = float((loaded.prediction - expected).abs().max())
-    effect = float((expected - truth.base).abs().max())
+    effect = float((expected - reference.base).abs().max())
     limit = EFFECT_LIMITS[params.dtype] * effect + _ROUNDING * float(expected.abs().max())
     if not difference <= limit:
         raise InputError(
-            expected=f"diffusers to predict with {name} what the concept's {branch} branch predicts, to {limit:.3g}",
-            got=f"a difference of {difference:.3g} (the adapter changes {effect:.3g})",
+            expected=f"the prediction of the concept's {branch} branch by diffusers with {name}, up to {limit:.3g}",
+            got=f"a difference of {difference:.3g} (the adapter's effect is {effect:.3g})",
             remedy="set export.dtype to float32",
         )
     return {"takes_all_layers": True, "max_difference": difference, "limit": limit, "effect": effect}
 
 
-def _refused_layers(adapter: BranchAdapter, form: str, truth: _Truth) -> dict[str, list[str]]:
-    """Return tool -> the layers that it will not find in the file, for the tools that read its form at all."""
-    per_block = truth.source.names.layers_per_block
+def _refused_layers(adapter: BranchAdapter, file_format: str, reference: _Reference) -> dict[str, list[str]]:
+    """Return tool -> the layers that it ignores, for the tools that read this format."""
+    per_block = reference.source.names.layers_per_block
     layers = list(adapter.by_layer())
-    if form == "peft":
+    if file_format == "peft":
         refused = {"ComfyUI": [at for at in layers if not known_to_comfyui_as_peft(*at)]}
     else:
         refused = {
@@ -224,23 +230,23 @@ def _refused_layers(adapter: BranchAdapter, form: str, truth: _Truth) -> dict[st
     return {tool: sorted(".".join(at) for at in found) for tool, found in refused.items()}
 
 
-# ------------------------------------------------------------------------------------------------- the other files
+# ------------------------------------------------------------------------------------------------- other files
 
 
 def _check_words(
     got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], name: str, dtype: str
 ) -> dict[str, Any]:
-    """Compare the vectors of every text encoder, which must be the concept's, rounded to the dtype.
+    """Check that the vectors of every text encoder are the concept's, rounded to the dtype.
 
     Raises:
-        InputError: they are others.
+        InputError: other vectors.
     """
     for encoder, vectors in expected.items():
         rounded, found = vectors.to(getattr(torch, dtype)).float(), got.get(encoder, torch.empty(0))
         if found.shape != rounded.shape or not torch.equal(found, rounded):
             raise InputError(
-                expected=f"{name} to hold the concept's {tuple(vectors.shape)} vectors",
-                got=f"{tuple(found.shape)} others",
+                expected=f"the concept's vectors {list(vectors.shape)} in {name}",
+                got=f"others {list(found.shape)}",
                 remedy="export it again",
             )
     return {
@@ -249,20 +255,20 @@ def _check_words(
     }
 
 
-def _check_toolkit(files: Mapping[str, bytes], truth: _Truth) -> dict[str, dict[str, Any]]:
-    """Read the toolkit's folder as a whole, and compare all of it."""
+def _check_toolkit(files: Mapping[str, bytes], reference: _Reference) -> dict[str, dict[str, Any]]:
+    """Read the toolkit's folder, and compare adapters and words."""
     members = {name.removeprefix(_TOOLKIT): file for name, file in files.items() if name.startswith(_TOOLKIT)}
     if not members:
         return {}
-    adapters, words = read_toolkit(members, truth.modules, truth.source.names)
+    adapters, words = read_toolkit(members, reference.modules, reference.source.names)
     entries: dict[str, dict[str, Any]] = {}
-    for word in truth.source.words:
+    for word in reference.source.words:
         name = f"{_TOOLKIT}{word.name}.pt"
         got = dict.fromkeys(word.vectors, words.get(word.name, torch.empty(0)))  # of the only text encoder
         entries[name] = _check_words(got, word.vectors, name, "float32")
-    for branch, adapter in truth.source.adapters.items():
-        suffix = "-neg" if branch == "negative" else ""
-        names = [f"{_TOOLKIT}{network}{suffix}-{truth.source.num_steps}.safetensors" for network in adapter.networks]
+    for branch, adapter in reference.source.adapters.items():
+        suffix = f"{'-neg' if branch == 'negative' else ''}-{reference.concept.metadata.num_steps}.safetensors"
+        names = [f"{_TOOLKIT}{network}{suffix}" for network in adapter.networks]
         read = adapters.get(branch, BranchAdapter({}))
         compared = _compare_updates(adapter, read, " and ".join(names), UPDATE_LIMITS["float32"])
         entries |= {name: {"branch": branch, "update": compared} for name in names}
@@ -270,10 +276,10 @@ def _check_toolkit(files: Mapping[str, bytes], truth: _Truth) -> dict[str, dict[
 
 
 def _check_companions(files: Mapping[str, bytes]) -> None:
-    """Confirm that workflow and script can be read, and that the workflow loads what is in the export.
+    """Check the syntax of workflow and script, and the files that the workflow loads.
 
     Raises:
-        InputError: they cannot, or it does not.
+        InputError: invalid syntax, or a file that is not exported.
     """
     if WORKFLOW in files:
         lora_files = [name.rpartition("/")[2] for name in files if name.startswith(f"{LORA_FOLDERS['kohya']}/")]
@@ -283,5 +289,5 @@ def _check_companions(files: Mapping[str, bytes]) -> None:
             ast.parse(files[SCRIPT])
         except SyntaxError as error:
             raise InputError(
-                expected=f"{SCRIPT} to be Python", got=f"{error}", remedy="choose another export.prompt"
+                expected=f"valid Python in {SCRIPT}", got=f"{error}", remedy="choose another export.prompt"
             ) from error

@@ -1,4 +1,4 @@
-"""Write a concept's files for other tools, and read every one of them back before the export is called good."""
+"""Write a concept's files for other tools, and verify them by reading them back."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dreamartist_pipeline.params import DeviceParams, ExportParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
-else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing torch is slow
     Concept = Any
 
 log = logging.getLogger(__name__)
 
-_CHECKED_ON = DeviceParams(device="cpu", dtype="float32")  # so that only the files can make a difference
+_CPU_FLOAT32 = DeviceParams(device="cpu", dtype="float32")  # rules out differences by device or dtype
 
 
 def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
-    """Confirm that the formats can hold the concept, and that scheduler and ComfyUI can draw with it.
+    """Check that the formats can store the concept, and that scheduler and ComfyUI support it.
 
     Raises:
-        InputError: they cannot.
+        InputError: a format or scheduler that cannot be used.
     """
     from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.interop.comfyui import comfyui_sampler
@@ -32,31 +32,27 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
     check_sampler(params.sampler, zero_terminal_snr)
     if planned is not None:
         check_expressible(planned.groups, params.formats, planned.is_trained_here)
-        if _will_have_workflow(params, planned):
+        has_loras = "kohya" in params.formats or not any(planned.groups.values())
+        has_words = "embeddings" in params.formats or not planned.has_words
+        if has_loras and has_words:  # the export will have a ComfyUI workflow
             comfyui_sampler(params.sampler)
-
-
-def _will_have_workflow(params: ExportParams, planned: PlannedConcept) -> bool:
-    """Say whether the formats hold all that a workflow needs of the concept."""
-    has_loras = any(planned.groups.values())
-    return ("kohya" in params.formats or not has_loras) and ("embeddings" in params.formats or not planned.has_words)
 
 
 @checked_early("export", check_export)
 def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict[str, bytes]:
     """Return name -> bytes of every file of the export.
 
-    `lora/` holds the kohya files, `diffusers/` the peft files, `embeddings/` the trigger words, `toolkit/` the
-    reference toolkit's files; beside them a ComfyUI workflow, a script for diffusers and a README.
+    `lora/` contains kohya files, `diffusers/` peft files, `embeddings/` the trigger words, `toolkit/` the reference
+    toolkit's files; the root contains a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: a concept that the chosen formats cannot hold, or a scheduler that ComfyUI does not have.
+        InputError: a concept that the formats cannot store, or a scheduler that ComfyUI does not have.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.interop.expressible import check_expressible
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
-    check_expressible(concept.metadata.lora, params.formats)  # of an import, known only now
+    check_expressible(concept.metadata.lora, params.formats)  # not checked early if this run imports the concept
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     source = read_source(concept, load_outline(BaseModelFiles(base_model)))
     written = concept_files(source, params)
@@ -72,17 +68,17 @@ def check_files(
         The files, unchanged, and the report: for every file what was compared, the difference and its limit.
 
     Raises:
-        InputError: a file does not give back what the concept says; the message names it.
+        InputError: a file that differs from the concept; the message names it.
     """
     from dreamartist_pipeline.backbones.base_model import open_base_model
-    from dreamartist_pipeline.pipelines.export.checking import check_export
+    from dreamartist_pipeline.pipelines.export.checking import verify_files
 
-    backbone = open_base_model(base_model, _CHECKED_ON)
-    report = check_export(backbone, concept, candidate, params)
+    backbone = open_base_model(base_model, _CPU_FLOAT32)
+    report = verify_files(backbone, concept, candidate, params)
     for name, entry in report["files"].items():
         if isinstance(difference := entry.get("difference"), str) and difference:
-            log.warning("%s draws another picture: %s", name, difference)
+            log.warning("%s: images in ComfyUI differ: %s", name, difference)
         for tool, layers in entry.get("refused_layers", {}).items():
             if layers:
-                log.info("%s: %s will not take %d of its layers; see the report", name, tool, len(layers))
+                log.info("%s: %s ignores %d of its layers; see the report", name, tool, len(layers))
     return candidate, report

@@ -1,4 +1,4 @@
-"""Wiring of the export stage."""
+"""The export pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
 
 
 def create_pipeline() -> Pipeline:
-    """The files, which are kept only when reading them back gives the concept."""
+    """Write the files, and store them only if they are read back as the same concept."""
     return Pipeline(
         [
             node(

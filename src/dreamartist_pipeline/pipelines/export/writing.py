@@ -1,4 +1,4 @@
-"""From a concept to the bytes of every exported file."""
+"""The bytes of every exported file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.backbones.sigma_paths import sigma_path
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
-from dreamartist_pipeline.core.concept import Concept, TriggerWord
+from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, TriggerWord
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.errors import InputError
@@ -38,32 +38,33 @@ WORKFLOW, SCRIPT, README = "comfyui_workflow.json", "generate_with_diffusers.py"
 BRANCHES = ("positive", "negative")
 LORA_FOLDERS = {"kohya": "lora", "peft": "diffusers"}
 _WRITERS = {"kohya": write_kohya, "peft": write_peft}
-_SD_LATENT_SCALE = 8  # ComfyUI's pixels per latent
+_SD_LATENT_SCALE = 8  # pixels per latent in ComfyUI
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What there is to export.
+    """A concept in the form of other tools.
 
     Attributes:
         adapters: branch -> its adapter; branches without one are left out.
-        base_model: with the noise schedule that the concept is drawn on.
+        words: positive first in every slot.
+        metadata: of the concept.
+        base_model: with the noise schedule of the concept; may be on the meta device.
     """
 
     adapters: dict[str, BranchAdapter]
     words: tuple[TriggerWord, ...]
+    metadata: ConceptMetadata
     base_model: Backbone
-    prediction_type: str
-    class_word: str
-    num_steps: int
-    names: FileNames
-    workflow_px: int
-    clip_skip: int
-    zero_terminal_snr: bool
+
+    @property
+    def names(self) -> FileNames:
+        """Names of the base model's parts in files of other tools."""
+        return self.base_model.file_names
 
 
 def read_source(concept: Concept, base_model: Backbone) -> ExportSource:
-    """Return what a concept and its base model say.
+    """Return a concept in the form of other tools.
 
     Raises:
         InputError: an incomplete concept, or one that other tools cannot express.
@@ -72,40 +73,34 @@ def read_source(concept: Concept, base_model: Backbone) -> ExportSource:
     return ExportSource(
         adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
         words=concept.trigger_words(),
+        metadata=concept.metadata,
         base_model=with_schedule_of(concept, base_model),
-        prediction_type=base_model.objective.prediction_type,
-        class_word=concept.metadata.class_word,
-        num_steps=concept.metadata.num_steps,
-        names=base_model.file_names,
-        workflow_px=base_model.image_px // base_model.latent_scale * _SD_LATENT_SCALE,
-        clip_skip=concept.metadata.clip_skip,
-        zero_terminal_snr=concept.metadata.zero_terminal_snr,
     )
 
 
-def lora_name(branch: str, form: str, params: ExportParams) -> str:
-    """Return the name of a branch's LoRA file; form is "kohya" or "peft"."""
-    return f"{LORA_FOLDERS[form]}/{_title(branch, params)}.safetensors"
+def lora_name(branch: str, file_format: str, params: ExportParams) -> str:
+    """Return the name of a branch's LoRA file; `file_format` is "kohya" or "peft"."""
+    return f"{LORA_FOLDERS[file_format]}/{_title(branch, params)}.safetensors"
 
 
 def _title(branch: str, params: ExportParams) -> str:
     return params.title + ("-neg" if branch == "negative" else "")
 
 
-# ------------------------------------------------------------------------------------------------- the concept's files
+# ------------------------------------------------------------------------------------------------- concept files
 
 
 def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes]:
-    """Return the files that hold the concept, in the chosen formats.
+    """Return the concept's files in the chosen formats.
 
     Raises:
-        InputError: these formats hold nothing of this concept, or one of them cannot hold it.
+        InputError: formats that store no part of this concept, or one that cannot store it.
     """
     dtype = getattr(torch, params.dtype)
     files = {
-        lora_name(branch, form, params): write(adapter, _facts(branch, source, params), dtype)
-        for form, write in _WRITERS.items()
-        if form in params.formats
+        lora_name(branch, file_format, params): write(adapter, _facts(branch, source, params), dtype)
+        for file_format, write in _WRITERS.items()
+        if file_format in params.formats
         for branch, adapter in source.adapters.items()
     }
     if "embeddings" in params.formats:
@@ -113,12 +108,11 @@ def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes
             facts = _facts(word.branch, source, params)
             files[f"embeddings/{word.name}.safetensors"] = write_embedding(word, facts, dtype)
     if "toolkit" in params.formats:
-        written = write_toolkit(source.adapters, source.words, source.num_steps, source.names)
+        written = write_toolkit(source.adapters, source.words, source.metadata.num_steps, source.names)
         files |= {f"toolkit/{name}": file for name, file in written.items()}
     if not files:
-        has = "LoRAs only" if source.adapters else "trigger words only"
         raise InputError(
-            expected=f"a format for what this concept has, {has}",
+            expected=f"a format for a concept of {'LoRAs' if source.adapters else 'trigger words'} only",
             got=f"export.formats={list(params.formats)}",
             remedy=f"add {'kohya' if source.adapters else 'embeddings'}",
         )
@@ -129,16 +123,16 @@ def _facts(branch: str, source: ExportSource, params: ExportParams) -> FileFacts
     return FileFacts(
         title=_title(branch, params),
         trigger_phrase=", ".join(word.name for word in source.words if word.branch == branch),
-        prediction_type=source.prediction_type,
+        prediction_type=source.base_model.objective.prediction_type,
         names=source.names,
     )
 
 
-# ------------------------------------------------------------------------------------------------- what lies beside
+# ------------------------------------------------------------------------------------------------- companion files
 
 
 def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> dict[str, bytes]:
-    """Return README, workflow and script for these files; the latter two only where they have all they need."""
+    """Return README, workflow and script; the latter two only if the formats they use are exported."""
     summary = describe(source, files, params)
     texts = {README: readme(summary)}
     if summary.has_script:
@@ -149,10 +143,10 @@ def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportP
 
 
 def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> ExportSummary:
-    """Return what the export holds, with the example prompts filled in."""
+    """Return the content of the export, with filled example prompts."""
     words = {branch: [word for word in source.words if word.branch == branch] for branch in BRANCHES}
     slots = {branch: {word.slot: word.name for word in found} for branch, found in words.items()}
-    unnamed = dict.fromkeys(slot_names(params.prompt), source.class_word)
+    unnamed = dict.fromkeys(slot_names(params.prompt), source.metadata.class_word)
     loras = {b: name for b in source.adapters if (name := lora_name(b, "kohya", params)) in files}
     diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
@@ -170,25 +164,25 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
         has_script=has_tools and len(diffusers_loras) == len(source.adapters),
         strength=params.strength,
         branches_are_equal=params.strength.positive == params.strength.negative and _branches_are_equal(source),
-        clip_skip=source.clip_skip,
-        zero_terminal_snr=source.zero_terminal_snr,
+        clip_skip=source.metadata.clip_skip,
+        zero_terminal_snr=source.metadata.zero_terminal_snr,
     )
 
 
 def _sigma_path(source: ExportSource, params: ExportParams) -> SigmaPath:
-    comfyui_sampler(params.sampler)  # of an import, checked only now
+    comfyui_sampler(params.sampler)  # not checked earlier for an import
     return sigma_path(make_scheduler(source.base_model, params.sampler), params.sampler)
 
 
 def _diffusers_lora(branch: str, source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> str | None:
-    """Return the file of a branch that diffusers loads whole; None when it is not in the export."""
+    """Return the file of a branch that diffusers loads completely; None if it is not exported."""
     text_layers = list(source.adapters[branch].networks.get("text_encoder", {}))
-    names = [lora_name(branch, form, params) for form in _WRITERS if not diffusers_loses_layers(form, text_layers)]
-    return next((name for name in names if name in files), None)
+    formats = [file_format for file_format in _WRITERS if not diffusers_loses_layers(file_format, text_layers)]
+    return next((name for each in formats if (name := lora_name(branch, each, params)) in files), None)
 
 
 def _branches_are_equal(source: ExportSource) -> bool:
-    """Say whether both branches have the same adapter, as after a training without a negative branch."""
+    """Return whether both branches have the same adapter, as after a training without a negative branch."""
     if len(source.adapters) != len(BRANCHES):
         return False
     positive, negative = (adapter.by_layer() for adapter in source.adapters.values())
@@ -209,8 +203,9 @@ def _workflow(source: ExportSource, summary: ExportSummary, path: SigmaPath, par
         )
         for branch, prompt in (("positive", summary.prompt), ("negative", summary.negative_prompt))
     }
-    picture = Picture(
-        source.workflow_px, params.seed, source.prediction_type, source.clip_skip, source.zero_terminal_snr
-    )
+    base_model, metadata = source.base_model, source.metadata
+    side_px = base_model.image_px // base_model.latent_scale * _SD_LATENT_SCALE
+    prediction_type = base_model.objective.prediction_type
+    picture = Picture(side_px, params.seed, prediction_type, metadata.clip_skip, metadata.zero_terminal_snr)
     workflow = build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler, path)
     return json.dumps(workflow, indent=1) + "\n"

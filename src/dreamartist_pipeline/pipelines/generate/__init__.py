@@ -1,4 +1,4 @@
-"""Generate: a trained concept draws what prompts ask for."""
+"""Generate: draw images with a trained concept."""
 
 from dreamartist_pipeline.pipelines.generate.pipeline import create_pipeline
 

@@ -1,4 +1,4 @@
-"""Draw images of a trained concept, one adapter per branch."""
+"""Draw images with a trained concept, one adapter per branch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
 
 if TYPE_CHECKING:
-    from dreamartist_pipeline.backbones.drawing import DrawingRequest, Drawn
     from dreamartist_pipeline.core.concept import Concept
-else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing torch
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing torch is slow
     Concept = Any
 
 log = logging.getLogger(__name__)
 
 
 def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> None:
-    """Confirm that the scheduler can draw by the noise schedule of the concept.
+    """Check that the scheduler supports the concept's noise schedule.
 
     Raises:
-        InputError: it cannot.
+        InputError: an unsuitable scheduler.
     """
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
@@ -41,51 +40,37 @@ def generate_images(
 ) -> tuple[dict[str, Image], Image]:
     """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
 
-    A slot such as '{pt1}' in a prompt becomes the concept's positive trigger word, or its class word if it has none.
-    With `init_image` drawing starts from that picture; with `init_mask` only its white part is drawn anew.
+    A slot such as '{pt1}' is filled with the concept's positive trigger word, or its class word without one.
+    `init_image` is for img2img; with `init_mask`, only its white part is redrawn (inpainting).
 
     Returns:
         The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
-        InputError: a picture or a scheduler that cannot be used, or a concept that does not fit the base model.
+        InputError: an invalid image or scheduler, or a concept that does not fit the base model.
     """
     from tqdm import tqdm
 
     from dreamartist_pipeline.backbones.base_model import open_base_model
-    from dreamartist_pipeline.backbones.drawing import draw
+    from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
+    from dreamartist_pipeline.core.figures import prompt_sheet
+    from dreamartist_pipeline.core.init_picture import read_init_picture, tint_redrawn
 
-    request = _request(params, init_image, init_mask)
-    log.info("Adapter strengths: %s.", params.strength)
-    backbone = open_base_model(base_model, device)
-    num_images = len(request.prompts) * len(request.seeds)
-    with tqdm(total=num_images, desc="generating", unit="image", delay=2.0) as bar:
-        drawn = draw(backbone, concept, request, bar.update)
-    names = [f"{index:03d}_{seed}" for index in range(len(request.prompts)) for seed in request.seeds]
-    return dict(zip(names, drawn.images, strict=True)), _sheet(drawn, request)
-
-
-def _request(params: GenerateParams, init_image: bytes | None, init_mask: bytes | None) -> DrawingRequest:
-    """Return what is asked for, once it is clear that it can be drawn; no model is loaded for that."""
-    from dreamartist_pipeline.backbones.drawing import DrawingRequest
-    from dreamartist_pipeline.core.init_picture import read_init_picture
-
-    return DrawingRequest(
+    seeds = range(params.seed, params.seed + params.images_per_prompt)
+    request = DrawingRequest(
         prompts=params.prompts,
         negative_prompt=params.negative_prompt,
-        seeds=range(params.seed, params.seed + params.images_per_prompt),
+        seeds=seeds,
         sampler=params.sampler,
         strength=params.strength,
         size_px=params.size_px,
         init=read_init_picture(init_image, init_mask, params.denoise, params.sampler.num_inference_steps),
     )
-
-
-def _sheet(drawn: Drawn, request: DrawingRequest) -> Image:
-    from dreamartist_pipeline.core.figures import prompt_sheet
-    from dreamartist_pipeline.core.init_picture import tint_redrawn
-
-    num_seeds = len(request.seeds)
-    rows = [drawn.images[start : start + num_seeds] for start in range(0, len(drawn.images), num_seeds)]
+    log.info("Adapter strengths: %s.", params.strength)
+    backbone = open_base_model(base_model, device)
+    with tqdm(total=len(params.prompts) * len(seeds), desc="generating", unit="image", delay=2.0) as bar:
+        drawn = draw(backbone, concept, request, bar.update)
+    names = [f"{index:03d}_{seed}" for index in range(len(params.prompts)) for seed in seeds]
+    rows = [drawn.images[start : start + len(seeds)] for start in range(0, len(drawn.images), len(seeds))]
     before = None if drawn.init is None else tint_redrawn(drawn.init)
-    return prompt_sheet(drawn.prompts, request.seeds, rows, before)
+    return dict(zip(names, drawn.images, strict=True)), prompt_sheet(drawn.prompts, seeds, rows, before)

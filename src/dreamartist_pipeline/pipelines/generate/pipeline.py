@@ -1,4 +1,4 @@
-"""Wiring of the generate stage."""
+"""The generate pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 
 
 def create_pipeline() -> Pipeline:
-    """Images of the concept, and one sheet of all of them."""
+    """Draw images with the concept, and a sheet of all images."""
     return Pipeline(
         [
             node(

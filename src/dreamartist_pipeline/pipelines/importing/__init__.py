@@ -1,4 +1,4 @@
-"""Import: files of other tools become a concept."""
+"""Import: convert files of other tools to a concept."""
 
 from dreamartist_pipeline.pipelines.importing.pipeline import create_pipeline
 

@@ -1,4 +1,4 @@
-"""Wiring of the import stage."""
+"""The import pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamartist_pipeline.pipelines.importing.nodes import import_concept
 
 
 def create_pipeline() -> Pipeline:
-    """A concept from files of other tools, and which files these were."""
+    """Convert files of other tools to a concept, with a report."""
     return Pipeline(
         [
             node(

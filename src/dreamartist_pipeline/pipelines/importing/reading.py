@@ -1,7 +1,8 @@
-"""Single LoRA and embedding files, as the parameters name them."""
+"""Single LoRA and embedding files named in the parameters."""
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 
 from dreamartist_pipeline.core.concept import TriggerWord
@@ -10,19 +11,27 @@ from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, added_up
 from dreamartist_pipeline.interop.foreign_concept import Imported, Source, source
 from dreamartist_pipeline.interop.foreign_lora import read_lora
 from dreamartist_pipeline.interop.user_files import UserFiles
-from dreamartist_pipeline.interop.word_files import read_vectors
+from dreamartist_pipeline.interop.word_files import read_vectors, typable, word_inside
 from dreamartist_pipeline.params import ImportParams
 
 _BRANCHES = ("positive", "negative")
+_NAME_OF_ALL = re.compile(r"learned_embeds(-steps-\d+)?")  # what diffusers' script calls every word's file
 
 
-def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayout) -> Imported:
+def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayout, option: str) -> Imported:
     """Read the LoRA files of each branch, and the embedding files of each slot.
+
+    Args:
+        files: path -> what reads the file.
+        params: which files belong to what.
+        layout: of the base model.
+        option: where users name the words of a slot, for a note: "import.names.{slot}".
 
     Raises:
         InputError: a file of another kind, or for another base model.
     """
     sources: list[Source] = []
+    notes: list[str] = []
     adapters: dict[str, BranchAdapter] = {}
     for branch, paths in (("positive", params.positive), ("negative", params.negative)):
         members = []
@@ -31,14 +40,30 @@ def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayou
             lora = read_lora(file, name, layout.shapes, layout.names)
             members.append(lora.adapter)
             sources.append(source(name, file, f"{branch} LoRA, {lora.form}"))
+            notes += lora.notes
         if members:
             adapters[branch] = added_up(members)
     words = []
     for slot, paths in params.words.items():
-        names = params.names.get(slot, [PurePath(path).stem for path in paths])
-        for branch, path, word in zip(_BRANCHES, paths, names, strict=False):
+        named = params.names.get(slot)
+        for index, (branch, path) in enumerate(zip(_BRANCHES, paths, strict=False)):
             file, name = files[path](), PurePath(path).name
             vectors = read_vectors(file, name, layout.names.embedding_keys)
+            word, note = (named[index], "") if named else _word_of(file, name, option.format(slot=slot))
             words.append(TriggerWord(word, slot, branch, vectors))
             sources.append(source(name, file, f"{branch} word {word}"))
-    return Imported(adapters, tuple(words), tuple(sources))
+            notes += [note] if note else []
+    return Imported(adapters, tuple(words), tuple(sources), notes=tuple(notes))
+
+
+def _word_of(file: bytes, name: str, option: str) -> tuple[str, str]:
+    """Return a word that nobody has named, and what to say about it.
+
+    Its name is the file's, as in other tools, unless that is what diffusers' script calls every file.
+    """
+    stem, inside = PurePath(name).stem, word_inside(file, name)
+    if not inside or inside == stem:
+        return stem, ""
+    if _NAME_OF_ALL.fullmatch(stem) and inside == typable(inside):
+        return inside, f"the trigger word {inside!r} is the one inside {name}; {option} gives it another name"
+    return stem, f"{name} itself names its trigger word {inside!r}; {option}={typable(inside)!r} takes that name"

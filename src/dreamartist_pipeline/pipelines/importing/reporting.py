@@ -1,4 +1,4 @@
-"""What an import says about itself."""
+"""The report of an import."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.foreign_concept import Imported
 
 _NOTES = {
-    SHARED: "the positive LoRA acts on both sides of the guidance, as in other tools (import.positive_acts_on)",
-    "positive": "the negative side has no adapter: it follows the base model",
-    "negative": "the positive side has no adapter: it follows the base model",
+    SHARED: "the positive LoRA acts on both branches, as in other tools (import.positive_acts_on)",
+    "positive": "the negative branch has no adapter and is the base model",
+    "negative": "the positive branch has no adapter and is the base model",
 }
 
 
-def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
-    """Return the report: what each branch has got, and from which files."""
+def describe(imported: Imported, concept: Concept, hint: str = "") -> dict[str, Any]:
+    """Return the report: adapters and words of each branch, their files, and a hint about the base model if any."""
     return {
         "base_model": {
             "name": concept.metadata.base_model,
@@ -35,9 +35,11 @@ def describe(imported: Imported, concept: Concept) -> dict[str, Any]:
             *(_NOTES[branch] for branch in imported.adapters if len(imported.adapters) == 1),
             *(
                 f"{len(layers)} text-encoder layers of the {branch} LoRA are left out: clip_skip "
-                f"{concept.metadata.clip_skip} skips them, so that they would act on nothing"
+                f"{concept.metadata.clip_skip} skips them"
                 for branch, layers in imported.left_out.items()
             ),
+            *imported.notes,
+            *([hint] if hint else []),
         ],
     }
 
@@ -59,7 +61,7 @@ def _num_parameters(factors: LoRAFactors) -> int:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Return the report as lines of text."""
+    """Return the report as text."""
     lines = [
         f"  {branch:<10}{network}: {entry['layers']} layers, ranks {', '.join(map(str, entry['ranks']))}"
         for branch, networks in report["adapters"].items()

@@ -1,4 +1,4 @@
-"""Ingestion: the one reference image becomes training data."""
+"""Ingestion: prepare the reference image."""
 
 from dreamartist_pipeline.pipelines.ingestion.pipeline import create_pipeline
 

@@ -1,4 +1,4 @@
-"""Ingestion: the reference image, and its attention mask if there is one, become training data."""
+"""Prepare the reference image and its optional attention mask."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dreamartist_pipeline.params import IngestionParams
 def prepare_reference(
     reference_image: bytes, attention_mask_image: bytes | None, params: IngestionParams
 ) -> tuple[Image.Image, Image.Image]:
-    """Decode the reference image and bring it, and its attention mask the same way, to the bucket.
+    """Decode the reference image and its attention mask, and fit both to the bucket.
 
-    Both are one node, so that a bad mask is found before anything of the picture is saved.
+    One node for both: an invalid mask fails before the image is saved.
 
     Args:
         reference_image: bytes of an image file.
-        attention_mask_image: bytes of a grey image file with the picture's proportions, or None.
+        attention_mask_image: bytes of a grey image file with the image's aspect ratio, or None.
         params: bucket, fit, background colour and size limit.
 
     Returns:
         The RGB image, and an L mask of the same size: 127 (weight 1) everywhere without a mask, 0 on padding.
 
     Raises:
-        InputError: a picture that cannot be used, a mask of other proportions, or a mask that leaves nothing to learn.
+        InputError: an invalid image, a mask of another aspect ratio, or a mask that is black everywhere.
     """
     from dreamartist_pipeline.core import images
 
@@ -33,12 +33,17 @@ def prepare_reference(
     mask = _read_mask(attention_mask_image, image.size, params)
     prepared_image = images.to_bucket(image, params.bucket, params.fit, params.background_color)
     prepared_mask = images.fit_to_size(mask, prepared_image.size, params.fit, "black")
-    _check_something_is_seen(prepared_mask)
+    if prepared_mask.getextrema() == (0, 0):
+        raise InputError(
+            expected="an attention mask brighter than black somewhere in the bucket",
+            got="black everywhere",
+            remedy="paint what should be learned in grey or white",
+        )
     return prepared_image, prepared_mask
 
 
 def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: IngestionParams) -> Image.Image:
-    """Decode the mask at the picture's size; transparent parts weigh nothing. Without one, everything weighs 1."""
+    """Decode the mask at the image's size; transparent parts have weight 0. Without a mask, all weights are 1."""
     from dreamartist_pipeline.core import images
 
     if data is None:
@@ -46,12 +51,3 @@ def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: Inges
     mask = images.decode_image(data, "the attention mask", params.max_pixels)
     images.check_mask_proportions(mask.size, image_size_px)
     return images.flatten_alpha(mask, "black").convert("L").resize(image_size_px, Image.Resampling.BILINEAR)
-
-
-def _check_something_is_seen(mask: Image.Image) -> None:
-    if mask.getextrema() == (0, 0):
-        raise InputError(
-            expected="an attention mask with something brighter than black inside the bucket",
-            got="black everywhere",
-            remedy="paint what should be learned in grey or white",
-        )

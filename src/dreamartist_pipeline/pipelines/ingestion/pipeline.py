@@ -1,4 +1,4 @@
-"""Wiring of the ingestion stage."""
+"""The ingestion pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
 
 
 def create_pipeline() -> Pipeline:
-    """The reference image and its optional attention mask, brought to the bucket."""
+    """Prepare the reference image and its optional attention mask."""
     return Pipeline(
         [
             node(

@@ -1,4 +1,4 @@
-"""Train and test the judge of the embedded base model's pictures."""
+"""Train and test the judge, a classifier of the embedded base model's images."""
 
 from dreamartist_pipeline.pipelines.judge.pipeline import create_pipeline
 

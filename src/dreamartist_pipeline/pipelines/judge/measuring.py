@@ -1,4 +1,4 @@
-"""The judge's accuracy on pictures whose truth is known, and what it takes for what."""
+"""The judge's accuracy and confusions on labelled scenes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dreamartist_pipeline.embedded.judge import ATTRIBUTES, Verdict, agreement, truth_of
+from dreamartist_pipeline.embedded.judge import ATTRIBUTES, Verdict, agreement, labels_of
 from dreamartist_pipeline.embedded.scenes import Shown
 
 _NUM_CONFUSIONS = 12
@@ -14,11 +14,10 @@ _CONFUSABLE = ("first_object", "style", "background", "pattern", "first_tint", "
 
 
 def accuracy_report(verdicts: Sequence[Verdict], shown: Sequence[Shown]) -> dict[str, Any]:
-    """Return accuracies by attribute, over all scenes and by kinds of scenes, and the most frequent confusions.
+    """Return accuracies by attribute and group of scenes, and the most frequent confusions.
 
-    Kinds are the number of objects, and whether any of them is tinted.
-
-    An attribute that no scene of a group asks for is left out of that group.
+    Groups are all scenes, and scenes by their number of objects and by tint. A group has no entry for an attribute that
+    none of its scenes asks for.
     """
     pairs = list(zip(verdicts, shown, strict=True))
     groups = {
@@ -42,10 +41,10 @@ def _shares(pairs: Sequence[tuple[Verdict, Shown]]) -> dict[str, float]:
 
 
 def _confusions(head: str, pairs: Sequence[tuple[Verdict, Shown]]) -> list[dict[str, Any]]:
-    """Return the wrong answers to one question, most frequent first, with the object that they were about."""
+    """Return the wrong answers of one head, most frequent first, with the first object of the scene."""
     wrong: Counter[tuple[str, str, str]] = Counter()
     for verdict, shown in pairs:
-        true, judged = truth_of(shown)[head], getattr(verdict, head)
+        true, judged = labels_of(shown)[head], getattr(verdict, head)
         if true is not None and judged != true:
             wrong[(true, judged, shown.objects[0])] += 1
     return [

@@ -1,4 +1,4 @@
-"""Nodes of the judge pipeline: named sprites, training, a test on pictures never trained on."""
+"""Nodes of the judge pipeline."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ if TYPE_CHECKING:
 
 
 def render_training_sprites(packages: SpritePackages, pretrain: PretrainParams, params: JudgeParams) -> SpriteSet:
-    """Rasterise the drawings that captions name, at the judge's own size."""
+    """Rasterise the drawings that captions name, at the judge's resolution."""
     return _render_named(packages, pretrain, params.sprite_px)
 
 
 def render_test_sprites(packages: SpritePackages, pretrain: PretrainParams) -> SpriteSet:
-    """Rasterise the drawings that captions name, at the size that the base model learns from."""
+    """Rasterise the drawings that captions name, at the base model's resolution."""
     return _render_named(packages, pretrain, pretrain.sprite_px)
 
 
 def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoints, tracker: Tracker) -> Judge:
-    """Train the judge on disturbed scenes with every tint; resumes from its last checkpoint."""
+    """Train the judge on augmented scenes with every tint, from its latest checkpoint on."""
     import torch
-    from tqdm.auto import tqdm
 
     from dreamartist_pipeline.embedded.judge import (
         IMAGE_PX,
@@ -37,7 +36,7 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
         draw_hard_scenes,
         judge_loss,
     )
-    from dreamartist_pipeline.embedded.pretraining import StageReporter, StageSettings, fit_stage, hidden_matrices
+    from dreamartist_pipeline.embedded.pretraining import run_stage
     from dreamartist_pipeline.embedded.scenes import compose
 
     vocabulary = JudgeVocabulary(tuple(dict.fromkeys(sprites.objects)), tuple(dict.fromkeys(sprites.styles)))
@@ -51,24 +50,12 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
         return judge_loss(judge, images, [scenes.shown[index] for index in chosen.tolist()])
 
     store = checkpoints.of_recipe(_recipe(params, vocabulary))
-    checkpoint = store.load("judge")
-    settings = StageSettings.of(stage, params.seed)
-    start = checkpoint["step"] if checkpoint else 0
-    with tqdm(total=stage.num_steps, initial=start, desc="judge", unit="step") as bar:
-        fit_stage(
-            list(judge.parameters()),
-            loss_of,
-            settings,
-            matrices=hidden_matrices(judge),
-            checkpoint=checkpoint,
-            save_checkpoint=lambda state: store.save("judge", state),
-            on_step=StageReporter("judge", stage.num_steps, bar, tracker),
-        )
+    run_stage("judge", [judge], loss_of, stage, params.seed, store, tracker)
     return judge.eval().requires_grad_(False)
 
 
 def measure_judge(judge: Judge, sprites: SpriteSet, params: JudgeParams, tracker: Tracker) -> dict[str, Any]:
-    """Measure how often the judge is right about scenes that it was not trained on, drawn from the test sprites."""
+    """Measure the judge's accuracy on unseen scenes of the test sprites."""
     import torch
     from tqdm.auto import tqdm
 
@@ -103,6 +90,6 @@ def _render_named(packages: SpritePackages, pretrain: PretrainParams, side_px: i
 
 
 def _recipe(params: JudgeParams, vocabulary: object) -> str:
-    """Hash what decides the weights, so that a checkpoint never continues another recipe."""
+    """Hash what affects the weights: a checkpoint is continued under the same recipe only."""
     decisive = params.model_dump_json(exclude={"num_test_scenes"}, exclude_defaults=True) + repr(vocabulary)
     return hashlib.sha256(decisive.encode()).hexdigest()[:12]

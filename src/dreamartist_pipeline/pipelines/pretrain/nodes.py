@@ -1,4 +1,4 @@
-"""Nodes of the pretrain pipeline: sprites, autoencoder, towers, denoiser, a look at what it draws."""
+"""Nodes of the pretrain pipeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def render_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
-    """Rasterise every drawing that the model may see."""
+    """Rasterise every drawing that is not held out."""
     from tqdm.auto import tqdm
 
     from dreamartist_pipeline.embedded.sprites import choose_sprites, draw_sprites
@@ -30,7 +30,7 @@ def render_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSe
 
 
 def render_held_out_sprites(packages: SpritePackages, params: PretrainParams) -> SpriteSet:
-    """Rasterise the objects that no stage sees: the autoencoder is measured on them."""
+    """Rasterise the held-out objects, on which the autoencoder is evaluated."""
     from dreamartist_pipeline.embedded.sprites import choose_held_out_sprites, draw_sprites
 
     return draw_sprites(choose_held_out_sprites(packages, params), params.sprite_px)
@@ -44,7 +44,7 @@ def train_autoencoder(
     checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> AutoencoderKL:
-    """Train the autoencoder on scenes of all sprites, or keep the one of `start`; resumes from its last checkpoint."""
+    """Train the autoencoder on scenes of all sprites from its latest checkpoint on, or load the one of `start`."""
     from diffusers import AutoencoderKL
 
     from dreamartist_pipeline.embedded.processes import run_on_processes
@@ -57,7 +57,7 @@ def train_autoencoder(
 
 
 def build_vocabulary(sprites: SpriteSet, params: PretrainParams) -> CLIPTokenizer:
-    """Learn the byte pairs of the captions."""
+    """Train the tokenizer on the captions."""
     from dreamartist_pipeline.embedded.model import build_tokenizer
     from dreamartist_pipeline.embedded.scenes import draw_scenes
 
@@ -69,7 +69,7 @@ def build_vocabulary(sprites: SpriteSet, params: PretrainParams) -> CLIPTokenize
 def train_towers(
     sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, checkpoints: Checkpoints, tracker: Tracker
 ) -> CLIPModel:
-    """Train text and image tower; resumes from its last checkpoint."""
+    """Train text and image tower, from their latest checkpoint on."""
     from transformers import CLIPTokenizer
 
     from dreamartist_pipeline.embedded.processes import run_on_processes
@@ -96,7 +96,7 @@ def train_denoiser(
     checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> StableDiffusionPipeline:
-    """Train UNet and text encoder on captioned scenes; resumes from its last checkpoint."""
+    """Train UNet and text encoder on captioned scenes, from their latest checkpoint on."""
     import torch
 
     from dreamartist_pipeline.embedded.processes import run_on_processes
@@ -109,10 +109,10 @@ def train_denoiser(
 
 
 def draw_samples(base_model_path: str, params: PretrainParams) -> tuple[Image.Image, Image.Image]:
-    """Draw with the finished model as everyone else will load it.
+    """Draw with the saved model, loaded as any user loads it.
 
     Returns:
-        The sample prompts from several seeds, and the first objects of the vocabulary once each.
+        Images of the sample prompts from several seeds, and one of each of the first objects of the vocabulary.
     """
     import torch
     from diffusers import StableDiffusionPipeline
@@ -126,12 +126,12 @@ def draw_samples(base_model_path: str, params: PretrainParams) -> tuple[Image.Im
 
 
 _STAGES = ("autoencoder", "towers", "denoiser")
-_HOW_LONG = {"num_steps", "decay_now", "minutes", "checkpoint_minutes", "drawing_processes"}
+_LENGTH = {"num_steps", "decay_now", "minutes", "checkpoint_minutes", "drawing_processes"}
 
 
 def _recipe(params: PretrainParams, *stages: str) -> str:
-    """Hash what decides a stage's result but for its length, so that a checkpoint never continues another recipe."""
-    ignored = {"num_processes": True} | {name: _HOW_LONG if name in stages else True for name in _STAGES}
+    """Hash what affects the stages, except their length: a checkpoint is continued under the same recipe only."""
+    ignored = {"num_processes": True} | {name: _LENGTH if name in stages else True for name in _STAGES}
     return hashlib.sha256(params.model_dump_json(exclude=ignored, exclude_defaults=True).encode()).hexdigest()[:12]
 
 

@@ -1,6 +1,8 @@
-"""Wiring of the pretrain pipeline: how the embedded base model is made."""
+"""Wiring of the pretrain pipeline, which trains the embedded base model."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from kedro.pipeline import Pipeline, node
 
@@ -15,8 +17,20 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
     train_towers,
 )
 
+if TYPE_CHECKING:
+    from dreamartist_pipeline.embedded.pretraining import Checkpoints
 
-def create_pipeline(tracker: Tracker) -> Pipeline:
+_DENOISER_INPUTS = [
+    "sprites",
+    "pretrained_autoencoder",
+    "pretrained_tokenizer",
+    "pretrained_towers",
+    "pretraining_start",
+    "params:pretrain",
+]
+
+
+def create_pipeline(tracker: Tracker, checkpoints: Checkpoints) -> Pipeline:
     """Published drawings → sprites → autoencoder, towers → denoiser → base model."""
     return Pipeline(
         [
@@ -28,29 +42,21 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 name="render_held_out_sprites",
             ),
             node(
-                tracked(train_autoencoder, tracker),
-                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain", "pretrain_checkpoints"],
+                tracked(train_autoencoder, tracker, checkpoints=checkpoints),
+                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
             node(build_vocabulary, ["sprites", "params:pretrain"], "pretrained_tokenizer", name="build_vocabulary"),
             node(
-                tracked(train_towers, tracker),
-                ["sprites", "pretrained_tokenizer", "params:pretrain", "pretrain_checkpoints"],
+                tracked(train_towers, tracker, checkpoints=checkpoints),
+                ["sprites", "pretrained_tokenizer", "params:pretrain"],
                 "pretrained_towers",
                 name="train_towers",
             ),
             node(
-                tracked(train_denoiser, tracker),
-                [
-                    "sprites",
-                    "pretrained_autoencoder",
-                    "pretrained_tokenizer",
-                    "pretrained_towers",
-                    "pretraining_start",
-                    "params:pretrain",
-                    "pretrain_checkpoints",
-                ],
+                tracked(train_denoiser, tracker, checkpoints=checkpoints),
+                _DENOISER_INPUTS,
                 "pretrained_base_model",
                 name="train_denoiser",
             ),

@@ -1,4 +1,4 @@
-"""Prompts: the regularization prompts are drawn from a prompt database."""
+"""Prompts: draw the regularization prompts from a prompt database."""
 
 from dreamartist_pipeline.pipelines.prompts.pipeline import create_pipeline
 

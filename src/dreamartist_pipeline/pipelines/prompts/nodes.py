@@ -12,27 +12,25 @@ from dreamartist_pipeline.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
-else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing pandas
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing pandas is slow
     DataFrame = Series = Any
 
 log = logging.getLogger(__name__)
 
 
 def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParams) -> list[str]:
-    """Draw distinct prompts at random, without replacement; the same seed draws the same ones in the same order.
+    """Draw distinct prompts at random without replacement, reproducibly by seed.
 
     Raises:
-        InputError: no such column, a column without text, or fewer distinct prompts than asked for.
+        InputError: no such column, a value that is not text, or fewer distinct prompts than requested.
     """
     column = _select_column(prompt_database, params.column)
     prompts = distinct_prompts(column)
     if len(prompts) < params.num_prompts:
         raise InputError(
-            expected=(
-                f"at least {params.num_prompts:,} different prompts in column {column.name!r} of the prompt database"
-            ),
-            got=f"{len(prompts):,} (from {len(column):,} rows, without blanks, duplicates and unreadable braces)",
-            remedy="lower prompts.num_prompts or give a larger prompt database",
+            expected=f"at least prompts.num_prompts={params.num_prompts:,} distinct prompts in column {column.name!r}",
+            got=f"{len(prompts):,} (in {len(column):,} rows, without blanks, duplicates and invalid braces)",
+            remedy="lower it, or use a larger prompt database",
         )
     return random.Random(params.seed).sample(prompts, params.num_prompts)
 
@@ -40,11 +38,10 @@ def draw_regularization_prompts(prompt_database: DataFrame, params: PromptsParam
 def distinct_prompts(column: Series) -> list[str]:
     """Strip the prompts, drop missing, blank and repeated ones, keep the order of first appearance.
 
-    Prompts whose braces cannot be read as weighted words, as in "a cat :}", are dropped too: no one is there to correct
-    them.
+    Prompts whose braces are not valid weighted words, as in "a cat :}", are dropped too.
 
     Raises:
-        InputError: something other than text is in the column.
+        InputError: a value that is not text.
     """
     values = column.dropna()
     for value in values:
@@ -56,13 +53,13 @@ def distinct_prompts(column: Series) -> list[str]:
             )
     stripped = (value.strip() for value in values)
     distinct = list(dict.fromkeys(prompt for prompt in stripped if prompt))
-    readable = [prompt for prompt in distinct if _is_readable(prompt)]
-    if len(readable) < len(distinct):
-        log.info("Left out %d prompts whose braces are no weighted words.", len(distinct) - len(readable))
-    return readable
+    valid = [prompt for prompt in distinct if _has_valid_weights(prompt)]
+    if len(valid) < len(distinct):
+        log.info("Left out %d prompts with invalid braces.", len(distinct) - len(valid))
+    return valid
 
 
-def _is_readable(prompt: str) -> bool:
+def _has_valid_weights(prompt: str) -> bool:
     try:
         parse_weights(prompt)
     except ValueError:
@@ -77,10 +74,7 @@ def _select_column(database: DataFrame, column: str | int) -> Series:
     if isinstance(column, str) and column in names:
         return database.iloc[:, names.index(column)]
     raise InputError(
-        expected=(
-            f"prompts.column to be one of {', '.join(map(repr, names)) or 'no columns at all'}"
-            f"{f' (or 0 to {len(names) - 1})' if names else ''}"
-        ),
+        expected=f"prompts.column as an index below {len(names)} or one of {names}",
         got=f"{column!r}",
-        remedy="name a column that the prompt database has",
+        remedy="name a column of the prompt database",
     )

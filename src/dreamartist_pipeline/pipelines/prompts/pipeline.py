@@ -1,4 +1,4 @@
-"""Wiring of the prompts stage."""
+"""The prompts pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamartist_pipeline.pipelines.prompts.nodes import draw_regularization_pro
 
 
 def create_pipeline() -> Pipeline:
-    """A seeded random draw from the prompt database."""
+    """Draw prompts at random from the prompt database."""
     return Pipeline(
         [
             node(

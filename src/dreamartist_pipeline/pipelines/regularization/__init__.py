@@ -1,4 +1,4 @@
-"""Regularization: the base model draws the images that keep its behaviour in place."""
+"""Regularization: draw the images for prior preservation."""
 
 from dreamartist_pipeline.pipelines.regularization.pipeline import create_pipeline
 

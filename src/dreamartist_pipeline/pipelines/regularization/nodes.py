@@ -1,4 +1,4 @@
-"""Let the base model draw the images that keep its behaviour in place while a concept is trained."""
+"""Draw the images for prior preservation with the base model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.image_set import ImagesToDraw
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
-from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, RegularizationParams, StrengthParams
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
 
-_EARLIER_FINGERPRINT = re.compile(r"[0-9a-f]{16}")  # of the base model's files, in place of its weights
-_PATIENCE_S = 2.0  # a progress bar appears after this long
+_OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}")  # in sets of earlier versions: hash of the files, not of the weights
+_PROGRESS_DELAY_S = 2.0
 
 
 def check_regularization(params: RegularizationParams, planned: PlannedConcept | None) -> None:
-    """Confirm that the scheduler can draw; whether it suits the base model shows when that is loaded.
+    """Check the scheduler and its options; the base model's configuration is checked when it is loaded.
 
     Raises:
-        InputError: it cannot.
+        InputError: an invalid scheduler.
     """
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
@@ -37,12 +37,12 @@ def check_regularization(params: RegularizationParams, planned: PlannedConcept |
 def make_regularization_set(
     base_model: str, regularization_prompts: list[str], params: RegularizationParams, device: DeviceParams
 ) -> ImagesToDraw:
-    """Describe the requested set: one image per prompt, drawn by the base model where exactly this set is not there.
+    """Return the requested set, one image per prompt; its dataset draws it if no equal set exists.
 
     Image i has the seed `params.seed` + i.
 
     Raises:
-        InputError: the base model cannot be used, or the scheduler cannot be set up.
+        InputError: an incomplete base model.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
 
@@ -62,17 +62,18 @@ def make_regularization_set(
 def describe_set(
     fingerprint: str, prompts: Sequence[str], params: RegularizationParams, device: DeviceParams
 ) -> dict[str, Any]:
-    """Say what makes a regularization set, and name it after that.
+    """Return the manifest of a regularization set.
 
-    The key is the SHA-256 of all else in the manifest, which holds everything that shapes the images; their size is the
-    base model's own, so its fingerprint stands for it.
+    It contains everything that determines the images (their size is the base model's). Its `key` is the SHA-256 of the
+    other entries.
     """
+    sampler = params.sampler.model_dump(mode="json")  # empty options are left out: keys stay those of earlier versions
     manifest = {
         "base_model_fingerprint": fingerprint,
         "num_images": len(prompts),
         "prompts_sha256": _sha256(list(prompts)),
         "negative_prompt": params.negative_prompt,
-        "sampler": _sampler_fields(params.sampler),
+        "sampler": {name: value for name, value in sampler.items() if name != "scheduler_options" or value},
         "seed": params.seed,
         "dtype": device.dtype,
     }
@@ -80,23 +81,17 @@ def describe_set(
 
 
 def _is_same_set(files: BaseModelFiles, requested: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Whether an earlier version drew the requested set, named after its own fingerprint of the base model.
+    """Return whether a stored set is the requested one, drawn by an earlier version with another fingerprint.
 
-    That fingerprint takes as long as reading all files: it is only asked for where all else is the same.
+    The old fingerprint reads all files of the base model, so it is computed only if everything else is equal.
     """
-    named_apart = {"key", "base_model_fingerprint"}
+    fingerprinted = {"key", "base_model_fingerprint"}
     fingerprint = str(stored.get("base_model_fingerprint"))
     return (
-        all(stored.get(name) == value for name, value in requested.items() if name not in named_apart)
-        and _EARLIER_FINGERPRINT.fullmatch(fingerprint) is not None
+        all(stored.get(name) == value for name, value in requested.items() if name not in fingerprinted)
+        and _OLD_FINGERPRINT.fullmatch(fingerprint) is not None
         and fingerprint == files.old_fingerprint()
     )
-
-
-def _sampler_fields(sampler: SamplerParams) -> dict[str, Any]:
-    """Return what the sampler is told; a set of a scheduler without options has the name that it always had."""
-    fields = sampler.model_dump(mode="json")
-    return {name: value for name, value in fields.items() if name != "scheduler_options" or value}
 
 
 def _sha256(content: Any) -> str:
@@ -117,8 +112,10 @@ def _draw(
     from dreamartist_pipeline.backbones.concepts import attach, generate
 
     loaded = attach(open_base_model(base_model, device), None, StrengthParams())
-    present = len(prompts) - sum(map(len, batches))  # of an earlier, interrupted run
-    with tqdm(total=len(prompts), initial=present, desc="regularization set", unit="image", delay=_PATIENCE_S) as bar:
+    present = len(prompts) - sum(map(len, batches))  # from an interrupted run
+    with tqdm(
+        total=len(prompts), initial=present, desc="regularization set", unit="image", delay=_PROGRESS_DELAY_S
+    ) as bar:
         for batch in batches:
             chosen, seeds = [prompts[i] for i in batch], [params.seed + i for i in batch]
             for image in generate(loaded.backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler):

@@ -1,4 +1,4 @@
-"""Wiring of the regularization stage."""
+"""The regularization pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dreamartist_pipeline.pipelines.regularization.nodes import make_regularizat
 
 
 def create_pipeline() -> Pipeline:
-    """The regularization set, drawn by the base model from the regularization prompts."""
+    """Draw the regularization set with the base model."""
     return Pipeline(
         [
             node(

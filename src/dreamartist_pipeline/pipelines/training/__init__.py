@@ -1,4 +1,4 @@
-"""Training: the reference image becomes a concept."""
+"""Training: train a concept from the reference image."""
 
 from dreamartist_pipeline.pipelines.training.pipeline import create_pipeline
 

@@ -1,4 +1,4 @@
-"""What a training reads: prompts, and images as latents."""
+"""Training data: tokenized prompts, and images as latents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dreamartist_pipeline.backbones.base_model import encode_images
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import branches
-from dreamartist_pipeline.core.captions import TagTransform, branch_prompts, caption_variants
+from dreamartist_pipeline.core.captions import branch_prompts, caption_variants
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.images import attention_mask, fit_to_size, to_tensor
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
@@ -21,7 +21,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import TrainingParams
 
 _ENCODE_BATCH = 8
-_CAPTION_VARIANTS = 64  # drawn once per training, so that prompts are tokenized once
+_CAPTION_VARIANTS = 64  # generated once per training, so that prompts are tokenized once
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -33,10 +33,9 @@ def template_prompts(params: TrainingParams, caption: str) -> list[tuple[str, st
 
 
 def training_prompts(params: TrainingParams, caption: str) -> list[tuple[str, str]]:
-    """Return (negative, positive) of every template with every variant of the caption, the same in both branches."""
-    transforms = [TagTransform(transform.kind, transform.p) for transform in params.caption_transforms]
+    """Return (negative, positive) of every template with every caption variant, the same in both branches."""
     seed = derived_seed(params.seed, "captions")
-    variants = caption_variants(caption, transforms, _CAPTION_VARIANTS, seed)
+    variants = caption_variants(caption, params.caption_transforms, _CAPTION_VARIANTS, seed)
     return [prompt for variant in variants for prompt in template_prompts(params, variant)]
 
 
@@ -59,8 +58,8 @@ def training_data(
 ) -> TrainingData:
     """Encode the prepared image and the regularization set once, and tokenize every prompt.
 
-    `mask` is L, 127 where a pixel counts once. `regularization` holds (caption, image) pairs; images are brought to the
-    prepared image's size where theirs differs.
+    `mask` is L; 127 is weight 1. `regularization` contains (caption, image) pairs; images of another size are scaled to
+    that of the prepared image.
     """
     reference = _latent_images(backbone, [image], _tokens(prompts, training_prompts(params, caption), params))
     others = None
@@ -90,26 +89,24 @@ def _latent_images(
 
 
 def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:
-    """Return the loss mask `[1, 1, h, w]` at the latents' size, or None when every pixel counts once."""
+    """Return the loss mask `[1, 1, h, w]` at the latents' size, or None if all weights are 1."""
     height, width = latents.shape[-2:]
     weights = attention_mask(mask, (width, height)).to(latents.device)
     return None if bool((weights == 1).all()) else weights[None]
 
 
 def regularization_images(regularization_set: CaptionedImages, params: TrainingParams) -> list[tuple[str, Image]]:
-    """Return (caption, image) of the regularization set; nothing when the training takes no rows from it.
+    """Return (caption, image) of the regularization set; nothing if its batch size is 0.
 
     Raises:
-        InputError: rows are to be taken from a set without images.
+        InputError: an empty set with a batch size above 0.
     """
     if not params.regularization_batch_size:
         return []
     if not regularization_set:
         raise InputError(
-            expected=(
-                f"regularization images, because training.regularization_batch_size={params.regularization_batch_size}"
-            ),
-            got="an empty set",
+            expected=f"images for training.regularization_batch_size={params.regularization_batch_size}",
+            got="an empty regularization set",
             remedy="set it to 0, or prompts.num_prompts to more than 0",
         )
     return [(caption, read()) for caption, read in regularization_set]

@@ -1,4 +1,4 @@
-"""Train a concept from one image: check the plan, train, plot what happened."""
+"""Check a training, and train a concept from one image."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from PIL.Image import Image
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
-from dreamartist_pipeline.pipelines.training.figures import training_figure
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from plotly.graph_objects import Figure
 
     from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.core.concept import Concept
     from dreamartist_pipeline.core.training import ParameterGroup, TrainableModel
     from dreamartist_pipeline.interop.user_files import UserFiles
-else:  # Kedro resolves the hints of a node when it registers the pipelines, without importing any of these
-    Concept = DataFrame = Figure = UserFiles = Any
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
+    Concept = DataFrame = UserFiles = Any
 
 _ANY_DEVICE = DeviceParams()
 
@@ -32,18 +30,18 @@ def check_training(
     device: DeviceParams = _ANY_DEVICE,
     start_files: UserFiles | None = None,
 ) -> dict[str, Any]:
-    """Check the whole plan against the base model, before any long work and without loading its weights.
+    """Check a training against its base model, without loading weights.
 
     Returns:
-        The plan: branches, steps, rows and, per group, its layers, parameters, vectors and effective learning rate;
-        with `start_from`, also what each group takes over from that concept.
+        The plan: branches, steps, rows and, per group, layers, parameters, vectors and effective learning rate; with
+        `start_from`, also the number of layers or vectors that each group takes over.
 
     Raises:
-        InputError: an incomplete base model, a selector that finds no layer, a trigger word that already means
-            something, a template without its slot, a caption with a trigger word or with braces that cannot be read,
-            words that do not fit into the prompt, LoRA groups of nothing but layers that clip_skip leaves out, an
-            optimizer that cannot run here, a preview's scheduler that cannot be set up, a noise schedule that this base
-            model cannot be trained with, or a start concept that does not fit the configured groups.
+        InputError: an incomplete base model, a selector that matches no layer, a trigger word that is already a token,
+            a template without its slot, a caption with a trigger word or with invalid braces, trigger words that are
+            cut off, LoRA groups whose layers clip_skip skips, an optimizer that is not available, an invalid scheduler
+            of the preview, a noise schedule that does not suit the base model, or a start concept that does not fit
+            the configured groups.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
     from dreamartist_pipeline.pipelines.training.plan import make_plan
@@ -64,14 +62,14 @@ def train_concept(
     tracker: Tracker,
     start_files: UserFiles | None = None,
 ) -> tuple[Concept, DataFrame]:
-    """Train both branches on the prepared image, from fresh values or from those of a concept.
+    """Train both branches on the prepared image, from new values or from those of a concept.
 
     Returns:
         The concept, and the history: one row per step.
 
     Raises:
-        InputError: the plan was made for other parameters, another base model or another concept to start from.
-        TrainingError: a branch receives no gradient, or the loss or what is learned is no longer finite.
+        InputError: a plan for other parameters, another base model or another start concept.
+        TrainingError: a branch without gradient, or a loss or parameters that are not finite.
     """
     from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
@@ -79,15 +77,15 @@ def train_concept(
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
     from dreamartist_pipeline.pipelines.training.plan import check_plan
     from dreamartist_pipeline.pipelines.training.reporting import StepReport, history_table, preview_drawing
-    from dreamartist_pipeline.pipelines.training.starting import begin_from, read_start
+    from dreamartist_pipeline.pipelines.training.starting import apply_start, read_start
 
     start = read_start(start_files or {}, params)
     backbone = open_base_model(base_model, device)
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
-    begun = begin_from(start, new.stacks, new.words, params, backbone)
+    start_entry = apply_start(start, new.stacks, new.words, params, backbone)
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
-    check_plan(training_plan, groups, begun)
+    check_plan(training_plan, groups, start_entry)
     metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
     images = regularization_images(regularization_set, params)
     data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
@@ -98,7 +96,7 @@ def train_concept(
 
 
 def trainable_model(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> TrainableModel:
-    """Return the new concept as the training loop takes it."""
+    """Return a new concept as input of the training loop."""
     import torch
 
     from dreamartist_pipeline.backbones.base_model import decode_with_gradients
@@ -116,8 +114,3 @@ def trainable_model(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trai
         latent_adapters=tuple(adapters for network, adapters in new.stacks.items() if network not in encoders),
         prompt_adapters=tuple(adapters for network, adapters in new.stacks.items() if network in encoders),
     )
-
-
-def plot_history(training_history: DataFrame) -> Figure:
-    """Plot losses, learning rates, gradient norms and guidance scale over the steps."""
-    return training_figure(training_history)

@@ -1,15 +1,16 @@
-"""Wiring of the training stage."""
+"""The training pipeline."""
 
 from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
-from dreamartist_pipeline.pipelines.training.nodes import check_training, plot_history, train_concept
+from dreamartist_pipeline.pipelines.training.figures import plot_history
+from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
-    """The plan, checked before any long work; the concept; the curves of its training."""
+    """Check the training, train the concept, plot the curves."""
     return Pipeline(
         [
             node(
@@ -42,12 +43,6 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 name="train_concept",
                 tags="training",
             ),
-            node(
-                plot_history,
-                inputs="training_history",
-                outputs="training_curves",
-                name="plot_history",
-                tags="training",
-            ),
+            node(plot_history, "training_history", "training_curves", name="plot_history", tags="training"),
         ]
     )

@@ -1,4 +1,4 @@
-"""The plan of a training: what each branch will train, checked before any long work and without loading weights."""
+"""The plan of a training: what each branch trains, checked before the run and without loading weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outli
 from dreamartist_pipeline.backbones.concepts import NewConcept, skipped_layers, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
+from dreamartist_pipeline.backbones.known_models import clip_skip_hint
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.branches import branches
@@ -21,7 +22,7 @@ from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import template_prompts, training_prompts
-from dreamartist_pipeline.pipelines.training.starting import begin_from
+from dreamartist_pipeline.pipelines.training.starting import apply_start
 from dreamartist_pipeline.prompt_weights import parse_weights
 
 _GENERAL_SLOTS = ("class", "caption")
@@ -38,115 +39,109 @@ def make_plan(
         files: of the base model.
         params: of the training.
         caption: of the reference image.
-        device: where it will train.
-        start: what it begins with; None starts fresh.
+        device: of the training.
+        start: concept to start from, or None.
 
     Raises:
-        InputError: the training cannot work; see the node `check_training`.
+        InputError: invalid options; see the node `check_training`.
     """
-    _check_without_model(params, caption, device)
-    outline = load_outline(files)
-    _check_timesteps(outline, params)
-    _check_clip_skip(outline, params)
-    planned = start_concept(outline, params, lr_factor(params), seed=0)
+    _check_options(params, caption, device)
+    base_model = load_outline(files)
+    base_model.objective.check_limits(params.timesteps)
+    if params.zero_terminal_snr:
+        base_model.objective.with_zero_terminal_snr()
+    _check_clip_skip(base_model, params)
+    if start is None:
+        _suggest_clip_skip(files, base_model, params)
+    planned = start_concept(base_model, params, lr_factor(params), seed=0)
     _check_prompts(planned, params, caption)
     groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
-    begun = begin_from(start, planned.stacks, planned.words, params, outline)
-    log.info("What each branch will train:\n%s", branch_table(groups, begun["start"]["taken_over"] if begun else None))
+    start_entry = apply_start(start, planned.stacks, planned.words, params, base_model)
+    taken_over = start_entry["start"]["taken_over"] if start_entry else None
+    log.info("Trained parameters by branch:\n%s", branch_table(groups, taken_over))
     return {
         "num_branches": params.num_branches,
         "num_steps": params.num_steps,
         "guidance_scale": str(params.guidance_scale),
         "rows": {"reference": params.batch_size, "regularization": params.regularization_batch_size},
         "lr_factor": lr_factor(params),
-        **_what_trains(groups, begun),
+        "groups": _describe(groups),
+        **start_entry,
     }
 
 
-def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], begun: Mapping[str, Any]) -> None:
-    """Confirm that a plan was made for what is about to train.
+def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], start_entry: Mapping[str, Any]) -> None:
+    """Check that a plan belongs to this training.
 
     Args:
         plan: from `make_plan`.
-        groups: everything that trains.
-        begun: what `begin_from` returned.
+        groups: the trained parameters.
+        start_entry: from `apply_start`.
 
     Raises:
-        InputError: it was made for other parameters, another base model or another concept to start from.
+        InputError: a plan for other parameters, another base model or another start concept.
     """
-    if {key: plan[key] for key in ("groups", "start") if key in plan} != _what_trains(groups, begun):
+    if {key: plan[key] for key in ("groups", "start") if key in plan} != {"groups": _describe(groups), **start_entry}:
         raise InputError(
-            expected="the plan of these parameters and this base model",
-            got="another one, from an earlier run",
+            expected="training_plan for these parameters, base_model and start concept",
+            got="the plan of another run",
             remedy="run the node check_training again",
         )
 
 
-def _what_trains(groups: Sequence[ParameterGroup], begun: Mapping[str, Any]) -> dict[str, Any]:
-    return {"groups": _describe(groups), **begun}
-
-
-def _check_without_model(params: TrainingParams, caption: str, device: DeviceParams) -> None:
+def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -> None:
+    """Check what does not depend on the base model."""
     check_templates(params)
     _check_braces(params, caption)
     _warn_unused_options(params, caption)
-    _check_optimizers(params, device)
-    _check_preview(params)
-
-
-def _check_optimizers(params: TrainingParams, device: DeviceParams) -> None:
-    target = pick_device(device)
     if params.lora:
-        check_optimizer(params.optimizer, target)
+        check_optimizer(params.optimizer, pick_device(device))
     if params.words.names:
-        check_optimizer(params.words.optimizer, target)
+        check_optimizer(params.words.optimizer, pick_device(device))
+    if params.preview.every:
+        check_sampler(params.preview.sampler, params.zero_terminal_snr)
 
 
-def _check_timesteps(outline: Backbone, params: TrainingParams) -> None:
-    outline.objective.check_limits(params.timesteps)
-    if params.zero_terminal_snr:
-        outline.objective.with_zero_terminal_snr()
-
-
-def _check_clip_skip(outline: Backbone, params: TrainingParams) -> None:
-    """Confirm that clip_skip fits the text encoders, and say which layers of the LoRA groups it leaves out.
+def _check_clip_skip(base_model: Backbone, params: TrainingParams) -> None:
+    """Check clip_skip against every text encoder, and log the selected layers that it skips.
 
     Raises:
         InputError: no layer of a text encoder remains.
     """
-    for encoder in outline.tokenizers:
-        check_clip_skip(outline.networks[encoder].config.num_hidden_layers, params.clip_skip)
+    for encoder in base_model.tokenizers:
+        check_clip_skip(base_model.networks[encoder].config.num_hidden_layers, params.clip_skip)
         selectors = [selector for group in params.lora.get(encoder, ()) for selector in group.layers]
-        if params.clip_skip and (skipped := skipped_layers(outline, encoder, selectors, params.clip_skip)):
+        if params.clip_skip and (skipped := skipped_layers(base_model, encoder, selectors, params.clip_skip)):
             log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
 
 
+def _suggest_clip_skip(files: BaseModelFiles, base_model: Backbone, params: TrainingParams) -> None:
+    architecture = base_model.file_names.architecture
+    if hint := clip_skip_hint(files.names(), architecture, params.clip_skip, "training.clip_skip"):
+        log.warning("%s.", hint)
+
+
 def _check_braces(params: TrainingParams, caption: str) -> None:
-    """Confirm that the weighted words of templates and caption can be read.
+    """Check the syntax of weighted words in templates and caption.
 
     Raises:
-        InputError: naming the prompt.
+        InputError: a prompt that cannot be parsed.
     """
     for prompt in [prompt for pair in training_prompts(params, caption) for prompt in pair]:
         try:
             parse_weights(prompt)
         except InputError as error:
-            source = "in a template or the reference image's caption"
-            raise InputError(error.expected, error.got, f"{error.remedy}, {source}") from error
-
-
-def _check_preview(params: TrainingParams) -> None:
-    if params.preview.every:
-        check_sampler(params.preview.sampler, params.zero_terminal_snr)
+            remedy = f"{error.remedy}, in a template or the reference image's caption"
+            raise InputError(error.expected, error.got, remedy) from error
 
 
 def check_templates(params: TrainingParams) -> None:
-    """Confirm that every template holds a trigger word's slot, that every slot is used, and that none is unknown.
+    """Check that every template has a word slot, that every slot of words.names is used, and that none is unknown.
 
-    Without trigger words any template will do; its word slots are filled with the class word.
+    Without trigger words every template is valid; its word slots are filled with the class word.
 
     Raises:
-        InputError: naming the template or slot.
+        InputError: a template without a slot, an unused slot or an unknown one.
     """
     names = set(params.words.names)
     if not names:
@@ -156,28 +151,24 @@ def check_templates(params: TrainingParams) -> None:
     for template in params.templates:
         slots = set(slot_names(template, names))
         if not slots & names:
-            raise InputError(
-                expected=f"the slot {word_slots} in every template",
-                got=f"{template!r}",
-                remedy="write it where it belongs",
-            )
+            raise InputError(expected=f"the slot {word_slots} in every template", got=f"{template!r}", remedy="add it")
         if unknown := sorted(slots - names - set(_GENERAL_SLOTS)):
             raise InputError(
                 expected=f"only the slots {word_slots}, {{class}} and {{caption}} in templates",
                 got=f"{{{unknown[0]}}} in {template!r}",
-                remedy="correct it, or give its trigger words in words.names",
+                remedy="correct it, or add its trigger words to words.names",
             )
         used |= slots
     if unused := sorted(names - used):
         raise InputError(
-            expected="every slot of words.names in some template",
+            expected="every slot of words.names in at least one template",
             got=f"none with {{{unused[0]}}}",
             remedy="add it to a template, or remove its trigger words",
         )
 
 
 def _check_prompts(planned: NewConcept, params: TrainingParams, caption: str) -> None:
-    """Confirm that trigger words are new to the base model and stand whole in every prompt of the training."""
+    """Check that trigger words are new to the base model and are not cut off in any prompt."""
     for encoder, words in planned.words.items():
         for word in words.vocabulary.words:
             check_trigger_word(planned.backbone.tokenizers[encoder], word.name)
@@ -188,12 +179,12 @@ def _check_prompts(planned: NewConcept, params: TrainingParams, caption: str) ->
 
 
 def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
-    """Confirm that trigger words come from templates alone: a caption is the same in both branches."""
+    """Check that the caption has no trigger word, because it is the same in both branches."""
     if found := [part.name for part in vocabulary.split_prompt(caption) if not isinstance(part, str)]:
         raise InputError(
-            expected="a caption of what the picture shows beside the subject",
-            got=f"{caption!r}, in which {found[0]} is a trigger word, which both branches would learn",
-            remedy="take it out, templates say it",
+            expected="a caption without trigger words, which would be trained in both branches",
+            got=f"{caption!r} with {found[0]}",
+            remedy="remove it; templates add the trigger words",
         )
 
 
@@ -202,7 +193,7 @@ def _warn_unused_options(params: TrainingParams, caption: str) -> None:
     if caption and not has_slot:
         log.warning("The caption %r is not used: no template has {caption}.", caption)
     if params.caption_transforms and not (caption and has_slot):
-        log.warning("caption_transforms change nothing: there is no caption, or no template has {caption}.")
+        log.warning("caption_transforms are not used: there is no caption, or no template has {caption}.")
 
 
 def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: progress, live curves, previews; and its history as a table."""
+"""Progress bar, live curves and previews of a running training; its history as a table."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dreamartist_pipeline.core.training import StepRecord
 from dreamartist_pipeline.params import TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt
 
-_CURVE_POINTS = 200  # live curves have about this many points; between them, values are averaged
+_CURVE_POINTS = 200  # about as many points in live curves; each is a mean over steps
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
 
 log = logging.getLogger(__name__)
 
 
 def history_table(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
-    """Return the history as a table; without a step it has its columns still."""
+    """Return the history as a table; without steps it has columns but no rows."""
     return pd.DataFrame(list(history), columns=None if history else list(_COLUMNS))
 
 
 class StepReport:
-    """Shows each step on a progress bar and sends averaged values to the tracker, about 200 times a training."""
+    """Updates a progress bar at each step and logs means to the tracker about 200 times per training."""
 
     def __init__(self, num_steps: int, tracker: Tracker) -> None:
         self._tracker, self._every = tracker, max(1, num_steps // _CURVE_POINTS)
@@ -42,7 +42,7 @@ class StepReport:
         self._bar.close()
 
     def __call__(self, record: StepRecord) -> None:
-        """Take note of one step."""
+        """Record one step."""
         if record.step == 1:
             norms = ", ".join(f"{name} {norm:.2e}" for name, norm in record.grad_norm.items())
             log.info("Every branch received gradients in the first step: %s.", norms)
@@ -56,7 +56,7 @@ class StepReport:
 
 
 def preview_drawing(new: NewConcept, params: TrainingParams, tracker: Tracker) -> Callable[[int], None] | None:
-    """Return what draws the preview prompts with the concept so far, always from the same seeds."""
+    """Return a function that draws the preview prompts with the current concept, always from the same seeds."""
     prompts = [fill_prompt(prompt, params) for prompt in params.preview.prompts]
     if not prompts:
         return None

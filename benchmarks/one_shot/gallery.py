@@ -1,8 +1,7 @@
-"""Recognition: is what a picture should show nearest to it among drawings of many objects?
+"""Recognition by nearest neighbour: rank an object among the labelled drawings of many objects.
 
-The object of a picture is cut out and laid on grey and, where another colour was asked for, reduced to its luminance;
-drawings of known name are treated the same way. Everything here is arithmetic on images and on embeddings `[N, D]`
-whose rows have length 1; which network makes the embeddings is not decided here.
+Objects are cut out and put on grey; where a prompt asks for another colour, only their luminance is compared. Works on
+images and on embeddings `[N, D]` with rows of length 1, of any network.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from dreamartist_pipeline.core.metrics import object_mask, object_region
 from dreamartist_pipeline.embedded.scenes import Scenes, compose
 
 GROUND = (128, 128, 128)  # of cut-outs
-DRAWING_SHARE = 0.9  # a drawing's share of the picture's side, as that of single objects in scenes
+DRAWING_SHARE = 0.9  # of the image's side, as single objects in scenes
 
 _BLACK, _WHITE_LEVEL = (0, 0, 0), 255
 
 
 def cut_out(image: Image.Image) -> Image.Image:
-    """Return a picture's object alone on grey: RGB, square."""
+    """Return the object of an image on grey: RGB, square."""
     return object_region(image, GROUND)
 
 
 def cut_out_drawings(sprites: torch.Tensor, size_px: int) -> list[Image.Image]:
-    """Return sprites, uint8 `[N, 4, side, side]`, as `cut_out` returns the objects of pictures of `size_px`.
+    """Return sprites, uint8 `[N, 4, side, side]`, as `cut_out` returns the objects of images of `size_px`.
 
-    What belongs to a drawing is known from its alpha channel, so that grey ones are whole, too.
+    The alpha channel gives the object's mask, so that grey drawings are complete.
     """
     silhouettes = sprites.clone()
     silhouettes[:, :3] = _WHITE_LEVEL
@@ -40,7 +39,7 @@ def cut_out_drawings(sprites: torch.Tensor, size_px: int) -> list[Image.Image]:
 
 
 def _painted(sprites: torch.Tensor, ground: tuple[int, int, int], size_px: int) -> list[Image.Image]:
-    """Paint every sprite alone on a plain ground."""
+    """Compose an image of each sprite on a plain background."""
     pictures: list[Image.Image] = []
     for batch in sprites.split(256):
         count = len(batch)
@@ -57,18 +56,18 @@ def _painted(sprites: torch.Tensor, ground: tuple[int, int, int], size_px: int) 
 
 
 def luminance(image: Image.Image) -> Image.Image:
-    """Take the colours out of a picture: RGB, all channels alike (ITU-R 601)."""
+    """Return the luminance (ITU-R 601) in all three RGB channels."""
     return image.convert("L").convert("RGB")
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Drawings to recognise objects by.
+    """Labelled drawings.
 
     Attributes:
         embeddings: of the cut-out drawings, float32 `[N, D]`, rows of length 1.
-        objects: what each of them shows.
-        styles: in which style each of them is drawn.
+        objects: label of each.
+        styles: style of each.
     """
 
     embeddings: torch.Tensor
@@ -76,7 +75,7 @@ class Gallery:
     styles: tuple[str, ...]
 
     def without_style(self, style: str) -> Gallery:
-        """Return the drawings in all other styles."""
+        """Return the drawings of all other styles."""
         return self._rows([index for index, other in enumerate(self.styles) if other != style])
 
     def of_objects(self, words: Collection[str]) -> Gallery:
@@ -90,11 +89,11 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Recognition:
-    """What pictures of one object are taken for.
+    """Ranking of the images of one object.
 
     Attributes:
-        ranks: the object's rank among all objects for each picture; 1 is the nearest.
-        nearest: the nearest object of each picture.
+        ranks: the object's rank among all objects, by image; 1 is the nearest.
+        nearest: the nearest object, by image.
     """
 
     ranks: tuple[int, ...]
@@ -102,31 +101,31 @@ class Recognition:
 
 
 def recognize(pictures: torch.Tensor, gallery: Gallery, word: str) -> Recognition:
-    """Rank an object among those of a gallery by cosine; an object is as near as the nearest of its drawings.
+    """Rank an object among those of a gallery by the cosine with the nearest drawing of each.
 
     Args:
-        pictures: embeddings of the cut-out pictures, `[M, D]`, rows of length 1.
+        pictures: embeddings of the cut-out images, `[M, D]`, rows of length 1.
         gallery: the drawings.
-        word: the object that the pictures should show.
+        word: the object that the images should show.
 
     Raises:
         ValueError: the gallery has no drawing of that object.
     """
     words = list(dict.fromkeys(gallery.objects))
     if word not in words:
-        raise ValueError(f"expected a drawing of {word!r} in the gallery, got {len(words)} other objects; add one")
-    place = {name: index for index, name in enumerate(words)}
-    owner = torch.tensor([place[name] for name in gallery.objects])
+        raise ValueError(f"expected a drawing of {word!r} in the gallery; got {len(words)} other objects")
+    index_of = {name: index for index, name in enumerate(words)}
+    owner = torch.tensor([index_of[name] for name in gallery.objects])
     cosines = pictures.float() @ gallery.embeddings.float().T  # [M, N]
     nearness = torch.full((len(pictures), len(words)), -torch.inf)
     nearness = nearness.scatter_reduce(1, owner.expand(len(pictures), -1), cosines, "amax")  # [M, objects]
-    ranks = 1 + (nearness > nearness[:, [place[word]]]).sum(dim=1)
+    ranks = 1 + (nearness > nearness[:, [index_of[word]]]).sum(dim=1)
     return Recognition(tuple(ranks.tolist()), tuple(words[index] for index in nearness.argmax(dim=1).tolist()))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval."""
+    """A mean with its confidence interval."""
 
     mean: float
     low: float
@@ -136,13 +135,13 @@ class Estimate:
 def bootstrap_mean(
     values: Sequence[float], seed: int = 0, num_resamples: int = 10_000, confidence: float = 0.95
 ) -> Estimate:
-    """Return the mean of `values` and its percentile bootstrap interval (Efron 1979); the same seed gives the same.
+    """Return the mean of `values` and its percentile bootstrap interval (Efron 1979).
 
     Raises:
         ValueError: there are no values.
     """
     if not values:
-        raise ValueError("expected values to average, got none; measure at least one")
+        raise ValueError("expected at least one value; got none")
     sample = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = sample[torch.randint(len(sample), (num_resamples, len(sample)), generator=generator)].mean(dim=1)

@@ -1,4 +1,4 @@
-"""Recognition: hand-derived ranks and intervals, and what the cut-outs leave of a picture."""
+"""Recognition: hand-derived ranks and intervals, and the cut-outs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dreamartist_pipeline.core.metrics import pixels
-from dreamartist_pipeline.embedded.recognition import (
-    GROUND,
-    Gallery,
-    bootstrap_mean,
-    cut_out,
-    cut_out_drawings,
-    luminance,
-    recognize,
-)
+from one_shot.gallery import GROUND, Gallery, bootstrap_mean, cut_out, cut_out_drawings, luminance, recognize
 
 
 def _direction(degrees: float) -> list[float]:
@@ -31,7 +23,7 @@ def gallery() -> Gallery:
     return Gallery(embeddings, ("fox", "fox", "owl", "snail", "snail"), ("flat", "noto", "flat", "flat", "noto"))
 
 
-def test_an_object_is_as_near_as_the_nearest_of_its_drawings(gallery: Gallery) -> None:
+def test_an_object_is_ranked_by_its_nearest_drawing(gallery: Gallery) -> None:
     pictures = torch.tensor([_direction(angle) for angle in (80, 40, 20)])
     found = recognize(pictures, gallery, "fox")
     # 80°: fox 10°, snail 20°, owl 50° · 40°: owl 10°, snail 20°, fox 40° · 20°: owl 10°, fox 20°, snail 40°
@@ -54,14 +46,14 @@ def test_the_style_of_the_reference_is_left_out_of_the_gallery(gallery: Gallery)
     assert recognize(picture, others, "fox").ranks == (3,)
 
 
-def test_a_smaller_gallery_has_fewer_objects_to_be_taken_for(gallery: Gallery) -> None:
+def test_a_smaller_gallery_has_fewer_objects(gallery: Gallery) -> None:
     fewer = gallery.of_objects({"fox", "snail"})
     assert fewer.objects == ("fox", "fox", "snail", "snail")
     assert recognize(torch.tensor([_direction(20)]), fewer, "fox").ranks == (1,)
 
 
 def test_an_object_without_a_drawing_cannot_be_recognized(gallery: Gallery) -> None:
-    with pytest.raises(ValueError, match="expected a drawing of 'rocket' in the gallery, got 3 other objects"):
+    with pytest.raises(ValueError, match="'rocket'"):
         recognize(torch.tensor([_direction(0)]), gallery, "rocket")
 
 
@@ -79,7 +71,7 @@ def test_a_cut_out_is_the_object_on_grey_whatever_was_behind_it() -> None:
     assert (first.getpixel((0, 0)), first.getpixel((18, 18))) == (GROUND, red)
 
 
-def test_colour_does_not_matter_to_a_cut_out_without_colours() -> None:
+def test_luminance_is_independent_of_hue() -> None:
     red, green = (200, 0, 0), (0, 101, 4)  # 0.299 R + 0.587 G + 0.114 B: 59.8 and 59.7
     first, second = cut_out(_disc(red, "white")), cut_out(_disc(green, "yellow"))
     assert first.tobytes() != second.tobytes()
@@ -102,7 +94,7 @@ def test_a_drawing_is_cut_out_as_the_same_object_of_a_picture_is() -> None:
     assert drawing.tobytes() == cut_out(picture).tobytes()
 
 
-def test_a_grey_drawing_is_whole() -> None:
+def test_a_grey_drawing_is_cut_out_completely() -> None:
     sprites = _opaque((130, 130, 130))
     sprites[:, :, :, :8] = torch.tensor([255, 0, 0, 255], dtype=torch.uint8)[
         :, None, None
@@ -154,5 +146,5 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
 
 
 def test_an_interval_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected values to average, got none"):
+    with pytest.raises(ValueError, match="none"):
         bootstrap_mean([])

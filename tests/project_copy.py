@@ -1,0 +1,28 @@
+"""A copy of the project in a folder of its own, so that runs of tests touch no user's data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+PROJECT = Path(__file__).resolve().parents[1]
+_FOLDERS, _FILES = ("conf", "src", "notebooks"), ("pyproject.toml", ".telemetry")
+
+
+def copy_project(folder: Path, base_model: Path) -> Path:
+    """Copy code, configuration and notebooks; add a base model (`tiny`) and prompts (`prompts.parquet`).
+
+    The local configuration is left out, and so are the project's own data.
+    """
+    for name in _FOLDERS:
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.rmtree(folder / "conf" / "local")
+    (folder / "conf" / "local").mkdir()
+    for name in _FILES:
+        shutil.copy(PROJECT / name, folder)
+    (folder / "data" / "09_tracking").mkdir(parents=True)
+    shutil.copytree(base_model, folder / "tiny")
+    pd.DataFrame({"prompt": ["a red cat", "a blue dog", "a green bird"]}).to_parquet(folder / "prompts.parquet")
+    return folder
