@@ -44,6 +44,16 @@ def test_images_reach_the_active_run(run_id: str) -> None:
     assert any("preview" in file and file.endswith(".png") for file in files)
 
 
+def test_a_tag_reaches_the_active_run_however_long_its_text(run_id: str) -> None:
+    import mlflow
+
+    MLflowTracker().set_tag("caption", "white background")
+    MLflowTracker().set_tag("long", "word " * 5000)
+    tags = mlflow.MlflowClient().get_run(run_id).data.tags
+    assert tags["caption"] == "white background"
+    assert tags["long"].startswith("word word")
+
+
 def test_without_an_active_run_nothing_is_written() -> None:
     import mlflow
 
@@ -51,6 +61,7 @@ def test_without_an_active_run_nothing_is_written() -> None:
     tracker = MLflowTracker()
     tracker.log_metrics({"loss": 1.0}, step=0)
     tracker.log_image(Image.new("RGB", (4, 4)), key="preview", step=0)
+    tracker.set_tag("caption", "white background")
     assert mlflow.active_run() is None
 
 

@@ -28,7 +28,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     tracker = MLflowTracker()
     models = (find_kedro_project(Path.cwd()) or Path.cwd()) / "data/06_models"
     stages = {
-        "ingestion": ingestion.create_pipeline(),
+        "ingestion": ingestion.create_pipeline(tracker),
         "prompts": prompts.create_pipeline(),
         "regularization": regularization.create_pipeline(),
         "training": training.create_pipeline(tracker),

@@ -28,6 +28,13 @@ class MLflowTracker:
         if mlflow.active_run() is not None:
             mlflow.log_image(image, key=key, step=step or 0, synchronous=False)
 
+    def set_tag(self, name: str, text: str) -> None:
+        """Tag the run; MLflow cuts what is too long."""
+        import mlflow
+
+        if mlflow.active_run() is not None:
+            mlflow.set_tag(name, text)
+
 
 def metric_name(name: str) -> str:
     """Return a name that MLflow accepts: `lr/unet[0]` becomes `lr/unet.0`, other invalid characters become `_`.

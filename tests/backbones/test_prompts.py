@@ -68,6 +68,25 @@ def test_a_long_prompt_keeps_its_end_token(tokenizer: CLIPTokenizer, vocabulary:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "end"),
+    [
+        ("a red cat", ""),
+        ("cat " * 22, ""),
+        ("cat " * 22 + "blue dog", "blue dog"),
+        ("cat " * 20 + "my-fox blue dog", "blue dog"),  # two vectors
+        ("cat " * 21 + "my-fox blue dog", "my-fox blue dog"),
+        ("{cat:1.5} " * 22 + "{blue:2} dog", "blue dog"),
+        ("cat " * 60 + "dog", "cat " * 38 + "dog"),
+    ],
+    ids=["short", "fits", "cut", "word fits", "word cut", "weighted", "long"],
+)
+def test_what_is_cut_off_is_the_plain_text_behind_the_last_token_that_is_read(
+    tokenizer: CLIPTokenizer, vocabulary: Vocabulary, prompt: str, end: str
+) -> None:
+    assert PromptTokenizer(tokenizer, 24, vocabulary).cut_off(prompt).strip() == end
+
+
+@pytest.mark.parametrize(
     ("prompt", "plain", "weights"),
     [
         ("a {red:1.5} cat", "a red cat", {1: 1.0, 2: 1.5, 3: 1.0}),

@@ -120,6 +120,133 @@ def test_an_unknown_background_color_is_refused_by_name() -> None:
         images.flatten_alpha(Image.new("RGBA", (8, 8)), "whiteish")
 
 
+def grey_tiff(levels: np.ndarray) -> bytes:
+    return encode(Image.fromarray(levels), "TIFF")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16])
+def test_integers_that_end_at_255_are_read_with_255_as_white_and_a_warning(
+    dtype: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    levels = np.arange(64, dtype=dtype).reshape(8, 8) * 4
+    assert np.array_equal(np.asarray(decode(grey_tiff(levels)))[..., 0], levels)
+    assert "the picture" in caplog.text
+    assert "255" in caplog.text
+
+
+def test_integers_of_12_bits_are_read_as_they_are_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    levels = np.full((8, 8), 4095, dtype=np.int32)
+    assert decode(grey_tiff(levels)).getpixel((0, 0)) == (16, 16, 16)
+    assert "4095 of 65535" in caplog.text
+
+
+def test_integers_up_to_white_need_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    decode(grey_tiff(np.full((8, 8), 65535, dtype=np.int32)))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_integers_that_would_be_clipped_are_refused(value: int) -> None:
+    with pytest.raises(InputError, check=says(expected="0…65535", got="mode I", remedy="8 bits per channel")):
+        decode(grey_tiff(np.full((8, 8), value, dtype=np.int32)))
+
+
+# --------------------------------------------------------------------------------------------- HEIC
+
+
+@pytest.fixture
+def heic() -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    data = io.BytesIO()
+    pillow_heif.from_pillow(two_colored().resize((64, 32))).save(data, quality=100)
+    return data.getvalue()
+
+
+def test_a_heic_picture_is_opened_where_pillow_heif_is_installed(heic: bytes) -> None:
+    decoded = decode(heic)
+
+    assert (decoded.mode, decoded.size) == ("RGB", (64, 32))
+    assert np.allclose(decoded.getpixel((5, 16)), RED, atol=8)
+    assert np.allclose(decoded.getpixel((60, 16)), BLUE, atol=8)
+
+
+def test_of_several_pictures_in_a_heic_file_the_main_one_is_taken() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file, data = pillow_heif.from_pillow(Image.new("RGB", (64, 64), RED)), io.BytesIO()
+    file.add_from_pillow(Image.new("RGB", (64, 64), BLUE))
+    file.save(data, quality=100, primary_index=1)
+
+    assert np.allclose(decode(data.getvalue()).getpixel((30, 30)), BLUE, atol=8)
+
+
+@pytest.mark.parametrize("length", [40, 300])
+def test_a_truncated_heic_picture_is_called_so(heic: bytes, length: int) -> None:
+    with pytest.raises(InputError, check=says(got="damaged or truncated")):
+        decode(heic[:length])
+
+
+@pytest.mark.parametrize(
+    "brands",
+    [
+        b"heic\0\0\0\0mif1heic",
+        b"mif1\0\0\0\0mif1heic",
+        b"heix\0\0\0\0mif1heix",
+        b"msf1\0\0\0\0msf1hevc",
+        b"mif1\0\0\0\0mif1miaf",
+    ],
+)
+def test_a_heic_picture_is_named_where_pillow_heif_is_missing(brands: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    file = (8 + len(brands)).to_bytes(4) + b"ftyp" + brands + b"\0" * 64
+    with pytest.raises(InputError, check=says(expected="the picture", got="HEIC", remedy="pillow-heif")):
+        decode(file)
+
+
+def test_an_avif_picture_is_not_taken_for_a_heic_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    assert decode(encode(two_colored(), "AVIF", quality=100)).size == (16, 8)
+
+
+# --------------------------------------------------------------------------------------------- what is made of it
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "fit", "text"),
+    [
+        ((400, 6000), (64, 64), "crop", "400 × 6000 → middle 400 × 400 (7 %) → 64 × 64"),
+        ((6000, 400), (64, 64), "crop", "6000 × 400 → middle 400 × 400 (7 %) → 64 × 64"),
+        ((1024, 1024), (64, 64), "crop", "1024 × 1024 → 64 × 64"),
+        ((64, 64), (64, 64), "crop", "64 × 64"),
+        ((80, 64), (64, 64), "crop", "80 × 64 → middle 64 × 64 (80 %)"),
+        ((8, 10000), (64, 64), "crop", "8 × 10000 → middle 8 × 8 (less than 1 %) → 64 × 64"),
+        ((300, 200), (88, 48), "crop", "300 × 200 → middle 300 × 164 (82 %) → 88 × 48"),
+        ((640, 320), (64, 64), "pad", "640 × 320 → 64 × 32 → padded to 64 × 64 (50 % of it is the picture)"),
+        ((32, 32), (64, 64), "pad", "32 × 32 → 64 × 64"),
+    ],
+)
+def test_what_is_made_of_a_picture_is_said_step_by_step(
+    source: tuple[int, int], size: tuple[int, int], fit: str, text: str
+) -> None:
+    assert str(images.fitting(source, size, fit)) == text
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("source", [(50, 20), (20, 50), (33, 31)])
+def test_the_sizes_that_are_said_are_those_of_the_result(source: tuple[int, int], fit: str) -> None:
+    result = images.fit_to_size(Image.new("RGB", source, RED), (16, 16), fit, "blue")
+    red = np.asarray(result)[..., 0] > 128
+    said = images.fitting(source, (16, 16), fit)
+    assert (int(red.any(axis=0).sum()), int(red.any(axis=1).sum())) == said.scaled_px
+
+
+def test_the_visible_share_counts_what_differs_from_the_median_colour() -> None:
+    image = Image.new("RGB", (10, 10), (200, 200, 200))
+    assert images.visible_share(image) == 0
+    image.paste((210, 200, 190), (0, 0, 10, 2))  # hardly to be seen
+    image.paste((200, 200, 100), (0, 2, 10, 3))
+    assert images.visible_share(image) == pytest.approx(0.1)
+
+
 # --------------------------------------------------------------------------------------------- orientation
 
 

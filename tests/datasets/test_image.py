@@ -60,6 +60,20 @@ def test_images_of_users_are_never_written(picture: Path) -> None:
             dataset.save(b"other")
 
 
+def test_a_deep_picture_is_previewed_as_it_is_read(tmp_path: Path) -> None:
+    Image.new("I", (16, 16), 257 * 100).save(tmp_path / "deep.tif")
+    preview = shown(ReferenceImageDataset(filepath=str(tmp_path / "deep.tif")).preview())
+    assert preview.getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_a_heic_picture_is_previewed_and_named_beside_a_missing_one(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 32), "red")).save(tmp_path / "cat.heic")
+    assert shown(ReferenceImageDataset(filepath=str(tmp_path / "cat.heic")).preview()).size == (64, 32)
+    with pytest.raises(FileError, match=r"cat\.heic"):
+        ReferenceImageDataset(filepath=str(tmp_path / "kat.png")).load()
+
+
 # --------------------------------------------------------------------------------------------- optional image
 
 
@@ -147,6 +161,28 @@ def test_the_caption_is_the_text_beside_the_picture_in_one_line(tmp_path: Path) 
 def test_a_caption_that_is_given_takes_precedence_over_the_text_file(tmp_path: Path) -> None:
     (tmp_path / "cat.txt").write_text("white background", encoding="utf-8")
     assert CaptionDataset(filepath=str(tmp_path / "cat.png"), caption=" blue sky ").load() == "blue sky"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_text("white background", encoding="utf-8-sig")
+    assert CaptionDataset(filepath=str(tmp_path / "cat.png")).load() == "white background"
+
+
+@pytest.mark.parametrize("text", ["a\n" * 5, "a\n\n" * 5, "word " * 200])
+def test_a_caption_may_have_5_lines_and_200_words(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cat.txt").write_text(text, encoding="utf-8")
+    assert CaptionDataset(filepath=str(tmp_path / "cat.png")).load() == " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [("a\n" * 6, "6 lines and 6 words"), ("word " * 201, "1 lines and 201 words")]
+)
+def test_a_text_that_is_plainly_no_caption_is_refused(tmp_path: Path, text: str, got: str) -> None:
+    (tmp_path / "cat.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(FileError, check=says(expected="cat.txt", got=got, remedy="caption=")):
+        CaptionDataset(filepath=str(tmp_path / "cat.png")).load()
+    given = CaptionDataset(filepath=str(tmp_path / "cat.png"), caption="a sofa")
+    assert given.load() == "a sofa"
 
 
 def test_a_picture_without_a_caption_has_an_empty_one(tmp_path: Path) -> None:

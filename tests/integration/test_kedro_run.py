@@ -119,6 +119,7 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         f"06_models/{SUBJECT}/training_plan.json",
         f"08_reporting/{SUBJECT}/training_history.csv",
         f"08_reporting/{SUBJECT}/training_curves.json",
+        f"08_reporting/{SUBJECT}/reconstruction.png",
         f"08_reporting/{SUBJECT}/contact_sheet.png",
         f"08_reporting/{SUBJECT}/evaluation_metrics.json",
         f"08_reporting/{SUBJECT}/evaluation_table.csv",
@@ -148,6 +149,9 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
     assert measured.items() <= run.data.metrics.items()
     assert run.data.tags["command_line"].endswith(settings(project))
+    assert run.data.tags["reference_image"] == "48 × 40 → middle 40 × 40 (83 %) → 32 × 32"
+    assert run.data.tags["caption"] == ""
+    assert "reconstruction/similarity" in run.data.metrics
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
     assert {"concept", "evaluation", "export", "training"} <= {
         file.path for file in client.list_artifacts(run.info.run_id)
@@ -264,11 +268,15 @@ CALLED_BACK = {  # what is handed down to be called
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
     "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
+    "pipelines.ingestion.nodes:prepare_reference": "core.tracking",
+    "pipelines.training.nodes:compare_reconstruction": "core.tracking",
+    "pipelines.training.nodes:check_training": "core.tracking",
     "pipelines.training.reporting:StepReport.__call__": "core.training",
     "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",
     "pipelines.training.nodes:train_concept": "core.tracking",
     "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
-    "tracking:MLflowTracker.log_metrics": "pipelines.training.reporting",
+    "tracking:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
+    "tracking:MLflowTracker.set_tag": "pipelines.ingestion.nodes, pipelines.training.nodes",
 }
 
 
@@ -292,7 +300,7 @@ def test_calls_go_down_the_layers_but_for_named_callbacks(project: Path) -> None
 
 PICTURES = (
     *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
-    *("contact_sheet", "generated_images", "generated_grid"),
+    *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
 )
 DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),

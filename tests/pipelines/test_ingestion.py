@@ -1,6 +1,7 @@
 """From a user's file to the prepared image and mask."""
 
 import io
+import logging
 from pathlib import Path
 from typing import get_type_hints
 
@@ -9,6 +10,7 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from PIL import Image
 
+from dreamartist_pipeline.core.tracking import NoTracker
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams, IngestionParams
 from dreamartist_pipeline.pipelines.ingestion import create_pipeline
@@ -131,10 +133,97 @@ def test_kedro_can_resolve_the_hints_of_the_node_and_validate_its_parameters() -
 
 
 def test_the_stage_goes_from_the_users_files_to_prepared_image_and_mask() -> None:
-    stage = create_pipeline()
+    stage = create_pipeline(NoTracker())
 
     assert stage.inputs() == {"reference_image", "attention_mask_image", "params:ingestion"}
     assert stage.outputs() == {"prepared_image", "prepared_mask"}
+
+
+# --------------------------------------------------------------------------------------------- what is said
+
+
+class TagTracker(NoTracker):
+    def __init__(self) -> None:
+        self.tags: dict[str, str] = {}
+
+    def set_tag(self, name: str, text: str) -> None:
+        self.tags[name] = text
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    return Image.effect_noise(size, 100).convert("RGB")
+
+
+def logo(color: str) -> Image.Image:
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste(color, (10, 10, 30, 30))
+    return image
+
+
+def warnings_of(image: Image.Image, caplog: pytest.LogCaptureFixture, **changes: object) -> list[str]:
+    prepare_reference(png(image), None, IngestionParams(**{"bucket": BUCKET} | changes))
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_what_was_made_of_the_picture_is_logged_and_tagged(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = TagTracker()
+    with caplog.at_level(logging.INFO):
+        prepare_reference(png(noise((40, 30))), None, IngestionParams(bucket=BUCKET), tracker)
+    assert tracker.tags == {"reference_image": "40 × 30 → middle 30 × 30 (75 %) → 16 × 16"}
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert tracker.tags["reference_image"] in caplog.text
+
+
+def test_the_color_behind_transparent_parts_is_said() -> None:
+    tracker = TagTracker()
+    prepare_reference(png(logo("red")), None, IngestionParams(bucket=BUCKET, background_color="teal"), tracker)
+    assert tracker.tags == {"reference_image": "40 × 40 → 16 × 16, transparent parts on teal"}
+
+
+@pytest.mark.parametrize(
+    ("image", "changes", "parts"),
+    [
+        (noise((20, 200)), {}, ("10 %", "ingestion.fit=pad")),
+        (noise((200, 20)), {"fit": "pad"}, ("12 %", "ingestion.fit=crop")),  # 16 × 2 of 16 × 16 px
+        (noise((12, 12)), {}, ("12 × 12", "16 × 16", "ingestion.bucket.side_px")),
+        (noise((10, 12)), {"fit": "pad"}, ("10 × 12", "ingestion.bucket.side_px")),
+        (logo("white"), {}, ("ingestion.background_color=white", "black")),
+        (logo("#0a0a0a"), {"background_color": "black"}, ("ingestion.background_color=black", "white")),
+        (Image.new("RGBA", (40, 40), (255, 0, 0, 0)), {}, ("transparent everywhere",)),
+        (Image.new("RGB", (40, 40), "red"), {}, ("nearly one colour",)),
+        (Image.new("RGB", (80, 40), "red"), {"fit": "pad"}, ("nearly one colour",)),  # the padding does not count
+    ],
+    ids=[
+        "crop",
+        "padding",
+        "enlarged",
+        "enlarged and padded",
+        "white logo",
+        "black logo",
+        "transparent",
+        "red",
+        "red padded",
+    ],
+)
+def test_what_may_be_a_mistake_is_one_warning(
+    image: Image.Image, changes: dict[str, str], parts: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    (warning,) = warnings_of(image, caplog, **changes)
+    assert all(part in warning for part in parts), warning
+
+
+@pytest.mark.parametrize("image", [noise((40, 21)), noise((16, 16)), logo("red")], ids=["half", "small", "logo"])
+def test_a_usual_picture_is_no_mistake(image: Image.Image, caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings_of(image, caplog) == []
+
+
+def test_no_bundled_picture_is_taken_for_a_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    bucket = BucketParams(side_px=64, multiple_px=8)
+    files = sorted((Path(__file__).parents[2] / "data/01_raw/reference_images").glob("*.png"))
+    assert len(files) > 10
+    for file in files:
+        prepare_reference(file.read_bytes(), None, IngestionParams(bucket=bucket))
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 # --------------------------------------------------------------------------------------------- with its datasets
@@ -156,7 +245,7 @@ def catalog_of(folder: Path, mask: str | None = None) -> DataCatalog:
 def test_a_run_saves_both_pictures(tmp_path: Path) -> None:
     (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "red")))
 
-    SequentialRunner().run(create_pipeline(), catalog_of(tmp_path))
+    SequentialRunner().run(create_pipeline(NoTracker()), catalog_of(tmp_path))
 
     assert Image.open(tmp_path / "prepared_image.png").size == (16, 16)
     assert Image.open(tmp_path / "prepared_mask.png").mode == "L"
@@ -164,12 +253,12 @@ def test_a_run_saves_both_pictures(tmp_path: Path) -> None:
 
 def test_a_bad_mask_leaves_the_earlier_results_as_they_were(tmp_path: Path) -> None:
     (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "red")))
-    SequentialRunner().run(create_pipeline(), catalog_of(tmp_path))
+    SequentialRunner().run(create_pipeline(NoTracker()), catalog_of(tmp_path))
     before = (tmp_path / "prepared_image.png").read_bytes()
     (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "blue")))
     (tmp_path / "mask.png").write_bytes(b"nonsense")
 
     with pytest.raises(InputError, check=says(expected="the attention mask", got="nonsense")):
-        SequentialRunner().run(create_pipeline(), catalog_of(tmp_path, f"{tmp_path}/mask.png"))
+        SequentialRunner().run(create_pipeline(NoTracker()), catalog_of(tmp_path, f"{tmp_path}/mask.png"))
 
     assert (tmp_path / "prepared_image.png").read_bytes() == before

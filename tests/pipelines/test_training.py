@@ -16,16 +16,18 @@ import torch
 from PIL import Image
 
 from dreamartist_pipeline.api import step_values
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone, reconstruct
 from dreamartist_pipeline.backbones.concepts import attach, generate, start_concept
+from dreamartist_pipeline.backbones.evaluators import load_evaluator
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
-from dreamartist_pipeline.pipelines.training import create_pipeline
+from dreamartist_pipeline.pipeline_registry import register_pipelines
+from dreamartist_pipeline.pipelines.training import create_pipeline, reconstruction
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, training_data
 from dreamartist_pipeline.pipelines.training.figures import plot_history
-from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
 from dreamartist_pipeline.pipelines.training.reporting import history_table
 from refusals import says
 
@@ -34,12 +36,19 @@ CPU = DeviceParams(device="cpu")
 CAPTION = "white background"
 MASK = Image.new("L", (32, 32), 127)
 CONSTANT = {"kind": "constant"}
+LAYERS = [r"re:.*\.attn.?$"]
+DATA = Path(__file__).parents[2] / "data/01_raw"
+EMBEDDED, REFERENCES = DATA / "base_model", DATA / "reference_images"
 
 
 class RecordingTracker:
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
         self.images: dict[int, Image.Image] = {}
+        self.tags: dict[str, str] = {}
+
+    def set_tag(self, name: str, text: str) -> None:
+        self.tags[name] = text
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics[step] = metrics
@@ -113,6 +122,49 @@ def test_the_plan_counts_biases_and_not_what_a_start_by_svd_keeps_frozen(
     counts = {g["name"]: (g["num_layers"], g["num_parameters"]) for g in plan["groups"] if "text" in g["name"]}
     factors = 2 * 4 * (32 + 32)  # two layers, each q, k, v, out (32 -> 32), rank 1
     assert counts == {"text_encoder.0.positive": (8, factors + 8 * 32), "text_encoder.1.negative": (8, factors)}
+
+
+def test_the_caption_is_shown_and_stands_in_plan_and_tags(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = RecordingTracker()
+    with caplog.at_level(logging.INFO):
+        plan = check_training(str(tiny_base_model), make_training_params(), CAPTION, tracker=tracker)
+    assert plan["caption"] == tracker.tags["caption"] == CAPTION
+    assert "cut_off" not in plan
+    assert repr(CAPTION) in caplog.text
+
+
+def test_a_missing_caption_is_said_too(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert check_training(str(tiny_base_model), make_training_params(), "")["caption"] == ""
+    assert "--params caption=" in caplog.text
+
+
+def test_what_the_text_encoder_does_not_read_of_a_caption_is_quoted_for_each_branch(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = make_training_params(templates=("a {pt1}", "a {pt1}, {caption}"))
+    caption = "cat " * 18 + "blue dog"  # of 22 tokens, "a", the comma and 2 or 3 vectors are taken
+    plan = check_training(str(tiny_base_model), params, caption)
+    assert plan["cut_off"] == {"negative": "cat blue dog", "positive": "blue dog"}
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [("negative" in text, "'cat blue dog'" in text) for text in warnings] == [(True, True), (False, False)]
+
+
+def test_a_caption_is_cut_off_without_trigger_words_too(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    params = make_training_params(
+        words={},
+        guidance_scale="1.0",
+        templates=("a cat, {caption}",),
+        lora_unet=[{"lr": 1e-3, "rank": 1, "layers": LAYERS}],
+        lora_text_encoder=[],
+    )
+    assert check_training(str(tiny_base_model), params, "cat " * 19 + "dog")["cut_off"] == {"positive": "dog"}
 
 
 def test_the_plan_is_shown_per_branch(
@@ -529,9 +581,52 @@ def test_an_empty_history_keeps_its_columns() -> None:
 
 def test_the_plan_depends_on_raw_inputs_only() -> None:
     first = create_pipeline(RecordingTracker()).grouped_nodes[0]
-    assert [node.name for node in first] == ["check_training"]
+    assert first[0].name == "check_training"  # before the base model is loaded
     raw = {"base_model", "params:training", "params:device", "reference_caption", "start_files"}
     assert set(first[0].inputs) == raw
+
+
+# --------------------------------------------------------------------------------------------- the autoencoder's limit
+
+
+@pytest.mark.parametrize(("name", "level"), [("fox", "INFO"), ("photograph", "WARNING")])
+def test_what_to_expect_of_a_picture_is_said_in_one_line_before_the_training(
+    name: str, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = photograph() if name == "photograph" else Image.open(REFERENCES / f"{name}.png").convert("RGB")
+    tracker = RecordingTracker()
+    with caplog.at_level(logging.INFO, logger=reconstruction.__name__):
+        beside = compare_reconstruction(str(EMBEDDED), image.resize((64, 64)), CPU, tracker)
+    measured = tracker.metrics[0]["reconstruction/similarity"]
+    (said,) = [record for record in caplog.records if record.name == reconstruction.__name__]
+    assert said.levelname == level
+    assert (measured < reconstruction.LEAST_SIMILARITY) == (level == "WARNING")
+    assert f"{measured:.2f}" in said.message
+    assert ("--env sd15" in said.message) == (level == "WARNING")
+    assert beside.width > 2 * 64
+
+
+def test_the_bundled_pictures_are_all_above_the_threshold() -> None:
+    files = sorted(REFERENCES.glob("*.png"))
+    assert len(files) > 10
+    backbone, evaluator = load_backbone(BaseModelFiles(EMBEDDED), CPU), load_evaluator("efficientnet-lite0")
+    for file in files:
+        image = Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+        first, second = evaluator.embed([image, reconstruct(backbone, image)])
+        assert float(first @ second) > reconstruction.LEAST_SIMILARITY, file.name
+
+
+def photograph() -> Image.Image:
+    """Fine detail everywhere, as in grass, fur or gravel."""
+    noise = Image.effect_noise((96, 96), 90)
+    detail = Image.merge("RGB", [noise, noise.rotate(90), noise.rotate(180)])
+    return Image.blend(Image.linear_gradient("L").resize((96, 96)).convert("RGB"), detail, 0.6)
+
+
+def test_the_autoencoder_is_looked_at_before_images_are_drawn() -> None:
+    names = [node.name for node in register_pipelines()["train"].nodes]
+    order = ["check_training", "compare_reconstruction", "make_regularization_set"]
+    assert sorted(order, key=names.index) == order
 
 
 # --------------------------------------------------------------------------------------------- from a concept

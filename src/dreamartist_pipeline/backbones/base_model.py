@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
 from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
+from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
@@ -253,6 +255,12 @@ def decode_with_gradients(backbone: Backbone, latents: torch.Tensor) -> torch.Te
     scale = float(backbone.autoencoder.config.scaling_factor)
     decoded: torch.Tensor = backbone.autoencoder.decode(latents.float() / scale, return_dict=False)[0]
     return decoded
+
+
+def reconstruct(backbone: Backbone, image: Image) -> Image:
+    """Return an image after encoding and decoding: the best that a concept can reach."""
+    mean, _ = encode_images(backbone, to_tensor([image]))
+    return to_images(decode_latents(backbone, mean))[0]
 
 
 def with_zero_terminal_snr(backbone: Backbone) -> Backbone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,14 @@ from dreamartist_pipeline.params import WordsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
 _NO_WORDS = Vocabulary(())
+
+
+class _Token(NamedTuple):
+    """A token, its attention weight, and the character of the prompt's plain text that it begins with."""
+
+    id: int
+    weight: float
+    start: int
 
 
 class PromptTokenizer:
@@ -48,8 +57,8 @@ class PromptTokenizer:
             inner = self._inner_tokens(prompt)[: self.max_tokens - 2]
             padding = self.max_tokens - 2 - len(inner)
             end = [tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]
-            ids.append([tokenizer.bos_token_id, *(token_id for token_id, _ in inner), *end])
-            weights.append([1.0, *(weight for _, weight in inner), *[1.0] * len(end)])
+            ids.append([tokenizer.bos_token_id, *(token.id for token in inner), *end])
+            weights.append([1.0, *(token.weight for token in inner), *[1.0] * len(end)])
         shape = (len(prompts), self.max_tokens)
         all_weights = torch.tensor(weights).reshape(shape)
         return PromptTokens(
@@ -62,7 +71,7 @@ class PromptTokenizer:
         Raises:
             InputError: there is no separate trigger word, a vector is truncated, or braces are invalid.
         """
-        if not self._learned_ids & {token_id for token_id, _ in self._inner_tokens(prompt)}:
+        if not self._learned_ids & {token.id for token in self._inner_tokens(prompt)}:
             raise InputError(
                 expected="a trigger word as a separate word in every prompt",
                 got=f"{prompt!r}",
@@ -76,7 +85,7 @@ class PromptTokenizer:
         Raises:
             InputError: one is, or braces are invalid.
         """
-        inner = [token_id for token_id, _ in self._inner_tokens(prompt)]
+        inner = [token.id for token in self._inner_tokens(prompt)]
         if self._learned_ids & set(inner[self.max_tokens - 2 :]):
             raise InputError(
                 expected=f"the trigger words within the first {self.max_tokens - 2} tokens of every prompt",
@@ -84,23 +93,36 @@ class PromptTokenizer:
                 remedy="shorten it, or take fewer vectors",
             )
 
+    def cut_off(self, prompt: str) -> str:
+        """Return the end of the prompt's plain text that the text encoder does not read; "" where it reads all.
+
+        Raises:
+            InputError: braces that cannot be read.
+        """
+        inner = self._inner_tokens(prompt)
+        if len(inner) <= self.max_tokens - 2:
+            return ""
+        return _plain_text(prompt)[inner[self.max_tokens - 2].start :]
+
     @property
     def _learned_ids(self) -> set[int]:
         return {token_id for word in self._vocabulary.words for token_id in word.ids}
 
-    def _inner_tokens(self, prompt: str) -> list[tuple[int, float]]:
-        """Return (id, weight) of all tokens between start and end, not truncated."""
-        parts = parse_weights(prompt)
-        text = "".join(part for part, _ in parts)
-        weights = [weight for part, weight in parts for _ in part]  # one per character
-        tokens: list[tuple[int, float]] = []
+    def _inner_tokens(self, prompt: str) -> list[_Token]:
+        """Return all tokens between start and end, not truncated."""
+        text = _plain_text(prompt)
+        weights = [weight for part, weight in parse_weights(prompt) for _ in part]  # one per character
+        tokens: list[_Token] = []
         start = 0
         for part in self._vocabulary.split_prompt(text):
             if isinstance(part, str):
-                tokens += [(token_id, weights[start + offset]) for token_id, offset in self._plain_tokens(part)]
+                tokens += [
+                    _Token(token_id, weights[start + offset], start + offset)
+                    for token_id, offset in self._plain_tokens(part)
+                ]
                 start += len(part)
             else:
-                tokens += [(token_id, weights[start]) for token_id in part.ids]
+                tokens += [_Token(token_id, weights[start], start) for token_id in part.ids]
                 start += len(part.name)
         return tokens
 
@@ -110,6 +132,11 @@ class PromptTokenizer:
             text, add_special_tokens=False, truncation=True, max_length=self.max_tokens, return_offsets_mapping=True
         )
         return [(i, start) for i, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
+
+
+def _plain_text(prompt: str) -> str:
+    """Return the prompt without the braces and numbers of weighted words."""
+    return "".join(part for part, _ in parse_weights(prompt))
 
 
 class PromptEncoder:
@@ -149,6 +176,10 @@ class PromptEncoder:
         for prompt in prompts:
             for tokenizer in self._tokenizers.values():
                 tokenizer.check_not_cut(prompt)
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the end of a prompt that some text encoder does not read, the longest; "" where all read all."""
+        return max((tokenizer.cut_off(prompt) for tokenizer in self._tokenizers.values()), key=len)
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Return `[N, L]` tokens on the backbone's device, concatenated over the text encoders."""

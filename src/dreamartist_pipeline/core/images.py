@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import textwrap
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +26,15 @@ MIN_SIDE_PX = 8
 NEUTRAL_GREY = 127  # grey of weight 1 in the attention mask
 MAX_ATTENTION = 5.0  # weight of white in the attention mask
 
-_STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD")  # phone photos with a depth or gain map, layered files: use frame 0
+_STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD", "HEIF")  # phone photos with others beside, layered files: use the main one
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_AVIF_BRANDS = {b"avif", b"avis"}  # of the same container; Pillow reads them
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+
+_VISIBLE_LEVELS = 16  # of 255: a pixel differs from a colour where a channel differs by more
+_DARK_SHARE = 1 / 4  # of white: below, grey values were probably written for another white
+
+log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------- decode
@@ -42,7 +53,8 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
         An RGBA image if the file has transparency, else an RGB image.
 
     Raises:
-        InputError: the file is empty, damaged or not an image, is too small or too large, or has several frames.
+        InputError: the file is empty, damaged or not an image, is too small or too large, has several frames, or is
+            HEIC and pillow-heif is not installed.
     """
     if not data:
         raise InputError(expected=f"a picture as {name}", got="an empty file", remedy="give a PNG, JPEG or WebP file")
@@ -79,9 +91,14 @@ def _pillow_pixel_limit(max_pixels: int | None) -> Iterator[None]:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
+    is_heic = _is_heic(data)
+    if is_heic:
+        _register_heic(name)
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
+        if is_heic:
+            raise _damaged(name, "HEIC file", error) from error
         raise InputError(
             expected=f"a picture as {name}",
             got=f"{len(data):,} bytes in no image format that Pillow reads (they begin with {data[:8]!r})",
@@ -89,6 +106,30 @@ def _open(data: bytes, name: str) -> Image.Image:
         ) from error
     except _DECODE_ERRORS as error:
         raise _damaged(name, "file", error) from error
+
+
+def _is_heic(data: bytes) -> bool:
+    """Say whether a file names a brand of HEIC, and none of AVIF, in its first box (ISO/IEC 23008-12, `ftyp`)."""
+    length = int.from_bytes(data[:4])
+    brands = {data[start : start + 4] for start in range(8, min(length, len(data), 512), 4)}
+    return data[4:8] == b"ftyp" and bool(brands & _HEIC_BRANDS) and not brands & _AVIF_BRANDS
+
+
+def _register_heic(name: str) -> None:
+    """Let Pillow open HEIC files.
+
+    Raises:
+        InputError: pillow-heif is not installed.
+    """
+    if find_spec("pillow_heif") is None:
+        raise InputError(
+            expected=f"a picture as {name} that Pillow reads by itself",
+            got="a HEIC file",
+            remedy="install pillow-heif (pip install -c constraints.txt -e '.[heif]'), or export it as JPEG or PNG",
+        )
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 
 def _damaged(name: str, kind: str, error: Exception) -> InputError:
@@ -138,18 +179,41 @@ def _to_rgb_or_rgba(image: Image.Image, name: str) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image, name: str) -> Image.Image:
-    """Convert grey values to 8 bits: integers range over 0…65535, floats over 0…1, or over 0…255 if any exceeds 1."""
+    """Convert grey values to 8 bits.
+
+    Integers range over 0…255, or over 0…65535 if any exceeds 255; floats over 0…1, or over 0…255 if any exceeds 1.
+    """
     values = np.asarray(image).astype(np.float64)
-    white = 65535.0
-    if image.mode == "F":
-        white = 1.0 if values.max() <= 1 else 255.0
+    small, large = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
+    white = small if values.max() <= small else large
     if not (values.min() >= 0 and values.max() <= white):  # also true for NaN
         raise InputError(
-            expected=f"grey values 0…{white:g} in {name}",
+            expected=f"grey values 0…{large:g} in {name}",
             got=f"{values.min():g}…{values.max():g} (mode {image.mode})",
             remedy="export it with 8 bits per channel",
         )
+    _warn_of_white_level(name, image.mode, values.max(), white)
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _warn_of_white_level(name: str, mode: str, brightest: float, white: float) -> None:
+    """Warn where the values do not show for certain which of them is white."""
+    if mode == "F":
+        return
+    if white == 255:
+        log.warning(
+            "No grey value of %s is above %d, although it has more than 8 bits: 255 is taken for white.",
+            name,
+            brightest,
+        )
+    elif brightest < _DARK_SHARE * white:
+        log.warning(
+            "The brightest grey value of %s is %d of %d, so that it is dark; if it was written for another white, "
+            "export it with 8 bits per channel.",
+            name,
+            brightest,
+            white,
+        )
 
 
 # ------------------------------------------------------------------------------------------------- prepare
@@ -208,6 +272,84 @@ def fit_to_size(image: Image.Image, size_px: tuple[int, int], fit: str, backgrou
     if fit == "crop":
         return ImageOps.fit(image, size_px, Image.Resampling.LANCZOS)
     return ImageOps.pad(image, size_px, Image.Resampling.LANCZOS, color=background_color)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How `fit_to_size` brings a picture to a size; all sizes are (width, height).
+
+    Attributes:
+        source_px: of the picture.
+        used_px: of the part of it that is used: its middle, or with fit='pad' all of it.
+        scaled_px: of that part in the result.
+        size_px: of the result.
+    """
+
+    source_px: tuple[int, int]
+    used_px: tuple[int, int]
+    scaled_px: tuple[int, int]
+    size_px: tuple[int, int]
+
+    @property
+    def used_share(self) -> float:
+        """How much of the picture's area is used, 0…1."""
+        return _area(self.used_px) / _area(self.source_px)
+
+    @property
+    def covered_share(self) -> float:
+        """How much of the result's area shows the picture, 0…1."""
+        return _area(self.scaled_px) / _area(self.size_px)
+
+    @property
+    def enlargement(self) -> float:
+        """How many pixels wide one of the picture's is in the result."""
+        return max(self.scaled_px) / max(self.used_px)
+
+    def __str__(self) -> str:
+        """Say each step: `400 × 6000 → middle 400 × 400 (7 %) → 64 × 64`."""
+        steps = [size_text(self.source_px)]
+        if self.used_px != self.source_px:
+            steps.append(f"middle {size_text(self.used_px)} ({percent(self.used_share)})")
+        if self.scaled_px != self.used_px:
+            steps.append(size_text(self.scaled_px))
+        if self.scaled_px != self.size_px:
+            steps.append(f"padded to {size_text(self.size_px)} ({percent(self.covered_share)} of it is the picture)")
+        return " → ".join(steps)
+
+
+def fitting(source_px: tuple[int, int], size_px: tuple[int, int], fit: Literal["crop", "pad"]) -> Fitting:
+    """Return what `fit_to_size` does with a picture of `source_px` (width, height); its sizes are rounded."""
+    ratios = [size / source for size, source in zip(size_px, source_px, strict=True)]
+    if fit == "crop":
+        used = _scaled(size_px, 1 / max(ratios))
+        return Fitting(source_px, used, size_px, size_px)
+    return Fitting(source_px, source_px, _scaled(source_px, min(ratios)), size_px)
+
+
+def _scaled(size_px: tuple[int, int], factor: float) -> tuple[int, int]:
+    width, height = (max(1, round(side * factor)) for side in size_px)
+    return width, height
+
+
+def _area(size_px: tuple[int, int]) -> int:
+    return size_px[0] * size_px[1]
+
+
+def size_text(size_px: tuple[int, int]) -> str:
+    """Say a (width, height)."""
+    return f"{size_px[0]} × {size_px[1]}"
+
+
+def percent(share: float) -> str:
+    """Say a share, 0…1, in whole percent."""
+    return f"{100 * share:.0f} %" if share >= 0.005 else "less than 1 %"
+
+
+def visible_share(image: Image.Image) -> float:
+    """Return the share of an RGB image's pixels, 0…1, that differ visibly from its median colour."""
+    levels = np.asarray(image, dtype=np.float32)  # [H, W, 3]
+    distance = np.abs(levels - np.median(levels, axis=(0, 1))).max(axis=-1)  # [H, W]
+    return float((distance > _VISIBLE_LEVELS).mean())
 
 
 # ------------------------------------------------------------------------------------------------- attention mask

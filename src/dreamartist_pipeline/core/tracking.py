@@ -21,6 +21,22 @@ class Tracker(Protocol):
     def log_image(self, image: Image, key: str, step: int) -> None:
         """Log an image."""
 
+    def set_tag(self, name: str, text: str) -> None:
+        """Tag the run with a text."""
+
+
+class NoTracker:
+    """Logs nothing: for calls outside a run."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Ignore numbers."""
+
+    def log_image(self, image: Image, key: str, step: int) -> None:
+        """Ignore a picture."""
+
+    def set_tag(self, name: str, text: str) -> None:
+        """Ignore a text."""
+
 
 def tracked(function: Callable[..., _Result], tracker: Tracker, **services: Any) -> Callable[..., _Result]:
     """Bind the keyword argument `tracker` of a node function, and further services, which are not datasets."""

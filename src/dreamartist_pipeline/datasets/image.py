@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PREVIEW_SIDE_PX = 512
+_MAX_PREVIEWED_PIXELS = 100_000_000
+_MAX_CAPTION_LINES, _MAX_CAPTION_WORDS = 5, 200  # a longer text is a licence, a story, a log
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif", ".avif")
 _PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 
 
@@ -44,7 +47,7 @@ class ReferenceImageDataset(ReadOnlyDataset[bytes]):
 
     def preview(self) -> ImagePreview:
         """Show the image, scaled down."""
-        return _file_preview(self.load())
+        return _picture_preview(self.load())
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -87,7 +90,7 @@ class OptionalImageDataset(ReadOnlyDataset[bytes | None]):
     def preview(self) -> ImagePreview:
         """Show the image, scaled down; nothing without a filepath."""
         data = self.load()
-        return ImagePreview("") if data is None else _file_preview(data)
+        return ImagePreview("") if data is None else _picture_preview(data)
 
     def _exists(self) -> bool:
         return self._filepath is None or self._filepath.is_file()
@@ -99,7 +102,7 @@ class OptionalImageDataset(ReadOnlyDataset[bytes | None]):
 class CaptionDataset(ReadOnlyDataset[str]):
     """The reference image's caption: the one given, else the text file beside the image, else "".
 
-    The text file has the image's name with the suffix .txt, as in LoRA training tools.
+    The text file has the image's name with the suffix .txt, as in LoRA training tools. A byte order mark is skipped.
 
     Args:
         filepath: the reference image's file; Kedro makes a path of this name absolute.
@@ -115,26 +118,40 @@ class CaptionDataset(ReadOnlyDataset[str]):
         """Return the caption in one line; "" without a caption.
 
         Raises:
-            FileError: the text file is not UTF-8.
+            FileError: the text file is not UTF-8, or not a caption: it has more than 5 lines or 200 words.
         """
         if self._caption is not None:
             return str(self._caption).strip()
         if not self._file.is_file():
             return ""
         try:
-            return " ".join(self._file.read_text(encoding="utf-8").split())
+            text = self._file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise FileError(
                 expected=f"the caption as UTF-8 text in {self._file}",
                 got=f"{error}",
                 remedy='save it as UTF-8, rename it, or set --params caption="…"',
             ) from error
+        _check_is_caption(text, self._file)
+        return " ".join(text.split())
 
     def _exists(self) -> bool:
         return True
 
     def _describe(self) -> dict[str, Any]:
         return {"file": self._file.as_posix(), "caption": self._caption}
+
+
+def _check_is_caption(text: str, file: Path) -> None:
+    num_lines, num_words = sum(bool(line.strip()) for line in text.splitlines()), len(text.split())
+    if num_lines > _MAX_CAPTION_LINES or num_words > _MAX_CAPTION_WORDS:
+        raise FileError(
+            expected=(
+                f"the image's caption in {file}, at most {_MAX_CAPTION_LINES} lines and {_MAX_CAPTION_WORDS} words"
+            ),
+            got=f"{num_lines} lines and {num_words} words, beginning with {' '.join(text.split())[:60]!r}",
+            remedy='shorten it, rename the file, or give --params caption="…" (caption= for none)',
+        )
 
 
 class ImageDataset(AbstractDataset["Image", "Image"]):
@@ -241,8 +258,15 @@ def _images_beside(file: Path) -> str:
     folder = file if file.is_dir() else file.parent
     if not folder.is_dir():
         return ""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICTURE_SUFFIXES)
     return f" (in {folder}: {', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
+
+
+def _picture_preview(data: bytes) -> ImagePreview:
+    """Show a user's picture as ingestion reads it: upright, of any depth and format."""
+    from dreamartist_pipeline.core.images import decode_image
+
+    return image_preview(decode_image(data, "the picture", _MAX_PREVIEWED_PIXELS, setting=None))
 
 
 def _file_preview(data: bytes) -> ImagePreview:

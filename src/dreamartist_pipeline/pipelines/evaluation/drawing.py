@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from PIL import Image
 from tqdm import tqdm
 
-from dreamartist_pipeline.backbones.base_model import decode_latents, encode_images
+from dreamartist_pipeline.backbones.base_model import reconstruct
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, attach_base, generate
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names, without_weights
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.params import EvaluationParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages
 
@@ -27,8 +26,7 @@ def draw_images(
     Returns:
         The images, and the positive trigger word of each slot.
     """
-    mean, _ = encode_images(backbone, to_tensor([reference]))
-    reconstruction = to_images(decode_latents(backbone, mean))[0]
+    reconstruction = reconstruct(backbone, reference)
     loaded = {BASE: attach_base(backbone, concept), CONCEPT: attach(backbone, concept, params.strength)}
     words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
     slots = [name for template in params.prompts for name in slot_names(template, words)]

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from PIL import Image
 
+from dreamartist_pipeline.core.tracking import NoTracker, Tracker
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import IngestionParams
 
+_NO_TRACKER = NoTracker()
+
 
 def prepare_reference(
-    reference_image: bytes, attention_mask_image: bytes | None, params: IngestionParams
+    reference_image: bytes,
+    attention_mask_image: bytes | None,
+    params: IngestionParams,
+    tracker: Tracker = _NO_TRACKER,
 ) -> tuple[Image.Image, Image.Image]:
     """Decode the reference image and its attention mask, and fit both to the bucket.
 
-    One node for both: an invalid mask fails before the image is saved.
+    One node for both: an invalid mask fails before the image is saved. What was made of the image is logged, and is the
+    run's tag `reference_image`; possible mistakes are warnings.
 
     Args:
         reference_image: bytes of an image file.
         attention_mask_image: bytes of a grey image file with the image's aspect ratio, or None.
         params: bucket, fit, background colour and size limit.
+        tracker: of the run.
 
     Returns:
         The RGB image, and an L mask of the same size: 127 (weight 1) everywhere without a mask, 0 on padding.
@@ -27,9 +35,10 @@ def prepare_reference(
         InputError: an invalid image, a mask of another aspect ratio, or a mask that is black everywhere.
     """
     from dreamartist_pipeline.core import images
+    from dreamartist_pipeline.pipelines.ingestion.reporting import report_preparation
 
-    image = images.decode_image(reference_image, "the reference image", params.max_pixels)
-    image = images.flatten_alpha(image, params.background_color)
+    decoded = images.decode_image(reference_image, "the reference image", params.max_pixels)
+    image = images.flatten_alpha(decoded, params.background_color)
     mask = _read_mask(attention_mask_image, image.size, params)
     prepared_image = images.to_bucket(image, params.bucket, params.fit, params.background_color)
     prepared_mask = images.fit_to_size(mask, prepared_image.size, params.fit, "black")
@@ -39,6 +48,7 @@ def prepare_reference(
             got="black everywhere",
             remedy="paint what should be learned in grey or white",
         )
+    tracker.set_tag("reference_image", report_preparation(decoded, prepared_image, params))
     return prepared_image, prepared_mask
 
 

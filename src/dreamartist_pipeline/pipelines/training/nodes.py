@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
-from dreamartist_pipeline.core.tracking import Tracker
+from dreamartist_pipeline.core.tracking import NoTracker, Tracker
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
     Concept = DataFrame = UserFiles = Any
 
 _ANY_DEVICE = DeviceParams()
+_NO_TRACKER = NoTracker()
 
 
 def check_training(
@@ -29,12 +30,16 @@ def check_training(
     caption: str,
     device: DeviceParams = _ANY_DEVICE,
     start_files: UserFiles | None = None,
+    tracker: Tracker = _NO_TRACKER,
 ) -> dict[str, Any]:
     """Check a training against its base model, without loading weights.
 
+    The caption becomes the run's tag `caption`.
+
     Returns:
-        The plan: branches, steps, rows and, per group, layers, parameters, vectors and effective learning rate; with
-        `start_from`, also the number of layers or vectors that each group takes over.
+        The plan: the caption, what of the prompts is cut off, branches, steps, rows and, per group, layers, parameters,
+        vectors and effective learning rate; with `start_from`, also the number of layers or vectors that each group
+        takes over.
 
     Raises:
         InputError: an incomplete base model, a selector that matches no layer, a trigger word that is already a token,
@@ -47,7 +52,24 @@ def check_training(
     from dreamartist_pipeline.pipelines.training.plan import make_plan
     from dreamartist_pipeline.pipelines.training.starting import read_start
 
-    return make_plan(BaseModelFiles(base_model), params, caption, device, read_start(start_files or {}, params))
+    plan = make_plan(BaseModelFiles(base_model), params, caption, device, read_start(start_files or {}, params))
+    tracker.set_tag("caption", caption)
+    return plan
+
+
+def compare_reconstruction(base_model: str, prepared_image: Image, device: DeviceParams, tracker: Tracker) -> Image:
+    """Measure how well the base model's autoencoder reproduces the prepared image, and say what to expect.
+
+    Returns:
+        The image beside its reconstruction.
+
+    Raises:
+        InputError: the base model is incomplete.
+    """
+    from dreamartist_pipeline.backbones.base_model import open_base_model
+    from dreamartist_pipeline.pipelines.training.reconstruction import report_reconstruction
+
+    return report_reconstruction(open_base_model(base_model, device), prepared_image, tracker)
 
 
 def train_concept(

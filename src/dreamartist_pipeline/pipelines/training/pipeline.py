@@ -6,15 +6,15 @@ from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.training.figures import plot_history
-from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
-    """Check the training, train the concept, plot the curves."""
+    """Check the training and the autoencoder's reconstruction, train the concept, plot the curves."""
     return Pipeline(
         [
             node(
-                check_training,
+                tracked(check_training, tracker),
                 inputs={
                     "base_model": "base_model",
                     "params": "params:training",
@@ -24,6 +24,17 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 },
                 outputs="training_plan",
                 name="check_training",
+                tags="training",
+            ),
+            node(
+                tracked(compare_reconstruction, tracker),
+                inputs={
+                    "base_model": "base_model",
+                    "prepared_image": "prepared_image",
+                    "device": "params:device",
+                },
+                outputs="reconstruction",
+                name="compare_reconstruction",
                 tags="training",
             ),
             node(

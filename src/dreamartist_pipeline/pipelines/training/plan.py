@@ -13,7 +13,7 @@ from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 from dreamartist_pipeline.backbones.known_models import clip_skip_hint
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
-from dreamartist_pipeline.core.branches import branches
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
 from dreamartist_pipeline.core.captions import slot_names
 from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.core.optimizers import check_optimizer
@@ -55,11 +55,13 @@ def make_plan(
         _suggest_clip_skip(files, base_model, params)
     planned = start_concept(base_model, params, lr_factor(params), seed=0)
     _check_prompts(planned, params, caption)
+    read = _report_caption(planned, params, caption)
     groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
     start_entry = apply_start(start, planned.stacks, planned.words, params, base_model)
     taken_over = start_entry["start"]["taken_over"] if start_entry else None
     log.info("Trained parameters by branch:\n%s", branch_table(groups, taken_over))
     return {
+        **read,
         "num_branches": params.num_branches,
         "num_steps": params.num_steps,
         "guidance_scale": str(params.guidance_scale),
@@ -186,6 +188,26 @@ def _check_caption(caption: str, vocabulary: Vocabulary) -> None:
             got=f"{caption!r} with {found[0]}",
             remedy="remove it; templates add the trigger words",
         )
+
+
+def _report_caption(planned: NewConcept, params: TrainingParams, caption: str) -> dict[str, Any]:
+    """Log the caption, and what of the prompts with it lies beyond the text encoder's context.
+
+    Returns:
+        The plan's part: the caption and, where something is cut off, branch -> the longest text that is.
+    """
+    if caption:
+        log.info("The picture's caption: %r.", caption)
+    else:
+        log.info('The picture has no caption: no text file beside it, and no --params caption="…".')
+    cut_off: dict[str, str] = {}
+    for branch in branches(params.num_branches):
+        ends = [planned.prompts.cut_off(pair[branch]) for pair in template_prompts(params, caption)]
+        if longest := max(ends, key=len, default=""):
+            cut_off[BRANCH_NAMES[branch]] = longest
+    for name, text in cut_off.items():
+        log.warning("The prompt is too long for the text encoder: the %s branch does not read %r.", name, text)
+    return {"caption": caption} | ({"cut_off": cut_off} if cut_off else {})
 
 
 def _warn_unused_options(params: TrainingParams, caption: str) -> None:
