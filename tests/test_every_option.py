@@ -151,7 +151,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipelines/test_prompts.py": {
         "test_a_column_is_chosen_by_name_or_number": ("prompts.column",),
-        "test_no_prompts_may_be_asked_for": ("prompts.num_prompts",),
+        "test_no_prompts_may_be_requested": ("prompts.num_prompts",),
         "test_another_seed_draws_others": ("prompts.seed",),
     },
     "pipelines/test_regularization.py": {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from dreamartist_pipeline.core.sigmas import Segment, SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.comfyui import (
     BranchInputs,
     Picture,
     build_workflow,
     check_workflow,
+    comfyui_sampler,
     embedding_prompt,
 )
 from dreamartist_pipeline.params import SamplerParams
@@ -20,11 +23,13 @@ from refusals import says
 POSITIVE = BranchInputs("a embedding:my-fox", "fox.safetensors", 0.8)
 NEGATIVE = BranchInputs("blurry", "fox-neg.safetensors", 0.65)
 PICTURE = Picture(512, 3, "epsilon")
-SAMPLER = SamplerParams(scheduler="euler_a", num_inference_steps=9, guidance_scale=5.0)
+SAMPLER = SamplerParams(scheduler="dpmsolver++", num_inference_steps=9, guidance_scale=5.0)
+KARRAS = SigmaPath((Segment(14.6, (14.6, 0.03, 0.0)),), is_karras=True)
+TWO_SEGMENTS = SigmaPath((Segment(14.61464, (14.6, 3.0)), Segment(0.95, (2.75, 0.0291))), end_scale=0.99957)
 
 
 def test_each_branch_has_its_own_hook_on_its_own_prompt() -> None:
-    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, KARRAS)
     sampler = workflow["sampler"]["inputs"]
     for side, branch in (("positive", POSITIVE), ("negative", NEGATIVE)):
         prompt = workflow[sampler[side][0]]
@@ -42,22 +47,24 @@ def test_each_branch_has_its_own_hook_on_its_own_prompt() -> None:
 
 
 def test_sampler_and_picture_are_as_configured() -> None:
-    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, KARRAS)
     inputs = workflow["sampler"]["inputs"]
-    assert (inputs["sampler_name"], inputs["scheduler"]) == ("euler_ancestral", "normal")
+    assert (inputs["sampler_name"], inputs["scheduler"]) == ("dpmpp_2m", "karras")
     assert (inputs["steps"], inputs["cfg"], inputs["seed"]) == (9, 5.0, 3)
     assert workflow["latents"]["inputs"] == {"width": 512, "height": 512, "batch_size": 1}
     assert inputs["model"] == ["base_model", 0]
 
 
 def test_v_prediction_is_set_in_the_workflow() -> None:
-    workflow = build_workflow(POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, prediction_type="v_prediction"), SAMPLER)
+    workflow = build_workflow(
+        POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, prediction_type="v_prediction"), SAMPLER, KARRAS
+    )
     assert workflow["sampler"]["inputs"]["model"] == ["model_sampling", 0]
     assert workflow["model_sampling"]["inputs"]["sampling"] == "v_prediction"
 
 
 def test_a_concept_that_skips_layers_reads_an_earlier_one_in_both_branches() -> None:
-    workflow = build_workflow(POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, clip_skip=1), SAMPLER)
+    workflow = build_workflow(POSITIVE, NEGATIVE, dataclasses.replace(PICTURE, clip_skip=1), SAMPLER, KARRAS)
     assert workflow["last_layer"]["inputs"] == {"clip": ["base_model", 1], "stop_at_clip_layer": -2}
     for branch in ("positive", "negative"):
         assert workflow[f"{branch}_text_encoder"]["inputs"]["clip"] == ["last_layer", 0]
@@ -65,11 +72,11 @@ def test_a_concept_that_skips_layers_reads_an_earlier_one_in_both_branches() -> 
 
 def test_zero_terminal_snr_is_set_in_the_workflow() -> None:
     picture = dataclasses.replace(PICTURE, prediction_type="v_prediction", zero_terminal_snr=True)
-    assert build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER)["model_sampling"]["inputs"]["zsnr"] is True
+    assert build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER, KARRAS)["model_sampling"]["inputs"]["zsnr"] is True
 
 
 def test_a_branch_without_an_adapter_has_no_hook() -> None:
-    workflow = build_workflow(POSITIVE, BranchInputs("", None, 1.0), PICTURE, SAMPLER)
+    workflow = build_workflow(POSITIVE, BranchInputs("", None, 1.0), PICTURE, SAMPLER, KARRAS)
     assert workflow["negative_prompt"]["inputs"]["clip"] == ["base_model", 1]
     assert "negative_lora" not in workflow
     check_workflow(workflow, ["fox.safetensors"], "w")
@@ -97,7 +104,7 @@ def test_a_word_is_found_for_comfyui_in_the_spellings_in_which_it_is_found_here(
 
 
 def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:
-    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER)
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, KARRAS)
     check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
     with pytest.raises(InputError, check=says(expected="'fox-neg.safetensors'", got="['fox.safetensors']")):
         check_workflow(workflow, ["fox.safetensors"], "w")
@@ -106,27 +113,56 @@ def test_a_workflow_that_names_a_missing_file_or_node_is_refused() -> None:
         check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
 
 
-# --------------------------------------------------------------------------------------------- schedulers by class name
+# --------------------------------------------------------------------------------------------- sampling
 
 
-def sampler_of(scheduler: str, zero_terminal_snr: bool = False, **options: bool) -> tuple[str, str]:
-    picture = dataclasses.replace(PICTURE, zero_terminal_snr=zero_terminal_snr)
-    sampler = SamplerParams(scheduler=scheduler, scheduler_options=options)
-    inputs = build_workflow(POSITIVE, NEGATIVE, picture, sampler)["sampler"]["inputs"]
-    return inputs["sampler_name"], inputs["scheduler"]
+def node_inputs(workflow: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [node["inputs"] for node in workflow.values() if node["class_type"] == kind]
 
 
-def test_a_scheduler_of_diffusers_becomes_comfyuis_own_with_its_spacing() -> None:
-    assert sampler_of("HeunDiscreteScheduler") == ("heun", "normal")
-    assert sampler_of("HeunDiscreteScheduler", use_karras_sigmas=True) == ("heun", "karras")
-    assert sampler_of("euler", use_exponential_sigmas=True) == ("euler", "exponential")
-    assert sampler_of("DPMSolverMultistepScheduler") == ("dpmpp_2m", "normal")
-    assert sampler_of("dpmsolver++", use_karras_sigmas=False) == ("dpmpp_2m", "normal")
-    assert sampler_of("euler", zero_terminal_snr=True) == ("euler", "sgm_uniform")
+def test_sigmas_are_explicit_and_noise_has_the_scale_of_the_scheduler() -> None:
+    path = SigmaPath((Segment(14.61464, (14.6, 3.0, 0.0)),))
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, path)
+    assert workflow["sampler"]["class_type"] == "SamplerCustom"
+    assert workflow["sampler"]["inputs"]["add_noise"] is False
+    assert workflow["sampler"]["inputs"]["cfg"] == 5.0
+    assert workflow["solver"]["inputs"] == {"sampler_name": "dpmpp_2m"}
+    assert workflow["sigmas"]["inputs"] == {"sigmas": "14.600000000, 3.000000000, 0.000000000"}
+    assert workflow["noisy_latents"]["inputs"]["sigmas"] == ["noise_scale", 0]
+    assert workflow["noise_scale"]["inputs"] == {"sigmas": "14.614640000"}
+    assert workflow["noise"]["inputs"] == {"noise_seed": 3}
+    assert workflow["decoded"]["inputs"]["samples"] == ["sampler", 0]
+    check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
+
+
+def test_latents_are_scaled_between_segments_and_at_the_end_by_multiples_of_a_hundredth() -> None:
+    workflow = build_workflow(POSITIVE, NEGATIVE, PICTURE, SAMPLER, TWO_SEGMENTS)
+    check_workflow(workflow, ["fox.safetensors", "fox-neg.safetensors"], "w")
+    factors = [inputs["multiplier"] for inputs in node_inputs(workflow, "LatentMultiply")]
+    assert len(node_inputs(workflow, "SamplerCustom")) == 2
+    assert factors == [round(factor, 2) for factor in factors]
+    assert factors[0] * factors[1] == pytest.approx(0.95, abs=1e-6)
+    assert factors[2] * factors[3] == pytest.approx(0.99957, abs=5e-5)
+    assert workflow["sampler_2"]["inputs"]["latent_image"] == ["scaled_2", 0]
+    assert workflow["decoded"]["inputs"]["samples"] == ["scaled_4", 0]
+
+
+def test_v_prediction_is_set_in_every_segment() -> None:
+    picture = dataclasses.replace(PICTURE, prediction_type="v_prediction")
+    workflow = build_workflow(POSITIVE, NEGATIVE, picture, SAMPLER, TWO_SEGMENTS)
+    users = node_inputs(workflow, "SamplerCustom") + node_inputs(workflow, "AddNoise")
+    assert [inputs["model"] for inputs in users] == [["model_sampling", 0]] * 3
+
+
+def test_a_scheduler_without_sigmas_uses_the_spacing_of_comfyui() -> None:
+    sampler = SamplerParams(scheduler="LCMScheduler")
+    inputs = build_workflow(POSITIVE, NEGATIVE, PICTURE, sampler, SigmaPath(()))["sampler"]["inputs"]
+    assert (inputs["sampler_name"], inputs["scheduler"]) == ("lcm", "sgm_uniform")
 
 
 def test_what_comfyui_does_not_have_is_refused() -> None:
     with pytest.raises(InputError, check=says(got="PNDMScheduler", remedy="export.sampler.scheduler")):
-        sampler_of("PNDMScheduler")
-    with pytest.raises(InputError, check=says(expected="use_karras_sigmas", got="lower_order_final")):
-        sampler_of("dpmsolver++", lower_order_final=False)
+        comfyui_sampler(SamplerParams(scheduler="PNDMScheduler"))
+    options = {"timestep_spacing": "trailing", "lower_order_final": False}
+    with pytest.raises(InputError, check=says(expected="timestep_spacing", got="lower_order_final")):
+        comfyui_sampler(SamplerParams(scheduler="dpmsolver++", scheduler_options=options))

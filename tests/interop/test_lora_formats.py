@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from dreamartist_pipeline.backbones.families.sd import V2_NAMES
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
@@ -102,6 +103,48 @@ def test_a_kohya_file_has_one_alpha_and_the_true_scale_in_up(concept: Concept) -
     expected = expected_updates(concept, "positive")["unet", ATTENTION]
     up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
     torch.testing.assert_close(up @ down * 1.0 / 5, expected, rtol=1e-5, atol=1e-6)  # up · down · alpha / rank
+
+
+SMALL = [  # sizes of up and down, and alpha / rank
+    ((1e-3, 0.05), 1 / 192),
+    ((1e-5, 0.05), 1.0),
+    ((2e2, 1e-7), 1.0),
+]
+
+
+def rounded_difference(
+    adapter: BranchAdapter, write: Callable[..., bytes], read: Callable[..., BranchAdapter]
+) -> float:
+    read_back = read(write(adapter, FACTS, torch.float16), "fox", MODULES, NAMES).by_layer()
+    updates = {at: factors.update() for at, factors in adapter.by_layer().items()}
+    return max(float((read_back[at].update() - update).norm() / update.norm()) for at, update in updates.items())
+
+
+@pytest.mark.parametrize(("write", "read"), [(write_kohya, read_kohya), (write_peft, read_peft)])
+@pytest.mark.parametrize(("sizes", "scale"), SMALL)
+def test_small_updates_keep_their_precision_in_float16(
+    write: Callable[..., bytes], read: Callable[..., BranchAdapter], sizes: tuple[float, float], scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(5, 4, generator=generator), torch.randn(4, 6, generator=generator)
+    uneven = torch.tensor([1.0, 0.1, 10.0, 1.0])  # different norms per rank
+    factors = LoRAFactors(down * sizes[1], up * sizes[0] * uneven, scale)
+    conv = LoRAFactors(torch.randn(2, 4, 3, 3, generator=generator) * sizes[1], up[:, :2, None, None] * sizes[0], scale)
+    adapter = BranchAdapter({"unet": {ATTENTION: factors, CONV: conv}})
+    assert rounded_difference(adapter, write, read) < 6e-4
+
+
+def test_ranks_without_an_effect_are_written_unchanged() -> None:
+    factors = LoRAFactors(torch.ones(2, 3), torch.tensor([[0.0, 1.0]] * 5), 1.0)
+    down, up = factors.balanced_for_scale(1.0)
+    assert torch.equal(down[0], factors.down[0]) and torch.equal(up[:, 0], factors.up[:, 0])
+
+
+def test_balancing_does_not_change_a_bit_of_the_update(concept: Concept) -> None:
+    for factors in branch_adapter(concept, "positive").by_layer().values():
+        down, up = factors.balanced_for_scale(factors.scale)
+        assert torch.equal(LoRAFactors(down, up, factors.scale).update(), factors.update())
+        assert (up.flatten(1).norm(dim=0) / down.flatten(1).norm(dim=1)).log2().abs().max() <= 1
 
 
 def test_text_encoder_names_have_text_model_whether_or_not_the_module_has_it() -> None:

@@ -135,16 +135,77 @@ def test_prompts_seed_sampler_and_strengths_reach_the_workflow(tiny_base_model: 
     assert workflow["positive_lora"]["inputs"]["strength_model"] == 0.8
     assert workflow["negative_lora"]["inputs"]["strength_model"] == 0.5
     drawn = workflow["sampler"]["inputs"]
-    assert (drawn["seed"], drawn["sampler_name"], drawn["steps"], drawn["cfg"]) == (5, "ddim", 3, 3.0)
+    assert (workflow["noise"]["inputs"]["noise_seed"], drawn["cfg"]) == (5, 3.0)
+    assert workflow["solver"]["inputs"]["sampler_name"] == "ddim"
+    assert len(workflow["sigmas"]["inputs"]["sigmas"].split(", ")) == 1 + 3
     assert workflow["sampler"]["inputs"]["model"] == ["model_sampling", 0]
 
 
 def test_the_readme_labels_the_fallback_as_not_equivalent(files: dict[str, bytes]) -> None:
     text = files["README.txt"].decode()
+    assert "ComfyUI: equivalent" in text
     (heading,) = [line for line in text.splitlines() if line.startswith("A1111")]
     assert "not equivalent" in heading.lower()
-    assert "a my-fox <lora:fox:1>" in text
+    assert "a my-fox <lora:fox:0.8>" in text
     assert re.search(r"negative prompt:?\s+my-fox-neg$", text, re.MULTILINE)
+
+
+def readme_of(base_model: Path, concept: Concept, **changes: Any) -> str:
+    params = ExportParams(**{"title": "fox", **changes})
+    return write_files(str(base_model), concept, params)["README.txt"].decode()
+
+
+def test_prompts_for_a1111_have_no_weights(tiny_base_model: Path, concept: Concept) -> None:
+    text = readme_of(tiny_base_model, concept, prompt=r"a {pt1} (red), [blue] \o/", negative_prompt="(bad)")
+    assert r"a my-fox \(red\), \[blue\] \\o/ <lora:fox:1>" in text
+    assert r"negative prompt  my-fox-neg, \(bad\)" in text
+
+
+def test_the_readme_lists_folders_and_requirements(tiny_base_model: Path, concept: Concept) -> None:
+    text = readme_of(tiny_base_model, concept)
+    assert "lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings" in text
+    assert "lora/fox.safetensors to models/Lora and embeddings/*.safetensors to embeddings" in text
+    assert "pip install diffusers transformers peft" in text
+    assert "ComfyUI 0.7.0" not in text
+    assert "ComfyUI 0.7.0" in readme_of(tiny_base_model, concept, sampler=SAMPLER)
+
+
+def test_the_readme_omits_tools_without_files(tiny_base_model: Path, concept: Concept) -> None:
+    text = readme_of(tiny_base_model, concept, formats=("toolkit",))
+    assert "A1111" not in text and "ComfyUI" not in text
+
+
+def test_the_readme_has_the_clip_skip_of_a1111(tiny_base_model: Path, concept: Concept) -> None:
+    skipping = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"clip_skip": 1}))
+    assert "Clip skip 2" in readme_of(tiny_base_model, skipping)
+    assert "Clip skip" not in readme_of(tiny_base_model, concept)
+
+
+def test_the_reason_for_different_images_in_comfyui_is_reported(
+    tiny_base_model: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "dreamartist_pipeline"):
+        kept, report = export(
+            tiny_base_model, concept, formats=("kohya", "embeddings"), sampler={"scheduler": "euler_a"}
+        )
+    reason = "random noise"
+    assert reason in report["files"]["comfyui_workflow.json"]["difference"]
+    assert reason in kept["README.txt"].decode() and "ComfyUI: equivalent" not in kept["README.txt"].decode()
+    assert reason in caplog.text
+
+
+def test_the_sigmas_are_those_of_the_base_models_spacing(
+    tiny_base_model: Path, concept: Concept, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_base_model, tmp_path / "trailing"))
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"timestep_spacing": "trailing"}))
+    params = ExportParams(title="fox", sampler=SamplerParams(scheduler="euler"))
+    first = [
+        json.loads(write_files(str(base), concept, params)["comfyui_workflow.json"])["sigmas"]["inputs"]["sigmas"]
+        for base in (tiny_base_model, other)
+    ]
+    assert [round(float(sigmas.split(", ")[0]), 2) for sigmas in first] == [11.03, 14.61]
 
 
 def test_a_prompt_that_would_lose_its_trigger_word_is_refused(tiny_base_model: Path, concept: Concept) -> None:
@@ -189,6 +250,16 @@ def test_what_is_read_back_is_the_concept_to_the_dtypes_precision(
     dtypes = {tensor.dtype for tensor in load(kept["lora/fox.safetensors"]).values()}
     assert dtypes == {getattr(torch, dtype)}
     assert report["files"]["toolkit/my-fox.pt"]["num_vectors"] == 2
+
+
+def test_small_updates_can_be_exported_in_float16(
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    small = [group | {"alpha": 1e-5} for group in MIXED[:3]]
+    concept = make_concept(backbone, make_training_params(lora_unet=small))
+    _, report = export(tiny_base_model, concept, dtype="float16", formats=("kohya", "peft", "embeddings"))
+    for name in ("lora/fox.safetensors", "diffusers/fox.safetensors"):
+        assert report["files"][name]["update"]["relative_difference"] < 6e-4
 
 
 def test_the_report_lists_the_layers_that_each_tool_ignores(tiny_base_model: Path, concept: Concept) -> None:
@@ -330,6 +401,8 @@ def test_a_plain_lora_goes_to_both_branches_and_is_equivalent_in_a1111(
     text = kept["README.txt"].decode()
     assert "not equivalent" not in text.lower()
     assert "a fox <lora:fox:1>" in text
+    unequal = readme_of(tiny_base_model, make_concept(backbone, params), strength=STRENGTH)
+    assert "a fox <lora:fox:0.8>" in unequal and "not equivalent" in unequal.lower()
 
 
 def test_a_concept_that_started_by_svd_exports_as_any_other(

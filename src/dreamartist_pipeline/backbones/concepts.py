@@ -254,7 +254,7 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     if concept is None:
         return LoadedConcept(backbone, PromptEncoder(backbone), {})
     check_base_model(concept, backbone)
-    own = _with_schedule_of(concept, backbone).share_weights()
+    own = with_schedule_of(concept, backbone).share_weights()
     strengths = (strength.negative, strength.positive)
     metadata = concept.metadata
     for network, module in own.networks.items():
@@ -266,11 +266,12 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
 
 def attach_base(backbone: Backbone, concept: Concept) -> LoadedConcept:
     """Return the base model without a concept, but with the concept's noise schedule and clip_skip."""
-    own = _with_schedule_of(concept, backbone)
+    own = with_schedule_of(concept, backbone)
     return LoadedConcept(own, PromptEncoder(own, clip_skip=concept.metadata.clip_skip), {})
 
 
-def _with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
+def with_schedule_of(concept: Concept, backbone: Backbone) -> Backbone:
+    """Return the base model with the noise schedule of a concept; weights are shared."""
     return with_zero_terminal_snr(backbone) if concept.metadata.zero_terminal_snr else backbone
 
 

@@ -46,6 +46,18 @@ class LoRAFactors:
         bias = self.up.new_zeros(len(self.up)) if self.bias is None else self.bias
         return bias * (self.scale / scale)
 
+    def balanced_for_scale(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (down, up) for a reader that multiplies by `scale`, with balanced norms.
+
+        After a short training or with a small alpha, `up` is so small that it loses precision in float16. Each rank has
+        its own factor, a power of two, so that the update is bit-equal.
+        """
+        down, up = self.down, self.up_for_scale(scale)
+        norms = down.flatten(1).norm(dim=1), up.flatten(1).norm(dim=0)  # [rank] each
+        exponents = (norms[1] / norms[0]).log2().div(2).round()
+        factors = torch.exp2(exponents.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))  # 1 for a rank that is zero
+        return down * factors.view(-1, *[1] * (down.dim() - 1)), up / factors.view(-1, *[1] * (up.dim() - 2))
+
     def update(self) -> torch.Tensor:
         """Return ΔW as a matrix `[out, in · kh · kw]`."""
         return self.up.flatten(1) @ self.down.flatten(1) * self.scale

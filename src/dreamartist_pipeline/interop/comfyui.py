@@ -1,7 +1,8 @@
 """A ComfyUI workflow in API format that applies one adapter per branch.
 
-CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one KSampler: the hook is attached
+CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one sampler: the hook is attached
 to the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
+The sigmas are explicit, because ComfyUI's schedulers space them differently from those of diffusers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamartist_pipeline.core.embeddings import plain_spelling, word_pattern
+from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
-from dreamartist_pipeline.schedulers import COMFYUI_SPACINGS, SCHEDULERS
+from dreamartist_pipeline.schedulers import SCHEDULERS, SPACING_OPTIONS, ComfyUISampler
 
 BASE_MODEL_FILE = "BASE_MODEL.safetensors"
 """A placeholder for the checkpoint, which users select in the first node."""
+
+MANUAL_SIGMAS_SINCE = "0.7.0"
+"""The first version of ComfyUI with the node ManualSigmas."""
+
+_SAME_SCALE = 1e-5  # relative; closer to 1, a factor is omitted
+_MAX_HUNDREDTHS = 1000  # LatentMultiply accepts factors up to 10
+
+Link = list[Any]
+"""[node id, index of its output]."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,20 @@ class Picture:
 
 
 def build_workflow(
-    positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams
+    positive: BranchInputs, negative: BranchInputs, picture: Picture, sampler: SamplerParams, path: SigmaPath
 ) -> dict[str, Any]:
     """Return node id -> {class_type, inputs}, the input of ComfyUI's /prompt.
+
+    Args:
+        positive: inputs of the positive branch.
+        negative: inputs of the negative branch.
+        picture: of the image and the base model.
+        sampler: scheduler, steps and guidance.
+        path: the sigmas of that scheduler.
 
     Raises:
         InputError: ComfyUI does not have the scheduler or one of its options.
     """
-    sampler_name, scheduler = comfyui_sampler(sampler, picture.zero_terminal_snr)
-    model = ["model_sampling", 0] if picture.prediction_type == "v_prediction" else ["base_model", 0]
     text_encoder = ["last_layer", 0] if picture.clip_skip else ["base_model", 1]
     size = {"width": picture.side_px, "height": picture.side_px, "batch_size": 1}
     nodes = {
@@ -67,22 +83,10 @@ def build_workflow(
         **_branch("positive", positive, text_encoder),
         **_branch("negative", negative, text_encoder),
         "latents": _node("EmptyLatentImage", **size),
-        "sampler": _node(
-            "KSampler",
-            model=model,
-            seed=picture.seed,
-            steps=sampler.num_inference_steps,
-            cfg=sampler.guidance_scale,
-            sampler_name=sampler_name,
-            scheduler=scheduler,
-            positive=["positive_prompt", 0],
-            negative=["negative_prompt", 0],
-            latent_image=["latents", 0],
-            denoise=1.0,
-        ),
-        "decoded": _node("VAEDecode", samples=["sampler", 0], vae=["base_model", 2]),
-        "image": _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist"),
     }
+    denoised = _add_sampling(nodes, picture, sampler, path)
+    nodes["decoded"] = _node("VAEDecode", samples=denoised, vae=["base_model", 2])
+    nodes["image"] = _node("SaveImage", images=["decoded", 0], filename_prefix="dreamartist")
     if picture.prediction_type == "v_prediction":
         nodes["model_sampling"] = _node(
             "ModelSamplingDiscrete",
@@ -96,33 +100,124 @@ def build_workflow(
     return nodes
 
 
-def comfyui_sampler(sampler: SamplerParams, zero_terminal_snr: bool) -> tuple[str, str]:
-    """Return KSampler's sampler_name and scheduler.
+def comfyui_sampler(sampler: SamplerParams) -> ComfyUISampler:
+    """Return the closest sampler in ComfyUI.
 
     Raises:
         InputError: ComfyUI does not have the scheduler or one of its options.
     """
     known = SCHEDULERS[sampler.scheduler].comfyui
-    if known is None:
-        names = ", ".join(name for name, scheduler in SCHEDULERS.items() if scheduler.comfyui)
+    if not isinstance(known, ComfyUISampler):
+        names = ", ".join(name for name, each in SCHEDULERS.items() if isinstance(each.comfyui, ComfyUISampler))
         raise InputError(
             expected="a scheduler that ComfyUI has too, for the workflow",
-            got=sampler.scheduler,
+            got=f"{sampler.scheduler} ({known})",
             remedy=f"set export.sampler.scheduler to one of {names}",
         )
-    if unknown := sorted(sampler.scheduler_options.keys() - COMFYUI_SPACINGS.keys()):
+    if unknown := sorted(sampler.scheduler_options.keys() - set(SPACING_OPTIONS)):
         raise InputError(
-            expected=f"scheduler_options that a ComfyUI workflow supports, {', '.join(COMFYUI_SPACINGS)}",
+            expected=f"scheduler_options that a ComfyUI workflow supports, {', '.join(SPACING_OPTIONS)}",
             got=", ".join(unknown),
             remedy="remove them from export.sampler",
         )
-    sampler_name, scheduler = known
-    if sampler.scheduler_options.get("use_karras_sigmas") is False and scheduler == "karras":
-        scheduler = "normal"
-    if zero_terminal_snr:
-        scheduler = "sgm_uniform"  # starts at the last timestep
-    chosen = [spacing for option, spacing in COMFYUI_SPACINGS.items() if sampler.scheduler_options.get(option)]
-    return sampler_name, (chosen or [scheduler])[0]
+    return known
+
+
+def needs_manual_sigmas(path: SigmaPath) -> bool:
+    """Return whether the workflow has explicit sigmas, which need ComfyUI `MANUAL_SIGMAS_SINCE` or newer."""
+    return bool(path.segments) and not path.is_karras
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def _add_sampling(nodes: dict[str, Any], picture: Picture, sampler: SamplerParams, path: SigmaPath) -> Link:
+    """Add the nodes from empty latents to denoised ones, and return the link to the latter."""
+    known = comfyui_sampler(sampler)
+    guided = {
+        "model": ["model_sampling" if picture.prediction_type == "v_prediction" else "base_model", 0],
+        "cfg": sampler.guidance_scale,
+        "positive": ["positive_prompt", 0],
+        "negative": ["negative_prompt", 0],
+    }
+    if needs_manual_sigmas(path):
+        return _add_segments(nodes, known.name, guided, picture.seed, path)
+    nodes["sampler"] = _node(
+        "KSampler",
+        **guided,
+        seed=picture.seed,
+        steps=sampler.num_inference_steps,
+        sampler_name=known.name,
+        scheduler="karras" if path.is_karras else known.schedule,
+        latent_image=["latents", 0],
+        denoise=1.0,
+    )
+    return ["sampler", 0]
+
+
+def _add_segments(nodes: dict[str, Any], sampler_name: str, guided: dict[str, Any], seed: int, path: SigmaPath) -> Link:
+    """Add one SamplerCustom per segment, starting at noise with the scale of the first segment.
+
+    AddNoise sets this scale: SamplerCustom would scale by the first sigma, or by √(1 + σ²) if it is the largest.
+    ComfyUI evaluates only flow-matching models at fractional timesteps; such segments treat the base model as one.
+    """
+    nodes["noise"] = _node("RandomNoise", noise_seed=seed)
+    nodes["noise_scale"] = _node("ManualSigmas", sigmas=_format_sigmas([path.segments[0].scale]))
+    nodes["solver"] = _node("KSamplerSelect", sampler_name=sampler_name)
+    nodes["noisy_latents"] = _node(
+        "AddNoise",
+        model=guided["model"],
+        noise=["noise", 0],
+        sigmas=["noise_scale", 0],
+        latent_image=["latents", 0],
+    )
+    if any(segment.is_flow for segment in path.segments):
+        nodes["fractional_timesteps"] = _node("ModelSamplingSD3", model=["base_model", 0], shift=1.0)
+    latents: Link = ["noisy_latents", 0]
+    for index, segment in enumerate(path.segments):
+        suffix = f"_{index + 1}" if len(path.segments) > 1 else ""
+        if index:
+            latents = _add_scaling(nodes, latents, segment.scale)
+        nodes[f"sigmas{suffix}"] = _node("ManualSigmas", sigmas=_format_sigmas(segment.sigmas))
+        nodes[f"sampler{suffix}"] = _node(
+            "SamplerCustom",
+            **guided | ({"model": ["fractional_timesteps", 0]} if segment.is_flow else {}),
+            add_noise=False,
+            noise_seed=seed,
+            sampler=["solver", 0],
+            sigmas=[f"sigmas{suffix}", 0],
+            latent_image=latents,
+        )
+        latents = [f"sampler{suffix}", 0]
+    return _add_scaling(nodes, latents, path.end_scale)
+
+
+def _add_scaling(nodes: dict[str, Any], latents: Link, scale: float) -> Link:
+    """Multiply latents by two nodes: the field has steps of 0.01, to which ComfyUI's editor may round."""
+    if abs(scale - 1) < _SAME_SCALE:
+        return latents
+    for factor in _hundredths(scale):
+        name = f"scaled_{sum(node['class_type'] == 'LatentMultiply' for node in nodes.values()) + 1}"
+        nodes[name] = _node("LatentMultiply", samples=latents, multiplier=factor)
+        latents = [name, 0]
+    return latents
+
+
+def _hundredths(scale: float) -> tuple[float, float]:
+    """Return two multiples of 0.01, at most 10, with the product closest to `scale`."""
+    pairs = (
+        (first, min(max(round(scale * 1e4 / first), 1), _MAX_HUNDREDTHS)) for first in range(1, _MAX_HUNDREDTHS + 1)
+    )
+    first, second = min(pairs, key=lambda pair: (abs(pair[0] * pair[1] - scale * 1e4), abs(pair[0] - 100)))
+    return first / 100, second / 100
+
+
+def _format_sigmas(sigmas: Iterable[float]) -> str:
+    """Return sigmas in the syntax of ManualSigmas, which has no exponents."""
+    return ", ".join(f"{sigma:.9f}" for sigma in sigmas)
+
+
+# ------------------------------------------------------------------------------------------------- branches
 
 
 def _branch(name: str, inputs: BranchInputs, text_encoder: list[Any]) -> dict[str, Any]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pprint import pformat
 from string import Template
 
+from dreamartist_pipeline.core.sigmas import SigmaPath
+from dreamartist_pipeline.interop.comfyui import MANUAL_SIGMAS_SINCE, needs_manual_sigmas
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
-
-_COMFYUI = """\
-ComfyUI: equivalent, one adapter per branch
-  1. Copy lora/*.safetensors to models/loras and embeddings/*.safetensors to models/embeddings.
-  2. Load comfyui_workflow.json (menu Workflow, Open) and choose the checkpoint in its first node."""
-_DIFFUSERS = """\
-diffusers: equivalent, one adapter per branch
-  python generate_with_diffusers.py BASE_MODEL "{prompt}\""""
 
 
 @dataclass(frozen=True)
@@ -28,6 +23,10 @@ class ExportSummary:
         loras: branch -> file in the kohya format.
         diffusers_loras: branch -> a file that diffusers loads completely.
         words: branch -> trigger words.
+        workflow: the sigmas of the ComfyUI workflow; None if there is no workflow.
+        strength: of each branch's adapter, in all examples.
+        branches_are_equal: whether both branches have the same adapter with the same strength.
+        clip_skip: number of the text encoder's last layers that are skipped.
     """
 
     title: str
@@ -37,14 +36,15 @@ class ExportSummary:
     words: Mapping[str, Sequence[str]]
     prompt: str
     negative_prompt: str
-    has_workflow: bool
+    workflow: SigmaPath | None
     has_script: bool
+    strength: StrengthParams
     branches_are_equal: bool
     clip_skip: int = 0
     zero_terminal_snr: bool = False
 
 
-def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, strength: StrengthParams) -> str:
+def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams) -> str:
     """Return a script that generates images with one adapter per branch in plain diffusers."""
     scheduler = SCHEDULERS[sampler.scheduler]
     rescaled = ZERO_TERMINAL_SNR if summary.zero_terminal_snr else {}
@@ -54,7 +54,7 @@ def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams, 
         "prompt": summary.prompt,
         "negative_prompt": summary.negative_prompt,
         "seed": seed,
-        "strength": {"positive": strength.positive, "negative": strength.negative},
+        "strength": {"positive": summary.strength.positive, "negative": summary.strength.negative},
         "scheduler": scheduler.class_name,
         "scheduler_options": scheduler.options_for(summary.zero_terminal_snr) | rescaled | sampler.scheduler_options,
         "num_inference_steps": sampler.num_inference_steps,
@@ -70,8 +70,8 @@ def readme(summary: ExportSummary) -> str:
     """Return the export's README: its files, and how each tool uses them."""
     sections = [
         _heading(summary),
-        _COMFYUI if summary.has_workflow else "",
-        _DIFFUSERS.format(prompt=summary.prompt) if summary.has_script else "",
+        _comfyui(summary),
+        _diffusers(summary),
         _a1111(summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -95,26 +95,73 @@ def _heading(summary: ExportSummary) -> str:
     return "\n".join(lines).rstrip()
 
 
+def _comfyui(summary: ExportSummary) -> str:
+    path = summary.workflow
+    if path is None:
+        return ""
+    heading = "one adapter per branch, but images differ" if path.difference else "equivalent, one adapter per branch"
+    loras, has_words = "lora/*.safetensors" if summary.loras else "", any(summary.words.values())
+    lines = [
+        f"ComfyUI: {heading}",
+        *([f"  {path.difference[0].upper()}{path.difference[1:]}."] if path.difference else []),
+        f"  Install: {_copy_instruction(loras, 'models/loras', has_words, 'models/embeddings')}; no custom nodes.",
+        *([f"  Needs ComfyUI {MANUAL_SIGMAS_SINCE} or newer."] if needs_manual_sigmas(path) else []),
+        "  Load comfyui_workflow.json (menu Workflow, Open) and select the checkpoint in its first node.",
+    ]
+    return "\n".join(lines)
+
+
+def _copy_instruction(loras: str, lora_folder: str, has_words: bool, embedding_folder: str) -> str:
+    """Return which files to copy to which folders of a tool."""
+    places = [f"{loras} to {lora_folder}"] if loras else []
+    if has_words:
+        places.append(f"embeddings/*.safetensors to {embedding_folder}")
+    return f"copy {' and '.join(places)}"
+
+
+def _diffusers(summary: ExportSummary) -> str:
+    if not summary.has_script:
+        return ""
+    lines = [
+        "diffusers: equivalent, one adapter per branch",
+        "  Install: pip install diffusers transformers peft; the script reads its files from this folder.",
+        f'  python generate_with_diffusers.py BASE_MODEL "{summary.prompt}"',
+    ]
+    return "\n".join(lines)
+
+
 def _a1111(summary: ExportSummary) -> str:
-    positive = ", ".join(summary.words.get("positive", ()))
-    negative_prompt = summary.negative_prompt
-    negative = ", ".join(word for word in summary.words.get("negative", ()) if word not in negative_prompt)
-    lora = summary.loras.get("positive", "").rpartition("/")[2].removesuffix(".safetensors")
-    if summary.branches_are_equal:
-        return "\n".join(
-            [
-                "A1111 / Forge: equivalent, because both branches have the same LoRA here",
-                f"  prompt           {summary.prompt} <lora:{lora}:1>",
-                *([f"  negative prompt  {negative_prompt}"] if negative_prompt else []),
-            ]
-        )
-    return "\n".join(
-        [
-            "A1111 / Forge: a fallback that is NOT equivalent",
-            "  They cannot apply a LoRA to the negative prompt only. The closest is the positive LoRA, which acts on",
-            "  both prompts, with both embeddings. Images differ from those of ComfyUI, diffusers and this project.",
-            f"  prompt           {summary.prompt}{f' <lora:{lora}:1>' if lora else ''}"
-            + (f"   (trigger word: {positive})" if positive else ""),
-            f"  negative prompt  {', '.join(part for part in (negative, negative_prompt) if part)}",
-        ]
-    )
+    lora = summary.loras.get("positive", "")
+    has_words = any(summary.words.values())
+    if not lora and not has_words:
+        return ""
+    equal = ["A1111 / Forge: equivalent, because both branches have the same LoRA here"]
+    fallback = [
+        "A1111 / Forge: a fallback that is NOT equivalent",
+        "  They cannot apply a LoRA to the negative prompt only. The closest is the positive LoRA, which acts on",
+        "  both prompts, with both embeddings. Images differ from those of ComfyUI, diffusers and this project.",
+    ]
+    name, strength = lora.rpartition("/")[2].removesuffix(".safetensors"), summary.strength.positive
+    prompt = _for_a1111(summary.prompt) + (f" <lora:{name}:{strength:g}>" if lora else "")
+    trigger_words = "" if summary.branches_are_equal else ", ".join(summary.words.get("positive", ()))
+    negative_prompt = _a1111_negative_prompt(summary)
+    lines = [
+        *(equal if summary.branches_are_equal else fallback),
+        f"  Install: {_copy_instruction(lora, 'models/Lora', has_words, 'embeddings')}; no extension.",
+        f"  prompt           {prompt}" + (f"   (trigger word: {trigger_words})" if trigger_words else ""),
+        *([f"  negative prompt  {negative_prompt}"] if negative_prompt else []),
+        *([f"  settings         Clip skip {summary.clip_skip + 1}"] if summary.clip_skip else []),
+    ]
+    return "\n".join(lines)
+
+
+def _a1111_negative_prompt(summary: ExportSummary) -> str:
+    """Return the negative prompt, preceded by the negative trigger words that it does not contain."""
+    words = () if summary.branches_are_equal else summary.words.get("negative", ())
+    missing = [word for word in words if word not in summary.negative_prompt]
+    return ", ".join(part for part in (*missing, _for_a1111(summary.negative_prompt)) if part)
+
+
+def _for_a1111(prompt: str) -> str:
+    """Return a prompt without weights for A1111: parentheses, brackets and backslashes are escaped."""
+    return re.sub(r"[()\[\]\\]", r"\\\g<0>", prompt)

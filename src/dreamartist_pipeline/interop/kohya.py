@@ -32,8 +32,9 @@ def write_kohya(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) ->
     tensors: dict[str, torch.Tensor] = {}
     for at, factors in adapter.by_layer().items():
         name = facts.names.kohya(*at)
-        tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype)
-        tensors[f"{name}.lora_up.weight"] = factors.up_for_scale(ALPHA / factors.rank).to(dtype)
+        down, up = factors.balanced_for_scale(ALPHA / factors.rank)
+        tensors[f"{name}.lora_down.weight"] = down.to(dtype)
+        tensors[f"{name}.lora_up.weight"] = up.to(dtype)
         tensors[f"{name}.alpha"] = torch.tensor(ALPHA, dtype=dtype)
     return write_tensors(tensors, _metadata(adapter, facts, tensors))
 

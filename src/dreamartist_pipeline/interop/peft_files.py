@@ -60,8 +60,9 @@ def write_peft(adapter: BranchAdapter, facts: FileFacts, dtype: torch.dtype) -> 
     for network, layers in adapter.networks.items():
         for layer, factors in layers.items():
             name = f"{network}.{facts.names.external(network, layer)}"
-            tensors[f"{name}.lora_A.weight"] = factors.down.to(dtype)
-            tensors[f"{name}.lora_B.weight"] = factors.up_for_scale(1.0).to(dtype)
+            down, up = factors.balanced_for_scale(1.0)
+            tensors[f"{name}.lora_A.weight"] = down.to(dtype)
+            tensors[f"{name}.lora_B.weight"] = up.to(dtype)
             if has_bias(layers):
                 tensors[f"{name}.lora_B.bias"] = factors.bias_for_scale(1.0).to(dtype)
     return write_tensors(tensors, facts.modelspec("lora"))

@@ -101,7 +101,8 @@ def verify_files(
         params: of the export.
 
     Returns:
-        Plain values: title, dtype, base model, and per file size, hash, what was compared, differences and limits.
+        Plain values: title, dtype, base model, and per file size, hash, what was compared, differences and limits; for
+        the workflow, why images in ComfyUI differ, or "".
 
     Raises:
         InputError: a file that differs from the concept, or an example prompt whose trigger word is beyond the text
@@ -123,6 +124,8 @@ def verify_files(
             entries[name] = _check_words(got, word.vectors, name, params.dtype)
     entries |= _check_toolkit(files, reference)
     _check_companions(files)
+    if summary.workflow:
+        entries[WORKFLOW] = {"difference": summary.workflow.difference}
     described = {
         name: {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest(), **entries[name]}
         for name, file in sorted(files.items())

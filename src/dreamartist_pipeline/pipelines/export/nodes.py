@@ -35,7 +35,7 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
         has_loras = "kohya" in params.formats or not any(planned.groups.values())
         has_words = "embeddings" in params.formats or not planned.has_words
         if has_loras and has_words:  # the export will have a ComfyUI workflow
-            comfyui_sampler(params.sampler, zero_terminal_snr)
+            comfyui_sampler(params.sampler)
 
 
 @checked_early("export", check_export)
@@ -76,6 +76,8 @@ def check_files(
     backbone = open_base_model(base_model, _CPU_FLOAT32)
     report = verify_files(backbone, concept, candidate, params)
     for name, entry in report["files"].items():
+        if isinstance(difference := entry.get("difference"), str) and difference:
+            log.warning("%s: images in ComfyUI differ: %s", name, difference)
         for tool, layers in entry.get("refused_layers", {}).items():
             if layers:
                 log.info("%s: %s ignores %d of its layers; see the report", name, tool, len(layers))

@@ -8,14 +8,24 @@ from dataclasses import dataclass
 
 import torch
 
+from dreamartist_pipeline.backbones.concepts import with_schedule_of
 from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.schedulers import make_scheduler
+from dreamartist_pipeline.backbones.sigma_paths import sigma_path
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, TriggerWord
 from dreamartist_pipeline.core.embeddings import with_plain_words
 from dreamartist_pipeline.core.layout import FileNames
+from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
-from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_workflow, embedding_prompt
+from dreamartist_pipeline.interop.comfyui import (
+    BranchInputs,
+    Picture,
+    build_workflow,
+    comfyui_sampler,
+    embedding_prompt,
+)
 from dreamartist_pipeline.interop.companion_texts import ExportSummary, diffusers_script, readme
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.kohya import write_kohya
@@ -40,7 +50,7 @@ class ExportSource:
         adapters: branch -> its adapter; branches without one are left out.
         words: positive first in every slot.
         metadata: of the concept.
-        base_model: may be on the meta device.
+        base_model: with the noise schedule of the concept; may be on the meta device.
     """
 
     adapters: dict[str, BranchAdapter]
@@ -65,7 +75,7 @@ def read_source(concept: Concept, base_model: Backbone) -> ExportSource:
         adapters={branch: adapter for branch, adapter in adapters.items() if adapter.num_layers},
         words=concept.trigger_words(),
         metadata=concept.metadata,
-        base_model=base_model,
+        base_model=with_schedule_of(concept, base_model),
     )
 
 
@@ -127,9 +137,9 @@ def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportP
     summary = describe(source, files, params)
     texts = {README: readme(summary)}
     if summary.has_script:
-        texts[SCRIPT] = diffusers_script(summary, params.seed, params.sampler, params.strength)
-    if summary.has_workflow:
-        texts[WORKFLOW] = _workflow(source, summary, params)
+        texts[SCRIPT] = diffusers_script(summary, params.seed, params.sampler)
+    if summary.workflow:
+        texts[WORKFLOW] = _workflow(source, summary, summary.workflow, params)
     return {name: text.encode() for name, text in texts.items()}
 
 
@@ -145,6 +155,7 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
     diffusers_loras = {b: file for b in source.adapters if (file := _diffusers_lora(b, source, files, params))}
     has_words = not source.words or "embeddings" in params.formats
     has_tools = has_words and source.names.pipeline is not None
+    has_workflow = has_tools and len(loras) == len(source.adapters)
     return ExportSummary(
         title=params.title,
         base_model=source.base_model.name,
@@ -153,12 +164,18 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
         words={b: [word.name for word in found] for b, found in words.items()} if has_words else {},
         prompt=fill_template(params.prompt, unnamed | slots["positive"]),
         negative_prompt=fill_negative_prompt(params.negative_prompt, slots["positive"] | slots["negative"]),
-        has_workflow=has_tools and len(loras) == len(source.adapters),
+        workflow=_sigma_path(source, params) if has_workflow else None,
         has_script=has_tools and len(diffusers_loras) == len(source.adapters),
-        branches_are_equal=_branches_are_equal(source),
+        strength=params.strength,
+        branches_are_equal=params.strength.positive == params.strength.negative and _branches_are_equal(source),
         clip_skip=source.metadata.clip_skip,
         zero_terminal_snr=source.metadata.zero_terminal_snr,
     )
+
+
+def _sigma_path(source: ExportSource, params: ExportParams) -> SigmaPath:
+    comfyui_sampler(params.sampler)  # not checked earlier for an import
+    return sigma_path(make_scheduler(source.base_model, params.sampler), params.sampler)
 
 
 def _diffusers_lora(branch: str, source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> str | None:
@@ -180,7 +197,7 @@ def _branches_are_equal(source: ExportSource) -> bool:
     )
 
 
-def _workflow(source: ExportSource, summary: ExportSummary, params: ExportParams) -> str:
+def _workflow(source: ExportSource, summary: ExportSummary, path: SigmaPath, params: ExportParams) -> str:
     words = [word.name for word in source.words]
     inputs = {
         branch: BranchInputs(
@@ -194,4 +211,5 @@ def _workflow(source: ExportSource, summary: ExportSummary, params: ExportParams
     side_px = base_model.image_px // base_model.latent_scale * _SD_LATENT_SCALE
     prediction_type = base_model.objective.prediction_type
     picture = Picture(side_px, params.seed, prediction_type, metadata.clip_skip, metadata.zero_terminal_snr)
-    return json.dumps(build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler), indent=1) + "\n"
+    workflow = build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler, path)
+    return json.dumps(workflow, indent=1) + "\n"
