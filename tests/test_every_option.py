@@ -50,6 +50,7 @@ from dreamartist_pipeline.params import (
     StrengthParams,
     TrainingParams,
 )
+from dreamartist_pipeline.pipelines.evaluation import drawing
 from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
@@ -175,7 +176,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_options_reach_the_scheduler_over_those_of_a_short_name": ("SamplerParams.scheduler_options",),
     },
     "test_hooks.py": {
-        "test_a_concept_in_place_is_only_replaced_when_asked": ("import.replace",),
+        "test_an_existing_concept_is_replaced_only_on_request": ("import.replace",),
     },
     "pipelines/test_importing.py": {
         "test_a_step_of_the_toolkits_folder_can_be_named": ("import.step",),
@@ -187,7 +188,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "test_an_embedding_alone_is_a_concept": ("import.words",),
         "test_an_exported_pair_draws_as_the_concept_does": ("import.negative",),
-        "test_a_positive_lora_may_act_on_the_positive_side_alone": (
+        "test_a_positive_lora_may_act_on_the_positive_branch_alone": (
             "import.positive",
             "import.positive_acts_on",
         ),
@@ -659,7 +660,7 @@ def test_the_reconstruction_is_measured_in_its_norm(train: Train) -> None:
 
 @pytest.fixture
 def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Replace `concepts.generate` by a stub, and return the list of the arguments of its calls."""
+    """Replace `generate` by a stub where it is called, and return the list of the arguments of its calls."""
     signature, calls = inspect.signature(concepts.generate), []
 
     def record(*args: Any, **keywords: Any) -> list[Image.Image]:
@@ -667,7 +668,7 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(call)
         return [Image.new("RGB", (32, 32), "gray")] * len(call["prompts"])
 
-    for module in (concepts, reporting):
+    for module in (concepts, reporting, drawing):
         monkeypatch.setattr(module, "generate", record)
     return calls
 
@@ -717,7 +718,7 @@ def test_a_concept_is_evaluated_as_configured(
     train: Train, tiny_base_model: Path, drawings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach, strengths = concepts.attach, []
-    monkeypatch.setattr(concepts, "attach", lambda *args: (strengths.append(args[2]), attach(*args))[1])
+    monkeypatch.setattr(drawing, "attach", lambda *args: (strengths.append(args[2]), attach(*args))[1])
     strength = StrengthParams(positive=0.25, negative=0.5)
     params = EvaluationParams(
         prompts=("a {pt1}",),
