@@ -1,19 +1,13 @@
-"""Hooks around a run: check the configuration, record the run in MLflow, print progress."""
+"""Check the configuration and the inputs before a run."""
 
 from __future__ import annotations
 
 import difflib
-import logging
 import re
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import click
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
@@ -21,36 +15,17 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dreamartist_pipeline.early_checks import PlannedConcept, early_check_of
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, input_error_in
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of
 from dreamartist_pipeline.params import SECTIONS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-LOGGER = logging.getLogger(__name__)
-
-RUN_SETTINGS = (
-    "subject",
-    "image",
-    "mask",
-    "init_image",
-    "init_mask",
-    "base_model",
-    "class_word",
-    "caption",
-    "method",
-    "recipe",
-    "prompt_database",
-    "mlflow_run_id",
-)
 _SUBJECT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-_TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
-
-
-# ------------------------------------------------------------------------------------------------- configuration
 
 
 class ConfigurationHooks:
@@ -137,7 +112,7 @@ def check_replaces_nothing(catalog: DataCatalog) -> None:
     if catalog.exists("concept"):
         raise InputError(
             expected="a subject without a concept",
-            got=f"{_path_of(catalog, 'concept')}",
+            got=f"{path_of(catalog, 'concept')}",
             remedy="choose another name (subject=NAME), or replace it (import.replace=true)",
         )
 
@@ -282,207 +257,3 @@ def load_parameters(context: KedroContext) -> dict[str, Any]:
                 "['re:.*attn']}]"
             ),
         ) from error
-
-
-def input_error_in(error: BaseException) -> InputError | None:
-    """Return the InputError in the chain of causes, if any; Kedro and OmegaConf wrap errors."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, InputError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
-
-
-def settings_of(context: KedroContext) -> dict[str, Any]:
-    """Return the run settings, each from `--params` or else from globals.yml."""
-    given = context.config_loader["globals"] | (context.config_loader.runtime_params or {})
-    return {name: given.get(name) for name in RUN_SETTINGS}
-
-
-# ------------------------------------------------------------------------------------------------- MLflow
-
-
-class RunRecordHooks:
-    """Name and tag the MLflow run: settings, commit, and the error if it fails."""
-
-    @hook_impl
-    def after_context_created(self, context: KedroContext) -> None:
-        """Store the settings for the run's name and tags."""
-        self._settings = settings_of(context)
-
-    @hook_impl(trylast=True)  # after kedro-mlflow has opened the run
-    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
-        """Name the run and tag it."""
-        import mlflow
-
-        run = mlflow.active_run()
-        if run is None:
-            return
-        names = run_params["pipeline_names"] or ["__default__"]
-        mlflow.MlflowClient().update_run(run.info.run_id, name=run_name(self._settings, names, run_params))
-        mlflow.set_tags(
-            {
-                **{name: self._settings[name] for name in ("subject", "method", "base_model")},
-                "pipeline": "+".join(names),
-                "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],
-                **git_tags(Path(run_params["project_path"])),
-            }
-        )
-
-    @hook_impl(tryfirst=True)  # before kedro-mlflow logs them; the node still gets the models
-    def before_node_run(self, inputs: dict[str, Any]) -> None:
-        """Convert pydantic models to plain values, which MLflow shows one per row."""
-        for name, value in inputs.items():
-            if isinstance(value, BaseModel):
-                inputs[name] = number_lists(value.model_dump(mode="json"))
-
-    @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run
-    def after_pipeline_run(self) -> None:
-        """Wait for asynchronous logging."""
-        import mlflow
-
-        mlflow.flush_async_logging()
-
-    @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run as FAILED
-    def on_pipeline_error(self, error: Exception) -> None:
-        """Tag the run with the error."""
-        import mlflow
-
-        if mlflow.active_run() is not None:
-            mlflow.flush_async_logging()
-            reason = input_error_in(error) or error  # datasets wrap what they raise
-            mlflow.set_tag("error", f"{type(reason).__name__}: {reason}"[:_TAG_LENGTH])
-
-
-def close_interrupted_run() -> None:
-    """Mark the active MLflow run, if any, as KILLED: Kedro calls no hook on Ctrl-C, MLflow would record FINISHED."""
-    if "mlflow" not in sys.modules:
-        return
-    import mlflow
-
-    if mlflow.active_run() is not None:
-        mlflow.flush_async_logging()
-        mlflow.set_tag("error", "interrupted")
-        mlflow.end_run("KILLED")
-
-
-def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_params: Mapping[str, Any]) -> str:
-    """Return 'subject · pipeline · method · parameters of the command line'."""
-    pipeline = "+".join("default" if name == "__default__" else name for name in pipeline_names)
-    given = {name: value for name, value in (run_params["runtime_params"] or {}).items() if name not in RUN_SETTINGS}
-    differing = [f"{name}={value}" for name, value in flatten(given).items()]
-    return " · ".join([str(settings["subject"]), pipeline, str(settings["method"]), *differing])[:250]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def number_lists(value: Any) -> Any:
-    """Return the value with lists of mappings as mappings by index, so that MLflow shows each entry in a row."""
-    if isinstance(value, dict):
-        return {key: number_lists(item) for key, item in value.items()}
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return {str(index): number_lists(item) for index, item in enumerate(value)}
-    return value
-
-
-def git_tags(project_path: Path) -> dict[str, str]:
-    """Return the commit of the project and whether the working tree is dirty; nothing outside a git repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(project_path), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": str(bool(git("status", "--porcelain"))).lower()}
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        return {}
-
-
-# ------------------------------------------------------------------------------------------------- console
-
-
-class ConsoleHooks:
-    """Print which node runs, its duration, and at the end the files and the next commands."""
-
-    @hook_impl
-    def after_context_created(self, context: KedroContext) -> None:
-        """Store the settings for the closing summary."""
-        self._settings = settings_of(context)
-
-    @hook_impl
-    def before_pipeline_run(self, pipeline: Pipeline) -> None:
-        """Count the nodes."""
-        self._num_nodes, self._num_started = len(pipeline.nodes), 0
-        self._pipeline_started_s = time.monotonic()
-
-    @hook_impl
-    def before_node_run(self, node: Node) -> None:
-        """Print the node's name."""
-        self._num_started += 1
-        self._node_started_s = time.monotonic()
-        LOGGER.info("[%d/%d] %s", self._num_started, self._num_nodes, node.short_name)
-
-    @hook_impl
-    def after_node_run(self, node: Node) -> None:
-        """Print the node's duration if it is above 2 s."""
-        elapsed_s = time.monotonic() - self._node_started_s
-        if elapsed_s > 2:
-            LOGGER.info("      %s took %.1f s", node.short_name, elapsed_s)
-
-    @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run, whose experiment is printed
-    def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Print the files of this run and the next commands."""
-        elapsed_s, project_path = time.monotonic() - self._pipeline_started_s, Path(run_params["project_path"])
-        files = written_files(pipeline, catalog, project_path)
-        click.echo(f"\nDone in {elapsed_s:.0f} s. Files of this run:")
-        click.echo("\n".join(f"  {name:<24} {path}" for name, path in files.items()))
-        click.echo("\n".join(["", "Next:", *next_commands(self._settings, run_params, project_path)]))
-
-
-def written_files(pipeline: Pipeline, catalog: DataCatalog, project_path: Path) -> dict[str, str]:
-    """Return the path, relative to the project, of every dataset that the pipeline stores on disk."""
-    paths = {name: _path_of(catalog, name) for name in sorted(pipeline.all_outputs())}
-    return {name: _relative(path, project_path) for name, path in paths.items() if path is not None}
-
-
-def _path_of(catalog: DataCatalog, name: str) -> Path | None:
-    """Return the file or folder of a dataset, if it has one."""
-    dataset = catalog.get(name)
-    path = getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None)
-    return None if path is None else Path(path)
-
-
-def next_commands(settings: Mapping[str, Any], run_params: Mapping[str, Any], project_path: Path) -> list[str]:
-    """Return the commands that show the results and draw new images, as lines of text."""
-    import mlflow
-
-    uri = mlflow.get_tracking_uri()
-    scheme = "sqlite:///"
-    store = scheme + _relative(Path(uri.removeprefix(scheme)), project_path) if uri.startswith(scheme) else uri
-    run = mlflow.active_run()
-    experiment = f"#/experiments/{run.info.experiment_id}/runs?compareRunsMode=CHART" if run else ""
-    is_server = uri.startswith("http")
-    command = "open in a browser:" if is_server else f"mlflow ui --backend-store-uri {store}"
-    server = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
-    env, given = run_params["env"], run_params["runtime_params"] or {}
-    option = f" --env {env}" if env and env != "local" else ""
-    same_base_model = f",base_model={given['base_model']}" if "base_model" in given else ""
-    prompt = f"subject={settings['subject']}{same_base_model},generate.prompts=a {{pt1}}, blue background"
-    return [
-        f"  curves and previews      {command}",
-        f"                           {server}/{experiment}",
-        f"  the pipelines            kedro viz run{option}",
-        f'  new images               kedro run --pipeline generate{option} --params "{prompt}"',
-    ]
-
-
-def _relative(path: Path, project_path: Path) -> str:
-    return path.relative_to(project_path).as_posix() if path.is_relative_to(project_path) else path.as_posix()
