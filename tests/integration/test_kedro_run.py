@@ -303,7 +303,8 @@ PICTURES = (
     *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
     *("contact_sheet", "generated_images", "generated_grid"),
 )
-DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
+DATA = {  # kinds of datasets that load to data, not to something that reads or writes elsewhere; but for checkpoints,
+    "CheckpointsDataset",  # which a training of hours reads and writes while it runs
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
