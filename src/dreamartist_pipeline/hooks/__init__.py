@@ -4,7 +4,6 @@ from dreamartist_pipeline.errors import input_error_in
 from dreamartist_pipeline.hooks.configuration import (
     ConfigurationHooks,
     build_parameters,
-    check_environment,
     check_image_has_subject,
     check_names,
     check_subject,
@@ -12,7 +11,7 @@ from dreamartist_pipeline.hooks.configuration import (
     nearest,
     register_project_root,
 )
-from dreamartist_pipeline.hooks.console import ConsoleHooks, next_commands, written_files
+from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, next_lines, written_files
 from dreamartist_pipeline.hooks.record import (
     RunRecordHooks,
     close_interrupted_run,
@@ -25,11 +24,11 @@ from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
 
 __all__ = [
     "RUN_SETTINGS",
+    "Commands",
     "ConfigurationHooks",
     "ConsoleHooks",
     "RunRecordHooks",
     "build_parameters",
-    "check_environment",
     "check_image_has_subject",
     "check_names",
     "check_subject",
@@ -39,7 +38,7 @@ __all__ = [
     "input_error_in",
     "load_parameters",
     "nearest",
-    "next_commands",
+    "next_lines",
     "number_lists",
     "register_project_root",
     "run_name",

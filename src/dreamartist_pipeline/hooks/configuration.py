@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from dreamartist_pipeline.early_checks import PlannedConcept, early_check_of
 from dreamartist_pipeline.errors import InputError, input_error_in
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
+from dreamartist_pipeline.params import KIND_AND_PATH, SECTIONS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -39,16 +39,18 @@ class ConfigurationHooks:
         dictionary if another annotation of that node cannot be evaluated. The schema does not depend on nodes.
 
         Raises:
-            InputError: an unknown environment, key or method, an invalid subject, or values out of bounds, all of
+            InputError: an unknown key or method, an invalid subject, or values out of bounds, all of
                 these in one error.
         """
         register_project_root(context.project_path)
-        check_environment(Path(context.config_loader.conf_source), context.config_loader.env)
         given = context.config_loader.runtime_params or {}
         check_names(given, origin="--params")
         check_image_has_subject(given)
         check_subject(settings_of(context)["subject"])
-        context.config_loader["parameters"] = build_parameters(load_parameters(context))
+        parameters = load_parameters(context)
+        if Path.cwd() != context.project_path:  # nodes take these relative to the working directory
+            parameters = with_paths_in(parameters, context.project_path, None, marks=[KIND_AND_PATH])
+        context.config_loader["parameters"] = build_parameters(parameters)
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -173,7 +175,18 @@ def _problem(section: str, detail: ErrorDetails) -> str:
         return f"{where}: unknown key; {nearest(key, known, otherwise='remove it')}"
     if isinstance(detail["input"], dict):
         return f"{where}: {detail['msg']}"
-    return f"{where}: {detail['msg']}; got {detail['input']!r}"
+    problem = f"{where}: {detail['msg']}; got {detail['input']!r}"
+    if isinstance(detail["input"], str) and detail["type"] in ("tuple_type", "list_type"):
+        return f"{problem}; write a list, {as_list(detail['input'])}"
+    if isinstance(detail["input"], str) and detail["type"] in ("model_type", "dict_type"):
+        return f"{problem}; name one of its keys, {where}.KEY=VALUE"
+    return problem
+
+
+def as_list(text: str) -> str:
+    """Return a text as a list in YAML: its parts between commas, in single quotes."""
+    parts = [part.strip().strip("'\"") for part in text.strip("[] ").split(",")]
+    return "[" + ", ".join("'" + part.replace("'", "''") + "'" for part in parts) + "]"
 
 
 def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
@@ -191,21 +204,6 @@ def nearest(name: str, known: Sequence[str], otherwise: str) -> str:
     """Return a remedy for an unknown name: the nearest known one, else `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else otherwise
-
-
-def check_environment(source: Path, env: str | None) -> None:
-    """Refuse an environment (`--env`) without a folder.
-
-    Raises:
-        InputError: no such folder; the message lists those that exist.
-    """
-    if env and not (source / env).is_dir():
-        known = ", ".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
-        raise InputError(
-            expected=f"one of the environments {known}",
-            got=f"'{env}'",
-            remedy=f"choose one (--env NAME), or create {source / env}",
-        )
 
 
 def check_subject(subject: object) -> None:
@@ -240,14 +238,19 @@ def load_parameters(context: KedroContext) -> dict[str, Any]:
     """Return the merged parameters.
 
     Raises:
-        InputError: raised by a resolver, such as an unknown method; or an override of a single list entry.
+        InputError: raised by a resolver, such as an unknown method; an invalid `${…}`; or an override of a single list
+            entry.
     """
     try:
         return dict(context.config_loader["parameters"])
     except OmegaConfBaseException as error:
         if (cause := input_error_in(error)) is not None:
             raise cause from None
-        raise
+        raise InputError(
+            expected="parameters whose ${…} refer to others",
+            got=str(error).splitlines()[0],
+            remedy="correct them in conf/ or in --params; a slot of a prompt is written without $, as in {pt1}",
+        ) from error
     except TypeError as error:  # OmegaConf merges a mapping into a list
         raise InputError(
             expected="parameters of the same structure as in conf/",
