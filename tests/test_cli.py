@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import yaml
 from click.testing import CliRunner
 from kedro.io import DatasetError
 
-from dreamartist_pipeline.cli import _report, cli, parse_params, readable_message, run
+from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
 from dreamartist_pipeline.cli.selection import check_selection
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from refusals import says
 
@@ -133,6 +136,35 @@ def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
         "evaluation": {"evaluators": ["clip:photos/new/clip", "dinov2:facebook/dinov2", "efficientnet-lite0"]},
         "subject": "cat",
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "--env", "sd15", "--params", "subject=cat"], ["--params", "subject=cat,device=cpu"]),
+        (["run", "--env", "sd15", "--params=image=my cat.png"], ["--params=image=my cat.png,device=cpu"]),
+        (["run", "--env", "sd15"], ["--params", "device=cpu"]),
+    ],
+)
+def test_a_run_is_repeated_with_further_parameters(arguments: list[str], expected: list[str]) -> None:
+    words = shlex.split(command_with(["/env/bin/kedro", *arguments], "device=cpu"))
+    assert [Path(words[0]).name, *words[1:]] == ["kedro", "run", "--env", "sd15", *expected]
+
+
+def test_a_missing_gpu_is_answered_with_the_command_that_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kedro", "run", "--env", "sd15", "--params", "subject=cat"])
+    with pytest.raises(click.exceptions.Exit):
+        _report(lambda: check_device(DeviceParams(device="cuda")))(traceback=False)
+    command = next(line for line in capsys.readouterr().err.splitlines() if "kedro run" in line)
+    words = shlex.split(command.partition(": ")[2])
+    given = run.make_context("run", words[2:]).params
+    assert (given["env"], given["params"]) == (
+        "sd15",
+        {"subject": "cat", "device": {"device": "cpu", "dtype": "float32"}},
+    )
 
 
 # ------------------------------------------------------------------------------------------------- selection

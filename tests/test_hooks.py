@@ -174,6 +174,8 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
             {"sampler": {"num_inference_steps": 2}, **changes.get("regularization", {})}
         ),
         "generate": GenerateParams.model_validate({"prompts": ["a {pt1}"], **changes.get("generate", {})}),
+        "device": DeviceParams.model_validate({"device": "cpu", **changes.get("device", {})}),
+        "prompts": PromptsParams.model_validate({"num_prompts": 2, **changes.get("prompts", {})}),
         "import": ImportParams(replace=True),
         **build_parameters(training(**changes.get("training", {}))),
     }
@@ -280,6 +282,15 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
             {"regularization": {"sampler": {"scheduler_options": {"nonsense": 1}}}},
             {"where": "regularization", "got": "'nonsense'"},
         ),
+        *(
+            (names, {"device": {"device": "cuda"}}, {"where": "device", "expected": "CUDA", "remedy": "device=cpu"})
+            for names in ("train", "evaluate", "generate")
+        ),
+        (
+            "train",
+            {"prompts": {"num_prompts": 0}, "training": {"regularization_batch_size": 1}},
+            {"where": "prompts", "expected": "training.regularization_batch_size=0", "got": "prompts.num_prompts=0"},
+        ),
         (
             "__default__",
             {"evaluation": {"evaluators": ["clip:/no/such/folder"]}},
@@ -288,8 +299,13 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
     ],
 )
 def test_parameters_of_later_nodes_are_checked_before_the_run(
-    names: str, changes: dict[str, Any], parts: dict[str, str], before_run: BeforeRun
+    names: str,
+    changes: dict[str, Any],
+    parts: dict[str, str],
+    before_run: BeforeRun,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, check=says(**parts)):
         before_run(names, **changes)
 
@@ -300,6 +316,7 @@ def test_parameters_of_later_nodes_are_checked_before_the_run(
         ("__default__", {"evaluation": {"sampler": HEUN}, "export": {"sampler": HEUN}}),
         ("evaluate", {"training": {"zero_terminal_snr": True}, "evaluation": {"sampler": HEUN}}),  # another training's
         ("train,export", {"export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["peft"]}}),  # no workflow
+        ("train", {"prompts": {"num_prompts": 0}, "training": {"regularization_batch_size": 0}}),
         (
             "train,export",
             {"training": WORDS, "export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["kohya"]}},

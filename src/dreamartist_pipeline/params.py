@@ -88,6 +88,9 @@ class DeviceParams(Params):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
+ON_CPU = "device=cpu,device.dtype=float32"
+"""The parameters of a run on the CPU, as in `--params`."""
+
 _FIXED_OPTIONS = (  # scheduler options that are set by the base model, or by the concept
     *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr"),
     *("timestep_type", "trained_betas"),
@@ -192,6 +195,7 @@ class RegularizationParams(Params):
     """How the base model generates the regularization set."""
 
     sampler: SamplerParams
+    side_px: SidePx | None = None  # side of the square images; None for ingestion.bucket.side_px
     negative_prompt: Prompt = ""
     seed: Seed = 0
 

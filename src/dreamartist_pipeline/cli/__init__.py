@@ -7,7 +7,9 @@ reference toolkit's configurations.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +22,9 @@ from dreamartist_pipeline.cli.logs import configure_logs
 from dreamartist_pipeline.cli.params import parse_params
 from dreamartist_pipeline.cli.selection import check_selection
 from dreamartist_pipeline.errors import InputError, TrainingError, input_error_in
+from dreamartist_pipeline.hooks.console import program, quoted
 from dreamartist_pipeline.hooks.record import close_interrupted_run
+from dreamartist_pipeline.params import ON_CPU
 
 _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 
@@ -42,6 +46,9 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
             if traceback:
                 raise
             click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
+            cause = input_error_in(error)
+            if cause is not None and ON_CPU in cause.remedy:
+                click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
             click.echo("(--traceback shows where it was raised)", err=True)
             raise click.exceptions.Exit(1) from error
         except KeyboardInterrupt:
@@ -49,6 +56,26 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return reported
+
+
+def command_with(arguments: list[str], params: str) -> str:
+    """Return the command line of this process with further parameters.
+
+    Args:
+        arguments: as in `sys.argv`.
+        params: `key=value,key=value`.
+    """
+    name, *words = arguments
+    for position, word in enumerate(words):
+        if word == "--params" and position + 1 < len(words):
+            words[position + 1] += f",{params}"
+            break
+        if word.startswith("--params="):
+            words[position] += f",{params}"
+            break
+    else:
+        words += ["--params", params]
+    return quoted([program(Path(name).stem), *words])
 
 
 def _check_words(words: list[str]) -> None:

@@ -12,12 +12,11 @@ from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
-from kedro.pipeline.node import Node
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from dreamartist_pipeline.early_checks import PlannedConcept, early_check_of
+from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
 from dreamartist_pipeline.errors import InputError, input_error_in
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
 from dreamartist_pipeline.params import KIND_AND_PATH, SECTIONS
@@ -66,8 +65,9 @@ class ConfigurationHooks:
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
                 catalog.load(name)  # raises the error of its dataset
         planned = planned_concept(pipeline, catalog)
-        for node in pipeline.nodes:
-            run_early_check(node, catalog, planned)
+        checks = (check for node in pipeline.nodes for check in early_checks_of(node.func))
+        for check in dict.fromkeys(checks):
+            run_early_check(check, catalog, planned)
 
 
 def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept | None:
@@ -85,15 +85,12 @@ def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept 
     return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
 
 
-def run_early_check(node: Node, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
-    """Run the early check of a node's function, if it has one.
+def run_early_check(early: EarlyCheck, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
+    """Run a check on its section of the parameters.
 
     Raises:
         InputError: the error of the check, with the section's name as `where`.
     """
-    early = early_check_of(node.func)
-    if early is None:
-        return
     try:
         early.check(catalog.load(f"params:{early.section}"), planned)
     except InputError as error:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.tracking import Tracker
+from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
 _ANY_DEVICE = DeviceParams()
 
 
+@checked_early("device", check_device)
 def check_training(
     base_model: str,
     params: TrainingParams,
@@ -50,6 +53,7 @@ def check_training(
     return make_plan(BaseModelFiles(base_model), params, caption, device, read_start(start_files or {}, params))
 
 
+@checked_early("device", check_device)
 def train_concept(
     base_model: str,
     prepared_image: Image,
