@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,23 @@ def test_the_form_that_is_shown_works() -> None:
         "caption": "white, grass=green",
         "subject": "x",
     }
+
+
+def test_the_forms_of_the_documentation_work() -> None:
+    text = (Path(__file__).parents[1] / "docs/running.md").read_text(encoding="utf-8")
+    table = text.partition("## Values of --params")[2].partition("\n\n`${")[0]
+    commands = re.findall(r"`--params (.+?)`(?= \||;|,)", table)
+    given = [parse_params(CONTEXT, OPTION, *shlex.split(command)) for command in commands]
+    assert given == [
+        {"subject": "cat", "generate": {"prompts": "a my-cat, blue background"}},
+        {"caption": "white background, mood=calm", "subject": "cat"},
+        {"generate": {"prompts": ["a my-cat, asleep", "a my-cat on a sofa"]}},
+        {"generate": {"prompts": ["a {pt1}", "{small:1.2} {pt1}"]}},
+        {"training": {"words": {"names": {"pt1": ["my-cat", "my-cat-neg"]}}}},
+        {"training": {"loss": {"kind": "huber"}}},
+        {"device": {"device": "cpu"}},
+        {"image": "cat.jpg"},
+    ]
 
 
 def test_a_value_without_quotes_in_the_shell_is_answered_with_quotes() -> None:

@@ -97,7 +97,7 @@ def _build_run_command() -> click.Command:
 
     def checked_run(**options: Any) -> Any:
         _check_words(click.get_current_context().args)
-        configure_logs()
+        configure_logs(options["conf_source"])
         check_selection(options)
         return callback(**options)
 
