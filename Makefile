@@ -78,8 +78,8 @@ pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model (ho
 judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that evaluates the base model (half an hour on a CPU; resumes)
 	$(BIN)/kedro run --pipeline judge $(ARGS)
 
-viz: $(READY) ## show the pipelines in kedro-viz
-	$(BIN)/kedro viz run
+viz: $(READY) ## show the pipelines in kedro-viz (ARGS="--params subject=cat" for another subject's results)
+	$(BIN)/kedro viz run $(ARGS)
 
 ui: $(READY) ## show the runs in MLflow
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///data/09_tracking/mlflow.db}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,15 @@ import yaml
 from click.testing import CliRunner
 from kedro.io import DatasetError
 
-from dreamartist_pipeline.cli import _report, cli, parse_params, readable_message, run
+from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
+from dreamartist_pipeline.cli.selection import check_selection
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.params import DeviceParams
+from dreamartist_pipeline.pipeline_registry import register_pipelines
+from refusals import says
 
+PYPROJECT = '[tool.kedro]\npackage_name = "x"\nproject_name = "x"\nkedro_init_version = "1.7.0"\n'
 CONTEXT = click.Context(run)
 OPTION = next(param for param in run.params if param.name == "params")
 
@@ -37,6 +46,23 @@ OPTION = next(param for param in run.params if param.name == "params")
         ("subject=007, caption=no: 1, mask=null", {"subject": "007", "caption": "no: 1", "mask": None}),
         ("training.scale_lr=true, device.device=cpu", {"training": {"scale_lr": True}, "device": {"device": "cpu"}}),
         ("training.seed = 3 , subject = cat", {"training": {"seed": 3}, "subject": "cat"}),
+        ("device=cpu,device.dtype=bfloat16", {"device": {"device": "cpu", "dtype": "bfloat16"}}),
+        ("device={device: cpu}", {"device": {"device": "cpu"}}),
+        ("caption='white, mood=calm',subject=cat", {"caption": "white, mood=calm", "subject": "cat"}),
+        ('generate.prompts="a, b=c", subject=cat', {"generate": {"prompts": "a, b=c"}, "subject": "cat"}),
+        (
+            "generate.prompts=['a cat, x=1', 'a dog'],subject=c",
+            {"generate": {"prompts": ["a cat, x=1", "a dog"]}, "subject": "c"},
+        ),
+        ('caption="big" cat, subject=cat', {"caption": '"big" cat', "subject": "cat"}),
+        ("generate.prompts={cat:1.2} a, subject=fox", {"generate": {"prompts": "{cat:1.2} a"}, "subject": "fox"}),
+        ("generate.prompts=a ${foo}", {"generate": {"prompts": r"a \${foo}"}}),
+        ("generate.prompts=a ${foo", {"generate": {"prompts": r"a \${foo"}}),
+        # paths of Windows
+        (r"image=C:\Users\me\my cat.jpg,subject=cat", {"image": r"C:\Users\me\my cat.jpg", "subject": "cat"}),
+        (r'image="C:\new\t.jpg",mask=\\nas\m.png', {"image": r"C:\new\t.jpg", "mask": r"\\nas\m.png"}),
+        (r"import.positive=[C:\a\b.pt, 'D:\n e\c.pt']", {"import": {"positive": [r"C:\a\b.pt", r"D:\n e\c.pt"]}}),
+        (r"training.start_from=C:\new\t.safetensors", {"training": {"start_from": r"C:\new\t.safetensors"}}),
     ],
 )
 def test_a_comma_separates_parameters_only_before_another_key(text: str, expected: dict[str, Any]) -> None:
@@ -56,6 +82,174 @@ def test_a_parameter_without_a_value_is_refused() -> None:
 def test_a_list_that_yaml_cannot_read_is_refused_with_how_to_write_it() -> None:
     with pytest.raises(click.BadParameter, match="generate.prompts=.* got '.a {pt1"):
         parse_params(CONTEXT, OPTION, "generate.prompts=[a {pt1}, blue background]")
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("generate.prompts=[a {pt1}, blue]", r"generate.prompts=\['a {pt1}', 'blue'\]"),
+        ("caption=white, grass=green, subject=x", r"caption='white, grass=green'"),
+        ("training.num_steps=3,training.num_steps.x=1", "training.num_steps.x"),
+    ],
+)
+def test_a_mistake_is_answered_with_the_form_that_works(text: str, form: str) -> None:
+    with pytest.raises(click.BadParameter, match=form):
+        parse_params(CONTEXT, OPTION, text)
+
+
+def test_the_form_that_is_shown_works() -> None:
+    assert parse_params(CONTEXT, OPTION, "caption='white, grass=green',subject=x") == {
+        "caption": "white, grass=green",
+        "subject": "x",
+    }
+
+
+def test_the_forms_of_the_documentation_work() -> None:
+    text = (Path(__file__).parents[1] / "docs/running.md").read_text(encoding="utf-8")
+    table = text.partition("## Values of --params")[2].partition("\n\n`${")[0]
+    commands = re.findall(r"`--params (.+?)`(?= \||;|,)", table)
+    given = [parse_params(CONTEXT, OPTION, *shlex.split(command)) for command in commands]
+    assert given == [
+        {"subject": "cat", "generate": {"prompts": "a my-cat, blue background"}},
+        {"caption": "white background, mood=calm", "subject": "cat"},
+        {"generate": {"prompts": ["a my-cat, asleep", "a my-cat on a sofa"]}},
+        {"generate": {"prompts": ["a {pt1}", "{small:1.2} {pt1}"]}},
+        {"training": {"words": {"names": {"pt1": ["my-cat", "my-cat-neg"]}}}},
+        {"training": {"loss": {"kind": "huber"}}},
+        {"device": {"device": "cpu"}},
+        {"image": "cat.jpg"},
+    ]
+
+
+def test_a_value_without_quotes_in_the_shell_is_answered_with_quotes() -> None:
+    result = CliRunner().invoke(run, ["--params", "subject=cat,generate.prompts=a", "my-cat"])
+    assert result.exit_code == 2
+    assert "'my-cat'" in result.output and '--params "' in result.output
+
+
+def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    folder = tmp_path / "photos" / "new"
+    (folder / "clip").mkdir(parents=True)
+    given = ",".join(
+        (
+            r"image=cat.jpg,mask=/m.png,base_model=hub:a/b,prompt_database=../p.parquet,init_image=C:\x.png",
+            "import.positive=[a.pt, ~/b.pt],import.words.pt1=w.pt,training.start_from=../../../c.safetensors",
+            "evaluation.evaluators=[clip:clip, dinov2:facebook/dinov2, efficientnet-lite0],subject=cat",
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    assert parse_params(CONTEXT, OPTION, given)["image"] == "cat.jpg"
+    monkeypatch.chdir(folder)
+    assert parse_params(CONTEXT, OPTION, given) == {
+        "image": "photos/new/cat.jpg",
+        "mask": "/m.png",
+        "base_model": "hub:a/b",
+        "prompt_database": "photos/p.parquet",
+        "init_image": r"C:\x.png",
+        "import": {"positive": ["photos/new/a.pt", "~/b.pt"], "words": {"pt1": "photos/new/w.pt"}},
+        "training": {"start_from": str(tmp_path.parent / "c.safetensors")},
+        "evaluation": {"evaluators": ["clip:photos/new/clip", "dinov2:facebook/dinov2", "efficientnet-lite0"]},
+        "subject": "cat",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "--env", "sd15", "--params", "subject=cat"], ["--params", "subject=cat,device=cpu"]),
+        (["run", "--env", "sd15", "--params=image=my cat.png"], ["--params=image=my cat.png,device=cpu"]),
+        (["run", "--env", "sd15"], ["--params", "device=cpu"]),
+    ],
+)
+def test_a_run_is_repeated_with_further_parameters(arguments: list[str], expected: list[str]) -> None:
+    words = shlex.split(command_with(["/env/bin/kedro", *arguments], "device=cpu"))
+    assert [Path(words[0]).name, *words[1:]] == ["kedro", "run", "--env", "sd15", *expected]
+
+
+def test_a_missing_gpu_is_answered_with_the_command_that_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kedro", "run", "--env", "sd15", "--params", "subject=cat"])
+    with pytest.raises(click.exceptions.Exit):
+        _report(lambda: check_device(DeviceParams(device="cuda")))(traceback=False)
+    command = next(line for line in capsys.readouterr().err.splitlines() if "kedro run" in line)
+    words = shlex.split(command.partition(": ")[2])
+    given = run.make_context("run", words[2:]).params
+    assert (given["env"], given["params"]) == (
+        "sd15",
+        {"subject": "cat", "device": {"device": "cpu", "dtype": "float32"}},
+    )
+
+
+# ------------------------------------------------------------------------------------------------- selection
+
+SELECTION = {
+    "runner": None,
+    "pipeline": None,
+    "pipelines": [],
+    "tags": [],
+    "node_names": [],
+    "from_nodes": [],
+    "to_nodes": [],
+    "from_inputs": [],
+    "to_outputs": [],
+    "namespaces": [],
+}
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return the check of a selection of the project's pipelines."""
+    monkeypatch.setattr("dreamartist_pipeline.cli.selection.pipelines", register_pipelines())
+    return lambda **options: check_selection(SELECTION | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"pipeline": "trian"}, {"expected": "__default__, evaluate", "got": "'trian'", "remedy": "'train'"}),
+        ({"pipeline": ""}, {"expected": "train", "got": "''"}),
+        ({"pipelines": ["train", "evaluat"]}, {"expected": "evaluate", "got": "'evaluat'", "remedy": "'evaluate'"}),
+        ({"node_names": ["nosuch"]}, {"expected": "train_concept", "got": "'nosuch'"}),
+        ({"from_nodes": ["train_concpt"]}, {"got": "'train_concpt'", "remedy": "'train_concept'"}),
+        ({"pipeline": "train", "to_nodes": ["write_files"]}, {"expected": "train_concept", "got": "'write_files'"}),
+        ({"tags": ["trainning"]}, {"expected": "training", "got": "'trainning'", "remedy": "'training'"}),
+        ({"from_inputs": ["concpt"]}, {"expected": "concept", "got": "'concpt'", "remedy": "'concept'"}),
+        ({"to_outputs": ["nosuch"]}, {"expected": "concept", "got": "'nosuch'"}),
+        ({"namespaces": ["cat"]}, {"expected": "no namespace", "got": "'cat'"}),
+        (
+            {"pipeline": "train", "tags": ["regularization"], "node_names": ["check_training"]},
+            {"expected": "train", "got": "--tags and --nodes"},
+        ),
+        (
+            {"from_nodes": ["train_concept"], "to_nodes": ["prepare_reference"]},
+            {"expected": "__default__", "got": "--from-nodes and --to-nodes"},
+        ),
+        ({"runner": "ParallelRunner"}, {"expected": "SequentialRunner", "got": "ParallelRunner"}),
+        ({"runner": "ThreadRunner"}, {"expected": "SequentialRunner", "got": "ThreadRunner"}),
+        ({"runner": "SequentialRuner"}, {"expected": "SequentialRunner", "got": "SequentialRuner"}),
+        ({"runner": "my.module.Runner"}, {"expected": "SequentialRunner", "got": "my.module.Runner"}),
+    ],
+)
+def test_a_selection_without_a_run_is_refused(
+    options: dict[str, Any], parts: dict[str, str], check: Callable[..., None]
+) -> None:
+    with pytest.raises(InputError, check=says(**parts)):
+        check(**options)
+
+
+def test_a_selection_of_nodes_is_accepted(check: Callable[..., None]) -> None:
+    check()
+    check(pipelines=["train", "evaluate"], runner="kedro.runner.SequentialRunner")
+    check(pipeline="pretrain", node_names=["render_sprites", "render_held_out_sprites"])
+    check(pipeline="train", tags=["ingestion", "prompts"], to_outputs=["prepared_image"])
+
+
+# ------------------------------------------------------------------------------------------------- errors
 
 
 def test_a_path_in_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +308,23 @@ data: {batch_size: 3, prompt_template: templates/object.txt}
 def toolkit_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     project = tmp_path / "project"
     project.mkdir()
-    (project / "pyproject.toml").touch()
+    (project / "pyproject.toml").write_text(PYPROJECT)
     monkeypatch.chdir(project)
     file = tmp_path / "toolkit" / "cfgs" / "DreamArtist++.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(CONFIG, encoding="utf-8")
     return file
+
+
+def test_an_environment_is_written_to_the_project_from_a_sub_folder(
+    toolkit_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Path.cwd()
+    (project / "notebooks").mkdir()
+    monkeypatch.chdir(project / "notebooks")
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+    assert result.exit_code == 0, result.output
+    assert (project / "conf/mine/parameters.yml").is_file()
 
 
 def test_an_imported_configuration_becomes_an_environment(toolkit_file: Path) -> None:

@@ -157,6 +157,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipelines/test_regularization.py": {
         "test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i": ("regularization.seed",),
+        "test_images_are_squares_of_the_configured_side_or_of_the_references": ("regularization.side_px",),
     },
     "pipelines/test_training.py": {
         "test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from": ("training.start_from",),
@@ -701,8 +702,9 @@ def test_the_regularization_set_is_drawn_as_configured(
     tiny_base_model: Path, tmp_path: Path, drawings: list[dict[str, Any]]
 ) -> None:
     params = RegularizationParams(sampler=SAMPLER, negative_prompt="blurry")
+    ingestion = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
     sets = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path))
-    sets.save(make_regularization_set(str(tiny_base_model), ["a cat"] * 6, params, CPU))
+    sets.save(make_regularization_set(str(tiny_base_model), ["a cat"] * 6, params, ingestion, CPU))
     assert [(call["negative_prompt"], call["sampler"]) for call in drawings] == [("blurry", SAMPLER)] * 2
     assert [len(call["prompts"]) for call in drawings] == [5, 1]
 
@@ -766,7 +768,7 @@ def test_the_device_is_the_configured_one_and_auto_is_the_gpu_if_there_is_one(
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert pick_device(DeviceParams(device="auto")).type == auto
         assert pick_device(DeviceParams(device="cpu")).type == "cpu"
-    with pytest.raises(InputError, check=says(expected="device: cuda")):
+    with pytest.raises(InputError, check=says(expected="device.device=cuda")):
         pick_device(DeviceParams(device="cuda"))
 
 

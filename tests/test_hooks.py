@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +13,23 @@ import pytest
 from kedro.io import DataCatalog, DatasetError
 from kedro.pipeline import Pipeline, node
 
+from dreamartist_pipeline.cli import run
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import (
+    Commands,
     ConfigurationHooks,
     RunRecordHooks,
     build_parameters,
-    check_environment,
     check_image_has_subject,
     check_names,
     check_subject,
     flatten,
     git_tags,
     input_error_in,
-    next_commands,
+    next_lines,
     number_lists,
     run_name,
     written_files,
@@ -78,6 +80,8 @@ def test_variables_cannot_come_from_the_command_line() -> None:
         (training(num_stepz=1), ["training.num_stepz: unknown key", "'num_steps'"]),
         (training(loss={"snr_gama": 1}), ["training.loss.snr_gama: unknown key", "'snr_gamma'"]),
         (training(lora_unet=[LORA | {"rnk": 1}]), ["training.lora_unet.0.rnk: unknown key", "'rank'"]),
+        (training(words={"names": {"pt1": "a, b"}}), ["training.words.names.pt1", "['a', 'b']"]),
+        (training(loss="huber"), ["training.loss:", "training.loss.KEY=VALUE"]),
         (training(lora_unet=[LORA | {"rank": 0}]), ["training.lora_unet.0.rank: ", "got 0"]),
         (training(words={"lr": -1}), ["training.words.lr: ", "got -1"]),
         (training(words={"names": {"pt1": ["a", "a"]}}), ["training.words", "'a'"]),
@@ -196,6 +200,8 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
             {"sampler": {"num_inference_steps": 2}, **changes.get("regularization", {})}
         ),
         "generate": GenerateParams.model_validate({"prompts": ["a {pt1}"], **changes.get("generate", {})}),
+        "device": DeviceParams.model_validate({"device": "cpu", **changes.get("device", {})}),
+        "prompts": PromptsParams.model_validate({"num_prompts": 2, **changes.get("prompts", {})}),
         "import": ImportParams(replace=True),
         **build_parameters(training(**changes.get("training", {}))),
     }
@@ -302,6 +308,15 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
             {"regularization": {"sampler": {"scheduler_options": {"nonsense": 1}}}},
             {"where": "regularization", "got": "'nonsense'"},
         ),
+        *(
+            (names, {"device": {"device": "cuda"}}, {"where": "device", "expected": "CUDA", "remedy": "device=cpu"})
+            for names in ("train", "evaluate", "generate")
+        ),
+        (
+            "train",
+            {"prompts": {"num_prompts": 0}, "training": {"regularization_batch_size": 1}},
+            {"where": "prompts", "expected": "training.regularization_batch_size=0", "got": "prompts.num_prompts=0"},
+        ),
         (
             "__default__",
             {"evaluation": {"evaluators": ["clip:/no/such/folder"]}},
@@ -310,8 +325,13 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
     ],
 )
 def test_parameters_of_later_nodes_are_checked_before_the_run(
-    names: str, changes: dict[str, Any], parts: dict[str, str], before_run: BeforeRun
+    names: str,
+    changes: dict[str, Any],
+    parts: dict[str, str],
+    before_run: BeforeRun,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, check=says(**parts)):
         before_run(names, **changes)
 
@@ -322,6 +342,7 @@ def test_parameters_of_later_nodes_are_checked_before_the_run(
         ("__default__", {"evaluation": {"sampler": HEUN}, "export": {"sampler": HEUN}}),
         ("evaluate", {"training": {"zero_terminal_snr": True}, "evaluation": {"sampler": HEUN}}),  # another training's
         ("train,export", {"export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["peft"]}}),  # no workflow
+        ("train", {"prompts": {"num_prompts": 0}, "training": {"regularization_batch_size": 0}}),
         (
             "train,export",
             {"training": WORDS, "export": {"sampler": {"scheduler": "TCDScheduler"}, "formats": ["kohya"]}},
@@ -330,14 +351,6 @@ def test_parameters_of_later_nodes_are_checked_before_the_run(
 )
 def test_a_sampler_that_suits_the_run_is_accepted(names: str, changes: dict[str, Any], before_run: BeforeRun) -> None:
     before_run(names, **changes)
-
-
-def test_an_environment_without_a_folder_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    for name in ("base", "local"):
-        (tmp_path / name).mkdir()
-    check_environment(tmp_path, "local")
-    with pytest.raises(InputError, check=says(expected="base, local", got="'loc'")):
-        check_environment(tmp_path, "loc")
 
 
 def test_a_run_is_named_after_subject_pipeline_method_and_what_differs() -> None:
@@ -389,19 +402,128 @@ def test_a_project_outside_git_has_no_commit(tmp_path: Path, monkeypatch: pytest
     assert git_tags(tmp_path) == {}
 
 
-def test_the_summary_repeats_the_base_model_that_was_given() -> None:
-    settings = {"subject": "cat", "base_model": "/models/x"}
-
-    def generating(**given: str) -> str:
-        return next_commands(settings, {"env": "sd15", "runtime_params": given}, Path("/project"))[-1]
-
-    command = generating(base_model="/models/x")
-    for part in ("--pipeline generate", "--env sd15", "subject=cat", "base_model=/models/x", "generate.prompts="):
-        assert part in command
-    assert "base_model" not in generating()
+# ------------------------------------------------------------------------------------------------- closing summary
 
 
-def test_the_summary_lists_files_relative_to_the_project(tmp_path: Path) -> None:
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a project folder, which is the working directory."""
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.kedro]\npackage_name = "x"\nproject_name = "x"\nkedro_init_version = "1.7.0"\n'
+    )
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parsed(command: str, program: str = "kedro run") -> dict[str, Any]:
+    """Return the options of a printed command, as the command line reads them."""
+    words = shlex.split(command)
+    used = program.split()
+    assert [Path(words[0]).name, *words[1 : len(used)]] == used
+    given = run.make_context("run", words[len(used) :]).params
+    return {name: value for name, value in given.items() if value}
+
+
+GIVEN = {"base_model": "models/x y", "device": {"device": "cpu"}, "training": {"num_steps": 3}}
+
+
+def test_printed_commands_have_subject_base_model_device_and_environment_of_the_run(project: Path) -> None:
+    commands = Commands(project, str(project / "conf"), "sd15", {"subject": "cat"})
+    prompt = "a {pt1}, blue background"
+    assert parsed(commands.run("generate", GIVEN, **{"generate.prompts": prompt})) == {
+        "pipeline": "generate",
+        "env": "sd15",
+        "params": {
+            "subject": "cat",
+            "base_model": "models/x y",
+            "device": {"device": "cpu"},
+            "generate": {"prompts": prompt},
+        },
+    }
+    assert parsed(commands.run("evaluate", {})) == {
+        "pipeline": "evaluate",
+        "env": "sd15",
+        "params": {"subject": "cat"},
+    }
+
+
+def test_printed_commands_hold_in_the_working_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "other").mkdir()
+    commands = Commands(project, str(project / "other"), "local", {"subject": "cat"})
+    monkeypatch.chdir(project / "notebooks")
+    assert parsed(commands.run("generate", GIVEN)) == {
+        "pipeline": "generate",
+        "conf_source": str(project / "other"),
+        "params": {"subject": "cat", "base_model": str(project / "models/x y"), "device": {"device": "cpu"}},
+    }
+
+
+def test_kedro_viz_shows_the_subject_and_environment_of_the_run(project: Path) -> None:
+    from kedro_viz.launchers.cli.run import run as viz
+
+    def options(command: str) -> dict[str, Any]:
+        words = shlex.split(command)
+        assert words[1:3] == ["viz", "run"]
+        return viz.make_context("run", words[3:]).params
+
+    shown = Commands(project, str(project / "conf"), "sd15", {"subject": "cat"}).viz({})
+    assert shown is not None
+    given = options(shown)
+    assert (given["env"], given["params"]) == ("sd15", {"subject": "cat"})
+    assert Commands(project, str(project / "conf.tar.gz"), "sd15", {"subject": "cat"}).viz({}) is None
+
+
+def test_a_packaged_run_prints_its_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf.tar.gz").touch()
+    commands = Commands(tmp_path, str(tmp_path / "conf.tar.gz"), None, {"subject": "cat"})
+    assert parsed(commands.run("generate", {}), "dreamartist-pipeline") == {
+        "pipeline": "generate",
+        "conf_source": str(tmp_path / "conf.tar.gz"),
+        "params": {"subject": "cat"},
+    }
+
+
+def lines_after(names: str, project: Path, words: dict[str, tuple[str, str]] | None) -> dict[str, str]:
+    """Return what is printed after a run of pipelines, by purpose; `words` None for a subject without a concept."""
+    catalog = DataCatalog({"concept": ConceptDataset(filepath=str(project / "c.safetensors"))})
+    if words is not None:
+        catalog["concept"].save(Concept({}, CONCEPT.model_copy(update={"words": words})))
+    pipeline = sum((register_pipelines()[name] for name in names.split(",")), Pipeline([]))
+    return dict(next_lines(Commands(project, str(project / "conf"), None, {"subject": "cat"}), pipeline, catalog, {}))
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "expected"),
+    [
+        ("train", {"pt1": ("my-cat", "my-cat-neg")}, {"compare with base model", "new images"}),
+        ("train,evaluate", {"pt1": ("my-cat", "my-cat-neg")}, {"new images"}),
+        ("train", None, set()),  # such as --nodes check_training
+        ("ingestion", {"pt1": ("my-cat", "my-cat-neg")}, set()),
+    ],
+)
+def test_only_an_existing_concept_is_suggested(
+    names: str, words: dict[str, tuple[str, str]] | None, expected: set[str], project: Path
+) -> None:
+    always = {"curves and previews", "  then open", "the pipelines"}
+    assert lines_after(names, project, words).keys() - always == expected
+
+
+def test_the_suggested_prompt_has_a_slot_of_the_concept(project: Path) -> None:
+    command = lines_after("generate", project, {"style": ("ink", "ink-neg")})["new images"]
+    assert parsed(command)["params"]["generate"]["prompts"] == "a {style}, blue background"
+
+
+def test_the_summary_lists_files_as_the_working_directory_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catalog = DataCatalog({"concept": ConceptDataset(filepath=str(tmp_path / "data" / "c.safetensors"))})
     pipeline = Pipeline([node(lambda x: (x, x), "x", ["concept", "in_memory"], name="train")])
-    assert written_files(pipeline, catalog, tmp_path) == {"concept": "data/c.safetensors"}
+    for folder, expected in ((tmp_path, "data/c.safetensors"), (tmp_path / "data", "c.safetensors")):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        assert written_files(pipeline, catalog) == {"concept": expected}
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.chdir("/")
+    assert written_files(pipeline, catalog)["concept"].endswith("data/c.safetensors")

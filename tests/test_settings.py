@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline import settings
+from dreamartist_pipeline.cli import parse_params, run
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_parameters, register_project_root
@@ -83,6 +86,45 @@ def test_a_single_value_of_a_method_can_be_changed_for_one_run() -> None:
 def test_a_single_value_can_be_changed_together_with_the_method() -> None:
     changed = training(method="lora", training={"num_steps": 10})
     assert (changed.num_steps, changed.num_branches, changed.words.names) == (10, 1, {})
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Return the configuration as `kedro package` archives it."""
+    file = tmp_path / "conf.tar.gz"
+    with tarfile.open(file, "w:gz") as archive:
+        archive.add(
+            PROJECT / "conf", "conf", filter=lambda member: None if member.name.endswith("local/x.yml") else member
+        )
+    return file
+
+
+def test_an_environment_is_found_in_an_archive(archive: Path) -> None:
+    register_project_root(PROJECT)
+    loader = settings.ProjectConfigLoader(str(archive), env="test", **settings.CONFIG_LOADER_ARGS)
+    assert build_parameters(loader["parameters"])["training"].num_steps == 2
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_an_environment_without_a_folder_is_refused_with_those_there_are(archived: bool, archive: Path) -> None:
+    source = str(archive) if archived else str(PROJECT / "conf")
+    with pytest.raises(InputError, check=says(expected="base, local, sd15, test", got="'sd51'")):
+        settings.ProjectConfigLoader(source, env="sd51", **settings.CONFIG_LOADER_ARGS)
+
+
+def test_a_reference_to_an_unknown_parameter_is_refused() -> None:
+    loader = config_loader(training={"num_steps": "${nothing}"})
+    with pytest.raises(InputError, check=says(got="nothing", remedy="{pt1}")):
+        load_parameters(SimpleNamespace(config_loader=loader))  # type: ignore[arg-type]
+
+
+def test_a_prompt_of_the_command_line_is_never_a_reference() -> None:
+    context = click.Context(run)
+    option = next(param for param in run.params if param.name == "params")
+    given = parse_params(context, option, 'generate.prompts=["a ${foo} cat", "b"],caption=${globals:subject}')
+    loader = config_loader(**given)
+    assert loader["parameters"]["generate"]["prompts"] == ["a ${foo} cat", "b"]
+    assert loader["catalog"]["reference_caption"]["caption"] == "${globals:subject}"
 
 
 def test_one_entry_of_a_list_cannot_be_changed_alone() -> None:

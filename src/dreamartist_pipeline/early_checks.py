@@ -24,17 +24,25 @@ class PlannedConcept:
         zero_terminal_snr: whether its noise schedule has zero terminal SNR.
         groups: network -> its LoRA groups.
         has_words: whether it has trigger words.
+        needs_regularization: whether its training has rows of the regularization set.
     """
 
     is_trained_here: bool
     zero_terminal_snr: bool
     groups: Mapping[str, Sequence[LoRAGroup]]
     has_words: bool
+    needs_regularization: bool = False
 
     @classmethod
     def of_training(cls, params: TrainingParams) -> PlannedConcept:
         """Return the properties of a concept to be trained."""
-        return cls(True, params.zero_terminal_snr, params.lora, bool(params.words.names))
+        return cls(
+            is_trained_here=True,
+            zero_terminal_snr=params.zero_terminal_snr,
+            groups=params.lora,
+            has_words=bool(params.words.names),
+            needs_regularization=bool(params.regularization_batch_size),
+        )
 
 
 Check = Callable[[Any, PlannedConcept | None], None]
@@ -52,16 +60,17 @@ class EarlyCheck:
 def checked_early(section: str, check: Check) -> Callable[[_Function], _Function]:
     """Return a decorator: `params:<section>` is checked before the first node, in every run with the decorated node.
 
-    The decorator returns the function itself.
+    The decorator returns the function itself. Checks of several decorators are run from the top.
     """
 
     def decorate(function: _Function) -> _Function:
-        setattr(function, _NAME, EarlyCheck(section, check))
+        setattr(function, _NAME, (EarlyCheck(section, check), *early_checks_of(function)))
         return function
 
     return decorate
 
 
-def early_check_of(function: Callable[..., Any]) -> EarlyCheck | None:
-    """Return the check attached to the function of a node, if any."""
-    return getattr(function, _NAME, None)
+def early_checks_of(function: Callable[..., Any]) -> tuple[EarlyCheck, ...]:
+    """Return the checks attached to the function of a node."""
+    checks: tuple[EarlyCheck, ...] = getattr(function, _NAME, ())
+    return checks

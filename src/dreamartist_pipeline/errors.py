@@ -29,3 +29,11 @@ class InputError(_ExplainedError, ValueError):
 
 class TrainingError(_ExplainedError, RuntimeError):
     """A training that cannot continue: a branch receives no gradient, or values are not finite."""
+
+
+def input_error_in(error: BaseException) -> InputError | None:
+    """Return the InputError in the chain of causes, if any; Kedro and OmegaConf wrap errors."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    return cause

@@ -50,6 +50,8 @@ Prompt = Annotated[str, AfterValidator(_check_weights)]
 """A prompt or template, possibly with weighted words, `{cat:1.2}`."""
 Prompts = Annotated[tuple[Prompt, ...], _ONE_OR_SEVERAL]
 """Prompts, or a single prompt."""
+PATH, KIND_AND_PATH = "a path", "a kind and a path, or an id of the Hugging Face hub"
+"""Mark parameters with paths, also in lists and mappings, or with `clip:PATH`: see `hooks.run.with_paths_in`."""
 
 TEMPLATE_PRESETS = {  # training.templates: NAME
     "object": (
@@ -85,6 +87,9 @@ class DeviceParams(Params):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
+
+ON_CPU = "device=cpu,device.dtype=float32"
+"""The parameters of a run on the CPU, as in `--params`."""
 
 _FIXED_OPTIONS = (  # scheduler options that are set by the base model, or by the concept
     *("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr"),
@@ -190,6 +195,7 @@ class RegularizationParams(Params):
     """How the base model generates the regularization set."""
 
     sampler: SamplerParams
+    side_px: SidePx | None = None  # side of the square images; None for ingestion.bucket.side_px
     negative_prompt: Prompt = ""
     seed: Seed = 0
 
@@ -446,7 +452,7 @@ class TrainingParams(Params):
     loss: LossParams = LossParams()
     preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
     # Concept file with the initial adapters and words. RUN_ONLY, because the metadata has the hash of the file instead.
-    start_from: Annotated[str | None, RUN_ONLY] = None
+    start_from: Annotated[str | None, RUN_ONLY, PATH] = None
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -540,9 +546,10 @@ class EvaluationParams(Params):
     negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
-    evaluators: Texts = ("efficientnet-lite0",)  # or "clip:FOLDER_OR_HUB_ID", "dinov2:FOLDER_OR_HUB_ID"
+    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID and dinov2:FOLDER_OR_HUB_ID.
+    evaluators: Annotated[Texts, KIND_AND_PATH] = ("efficientnet-lite0",)
     # For CLIPScore: "clip:FOLDER_OR_HUB_ID", None for none, or "auto" for the towers of the base model, if it has some.
-    text_image_model: Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None = "auto"
+    text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None, KIND_AND_PATH] = "auto"
     # Whether colours named in prompts are compared with the pixels; None for the embedded base model only.
     color_agreement: bool | None = None
 
@@ -639,12 +646,12 @@ PositiveActsOn = Literal["both", "positive"]
 class ImportParams(Params):
     """Which files of other tools are imported; the pipeline checks that there are any."""
 
-    positive: Texts = ()  # LoRA files, kohya or peft; the updates of several files are summed
-    negative: Texts = ()
+    positive: Annotated[Texts, PATH] = ()  # LoRA files, kohya or peft; the updates of several files are summed
+    negative: Annotated[Texts, PATH] = ()
     positive_acts_on: PositiveActsOn = "both"
-    words: dict[str, FilePair] = Field(default_factory=dict)  # slot -> embedding files
+    words: Annotated[dict[str, FilePair], PATH] = Field(default_factory=dict)  # slot -> embedding files
     names: dict[str, FilePair] = Field(default_factory=dict)  # slot -> trigger words; default: the file names
-    toolkit: str | None = None  # folder with files of the reference toolkit, instead of the above
+    toolkit: Annotated[str | None, PATH] = None  # folder with files of the reference toolkit, instead of the above
     step: NonNegativeInt | None = None  # of the files in `toolkit`; None for the latest
     class_word: Plain = ""
     clip_skip: NonNegativeInt = 0  # of the training; the files do not contain it
@@ -741,7 +748,7 @@ class PretrainParams(Params):
     objects: dict[str, str]  # word in captions -> code point
     published_objects: PublishedObjects | None = None  # further objects
     held_out_objects: dict[str, str] = Field(default_factory=dict)
-    start: str | None = None  # folder of an embedded base model
+    start: Annotated[str | None, PATH] = None  # folder of an embedded base model
     keep_autoencoder: bool = False  # use the autoencoder of `start`
     continue_denoiser: bool = False  # initialise UNet and text encoder from `start`, except for new words
     autoencoder: StageParams

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from kedro.pipeline import Pipeline
-from kedro.utils import find_kedro_project
 
-from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
 from dreamartist_pipeline.pipelines import (
     evaluation,
     export,
@@ -26,7 +22,6 @@ from dreamartist_pipeline.tracking import MLflowTracker
 def register_pipelines() -> dict[str, Pipeline]:
     """Return the pipelines of `kedro run --pipeline NAME`."""
     tracker = MLflowTracker()
-    models = (find_kedro_project(Path.cwd()) or Path.cwd()) / "data/06_models"
     stages = {
         "ingestion": ingestion.create_pipeline(tracker),
         "prompts": prompts.create_pipeline(),
@@ -43,8 +38,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "export": exporting,
         "generate": generate.create_pipeline(),
         "import": importing.create_pipeline(),
-        "pretrain": pretrain.create_pipeline(tracker, CheckpointStore(models / "pretrain/checkpoints")),
-        "judge": judge.create_pipeline(tracker, CheckpointStore(models / "judge/checkpoints")),
+        "pretrain": pretrain.create_pipeline(tracker),
+        "judge": judge.create_pipeline(tracker),
         "train": train,
         "__default__": train + evaluate + exporting,
     }

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from kedro.config import OmegaConfigLoader
@@ -48,7 +49,29 @@ def choose(options: str, name: str, *, _root_: Any) -> Any:
 
 
 class ProjectConfigLoader(OmegaConfigLoader):
-    """Kedro's loader with a resolver for the catalog: `${parameter:training.start_from}`."""
+    """Kedro's loader with a resolver for the catalog, `${parameter:training.start_from}`, and a check of `--env`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_environment()
+
+    def _check_environment(self) -> None:
+        """Refuse an environment without a folder, in a folder or an archive (`--conf-source conf.tar.gz`).
+
+        Raises:
+            InputError: no such folder; the message lists those that exist.
+        """
+        env = self.env or self.default_run_env
+        folder = Path(self._get_conf_env_path(env))
+        if not env or self._fs.isdir(folder.as_posix()):
+            return
+        entries = self._fs.ls(folder.parent.as_posix(), detail=True)
+        known = ", ".join(sorted(Path(entry["name"]).name for entry in entries if entry["type"] == "directory"))
+        raise InputError(
+            expected=f"one of the environments {known}",
+            got=f"'{env}'",
+            remedy=f"choose one (--env NAME), or create {env} in {self.conf_source}",
+        )
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         """Return the merged configuration of that key, such as `catalog`."""

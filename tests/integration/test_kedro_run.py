@@ -167,15 +167,33 @@ def test_the_closing_summary_lists_files_and_commands(
     assert "kedro run --pipeline generate" in trained.stdout
 
 
-@pytest.mark.usefixtures("trained")
-def test_every_generate_run_has_a_folder_of_its_own(project: Path) -> None:
-    prompt = f"a my-{SUBJECT}, blue background"
-    result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **{"generate.prompts": prompt}))
-    assert result.returncode == 0, result.stderr[-3000:]
+def run_folders(project: Path) -> set[Path]:
     output = project / "data" / "07_model_output" / SUBJECT
-    (folder,) = [path for path in output.iterdir() if path.is_dir() and path.name != "export"]
+    return {path for path in output.iterdir() if path.is_dir() and path.name != "export"}
+
+
+@pytest.mark.usefixtures("trained")
+def test_every_generate_run_has_a_folder_of_its_own_also_from_a_sub_folder(project: Path) -> None:
+    before, prompt = run_folders(project), f"a my-{SUBJECT}, blue background"
+    files = {"image": "../button.png", "base_model": "../tiny", "prompt_database": "../prompts.parquet"}
+    values = settings(project, **files, **{"generate.prompts": prompt})
+    result = kedro_run(project / "data", "--pipeline", "generate", "--params", values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder,) = run_folders(project) - before
     assert len(list(folder.rglob("*.png"))) == 2
     assert last_run(project).data.params["generate.prompts"] == f"['{prompt}']"
+    assert "09_tracking/mlflow.db" in result.stdout and "data/09_tracking" not in result.stdout
+    assert f"base_model={project.as_posix()}/tiny" in result.stdout
+
+
+def test_the_printed_command_draws_new_images(trained: subprocess.CompletedProcess[str], project: Path) -> None:
+    before = run_folders(project)
+    (line,) = [line for line in trained.stdout.splitlines() if "--pipeline generate" in line]
+    command = line.strip().removeprefix("new images").strip()
+    subprocess.run(command, shell=True, cwd=project, check=True, capture_output=True, timeout=240)
+    (folder,) = run_folders(project) - before
+    assert len(list(folder.rglob("*.png"))) == 2
+    assert last_run(project).data.params["generate.prompts"] == "['a {pt1}, blue background']"
 
 
 @pytest.mark.usefixtures("trained")
@@ -302,7 +320,8 @@ PICTURES = (
     *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
     *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
 )
-DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
+DATA = {  # kinds of datasets that load to data, not to something that reads or writes elsewhere; but for checkpoints,
+    "CheckpointsDataset",  # which a training of hours reads and writes while it runs
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -13,20 +14,30 @@ from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, RegularizationParams, SamplerParams, StrengthParams
-from dreamartist_pipeline.pipelines.regularization import create_pipeline
+from dreamartist_pipeline.params import (
+    BucketParams,
+    DeviceParams,
+    IngestionParams,
+    RegularizationParams,
+    SamplerParams,
+    StrengthParams,
+)
+from dreamartist_pipeline.pipelines.regularization import create_pipeline, nodes
 from dreamartist_pipeline.pipelines.regularization.nodes import describe_set, make_regularization_set
 from refusals import says
 
 PROMPTS = ["a red cat", "a blue dog", "a green bird"]
 PARAMS = RegularizationParams(sampler=SamplerParams(num_inference_steps=2, batch_size=2), seed=5)
 CPU = DeviceParams(device="cpu")
+INGESTION = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))  # the size of the tiny base model
 
 
-def make(base_model: Path, folder: Path, params: RegularizationParams = PARAMS) -> RegularizationSetDataset:
+def make(
+    base_model: Path, folder: Path, params: RegularizationParams = PARAMS, ingestion: IngestionParams = INGESTION
+) -> RegularizationSetDataset:
     """Draw a set as the node and its dataset do."""
     made = RegularizationSetDataset(filepath=str(folder / "fox.json"), path=str(folder / "sets"))
-    made.save(make_regularization_set(base_model.as_posix(), PROMPTS, params, CPU))
+    made.save(make_regularization_set(base_model.as_posix(), PROMPTS, params, ingestion, CPU))
     return made
 
 
@@ -121,7 +132,7 @@ def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
     tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
-    made = make_regularization_set(tiny_base_model.as_posix(), [], PARAMS, CPU)
+    made = make_regularization_set(tiny_base_model.as_posix(), [], PARAMS, INGESTION, CPU)
     dataset = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path / "sets"))
 
     dataset.save(made)
@@ -143,7 +154,9 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         make(tiny_base_model, tmp_path / "continued")
     asked: list[list[str]] = []
-    monkeypatch.setattr(concepts, "generate", lambda *args: asked.append(args[2]) or generate(*args))
+    monkeypatch.setattr(
+        concepts, "generate", lambda *args, **options: asked.append(args[2]) or generate(*args, **options)
+    )
 
     make(tiny_base_model, tmp_path / "continued")
 
@@ -172,6 +185,44 @@ def test_an_incomplete_base_model_is_refused_before_anything_is_written(tiny_bas
         make(broken, tmp_path)
 
     assert not (tmp_path / "sets").exists()
+
+
+SMALL = IngestionParams(bucket=BucketParams(side_px=16, multiple_px=8, keep_aspect=True))
+
+
+@pytest.mark.parametrize(
+    ("side_px", "ingestion", "expected"), [(None, INGESTION, 32), (None, SMALL, 16), (24, SMALL, 24), (32, SMALL, 32)]
+)
+def test_images_are_squares_of_the_configured_side_or_of_the_references(
+    side_px: int | None, ingestion: IngestionParams, expected: int, tiny_base_model: Path, tmp_path: Path
+) -> None:
+    made = make(tiny_base_model, tmp_path, PARAMS.model_copy(update={"side_px": side_px}), ingestion).load()
+    assert {read().size for _, read in made} == {(expected, expected)}
+
+
+def test_only_images_of_another_size_than_the_base_models_get_another_name(
+    tiny_base_model: Path, tmp_path: Path
+) -> None:
+    earlier = describe_set(BaseModelFiles(tiny_base_model).fingerprint(), PROMPTS, PARAMS, CPU)
+    assert "side_px" not in earlier  # as in sets of earlier versions
+    make(tiny_base_model, tmp_path, ingestion=INGESTION)
+    assert key_in_use(tmp_path) == earlier["key"]
+    make(tiny_base_model, tmp_path, PARAMS.model_copy(update={"side_px": 32}), SMALL)
+    assert key_in_use(tmp_path) == earlier["key"]
+    make(tiny_base_model, tmp_path, ingestion=SMALL)
+    assert json.loads((tmp_path / "fox.json").read_text())["side_px"] == 16
+    assert key_in_use(tmp_path) != earlier["key"]
+
+
+def test_the_cost_of_the_set_is_logged_after_the_first_batch(
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter((0.0, 60.0, 60.0))  # 2 images of the first batch take 60 s
+    monkeypatch.setattr(nodes, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level(logging.INFO):
+        make(tiny_base_model, tmp_path)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == nodes.__name__]
+    assert "1 images of 32 px" in message and "0:00:30" in message and "30 s each" in message
 
 
 # --------------------------------------------------------------------------------------------- the key
@@ -232,6 +283,7 @@ def test_the_stage_goes_from_base_model_and_prompts_to_the_set() -> None:
         "base_model",
         "regularization_prompts",
         "params:regularization",
+        "params:ingestion",
         "params:device",
     }
     assert stage.outputs() == {"regularization_set"}

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
 from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
@@ -224,10 +225,7 @@ def pick_device(params: DeviceParams) -> torch.device:
     Raises:
         InputError: `cuda` without a GPU.
     """
-    if params.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            expected="a CUDA GPU (device: cuda)", got="none that torch sees", remedy="set device to cpu or auto"
-        )
+    check_device(params)
     if params.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(params.device)

@@ -38,11 +38,11 @@ class NoTracker:
         """Ignore a text."""
 
 
-def tracked(function: Callable[..., _Result], tracker: Tracker, **services: Any) -> Callable[..., _Result]:
-    """Bind the keyword argument `tracker` of a node function, and further services, which are not datasets."""
+def tracked(function: Callable[..., _Result], tracker: Tracker) -> Callable[..., _Result]:
+    """Bind the keyword argument `tracker` of a node function."""
 
     @functools.wraps(function)  # Kedro reads its type hints, Kedro-Viz its source
     def with_tracker(*args: Any, **kwargs: Any) -> _Result:
-        return function(*args, tracker=tracker, **services, **kwargs)
+        return function(*args, tracker=tracker, **kwargs)
 
     return with_tracker

@@ -35,9 +35,9 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
             FileError: no file.
             InputError: not a safetensors file, one of another tool, or a damaged concept.
         """
+        self._check_file()  # before torch is imported
         from dreamartist_pipeline.interop.concept_file import read_concept
 
-        self._check_file()
         return read_concept(self._filepath.read_bytes(), str(self._filepath))
 
     def load_metadata(self) -> "ConceptMetadata":
@@ -47,9 +47,9 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
             FileError: no file, or not a safetensors file.
             InputError: a file of another tool, or damaged metadata.
         """
+        texts, _ = self._read_header()  # before torch is imported
         from dreamartist_pipeline.core.concept import ConceptMetadata
 
-        texts, _ = self._read_header()
         return ConceptMetadata.read(texts, str(self._filepath))
 
     def save(self, data: "Concept") -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
 
@@ -29,6 +30,7 @@ def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> No
     check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 
+@checked_early("device", check_device)
 @checked_early("generate", check_generate)
 def generate_images(
     base_model: str,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
@@ -14,17 +12,14 @@ from dreamartist_pipeline.pipelines.judge.nodes import (
     train_judge,
 )
 
-if TYPE_CHECKING:
-    from dreamartist_pipeline.embedded.pretraining import Checkpoints
 
-
-def create_pipeline(tracker: Tracker, checkpoints: Checkpoints) -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """Published drawings → sprites at two sizes → judge, trained at one size → its accuracy at the other."""
     return Pipeline(
         [
             node(render_training_sprites, ["sprite_packages", "params:pretrain", "params:judge"], "judge_sprites"),
             node(render_test_sprites, ["sprite_packages", "params:pretrain"], "judge_test_sprites"),
-            node(tracked(train_judge, tracker, checkpoints=checkpoints), ["judge_sprites", "params:judge"], "judge"),
+            node(tracked(train_judge, tracker), ["judge_sprites", "params:judge", "judge_checkpoints"], "judge"),
             node(tracked(measure_judge, tracker), ["judge", "judge_test_sprites", "params:judge"], "judge_accuracy"),
         ]
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
@@ -17,9 +15,6 @@ from dreamartist_pipeline.pipelines.pretrain.nodes import (
     train_towers,
 )
 
-if TYPE_CHECKING:
-    from dreamartist_pipeline.embedded.pretraining import Checkpoints
-
 _DENOISER_INPUTS = [
     "sprites",
     "pretrained_autoencoder",
@@ -27,10 +22,11 @@ _DENOISER_INPUTS = [
     "pretrained_towers",
     "pretraining_start",
     "params:pretrain",
+    "pretraining_checkpoints",
 ]
 
 
-def create_pipeline(tracker: Tracker, checkpoints: Checkpoints) -> Pipeline:
+def create_pipeline(tracker: Tracker) -> Pipeline:
     """Published drawings → sprites → autoencoder, towers → denoiser → base model."""
     return Pipeline(
         [
@@ -42,20 +38,20 @@ def create_pipeline(tracker: Tracker, checkpoints: Checkpoints) -> Pipeline:
                 name="render_held_out_sprites",
             ),
             node(
-                tracked(train_autoencoder, tracker, checkpoints=checkpoints),
-                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain"],
+                tracked(train_autoencoder, tracker),
+                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain", "pretraining_checkpoints"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
             node(build_vocabulary, ["sprites", "params:pretrain"], "pretrained_tokenizer", name="build_vocabulary"),
             node(
-                tracked(train_towers, tracker, checkpoints=checkpoints),
-                ["sprites", "pretrained_tokenizer", "params:pretrain"],
+                tracked(train_towers, tracker),
+                ["sprites", "pretrained_tokenizer", "params:pretrain", "pretraining_checkpoints"],
                 "pretrained_towers",
                 name="train_towers",
             ),
             node(
-                tracked(train_denoiser, tracker, checkpoints=checkpoints),
+                tracked(train_denoiser, tracker),
                 _DENOISER_INPUTS,
                 "pretrained_base_model",
                 name="train_denoiser",

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import compress, islice
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PromptsParams
 from dreamartist_pipeline.prompt_weights import parse_weights
@@ -21,6 +22,21 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; i
 log = logging.getLogger(__name__)
 
 
+def check_prompts(params: PromptsParams, planned: PlannedConcept | None) -> None:
+    """Check that there are prompts if the run's training needs a regularization set.
+
+    Raises:
+        InputError: no prompts.
+    """
+    if planned is not None and planned.needs_regularization and not params.num_prompts:
+        raise InputError(
+            expected="prompts.num_prompts above 0, or training.regularization_batch_size=0",
+            got=f"prompts.num_prompts={params.num_prompts}",
+            remedy="raise the one, or train without a regularization set",
+        )
+
+
+@checked_early("prompts", check_prompts)
 def draw_regularization_prompts(prompt_database: ParquetFile, params: PromptsParams) -> list[str]:
     """Draw distinct prompts at random without replacement, reproducibly by seed.
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import ImagesToDraw
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
-from dreamartist_pipeline.params import DeviceParams, RegularizationParams, StrengthParams
+from dreamartist_pipeline.params import DeviceParams, IngestionParams, RegularizationParams, StrengthParams
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 
 _OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}")  # in sets of earlier versions: hash of the files, not of the weights
 _PROGRESS_DELAY_S = 2.0
+_COST_ABOVE_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 def check_regularization(params: RegularizationParams, planned: PlannedConcept | None) -> None:
@@ -33,39 +40,56 @@ def check_regularization(params: RegularizationParams, planned: PlannedConcept |
     check_sampler(params.sampler)
 
 
+@checked_early("device", check_device)
 @checked_early("regularization", check_regularization)
 def make_regularization_set(
-    base_model: str, regularization_prompts: list[str], params: RegularizationParams, device: DeviceParams
+    base_model: str,
+    regularization_prompts: list[str],
+    params: RegularizationParams,
+    ingestion: IngestionParams,
+    device: DeviceParams,
 ) -> ImagesToDraw:
-    """Return the requested set, one image per prompt; its dataset draws it if no equal set exists.
+    """Return the requested set, one square image per prompt; its dataset draws it if no equal set exists.
 
     Image i has the seed `params.seed` + i.
 
     Raises:
         InputError: an incomplete base model.
     """
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles
+    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
 
     files = BaseModelFiles(base_model)
     files.check()
-    manifest = describe_set(files.fingerprint(), regularization_prompts, params, device)
+    side_px = params.side_px or ingestion.bucket.side_px
+    other_side_px = None if side_px == load_outline(files).image_px else side_px
+    manifest = describe_set(files.fingerprint(), regularization_prompts, params, device, other_side_px)
     return ImagesToDraw(
         key=manifest["key"],
         captions=regularization_prompts,
         batch_size=params.sampler.batch_size,
         manifest=manifest,
-        draw=functools.partial(_draw, base_model, regularization_prompts, params, device),
+        draw=functools.partial(_draw, base_model, regularization_prompts, params, device, side_px),
         is_in=functools.partial(_is_same_set, files, manifest),
     )
 
 
 def describe_set(
-    fingerprint: str, prompts: Sequence[str], params: RegularizationParams, device: DeviceParams
+    fingerprint: str,
+    prompts: Sequence[str],
+    params: RegularizationParams,
+    device: DeviceParams,
+    other_side_px: int | None = None,
 ) -> dict[str, Any]:
     """Return the manifest of a regularization set.
 
-    It contains everything that determines the images (their size is the base model's). Its `key` is the SHA-256 of the
-    other entries.
+    It contains everything that determines the images. Its `key` is the SHA-256 of the other entries.
+
+    Args:
+        fingerprint: of the base model.
+        prompts: one per image.
+        params: of the set, except for its size.
+        device: the images depend on its dtype.
+        other_side_px: side of the images; None for the size of the base model, as in all sets of earlier versions.
     """
     sampler = params.sampler.model_dump(mode="json")  # empty options are left out: keys stay those of earlier versions
     manifest = {
@@ -77,6 +101,8 @@ def describe_set(
         "seed": params.seed,
         "dtype": device.dtype,
     }
+    if other_side_px is not None:
+        manifest["side_px"] = other_side_px
     return {"key": _sha256(manifest)[:16], **manifest}
 
 
@@ -103,9 +129,10 @@ def _draw(
     prompts: Sequence[str],
     params: RegularizationParams,
     device: DeviceParams,
+    side_px: int,
     batches: Sequence[Sequence[int]],
 ) -> Iterator[Image]:
-    """Draw the images of batches of prompt indices."""
+    """Draw the images of batches of prompt indices; after the first batch, log how long the others take."""
     from tqdm import tqdm
 
     from dreamartist_pipeline.backbones.base_model import open_base_model
@@ -118,6 +145,32 @@ def _draw(
     ) as bar:
         for batch in batches:
             chosen, seeds = [prompts[i] for i in batch], [params.seed + i for i in batch]
-            for image in generate(loaded.backbone, loaded, chosen, params.negative_prompt, seeds, params.sampler):
+            started_s = time.monotonic()
+            images = generate(
+                loaded.backbone,
+                loaded,
+                chosen,
+                params.negative_prompt,
+                seeds,
+                params.sampler,
+                size_px=(side_px, side_px),
+            )
+            if batch is batches[0]:
+                _log_cost(sum(map(len, batches[1:])), (time.monotonic() - started_s) / len(batch), side_px)
+            for image in images:
                 bar.update()
                 yield image
+
+
+def _log_cost(num_images: int, seconds: float, side_px: int) -> None:
+    """Log how long the remaining images take, each `seconds` as in the first batch."""
+    if num_images * seconds > _COST_ABOVE_S:
+        duration = str(timedelta(seconds=round(num_images * seconds)))
+        log.info(
+            "The other %d images of %d px take about %s (hours:minutes:seconds), %.2g s each as in the first batch. "
+            "prompts.num_prompts sets their number, regularization.side_px their size.",
+            num_images,
+            side_px,
+            duration,
+            seconds,
+        )

@@ -17,6 +17,7 @@ def create_pipeline() -> Pipeline:
                     "base_model": "base_model",
                     "regularization_prompts": "regularization_prompts",
                     "params": "params:regularization",
+                    "ingestion": "params:ingestion",
                     "device": "params:device",
                 },
                 outputs="regularization_set",

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.tracking import NoTracker, Tracker
+from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ _ANY_DEVICE = DeviceParams()
 _NO_TRACKER = NoTracker()
 
 
+@checked_early("device", check_device)
 def check_training(
     base_model: str,
     params: TrainingParams,
@@ -72,6 +75,7 @@ def compare_reconstruction(base_model: str, prepared_image: Image, device: Devic
     return report_reconstruction(open_base_model(base_model, device), prepared_image, tracker)
 
 
+@checked_early("device", check_device)
 def train_concept(
     base_model: str,
     prepared_image: Image,

@@ -1,0 +1,131 @@
+"""The project's commands.
+
+`kedro run`, extended by values with commas and by short error messages; and `kedro import-config`, which converts the
+reference toolkit's configurations.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from kedro.framework.cli.project import run as kedro_run
+from kedro.io import DatasetError
+from kedro.validation.exceptions import ParameterValidationError
+
+from dreamartist_pipeline.cli.import_config import import_config
+from dreamartist_pipeline.cli.logs import configure_logs
+from dreamartist_pipeline.cli.params import parse_params
+from dreamartist_pipeline.cli.selection import check_selection
+from dreamartist_pipeline.errors import InputError, TrainingError, input_error_in
+from dreamartist_pipeline.hooks.console import program, quoted
+from dreamartist_pipeline.hooks.record import close_interrupted_run
+from dreamartist_pipeline.params import ON_CPU
+
+_READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
+
+
+def readable_message(error: BaseException) -> str:
+    """Return the message of the InputError that caused an error, else the error's own text."""
+    if (cause := input_error_in(error)) is not None:
+        return str(cause)
+    lines = str(error).splitlines()
+    return "\n".join(line for line in lines if not line.strip().startswith("For further information visit"))
+
+
+def _report(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def reported(*args: Any, traceback: bool, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except _READABLE as error:
+            if traceback:
+                raise
+            click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
+            cause = input_error_in(error)
+            if cause is not None and ON_CPU in cause.remedy:
+                click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
+            click.echo("(--traceback shows where it was raised)", err=True)
+            raise click.exceptions.Exit(1) from error
+        except KeyboardInterrupt:
+            close_interrupted_run()
+            raise
+
+    return reported
+
+
+def command_with(arguments: list[str], params: str) -> str:
+    """Return the command line of this process with further parameters.
+
+    Args:
+        arguments: as in `sys.argv`.
+        params: `key=value,key=value`.
+    """
+    name, *words = arguments
+    for position, word in enumerate(words):
+        if word == "--params" and position + 1 < len(words):
+            words[position + 1] += f",{params}"
+            break
+        if word.startswith("--params="):
+            words[position] += f",{params}"
+            break
+    else:
+        words += ["--params", params]
+    return quoted([program(Path(name).stem), *words])
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse words that are no options: a value of `--params` with spaces and without quotes.
+
+    Raises:
+        click.UsageError: there are some.
+    """
+    if words:
+        raise click.UsageError(
+            f"expected options; got '{' '.join(words)}'; put the whole value of --params in double quotes: "
+            '--params "subject=cat,generate.prompts=a my-cat, blue background"'
+        )
+
+
+def _build_run_command() -> click.Command:
+    callback = kedro_run.callback
+    assert callback is not None
+
+    def checked_run(**options: Any) -> Any:
+        _check_words(click.get_current_context().args)
+        configure_logs(options["conf_source"])
+        check_selection(options)
+        return callback(**options)
+
+    params = [param for param in kedro_run.params if param.name != "params"]
+    params.append(
+        click.Option(
+            ["--params"],
+            type=click.UNPROCESSED,
+            default="",
+            callback=parse_params,
+            help="Parameters of this run: KEY=VALUE,KEY=VALUE; values may contain commas.",
+        )
+    )
+    params.append(click.Option(["--traceback"], is_flag=True, help="On an error, show where it was raised."))
+    return click.Command(
+        "run",
+        params=params,
+        callback=_report(checked_run),
+        help=kedro_run.help,
+        context_settings={"allow_extra_args": True},  # refused by _check_words
+    )
+
+
+@click.group(name="dreamartist_pipeline")
+def cli() -> None:
+    """Commands of this project."""
+
+
+run = _build_run_command()
+cli.add_command(run)
+cli.add_command(import_config)

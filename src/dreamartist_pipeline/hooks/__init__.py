@@ -1,0 +1,47 @@
+"""Hooks around a run: check the configuration, record the run in MLflow, print progress."""
+
+from dreamartist_pipeline.errors import input_error_in
+from dreamartist_pipeline.hooks.configuration import (
+    ConfigurationHooks,
+    build_parameters,
+    check_image_has_subject,
+    check_names,
+    check_subject,
+    load_parameters,
+    nearest,
+    register_project_root,
+)
+from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, next_lines, written_files
+from dreamartist_pipeline.hooks.record import (
+    RunRecordHooks,
+    close_interrupted_run,
+    flatten,
+    git_tags,
+    number_lists,
+    run_name,
+)
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
+
+__all__ = [
+    "RUN_SETTINGS",
+    "Commands",
+    "ConfigurationHooks",
+    "ConsoleHooks",
+    "RunRecordHooks",
+    "build_parameters",
+    "check_image_has_subject",
+    "check_names",
+    "check_subject",
+    "close_interrupted_run",
+    "flatten",
+    "git_tags",
+    "input_error_in",
+    "load_parameters",
+    "nearest",
+    "next_lines",
+    "number_lists",
+    "register_project_root",
+    "run_name",
+    "settings_of",
+    "written_files",
+]

@@ -1,0 +1,279 @@
+"""Check the configuration and the inputs before a run."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
+from dreamartist_pipeline.errors import InputError, input_error_in
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
+from dreamartist_pipeline.params import KIND_AND_PATH, SECTIONS
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_SUBJECT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_IN_ASCII = str.maketrans(  # letters that Unicode does not decompose to ASCII, and German umlauts
+    "đðħıĸłŋŧøабвгдезийклмнопрстуфыэіαβγδεζηικλμνοπρσςτυφω", "ddhiklntoabvgdeziyklmnoprstufyeiabgdeziiklmnoprsstyfo"
+) | str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "æ": "ae", "œ": "oe", "þ": "th", "'": "", "\u2019": ""}
+    | {"ё": "yo", "ж": "zh", "х": "kh", "ц": "ts", "ч": "ch", "ш": "sh", "щ": "shch", "ъ": "", "ь": "", "ю": "yu"}
+    | {"я": "ya", "є": "ye", "ї": "yi", "ґ": "g", "θ": "th", "ξ": "x", "χ": "ch", "ψ": "ps"}
+)
+
+
+class ConfigurationHooks:
+    """Refuse invalid configuration before anything is loaded or written."""
+
+    @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
+    def after_context_created(self, context: KedroContext) -> None:
+        """Register the project root for configuration files, then validate the parameters of all pipelines.
+
+        Kedro takes a parameter's type from the annotation of the node that reads it, and silently passes a plain
+        dictionary if another annotation of that node cannot be evaluated. The schema does not depend on nodes.
+
+        Raises:
+            InputError: an unknown key or method, an invalid subject, or values out of bounds, all of
+                these in one error.
+        """
+        register_project_root(context.project_path)
+        given = context.config_loader.runtime_params or {}
+        check_names(given, origin="--params")
+        check_image_has_subject(given)
+        check_subject(settings_of(context)["subject"])
+        parameters = load_parameters(context)
+        if Path.cwd() != context.project_path:  # nodes take these relative to the working directory
+            parameters = with_paths_in(parameters, context.project_path, None, marks=[KIND_AND_PATH])
+        context.config_loader["parameters"] = build_parameters(parameters)
+
+    @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
+    def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Fail before the run on missing files and invalid parameters.
+
+        Raises:
+            InputError: a missing input, a damaged concept, an import that would replace a concept, or a node's early
+                check.
+        """
+        if "params:import" in pipeline.inputs() and not catalog.load("params:import").replace:
+            check_replaces_nothing(catalog)
+        for name in sorted(pipeline.inputs()):
+            if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
+                catalog.load(name)  # raises the error of its dataset
+        planned = planned_concept(pipeline, catalog)
+        checks = (check for node in pipeline.nodes for check in early_checks_of(node.func))
+        for check in dict.fromkeys(checks):
+            run_early_check(check, catalog, planned)
+
+
+def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept | None:
+    """Return what is known of a run's concept before the run; None without one, or in an import.
+
+    Raises:
+        InputError: the metadata of the existing concept are damaged.
+    """
+    if any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes):
+        return PlannedConcept.of_training(catalog.load("params:training"))
+    if "concept" not in pipeline.inputs():
+        return None
+    dataset: Any = catalog["concept"]
+    metadata = dataset.load_metadata()
+    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
+
+
+def run_early_check(early: EarlyCheck, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
+    """Run a check on its section of the parameters.
+
+    Raises:
+        InputError: the error of the check, with the section's name as `where`.
+    """
+    try:
+        early.check(catalog.load(f"params:{early.section}"), planned)
+    except InputError as error:
+        raise InputError(error.expected, error.got, error.remedy, where=early.section) from error
+
+
+def register_project_root(project_path: Path) -> None:
+    """Register the resolver `${project_root:}`; the package may be installed outside the project."""
+    OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
+
+
+def check_replaces_nothing(catalog: DataCatalog) -> None:
+    """Refuse an import over an existing concept.
+
+    Raises:
+        InputError: the concept exists.
+    """
+    if catalog.exists("concept"):
+        raise InputError(
+            expected="a subject without a concept",
+            got=f"{path_of(catalog, 'concept')}",
+            remedy="choose another name (subject=NAME), or replace it (import.replace=true)",
+        )
+
+
+def check_names(names: Collection[str], origin: str) -> None:
+    """Refuse top-level parameters that are neither a section nor a run setting.
+
+    Raises:
+        InputError: an unknown name; the remedy suggests the nearest known one.
+    """
+    known = (*RUN_SETTINGS, *SECTIONS)
+    for name in map(str, names):
+        if name not in known:
+            raise InputError(
+                expected=f"parameters out of {', '.join(known)}",
+                got=f"'{name}' from {origin}",
+                remedy=nearest(name, known, otherwise="remove it"),
+            )
+
+
+def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections as the models of params.py, without variables (names with a leading underscore).
+
+    Raises:
+        InputError: unknown keys and values out of bounds, of all sections in one error.
+    """
+    parameters = {name: value for name, value in parameters.items() if not name.startswith("_")}
+    check_names(parameters, origin="conf/")
+    built, problems = dict(parameters), []
+    for section in SECTIONS.keys() & parameters.keys():
+        try:
+            built[section] = SECTIONS[section].model_validate(parameters[section])
+        except ValidationError as error:
+            problems += [f"  {_problem(section, detail)}" for detail in _first_errors(error)]
+    if problems:
+        raise InputError(
+            expected="parameters as defined in src/dreamartist_pipeline/params.py",
+            got="\n".join(["others:", *sorted(problems)]),
+            remedy="correct them in conf/ or in --params",
+        )
+    return built
+
+
+def _first_errors(error: ValidationError) -> list[ErrorDetails]:
+    """Return the errors without those inside the value of an unknown key."""
+    unknown = {detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"}
+    return [
+        detail
+        for detail in error.errors()
+        if detail["type"] == "extra_forbidden" or not any(detail["loc"][: len(key)] == key for key in unknown)
+    ]
+
+
+def _problem(section: str, detail: ErrorDetails) -> str:
+    where = ".".join([section, *map(str, detail["loc"])])
+    if detail["type"] == "extra_forbidden":
+        key, known = str(detail["loc"][-1]), _keys_beside(SECTIONS[section], detail["loc"])
+        return f"{where}: unknown key; {nearest(key, known, otherwise='remove it')}"
+    if isinstance(detail["input"], dict):
+        return f"{where}: {detail['msg']}"
+    problem = f"{where}: {detail['msg']}; got {detail['input']!r}"
+    if isinstance(detail["input"], str) and detail["type"] in ("tuple_type", "list_type"):
+        return f"{problem}; write a list, {as_list(detail['input'])}"
+    if isinstance(detail["input"], str) and detail["type"] in ("model_type", "dict_type"):
+        return f"{problem}; name one of its keys, {where}.KEY=VALUE"
+    return problem
+
+
+def as_list(text: str) -> str:
+    """Return a text as a list in YAML: its parts between commas, in single quotes."""
+    parts = [part.strip().strip("'\"") for part in text.strip("[] ").split(",")]
+    return "[" + ", ".join("'" + part.replace("'", "''") + "'" for part in parts) + "]"
+
+
+def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
+    """Return the keys allowed at the last part of `path`."""
+    for part in path[:-1]:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: Sequence[str], otherwise: str) -> str:
+    """Return a remedy for an unknown name: the nearest known one, else `otherwise`."""
+    spelt = name.lower().replace("+", "-plus").replace(" ", "-")  # as in "DreamArtist++"
+    near = difflib.get_close_matches(spelt, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else otherwise
+
+
+def check_subject(subject: object) -> None:
+    """Refuse a subject that cannot be a folder name and part of a trigger word.
+
+    Raises:
+        InputError: characters other than letters, digits, '.', '-' and '_'.
+    """
+    if subject is None or not _SUBJECT.match(str(subject)):
+        raise InputError(
+            expected="a subject of letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
+            got=f"'{subject}'",
+            remedy=f"use for example '{ascii_subject('' if subject is None else str(subject))}'",
+        )
+
+
+def ascii_subject(text: str) -> str:
+    """Return a valid subject that reads like a text: "Kätzchen" becomes "kaetzchen", a text without letters "subject".
+
+    Umlauts are spelt out as in German; other accents are dropped.
+    """
+    for form in ("NFC", "NFKD"):  # letters of the table first, then the letters below other accents
+        text = unicodedata.normalize(form, text.lower()).translate(_IN_ASCII)
+    unaccented = "".join(character for character in text if not unicodedata.combining(character))
+    return re.sub(r"[^a-z0-9]+", "-", unaccented).strip("-") or "subject"
+
+
+def check_image_has_subject(given: Mapping[str, Any]) -> None:
+    """Refuse `image` without `subject`, because the results would replace those of another subject.
+
+    Raises:
+        InputError: `image` without `subject`.
+    """
+    if "image" in given and "subject" not in given:
+        raise InputError(
+            expected="a subject for the image",
+            got=f"image={given['image']} alone",
+            remedy="add subject=NAME, which names folders and the trigger word",
+        )
+
+
+def load_parameters(context: KedroContext) -> dict[str, Any]:
+    """Return the merged parameters.
+
+    Raises:
+        InputError: raised by a resolver, such as an unknown method; an invalid `${…}`; or an override of a single list
+            entry.
+    """
+    try:
+        return dict(context.config_loader["parameters"])
+    except OmegaConfBaseException as error:
+        if (cause := input_error_in(error)) is not None:
+            raise cause from None
+        raise InputError(
+            expected="parameters whose ${…} refer to others",
+            got=str(error).splitlines()[0],
+            remedy="correct them in conf/ or in --params; a slot of a prompt is written without $, as in {pt1}",
+        ) from error
+    except TypeError as error:  # OmegaConf merges a mapping into a list
+        raise InputError(
+            expected="parameters of the same structure as in conf/",
+            got=f"{context.config_loader.runtime_params} ({error})",
+            remedy=(
+                "replace the whole list, such as training.lora_unet=[{lr: 1e-4, rank: 4, branch: p, layers: "
+                "['re:.*attn']}]"
+            ),
+        ) from error

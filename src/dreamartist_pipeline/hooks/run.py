@@ -1,0 +1,95 @@
+"""What the hooks know of a run: its settings, and where a dataset is stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from kedro.framework.context import KedroContext
+from kedro.io import DataCatalog
+
+from dreamartist_pipeline.params import KIND_AND_PATH, PATH, SECTIONS
+
+RUN_SETTINGS = (
+    "subject",
+    "image",
+    "mask",
+    "init_image",
+    "init_mask",
+    "base_model",
+    "class_word",
+    "caption",
+    "method",
+    "recipe",
+    "prompt_database",
+)
+_PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", "base_model", "prompt_database")
+_HUB = "hub:"
+
+
+def settings_of(context: KedroContext) -> dict[str, Any]:
+    """Return the run settings, each from `--params` or else from globals.yml."""
+    given = context.config_loader["globals"] | (context.config_loader.runtime_params or {})
+    return {name: given.get(name) for name in RUN_SETTINGS}
+
+
+def path_of(catalog: DataCatalog, name: str) -> Path | None:
+    """Return the file or folder of a dataset, if it has one."""
+    dataset = catalog.get(name)
+    path = getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None)
+    return None if path is None else Path(path)
+
+
+def with_paths_in(
+    values: Mapping[str, Any], folder: Path, project: Path | None, marks: Collection[str] = (PATH, KIND_AND_PATH)
+) -> dict[str, Any]:
+    """Return parameters of a run with relative paths taken from `folder`.
+
+    They become relative to the project if they are inside it, else absolute. Ids of the Hugging Face hub stay: of
+    `clip:PATH`, only existing folders are changed.
+
+    Args:
+        values: run settings and sections.
+        folder: absolute.
+        project: absolute; None for absolute paths only.
+        marks: the kinds of parameters in sections.
+    """
+
+    def moved(value: Any, kinds: Collection[Any]) -> Any:
+        if isinstance(value, Mapping):
+            return {name: moved(item, kinds) for name, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item, kinds) for item in value]
+        if isinstance(value, str) and PATH in kinds and not is_absolute(value):
+            return _in_project(folder / value, project)
+        if isinstance(value, str) and KIND_AND_PATH in kinds:
+            kind, _, path = value.partition(":")
+            return f"{kind}:{_in_project(folder / path, project)}" if path and (folder / path).is_dir() else value
+        return value
+
+    changed = {name: moved(value, [PATH]) if name in _PATH_SETTINGS else value for name, value in values.items()}
+    for section in SECTIONS.keys() & values.keys():
+        if isinstance(values[section], Mapping):
+            fields = SECTIONS[section].model_fields
+            changed[section] = {
+                name: moved(value, {*fields[name].metadata} & {*marks}) if name in fields else value
+                for name, value in values[section].items()
+            }
+    return changed
+
+
+def is_absolute(path: str) -> bool:
+    """Return whether a path or `hub:` id does not depend on a folder; absolute paths of Windows count everywhere."""
+    return path.startswith((_HUB, "~")) or Path(path).is_absolute() or bool(PureWindowsPath(path).drive)
+
+
+def _in_project(path: Path, project: Path | None) -> str:
+    plain = Path(os.path.normpath(path))  # without `..`; links stay
+    return str(plain) if project is None or not plain.is_relative_to(project) else plain.relative_to(project).as_posix()
+
+
+def shown(path: Path) -> str:
+    """Return a path as a user types it: relative to the working directory if it is inside, else absolute."""
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.as_posix()
