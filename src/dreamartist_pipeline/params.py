@@ -751,6 +751,7 @@ class PretrainParams(Params):
     start: Annotated[str | None, PATH] = None  # folder of an embedded base model
     keep_autoencoder: bool = False  # use the autoencoder of `start`
     continue_denoiser: bool = False  # initialise UNet and text encoder from `start`, except for new words
+    checkpoints: Annotated[str, PATH]  # folder
     autoencoder: StageParams
     towers: StageParams
     denoiser: DenoiserParams
@@ -773,6 +774,7 @@ class JudgeParams(Params):
     channels: Annotated[tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...], Field(min_length=1, max_length=5)]
     training: StageParams
     num_test_scenes: PositiveInt = 4000
+    checkpoints: Annotated[str, PATH]  # folder
 
 
 SECTIONS: dict[str, type[Params]] = {

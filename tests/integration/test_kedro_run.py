@@ -320,8 +320,7 @@ PICTURES = (
     *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
     *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
 )
-DATA = {  # kinds of datasets that load to data, not to something that reads or writes elsewhere; but for checkpoints,
-    "CheckpointsDataset",  # which a training of hours reads and writes while it runs
+DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),

@@ -37,7 +37,7 @@ def sprites() -> SpriteSet:
 
 
 @pytest.fixture
-def params() -> JudgeParams:
+def params(tmp_path: Path) -> JudgeParams:
     training = {
         "num_steps": 4,
         "batch_size": 2,
@@ -46,31 +46,36 @@ def params() -> JudgeParams:
         "num_scenes": 16,
         "warmup_steps": 1,
     }
-    return JudgeParams(channels=(4, 4, 8, 8), training=training, num_test_scenes=40)
+    return JudgeParams(channels=(4, 4, 8, 8), training=training, num_test_scenes=40, checkpoints=str(tmp_path))
 
 
-def test_a_judge_knows_the_words_of_its_sprites(sprites: SpriteSet, params: JudgeParams, tmp_path: Path):
-    judge = train_judge(sprites, params, CheckpointStore(tmp_path), RecordingTracker())
+def test_a_judge_knows_the_words_of_its_sprites(sprites: SpriteSet, params: JudgeParams):
+    judge = train_judge(sprites, params, RecordingTracker())
     assert judge.vocabulary.objects == ("apple", "whale")
     assert judge.vocabulary.styles == ("flat", "noto")
 
 
-def test_an_interrupted_training_resumes_to_the_same_weights(sprites: SpriteSet, params: JudgeParams, tmp_path: Path):
-    class InterruptingStore(CheckpointStore):
-        def save(self, name: str, state: dict[str, Any]) -> None:
-            super().save(name, state)
-            raise KeyboardInterrupt
+def test_an_interrupted_training_resumes_to_the_same_weights(
+    sprites: SpriteSet, params: JudgeParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save = CheckpointStore.save
 
-    whole = train_judge(sprites, params, CheckpointStore(tmp_path / "whole"), RecordingTracker())
-    with pytest.raises(KeyboardInterrupt):
-        train_judge(sprites, params, InterruptingStore(tmp_path / "cut"), RecordingTracker())
-    resumed = train_judge(sprites, params, CheckpointStore(tmp_path / "cut"), RecordingTracker())
+    def save_and_interrupt(store: CheckpointStore, name: str, checkpoint: dict[str, Any]) -> None:
+        save(store, name, checkpoint)
+        raise KeyboardInterrupt
+
+    whole = train_judge(sprites, params, RecordingTracker())
+    other = params.model_copy(update={"checkpoints": str(tmp_path / "other")})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointStore, "save", save_and_interrupt)
+        train_judge(sprites, other, RecordingTracker())
+    resumed = train_judge(sprites, other, RecordingTracker())
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-def test_every_accuracy_is_reported_and_tracked(sprites: SpriteSet, params: JudgeParams, tmp_path: Path):
+def test_every_accuracy_is_reported_and_tracked(sprites: SpriteSet, params: JudgeParams):
     tracker = RecordingTracker()
-    judge = train_judge(sprites, params, CheckpointStore(tmp_path), tracker)
+    judge = train_judge(sprites, params, tracker)
     report = measure_judge(judge, sprites, params, tracker)
     assert tracker.metrics["judge/samples"] == 4 * 2  # steps times batch size
     assert report["num_scenes"]["all"] == 40

@@ -9,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from pydantic import ValidationError
 
-from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
 from dreamartist_pipeline.embedded.datasets import PretrainedFolderDataset
 from dreamartist_pipeline.embedded.model import build_autoencoder, build_text_encoder, build_tokenizer, build_unet
 from dreamartist_pipeline.embedded.sprites import choose_sprites, icon_svg
@@ -85,6 +84,7 @@ def params() -> PretrainParams:
         autoencoder_only_packages=["extra"],
         objects={"apple": "1f34e"},
         held_out_objects={"fox": "1f98a"},
+        checkpoints="checkpoints",
         autoencoder=stage,
         towers=stage,
         denoiser=stage,
@@ -167,19 +167,19 @@ def test_the_pipeline_saves_a_model_that_stable_diffusion_loads_and_resumes_to_t
     packages, params, tmp_path
 ):
     def train(folder: str, interrupted: bool) -> dict[str, torch.Tensor]:
-        store = CheckpointStore(tmp_path / folder / "checkpoints")
+        here = params.model_copy(update={"checkpoints": str(tmp_path / folder / "checkpoints")})
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
-                train_autoencoder(sprites, held_out, None, params, store, InterruptingTracker())
+                train_autoencoder(sprites, held_out, None, here, InterruptingTracker())
         autoencoder = PretrainedFolderDataset(path=str(tmp_path / folder / "autoencoder"))
-        autoencoder.save(train_autoencoder(sprites, held_out, None, params, store, tracker))
+        autoencoder.save(train_autoencoder(sprites, held_out, None, here, tracker))
         tokenizer, towers, model = (
             PretrainedFolderDataset(path=str(tmp_path / folder / name)) for name in ("tokenizer", "towers", "model")
         )
         tokenizer.save(build_vocabulary(sprites, params))
-        towers.save(train_towers(sprites, tokenizer.load(), params, store, tracker))
+        towers.save(train_towers(sprites, tokenizer.load(), here, tracker))
         paths = autoencoder.load(), tokenizer.load(), towers.load()
-        pipeline = train_denoiser(sprites, *paths, None, params, store, tracker)
+        pipeline = train_denoiser(sprites, *paths, None, here, tracker)
         model.save(pipeline)
         return {**pipeline.unet.state_dict(), **{f"vae.{k}": v for k, v in pipeline.vae.state_dict().items()}}
 
@@ -222,7 +222,7 @@ def test_a_base_model_is_continued_with_a_larger_vocabulary_and_its_own_autoenco
     )
     start.save_pretrained(tmp_path / "start")
     keeping = params.model_copy(update={"keep_autoencoder": True, "start": "given"})
-    kept = train_autoencoder(None, None, str(tmp_path / "start"), keeping, None, RecordingTracker())
+    kept = train_autoencoder(None, None, str(tmp_path / "start"), keeping, RecordingTracker())
     kept.save_pretrained(tmp_path / "kept")
 
     parts = DenoiserParts(str(tmp_path / "kept"), "", str(tmp_path / "larger"), str(tmp_path / "start"))

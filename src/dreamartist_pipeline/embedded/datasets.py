@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kedro.io import AbstractDataset, DatasetError
 
 from dreamartist_pipeline.datasets.whole_files import written_whole
-from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.embedded.judge import Judge
@@ -164,26 +163,6 @@ class StartDataset(AbstractDataset[None, str | None]):
 
     def _describe(self) -> dict[str, Any]:
         return {"path": self._path}
-
-
-class CheckpointsDataset(AbstractDataset[None, CheckpointStore]):
-    """The folder of the checkpoints of a training, which reads and replaces them while it runs."""
-
-    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
-        self._path = Path(path)
-        self.metadata = metadata
-
-    def load(self) -> CheckpointStore:
-        return CheckpointStore(self._path)
-
-    def save(self, data: None) -> None:
-        raise DatasetError(f"{self._path} is read-only")
-
-    def _exists(self) -> bool:
-        return True  # the training creates it
-
-    def _describe(self) -> dict[str, Any]:
-        return {"path": self._path.as_posix()}
 
 
 class JudgeDataset(_FileDataset["Judge"]):

@@ -39,9 +39,6 @@ _MAX_GRAD_NORM = 1.0
 class Checkpoints(Protocol):
     """The latest checkpoint of each stage, by name."""
 
-    def of_recipe(self, recipe: str) -> Checkpoints:
-        """Return the checkpoints of one recipe."""
-
     def load(self, name: str) -> Checkpoint | None:
         """Return the latest checkpoint of a stage, or None."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.tracking import Tracker
@@ -10,7 +11,6 @@ from dreamartist_pipeline.params import JudgeParams, PretrainParams
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.embedded.judge import Judge
-    from dreamartist_pipeline.embedded.pretraining import Checkpoints
     from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 
@@ -24,10 +24,11 @@ def render_test_sprites(packages: SpritePackages, pretrain: PretrainParams) -> S
     return _render_named(packages, pretrain, pretrain.sprite_px)
 
 
-def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoints, tracker: Tracker) -> Judge:
+def train_judge(sprites: SpriteSet, params: JudgeParams, tracker: Tracker) -> Judge:
     """Train the judge on augmented scenes with every tint, from its latest checkpoint on."""
     import torch
 
+    from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
     from dreamartist_pipeline.embedded.judge import (
         IMAGE_PX,
         Judge,
@@ -49,7 +50,7 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, checkpoints: Checkpoint
         images = augment(compose(sprites.images, scenes.rows(chosen), IMAGE_PX), generator)
         return judge_loss(judge, images, [scenes.shown[index] for index in chosen.tolist()])
 
-    store = checkpoints.of_recipe(_recipe(params, vocabulary))
+    store = CheckpointStore(Path(params.checkpoints)).of_recipe(_recipe(params, vocabulary))
     run_stage("judge", [judge], loss_of, stage, params.seed, store, tracker)
     return judge.eval().requires_grad_(False)
 
@@ -91,5 +92,7 @@ def _render_named(packages: SpritePackages, pretrain: PretrainParams, side_px: i
 
 def _recipe(params: JudgeParams, vocabulary: object) -> str:
     """Hash what affects the weights: a checkpoint is continued under the same recipe only."""
-    decisive = params.model_dump_json(exclude={"num_test_scenes"}, exclude_defaults=True) + repr(vocabulary)
+    decisive = params.model_dump_json(exclude={"num_test_scenes", "checkpoints"}, exclude_defaults=True) + repr(
+        vocabulary
+    )
     return hashlib.sha256(decisive.encode()).hexdigest()[:12]

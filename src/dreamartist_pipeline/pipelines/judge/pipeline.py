@@ -19,7 +19,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
         [
             node(render_training_sprites, ["sprite_packages", "params:pretrain", "params:judge"], "judge_sprites"),
             node(render_test_sprites, ["sprite_packages", "params:pretrain"], "judge_test_sprites"),
-            node(tracked(train_judge, tracker), ["judge_sprites", "params:judge", "judge_checkpoints"], "judge"),
+            node(tracked(train_judge, tracker), ["judge_sprites", "params:judge"], "judge"),
             node(tracked(measure_judge, tracker), ["judge", "judge_test_sprites", "params:judge"], "judge_accuracy"),
         ]
     )

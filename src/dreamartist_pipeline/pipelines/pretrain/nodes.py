@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import CLIPModel, CLIPTokenizer
 
-    from dreamartist_pipeline.embedded.pretraining import Checkpoints
+    from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
     from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 
@@ -41,7 +41,6 @@ def train_autoencoder(
     held_out_sprites: SpriteSet,
     start: str | None,
     params: PretrainParams,
-    checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> AutoencoderKL:
     """Train the autoencoder on scenes of all sprites from its latest checkpoint on, or load the one of `start`."""
@@ -52,7 +51,7 @@ def train_autoencoder(
 
     if params.keep_autoencoder:
         return AutoencoderKL.from_pretrained(start, subfolder="vae", local_files_only=True)
-    store = checkpoints.of_recipe(_recipe(params, "autoencoder"))
+    store = _store(params, "autoencoder")
     return run_on_processes(fit_autoencoder, _num_processes(params), sprites, held_out_sprites, params, store, tracker)
 
 
@@ -66,9 +65,7 @@ def build_vocabulary(sprites: SpriteSet, params: PretrainParams) -> CLIPTokenize
         return build_tokenizer(captions, Path(folder), params.size.max_tokens)
 
 
-def train_towers(
-    sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, checkpoints: Checkpoints, tracker: Tracker
-) -> CLIPModel:
+def train_towers(sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, tracker: Tracker) -> CLIPModel:
     """Train text and image tower, from their latest checkpoint on."""
     from transformers import CLIPTokenizer
 
@@ -76,7 +73,7 @@ def train_towers(
     from dreamartist_pipeline.embedded.scenes import draw_scenes
     from dreamartist_pipeline.embedded.stages import fit_towers, token_ids_of
 
-    store = checkpoints.of_recipe(_recipe(params, "towers"))
+    store = _store(params, "towers")
     scenes = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
     token_ids = token_ids_of(tokenizer, list(scenes.captions))
@@ -93,7 +90,6 @@ def train_denoiser(
     towers_path: str,
     start: str | None,
     params: PretrainParams,
-    checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder on captioned scenes, from their latest checkpoint on."""
@@ -102,7 +98,7 @@ def train_denoiser(
     from dreamartist_pipeline.embedded.processes import run_on_processes
     from dreamartist_pipeline.embedded.stages import DenoiserParts, fit_denoiser
 
-    store = checkpoints.of_recipe(_recipe(params, "autoencoder", "towers", "denoiser"))
+    store = _store(params, "autoencoder", "towers", "denoiser")
     parts = DenoiserParts(autoencoder_path, towers_path, tokenizer_path, start if params.continue_denoiser else None)
     pipeline = run_on_processes(fit_denoiser, _num_processes(params), sprites, parts, params, store, tracker)
     return pipeline.to(torch.float16)
@@ -129,9 +125,16 @@ _STAGES = ("autoencoder", "towers", "denoiser")
 _LENGTH = {"num_steps", "decay_now", "minutes", "checkpoint_minutes", "drawing_processes"}
 
 
+def _store(params: PretrainParams, *stages: str) -> CheckpointStore:
+    from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
+
+    return CheckpointStore(Path(params.checkpoints)).of_recipe(_recipe(params, *stages))
+
+
 def _recipe(params: PretrainParams, *stages: str) -> str:
     """Hash what affects the stages, except their length: a checkpoint is continued under the same recipe only."""
-    ignored = {"num_processes": True} | {name: _LENGTH if name in stages else True for name in _STAGES}
+    ignored = {name: _LENGTH if name in stages else True for name in _STAGES}
+    ignored |= {"num_processes": True, "checkpoints": True}
     return hashlib.sha256(params.model_dump_json(exclude=ignored, exclude_defaults=True).encode()).hexdigest()[:12]
 
 

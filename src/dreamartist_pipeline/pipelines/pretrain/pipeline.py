@@ -22,7 +22,6 @@ _DENOISER_INPUTS = [
     "pretrained_towers",
     "pretraining_start",
     "params:pretrain",
-    "pretraining_checkpoints",
 ]
 
 
@@ -39,14 +38,14 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
             ),
             node(
                 tracked(train_autoencoder, tracker),
-                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain", "pretraining_checkpoints"],
+                ["sprites", "held_out_sprites", "pretraining_start", "params:pretrain"],
                 "pretrained_autoencoder",
                 name="train_autoencoder",
             ),
             node(build_vocabulary, ["sprites", "params:pretrain"], "pretrained_tokenizer", name="build_vocabulary"),
             node(
                 tracked(train_towers, tracker),
-                ["sprites", "pretrained_tokenizer", "params:pretrain", "pretraining_checkpoints"],
+                ["sprites", "pretrained_tokenizer", "params:pretrain"],
                 "pretrained_towers",
                 name="train_towers",
             ),
