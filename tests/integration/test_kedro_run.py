@@ -150,17 +150,25 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
 
     run = last_run(project)
     assert run.info.status == "FINISHED"
-    assert run.info.run_name.startswith(f"{SUBJECT} · default · dreamartist-plus-plus · ingestion.bucket.side_px=32")
-    assert run.data.params["training.lora_unet.1.branch"] == "negative"
-    assert run.data.params["training.words.names.pt1"] == f"['my-{SUBJECT}', 'my-{SUBJECT}-neg']"
+    assert run.info.run_name.startswith(f"{SUBJECT} · default · ingestion.bucket.side_px=32")
+    assert run.info.run_name.endswith("dreamartist-plus-plus")
+    assert (run.data.params["steps"], run.data.params["rank.unet.1.negative"]) == ("2", "8")
+    assert run.data.params["evaluation.images_per_prompt"] == "2"
+    assert "training.words.names.pt1" not in run.data.params  # as in the preset
     measured = json.loads((project / "data/08_reporting" / SUBJECT / "evaluation_metrics.json").read_text())
-    assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
+    assert {"Loss/total", "training/guidance_scale", "training/steps_per_second"} <= run.data.metrics.keys()
     assert measured.items() <= run.data.metrics.items()
     assert run.data.tags["command_line"].endswith(settings(project))
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
-    assert {"concept", "evaluation", "export", "training"} <= {
+    assert {"concept", "configuration.yaml", "evaluation", "export", "training"} <= {
         file.path for file in client.list_artifacts(run.info.run_id)
     }
+    assert {"training/previews.png", "training/training_curves.html"} <= {
+        file.path for file in client.list_artifacts(run.info.run_id, "training")
+    }
+    note = run.data.tags["mlflow.note.content"]
+    assert f"evaluation/contact_sheet.png&run_uuid={run.info.run_id}" in note
+    assert not [tag for tag, value in run.data.tags.items() if " at 0x" in value]
 
 
 def test_the_closing_summary_lists_files_and_commands(
@@ -180,7 +188,10 @@ def test_every_generate_run_has_a_folder_of_its_own(project: Path) -> None:
     output = project / "data" / "07_model_output" / SUBJECT
     (folder,) = [path for path in output.iterdir() if path.is_dir() and path.name != "export"]
     assert len(list(folder.rglob("*.png"))) == 2
-    assert last_run(project).data.params["generate.prompts"] == f"['{prompt}']"
+    run = last_run(project)
+    assert run.data.params["generate.prompts"] == f"['{prompt}']"
+    assert run.data.params["rank.unet.1.negative"] == "8"  # repeated from the training
+    assert "mlflow.parentRunId" in run.data.tags
 
 
 @pytest.mark.usefixtures("trained")

@@ -108,27 +108,27 @@ def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_
 
 
 def test_prior_drift_is_the_mean_distance_of_both_models_images(images: EvaluationImages) -> None:
-    assert measure(images, []).metrics["prior_drift_pixels"] == pytest.approx((0 + 51 / 255) / 2)
+    assert measure(images, []).metrics["prior_drift/pixels"] == pytest.approx((0 + 51 / 255) / 2)
 
 
 def test_similarity_is_that_of_the_object_whatever_the_background(images: EvaluationImages) -> None:
     measured = measure(images, [MeanColor()])
     first = next(row for row in measured.rows if row["group"] == CONCEPT and row["seed"] == 7)
     assert first["mean-color/similarity"] == pytest.approx(1.0, abs=1e-6)  # orange on blue, against orange on white
-    assert measured.metrics["mean-color/similarity/ceiling"] == pytest.approx(1.0, abs=1e-6)
+    assert measured.metrics["similarity/ceiling.mean-color"] == pytest.approx(1.0, abs=1e-6)
     values = [
         row["mean-color/similarity"] for row in measured.rows if row["group"] == CONCEPT and row["kind"] == "subject"
     ]
-    assert measured.metrics["mean-color/similarity/concept"] == pytest.approx(sum(values) / 4, abs=1e-6)
+    assert measured.metrics["similarity/concept.mean-color"] == pytest.approx(sum(values) / 4, abs=1e-6)
 
 
 def test_copying_counts_the_nearest_image_background_included(images: EvaluationImages) -> None:
     copied = Drawings(("a {pt1}",), ["a my-fox"], (7, 8), [[images.reference, _picture("black", "teal")]])
     subject = {BASE: images.subject[BASE], CONCEPT: copied}
     measured = measure(EvaluationImages(images.reference, images.reference, subject, images.prior), [MeanColor()])
-    assert measured.metrics["copying_pixels/concept"] == 1.0
-    assert measured.metrics["mean-color/copying/concept"] == pytest.approx(1.0, abs=1e-6)
-    assert measured.metrics["copying_pixels/base"] < 0.9
+    assert measured.metrics["copying/concept.pixels"] == 1.0
+    assert measured.metrics["copying/concept.mean-color"] == pytest.approx(1.0, abs=1e-6)
+    assert measured.metrics["copying/base.pixels"] < 0.9
 
 
 def test_diversity_is_zero_where_all_seeds_give_one_image(images: EvaluationImages) -> None:
@@ -138,8 +138,8 @@ def test_diversity_is_zero_where_all_seeds_give_one_image(images: EvaluationImag
     metrics = measure(
         EvaluationImages(images.reference, images.reference, subject, images.prior), [MeanColor()]
     ).metrics
-    assert metrics["mean-color/diversity/concept"] == pytest.approx(0, abs=1e-6)
-    assert metrics["mean-color/diversity/base"] > 0.001
+    assert metrics["diversity/concept.mean-color"] == pytest.approx(0, abs=1e-6)
+    assert metrics["diversity/base.mean-color"] > 0.001
 
 
 def test_what_nothing_asks_for_is_left_out(images: EvaluationImages) -> None:
@@ -196,7 +196,7 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     assert isinstance(sheet, Image.Image)
     assert metrics == json.loads(json.dumps(metrics))
     assert scores == {name: {"value": value, "step": 0} for name, value in metrics.items()}
-    assert tracker.images == {"contact_sheet": sheet}
+    assert tracker.images == {"Previews/contact sheet": sheet}
     assert isinstance(table, pd.DataFrame)
     assert table.groupby(["kind", "group"]).size().to_dict() == {
         ("subject", BASE): 4,
@@ -205,7 +205,7 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     }
     assert table["prompt"].iloc[0] == "a fox, blue background"
     assert "a my-fox, blue background" in set(table["prompt"])
-    assert {"efficientnet-lite0/similarity/concept", "efficientnet-lite0/prior_drift"} <= set(metrics)
+    assert {"similarity/concept.efficientnet-lite0", "prior_drift/efficientnet-lite0"} <= set(metrics)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
 ) -> None:
     params = _params(evaluators=())
     _, metrics, table = _evaluate(tiny_base_model, zero_step_concept, params)
-    assert metrics["prior_drift_pixels"] == 0
+    assert metrics["prior_drift/pixels"] == 0
     assert (table.query("kind == 'prior'")["drift_pixels"] == 0).all()
 
 
@@ -281,7 +281,7 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
     concept = start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
     _, metrics, table = _evaluate(tiny_base_model, concept, _params(evaluators=()))
     assert {"a fox, blue background", "a sks fox, blue background"} <= set(table["prompt"])
-    assert metrics["prior_drift_pixels"] == 0  # the base model is drawn under the concept's conditions
+    assert metrics["prior_drift/pixels"] == 0  # the base model is drawn under the concept's conditions
 
 
 def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, zero_step_concept: Concept) -> None:

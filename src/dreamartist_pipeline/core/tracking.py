@@ -19,7 +19,10 @@ class Tracker(Protocol):
         """Log scalar values."""
 
     def log_image(self, image: Image, key: str, step: int) -> None:
-        """Log an image."""
+        """Log an image of a series."""
+
+    def log_image_file(self, image: Image, file: str) -> None:
+        """Log an image under a path, in place of an earlier one."""
 
 
 def tracked(function: Callable[..., _Result], tracker: Tracker) -> Callable[..., _Result]:

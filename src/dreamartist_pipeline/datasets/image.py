@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset
-from kedro_datasets._typing import ImagePreview
+from kedro_datasets._typing import ImagePreview, TablePreview
 from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
@@ -129,6 +129,10 @@ class CaptionDataset(ReadOnlyDataset[str]):
                 got=f"{error}",
                 remedy='save it as UTF-8, rename it, or set --params caption="…"',
             ) from error
+
+    def preview(self) -> TablePreview:
+        """Show the caption."""
+        return TablePreview({"index": [0], "columns": ["caption"], "data": [[self.load() or "(none)"]]})
 
     def _exists(self) -> bool:
         return True

@@ -63,7 +63,7 @@ def _sampling_line(params: EvaluationParams) -> str:
 def _score_lines(metrics: dict[str, float], evaluator: str | None) -> list[str]:
     lines = []
     if evaluator:
-        base, concept, ceiling = (metrics[f"{evaluator}/similarity/{group}"] for group in (BASE, CONCEPT, "ceiling"))
+        base, concept, ceiling = (metrics[f"similarity/{group}.{evaluator}"] for group in (BASE, CONCEPT, "ceiling"))
         lines.append(
             f"similarity to the reference ({evaluator}): base {base:.2f}, concept {concept:.2f}; "
             f"reconstruction by the autoencoder {ceiling:.2f}"
@@ -75,5 +75,5 @@ def _score_lines(metrics: dict[str, float], evaluator: str | None) -> list[str]:
         if f"{name}_agreement/{CONCEPT}" in metrics:
             base, concept = (metrics[f"{name}_agreement/{group}"] for group in (BASE, CONCEPT))
             lines.append(f"{text}: base {base:.0%}, concept {concept:.0%}")
-    lines.append(f"drift without the trigger word: {metrics['prior_drift_pixels']:.1%} of the pixel range")
+    lines.append(f"drift without the trigger word: {metrics['prior_drift/pixels']:.1%} of the pixel range")
     return lines
