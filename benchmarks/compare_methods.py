@@ -190,8 +190,8 @@ def of_subject(result: Results, group: str) -> dict[str, float]:
         "similarity": float(images[f"{EVALUATOR}/similarity"].mean()),
         "background": _share(images["background_agrees"]),
         "color": _share(images["color_agrees"]),
-        "diversity": _metric(result, f"diversity/{group}.{EVALUATOR}"),
-        "copying": _metric(result, f"copying/{group}.{EVALUATOR}"),
+        "diversity": _metric(result, f"variety/diversity.{group}.{EVALUATOR}"),
+        "copying": _metric(result, f"variety/copying.{group}.{EVALUATOR}"),
     }
     if group == "concept":
         values |= {

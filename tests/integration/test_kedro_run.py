@@ -156,7 +156,7 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert run.data.params["evaluation.images_per_prompt"] == "2"
     assert "training.words.names.pt1" not in run.data.params  # as in the preset
     measured = json.loads((project / "data/08_reporting" / SUBJECT / "evaluation_metrics.json").read_text())
-    assert {"Loss/total", "training/guidance_scale", "training/steps_per_second"} <= run.data.metrics.keys()
+    assert {"loss/total", "training/guidance_scale", "training/steps_per_second"} <= run.data.metrics.keys()
     assert measured.items() <= run.data.metrics.items()
     assert run.data.tags["command_line"].endswith(settings(project))
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")

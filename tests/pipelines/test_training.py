@@ -46,7 +46,7 @@ class RecordingTracker:
         self.metrics[step] = self.metrics.get(step, {}) | metrics
 
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
-        assert key == "Previews/by step"
+        assert key == "previews/by step"
         self.images[step] = image
 
     def log_image_file(self, image: Image.Image, file: str) -> None:
@@ -318,20 +318,20 @@ def test_the_history_has_one_row_per_step_and_the_tracker_live_curves(
     _, history = train(tiny_base_model, make_training_params(), tracker)
     assert history["step"].tolist() == [1, 2, 3]
     curves = {
-        "loss": "Loss/total",
-        "loss_reference": "Loss/reference",
-        "loss_regularization": "Loss/regularization",
+        "loss": "loss/total",
+        "loss_reference": "loss/reference",
+        "loss_regularization": "loss/regularization",
         "guidance_scale": "training/guidance_scale",
         "lr/unet.0.positive": "training/lr.unet.0.positive",
         "lr/words.negative.pt1": "training/lr.words.negative.pt1",
-        "grad_norm/negative/adapters": "gradient/negative.adapters",
-        "grad_norm/positive/words": "gradient/positive.words",
+        "grad_norm/negative/adapters": "training/gradient.negative.adapters",
+        "grad_norm/positive/words": "training/gradient.positive.words",
     }
     assert set(curves) <= set(history.columns)
     assert {*curves.values()} <= tracker.metrics[1].keys()
     assert tracker.metrics[3]["training/steps_per_second"] == pytest.approx(3 / history["seconds"].sum())
     assert tracker.metrics[3]["training/peak_memory_gib"] > 0.1  # torch alone is larger
-    assert tracker.metrics[3]["Loss/total"] == pytest.approx(history["loss"].iloc[-1])
+    assert tracker.metrics[3]["loss/total"] == pytest.approx(history["loss"].iloc[-1])
     assert len(plot_history(history).data) > 0
 
 
@@ -349,9 +349,9 @@ def test_charts_sorted_by_group_and_name_begin_with_the_losses_and_end_with_the_
     columns = ("grad_norm/positive/words", "guidance_scale", "loss", "loss_reference", "lr/unet.0.positive")
     names = sorted((name.rpartition("/")[0], name) for name in map(curve_name, columns))
     assert [name for _, name in names] == [
-        "Loss/reference",
-        "Loss/total",
-        "gradient/positive.words",
+        "loss/reference",
+        "loss/total",
+        "training/gradient.positive.words",
         "training/guidance_scale",
         "training/lr.unet.0.positive",
     ]

@@ -20,7 +20,7 @@ from dreamartist_pipeline.params import TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt
 
 _CURVE_POINTS = 200  # about as many points in live curves; each is a mean over steps
-_PREVIEW_KEY = "Previews/by step"
+_PREVIEW_KEY = "previews/by step"
 _FILMSTRIP_COLUMNS = 12
 _GIB = 2**30
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
@@ -65,17 +65,17 @@ class StepReport:
 def curve_name(column: str) -> str:
     """Return the name of a history column as a metric.
 
-    MLflow groups charts by what is before the last slash, sorts groups and charts by name, capitals first, and shows
-    only the beginning of long names: the losses come first, and what the schedules determine last.
+    MLflow groups charts by what is before the last slash, sorts groups and charts by name, and shows only the beginning
+    of long names: the losses come first, then previews, and last what the schedules determine.
     """
     kind, _, rest = column.partition("/")
     if kind == "grad_norm":
-        return f"gradient/{rest.replace('/', '.')}"
+        return f"training/gradient.{rest.replace('/', '.')}"
     if kind == "lr":
         return f"training/lr.{rest}"
     if column == "guidance_scale":
         return "training/guidance_scale"
-    return f"Loss/{column.removeprefix('loss_')}" if column.startswith("loss_") else "Loss/total"
+    return f"loss/{column.removeprefix('loss_')}" if column.startswith("loss_") else "loss/total"
 
 
 def log_performance(history: Sequence[Mapping[str, float]], device: torch.device, tracker: Tracker) -> None:
