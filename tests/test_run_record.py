@@ -14,7 +14,7 @@ from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.datasets.concept import ConceptDataset
-from dreamartist_pipeline.datasets.image import ReferenceImageDataset
+from dreamartist_pipeline.datasets.image import CaptionDataset, ReferenceImageDataset
 from dreamartist_pipeline.hooks import RunRecordHooks
 from dreamartist_pipeline.hooks.parameters import recorded_parameters, repeated_parameters
 from dreamartist_pipeline.hooks.story import run_that_made, with_sections
@@ -130,6 +130,7 @@ def catalog(tmp_path: Path) -> DataCatalog:
     return DataCatalog(
         {
             "reference_image": ReferenceImageDataset(filepath=str(tmp_path / "cat.png")),
+            "reference_caption": CaptionDataset(filepath=str(tmp_path / "cat.png"), caption="white background"),
             "concept": ConceptDataset(filepath=str(tmp_path / "concept.safetensors")),
             "params:training": MemoryDataset(training()),
             "params:generate": MemoryDataset(GenerateParams(prompts=("a cat",))),
@@ -137,7 +138,16 @@ def catalog(tmp_path: Path) -> DataCatalog:
     )
 
 
-TRAIN = Pipeline([node(lambda image, params: image, ["reference_image", "params:training"], "concept", name="train")])
+TRAIN = Pipeline(
+    [
+        node(
+            lambda image, caption, params: image,
+            ["reference_image", "reference_caption", "params:training"],
+            "concept",
+            name="train",
+        )
+    ]
+)
 GENERATE = Pipeline([node(lambda concept, params: concept, ["concept", "params:generate"], "images", name="draw")])
 
 
@@ -207,6 +217,7 @@ def test_a_training_is_tagged_with_its_concept_and_base_model_and_has_the_pictur
     run = record(experiment, TRAIN, catalog)
     sha256 = hashlib.sha256(catalog["concept"]._filepath.read_bytes()).hexdigest()
     assert run.data.tags["concept_sha256"] == sha256
+    assert run.data.params["caption"] == "white background"
     assert run.data.tags["base_model_fingerprint"] == "sha256:0123"
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "reference image of cat"

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 _PARAMS_PER_REQUEST = 100  # MLflow's limit
+_CAPTION_LENGTH = 6000  # MLflow's limit for the value of a parameter
 _DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
 _OBJECT = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>")  # repr of an object, with its address
 
@@ -86,6 +87,8 @@ class RunRecordHooks:
         _log_parameters(parameters)
         if "reference_image" in pipeline.inputs():
             _log_reference(catalog, str(self._settings["subject"]))
+        if "reference_caption" in pipeline.inputs() and (caption := catalog.load("reference_caption")):
+            mlflow.log_param("caption", caption[:_CAPTION_LENGTH])
         mlflow.log_dict(self._settings | plain_sections(sections), "configuration.yaml")
         self._name(run_params, parameters.get("method"))
 
