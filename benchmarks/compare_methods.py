@@ -173,7 +173,7 @@ def check_same_base(results: dict[str, dict[str, Results]]) -> None:
     Raises:
         SystemExit: they differ, so the rows of the table are not comparable.
     """
-    name = f"{EVALUATOR}/similarity/base"
+    name = f"similarity/base.{EVALUATOR}"
     for subject, by_method in results.items():
         values = {method: round(result.metrics[name], 6) for method, result in by_method.items()}
         if len(set(values.values())) > 1:
@@ -190,13 +190,13 @@ def of_subject(result: Results, group: str) -> dict[str, float]:
         "similarity": float(images[f"{EVALUATOR}/similarity"].mean()),
         "background": _share(images["background_agrees"]),
         "color": _share(images["color_agrees"]),
-        "diversity": _metric(result, f"{EVALUATOR}/diversity/{group}"),
-        "copying": _metric(result, f"{EVALUATOR}/copying/{group}"),
+        "diversity": _metric(result, f"variety/diversity.{group}.{EVALUATOR}"),
+        "copying": _metric(result, f"variety/copying.{group}.{EVALUATOR}"),
     }
     if group == "concept":
         values |= {
-            "prior_drift_pixels": _metric(result, "prior_drift_pixels"),
-            "prior_drift": _metric(result, f"{EVALUATOR}/prior_drift"),
+            "prior_drift_pixels": _metric(result, "prior_drift/pixels"),
+            "prior_drift": _metric(result, f"prior_drift/{EVALUATOR}"),
             "seconds": result.seconds,
         }
     return values
@@ -225,7 +225,7 @@ def tabulate(results: dict[str, dict[str, Results]], methods: Sequence[str]) -> 
     for method in methods:
         of_method = [of_subject(by_method[method], "concept") for by_method in results.values()]
         rows[METHODS.get(method, method)] = row(of_method)
-    ceilings = [{"similarity": result.metrics[f"{EVALUATOR}/similarity/ceiling"]} for result in any_method]
+    ceilings = [{"similarity": result.metrics[f"similarity/ceiling.{EVALUATOR}"]} for result in any_method]
     rows[CEILING_ROW] = row(ceilings)
     return pd.DataFrame.from_dict(rows, orient="index", columns=[c + end for c in COLUMNS for end in ("", "_std")])
 

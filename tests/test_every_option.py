@@ -314,6 +314,8 @@ class Tracker:
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
         self.steps.append(step)
 
+    def log_image_file(self, image: Image.Image, file: str) -> None: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -681,10 +683,10 @@ SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=3, guidance_scale=
 def test_previews_are_drawn_as_configured(train: Train, drawings: list[dict[str, Any]]) -> None:
     preview = {"every": 2, "prompts": ("a {pt1}", "one cat"), "seed": 7, "sampler": SAMPLER}
     run = train(num_steps=5, preview=preview)
-    assert run.steps_shown == [2, 4]
+    assert run.steps_shown == [0, 2, 4, 5]
     assert [(list(call["prompts"]), list(call["seeds"]), call["sampler"]) for call in drawings] == [
         (["a my-fox", "one cat"], [7, 8], SAMPLER)
-    ] * 2
+    ] * 4
 
 
 @proves("generate.negative_prompt", "generate.sampler")

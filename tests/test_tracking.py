@@ -54,6 +54,16 @@ def test_a_tag_reaches_the_active_run_however_long_its_text(run_id: str) -> None
     assert tags["long"].startswith("word word")
 
 
+def test_an_image_file_is_replaced_by_the_next_of_that_name(run_id: str) -> None:
+    import mlflow
+
+    for color in ("red", "blue"):
+        MLflowTracker().log_image_file(Image.new("RGB", (4, 4), color), "training/previews.png")
+    (file,) = mlflow.MlflowClient().list_artifacts(run_id, "training")
+    image = mlflow.artifacts.load_image(f"runs:/{run_id}/{file.path}")
+    assert image.getpixel((0, 0)) == (0, 0, 255)
+
+
 def test_without_an_active_run_nothing_is_written() -> None:
     import mlflow
 
@@ -62,6 +72,7 @@ def test_without_an_active_run_nothing_is_written() -> None:
     tracker.log_metrics({"loss": 1.0}, step=0)
     tracker.log_image(Image.new("RGB", (4, 4)), key="preview", step=0)
     tracker.set_tag("caption", "white background")
+    tracker.log_image_file(Image.new("RGB", (4, 4)), "previews.png")
     assert mlflow.active_run() is None
 
 

@@ -15,10 +15,12 @@ from omegaconf import OmegaConf
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, RunRecordHooks, nearest
+from dreamartist_pipeline.params import SECTIONS
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
 
 
 def environment(name: str, default: str = "") -> str:
@@ -81,6 +83,13 @@ class ProjectConfigLoader(OmegaConfigLoader):
         configuration: dict[str, Any] = super().__getitem__(key)
         return configuration
 
+    def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of the base environment for these run settings, without any other changes."""
+        given = dict(settings)
+        parameters = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)["parameters"]
+        self._register_globals_resolver()  # the other loader has replaced it
+        return {name: parameters[name] for name in SECTIONS if name in parameters}
+
 
 def parameter(parameters: Mapping[str, Any], path: str) -> Any:
     """Return the parameter at a dotted path; sections are plain mappings or pydantic models."""
@@ -91,7 +100,7 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 HOOKS = (ConfigurationHooks(), RunRecordHooks(), ConsoleHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
-CONFIG_LOADER_ARGS = {
+CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",
     "default_run_env": "local",
     "merge_strategy": {"parameters": "soft"},  # an overlay contains only the differences

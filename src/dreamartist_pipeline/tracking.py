@@ -35,6 +35,13 @@ class MLflowTracker:
         if mlflow.active_run() is not None:
             mlflow.set_tag(name, text)
 
+    def log_image_file(self, image: Image, file: str) -> None:
+        """Log an image as an artefact; `file` is its path in the run."""
+        import mlflow
+
+        if mlflow.active_run() is not None:
+            mlflow.log_image(image, artifact_file=file)
+
 
 def metric_name(name: str) -> str:
     """Return a name that MLflow accepts: `lr/unet[0]` becomes `lr/unet.0`, other invalid characters become `_`.

@@ -39,12 +39,10 @@ def _results(similarities: tuple[float, float], agrees: list[bool | None], secon
     ]
     images = pd.DataFrame(rows).assign(background_agrees=agrees * 2, color_agrees=None)
     images = pd.concat([images, pd.DataFrame([{"kind": "prior", "group": "concept", "prompt": "b", "seed": 0}])])
-    metrics = {
-        f"efficientnet-lite0/{name}": 0.25
-        for name in ("diversity/base", "diversity/concept", "copying/base", "copying/concept", "prior_drift")
-    }
-    metrics |= {"prior_drift_pixels": 0.01, "efficientnet-lite0/similarity/ceiling": 0.9}
-    metrics |= {"efficientnet-lite0/similarity/base": sum(similarities) / 2}
+    names = ("variety/diversity.base", "variety/diversity.concept", "variety/copying.base", "variety/copying.concept")
+    metrics = {f"{name}.efficientnet-lite0": 0.25 for name in names} | {"prior_drift/efficientnet-lite0": 0.25}
+    metrics |= {"prior_drift/pixels": 0.01, "similarity/ceiling.efficientnet-lite0": 0.9}
+    metrics |= {"similarity/base.efficientnet-lite0": sum(similarities) / 2}
     return bench.Results(metrics, images, seconds)
 
 

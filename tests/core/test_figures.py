@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageFont
 
-from dreamartist_pipeline.core.figures import CELL_PX, SheetSection, contact_sheet, fit_cell, prompt_sheet, wrap
+from dreamartist_pipeline.core.figures import (
+    CELL_PX,
+    SheetSection,
+    contact_sheet,
+    fit_cell,
+    prompt_sheet,
+    prompt_table,
+    wrap,
+)
 
 _COLORS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "black", "gray")
 
@@ -140,3 +148,10 @@ def test_the_picture_that_drawing_started_from_has_a_column_of_its_own() -> None
 def test_rows_that_do_not_fit_prompts_and_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got rows of \[1\]"):
         prompt_sheet(["a fox"], [0, 1], [[Image.new("RGB", (8, 8))]])
+
+
+def test_a_prompt_table_has_a_column_per_heading() -> None:
+    table = prompt_table(["a fox"], ["step 0", "step 5"], [[_plain("red"), _plain("blue")]])
+    assert _places(table, "red")[0] + 144 + 8 == _places(table, "blue")[0]
+    with pytest.raises(ValueError, match="1 rows of 2 images"):
+        prompt_table(["a fox"], ["step 0", "step 5"], [[_plain("red")]])

@@ -396,15 +396,29 @@ def test_previews_come_at_their_steps_with_the_weights_of_that_step(make_trainin
     seen: dict[int, list[torch.Tensor]] = {}
     params = make_training_params(num_steps=5, preview=PreviewParams(every=2))
     fit(model, make_data(), params, on_preview=lambda step: seen.update({step: trained_values(model)}))
-    assert list(seen) == [2, 4]
+    assert list(seen) == [0, 2, 4, 5]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], trained_values(make_model()), strict=True))
     shorter = make_model()
     constant = {"schedule": ScheduleParams(kind="constant"), "words_schedule": ScheduleParams(kind="constant")}
     longer = make_model()
-    at_two: list[list[torch.Tensor]] = []
+    by_step: dict[int, list[torch.Tensor]] = {}
     fit(shorter, make_data(), make_training_params(num_steps=2, **constant))
     params = make_training_params(num_steps=4, preview=PreviewParams(every=2), **constant)
-    fit(longer, make_data(), params, on_preview=lambda step: at_two.append(trained_values(longer)))
-    assert all(torch.equal(a, b) for a, b in zip(at_two[0], trained_values(shorter), strict=True))
+    fit(longer, make_data(), params, on_preview=lambda step: by_step.update({step: trained_values(longer)}))
+    assert all(torch.equal(a, b) for a, b in zip(by_step[2], trained_values(shorter), strict=True))
+
+
+def test_without_previews_and_in_a_resumed_training_nothing_is_drawn_at_the_start(
+    make_training_params: MakeParams,
+) -> None:
+    steps: list[int] = []
+    fit(make_model(), make_data(), make_training_params(num_steps=2), on_preview=steps.append)
+    assert steps == []
+    model, params = make_model(), make_training_params(num_steps=2, preview=PreviewParams(every=1))
+    state = training_state(model, params)
+    state.step = 1
+    fit(model, make_data(), params, on_preview=steps.append, state=state)
+    assert steps == [2]
 
 
 def test_the_table_lists_the_groups_of_each_branch() -> None:
@@ -480,15 +494,15 @@ def test_a_reconstruction_without_decoder_or_image_is_refused(make_training_para
 
 def test_previews_and_the_end_hold_averages_where_they_are_asked_for(make_training_params: MakeParams) -> None:
     constant = {"schedule": ScheduleParams(kind="constant"), "words_schedule": ScheduleParams(kind="constant")}
-    plain: list[list[torch.Tensor]] = []
+    plain: dict[int, list[torch.Tensor]] = {}
     model = make_model()
     params = make_training_params(num_steps=2, preview=PreviewParams(every=1), **constant)
-    fit(model, make_data(), params, on_preview=lambda step: plain.append(trained_values(model)))
-    averaged: list[list[torch.Tensor]] = []
+    fit(model, make_data(), params, on_preview=lambda step: plain.update({step: trained_values(model)}))
+    averaged: dict[int, list[torch.Tensor]] = {}
     other = make_model()
     params = make_training_params(num_steps=2, preview=PreviewParams(every=1), ema_decay=0.5, **constant)
-    fit(other, make_data(), params, on_preview=lambda step: averaged.append(trained_values(other)))
-    for first, second, kept, preview in zip(*plain, trained_values(other), averaged[1], strict=True):
+    fit(other, make_data(), params, on_preview=lambda step: averaged.update({step: trained_values(other)}))
+    for first, second, kept, preview in zip(plain[1], plain[2], trained_values(other), averaged[2], strict=True):
         torch.testing.assert_close(kept, (first + 2 * second) / 3)
         assert torch.equal(kept, preview)
 

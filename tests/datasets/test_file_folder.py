@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from kedro.io import DatasetError
+from kedro_datasets._typing import TablePreview
 
 from dreamartist_pipeline.datasets.file_folder import FileFolderDataset
 from dreamartist_pipeline.datasets.inputs import FileError
@@ -46,3 +47,14 @@ def test_a_name_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, check=says(expected="/none", got="none")):
         FileFolderDataset(path=str(tmp_path / "none")).load()
+
+
+def test_the_preview_lists_the_files(tmp_path: Path) -> None:
+    dataset = FileFolderDataset(path=str(tmp_path / "export"))
+    dataset.save({"lora/fox.safetensors": bytes(1234), "README.txt": b"2"})
+    shown = dataset.preview()
+    assert (shown["columns"], shown["data"]) == (
+        ["file", "bytes"],
+        [["README.txt", "1"], ["lora/fox.safetensors", "1,234"]],
+    )
+    assert FileFolderDataset.preview.__annotations__["return"] is TablePreview  # kedro-viz compares the type

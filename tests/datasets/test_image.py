@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kedro.io import DatasetError
+from kedro_datasets._typing import TablePreview
 from PIL import Image
 
 from dreamartist_pipeline.datasets.image import (
@@ -218,3 +219,9 @@ def test_images_of_a_run_are_read_by_name_and_the_newest_run_is_previewed(tmp_pa
 
 def test_without_a_run_there_is_nothing_to_preview(tmp_path: Path) -> None:
     assert ImageRunsDataset(path=str(tmp_path / "2026-01-04")).preview() == ""
+
+
+def test_the_preview_of_a_caption_shows_it_and_says_when_there_is_none(tmp_path: Path) -> None:
+    shown = [CaptionDataset(filepath=str(tmp_path / "cat.png"), caption=caption).preview() for caption in ("sky", None)]
+    assert [table["data"] for table in shown] == [[["sky"]], [["(none)"]]]
+    assert CaptionDataset.preview.__annotations__["return"] is TablePreview  # kedro-viz compares the type

@@ -142,20 +142,28 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
 
     run = last_run(project)
     assert run.info.status == "FINISHED"
-    assert run.info.run_name.startswith(f"{SUBJECT} · default · dreamartist-plus-plus · ingestion.bucket.side_px=32")
-    assert run.data.params["training.lora_unet.1.branch"] == "negative"
-    assert run.data.params["training.words.names.pt1"] == f"['my-{SUBJECT}', 'my-{SUBJECT}-neg']"
+    assert run.info.run_name.startswith(f"{SUBJECT} · default · ingestion.bucket.side_px=32")
+    assert run.info.run_name.endswith("dreamartist-plus-plus")
+    assert (run.data.params["steps"], run.data.params["rank.unet.1.negative"]) == ("2", "8")
+    assert run.data.params["evaluation.images_per_prompt"] == "2"
+    assert "training.words.names.pt1" not in run.data.params  # as in the preset
     measured = json.loads((project / "data/08_reporting" / SUBJECT / "evaluation_metrics.json").read_text())
-    assert {"loss", "guidance_scale"} <= run.data.metrics.keys()
+    assert {"loss/total", "training/guidance_scale", "training/steps_per_second"} <= run.data.metrics.keys()
     assert measured.items() <= run.data.metrics.items()
     assert run.data.tags["command_line"].endswith(settings(project))
     assert run.data.tags["reference_image"] == "48 × 40 → middle 40 × 40 (83 %) → 32 × 32"
     assert run.data.tags["caption"] == ""
     assert "reconstruction/similarity" in run.data.metrics
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
-    assert {"concept", "evaluation", "export", "training"} <= {
+    assert {"concept", "configuration.yaml", "evaluation", "export", "training"} <= {
         file.path for file in client.list_artifacts(run.info.run_id)
     }
+    assert {"training/previews.png", "training/training_curves.html"} <= {
+        file.path for file in client.list_artifacts(run.info.run_id, "training")
+    }
+    note = run.data.tags["mlflow.note.content"]
+    assert f"evaluation/contact_sheet.png&run_uuid={run.info.run_id}" in note
+    assert not [tag for tag, value in run.data.tags.items() if " at 0x" in value]
 
 
 def test_the_closing_summary_lists_files_and_commands(
@@ -181,7 +189,10 @@ def test_every_generate_run_has_a_folder_of_its_own_also_from_a_sub_folder(proje
     assert result.returncode == 0, result.stderr[-3000:]
     (folder,) = run_folders(project) - before
     assert len(list(folder.rglob("*.png"))) == 2
-    assert last_run(project).data.params["generate.prompts"] == f"['{prompt}']"
+    run = last_run(project)
+    assert run.data.params["generate.prompts"] == f"['{prompt}']"
+    assert run.data.params["rank.unet.1.negative"] == "8"  # repeated from the training
+    assert "mlflow.parentRunId" in run.data.tags
     assert "09_tracking/mlflow.db" in result.stdout and "data/09_tracking" not in result.stdout
     assert f"base_model={project.as_posix()}/tiny" in result.stdout
 

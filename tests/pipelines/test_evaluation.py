@@ -78,10 +78,10 @@ def images() -> EvaluationImages:
 
 def test_agreement_is_the_share_of_images_that_follow_the_prompt(images: EvaluationImages) -> None:
     metrics = measure(images, [], color_agreement=True).metrics
-    assert metrics["background_agreement/base"] == 0.75
-    assert metrics["background_agreement/concept"] == 1.0
-    assert metrics["color_agreement/base"] == 0.0
-    assert metrics["color_agreement/concept"] == 1.0
+    assert metrics["prompt/background.base"] == 0.75
+    assert metrics["prompt/background.concept"] == 1.0
+    assert metrics["prompt/color.base"] == 0.0
+    assert metrics["prompt/color.concept"] == 1.0
 
 
 def test_colours_are_read_where_asked_for_alone(images: EvaluationImages) -> None:
@@ -102,33 +102,33 @@ def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_
 
     measured = measure(dataclasses.replace(images, class_word="fox"), [], OnePoint())
     assert asked == [["a fox, blue background"] * 2 + ["a red fox, green background"] * 2] * 2
-    assert measured.metrics["clip_score/base"] == measured.metrics["clip_score/concept"] == 0.625
+    assert measured.metrics["prompt/clip_score.base"] == measured.metrics["prompt/clip_score.concept"] == 0.625
     assert [row.get("clip_score") for row in measured.rows[:5]] == [0.25, 0.5, 0.75, 1.0, 0.25]
-    assert "clip_score/base" not in measure(images, []).metrics
+    assert "prompt/clip_score.base" not in measure(images, []).metrics
 
 
 def test_prior_drift_is_the_mean_distance_of_both_models_images(images: EvaluationImages) -> None:
-    assert measure(images, []).metrics["prior_drift_pixels"] == pytest.approx((0 + 51 / 255) / 2)
+    assert measure(images, []).metrics["prior_drift/pixels"] == pytest.approx((0 + 51 / 255) / 2)
 
 
 def test_similarity_is_that_of_the_object_whatever_the_background(images: EvaluationImages) -> None:
     measured = measure(images, [MeanColor()])
     first = next(row for row in measured.rows if row["group"] == CONCEPT and row["seed"] == 7)
     assert first["mean-color/similarity"] == pytest.approx(1.0, abs=1e-6)  # orange on blue, against orange on white
-    assert measured.metrics["mean-color/similarity/ceiling"] == pytest.approx(1.0, abs=1e-6)
+    assert measured.metrics["similarity/ceiling.mean-color"] == pytest.approx(1.0, abs=1e-6)
     values = [
         row["mean-color/similarity"] for row in measured.rows if row["group"] == CONCEPT and row["kind"] == "subject"
     ]
-    assert measured.metrics["mean-color/similarity/concept"] == pytest.approx(sum(values) / 4, abs=1e-6)
+    assert measured.metrics["similarity/concept.mean-color"] == pytest.approx(sum(values) / 4, abs=1e-6)
 
 
 def test_copying_counts_the_nearest_image_background_included(images: EvaluationImages) -> None:
     copied = Drawings(("a {pt1}",), ["a my-fox"], (7, 8), [[images.reference, _picture("black", "teal")]])
     subject = {BASE: images.subject[BASE], CONCEPT: copied}
     measured = measure(EvaluationImages(images.reference, images.reference, subject, images.prior), [MeanColor()])
-    assert measured.metrics["copying_pixels/concept"] == 1.0
-    assert measured.metrics["mean-color/copying/concept"] == pytest.approx(1.0, abs=1e-6)
-    assert measured.metrics["copying_pixels/base"] < 0.9
+    assert measured.metrics["variety/copying.concept.pixels"] == 1.0
+    assert measured.metrics["variety/copying.concept.mean-color"] == pytest.approx(1.0, abs=1e-6)
+    assert measured.metrics["variety/copying.base.pixels"] < 0.9
 
 
 def test_diversity_is_zero_where_all_seeds_give_one_image(images: EvaluationImages) -> None:
@@ -138,8 +138,8 @@ def test_diversity_is_zero_where_all_seeds_give_one_image(images: EvaluationImag
     metrics = measure(
         EvaluationImages(images.reference, images.reference, subject, images.prior), [MeanColor()]
     ).metrics
-    assert metrics["mean-color/diversity/concept"] == pytest.approx(0, abs=1e-6)
-    assert metrics["mean-color/diversity/base"] > 0.001
+    assert metrics["variety/diversity.concept.mean-color"] == pytest.approx(0, abs=1e-6)
+    assert metrics["variety/diversity.base.mean-color"] > 0.001
 
 
 def test_what_nothing_asks_for_is_left_out(images: EvaluationImages) -> None:
@@ -196,7 +196,7 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     assert isinstance(sheet, Image.Image)
     assert metrics == json.loads(json.dumps(metrics))
     assert scores == {name: {"value": value, "step": 0} for name, value in metrics.items()}
-    assert tracker.images == {"contact_sheet": sheet}
+    assert tracker.images == {"previews/contact sheet": sheet}
     assert isinstance(table, pd.DataFrame)
     assert table.groupby(["kind", "group"]).size().to_dict() == {
         ("subject", BASE): 4,
@@ -205,7 +205,7 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     }
     assert table["prompt"].iloc[0] == "a fox, blue background"
     assert "a my-fox, blue background" in set(table["prompt"])
-    assert {"efficientnet-lite0/similarity/concept", "efficientnet-lite0/prior_drift"} <= set(metrics)
+    assert {"similarity/concept.efficientnet-lite0", "prior_drift/efficientnet-lite0"} <= set(metrics)
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +233,12 @@ def test_towers_beside_the_base_model_score_prompts_and_colours_are_read(
 ) -> None:
     with caplog.at_level("INFO"):
         _, metrics, table = _evaluate(base_model_with_towers, zero_step_concept, _params(evaluators=()))
-    assert 0 <= metrics["clip_score/base"] == pytest.approx(table["clip_score"][table["group"] == BASE].mean())
-    assert {"background_agreement/concept", "clip_score/concept"} <= set(metrics)
+    assert 0 <= metrics["prompt/clip_score.base"] == pytest.approx(table["clip_score"][table["group"] == BASE].mean())
+    assert {"prompt/background.concept", "prompt/clip_score.concept"} <= set(metrics)
     assert "evaluation.text_image_model" not in caplog.text
     values = {"text_image_model": None, "color_agreement": False}
     _, metrics, _ = _evaluate(base_model_with_towers, zero_step_concept, _params(evaluators=(), **values))
-    assert not [name for name in metrics if "clip_score" in name or "agreement" in name]
+    assert not [name for name in metrics if name.startswith("prompt/")]
 
 
 def test_without_a_clip_model_the_score_is_left_out_and_the_option_is_logged(
@@ -248,7 +248,7 @@ def test_without_a_clip_model_the_score_is_left_out_and_the_option_is_logged(
         _, metrics, table = _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=()))
     assert "evaluation.text_image_model" in caplog.text
     assert "clip_score" not in table
-    assert not [name for name in metrics if "clip_score" in name or "agreement" in name]
+    assert not [name for name in metrics if name.startswith("prompt/")]
 
 
 def test_a_clip_model_named_for_the_score_is_used_with_any_base_model(
@@ -256,7 +256,7 @@ def test_a_clip_model_named_for_the_score_is_used_with_any_base_model(
 ) -> None:
     named = f"clip:{base_model_with_towers.with_name('clip')}"
     _, metrics, _ = _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=(), text_image_model=named))
-    assert 0 <= metrics["clip_score/concept"] <= 2.5
+    assert 0 <= metrics["prompt/clip_score.concept"] <= 2.5
     with pytest.raises(InputError, check=says(expected="clip", got="/no/such/folder")):
         check_evaluation(_params(text_image_model="clip:/no/such/folder"), None)
 
@@ -266,7 +266,7 @@ def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
 ) -> None:
     params = _params(evaluators=())
     _, metrics, table = _evaluate(tiny_base_model, zero_step_concept, params)
-    assert metrics["prior_drift_pixels"] == 0
+    assert metrics["prior_drift/pixels"] == 0
     assert (table.query("kind == 'prior'")["drift_pixels"] == 0).all()
 
 
@@ -281,7 +281,7 @@ def test_a_concept_without_trigger_word_is_asked_for_by_its_own_class_word(tiny_
     concept = start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
     _, metrics, table = _evaluate(tiny_base_model, concept, _params(evaluators=()))
     assert {"a fox, blue background", "a sks fox, blue background"} <= set(table["prompt"])
-    assert metrics["prior_drift_pixels"] == 0  # the base model is drawn under the concept's conditions
+    assert metrics["prior_drift/pixels"] == 0  # the base model is drawn under the concept's conditions
 
 
 def test_weights_act_when_drawing_and_not_when_measuring(tiny_base_model: Path, zero_step_concept: Concept) -> None:

@@ -28,7 +28,7 @@ from dreamartist_pipeline.pipelines.training import create_pipeline, reconstruct
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, training_data
 from dreamartist_pipeline.pipelines.training.figures import plot_history
 from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
-from dreamartist_pipeline.pipelines.training.reporting import history_table
+from dreamartist_pipeline.pipelines.training.reporting import curve_name, filmstrip, history_table
 from refusals import says
 
 MakeParams = Callable[..., TrainingParams]
@@ -45,17 +45,21 @@ class RecordingTracker:
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
         self.images: dict[int, Image.Image] = {}
+        self.files: dict[str, Image.Image] = {}
         self.tags: dict[str, str] = {}
 
     def set_tag(self, name: str, text: str) -> None:
         self.tags[name] = text
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.metrics[step] = metrics
+        self.metrics[step] = self.metrics.get(step, {}) | metrics
 
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
-        assert key == "preview"
+        assert key == "previews/by step"
         self.images[step] = image
+
+    def log_image_file(self, image: Image.Image, file: str) -> None:
+        self.files[file] = image
 
 
 TWO_IMAGES = [  # of another size than the reference
@@ -364,8 +368,9 @@ def test_previews_do_not_change_what_is_learned(tiny_base_model: Path, make_trai
     without, _ = train(tiny_base_model, make_training_params(lora_unet=dropout))
     assert all(torch.equal(with_previews.tensors[name], tensor) for name, tensor in without.tensors.items())
     assert with_previews.metadata == without.metadata
-    assert list(tracker.images) == [1, 2, 3]
+    assert list(tracker.images) == [0, 1, 2, 3]
     assert tracker.images[1].width > 2 * 32
+    assert tracker.files["training/previews.png"].width > 4 * 144  # a column per step
     assert tracker.images[1].tobytes() != tracker.images[3].tobytes()
 
 
@@ -376,18 +381,20 @@ def test_the_history_has_one_row_per_step_and_the_tracker_live_curves(
     _, history = train(tiny_base_model, make_training_params(), tracker)
     assert history["step"].tolist() == [1, 2, 3]
     curves = {
-        "loss",
-        "loss_reference",
-        "loss_regularization",
-        "guidance_scale",
-        "lr/unet.0.positive",
-        "lr/words.negative.pt1",
-        "grad_norm/negative/adapters",
-        "grad_norm/positive/words",
+        "loss": "loss/total",
+        "loss_reference": "loss/reference",
+        "loss_regularization": "loss/regularization",
+        "guidance_scale": "training/guidance_scale",
+        "lr/unet.0.positive": "training/lr.unet.0.positive",
+        "lr/words.negative.pt1": "training/lr.words.negative.pt1",
+        "grad_norm/negative/adapters": "training/gradient.negative.adapters",
+        "grad_norm/positive/words": "training/gradient.positive.words",
     }
-    assert curves <= set(history.columns)
-    assert curves <= tracker.metrics[1].keys()
-    assert tracker.metrics[3]["loss"] == pytest.approx(history["loss"].iloc[-1])
+    assert set(curves) <= set(history.columns)
+    assert {*curves.values()} <= tracker.metrics[1].keys()
+    assert tracker.metrics[3]["training/steps_per_second"] == pytest.approx(3 / history["seconds"].sum())
+    assert tracker.metrics[3]["training/peak_memory_gib"] > 0.1  # torch alone is larger
+    assert tracker.metrics[3]["loss/total"] == pytest.approx(history["loss"].iloc[-1])
     assert len(plot_history(history).data) > 0
 
 
@@ -399,6 +406,26 @@ def test_zero_steps_give_a_concept_and_an_empty_history(
     assert "loss" in history.columns
     assert not any(t.any() for name, t in concept.tensors.items() if name.endswith(".up"))
     plot_history(history)
+
+
+def test_charts_sorted_by_group_and_name_begin_with_the_losses_and_end_with_the_schedules() -> None:
+    columns = ("grad_norm/positive/words", "guidance_scale", "loss", "loss_reference", "lr/unet.0.positive")
+    names = sorted((name.rpartition("/")[0], name) for name in map(curve_name, columns))
+    assert [name for _, name in names] == [
+        "loss/reference",
+        "loss/total",
+        "training/gradient.positive.words",
+        "training/guidance_scale",
+        "training/lr.unet.0.positive",
+    ]
+
+
+def test_a_filmstrip_of_many_steps_has_the_first_and_the_last() -> None:
+    colors = {step: Image.new("RGB", (32, 32), (step, 0, 0)) for step in range(0, 250, 5)}
+    strip = filmstrip(["a fox"], {step: [image] for step, image in colors.items()})
+    shown = [strip.getpixel((36 + 250 + column * 152 + 72, 36 + 24 + 72))[0] for column in range(12)]  # type: ignore[index]
+    assert (shown[0], shown[-1], shown) == (0, 245, sorted(shown))
+    assert strip.width == 36 + 250 + 12 * 152 - 8 + 36
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from dreamartist_pipeline.pipelines.training.figures import plot_history
+from dreamartist_pipeline.pipelines.training.figures import draw_curves, plot_history
 
 
 def _history(num_steps: int) -> pd.DataFrame:
@@ -64,3 +64,15 @@ def test_branches_keep_their_colours_and_words_are_dotted() -> None:
     assert lines["positive adapters"].color == lines["positive words"].color == lines["unet.0.positive"].color
     assert lines["positive adapters"].color != lines["negative adapters"].color
     assert lines["positive words"].dash == lines["words.positive.pt1"].dash == "dot"
+
+
+def test_every_loss_has_a_curve_and_a_colour_of_its_own() -> None:
+    figure = plot_history(_history(40).assign(loss_reconstruction=0.2))
+    losses = {trace.name: trace.line.color for trace in figure.data if trace.yaxis == "y" and trace.name}
+    assert losses.keys() == {"reference", "regularization", "reconstruction"}
+    assert len(set(losses.values())) == 3
+
+
+def test_the_page_shows_the_same_figure_as_kedro_viz() -> None:
+    figure, page = draw_curves(_history(3))
+    assert page is figure

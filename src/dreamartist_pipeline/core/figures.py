@@ -97,12 +97,28 @@ def prompt_sheet(
     Raises:
         ValueError: the images do not match prompts and seeds.
     """
-    if not prompts or len(rows) != len(prompts) or {len(row) for row in rows} != {len(seeds)}:
+    headings = [f"seed {seed}" for seed in seeds]
+    if before is None:
+        return prompt_table(prompts, headings, rows)
+    return prompt_table(prompts, ["started from", *headings], [[before, *row] for row in rows])
+
+
+def prompt_table(prompts: Sequence[str], headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
+    """Lay out one labelled row per prompt, and one column per heading.
+
+    Args:
+        prompts: one per row.
+        headings: one per column.
+        rows: one image per prompt and heading; the last image of the first row sets the size of the cells.
+
+    Raises:
+        ValueError: the images do not match prompts and headings.
+    """
+    if not prompts or len(rows) != len(prompts) or {len(row) for row in rows} != {len(headings)}:
         raise ValueError(
-            f"expected {len(prompts)} rows of {len(seeds)} images, got rows of {[len(row) for row in rows]}"
+            f"expected {len(prompts)} rows of {len(headings)} images, got rows of {[len(row) for row in rows]}"
         )
-    headings = ([] if before is None else ["started from"]) + [f"seed {seed}" for seed in seeds]
-    cell = _cell_size(rows[0][0])
+    cell = _cell_size(rows[0][-1])
     row_px = max(cell[1], *(_label_height(prompt) for prompt in prompts))
     left, top = _MARGIN + _LABEL_PX, _MARGIN + _SMALL_PX + 10
     width = left + len(headings) * (cell[0] + _GAP) - _GAP + _MARGIN
@@ -113,7 +129,7 @@ def prompt_sheet(
     for index, (prompt, images) in enumerate(zip(prompts, rows, strict=True)):
         y = top + index * (row_px + _GAP)
         _draw_label(draw, prompt, y, row_px)
-        for column, image in enumerate(images if before is None else [before, *images]):
+        for column, image in enumerate(images):
             place = (left + column * (cell[0] + _GAP), y + (row_px - cell[1]) // 2)
             sheet.paste(fit_cell(image, cell), place)
             _frame(draw, place, cell, _RULE)

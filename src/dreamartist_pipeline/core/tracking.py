@@ -19,7 +19,10 @@ class Tracker(Protocol):
         """Log scalar values."""
 
     def log_image(self, image: Image, key: str, step: int) -> None:
-        """Log an image."""
+        """Log an image of a series."""
+
+    def log_image_file(self, image: Image, file: str) -> None:
+        """Log an image under a path, in place of an earlier one."""
 
     def set_tag(self, name: str, text: str) -> None:
         """Tag the run with a text."""
@@ -33,6 +36,9 @@ class NoTracker:
 
     def log_image(self, image: Image, key: str, step: int) -> None:
         """Ignore a picture."""
+
+    def log_image_file(self, image: Image, file: str) -> None:
+        """Ignore a picture in a file."""
 
     def set_tag(self, name: str, text: str) -> None:
         """Ignore a text."""

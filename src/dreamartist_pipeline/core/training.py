@@ -389,7 +389,8 @@ def fit(
         data: images as latents, and prompts as tokens.
         params: of the training.
         on_step: called once per step, in order; on a GPU for several steps at a time, after the loss is read.
-        on_preview: called with the step number every `params.preview.every` steps.
+        on_preview: called with the number of finished steps: with 0 before the first step, every
+            `params.preview.every` steps, and after the last; never if that is 0.
         state: from `training_state`, possibly loaded; None starts a new training.
 
     Raises:
@@ -538,11 +539,14 @@ def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterato
     params, state = steps.params, steps.state
     read_every = _READ_EVERY_ON_GPU if steps.device.type == "cuda" else 1
     pending: list[_OnDevice] = []
+    if on_preview and params.preview.every and state.step == 0:
+        on_preview(0)
     started = time.perf_counter()
     for done in train(state, params.num_steps, set_rates=steps.set_rates, loss_of=steps.loss, clip=steps.clip):
         pending.append((done, steps.rates, steps.grad_norms))
-        preview_due = bool(params.preview.every) and done.step % params.preview.every == 0
-        if preview_due or done.step % read_every == 0 or done.step == params.num_steps:
+        is_last = done.step == params.num_steps
+        preview_due = bool(params.preview.every) and (done.step % params.preview.every == 0 or is_last)
+        if preview_due or done.step % read_every == 0 or is_last:
             yield from _read(pending, started)
             pending.clear()
             if preview_due and on_preview:

@@ -4,6 +4,7 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 """
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,12 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
             temporary.write_bytes(write_concept(data))
 
     def preview(self) -> JSONPreview:
-        """Show the metadata and the tensors' names and shapes, without reading the tensors."""
+        """Show the metadata, and how many tensors and numbers each part has, without reading the tensors."""
+        from dreamartist_pipeline.core.concept import ConceptMetadata
+
         texts, shapes = self._read_header()
-        return JSONPreview(json.dumps({"metadata": texts, "tensors": shapes}, indent=1))
+        metadata = ConceptMetadata.read(texts, str(self._filepath)).model_dump(mode="json", exclude_none=True)
+        return JSONPreview(json.dumps({**_parts(shapes), "metadata": metadata}, indent=1, ensure_ascii=False))
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, list[int]]]:
         """Return the metadata and the shapes by name, both sorted."""
@@ -93,3 +97,14 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix()}
+
+
+def _parts(shapes: dict[str, list[int]]) -> dict[str, dict[str, int]]:
+    """Return the number of tensors and of numbers by part and branch, such as "unet positive"."""
+    parts: dict[str, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        first, *_, branch, _last = name.split(".")
+        counts = parts.setdefault(f"{first} {branch}", {"tensors": 0, "numbers": 0})
+        counts["tensors"] += 1
+        counts["numbers"] += math.prod(shape)
+    return parts

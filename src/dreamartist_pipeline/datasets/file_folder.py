@@ -1,6 +1,7 @@
-"""A folder of files that belong together and are replaced together."""
+"""A folder of files that belong together and are replaced together.
 
-from __future__ import annotations
+Annotations here are evaluated (no `from __future__ import annotations`): kedro-viz reads the return type of `preview`.
+"""
 
 import shutil
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kedro.io import AbstractDataset
+from kedro_datasets._typing import TablePreview
 
 from dreamartist_pipeline.datasets.inputs import FileError
 
@@ -67,6 +69,11 @@ class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
                 old.rename(self._path)
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def preview(self) -> TablePreview:
+        """Show the names and sizes of the files."""
+        rows = [[name, f"{len(content):,}"] for name, content in self.load().items()]
+        return TablePreview({"index": list(range(len(rows))), "columns": ["file", "bytes"], "data": rows})
 
     def _exists(self) -> bool:
         return self._path.is_dir()

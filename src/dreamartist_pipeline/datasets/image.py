@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset
-from kedro_datasets._typing import ImagePreview
+from kedro_datasets._typing import ImagePreview, TablePreview
 from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
@@ -134,6 +134,10 @@ class CaptionDataset(ReadOnlyDataset[str]):
             ) from error
         _check_is_caption(text, self._file)
         return " ".join(text.split())
+
+    def preview(self) -> TablePreview:
+        """Show the caption."""
+        return TablePreview({"index": [0], "columns": ["caption"], "data": [[self.load() or "(none)"]]})
 
     def _exists(self) -> bool:
         return True

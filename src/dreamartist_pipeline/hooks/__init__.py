@@ -12,14 +12,8 @@ from dreamartist_pipeline.hooks.configuration import (
     register_project_root,
 )
 from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, next_lines, written_files
-from dreamartist_pipeline.hooks.record import (
-    RunRecordHooks,
-    close_interrupted_run,
-    flatten,
-    git_tags,
-    number_lists,
-    run_name,
-)
+from dreamartist_pipeline.hooks.parameters import flatten, number_lists
+from dreamartist_pipeline.hooks.record import RunRecordHooks, close_interrupted_run, git_tags, run_name
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
 
 __all__ = [

@@ -22,12 +22,13 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro.utils import find_kedro_project
 
-from dreamartist_pipeline.hooks.record import flatten
+from dreamartist_pipeline.hooks.parameters import flatten
 from dreamartist_pipeline.hooks.run import is_absolute, path_of, settings_of, shown
 
 LOGGER = logging.getLogger(__name__)
 
 _SQLITE = "sqlite:///"
+_CHARTS = "workflowType=machine_learning&compareRunsMode=CHART"  # MLflow's view of training runs, as charts
 
 
 class ConsoleHooks:
@@ -150,7 +151,7 @@ def mlflow_lines() -> list[tuple[str, str]]:
 
     uri = mlflow.get_tracking_uri()
     run = mlflow.active_run()
-    experiment = f"#/experiments/{run.info.experiment_id}/runs?compareRunsMode=CHART" if run else ""
+    experiment = f"#/experiments/{run.info.experiment_id}/runs?{_CHARTS}" if run else ""
     if uri.startswith("http"):
         return [("curves and previews", f"{uri.rstrip('/')}/{experiment}")]
     store = f"{_SQLITE}{shown(Path(uri.removeprefix(_SQLITE)))}" if uri.startswith(_SQLITE) else uri

@@ -1,64 +1,154 @@
-"""Record a run in MLflow: its name, tags and parameters, and the error if it fails."""
+"""Record a run in MLflow: its name, tags, parameters, inputs and description, and the error if it fails."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import logging
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
 from pydantic import BaseModel
 
 from dreamartist_pipeline.errors import input_error_in
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
+from dreamartist_pipeline.hooks.configuration import build_parameters
+from dreamartist_pipeline.hooks.parameters import (
+    concept_parameters,
+    flatten,
+    plain_sections,
+    recorded_parameters,
+    repeated_parameters,
+)
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of
+from dreamartist_pipeline.hooks.story import (
+    CONCEPT_TAG,
+    file_sha256,
+    pictures_of,
+    run_that_made,
+    used_concept,
+    with_sections,
+)
+from dreamartist_pipeline.params import SECTIONS
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
+_PARAMS_PER_REQUEST = 100  # MLflow's limit
+_CAPTION_LENGTH = 6000  # MLflow's limit for the value of a parameter
+_DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
+_OBJECT = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>")  # repr of an object, with its address
+
+log = logging.getLogger(__name__)
+
+
+class Presets(Protocol):
+    """The project's configuration loader."""
+
+    def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of the base environment for these run settings."""
 
 
 class RunRecordHooks:
-    """Name and tag the MLflow run: settings, commit, and the error if it fails."""
+    """Record a run in MLflow, runs of one concept as children of the run that made it."""
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Store the settings for the run's name and tags."""
-        self._settings = settings_of(context)
+        """Store the settings, and what loads the presets."""
+        self._settings, self._loader = settings_of(context), cast("Presets", context.config_loader)
 
     @hook_impl(trylast=True)  # after kedro-mlflow has opened the run
-    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
-        """Name the run and tag it."""
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Name and tag the run, log its parameters, configuration and reference image, and find its parent."""
         import mlflow
 
-        run = mlflow.active_run()
-        if run is None:
+        self._catalog = catalog
+        if (run := mlflow.active_run()) is None:
             return
+        experiment_id = run.info.experiment_id
+        mlflow.MlflowClient().set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
+        sections = sections_of(pipeline, catalog)
+        parameters = self._parameters(sections)
+        if (concept := used_concept(pipeline, catalog)) is not None:
+            parent = run_that_made(mlflow.MlflowClient(), experiment_id, concept)
+            dataset: Any = catalog["concept"]
+            inherited = parent.data.params if parent else concept_parameters(dataset.load_metadata())
+            parameters = repeated_parameters(inherited, parameters, sections)
+            _tell_parent(parent)
+        _log_parameters(parameters)
+        if "reference_image" in pipeline.inputs():
+            _log_reference(catalog, str(self._settings["subject"]))
+        if "reference_caption" in pipeline.inputs() and (caption := catalog.load("reference_caption")):
+            mlflow.log_param("caption", caption[:_CAPTION_LENGTH])
+        mlflow.log_dict(self._settings | plain_sections(sections), "configuration.yaml")
+        self._name(run_params, parameters.get("method"))
+
+    def _parameters(self, sections: Mapping[str, BaseModel]) -> dict[str, str]:
+        given = {name: value for name, value in self._settings.items() if value is not None}
+        presets = self._loader.presets(given)
+        return recorded_parameters(
+            self._settings, sections, build_parameters({name: presets[name] for name in sections})
+        )
+
+    def _name(self, run_params: Mapping[str, Any], method: str | None) -> None:
+        """Name the run, and tag it with its settings, command and commit."""
+        import mlflow
+
+        run_id = mlflow.active_run().info.run_id
         names = run_params["pipeline_names"] or ["__default__"]
-        mlflow.MlflowClient().update_run(run.info.run_id, name=run_name(self._settings, names, run_params))
+        settings = self._settings | {"method": method}
+        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, names, run_params))
+        with_address = {name: str(value) for name, value in run_params.items() if _OBJECT.search(str(value))}
         mlflow.set_tags(
             {
-                **{name: self._settings[name] for name in ("subject", "method", "base_model")},
+                **{name: settings[name] for name in ("subject", "method", "base_model") if settings[name] is not None},
+                **{name: _OBJECT.sub(r"\1", value) for name, value in with_address.items()},  # set by kedro-mlflow
                 "pipeline": "+".join(names),
                 "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],
                 **git_tags(Path(run_params["project_path"])),
             }
         )
 
-    @hook_impl(tryfirst=True)  # before kedro-mlflow logs them; the node still gets the models
+    @hook_impl(tryfirst=True)  # before kedro-mlflow logs all of them; the node still gets them
     def before_node_run(self, inputs: dict[str, Any]) -> None:
-        """Convert pydantic models to plain values, which MLflow shows one per row."""
-        for name, value in inputs.items():
-            if isinstance(value, BaseModel):
-                inputs[name] = number_lists(value.model_dump(mode="json"))
+        """Leave out the parameters, which are recorded before the first node."""
+        for name in [name for name in inputs if name == "parameters" or name.startswith("params:")]:
+            del inputs[name]
 
-    @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run
-    def after_pipeline_run(self) -> None:
-        """Wait for asynchronous logging."""
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Tag the run that makes a concept with the hash of its file and with its base model."""
         import mlflow
 
-        mlflow.flush_async_logging()
+        if dataset_name != "concept" or mlflow.active_run() is None:
+            return
+        if (file := path_of(self._catalog, "concept")) is not None:
+            fingerprint = data.metadata.base_model_fingerprint
+            mlflow.set_tags({CONCEPT_TAG: file_sha256(file), "base_model_fingerprint": fingerprint})
+
+    @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Wait for asynchronous logging, and describe the run, and its parent, with their pictures."""
+        import mlflow
+
+        _flush()
+        if (run := mlflow.active_run()) is None:
+            return
+        client = mlflow.MlflowClient()
+        run_id, tags = run.info.run_id, client.get_run(run.info.run_id).data.tags
+        pictures = pictures_of(client, run_id, pipeline, catalog)
+        for described in filter(None, (run_id, tags.get("mlflow.parentRunId"))):
+            note = client.get_run(described).data.tags.get("mlflow.note.content", "")
+            client.set_tag(described, "mlflow.note.content", with_sections(note, pictures).strip())
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run as FAILED
     def on_pipeline_error(self, error: Exception) -> None:
@@ -66,9 +156,53 @@ class RunRecordHooks:
         import mlflow
 
         if mlflow.active_run() is not None:
-            mlflow.flush_async_logging()
+            _flush()
             reason = input_error_in(error) or error  # datasets wrap what they raise
             mlflow.set_tag("error", f"{type(reason).__name__}: {reason}"[:_TAG_LENGTH])
+
+
+def sections_of(pipeline: Pipeline, catalog: DataCatalog) -> dict[str, BaseModel]:
+    """Return section -> its parameters, for all sections that a pipeline reads."""
+    return {name: catalog.load(f"params:{name}") for name in SECTIONS if f"params:{name}" in pipeline.inputs()}
+
+
+def _tell_parent(parent: Run | None) -> None:
+    """Make the active run a child of `parent`; without one, log that it stands alone."""
+    import mlflow
+
+    if parent is None:
+        log.info("MLflow has no run that made this concept: this run is recorded by itself.")
+        return
+    mlflow.set_tag("mlflow.parentRunId", parent.info.run_id)
+    log.info("Recorded in MLflow under the run that made this concept: %s.", parent.info.run_name)
+
+
+def _log_parameters(parameters: Mapping[str, str]) -> None:
+    import mlflow
+
+    remaining = iter(parameters.items())
+    while batch := dict(itertools.islice(remaining, _PARAMS_PER_REQUEST)):
+        mlflow.log_params(batch)
+
+
+def _log_reference(catalog: DataCatalog, subject: str) -> None:
+    """Log the reference image as an input of the run, with the SHA-256 of its file."""
+    import mlflow
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.sources import LocalArtifactDatasetSource
+
+    sha256 = hashlib.sha256(catalog.load("reference_image")).hexdigest()
+    source = LocalArtifactDatasetSource(str(path_of(catalog, "reference_image")))
+    dataset = MetaDataset(source, name=f"reference image of {subject}", digest=sha256[:_DIGEST_LENGTH])
+    mlflow.log_input(dataset, context="training", tags={"sha256": sha256})
+
+
+def _flush() -> None:
+    """Wait for asynchronous logging of metrics and of images."""
+    import mlflow
+
+    mlflow.flush_async_logging()
+    mlflow.flush_artifact_async_logging()
 
 
 def close_interrupted_run() -> None:
@@ -78,37 +212,18 @@ def close_interrupted_run() -> None:
     import mlflow
 
     if mlflow.active_run() is not None:
-        mlflow.flush_async_logging()
+        _flush()
         mlflow.set_tag("error", "interrupted")
         mlflow.end_run("KILLED")
 
 
 def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_params: Mapping[str, Any]) -> str:
-    """Return 'subject · pipeline · method · parameters of the command line'."""
+    """Return 'subject · pipeline · parameters of the command line · method'; MLflow cuts long names at their end."""
     pipeline = "+".join("default" if name == "__default__" else name for name in pipeline_names)
     given = {name: value for name, value in (run_params["runtime_params"] or {}).items() if name not in RUN_SETTINGS}
-    differing = [f"{name}={value}" for name, value in flatten(given).items()]
-    return " · ".join([str(settings["subject"]), pipeline, str(settings["method"]), *differing])[:250]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def number_lists(value: Any) -> Any:
-    """Return the value with lists of mappings as mappings by index, so that MLflow shows each entry in a row."""
-    if isinstance(value, dict):
-        return {key: number_lists(item) for key, item in value.items()}
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return {str(index): number_lists(item) for index, item in enumerate(value)}
-    return value
+    differing = [f"{name.removeprefix('training.')}={value}" for name, value in flatten(given).items()]
+    method = [] if settings["method"] is None else [str(settings["method"])]
+    return " · ".join([str(settings["subject"]), pipeline, *differing, *method])[:250]
 
 
 def git_tags(project_path: Path) -> dict[str, str]:

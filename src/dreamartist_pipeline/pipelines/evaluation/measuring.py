@@ -110,19 +110,19 @@ def measure(
 
     Metrics, where <group> is base or concept:
 
-    * `clip_score/<group>`, with `text_image`: mean CLIPScore of image and prompt;
-    * `background_agreement/<group>`, `color_agreement/<group>`, with `color_agreement`: share of images that follow the
+    * `prompt/clip_score.<group>`, with `text_image`: mean CLIPScore of image and prompt;
+    * `prompt/background.<group>`, `prompt/color.<group>`, with `color_agreement`: share of images that follow the
       prompt, 0..1;
-    * `copying_pixels/<group>`: 1 - distance (0..1) between the reference and its nearest image;
-    * `prior_drift_pixels`: mean distance, 0..1, between both models' images of prompts without trigger word;
+    * `variety/copying.<group>.pixels`: 1 - distance (0..1) between the reference and its nearest image;
+    * `prior_drift/pixels`: mean distance, 0..1, between both models' images of prompts without trigger word;
 
     and for each evaluator
 
-    * `<evaluator>/similarity/<group>` and `similarity_std`: cosine of the object and the reference's object;
-    * `<evaluator>/similarity/ceiling`: the same for the reference's reconstruction;
-    * `<evaluator>/copying/<group>`: largest cosine of a whole image and the reference;
-    * `<evaluator>/diversity/<group>`: mean distance between the seeds of one prompt;
-    * `<evaluator>/prior_drift`: mean distance of prior images between both models.
+    * `similarity/<group>.<evaluator>` and `similarity_std/…`: cosine of the object and the reference's object;
+    * `similarity/ceiling.<evaluator>`: the same for the reference's reconstruction;
+    * `variety/copying.<group>.<evaluator>`: largest cosine of a whole image and the reference;
+    * `variety/diversity.<group>.<evaluator>`: mean distance between the seeds of one prompt;
+    * `prior_drift/<evaluator>`: mean distance of prior images between both models.
     """
     rows = {group: _subject_rows(group, drawings, images.reference) for group, drawings in images.subject.items()}
     prior_rows = _drift_rows(images.prior)
@@ -131,11 +131,11 @@ def measure(
         metrics |= _embedding_metrics(embedder, images, rows, prior_rows)
     for group, group_rows in rows.items():
         if text_image is not None:
-            metrics[f"clip_score/{group}"] = _add_scores(group_rows, images, group, text_image)
+            metrics[f"prompt/clip_score.{group}"] = _add_scores(group_rows, images, group, text_image)
         if color_agreement:
             metrics |= _add_agreement(group_rows, images.subject[group], group)
-        metrics[f"copying_pixels/{group}"] = max(row["copying_pixels"] for row in group_rows)
-    metrics["prior_drift_pixels"] = _mean([row["drift_pixels"] for row in prior_rows])
+        metrics[f"variety/copying.{group}.pixels"] = max(row["copying_pixels"] for row in group_rows)
+    metrics["prior_drift/pixels"] = _mean([row["drift_pixels"] for row in prior_rows])
     return Measurements([row for group in rows.values() for row in group] + prior_rows, metrics)
 
 
@@ -193,7 +193,7 @@ def _add_agreement(rows: Sequence[TableRow], drawings: Drawings, group: str) -> 
     for name in ("background", "color"):
         answers = [float(row[f"{name}_agrees"]) for row in rows if row[f"{name}_agrees"] is not None]
         if answers:
-            shares[f"{name}_agreement/{group}"] = _mean(answers)
+            shares[f"prompt/{name}.{group}"] = _mean(answers)
     return shares
 
 
@@ -223,7 +223,7 @@ def _embedding_metrics(
     name = embedder.label
     whole = embedder.embed([images.reference])[0]
     subject, ceiling = embedder.embed([object_region(images.reference), object_region(images.reconstruction)])
-    metrics = {f"{name}/similarity/ceiling": float(similarity(ceiling[None], subject)[0])}
+    metrics = {f"similarity/ceiling.{name}": float(similarity(ceiling[None], subject)[0])}
     for group, drawings in images.subject.items():
         regions = [object_region(subject_part(image, template)) for template, _, _, image in drawings.cells()]
         similarities = similarity(embedder.embed(regions), subject)
@@ -232,16 +232,16 @@ def _embedding_metrics(
         for row, value, copied in zip(rows[group], similarities.tolist(), copying.tolist(), strict=True):
             row |= {f"{name}/similarity": value, f"{name}/copying": copied}
         metrics |= {
-            f"{name}/similarity/{group}": float(similarities.mean()),
-            f"{name}/similarity_std/{group}": float(similarities.std(correction=0)),
-            f"{name}/copying/{group}": float(copying.max()),
-            **_diversity(f"{name}/diversity/{group}", embeddings, len(drawings.seeds)),
+            f"similarity/{group}.{name}": float(similarities.mean()),
+            f"similarity_std/{group}.{name}": float(similarities.std(correction=0)),
+            f"variety/copying.{group}.{name}": float(copying.max()),
+            **_diversity(f"variety/diversity.{group}.{name}", embeddings, len(drawings.seeds)),
         }
     base, concept = (embedder.embed(images.prior[group].flat()) for group in (BASE, CONCEPT))
     drift = (1 - (base * concept).sum(dim=1)).clamp(min=0).tolist()
     for row, value in zip(prior_rows, drift, strict=True):
         row[f"{name}/drift"] = value
-    return {**metrics, f"{name}/prior_drift": _mean(drift)}
+    return {**metrics, f"prior_drift/{name}": _mean(drift)}
 
 
 def _diversity(name: str, embeddings: Tensor, num_seeds: int) -> dict[str, float]:

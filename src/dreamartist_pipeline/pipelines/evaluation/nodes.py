@@ -81,6 +81,6 @@ def evaluate_concept(
     images, words = draw_images(backbone, concept, prepared_image, params)
     measured = measure(images, evaluators, text_image, color_agreement)
     sheet = draw_sheet(images, measured.metrics, params, words, evaluators[0].label if evaluators else None)
-    tracker.log_image(sheet, key="contact_sheet", step=0)
+    tracker.log_image(sheet, key="previews/contact sheet", step=0)
     history = {name: {"value": value, "step": 0} for name, value in measured.metrics.items()}
     return sheet, measured.metrics, history, DataFrame(measured.rows)

@@ -63,17 +63,17 @@ def _sampling_line(params: EvaluationParams) -> str:
 def _score_lines(metrics: dict[str, float], evaluator: str | None) -> list[str]:
     lines = []
     if evaluator:
-        base, concept, ceiling = (metrics[f"{evaluator}/similarity/{group}"] for group in (BASE, CONCEPT, "ceiling"))
+        base, concept, ceiling = (metrics[f"similarity/{group}.{evaluator}"] for group in (BASE, CONCEPT, "ceiling"))
         lines.append(
             f"similarity to the reference ({evaluator}): base {base:.2f}, concept {concept:.2f}; "
             f"reconstruction by the autoencoder {ceiling:.2f}"
         )
-    if f"clip_score/{CONCEPT}" in metrics:
-        base, concept = (metrics[f"clip_score/{group}"] for group in (BASE, CONCEPT))
+    if f"prompt/clip_score.{CONCEPT}" in metrics:
+        base, concept = (metrics[f"prompt/clip_score.{group}"] for group in (BASE, CONCEPT))
         lines.append(f"CLIPScore of prompts: base {base:.2f}, concept {concept:.2f}")
     for name, text in (("background", "background as in the prompt"), ("color", "object colour as in the prompt")):
-        if f"{name}_agreement/{CONCEPT}" in metrics:
-            base, concept = (metrics[f"{name}_agreement/{group}"] for group in (BASE, CONCEPT))
+        if f"prompt/{name}.{CONCEPT}" in metrics:
+            base, concept = (metrics[f"prompt/{name}.{group}"] for group in (BASE, CONCEPT))
             lines.append(f"{text}: base {base:.0%}, concept {concept:.0%}")
-    lines.append(f"drift without the trigger word: {metrics['prior_drift_pixels']:.1%} of the pixel range")
+    lines.append(f"drift without the trigger word: {metrics['prior_drift/pixels']:.1%} of the pixel range")
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +11,8 @@ if TYPE_CHECKING:
 else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
     DataFrame = Figure = Any
 
-_COLORS = ("#2a9d8f", "#a23b72")  # reference, regularization
+_LOSS_COLORS = {"loss_reference": "#2a9d8f", "loss_regularization": "#a23b72", "loss_reconstruction": "#d9a441"}
+_GUIDANCE_COLOR = "#2a9d8f"
 _BRANCH_COLORS = {"positive": "#3457d5", "negative": "#e0662b", "shared": "#8a8a94"}
 _DASHES = {"text_encoder": "dash", "words": "dot"}
 _SMOOTHING_SHARE = 1 / 20  # window of the running mean, as a share of all steps
@@ -30,20 +30,27 @@ def plot_history(history: DataFrame) -> Figure:
 
     titles = ("loss", "learning rate", "gradient norm before clipping", "guidance scale")
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.14)
-    losses = [name for name in ("loss_reference", "loss_regularization", "loss_reconstruction") if name in history]
-    _add_smoothed(figure, history, losses)
+    _add_losses(figure, history)
     _add_lines(figure, history, "lr/", "legend2", row=1, col=2)
     _add_lines(figure, history, "grad_norm/", "legend3", row=2, col=1)
-    guidance, line = history["guidance_scale"], {"color": _COLORS[0], "width": 2}
+    guidance, line = history["guidance_scale"], {"color": _GUIDANCE_COLOR, "width": 2}
     figure.add_scatter(x=history["step"], y=guidance, line=line, name="mean over rows", showlegend=False, row=2, col=2)
     figure.update_yaxes(rangemode="tozero", row=2, col=2)
     return _styled(figure)
 
 
-def _add_smoothed(figure: Figure, history: DataFrame, columns: Sequence[str]) -> None:
+def draw_curves(history: DataFrame) -> tuple[Figure, Figure]:
+    """Return the figure of a training history twice, for kedro-viz and for a page of its own."""
+    figure = plot_history(history)
+    return figure, figure
+
+
+def _add_losses(figure: Figure, history: DataFrame) -> None:
     """Draw each loss pale, and its running mean: single steps differ by their random timesteps."""
     window = max(1, round(len(history) * _SMOOTHING_SHARE))
-    for name, color in zip(columns, _COLORS, strict=False):
+    for name, color in _LOSS_COLORS.items():
+        if name not in history:
+            continue
         raw = {"color": color, "width": 1}
         figure.add_scatter(
             x=history["step"], y=history[name], line=raw, opacity=0.25, showlegend=False, hoverinfo="skip", row=1, col=1

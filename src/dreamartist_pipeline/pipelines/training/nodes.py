@@ -102,7 +102,12 @@ def train_concept(
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
     from dreamartist_pipeline.pipelines.training.plan import check_plan
-    from dreamartist_pipeline.pipelines.training.reporting import StepReport, history_table, preview_drawing
+    from dreamartist_pipeline.pipelines.training.reporting import (
+        StepReport,
+        history_table,
+        log_performance,
+        preview_drawing,
+    )
     from dreamartist_pipeline.pipelines.training.starting import apply_start, read_start
 
     start = read_start(start_files or {}, params)
@@ -118,6 +123,7 @@ def train_concept(
     with StepReport(params.num_steps, tracker) as report:
         draw_preview = preview_drawing(new, params, tracker)
         history = fit(trainable_model(new, groups), data, params, report, draw_preview)
+    log_performance(history, backbone.device, tracker)
     return new.snapshot(metadata), history_table(history)
 
 

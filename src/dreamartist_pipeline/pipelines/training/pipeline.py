@@ -5,7 +5,7 @@ from __future__ import annotations
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
-from dreamartist_pipeline.pipelines.training.figures import plot_history
+from dreamartist_pipeline.pipelines.training.figures import draw_curves
 from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
 
 
@@ -54,6 +54,12 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 name="train_concept",
                 tags="training",
             ),
-            node(plot_history, "training_history", "training_curves", name="plot_history", tags="training"),
+            node(
+                draw_curves,
+                inputs="training_history",
+                outputs=["training_curves", "training_curves_page"],
+                name="draw_curves",
+                tags="training",
+            ),
         ]
     )
