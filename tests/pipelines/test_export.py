@@ -466,7 +466,7 @@ def test_the_script_draws_trigger_words_with_capitals(
 ) -> None:
     words = {"pt1": ("my-Fox", "my-Fox-neg")}
     concept = dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"words": words}))
-    files, _ = export(tiny_base_model, concept, **EVERYTHING.model_dump())
+    files = write_files(str(tiny_base_model), concept, EVERYTHING)
     assert_script_draws(tiny_base_model, backbone, concept, files, tmp_path, prompt="A MY-FOX, background")
 
 
@@ -498,7 +498,9 @@ def test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options(
 ) -> None:
     options = {"use_karras_sigmas": True}
     sampler = SAMPLER.model_copy(update={"scheduler": "HeunDiscreteScheduler", "scheduler_options": options})
-    files, _ = export(tiny_base_model, concept, formats=("kohya", "embeddings", "peft"), sampler=sampler)
+    params = ExportParams(title="fox", formats=("kohya", "embeddings", "peft"), sampler=sampler)
+    check_export(params, planned(concept))
+    files = write_files(str(tiny_base_model), concept, params)
     FileFolderDataset(path=str(tmp_path / "export")).save(files)
     script = import_script(tmp_path / "export" / "generate_with_diffusers.py")
     pipe = script.load(str(tiny_base_model)).to("cpu", torch.float32)
