@@ -23,7 +23,7 @@ import pytest
 
 LIBRARIES = [
     *("torch", "torch._dynamo", "torch.distributed.nn", "PIL.Image", "pandas", "pyarrow.parquet"),
-    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "plotly.express", "matplotlib.pyplot"),
+    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "plotly.express"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
     *("IPython", "flask", "git", "omegaconf", "rich.console"),  # which Kedro and its plugins import
 ]
@@ -39,10 +39,7 @@ def run_warm(
         arguments: `-m MODULE …` or `FILE …`.
         folder: where to run.
         environment: all environment variables.
-        timeout_s: how long it may take.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer, and was killed.
+        timeout_s: after it the program is killed, and `subprocess.TimeoutExpired` is raised.
     """
     with tempfile.TemporaryDirectory() as outputs:
         files = Path(outputs) / "stdout", Path(outputs) / "stderr"
