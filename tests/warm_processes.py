@@ -33,13 +33,10 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}  # r
 def run_warm(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` in a folder, on one thread.
+    """Run `python ARGUMENTS` (`-m MODULE …` or `FILE …`) in a folder, with these environment variables alone.
 
-    Args:
-        arguments: `-m MODULE …` or `FILE …`.
-        folder: where to run.
-        environment: all environment variables.
-        timeout_s: after it the program is killed, and `subprocess.TimeoutExpired` is raised.
+    Raises:
+        subprocess.TimeoutExpired: the program took longer, and was killed.
     """
     with tempfile.TemporaryDirectory() as outputs:
         files = Path(outputs) / "stdout", Path(outputs) / "stderr"
