@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,16 +10,24 @@ from PIL import Image
 from dreamartist_pipeline.tracking import MLflowTracker, metric_name
 
 
-@pytest.fixture
-def run_id(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return an experiment in a store for this module: MLflow takes seconds to create one."""
     import mlflow
 
+    folder = tmp_path_factory.mktemp("tracking")
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture
+def run_id(experiment: str) -> Iterator[str]:
+    import mlflow
+
     with mlflow.start_run(experiment_id=experiment) as run:
         yield run.info.run_id
-    mlflow.set_tracking_uri(before)
 
 
 def test_metrics_of_every_step_reach_the_active_run(run_id: str) -> None:

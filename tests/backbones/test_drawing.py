@@ -25,6 +25,7 @@ from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthPar
 from refusals import says
 
 PROMPTS, SEEDS = ["a red cat", "a blue dog"], [5, 6]
+NUM_STEPS = 6  # of schedulers of up to four orders; two of them at a denoise of 0.35
 SAMPLER = SamplerParams(scheduler="ddim", num_inference_steps=4, guidance_scale=4.0, batch_size=3)
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -83,7 +84,7 @@ def one_by_one(plain: dict[str, Any], kind_of_pipeline: str, name: str, **argume
             negative_prompt="background",
             generator=torch.Generator().manual_seed(seed),
             guidance_scale=4.0,
-            num_inference_steps=10,
+            num_inference_steps=NUM_STEPS,
             output_type="latent",
             **arguments,
         )
@@ -92,7 +93,7 @@ def one_by_one(plain: dict[str, Any], kind_of_pipeline: str, name: str, **argume
 
 
 def ours(backbone: Backbone, name: str, init: InitPicture) -> torch.Tensor:
-    sampler = SamplerParams(scheduler=name, num_inference_steps=10, guidance_scale=4.0)
+    sampler = SamplerParams(scheduler=name, num_inference_steps=NUM_STEPS, guidance_scale=4.0)
     base = attach(backbone, None, StrengthParams())
     return torch.cat(list(draw_latents(backbone, base, PROMPTS, "background", SEEDS, sampler, init=init)))
 

@@ -14,6 +14,7 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backb
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sd import V1_NAMES as NAMES
 from dreamartist_pipeline.backbones.lora_files import (
+    Probe,
     base_prediction,
     concept_predictions,
     file_prediction,
@@ -86,22 +87,37 @@ def concept(backbone: Backbone) -> Concept:
     return build_concept(adapters, (), backbone.identity)
 
 
+@pytest.fixture(scope="module")
+def probe(backbone: Backbone) -> Probe:
+    return make_probe(backbone)
+
+
+@pytest.fixture(scope="module")
+def predictions(backbone: Backbone, concept: Concept, probe: Probe) -> dict[str, torch.Tensor]:
+    """Return what each branch of the concept predicts, and the base model: `base`."""
+    return concept_predictions(backbone, concept, probe) | {"base": base_prediction(backbone, probe)}
+
+
 @pytest.mark.parametrize("branch", ["negative", "positive"])
 @pytest.mark.parametrize("write", [write_kohya, write_peft])
 def test_diffusers_takes_every_layer_and_predicts_as_the_concept_does(
-    backbone: Backbone, concept: Concept, write: type, branch: str
+    backbone: Backbone,
+    concept: Concept,
+    probe: Probe,
+    predictions: dict[str, torch.Tensor],
+    write: type,
+    branch: str,
 ) -> None:
-    probe = make_probe(backbone)
     adapter = branch_adapter(concept, branch)
     loaded = file_prediction(backbone, write(adapter, FACTS, torch.float32), "x", probe)
     assert loaded.layers == {".".join(at) for at in adapter.by_layer()}
-    expected = concept_predictions(backbone, concept, probe)[branch]
-    torch.testing.assert_close(loaded.prediction, expected, rtol=1e-4, atol=1e-5)
-    assert (expected - base_prediction(backbone, probe)).abs().max() > 0.1
+    torch.testing.assert_close(loaded.prediction, predictions[branch], rtol=1e-4, atol=1e-5)
+    assert (predictions[branch] - predictions["base"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("branch", ["negative", "positive"])
-def test_diffusers_takes_the_biases_of_a_peft_file(backbone: Backbone, concept: Concept, branch: str) -> None:
+@pytest.fixture(scope="module")
+def biased(backbone: Backbone, concept: Concept) -> Concept:
+    """The concept with a bias in every other layer."""
     generator = torch.Generator().manual_seed(1)
 
     def with_bias(index: int, factors: LoRAFactors) -> LoRAFactors:
@@ -117,12 +133,26 @@ def test_diffusers_takes_the_biases_of_a_peft_file(backbone: Backbone, concept: 
         )
         for of_branch in ("negative", "positive")
     }
-    biased = build_concept(adapters, (), backbone.identity)
-    probe = make_probe(backbone)
-    loaded = file_prediction(backbone, write_peft(adapters[branch], FACTS, torch.float32), "x", probe)
-    expected = concept_predictions(backbone, biased, probe)[branch]
-    torch.testing.assert_close(loaded.prediction, expected, rtol=1e-4, atol=1e-5)
-    assert (expected - concept_predictions(backbone, concept, probe)[branch]).abs().max() > 0.01
+    return build_concept(adapters, (), backbone.identity)
+
+
+@pytest.fixture(scope="module")
+def biased_predictions(backbone: Backbone, biased: Concept, probe: Probe) -> dict[str, torch.Tensor]:
+    return concept_predictions(backbone, biased, probe)
+
+
+@pytest.mark.parametrize("branch", ["negative", "positive"])
+def test_diffusers_takes_the_biases_of_a_peft_file(
+    backbone: Backbone,
+    biased: Concept,
+    probe: Probe,
+    predictions: dict[str, torch.Tensor],
+    biased_predictions: dict[str, torch.Tensor],
+    branch: str,
+) -> None:
+    loaded = file_prediction(backbone, write_peft(branch_adapter(biased, branch), FACTS, torch.float32), "x", probe)
+    torch.testing.assert_close(loaded.prediction, biased_predictions[branch], rtol=1e-4, atol=1e-5)
+    assert (biased_predictions[branch] - predictions[branch]).abs().max() > 0.01
 
 
 def test_every_layer_has_a_name_in_comfyui_and_a1111_and_is_read_back_from_kohya(
@@ -138,11 +168,11 @@ def test_every_layer_has_a_name_in_comfyui_and_a1111_and_is_read_back_from_kohya
     assert again.by_layer().keys() == adapter.by_layer().keys()
 
 
-def test_loading_a_file_leaves_the_base_model_as_it_is(backbone: Backbone, concept: Concept) -> None:
-    probe = make_probe(backbone)
-    before = base_prediction(backbone, probe)
+def test_loading_a_file_leaves_the_base_model_as_it_is(
+    backbone: Backbone, concept: Concept, probe: Probe, predictions: dict[str, torch.Tensor]
+) -> None:
     file_prediction(backbone, write_kohya(branch_adapter(concept, "positive"), FACTS, torch.float32), "x", probe)
-    assert torch.equal(base_prediction(backbone, probe), before)
+    assert torch.equal(base_prediction(backbone, probe), predictions["base"])
     assert not hasattr(backbone.unet, "peft_config")
 
 

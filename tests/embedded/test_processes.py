@@ -1,5 +1,6 @@
 """Several processes that train as one."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -70,35 +71,47 @@ def _train_until_stopped(folder: Path, stopped_rank: int) -> None:
     run_stage("toy", [network], loss_of, stage, 0, CheckpointStore(folder), _NoTracker())
 
 
-@pytest.mark.parametrize("stopped_rank", [0, 1])
-def test_a_stop_of_one_process_stops_all_after_the_same_step_and_without_a_traceback(tmp_path, stopped_rank):
-    command = [sys.executable, __file__, "stop", str(tmp_path), str(stopped_rank)]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 130
-    assert "Traceback" not in ended.stderr
-    assert ended.stdout.count("toy: stopped after step 3") == 1
-    assert CheckpointStore(tmp_path).load("toy")["step"] == 3
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """A program that trained on two processes until it was stopped."""
+
+    folder: Path
+    program: subprocess.CompletedProcess[str]
 
 
-def _names_of_threads() -> list[str]:
-    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+@pytest.fixture(scope="module", params=[0, 1], ids=["first rank", "second rank"])
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """Run this file, which ends with the names of its threads, and stop one of its processes.
+
+    In a process of its own: only an optimizer's first step makes the imports that would keep the group.
+    """
+    folder = tmp_path_factory.mktemp("stopped")
+    command = [sys.executable, __file__, str(folder), str(request.param)]
+    return Stopped(folder, subprocess.run(command, check=False, capture_output=True, text=True, timeout=300))
+
+
+def test_a_stop_of_one_process_stops_all_after_the_same_step_and_without_a_traceback(stopped: Stopped):
+    assert stopped.program.returncode == 130
+    assert "Traceback" not in stopped.program.stderr
+    assert stopped.program.stdout.count("toy: stopped after step 3") == 1
+    assert CheckpointStore(stopped.folder).load("toy")["step"] == 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads as Linux gives them")
-def test_no_thread_of_the_group_outlives_it():
-    """In a process of its own: only an optimizer's first step makes the imports that would keep the group."""
-    subprocess.run([sys.executable, __file__], check=True, timeout=300)
+def test_no_thread_of_the_group_outlives_it(stopped: Stopped):
+    *_, names = stopped.program.stdout.splitlines()
+    assert names.startswith("threads: ") and "gloo" not in names
 
 
-def _main(arguments: list[str]) -> None:
-    if arguments[:1] == ["stop"]:
-        try:
-            run_on_processes(_train_until_stopped, 2, Path(arguments[1]), int(arguments[2]))
-        except KeyboardInterrupt:
-            sys.exit(130)
-    run_on_processes(_learned_matrices, 2)
-    assert not [name for name in _names_of_threads() if "gloo" in name], _names_of_threads()
+def _main(folder: str, stopped_rank: str) -> None:
+    stop = False
+    try:
+        run_on_processes(_train_until_stopped, 2, Path(folder), int(stopped_rank))
+    except KeyboardInterrupt:
+        stop = True
+    sys.stdout.write(f"threads: {[file.read_text().strip() for file in Path('/proc/self/task').glob('*/comm')]}\n")
+    sys.exit(130 if stop else 0)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _main(*sys.argv[1:])

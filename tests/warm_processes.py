@@ -1,0 +1,80 @@
+"""Python programs in processes of their own that need not import the large libraries anew.
+
+A short `kedro run` spends most of its time on imports. Here it is forked from a process that has imported the
+libraries, but neither Kedro, which reads the logging configuration of the current folder when it is imported, nor
+anything of this project.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+LIBRARIES = [
+    *("torch", "torch._dynamo", "torch.distributed.nn", "PIL.Image", "pandas", "pyarrow.parquet"),
+    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "plotly.express"),
+    *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
+    *("IPython", "flask", "git", "omegaconf", "rich.console"),  # which Kedro and its plugins import
+]
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}  # read by imports; no thread may exist yet
+
+
+def run_warm(
+    arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` (`-m MODULE …` or `FILE …`) in a folder, with these environment variables alone.
+
+    Raises:
+        subprocess.TimeoutExpired: the program took longer, and was killed.
+    """
+    with tempfile.TemporaryDirectory() as outputs:
+        files = Path(outputs) / "stdout", Path(outputs) / "stderr"
+        process = _context().Process(target=_run, args=(arguments, folder, dict(environment), files))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout_s)
+        stdout, stderr = (file.read_text(encoding="utf-8") for file in files)
+        return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
+
+
+@functools.cache
+def _context() -> ForkServerContext:
+    """Start the process to fork from; it ends with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _ENVIRONMENT.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def _run(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
+    """Run a program in the forked process."""
+    for descriptor, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path.insert(0, str(folder))
+    assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
+    if arguments[0] == "-m":
+        sys.argv[1:] = arguments[2:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
