@@ -163,7 +163,6 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert measured.items() <= run.data.metrics.items()
     assert run.data.tags["command_line"].endswith(settings(project))
     assert run.data.tags["reference_image"] == "48 × 40 → middle 40 × 40 (83 %) → 32 × 32"
-    assert run.data.tags["caption"] == ""
     assert "reconstruction/similarity" in run.data.metrics
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
     assert {"concept", "configuration.yaml", "evaluation", "export", "training"} <= {

@@ -46,10 +46,6 @@ class RecordingTracker:
         self.metrics: dict[int, dict[str, float]] = {}
         self.images: dict[int, Image.Image] = {}
         self.files: dict[str, Image.Image] = {}
-        self.tags: dict[str, str] = {}
-
-    def set_tag(self, name: str, text: str) -> None:
-        self.tags[name] = text
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.metrics[step] = self.metrics.get(step, {}) | metrics
@@ -128,13 +124,12 @@ def test_the_plan_counts_biases_and_not_what_a_start_by_svd_keeps_frozen(
     assert counts == {"text_encoder.0.positive": (8, factors + 8 * 32), "text_encoder.1.negative": (8, factors)}
 
 
-def test_the_caption_is_shown_and_stands_in_plan_and_tags(
+def test_the_caption_is_shown_and_part_of_the_plan(
     tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = RecordingTracker()
     with caplog.at_level(logging.INFO):
-        plan = check_training(str(tiny_base_model), make_training_params(), CAPTION, tracker=tracker)
-    assert plan["caption"] == tracker.tags["caption"] == CAPTION
+        plan = check_training(str(tiny_base_model), make_training_params(), CAPTION)
+    assert plan["caption"] == CAPTION
     assert "cut_off" not in plan
     assert repr(CAPTION) in caplog.text
 

@@ -8,7 +8,7 @@ from PIL.Image import Image
 
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
-from dreamartist_pipeline.core.tracking import NoTracker, Tracker
+from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 
@@ -23,7 +23,6 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
     Concept = DataFrame = UserFiles = Any
 
 _ANY_DEVICE = DeviceParams()
-_NO_TRACKER = NoTracker()
 
 
 @checked_early("device", check_device)
@@ -33,11 +32,8 @@ def check_training(
     caption: str,
     device: DeviceParams = _ANY_DEVICE,
     start_files: UserFiles | None = None,
-    tracker: Tracker = _NO_TRACKER,
 ) -> dict[str, Any]:
     """Check a training against its base model, without loading weights.
-
-    The caption becomes the run's tag `caption`.
 
     Returns:
         The plan: the caption, what of the prompts is cut off, branches, steps, rows and, per group, layers, parameters,
@@ -55,9 +51,7 @@ def check_training(
     from dreamartist_pipeline.pipelines.training.plan import make_plan
     from dreamartist_pipeline.pipelines.training.starting import read_start
 
-    plan = make_plan(BaseModelFiles(base_model), params, caption, device, read_start(start_files or {}, params))
-    tracker.set_tag("caption", caption)
-    return plan
+    return make_plan(BaseModelFiles(base_model), params, caption, device, read_start(start_files or {}, params))
 
 
 def compare_reconstruction(base_model: str, prepared_image: Image, device: DeviceParams, tracker: Tracker) -> Image:

@@ -14,7 +14,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
     return Pipeline(
         [
             node(
-                tracked(check_training, tracker),
+                check_training,
                 inputs={
                     "base_model": "base_model",
                     "params": "params:training",
