@@ -316,7 +316,8 @@ PICTURES = (
 )
 DATA = {  # kinds of datasets that load to data, not to something that reads or writes elsewhere; but for checkpoints,
     "CheckpointsDataset",  # which a training of hours reads and writes while it runs
-    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "ImageDataset"),
+    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "HTMLDataset"),
+    "ImageDataset",
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
     *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
