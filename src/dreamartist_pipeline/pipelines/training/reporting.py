@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -70,7 +71,7 @@ def curve_name(column: str) -> str:
     """
     kind, _, rest = column.partition("/")
     if kind == "grad_norm":
-        return f"training/gradient.{rest.replace('/', '.')}"
+        return f"training/grad.{rest.replace('/', '.')}"
     if kind == "lr":
         return f"training/lr.{rest}"
     if column == "guidance_scale":
@@ -114,7 +115,9 @@ def preview_drawing(new: NewConcept, params: TrainingParams, tracker: Tracker) -
     def draw(step: int) -> None:
         with new.drawing(params.words.names) as loaded:
             images = generate(new.backbone, loaded, prompts, "", seeds, params.preview.sampler)
-        tracker.log_image(image_grid(images, columns=min(4, len(images)), labels=prompts), key=_PREVIEW_KEY, step=step)
+        # MLflow centres an image in a square below the run's parameters: a wide one would be out of sight
+        grid = image_grid(images, columns=math.isqrt(len(images)), labels=prompts)
+        tracker.log_image(grid, key=_PREVIEW_KEY, step=step)
         by_step[step] = [_thumbnail(image) for image in images]
         tracker.log_image_file(filmstrip(prompts, by_step), "training/previews.png")
 
