@@ -305,6 +305,12 @@ def test_a_concept_draws_with_the_noise_schedule_it_was_trained_with(
     assert pictures["plain"] != pictures["rescaled"]
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_base_model: Path, make_training_params: MakeParams) -> Concept:
+    """Return a concept of two steps without further options."""
+    return train(tiny_base_model, make_training_params(num_steps=2))[0]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -327,11 +333,10 @@ def test_a_concept_draws_with_the_noise_schedule_it_was_trained_with(
     ids=["reconstruction", "reconstruction l2", "huber", "offset", "timesteps", "ema", "schedule-free", "prodigy"],
 )
 def test_every_option_of_the_objective_changes_what_is_learned_and_repeats(
-    tiny_base_model: Path, make_training_params: MakeParams, changes: dict[str, Any]
+    tiny_base_model: Path, make_training_params: MakeParams, plain: Concept, changes: dict[str, Any]
 ) -> None:
     mask = Image.new("L", (32, 32), 127)
     mask.paste(255, (0, 0, 16, 32))
-    plain, _ = train(tiny_base_model, make_training_params(num_steps=2))
     first, again = (train(tiny_base_model, make_training_params(num_steps=2, **changes))[0] for _ in range(2))
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in again.tensors.items())
     assert any(not torch.equal(first.tensors[name], tensor) for name, tensor in plain.tensors.items())
