@@ -309,13 +309,13 @@ CALLED_BACK = {  # what is handed down to be called
     "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
     "pipelines.ingestion.nodes:prepare_reference": "core.tracking",
     "pipelines.training.nodes:compare_reconstruction": "core.tracking",
-    "pipelines.training.nodes:check_training": "core.tracking",
     "pipelines.training.reporting:StepReport.__call__": "core.training",
     "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",
     "pipelines.training.nodes:train_concept": "core.tracking",
     "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
+    "tracking:MLflowTracker.log_image_file": "pipelines.training.reporting",
     "tracking:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
-    "tracking:MLflowTracker.set_tag": "pipelines.ingestion.nodes, pipelines.training.nodes",
+    "tracking:MLflowTracker.set_tag": "pipelines.ingestion.nodes",
 }
 
 
