@@ -290,7 +290,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("errors",),
+    ("errors", "whole_files"),
     ("prompt_weights", "schedulers"),
     ("params",),
     ("early_checks",),

@@ -12,7 +12,7 @@ from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
 
 from dreamartist_pipeline.datasets.inputs import FileError
-from dreamartist_pipeline.datasets.whole_files import written_whole
+from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept, ConceptMetadata

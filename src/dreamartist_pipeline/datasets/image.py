@@ -14,7 +14,7 @@ from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
-from dreamartist_pipeline.datasets.whole_files import written_whole
+from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,7 +19,7 @@ from kedro_datasets._typing import ImagePreview
 from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw
 from dreamartist_pipeline.datasets.image import grid_preview, save_image
 from dreamartist_pipeline.datasets.inputs import FileError
-from dreamartist_pipeline.datasets.whole_files import written_whole
+from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

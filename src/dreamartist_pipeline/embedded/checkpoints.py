@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamartist_pipeline.datasets.whole_files import written_whole
+from dreamartist_pipeline.whole_files import written_whole
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kedro.io import AbstractDataset, DatasetError
 
-from dreamartist_pipeline.datasets.whole_files import written_whole
+from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.embedded.judge import Judge

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamartist_pipeline.datasets.whole_files import written_whole
+from dreamartist_pipeline.whole_files import written_whole
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
