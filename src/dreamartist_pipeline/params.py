@@ -50,7 +50,9 @@ Prompt = Annotated[str, AfterValidator(_check_weights)]
 """A prompt or template, possibly with weighted words, `{cat:1.2}`."""
 Prompts = Annotated[tuple[Prompt, ...], _ONE_OR_SEVERAL]
 """Prompts, or a single prompt."""
-PATH, KIND_AND_PATH = "a path", "a kind and a path, or an id of the Hugging Face hub"
+PATH = "a path"
+NODE_PATH = "a path that a node opens"
+KIND_AND_PATH = "a kind and a path, or an id of the Hugging Face hub"
 """Mark parameters with paths, also in lists and mappings, or with `clip:PATH`: see `hooks.run.with_paths_in`."""
 
 TEMPLATE_PRESETS = {  # training.templates: NAME
@@ -751,7 +753,7 @@ class PretrainParams(Params):
     start: Annotated[str | None, PATH] = None  # folder of an embedded base model
     keep_autoencoder: bool = False  # use the autoencoder of `start`
     continue_denoiser: bool = False  # initialise UNet and text encoder from `start`, except for new words
-    checkpoints: Annotated[str, PATH]  # folder
+    checkpoints: Annotated[str, NODE_PATH]  # folder
     autoencoder: StageParams
     towers: StageParams
     denoiser: DenoiserParams
@@ -774,7 +776,7 @@ class JudgeParams(Params):
     channels: Annotated[tuple[Annotated[int, Field(ge=4, multiple_of=4)], ...], Field(min_length=1, max_length=5)]
     training: StageParams
     num_test_scenes: PositiveInt = 4000
-    checkpoints: Annotated[str, PATH]  # folder
+    checkpoints: Annotated[str, NODE_PATH]  # folder
 
 
 SECTIONS: dict[str, type[Params]] = {

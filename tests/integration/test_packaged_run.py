@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -66,7 +67,7 @@ def test_a_packaged_project_trains_and_prints_commands_that_work(
 
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert (tmp_path / "data/06_models/button/concept.safetensors").is_file()
-    assert " INFO    [1/6] check_training" in trained.stderr  # in the format of conf/logging.yml
+    assert re.search(r" INFO    \[1/\d+\] check_training", trained.stderr)  # in the format of conf/logging.yml
     (printed,) = [line for line in trained.stdout.splitlines() if "--pipeline generate" in line]
     words = shlex.split(printed)
     start = words.index("--pipeline")

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
 from dreamartist_pipeline.errors import InputError, input_error_in
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
-from dreamartist_pipeline.params import KIND_AND_PATH, SECTIONS
+from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, SECTIONS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -56,7 +56,7 @@ class ConfigurationHooks:
         check_subject(settings_of(context)["subject"])
         parameters = load_parameters(context)
         if Path.cwd() != context.project_path:  # nodes take these relative to the working directory
-            parameters = with_paths_in(parameters, context.project_path, None, marks=[KIND_AND_PATH])
+            parameters = with_paths_in(parameters, context.project_path, None, marks=[NODE_PATH, KIND_AND_PATH])
         context.config_loader["parameters"] = build_parameters(parameters)
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.io import DataCatalog
 
-from dreamartist_pipeline.params import KIND_AND_PATH, PATH, SECTIONS
+from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, SECTIONS
 
 RUN_SETTINGS = (
     "subject",
@@ -43,7 +43,10 @@ def path_of(catalog: DataCatalog, name: str) -> Path | None:
 
 
 def with_paths_in(
-    values: Mapping[str, Any], folder: Path, project: Path | None, marks: Collection[str] = (PATH, KIND_AND_PATH)
+    values: Mapping[str, Any],
+    folder: Path,
+    project: Path | None,
+    marks: Collection[str] = (PATH, NODE_PATH, KIND_AND_PATH),
 ) -> dict[str, Any]:
     """Return parameters of a run with relative paths taken from `folder`.
 
@@ -57,19 +60,19 @@ def with_paths_in(
         marks: the kinds of parameters in sections.
     """
 
-    def moved(value: Any, kinds: Collection[Any]) -> Any:
+    def moved(value: Any, kinds: Set[Any]) -> Any:
         if isinstance(value, Mapping):
             return {name: moved(item, kinds) for name, item in value.items()}
         if isinstance(value, list):
             return [moved(item, kinds) for item in value]
-        if isinstance(value, str) and PATH in kinds and not is_absolute(value):
+        if isinstance(value, str) and {PATH, NODE_PATH} & kinds and not is_absolute(value):
             return _in_project(folder / value, project)
         if isinstance(value, str) and KIND_AND_PATH in kinds:
             kind, _, path = value.partition(":")
             return f"{kind}:{_in_project(folder / path, project)}" if path and (folder / path).is_dir() else value
         return value
 
-    changed = {name: moved(value, [PATH]) if name in _PATH_SETTINGS else value for name, value in values.items()}
+    changed = {name: moved(value, {PATH}) if name in _PATH_SETTINGS else value for name, value in values.items()}
     for section in SECTIONS.keys() & values.keys():
         if isinstance(values[section], Mapping):
             fields = SECTIONS[section].model_fields
