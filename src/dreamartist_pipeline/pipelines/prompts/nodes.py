@@ -68,8 +68,8 @@ def draw_regularization_prompts(prompt_database: ParquetFile, params: PromptsPar
         )
     drawn = random.Random(params.seed).sample(range(num_valid), params.num_prompts)
     valid = compress(distinct_prompts(read_texts(prompt_database, position)), is_valid)
-    wanted = set(drawn)
-    prompts = {index: prompt for index, prompt in enumerate(islice(valid, max(drawn) + 1)) if index in wanted}
+    chosen = set(drawn)
+    prompts = {index: prompt for index, prompt in enumerate(islice(valid, max(drawn) + 1)) if index in chosen}
     return [prompts[index] for index in drawn]
 
 
