@@ -104,6 +104,8 @@ class Toy(Backbone):
         first, second = (text_states(self.networks[name], tokens[name].ids, clip_skip) for name in ENCODERS)
         return TextStates(torch.cat([first, second], dim=-1), second[:, -1])
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: TextStates) -> torch.Tensor:
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: TextStates, framing: torch.Tensor | None
+    ) -> torch.Tensor:
         prediction: torch.Tensor = self.networks[TRANSFORMER](latents, timesteps / 1000, conditioning)
         return prediction

@@ -1,0 +1,60 @@
+"""What the families of Stable Diffusion share: a UNet, a DDPM noise schedule, and CLIP text encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from dreamartist_pipeline.backbones.families.backbone import Backbone, ModelSource
+from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.errors import InputError
+
+UNET, TEXT_ENCODER = "unet", "text_encoder"
+
+
+@dataclass(kw_only=True)
+class UNetBackbone(Backbone):
+    """A base model with a UNet that predicts ε or v."""
+
+    scheduler_class: ClassVar = DDPMScheduler
+
+    objective: NoiseSchedule
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoiser."""
+        return self.networks[UNET]
+
+    @classmethod
+    def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
+        """Load every part; a UNet with inputs beside the latents is refused before any weights are read."""
+        unet = UNet2DConditionModel.load_config(**source.part(UNET))
+        autoencoder = AutoencoderKL.load_config(**source.part("vae"))
+        in_channels, latent_channels = (
+            unet.get("in_channels", 4),
+            autoencoder.get("latent_channels", 4),
+        )  # their defaults
+        if in_channels != latent_channels:
+            raise InputError(
+                expected=f"a text-to-image model, whose UNet has the {latent_channels} input channels of its latents",
+                got=f"{in_channels} input channels in {source.location}, as in an inpainting model",
+                remedy="set base_model to the text-to-image model it was made from; generate inpaints with init_mask",
+            )
+        return super().load(source, device, dtype)
+
+    @classmethod
+    def make_objective(cls, scheduler: Any, device: torch.device) -> NoiseSchedule:
+        """Return the noise schedule of a DDPM scheduler, in float32.
+
+        Raises:
+            InputError: the model predicts neither ε nor v, or predicts ε with zero terminal SNR.
+        """
+        return NoiseSchedule(scheduler.alphas_cumprod.float().to(device), scheduler.config.prediction_type)
+
+    @property
+    def image_px(self) -> int:
+        """The side of the images that the UNet was trained on."""
+        return int(self.unet.config.sample_size) * self.latent_scale
