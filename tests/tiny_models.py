@@ -51,7 +51,7 @@ def build_sdxl(folder: Path, seed: int = 0) -> Path:
 
 def build_sdxl_v(folder: Path, seed: int = 0) -> Path:
     """Write a Stable Diffusion XL that predicts v with zero terminal SNR to `folder`, and return it."""
-    return _build_sdxl(folder, seed, "v_prediction", rescale_betas_zero_snr=True)
+    return _build_sdxl(folder, seed, "v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 BUILDERS: Mapping[str, Callable[..., Path]] = {
@@ -117,7 +117,10 @@ def _build_sdxl(folder: Path, seed: int, prediction_type: str, **of_scheduler: A
                 projection_class_embeddings_input_dim=_POOLED_WIDTH + 6 * _SIZE_WIDTH,
             ),
             scheduler=EulerDiscreteScheduler(
-                **_NOISE, prediction_type=prediction_type, timestep_spacing="leading", steps_offset=1, **of_scheduler
+                **_NOISE,
+                prediction_type=prediction_type,
+                steps_offset=1,
+                **{"timestep_spacing": "leading"} | of_scheduler,
             ),
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,

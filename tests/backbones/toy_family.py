@@ -89,6 +89,7 @@ class Toy(Backbone):
     scheduler_class: ClassVar = UniPCMultistepScheduler
     image_px: ClassVar = 32
     file_names: ClassVar = FileNames(
+        title="Toy",
         kohya_prefixes={TRANSFORMER: "lora_transformer_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
         outer_modules=dict.fromkeys(ENCODERS, "text_model."),
         embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},

@@ -20,6 +20,7 @@ from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import BaseModelIdentity, FileNames
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.schedulers import ZERO_SNR
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Backbone(ABC):
         tokenizers: text encoder -> its tokenizer. A trigger word has vectors of every encoder's width.
         objective: the noising and the training target.
         scheduler_config: of the model's own scheduler.
+        zeros_for_empty_prompt: whether the conditioning of a prompt without tokens is zeros.
     """
 
     family: ClassVar[str]
@@ -79,6 +81,7 @@ class Backbone(ABC):
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    zeros_for_empty_prompt: bool = False
 
     # ------------------------------------------------------------------------------------------- of every family
 
@@ -210,6 +213,11 @@ class Backbone(ABC):
     def identity(self) -> BaseModelIdentity:
         """What the metadata of a concept hold about its base model."""
         return BaseModelIdentity(self.name, self.fingerprint, self.family, tuple(self.networks))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noise schedule ends without signal, by the model's own scheduler or a concept's training."""
+        return bool(self.scheduler_config.get(ZERO_SNR))
 
     @property
     def latent_channels(self) -> int:

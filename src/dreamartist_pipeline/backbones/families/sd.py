@@ -16,6 +16,7 @@ from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, weight_states
 
 V1_NAMES = FileNames(
+    title="Stable Diffusion 1.x",
     kohya_prefixes={UNET: "lora_unet_", TEXT_ENCODER: "lora_te_"},
     outer_modules={TEXT_ENCODER: "text_model."},
     embedding_keys={TEXT_ENCODER: "emb_params"},
@@ -24,7 +25,14 @@ V1_NAMES = FileNames(
     pipeline="StableDiffusionPipeline",
     kohya_aliases={TEXT_ENCODER: ("lora_te1_",)},
 )
-V2_NAMES = replace(V1_NAMES, architecture="stable-diffusion-v2", kohya_version="sd_v2")
+V2_NAMES = replace(
+    V1_NAMES,
+    title="Stable Diffusion 2.x",
+    architecture="stable-diffusion-v2",
+    kohya_version="sd_v2",
+    comfyui_text_layer=-2,  # other tools have the last layer, which the folders of diffusers leave out
+    a1111_has_clip_skip=False,
+)
 
 
 @dataclass(kw_only=True)
@@ -52,8 +60,7 @@ class StableDiffusion(UNetBackbone):
     @property
     def file_names(self) -> FileNames:
         """The names of version 1.x or 2.x, whose UNet projects linearly into its attention."""
-        names = V2_NAMES if self.unet.config.use_linear_projection else V1_NAMES
-        return replace(names, layers_per_block=self.unet.config.layers_per_block)
+        return self.with_unet_names(V2_NAMES if self.unet.config.use_linear_projection else V1_NAMES)
 
     def encode(self, tokens: Mapping[str, PromptTokens], clip_skip: int) -> torch.Tensor:
         """Return text states `[N, L, D]`, weighted by `weight_states` where the tokens have weights."""

@@ -21,12 +21,16 @@ from dreamartist_pipeline.errors import InputError
 TEXT_ENCODER_2 = "text_encoder_2"
 _ZEROS_FOR_EMPTY_PROMPT = "force_zeros_for_empty_prompt"
 XL_NAMES = FileNames(
+    title="SDXL",
     kohya_prefixes={UNET: "lora_unet_", TEXT_ENCODER: "lora_te1_", TEXT_ENCODER_2: "lora_te2_"},
     outer_modules={TEXT_ENCODER: "text_model."},  # the second text encoder has this level in memory, too
     embedding_keys={TEXT_ENCODER: "clip_l", TEXT_ENCODER_2: "clip_g"},
     architecture="stable-diffusion-xl-v1-base",
     kohya_version="sdxl_base_v1-0",
     pipeline="StableDiffusionXLPipeline",
+    comfyui_text_layer=-2,
+    a1111_has_clip_skip=False,
+    kohya_uses_original_names=True,
 )
 
 
@@ -52,9 +56,6 @@ class StableDiffusionXL(UNetBackbone):
     """Stable Diffusion XL.
 
     The text states are those before the last layer, without the final norm, in both text encoders.
-
-    Attributes:
-        zeros_for_empty_prompt: whether the conditioning of an empty prompt is zeros; in model_index.json.
     """
 
     family: ClassVar = "stable-diffusion-xl"
@@ -98,7 +99,7 @@ class StableDiffusionXL(UNetBackbone):
     @property
     def file_names(self) -> FileNames:
         """The names of its parts in files."""
-        return replace(XL_NAMES, layers_per_block=self.unet.config.layers_per_block)
+        return self.with_unet_names(XL_NAMES)
 
     def unread_modules(self, encoder: str, clip_skip: int) -> set[nn.Module]:
         """Return the modules of the first text encoder that are not read; the pooled state reads all of the second."""

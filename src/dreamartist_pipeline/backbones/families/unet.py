@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,7 +10,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from dreamartist_pipeline.backbones.families.backbone import Backbone, ModelSource
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.core.layout import FileNames
+from dreamartist_pipeline.core.unet_names import original_unet_names
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.schedulers import ZERO_SNR
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 
@@ -52,7 +55,20 @@ class UNetBackbone(Backbone):
         Raises:
             InputError: the model predicts neither ε nor v, or predicts ε with zero terminal SNR.
         """
-        return NoiseSchedule(scheduler.alphas_cumprod.float().to(device), scheduler.config.prediction_type)
+        prediction_type = scheduler.config.prediction_type
+        if scheduler.config.get(ZERO_SNR) and prediction_type == "epsilon":
+            raise InputError(
+                expected="v_prediction of a base model with zero terminal SNR, where ε is no target",
+                got=f"{prediction_type} and {ZERO_SNR} in scheduler/scheduler_config.json",
+                remedy=f"correct the one that is wrong: v models predict v, others have {ZERO_SNR} false",
+            )
+        return NoiseSchedule(scheduler.alphas_cumprod.float().to(device), prediction_type)
+
+    def with_unet_names(self, names: FileNames) -> FileNames:
+        """Return names with those that depend on the architecture of the UNet."""
+        layers_per_block = self.unet.config.layers_per_block
+        original = original_unet_names(self.layer_shapes[UNET], layers_per_block)
+        return replace(names, layers_per_block=layers_per_block, original_unet_names=original)
 
     @property
     def image_px(self) -> int:
