@@ -137,7 +137,7 @@ def check_not_for_another_model(keys: Collection[str], name: str, base_model: st
 def _refuse(keys: Collection[str], name: str, kinds: Collection[Kind], base_model: str = "") -> None:
     for kind in kinds:
         if key := kind.key_in(keys):
-            other = f"set base_model to one of {' or '.join(kind.base_models)}, or " if kind.base_models else ""
+            other = f"set base_model to one for {' or '.join(kind.base_models)}, or " if kind.base_models else ""
             advice = kind.advice or f"{other}give one for {base_model}"
             raise InputError(expected=f"a plain LoRA in {name}", got=f"{kind.holds} ({key}, …)", remedy=advice)
 

@@ -33,9 +33,19 @@ class UNetBackbone(Backbone):
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load every part; a UNet with inputs beside the latents is refused before any weights are read."""
+        """Load every part; models that cannot be trained here are refused before any weights are read.
+
+        Raises:
+            InputError: a UNet with inputs beside the latents, or latents of another distribution.
+        """
         unet = UNet2DConditionModel.load_config(**source.part(UNET))
         autoencoder = AutoencoderKL.load_config(**source.part("vae"))
+        if autoencoder.get("latents_mean") is not None:
+            raise InputError(
+                expected="an autoencoder whose latents are multiplied by one scaling_factor",
+                got=f"latents_mean in vae/config.json of {source.location}, as in Playground v2.5",
+                remedy="choose another base model",
+            )
         in_channels, latent_channels = (
             unet.get("in_channels", 4),
             autoencoder.get("latent_channels", 4),
