@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_wo
 from dreamartist_pipeline.params import DeviceParams, ExportParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.pipelines.export.nodes import check_export
 from refusals import says
+from tiny_models import BUILDERS
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "data/01_raw/base_model"
@@ -134,7 +136,14 @@ def test_comfyui_draws_the_same_latents_for_zero_terminal_snr(backbone: Backbone
     assert not path.difference
 
 
-@pytest.mark.parametrize("overlay", ["base", "sd15", "test"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_comfyui_draws_the_same_latents_with_every_family(tiny_model: Callable[[str], Path], name: str) -> None:
+    ours, theirs, path = draw(load(tiny_model(name)), sampler_of("dpmsolver++", 5))
+    assert difference(ours, theirs) <= LIMIT
+    assert not path.difference
+
+
+@pytest.mark.parametrize("overlay", ["base", "sd15", "sd21", "sdxl", "test"])
 def test_the_defaults_of_every_overlay_are_equivalent_and_use_a_ksampler(backbone: Backbone, overlay: str) -> None:
     values: dict[str, Any] = {}
     for name in ("base/parameters_export.yml", f"{overlay}/parameters.yml"):
