@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import files_for, load_backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
 from dreamartist_pipeline.backbones.families import Backbone
@@ -31,6 +31,7 @@ from dreamartist_pipeline.core.concept import Concept, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
@@ -58,13 +59,26 @@ _PLAIN_LOSS = LossParams(weighting="none")
 log = logging.getLogger(__name__)
 
 
-def open_base_model(folder: str | Path, device: DeviceParams = _CPU) -> Backbone:
-    """Load a base model in diffusers' layout, frozen.
+def open_base_model(
+    path: str | Path,
+    device: DeviceParams = _CPU,
+    *,
+    vae: str | Path | None = None,
+    config: str | Path | None = None,
+) -> Backbone:
+    """Load a base model, frozen.
+
+    Args:
+        path: a single file, a folder in diffusers' layout, or `hub:OWNER/NAME[/FILE][@REVISION]`.
+        device: where it runs.
+        vae: the same for another autoencoder, or None.
+        config: folder of configurations for a single file, in place of those of its kind.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read.
+        InputError: there is no model, or it is incomplete or cannot be read.
     """
-    return load_backbone(BaseModelFiles(folder), device)
+    location = ModelLocation(str(path), *(None if each is None else str(each) for each in (vae, config)))
+    return load_backbone(files_for(location, device), device)
 
 
 def read_concept(path: str | Path) -> Concept:

@@ -10,6 +10,7 @@ import torch
 
 from dreamartist_pipeline.backbones.families.sdxl import XL_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, Concept
+from dreamartist_pipeline.core.unread_files import is_pickled
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
@@ -17,7 +18,6 @@ from dreamartist_pipeline.interop.foreign_lora import fitted, read_lora
 from dreamartist_pipeline.interop.kohya import write_kohya
 from dreamartist_pipeline.interop.peft_files import write_peft
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
-from dreamartist_pipeline.interop.unread_files import is_pickled
 from refusals import says
 
 from .conftest import ATTENTION, CONV, MLP, NAMES, OUT, PROJ_IN, TEXT, expected_updates
