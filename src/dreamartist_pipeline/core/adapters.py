@@ -595,6 +595,21 @@ class AdapterStack:
             if layer.has_dropout:
                 layer.draw_mask(num_rows, generator)
 
+    @contextmanager
+    def masks_of_rows(self, rows: slice, num_rows: int) -> Iterator[None]:
+        """Use the dropout masks of these rows only, in a pass over a part of a batch with `num_rows` rows per branch.
+
+        The context includes the backward pass, because gradient checkpointing repeats the forward pass during it.
+        """
+        whole = [(layer, layer.mask) for layer in self.layers.values() if layer.mask is not None]
+        for layer, mask in whole:
+            layer.mask = mask.unflatten(1, (num_rows, -1))[:, rows].flatten(1, 2)
+        try:
+            yield
+        finally:
+            for layer, mask in whole:
+                layer.mask = mask
+
     def _updates(self) -> list[tuple[str, LowRankUpdate]]:
         return [(name, update) for name, layer in self.layers.items() for update in layer.updates]
 
