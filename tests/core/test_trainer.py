@@ -43,7 +43,7 @@ def steps(
 
     hooks: list[Any] = []
     for done in train(
-        state, num_steps, set_rates=lambda step: None, gradients_of=whole_batch(loss_of), clip=lambda norms: None
+        state, num_steps, set_rates=lambda step: None, gradients_of=whole_batch(state, loss_of), clip=lambda norms: None
     ):
         hooks.pop().remove()
         yield done
@@ -346,7 +346,7 @@ class ToyStage:
             self.state,
             num_steps,
             set_rates=self.set_rates,
-            gradients_of=whole_batch(self.loss_of),
+            gradients_of=whole_batch(self.state, self.loss_of),
             clip=self.clip,
             average_gradients=self.average_gradients,
         )
@@ -398,7 +398,11 @@ def test_a_continued_stage_ends_in_the_same_bytes(taken_after: int) -> None:
 def test_between_two_steps_the_caller_reports_and_saves() -> None:
     stage, saved = ToyStage(), {}
     loop = train(
-        stage.state, NUM_STEPS, set_rates=stage.set_rates, gradients_of=whole_batch(stage.loss_of), clip=stage.clip
+        stage.state,
+        NUM_STEPS,
+        set_rates=stage.set_rates,
+        gradients_of=whole_batch(stage.state, stage.loss_of),
+        clip=stage.clip,
     )
     for done in loop:
         if done.step % 2 == 0:

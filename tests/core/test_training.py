@@ -197,7 +197,7 @@ def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_
     def loss_of(step: int) -> tuple[torch.Tensor, None]:
         return sum((p**3).sum() for p in flat), None  # type: ignore[return-value]
 
-    for _ in train(state, 3, set_rates=lambda step: None, gradients_of=whole_batch(loss_of), clip=clip):
+    for _ in train(state, 3, set_rates=lambda step: None, gradients_of=whole_batch(state, loss_of), clip=clip):
         reference.zero_grad()
         sum((p**3).sum() for p in plain).backward()  # type: ignore[union-attr]
         assert totals[-1] == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
@@ -446,7 +446,7 @@ def test_the_table_lists_the_groups_of_each_branch() -> None:
 def gradients(model: TrainableModel, data: TrainingData, params: TrainingParams, execution: Execution) -> Any:
     """Return loss, parts and the gradients of all groups of the first step."""
     steps = Steps(model, data, params, training_state(model, params), execution)
-    loss, parts = steps.gradients(0, torch.autograd.backward)
+    loss, parts = steps.gradients(0)
     return loss, parts, [parameter.grad for parameter in steps.state.parameters]
 
 

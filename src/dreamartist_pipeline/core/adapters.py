@@ -401,7 +401,11 @@ class BranchLoRALayer(nn.Module):
         if self.positions is None:
             raise RuntimeError("expected positions, got None; call the model within AdapterStack.measuring first")
         shape, keep = self._mask_layout(num_rows, self.positions)
-        self.mask = torch.rand(shape, generator=generator, device=keep.device, dtype=keep.dtype) < keep
+        mask = torch.rand(shape, generator=generator, device=keep.device, dtype=keep.dtype) < keep
+        if self.mask is not None and self.mask.shape == mask.shape:
+            self.mask.copy_(mask)  # in place, for recorded CUDA graphs
+        else:
+            self.mask = mask
 
     def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
         """Return the shape of the mask, and the keep probabilities, which broadcast to it."""

@@ -222,7 +222,7 @@ def train(
     num_steps: int,
     *,
     set_rates: Callable[[int], None],
-    gradients_of: Callable[[int, Backward], tuple[torch.Tensor, _Parts]],
+    gradients_of: Callable[[int], tuple[torch.Tensor, _Parts]],
     clip: Callable[[torch.Tensor], None],
     average_gradients: Callable[[Sequence[nn.Parameter]], None] | None = None,
 ) -> Iterator[FinishedStep[_Parts]]:
@@ -234,8 +234,8 @@ def train(
         state: updated in place; `state.step` is the first step to run.
         num_steps: of the whole training.
         set_rates: sets the learning rates of a step.
-        gradients_of: runs the backward passes of a step, one or several; it returns the scalar loss, detached, and
-            values to report. See `whole_batch`.
+        gradients_of: runs the backward passes of a step with `state.backward`; it returns the scalar loss, detached,
+            and values to report. See `whole_batch`.
         clip: takes the gradient norms `[num_parameters]` and clips the gradients in place; it may raise.
         average_gradients: averages the gradients of the parameters over processes.
     """
@@ -244,7 +244,7 @@ def train(
         set_rates(step)
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=False)  # parameters' gradients may be views of one tensor
-        loss, parts = gradients_of(step, state.backward)
+        loss, parts = gradients_of(step)
         if average_gradients:
             average_gradients(state.parameters)
         for optimizer in state.optimizers:
@@ -256,17 +256,18 @@ def train(
 
 
 def whole_batch(
-    loss_of: Callable[[int], tuple[torch.Tensor, _Parts]],
-) -> Callable[[int, Backward], tuple[torch.Tensor, _Parts]]:
-    """Return `gradients_of` of `train` for a step with one backward pass.
+    state: TrainingState, loss_of: Callable[[int], tuple[torch.Tensor, _Parts]]
+) -> Callable[[int], tuple[torch.Tensor, _Parts]]:
+    """Return `gradients_of` of `train` for steps with one backward pass.
 
     Args:
+        state: of the training.
         loss_of: returns the scalar loss of a step, and values to report.
     """
 
-    def gradients_of(step: int, backward: Backward) -> tuple[torch.Tensor, _Parts]:
+    def gradients_of(step: int) -> tuple[torch.Tensor, _Parts]:
         loss, parts = loss_of(step)
-        backward(loss)
+        state.backward(loss)
         return loss.detach(), parts
 
     return gradients_of

@@ -10,6 +10,7 @@ constant, and losses are read for several steps at a time.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from dreamartist_pipeline.core.prompt_tokens import (
     map_tensors,
 )
 from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
+from dreamartist_pipeline.core.step_graph import GraphedPasses, Passes
 from dreamartist_pipeline.core.trainer import Averages, Backward, FinishedStep, TrainingState, normalized_ema, train
 from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import LossParams, TrainingParams
@@ -141,11 +143,13 @@ class Execution:
 
     Attributes:
         micro_batch: rows of one forward and backward pass, in each branch; None for all rows of a step.
+        as_graph: whether the passes of a step are a CUDA graph, see `step_graph`.
         read_every: number of steps between reads of losses and gradient norms from the device. Slow steps are read
             more often.
     """
 
     micro_batch: int | None = None
+    as_graph: bool = False
     read_every: int = 10
 
 
@@ -566,6 +570,9 @@ class _Steps:
         self.rates: dict[str, float | torch.Tensor] = {}
         self.grad_norms: dict[str, torch.Tensor] = {}
         self._measured = False
+        self._run: Passes[Batch] = functools.partial(self._passes, backward=state.backward)
+        if execution.as_graph:
+            self._run = GraphedPasses(self._run, state.parameters)
 
     def _indices(self, key_of: Callable[[ParameterGroup], str]) -> dict[str, torch.Tensor]:
         """Return key -> indices of the groups with that key, on the device."""
@@ -591,7 +598,7 @@ class _Steps:
                 target["betas"] = (beta1, *target["betas"][1:])
             self.rates[group.name] = rate_of(optimizer, target)
 
-    def gradients(self, step: int, backward: Backward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def gradients(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the gradients of a step; return its loss `[]` and `StepRecord.parts`, all on the device.
 
         `step` counts from 0.
@@ -600,7 +607,7 @@ class _Steps:
         if self._encoded is not None:
             batch = self._batches.with_all_prompts(batch, step)
         self._draw_dropout(batch, step)
-        return self._passes(batch, backward)
+        return self._run(batch)
 
     def _passes(self, batch: Batch, backward: Backward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the passes of a batch, forward and backward."""

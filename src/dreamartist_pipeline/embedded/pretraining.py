@@ -261,7 +261,7 @@ class _Stage:
                 self.state,
                 self._plan.num_steps if self._is_sized else min(_SIZED_AFTER, self._plan.num_steps),
                 set_rates=self._set_rates,
-                gradients_of=whole_batch(self._loss_of_step),
+                gradients_of=whole_batch(self.state, self._loss_of_step),
                 clip=self._clip,
                 average_gradients=average_gradients,
             )
