@@ -47,6 +47,7 @@ from dreamartist_pipeline.params import (
 )
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from refusals import says
+from tracking_stores import tracking_uri
 
 LORA = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
 
@@ -525,16 +526,10 @@ def test_the_summary_lists_files_as_the_working_directory_sees_them(
 
 
 def test_a_tracking_server_is_linked_where_a_store_is_first_served(project: Path) -> None:
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    try:
-        mlflow.set_tracking_uri("http://runs.example:5000/")
+    with tracking_uri("http://runs.example:5000/"):
         assert mlflow_lines() == [("curves and previews", "http://runs.example:5000/")]
-        mlflow.set_tracking_uri(f"sqlite:///{project / 'data' / 'mlflow.db'}")
+    with tracking_uri(f"sqlite:///{project / 'data' / 'mlflow.db'}"):
         (_, command), (_, address) = mlflow_lines()
-    finally:
-        mlflow.set_tracking_uri(before)
     assert command.endswith("mlflow ui --backend-store-uri sqlite:///data/mlflow.db")
     assert address == "http://127.0.0.1:5000/"
 

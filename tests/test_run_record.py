@@ -21,6 +21,7 @@ from dreamartist_pipeline.hooks.parameters import recorded_parameters, repeated_
 from dreamartist_pipeline.hooks.record import close_interrupted_run
 from dreamartist_pipeline.hooks.story import run_that_made, with_sections
 from dreamartist_pipeline.params import GenerateParams, Params, PretrainParams, ResolvedGroup, TrainingParams
+from tracking_stores import tracking_uri
 
 GROUP = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
 SETTINGS = {"subject": "cat", "method": "lora", "base_model": "tiny", "recipe": "world"}
@@ -111,12 +112,8 @@ class FixedPresets(dict[str, Any]):
 
 @pytest.fixture(scope="module")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
-    yield
-    mlflow.set_tracking_uri(before)
+    with tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"):
+        yield
 
 
 @pytest.fixture
