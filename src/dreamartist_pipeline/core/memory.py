@@ -180,21 +180,29 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _FLOPS:
             self.flops += _FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
+        given = {storage._cdata for storage in _storages(args)}  # of views, and of tensors from outside the context
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self._sizes:
+                self._note(storage)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.bytes_alive += storage.nbytes()
-            self.most_bytes = max(self.most_bytes, self.bytes_alive)
-            weakref.finalize(storage, self._forget, key)
+        self._sizes[storage._cdata] = storage.nbytes()
+        self.bytes_alive += storage.nbytes()
+        self.most_bytes = max(self.most_bytes, self.bytes_alive)
+        weakref.finalize(storage, self._forget, storage._cdata)
 
     def _forget(self, key: int) -> None:
         self.bytes_alive -= self._sizes.pop(key)
+
+
+def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages of a tensor, or of all tensors in nested tuples and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _storages(item)
 
 
 @contextmanager

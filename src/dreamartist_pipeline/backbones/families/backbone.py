@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -202,18 +202,9 @@ class Backbone(ABC):
         return self.predict(latents.to(self.dtype), timesteps, conditioning)
 
     def checkpoint_gradients(self) -> None:
-        """Let all networks compute activations again in the backward pass instead of keeping them.
-
-        These are the switches of diffusers and transformers. Dropout masks are drawn before the forward pass, so random
-        states are not kept. A layer of transformers checkpoints in training mode only; its modules stay in eval mode.
-        """
+        """Let all networks compute activations again in the backward pass instead of keeping them."""
         for network in self.networks.values():
-            for module in network.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = True
-                    module._gradient_checkpointing_func = _recompute
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+            checkpoint_gradients(network)
 
     def compile_denoiser(self, backend: str = "inductor") -> None:
         """Compile the networks other than text encoders; it happens in their first call."""
@@ -224,6 +215,20 @@ class Backbone(ABC):
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""
         return dataclasses.replace(self, networks={name: _copy(module) for name, module in self.networks.items()})
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Turn on gradient checkpointing, by the switches of diffusers and transformers.
+
+    Dropout masks are drawn before the forward pass, so random states are not kept. A layer of transformers checkpoints
+    in training mode only; its modules stay in eval mode.
+    """
+    modules: Iterator[Any] = network.modules()
+    for module in modules:
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, _recompute
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def _recompute(function: Callable[..., Any], *inputs: Any) -> Any:
