@@ -31,9 +31,10 @@ from pydantic import BaseModel, ValidationError
 
 from dreamartist_pipeline import settings
 from dreamartist_pipeline.backbones import concepts
-from dreamartist_pipeline.backbones.base_model import open_base_model, pick_device
+from dreamartist_pipeline.backbones.base_model import open_base_model
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.devices import pick_device
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import build_parameters, register_project_root
@@ -158,6 +159,20 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "pipelines/test_regularization.py": {
         "test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i": ("regularization.seed",),
         "test_images_are_squares_of_the_configured_side_or_of_the_references": ("regularization.side_px",),
+    },
+    "backbones/test_quantization.py": {
+        "test_a_base_model_opens_with_int8_weights": ("device.quantize",),
+    },
+    "backbones/test_determinism.py": {
+        "test_a_base_model_is_opened_with_deterministic_algorithms": ("device.deterministic",),
+    },
+    "pipelines/test_training_memory.py": {
+        "test_a_backend_reaches_the_loop_and_the_denoiser": ("training.backend",),
+        "test_a_training_computes_its_steps_by_the_plan": (
+            "training.memory.checkpointing",
+            "training.memory.micro_batch",
+            "training.memory.limit_gib",
+        ),
     },
     "pipelines/test_training.py": {
         "test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from": ("training.start_from",),

@@ -42,6 +42,12 @@ def _check_weights(prompt: str) -> str:
     return prompt
 
 
+def _check_device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", name):
+        raise ValueError("expected 'auto', 'cpu', 'cuda', 'cuda:1' (a number), 'mps', 'xpu' or 'xpu:1'")
+    return name
+
+
 Texts = Annotated[tuple[str, ...], _ONE_OR_SEVERAL]
 """Texts, or a single text, as in `--params generate.prompts=a red fox`."""
 Plain = Annotated[str, Field(pattern=r"^[^{}]*$")]
@@ -86,8 +92,11 @@ class Params(BaseModel):
 class DeviceParams(Params):
     """Device and dtype of the frozen base model; adapters and words are always trained in float32."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # auto is the GPU if there is one; cuda and xpu may have the number of a card, as in cuda:1
+    device: Annotated[str, AfterValidator(_check_device_name)] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "int8"] = "none"  # of the base model's Linears: int8 halves them, and changes results
+    deterministic: bool = False  # deterministic algorithms only: the same bits in every run on the same GPU
 
 
 ON_CPU = "device=cpu,device.dtype=float32"
@@ -407,6 +416,29 @@ class PreviewParams(Params):
     seed: Seed = 0
 
 
+class MemoryParams(Params):
+    """How a step is made to fit into memory; `auto`, or nothing, for a decision before the training.
+
+    Attributes:
+        checkpointing: whether activations are computed again in the backward pass instead of being kept (Chen et al.
+            2016). None: decided.
+        micro_batch: rows of one forward and backward pass, in each branch; their gradients add up to those of the step.
+            0: all rows of a step in one pass. None: decided.
+        limit_gib: memory to stay below, such as 8 for a card of 8 GB that others use, too. None: what is free.
+    """
+
+    checkpointing: bool | None = None
+    micro_batch: NonNegativeInt | None = None
+    limit_gib: PositiveFloat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_auto(cls, value: object) -> object:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"expected auto, or {{checkpointing: …, micro_batch: …, limit_gib: …}}, got {value!r}")
+        return {} if value == "auto" else value
+
+
 RUN_ONLY = "does not change the trained concept"
 """Marks parameters that are not part of `config_sha256`: `name: Annotated[Type, RUN_ONLY]`."""
 
@@ -453,6 +485,9 @@ class TrainingParams(Params):
     zero_terminal_snr: bool = False  # in training and generation; v-prediction only
     loss: LossParams = LossParams()
     preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
+    memory: Annotated[MemoryParams, RUN_ONLY] = MemoryParams()
+    # eager: one kernel after the other; cudagraph: all kernels of a step by one call; compile: torch.compile
+    backend: Annotated[Literal["eager", "cudagraph", "compile"], RUN_ONLY] = "eager"
     # Concept file with the initial adapters and words. RUN_ONLY, because the metadata has the hash of the file instead.
     start_from: Annotated[str | None, RUN_ONLY, PATH] = None
 

@@ -31,7 +31,9 @@ from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import (
     Batch,
     BatchSource,
+    Execution,
     LatentImages,
+    StepRecord,
     TrainableModel,
     TrainingData,
     combined_prediction,
@@ -236,7 +238,11 @@ def test_three_steps_equal_torchs_adamw_one_cycle_and_joint_clipping(
     ours, plain = (start_concept(backbone, params, 1, 0) for _ in range(2))
     start = ours.snapshot({})
     seen: list[Concept] = []
-    fit(make_trainable(ours, params), make_data(ours, params), params, lambda record: seen.append(ours.snapshot({})))
+
+    def keep(record: StepRecord) -> None:
+        seen.append(ours.snapshot({}))
+
+    fit(make_trainable(ours, params), make_data(ours, params), params, keep, execution=Execution(read_every=1))
     norms = train_plainly(backbone, plain, params, num_steps=3)
     assert all(norm > 2 * params.max_grad_norm for norm in norms)
     for name, tensor in plain.snapshot({}).tensors.items():

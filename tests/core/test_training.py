@@ -16,9 +16,10 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
-from dreamartist_pipeline.core.trainer import train
+from dreamartist_pipeline.core.trainer import train, whole_batch
 from dreamartist_pipeline.core.training import (
     BatchSource,
+    Execution,
     LatentImages,
     ParameterGroup,
     StepRecord,
@@ -31,12 +32,14 @@ from dreamartist_pipeline.core.training import (
     reconstruction_loss,
     training_state,
 )
+from dreamartist_pipeline.core.training import _Steps as Steps
 from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import LossParams, PreviewParams, ResolvedGroup, ScheduleParams, TrainingParams
 from refusals import says
 
 MakeParams = Callable[..., TrainingParams]
 _VOCABULARY = 10
+AT_ONCE = Execution(read_every=1)  # calls on_step after every step
 _SCHEDULE = NoiseSchedule(torch.linspace(0.99, 0.01, 20), "epsilon")
 
 
@@ -196,7 +199,7 @@ def test_flat_updates_equal_adamw_on_single_tensors_with_clipping(make_training_
     def loss_of(step: int) -> tuple[torch.Tensor, None]:
         return sum((p**3).sum() for p in flat), None  # type: ignore[return-value]
 
-    for _ in train(state, 3, set_rates=lambda step: None, loss_of=loss_of, clip=clip):
+    for _ in train(state, 3, set_rates=lambda step: None, gradients_of=whole_batch(state, loss_of), clip=clip):
         reference.zero_grad()
         sum((p**3).sum() for p in plain).backward()  # type: ignore[union-attr]
         assert totals[-1] == pytest.approx(nn.utils.clip_grad_norm_(plain, 0.5).item(), rel=1e-5)
@@ -223,7 +226,7 @@ def test_one_cycle_sets_beta1_of_its_parameters_alone(make_training_params: Make
         assert all(group["betas"][1] == 0.999 for group in groups)
         seen.append([group["betas"][0] for group in groups])
 
-    fit(model, make_data(), params, beta1s, state=state)
+    fit(model, make_data(), params, beta1s, state=state, execution=AT_ONCE)
     # two groups of adapters, two words
     assert seen == [[0.95, 0.95, 0.9, 0.9], [0.85, 0.85, 0.9, 0.9], [pytest.approx(0.95)] * 2 + [0.9, 0.9]]
 
@@ -273,7 +276,11 @@ def test_every_step_drops_other_activations(make_training_params: MakeParams) ->
     layers = [layer for layer in model.latent_adapters[0].layers.values() if layer.has_dropout]
     seen: list[list[torch.Tensor]] = []
     params = make_training_params(batch_size=8)
-    fit(model, make_data(), params, lambda record: seen.append([layer.mask.clone() for layer in layers]))  # type: ignore[union-attr]
+
+    def keep(record: StepRecord) -> None:
+        seen.append([layer.mask.clone() for layer in layers])  # type: ignore[union-attr]
+
+    fit(model, make_data(), params, keep, execution=AT_ONCE)
     assert [mask.shape for mask in seen[0]] == [(2, 9, 2), (2, 9, 2)]  # branches, rows, ranks
     assert not torch.equal(seen[0][0], seen[0][1])
     assert not torch.equal(seen[0][0], seen[1][0])
@@ -288,7 +295,11 @@ def states_of_a_whole_training(
     """Train to the end; return the state after every step, 0 included, and the history."""
     state = training_state(model, params)
     states = {0: state.state_dict()}
-    history = fit(model, make_data(), params, lambda r: states.update({r.step: state.state_dict()}), state=state)
+
+    def keep(record: StepRecord) -> None:
+        states[record.step] = state.state_dict()
+
+    history = fit(model, make_data(), params, keep, state=state, execution=AT_ONCE)
     return states, history
 
 
@@ -429,6 +440,89 @@ def test_the_table_lists_the_groups_of_each_branch() -> None:
     # image 8 -> 8 and text 4 -> 8 at rank 2: 2·(8 + 8) + 2·(4 + 8) = 56
     assert by_group["toy.0"] == ["negative", "toy.0", "2", "56", "-", "1.00e-02"]
     assert by_group["words.positive.pt1"] == ["positive", "words.positive.pt1", "-", "4", "1", "1.00e-02"]
+
+
+# --------------------------------------------------------------------------------------------- execution
+
+
+def gradients(model: TrainableModel, data: TrainingData, params: TrainingParams, execution: Execution) -> Any:
+    """Return loss, parts and the gradients of all groups of the first step."""
+    steps = Steps(model, data, params, training_state(model, params), execution)
+    loss, parts = steps.gradients(0)
+    return loss, parts, [parameter.grad for parameter in steps.state.parameters]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 7])
+def test_micro_batches_have_the_gradients_of_the_whole_step(make_training_params: MakeParams, micro_batch: int) -> None:
+    data = dataclasses.replace(
+        make_data(mask=torch.tensor([[[[1.0, 0.5], [0.0, 2.0]]]])), pixels=torch.ones(1, 3, 4, 2)
+    )
+    loss = LossParams(regularization_weight=0.5, reconstruction_weight=0.1)
+    params = make_training_params(batch_size=3, regularization_batch_size=2, guidance_scale="1.5-3.0", loss=loss)
+    plain, parted = (
+        gradients(with_decoder(make_model(dropout=0.5)), data, params, Execution(size)) for size in (None, micro_batch)
+    )
+    assert all(gradient.any() for gradient in plain[2])
+    torch.testing.assert_close(parted, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_pass_through_the_text_encoder_once(make_training_params: MakeParams) -> None:
+    calls: list[int] = []
+    model = make_model()
+
+    def encode(tokens: PromptTokens) -> torch.Tensor:
+        calls.append(len(tokens))
+        return model.encode(tokens)  # type: ignore[return-value]
+
+    params = make_training_params(batch_size=3)
+    gradients(dataclasses.replace(model, encode=encode), make_data(), params, Execution(1))
+    assert calls == [4]  # two prompts in two branches
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_constant_prompts_are_encoded_before_the_first_step(
+    make_training_params: MakeParams, micro_batch: int | None
+) -> None:
+    params = make_training_params(num_steps=3, words={"names": {}}, templates=("a {class}",))
+    results, calls = [], []
+    for is_constant in (False, True):
+        model = make_model()
+
+        def encode(tokens: PromptTokens, model: TrainableModel = model) -> torch.Tensor:
+            calls.append(len(tokens))
+            return model.encode(tokens).detach()  # type: ignore[attr-defined]
+
+        groups = tuple(group for group in model.groups if group.kind == "adapters")
+        changed = dataclasses.replace(model, encode=encode, groups=groups, has_constant_prompts=is_constant)
+        results.append(gradients(changed, make_data(), params, Execution(micro_batch)))
+        fit(changed, make_data(), params, execution=Execution(micro_batch))
+    assert calls == [4, 4, 4, 4, 8, 8]  # 2 distinct prompts in every step; all 4, in two branches
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_losses_are_read_for_several_steps_at_a_time(make_training_params: MakeParams) -> None:
+    model, params = make_model(), make_training_params(num_steps=7)
+    state = training_state(model, params)
+    seen: list[tuple[int, int]] = []
+    fit(
+        model,
+        make_data(),
+        params,
+        lambda record: seen.append((record.step, state.step)),
+        state=state,
+        execution=Execution(read_every=3),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3), (4, 6), (5, 6), (6, 6), (7, 7)]
+
+
+def test_the_number_of_prompts_is_the_same_in_every_step(make_training_params: MakeParams) -> None:
+    source = BatchSource(make_data(), make_training_params(batch_size=2, regularization_batch_size=3), _SCHEDULE)
+    batches = [source.draw(step) for step in range(70)]
+    assert {batch.tokens.ids.shape for batch in batches} == {(4, 2, 3)}  # one reference prompt, three others at most
+    assert len({len(batch.prompt_of_row.unique()) for batch in batches}) > 1
+    for batch in batches:
+        reference = batch.tokens.ids[batch.prompt_of_row[0]]
+        assert torch.equal(reference, make_data().reference.tokens.ids[0])
 
 
 # --------------------------------------------------------------------------------------------- options

@@ -15,18 +15,21 @@ import torch
 from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
+from dreamartist_pipeline.backbones.determinism import use_deterministic_algorithms
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
 from dreamartist_pipeline.backbones.holding.finding import find_parts, name_of
 from dreamartist_pipeline.backbones.holding.parts import ModelParts, has_weights
 from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
-from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.backbones.quantization import quantize_linears
+from dreamartist_pipeline.core.devices import pick_device, pick_dtype
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.core.model_location import HUB, ModelLocation
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
 
+_PIXELS_AT_ONCE = 512 * 512  # of one call of the autoencoder, which needs about 0.6 GiB for as many
 transformers_logging.disable_progress_bar()  # it would break the progress bars of a run
 
 log = logging.getLogger(__name__)
@@ -153,7 +156,9 @@ def open_base_model(path: Path | str | ModelLocation, device: DeviceParams) -> B
     """
     files = files_for(path, device)
     files.check()
-    return _opened(files, files.state(), device.model_copy(update={"device": pick_device(device).type}))
+    if device.deterministic:
+        use_deterministic_algorithms()
+    return _opened(files, files.state(), device.model_copy(update={"device": str(pick_device(device))}))
 
 
 @functools.lru_cache(maxsize=2)  # one to train and generate with, one in float32 on the CPU to check exports
@@ -174,22 +179,25 @@ def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
         InputError: the folder is incomplete or cannot be read, the hub cannot be reached, there is no such device, or
             the model is not supported.
     """
-    return _load(files, pick_device(device), getattr(torch, device.dtype))
+    chosen = pick_device(device)
+    return _load(files, chosen, pick_dtype(device, chosen), quantize=device.quantize == "int8")
 
 
-def load_outline(files: BaseModelFiles) -> Backbone:
+def load_outline(files: BaseModelFiles, dtype: torch.dtype = torch.float32, quantize: bool = False) -> Backbone:
     """Return the base model on the meta device, without weights, to check parameters and files against.
 
     Raises:
         InputError: see `load_backbone`.
     """
-    return _load(files, torch.device("meta"), torch.float32)
+    return _load(files, torch.device("meta"), dtype, quantize)
 
 
-def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype, quantize: bool) -> Backbone:
     files.check()
     source = ModelSource(files.name, files.fingerprint(), files.parts())
     model = files.family().load(source, device, dtype)
+    for network in model.networks.values() if quantize else ():
+        quantize_linears(network)
     _warn_of_few_steps(files, model)
     return model
 
@@ -207,33 +215,26 @@ def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
-def pick_device(params: DeviceParams) -> torch.device:
-    """Return the device; `auto` is the GPU if there is one.
-
-    Raises:
-        InputError: `cuda` without a GPU.
-    """
-    check_device(params)
-    if params.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(params.device)
-
-
 @torch.no_grad()
 def encode_images(backbone: Backbone, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation `[B, C, h, w]` of the latents of `images` `[B, 3, H, W]` in [-1, 1].
 
     Both are float32 and multiplied by the model's scaling factor: latents are `mean + std · noise`.
     """
-    posterior = backbone.autoencoder.encode(images.to(backbone.device, torch.float32)).latent_dist
     scale = float(backbone.autoencoder.config.scaling_factor)
-    return posterior.mean * scale, posterior.std * scale
+    at_once = max(1, _PIXELS_AT_ONCE // images[0, 0].numel())
+    parts = [
+        backbone.autoencoder.encode(part.to(backbone.device, torch.float32)).latent_dist
+        for part in images.split(at_once)
+    ]
+    return torch.cat([part.mean for part in parts]) * scale, torch.cat([part.std for part in parts]) * scale
 
 
 @torch.no_grad()
 def decode_latents(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:
     """Return the images `[B, 3, H, W]`, float32 in [-1, 1], of latents `[B, C, h, w]`."""
-    return decode_with_gradients(backbone, latents).clamp(-1, 1)
+    at_once = max(1, _PIXELS_AT_ONCE // (latents[0, 0].numel() * backbone.latent_scale**2))
+    return torch.cat([decode_with_gradients(backbone, part) for part in latents.split(at_once)]).clamp(-1, 1)
 
 
 def decode_with_gradients(backbone: Backbone, latents: torch.Tensor) -> torch.Tensor:

@@ -401,7 +401,11 @@ class BranchLoRALayer(nn.Module):
         if self.positions is None:
             raise RuntimeError("expected positions, got None; call the model within AdapterStack.measuring first")
         shape, keep = self._mask_layout(num_rows, self.positions)
-        self.mask = torch.rand(shape, generator=generator, device=keep.device, dtype=keep.dtype) < keep
+        mask = torch.rand(shape, generator=generator, device=keep.device, dtype=keep.dtype) < keep
+        if self.mask is not None and self.mask.shape == mask.shape:
+            self.mask.copy_(mask)  # in place, for recorded CUDA graphs
+        else:
+            self.mask = mask
 
     def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
         """Return the shape of the mask, and the keep probabilities, which broadcast to it."""
@@ -594,6 +598,21 @@ class AdapterStack:
         for layer in self.layers.values():
             if layer.has_dropout:
                 layer.draw_mask(num_rows, generator)
+
+    @contextmanager
+    def masks_of_rows(self, rows: slice, num_rows: int) -> Iterator[None]:
+        """Use the dropout masks of these rows only, in a pass over a part of a batch with `num_rows` rows per branch.
+
+        The context includes the backward pass, because gradient checkpointing repeats the forward pass during it.
+        """
+        whole = [(layer, layer.mask) for layer in self.layers.values() if layer.mask is not None]
+        for layer, mask in whole:
+            layer.mask = mask.unflatten(1, (num_rows, -1))[:, rows].flatten(1, 2)
+        try:
+            yield
+        finally:
+            for layer, mask in whole:
+                layer.mask = mask
 
     def _updates(self) -> list[tuple[str, LowRankUpdate]]:
         return [(name, update) for name, layer in self.layers.items() for update in layer.updates]

@@ -1,28 +1,133 @@
-"""Whether the configured device exists."""
+"""The configured device: whether it exists, what it can compute with, and its free memory."""
 
 from __future__ import annotations
+
+import logging
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from dreamartist_pipeline.early_checks import PlannedConcept
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ON_CPU, DeviceParams
 
+if TYPE_CHECKING:
+    import torch
+
+_KINDS = {"cuda": "a CUDA GPU", "mps": "the GPU of a Mac", "xpu": "an Intel GPU"}
+
+log = logging.getLogger(__name__)
+
 
 def check_device(params: DeviceParams, planned: PlannedConcept | None = None) -> None:
-    """Check that there is a GPU if one is required.
+    """Check that the configured device exists, and the library for `quantize`.
 
     A training with the settings of conf/sd15 takes days on a CPU: one row took 11.6 s of CPU time to pass through a
     UNet of Stable Diffusion 1.5 at 512 px, and 200 images of 20 steps, together with 1000 steps of 5 rows in two
     branches and a backward pass of twice the cost, are 38,000 passes.
 
     Raises:
-        InputError: `cuda` without a GPU.
+        InputError: there is no such device or library.
     """
     import torch
 
-    if params.device == "cuda" and not torch.cuda.is_available():
+    if params.quantize != "none" and find_spec("torchao") is None:
         raise InputError(
-            expected="a CUDA GPU (device.device=cuda)",
+            expected=f"the library torchao for device.quantize={params.quantize}",
+            got="no such library",
+            remedy="run: pip install torchao",
+        )
+    if params.device in ("auto", "cpu"):
+        return
+    kind, _, number = params.device.partition(":")
+    if kind == "mps":
+        num_devices = int(torch.backends.mps.is_available())
+    else:
+        num_devices = getattr(torch, kind).device_count() if getattr(torch, kind).is_available() else 0
+    if not num_devices:
+        raise InputError(
+            expected=f"{_KINDS[kind]} (device.device={params.device})",
             got="none that torch sees",
             remedy=f"use a machine with a GPU and torch's CUDA build, or add {ON_CPU} to --params; on a CPU, an image "
             "of 512 px takes minutes and a training at 512 px takes days",
         )
+    if int(number or 0) >= num_devices:
+        raise InputError(
+            expected=f"{kind}:0 to {kind}:{num_devices - 1} (device.device={params.device})",
+            got=f"{num_devices} device{'s' if num_devices > 1 else ''}",
+            remedy="choose one of them",
+        )
+
+
+def pick_device(params: DeviceParams) -> torch.device:
+    """Return the device; `auto` is the GPU if there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    check_device(params)
+    if params.device != "auto":
+        return torch.device(params.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def pick_dtype(params: DeviceParams, device: torch.device) -> torch.dtype:
+    """Return the dtype of the base model: float16 for bfloat16 on a CUDA GPU without it, such as T4 or RTX 20."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, params.dtype)
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                log.warning("%s has no bfloat16: float16 is used instead.", torch.cuda.get_device_name(device))
+                return torch.float16
+    return dtype
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory that this process can use on a device, what it has allocated on a GPU included."""
+    import psutil
+    import torch
+
+    match device.type:
+        case "cuda":
+            return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        case "xpu":
+            return int(torch.xpu.mem_get_info(device)[0] + torch.xpu.memory_reserved(device))
+        case "mps":
+            return int(torch.mps.recommended_max_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the peak memory of this process: allocated on a GPU, resident on the CPU; None if it is unknown."""
+    import torch
+
+    if device.type in ("cuda", "xpu"):
+        return int(torch.get_device_module(device).max_memory_allocated(device))
+    if device.type == "mps" or sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start to measure the peak memory of a GPU anew."""
+    import torch
+
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Return the memory of a GPU that is allocated, but not used."""
+    import torch
+
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()

@@ -51,6 +51,34 @@ def flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     return flat
 
 
+def step_unless(skip: torch.Tensor, optimizer: Optimizer) -> None:
+    """Run a step of an optimizer, or none if `skip`, a boolean `[]` on the device, is true.
+
+    The decision is made on the device: `GradScaler.step` would wait for it, save for torch's fused optimizers. Numbers
+    that an optimizer keeps on the CPU (the step count of adamw8bit) advance in skipped steps, too.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:  # state that is created in a skipped step is that of a zero gradient
+        parameter.grad.copy_(torch.where(skip, 0.0, parameter.grad))
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    changed = [*(parameter.data for parameter in parameters), *states]
+    before = [tensor.clone() for tensor in changed]
+    optimizer.step()
+    for tensor, old in zip(changed, before, strict=True):
+        tensor.copy_(torch.where(skip, old, tensor))
+
+
+def rate_of(optimizer: Optimizer, group: dict[str, Any]) -> float | torch.Tensor:
+    """Return the learning rate of a group; for Prodigy, times its current estimate: a tensor `[]` on the device."""
+    rate: float = group["lr"]
+    estimate = optimizer.state[group["params"][0]].get("d")
+    return rate if estimate is None else rate * estimate
+
+
 def make_optimizers(name: str, groups: Sequence[dict[str, Any]]) -> list[Optimizer]:
     """Return the optimizers of parameter groups, in order.
 
@@ -76,13 +104,13 @@ def make_optimizers(name: str, groups: Sequence[dict[str, Any]]) -> list[Optimiz
 
             return [AdamW8bit(groups)]
         case "prodigy":
-            from prodigyopt import Prodigy
+            from dreamartist_pipeline.core.unsynced_optimizers import UnsyncedProdigy
 
-            return [Prodigy([group], lr=group["lr"], safeguard_warmup=True) for group in groups]
+            return [UnsyncedProdigy([group], lr=group["lr"], safeguard_warmup=True) for group in groups]
         case "schedule_free":
-            from schedulefree import AdamWScheduleFree
+            from dreamartist_pipeline.core.unsynced_optimizers import UnsyncedScheduleFree
 
-            optimizer = AdamWScheduleFree(groups)
+            optimizer = UnsyncedScheduleFree(groups)
             optimizer.train()
             return [optimizer]
     raise InputError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -14,11 +15,47 @@ SMALLEST_MEAN = 1e-4  # of text states, relative to their root mean square; smal
 class Conditioning(Protocol):
     """The conditioning of N prompts. Its content is specific to the family of base models.
 
-    For Stable Diffusion, it is the tensor of text states.
+    It is a tensor (for Stable Diffusion, the text states), or a dataclass of tensors and None.
     """
 
     def __getitem__(self, rows: torch.Tensor, /) -> Conditioning:
         """Return the rows with these indices."""
+
+
+def map_tensors(change: Callable[..., torch.Tensor], first: Any, *others: Any) -> Any:
+    """Return conditioning whose tensors are those of `change`, called with the tensors of all arguments.
+
+    Args:
+        change: called once per tensor.
+        first, others: conditionings of the same content.
+    """
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return change(first, *others)
+    names = [field.name for field in dataclasses.fields(first)]
+    changed = {name: map_tensors(change, *(getattr(each, name) for each in (first, *others))) for name in names}
+    return dataclasses.replace(first, **changed)
+
+
+def detached_leaves(
+    conditioning: Conditioning,
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Conditioning]:
+    """Return a copy of conditioning that collects gradients instead of passing them on.
+
+    Returns:
+        (tensor, its copy) of all tensors with gradients, and the conditioning with the copies.
+    """
+    leaves: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        leaves.append((tensor, tensor.detach().requires_grad_()))
+        return leaves[-1][1]
+
+    copied: Conditioning = map_tensors(copy, conditioning)
+    return leaves, copied
 
 
 @dataclass(frozen=True, eq=False)

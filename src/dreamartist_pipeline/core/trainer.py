@@ -16,9 +16,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dreamartist_pipeline.core.optimizers import step_unless
 from dreamartist_pipeline.errors import InputError
 
 _Parts = TypeVar("_Parts")
+Backward = Callable[[torch.Tensor], None]
+"""Runs the backward pass of a scalar loss, with the loss scaling of the training."""
 
 
 # ------------------------------------------------------------------------------------------------- the state
@@ -94,8 +97,12 @@ class TrainingState:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
     step: int = 0
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a scalar loss, scaled by the scaler if it is enabled."""
+        torch.autograd.backward(self.scaler.scale(loss))
+
     def update(self, finite: torch.Tensor) -> None:
-        """Run one step of all optimizers. With a single optimizer, this does not synchronize with the device.
+        """Run one step of all optimizers, without synchronizing with the device.
 
         If the scaler is enabled, gradients that are not finite skip the step for all parameters. A skipped step is not
         averaged, but counts as a step.
@@ -103,10 +110,11 @@ class TrainingState:
         Args:
             finite: whether all gradients were finite before clipping, a boolean `[]` on the device.
         """
-        # The scaler has looked for infs per optimizer, before clipping spread them to all gradients.
-        if not (self.scaler.is_enabled() and len(self.optimizers) > 1 and not finite):
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+        for optimizer in self.optimizers:
+            if self.scaler.is_enabled():
+                step_unless(~finite, optimizer)
+            else:
+                optimizer.step()
         self.scaler.update()
         if self.averages:
             self.averages.update(finite)
@@ -199,7 +207,7 @@ class FinishedStep(Generic[_Parts]):
     Attributes:
         step: counted from 1.
         loss: `[]`.
-        parts: second result of `loss_of`.
+        parts: second result of `gradients_of`.
         grad_norms: gradient norm of each parameter before clipping, `[num_parameters]`.
     """
 
@@ -214,7 +222,7 @@ def train(
     num_steps: int,
     *,
     set_rates: Callable[[int], None],
-    loss_of: Callable[[int], tuple[torch.Tensor, _Parts]],
+    gradients_of: Callable[[int], tuple[torch.Tensor, _Parts]],
     clip: Callable[[torch.Tensor], None],
     average_gradients: Callable[[Sequence[nn.Parameter]], None] | None = None,
 ) -> Iterator[FinishedStep[_Parts]]:
@@ -226,7 +234,8 @@ def train(
         state: updated in place; `state.step` is the first step to run.
         num_steps: of the whole training.
         set_rates: sets the learning rates of a step.
-        loss_of: returns the scalar loss of a step, and values to report.
+        gradients_of: runs the backward passes of a step with `state.backward`; it returns the scalar loss, detached,
+            and values to report. See `whole_batch`.
         clip: takes the gradient norms `[num_parameters]` and clips the gradients in place; it may raise.
         average_gradients: averages the gradients of the parameters over processes.
     """
@@ -235,8 +244,7 @@ def train(
         set_rates(step)
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=False)  # parameters' gradients may be views of one tensor
-        loss, parts = loss_of(step)
-        torch.autograd.backward(state.scaler.scale(loss))
+        loss, parts = gradients_of(step)
         if average_gradients:
             average_gradients(state.parameters)
         for optimizer in state.optimizers:
@@ -244,7 +252,25 @@ def train(
         norms = gradient_norms(state.parameters)
         clip(norms)
         state.update(norms.isfinite().all())
-        yield FinishedStep(state.step, loss.detach(), parts, norms)
+        yield FinishedStep(state.step, loss, parts, norms)
+
+
+def whole_batch(
+    state: TrainingState, loss_of: Callable[[int], tuple[torch.Tensor, _Parts]]
+) -> Callable[[int], tuple[torch.Tensor, _Parts]]:
+    """Return `gradients_of` of `train` for steps with one backward pass.
+
+    Args:
+        state: of the training.
+        loss_of: returns the scalar loss of a step, and values to report.
+    """
+
+    def gradients_of(step: int) -> tuple[torch.Tensor, _Parts]:
+        loss, parts = loss_of(step)
+        state.backward(loss)
+        return loss.detach(), parts
+
+    return gradients_of
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

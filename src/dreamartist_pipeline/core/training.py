@@ -3,15 +3,19 @@
 A step draws rows of the reference image and of the regularization set, predicts for both branches in one pass of 2·B
 rows, combines the predictions as in classifier-free guidance, and takes the loss of the combination. The base model is
 passed in as two callables, so this module is independent of diffusers.
+
+A step does not wait for the device: what is drawn on the CPU is uploaded for many steps at once, numbers of prompts are
+constant, and losses are read for several steps at a time.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,15 +28,24 @@ from dreamartist_pipeline.core.concept import words_part
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
-from dreamartist_pipeline.core.optimizers import flatten, make_optimizers
-from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, concatenate
+from dreamartist_pipeline.core.optimizers import flatten, make_optimizers, rate_of
+from dreamartist_pipeline.core.prompt_tokens import (
+    Conditioning,
+    PromptTokens,
+    concatenate,
+    detached_leaves,
+    map_tensors,
+)
 from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
-from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, normalized_ema, train
+from dreamartist_pipeline.core.step_graph import GraphedPasses, Passes
+from dreamartist_pipeline.core.trainer import Averages, Backward, FinishedStep, TrainingState, normalized_ema, train
 from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import LossParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
-_READ_EVERY_ON_GPU = 10  # steps between reads of the loss; each read synchronizes with the GPU
+_CHOICES_AHEAD = 64  # steps whose images and prompts are drawn and uploaded together
+_PROMPTS_AT_ONCE = 16  # rows of one call of the text encoder, where all prompts are encoded before the first step
+_READ_AFTER_S = 0.5  # losses of slow steps are read earlier than every `Execution.read_every` steps
 _DIVERGENCE_REMEDY = "lower the learning rates, or run the base model in float32"
 
 HistoryRow = dict[str, float]
@@ -107,6 +120,9 @@ class TrainableModel:
         decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, differentiable; needed for the reconstruction loss.
         latent_adapters: adapters used in `denoise`; their dropout masks are drawn before every step.
         prompt_adapters: the same for `encode`.
+        has_constant_prompts: whether nothing trained takes part in `encode`; all prompts are then encoded once.
+        within_step: entered before the forward pass of a step and left after its last backward pass, the place of what
+            is computed from the parameters once a step, for all passes.
     """
 
     denoise: Callable[[torch.Tensor, torch.Tensor, Conditioning, torch.Tensor | None], torch.Tensor]
@@ -118,6 +134,24 @@ class TrainableModel:
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
     latent_adapters: tuple[AdapterStack, ...] = ()
     prompt_adapters: tuple[AdapterStack, ...] = ()
+    has_constant_prompts: bool = False
+    within_step: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How steps are computed; the gradients are those of the plain step, up to rounding.
+
+    Attributes:
+        micro_batch: rows of one forward and backward pass, in each branch; None for all rows of a step.
+        as_graph: whether the passes of a step are a CUDA graph, see `step_graph`.
+        read_every: number of steps between reads of losses and gradient norms from the device. Slow steps are read
+            more often.
+    """
+
+    micro_batch: int | None = None
+    as_graph: bool = False
+    read_every: int = 10
 
 
 @dataclass(frozen=True)
@@ -167,7 +201,7 @@ class Batch:
         latents: z₀, `[B, C, h, w]`.
         noise: ε, `[B, C, h, w]`.
         timesteps: `[B]`.
-        tokens: the distinct prompts, `[P, nb, L]`.
+        tokens: the distinct prompts, `[P, nb, L]`. P is the same in every step: the last prompt is repeated.
         prompt_of_row: index into `tokens`, `[B]`.
         row_weight: `[B]`; the loss of the step is Σ weight · row loss.
         mask: attention mask `[B, 1, h, w]`, or None.
@@ -183,6 +217,40 @@ class Batch:
     mask: torch.Tensor | None
     framing: torch.Tensor | None = None
 
+    def __len__(self) -> int:
+        """B."""
+        return len(self.latents)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Return a part of the rows, with the same `tokens`."""
+        return Batch(
+            self.latents[rows],
+            self.noise[rows],
+            self.timesteps[rows],
+            self.tokens,
+            self.prompt_of_row[rows],
+            self.row_weight[rows],
+            None if self.mask is None else self.mask[rows],
+            None if self.framing is None else self.framing[rows],
+        )
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The images and prompts of several steps, as indices on the device.
+
+    Attributes:
+        first_step: of these.
+        images: one tensor `[steps, rows]` per source.
+        distinct: the distinct prompts, `[steps, P]`.
+        prompt_of_row: index into `distinct`, `[steps, B]`.
+    """
+
+    first_step: int
+    images: tuple[torch.Tensor, ...]
+    distinct: torch.Tensor
+    prompt_of_row: torch.Tensor
+
 
 class BatchSource:
     """Draws batches. A batch is a function of the seed and the step."""
@@ -194,7 +262,9 @@ class BatchSource:
         self._sources = [(data.reference, params.batch_size)]
         if data.regularization and params.regularization_batch_size:
             self._sources.append((data.regularization, params.regularization_batch_size))
-        self._prompts = concatenate([images.tokens for images, _ in self._sources])
+        self.prompts = concatenate([images.tokens for images, _ in self._sources])
+        self._num_distinct = sum(min(len(images.tokens), num_rows) for images, num_rows in self._sources)
+        self._choices: _Choices | None = None
         totals = (1, params.loss.regularization_weight)
         weights = [total / rows for (_, rows), total in zip(self._sources, totals, strict=False) for _ in range(rows)]
         self._row_weight = torch.tensor(weights, device=self._device)
@@ -202,21 +272,26 @@ class BatchSource:
 
     def draw(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0."""
-        mean, std, prompts, framing = self._rows(step_generator(self._seed, "choices", step))
+        choices, index = self._choices_of(step)
+        mean, std, framing = self._rows(choices, index)
         generator = step_generator(self._seed, "noises", step, self._device)
         noises = torch.randn((2, *mean.shape), generator=generator, device=self._device)
         timesteps = self._objective.sample_timesteps(self._timesteps, len(mean), generator)
-        distinct, prompt_of_row = torch.unique(prompts, return_inverse=True)
         return Batch(
             latents=mean + std * noises[0],
             noise=self._offset(noises[1], step),
             timesteps=timesteps,
-            tokens=self._prompts[distinct.to(self._device)],
-            prompt_of_row=prompt_of_row.to(self._device),
+            tokens=self.prompts[choices.distinct[index]],
+            prompt_of_row=choices.prompt_of_row[index],
             row_weight=self._row_weight,
             mask=self._mask,
             framing=framing,
         )
+
+    def with_all_prompts(self, batch: Batch, step: int) -> Batch:
+        """Return the batch of a step with all prompts as `tokens`, for conditioning that was computed before."""
+        choices, index = self._choices_of(step)
+        return replace(batch, tokens=self.prompts, prompt_of_row=choices.distinct[index][batch.prompt_of_row])
 
     def _offset(self, noise: torch.Tensor, step: int) -> torch.Tensor:
         """Add `noise_offset · N(0, 1)` per row and channel, so that mean brightness is learned too (Guttenberg 2023).
@@ -229,17 +304,51 @@ class BatchSource:
         offsets = torch.randn((*noise.shape[:2], 1, 1), generator=generator, device=self._device)
         return noise + self._noise_offset * offsets
 
-    def _rows(self, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Choose images and prompts: mean and std `[B, C, h, w]`, prompt indices `[B]` on the CPU, and the framing."""
-        means, stds, prompts, framings, first_prompt = [], [], [], [], 0
-        for images, num_rows in self._sources:
-            image, prompt = _pick(images, num_rows, choices)
-            means.append(images.mean[image])
-            stds.append(images.std[image])
-            framings += [] if images.framing is None else [images.framing[image]]
-            prompts.append(prompt + first_prompt)
-            first_prompt += len(images.tokens)
-        return torch.cat(means), torch.cat(stds), torch.cat(prompts), torch.cat(framings) if framings else None
+    def _choices_of(self, step: int) -> tuple[_Choices, int]:
+        """Return uploaded choices and the index of the step in them."""
+        first_step = step - step % _CHOICES_AHEAD
+        if self._choices is None or self._choices.first_step != first_step:
+            self._choices = self._draw_choices(first_step)
+        return self._choices, step - first_step
+
+    def _draw_choices(self, first_step: int) -> _Choices:
+        """Draw the images and prompts of the next steps on the CPU, so that they do not depend on the device."""
+        images: list[list[torch.Tensor]] = [[] for _ in self._sources]
+        distinct, prompt_of_row = [], []
+        for step in range(first_step, first_step + _CHOICES_AHEAD):
+            generator = step_generator(self._seed, "choices", step)
+            prompts, first_prompt = [], 0
+            for (source, num_rows), chosen in zip(self._sources, images, strict=True):
+                image, prompt = _pick(source, num_rows, generator)
+                chosen.append(image)
+                prompts.append(prompt + first_prompt)
+                first_prompt += len(source.tokens)
+            different, inverse = torch.unique(torch.cat(prompts), return_inverse=True)
+            distinct.append(torch.cat([different, different[-1:].expand(self._num_distinct - len(different))]))
+            prompt_of_row.append(inverse)
+        return _Choices(
+            first_step,
+            tuple(self._upload(chosen) for chosen in images),
+            self._upload(distinct),
+            self._upload(prompt_of_row),
+        )
+
+    def _upload(self, steps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Stack and copy to the device; from pinned memory, the copy does not wait for the device."""
+        stacked = torch.stack(list(steps))
+        if self._device.type == "cuda":
+            return stacked.pin_memory().to(self._device, non_blocking=True)
+        return stacked.to(self._device)
+
+    def _rows(self, choices: _Choices, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return mean and std `[B, C, h, w]` and the framing `[B, 6]` of the chosen images."""
+        chosen = [(source, image[index]) for (source, _), image in zip(self._sources, choices.images, strict=True)]
+        framings = [s.framing[image] for s, image in chosen if s.framing is not None]
+        return (
+            torch.cat([s.mean[image] for s, image in chosen]),
+            torch.cat([s.std[image] for s, image in chosen]),
+            torch.cat(framings) if framings else None,
+        )
 
     def _row_masks(self, mask: torch.Tensor) -> torch.Tensor:
         """Return the masks of all rows, `[B, 1, h, w]`: `mask` for reference rows, ones for the others."""
@@ -256,19 +365,29 @@ def _pick(images: LatentImages, num_rows: int, choices: torch.Generator) -> tupl
     return torch.randint(len(images.mean), (num_rows,), generator=choices), prompt
 
 
-def combined_prediction(model: TrainableModel, batch: Batch, guidance: torch.Tensor) -> torch.Tensor:
+def encode_prompts(model: TrainableModel, tokens: PromptTokens) -> Conditioning:
+    """Return the conditioning of nb·P rows for tokens `[P, nb, L]`."""
+    return model.encode(tokens.branches_in_rows())
+
+
+def combined_prediction(
+    model: TrainableModel, batch: Batch, guidance: torch.Tensor, conditioning: Conditioning | None = None
+) -> torch.Tensor:
     """Return ε̂ = ε_neg + s · (ε_pos − ε_neg) of every row, float32 `[B, C, h, w]`.
 
-    `guidance` is s, `[B]`. The text encoder runs on the distinct prompts only.
+    Args:
+        model: the base model with adapters and words.
+        batch: of a step, or a part of its rows.
+        guidance: s, `[B]`.
+        conditioning: from `encode_prompts(model, batch.tokens)`; None computes it.
     """
     branches = model.num_branches
-    conditioning = model.encode(batch.tokens.branches_in_rows())  # nb·P rows
-    conditioning = conditioning[rows_of(batch.prompt_of_row, len(batch.tokens), branches)]  # nb·B rows
+    if conditioning is None:
+        conditioning = encode_prompts(model, batch.tokens)
+    of_rows = conditioning[rows_of(batch.prompt_of_row, len(batch.tokens), branches)]  # nb·B rows
     noisy_latents = model.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
     framing = None if batch.framing is None else repeat(batch.framing, branches)
-    prediction = model.denoise(
-        repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning, framing
-    )
+    prediction = model.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), of_rows, framing)
     return combine(prediction.float(), guidance, branches)
 
 
@@ -389,6 +508,7 @@ def fit(
     on_step: Callable[[StepRecord], None] | None = None,
     on_preview: Callable[[int], None] | None = None,
     state: TrainingState | None = None,
+    execution: Execution = Execution(),
 ) -> list[HistoryRow]:
     """Train the model's parameters in place and return one history row per step.
 
@@ -398,21 +518,25 @@ def fit(
         model: base model, adapters and words.
         data: images as latents, and prompts as tokens.
         params: of the training.
-        on_step: called once per step, in order; on a GPU for several steps at a time, after the loss is read.
+        on_step: called once per step, in order, for several steps at a time, after their losses are read.
         on_preview: called with the number of finished steps: with 0 before the first step, every
             `params.preview.every` steps, and after the last; never if that is 0.
         state: from `training_state`, possibly loaded; None starts a new training.
+        execution: how steps are computed.
 
     Raises:
-        TrainingError: a branch receives no gradient in the first step, or the loss or a parameter is not finite.
+        TrainingError: a branch receives no gradient in the first step, or the loss or a parameter is not finite; raised
+            when the losses are read, up to `execution.read_every` steps later.
     """
     state = state or training_state(model, params)
     history: list[HistoryRow] = []
-    for record in _records(_Steps(model, data, params, state), on_preview):
+    check = _GradientCheck(model, params.num_steps)
+    for record in _records(_Steps(model, data, params, state, execution), on_preview):
         if not math.isfinite(record.loss):
             raise TrainingError(
                 expected="a finite loss", got=f"{record.loss} at step {record.step}", remedy=_DIVERGENCE_REMEDY
             )
+        check(record)
         history.append(record.row())
         if on_step:
             on_step(record)
@@ -436,20 +560,32 @@ class _Steps:
     """The parts of a step that `trainer.train` calls.
 
     Attributes:
-        rates: group -> learning rate of the current step; for Prodigy, times its current estimate.
-        grad_norms: `<branch>/<kind>` -> gradient norm of the current step before clipping.
+        rates: group -> learning rate of the current step; for Prodigy, times its current estimate, on the device.
+        grad_norms: `<branch>/<kind>` -> gradient norm of the current step before clipping, on the device.
     """
 
-    def __init__(self, model: TrainableModel, data: TrainingData, params: TrainingParams, state: TrainingState) -> None:
-        self.state, self.params, self.device = state, params, data.reference.mean.device
+    def __init__(
+        self,
+        model: TrainableModel,
+        data: TrainingData,
+        params: TrainingParams,
+        state: TrainingState,
+        execution: Execution,
+    ) -> None:
+        self.state, self.params, self.execution = state, params, execution
+        self.device = data.reference.mean.device
         self._model, self._data = model, data
         self._batches = BatchSource(data, params, model.objective)
         self._members = self._indices(lambda group: f"{group.branch}/{group.kind}")
         clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
         self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
-        self.rates: dict[str, float] = {}
+        self._encoded = _encode_all(model, self._batches.prompts) if model.has_constant_prompts else None
+        self.rates: dict[str, float | torch.Tensor] = {}
         self.grad_norms: dict[str, torch.Tensor] = {}
-        self._check_next, self._checked, self._measured = False, False, False
+        self._measured = False
+        self._run: Passes[Batch] = functools.partial(self._passes, backward=state.backward)
+        if execution.as_graph:
+            self._run = GraphedPasses(self._run, state.parameters)
 
     def _indices(self, key_of: Callable[[ParameterGroup], str]) -> dict[str, torch.Tensor]:
         """Return key -> indices of the groups with that key, on the device."""
@@ -462,101 +598,195 @@ class _Steps:
         """Set the learning rate of every group, and β₁ of Adam where it is scheduled. `step` counts from 0."""
         params, num_steps = self.params, self.params.num_steps
         by_parameter = {
-            id(group["params"][0]): group for optimizer in self.state.optimizers for group in optimizer.param_groups
+            id(group["params"][0]): (optimizer, group)
+            for optimizer in self.state.optimizers
+            for group in optimizer.param_groups
         }
         self.rates = {}
         for parameter, group in zip(self.state.parameters, self._model.groups, strict=True):
-            target = by_parameter[id(parameter)]
+            optimizer, target = by_parameter[id(parameter)]
             schedule = params.words_schedule if group.kind == WORDS else params.schedule
             target["lr"] = group.lr * schedule_factor(schedule, step, num_steps)
             if (beta1 := scheduled_beta1(schedule, step, num_steps)) is not None:
                 target["betas"] = (beta1, *target["betas"][1:])
-            self.rates[group.name] = target["lr"] * target.get("d", 1.0)
+            self.rates[group.name] = rate_of(optimizer, target)
 
-    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of a step, a scalar, and `StepRecord.parts` on the device. `step` counts from 0."""
-        params, model = self.params, self._model
+    def gradients(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the gradients of a step; return its loss `[]` and `StepRecord.parts`, all on the device.
+
+        `step` counts from 0.
+        """
         batch = self._batches.draw(step)
-        guidance = guidance_at(params.guidance_scale, model.objective.noise_level(batch.timesteps))
+        if self._encoded is not None:
+            batch = self._batches.with_all_prompts(batch, step)
         self._draw_dropout(batch, step)
-        prediction = combined_prediction(model, batch, guidance)
-        by_row = row_losses(prediction, batch, model.objective, params.loss)
-        loss = (batch.row_weight * by_row).sum()
-        reference = slice(params.batch_size)
-        parts = {"loss_reference": by_row[reference].mean()}
-        if len(by_row) > params.batch_size:
-            parts["loss_regularization"] = by_row[params.batch_size :].mean()
-        if params.loss.reconstruction_weight:
-            norm = params.loss.reconstruction_norm
-            reconstruction = reconstruction_loss(model, prediction[reference], batch, self._data.pixels, norm)
-            loss = loss + params.loss.reconstruction_weight * reconstruction
-            parts["loss_reconstruction"] = reconstruction
-        parts["guidance_scale"] = guidance.mean()
-        self._check_next = not self._checked and (step + 1 == params.num_steps or self._trains_negative(guidance))
-        return loss, {name: part.detach() for name, part in parts.items()}
+        return self._run(batch)
 
-    def _trains_negative(self, guidance: torch.Tensor) -> bool:
-        """Return whether the negative branch, if any, gets a gradient: rows with a scale of exactly 1 give it none."""
-        return self._model.num_branches == 1 or bool((guidance != 1).any())
+    def _passes(self, batch: Batch, backward: Backward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the passes of a batch, forward and backward."""
+        size = self.execution.micro_batch or len(batch)
+        with self._model.within_step():
+            if size >= len(batch):
+                passes = [self._pass(batch, slice(0, len(batch)), self._encoded, backward)]
+            else:
+                passes = self._micro_batches(batch, size, backward)
+        guidance = torch.cat([each.guidance for each in passes])
+        by_row = torch.cat([each.row_losses for each in passes])
+        parts = {"loss_reference": by_row[: self.params.batch_size].mean()}
+        if len(by_row) > self.params.batch_size:
+            parts["loss_regularization"] = by_row[self.params.batch_size :].mean()
+        if self.params.loss.reconstruction_weight:
+            parts["loss_reconstruction"] = _sum([each.reconstruction for each in passes])
+        parts["guidance_scale"] = guidance.mean()
+        return _sum([each.loss for each in passes]), parts
+
+    def _micro_batches(self, batch: Batch, size: int, backward: Backward) -> list[_Pass]:
+        """Run passes of `size` rows, which add up their gradients.
+
+        Prompts are encoded once: the passes end at copies of the text states, whose gradients then go through the text
+        encoders in one backward pass.
+        """
+        conditioning = self._encoded
+        if conditioning is None:
+            conditioning = encode_prompts(self._model, batch.tokens)
+        leaves, copied = detached_leaves(conditioning)
+        passes = []
+        for start in range(0, len(batch), size):
+            rows = slice(start, min(start + size, len(batch)))
+            with ExitStack() as masks:
+                for adapters in self._model.latent_adapters:
+                    masks.enter_context(adapters.masks_of_rows(rows, len(batch)))
+                passes.append(self._pass(batch[rows], rows, copied, backward))
+        if leaves:
+            torch.autograd.backward([tensor for tensor, _ in leaves], [leaf.grad for _, leaf in leaves])
+        return passes
+
+    def _pass(self, batch: Batch, rows: slice, conditioning: Conditioning | None, backward: Backward) -> _Pass:
+        """Run one forward and backward pass.
+
+        Args:
+            batch: the rows of this pass.
+            rows: their place in the batch of the step.
+            conditioning: of `batch.tokens`; None computes it.
+            backward: adds the gradients of a scalar loss.
+        """
+        params, model = self.params, self._model
+        guidance = guidance_at(params.guidance_scale, model.objective.noise_level(batch.timesteps))
+        prediction = combined_prediction(model, batch, guidance, conditioning)
+        by_row = row_losses(prediction, batch, model.objective, params.loss)
+        loss, reconstruction = (batch.row_weight * by_row).sum(), by_row.new_zeros(())
+        num_reference = min(rows.stop, params.batch_size) - rows.start
+        if params.loss.reconstruction_weight and num_reference > 0:
+            norm, predicted = params.loss.reconstruction_norm, prediction[:num_reference]
+            mean = reconstruction_loss(model, predicted, batch, self._data.pixels, norm)
+            reconstruction = mean * (num_reference / params.batch_size)
+            loss = loss + params.loss.reconstruction_weight * reconstruction
+        backward(loss)
+        return _Pass(loss.detach(), by_row.detach(), guidance, reconstruction.detach())
 
     def _draw_dropout(self, batch: Batch, step: int) -> None:
         """Draw the dropout masks of all adapters before the forward pass."""
         adapters_by_rows = [
             (len(batch.tokens), self._model.prompt_adapters),
-            (len(batch.latents), self._model.latent_adapters),
+            (len(batch), self._model.latent_adapters),
         ]
         adapters = [(rows, each) for rows, stacks in adapters_by_rows for each in stacks if each.has_dropout]
         if adapters and not self._measured:
             with ExitStack() as measuring, torch.no_grad():
                 for _, each in adapters:
                     measuring.enter_context(each.measuring())
-                combined_prediction(self._model, batch, torch.ones_like(batch.row_weight))
+                first_row = batch[:1]
+                combined_prediction(self._model, first_row, torch.ones_like(first_row.row_weight), self._encoded)
             self._measured = True
         generator = step_generator(self.params.seed, "dropout", step, self.device)
         for rows, each in adapters:
             each.draw_masks(rows, generator)
 
     def clip(self, norms: torch.Tensor) -> None:
-        """Clip the gradients, after checking once that all branches received some."""
+        """Clip the gradients."""
         self.grad_norms = {name: norms[members].norm() for name, members in self._members.items()}
-        if self._check_next:
-            _check_gradients(self.grad_norms)
-            self._checked = True
         for parameters, members in self._clipped_together:
             nn.utils.clip_grads_with_norm_(parameters, self.params.max_grad_norm, norms[members].norm())
 
 
-def _check_gradients(norms: Mapping[str, torch.Tensor]) -> None:
-    """Check that adapters and words of every branch received a gradient.
+@dataclass(frozen=True)
+class _Pass:
+    """The results of a forward and backward pass, without gradients.
 
-    Args:
-        norms: `<branch>/<kind>` -> gradient norm.
+    Attributes:
+        loss: `[]`, the part of these rows in the loss of the step.
+        row_losses: `[B]`.
+        guidance: s, `[B]`.
+        reconstruction: `[]`, the part of these rows in the mean over the reference rows.
     """
-    for name, norm in norms.items():
-        if norm.item() == 0:
-            raise TrainingError(
-                expected=f"a nonzero gradient of {name} in the first step",
-                got="0",
-                remedy="check that every template has a slot and that the base model is trained",
-            )
+
+    loss: torch.Tensor
+    row_losses: torch.Tensor
+    guidance: torch.Tensor
+    reconstruction: torch.Tensor
 
 
-_OnDevice = tuple[FinishedStep[dict[str, torch.Tensor]], dict[str, float], dict[str, torch.Tensor]]
+def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum()
+
+
+@torch.no_grad()
+def _encode_all(model: TrainableModel, tokens: PromptTokens) -> Conditioning:
+    """Return the conditioning of all prompts, nb·P rows, a few rows at a time."""
+    rows = tokens.branches_in_rows()
+    parts = [
+        model.encode(rows[torch.arange(start, min(start + _PROMPTS_AT_ONCE, len(rows)), device=rows.ids.device)])
+        for start in range(0, len(rows), _PROMPTS_AT_ONCE)
+    ]
+    encoded: Conditioning = map_tensors(lambda *tensors: torch.cat(tensors), *parts)
+    return encoded
+
+
+class _GradientCheck:
+    """Checks once that adapters and words of every branch received a gradient."""
+
+    def __init__(self, model: TrainableModel, num_steps: int) -> None:
+        self._has_one_branch, self._num_steps, self._is_done = model.num_branches == 1, num_steps, False
+
+    def __call__(self, record: StepRecord) -> None:
+        """Check the first step in which the negative branch, if any, gets a gradient, or the last.
+
+        Rows with a guidance scale of exactly 1 give it none.
+
+        Raises:
+            TrainingError: adapters or words without a gradient.
+        """
+        trains_all = self._has_one_branch or record.parts["guidance_scale"] != 1
+        if self._is_done or not (trains_all or record.step == self._num_steps):
+            return
+        for name, norm in record.grad_norm.items():
+            if norm == 0:
+                raise TrainingError(
+                    expected=f"a nonzero gradient of {name} in the first step",
+                    got="0",
+                    remedy="check that every template has a slot and that the base model is trained",
+                )
+        self._is_done = True
+
+
+_OnDevice = tuple[FinishedStep[dict[str, torch.Tensor]], dict[str, float | torch.Tensor], dict[str, torch.Tensor]]
 """A finished step, its learning rates, and its gradient norms."""
 
 
 def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterator[StepRecord]:
     params, state = steps.params, steps.state
-    read_every = _READ_EVERY_ON_GPU if steps.device.type == "cuda" else 1
     pending: list[_OnDevice] = []
     if on_preview and params.preview.every and state.step == 0:
         on_preview(0)
     started = time.perf_counter()
-    for done in train(state, params.num_steps, set_rates=steps.set_rates, loss_of=steps.loss, clip=steps.clip):
+    for done in train(
+        state, params.num_steps, set_rates=steps.set_rates, gradients_of=steps.gradients, clip=steps.clip
+    ):
         pending.append((done, steps.rates, steps.grad_norms))
         is_last = done.step == params.num_steps
         preview_due = bool(params.preview.every) and (done.step % params.preview.every == 0 or is_last)
-        if preview_due or done.step % read_every == 0 or is_last:
+        is_slow = time.perf_counter() - started > _READ_AFTER_S
+        if preview_due or is_slow or len(pending) >= steps.execution.read_every or is_last:
             yield from _read(pending, started)
             pending.clear()
             if preview_due and on_preview:
@@ -567,14 +797,18 @@ def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterato
 
 def _read(pending: Sequence[_OnDevice], started: float) -> Iterator[StepRecord]:
     """Read finished steps from the device in one transfer."""
-    stacked = [torch.stack([done.loss, *done.parts.values(), *norms.values()]) for done, _, norms in pending]
+    stacked = []
+    for done, rates, norms in pending:
+        estimated = [rate for rate in rates.values() if isinstance(rate, torch.Tensor)]
+        stacked.append(torch.stack([done.loss, *done.parts.values(), *norms.values(), *estimated]))
     values = torch.stack(stacked).tolist()
     seconds = (time.perf_counter() - started) / len(pending)
     for (done, rates, norms), (loss, *others) in zip(pending, values, strict=True):
-        num_parts = len(done.parts)
-        parts = dict(zip(done.parts, others[:num_parts], strict=True))
-        grad_norm = dict(zip(norms, others[num_parts:], strict=True))
-        yield StepRecord(done.step, loss, parts, rates, grad_norm, seconds)
+        remaining = iter(others)
+        parts = {name: next(remaining) for name in done.parts}
+        grad_norm = {name: next(remaining) for name in norms}
+        lr = {name: next(remaining) if isinstance(rate, torch.Tensor) else rate for name, rate in rates.items()}
+        yield StepRecord(done.step, loss, parts, lr, grad_norm, seconds)
 
 
 # ------------------------------------------------------------------------------------------------- the table

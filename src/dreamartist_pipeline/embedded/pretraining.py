@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.core.tracking import Tracker
-from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, train
+from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, train, whole_batch
 from dreamartist_pipeline.params import StageParams
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class _Stage:
                 self.state,
                 self._plan.num_steps if self._is_sized else min(_SIZED_AFTER, self._plan.num_steps),
                 set_rates=self._set_rates,
-                loss_of=self._loss_of_step,
+                gradients_of=whole_batch(self.state, self._loss_of_step),
                 clip=self._clip,
                 average_gradients=average_gradients,
             )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip, last_modules
 from dreamartist_pipeline.backbones.holding.parts import ModelParts
@@ -212,10 +214,6 @@ class Backbone(ABC):
         """Pixels per latent along a side."""
         return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
 
-    def autocast(self) -> torch.autocast:
-        """Return the autocast context for float32 adapters in half-precision layers."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def check_clip_skip(self, clip_skip: int) -> None:
         """Check that clip_skip leaves at least one layer of every text encoder.
 
@@ -242,12 +240,40 @@ class Backbone(ABC):
         """
         for network in self.networks.values():
             set_noise_levels(network, self.objective.noise_level(timesteps))
-        with self.autocast():
-            return self.predict(latents.to(self.dtype), timesteps, conditioning, framing)
+        return self.predict(latents.to(self.dtype), timesteps, conditioning, framing)
+
+    def checkpoint_gradients(self) -> None:
+        """Let all networks compute activations again in the backward pass instead of keeping them."""
+        for network in self.networks.values():
+            checkpoint_gradients(network)
+
+    def compile_denoiser(self, backend: str = "inductor") -> None:
+        """Compile the networks other than text encoders; it happens in their first call."""
+        for name, network in self.networks.items():
+            if name not in self.tokenizers:
+                network.compile(backend=backend)
 
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""
         return dataclasses.replace(self, networks={name: _copy(module) for name, module in self.networks.items()})
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Turn on gradient checkpointing, by the switches of diffusers and transformers.
+
+    Dropout masks are drawn before the forward pass, so random states are not kept. A layer of transformers checkpoints
+    in training mode only; its modules stay in eval mode.
+    """
+    modules: Iterator[Any] = network.modules()
+    for module in modules:
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, _recompute
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def _recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -65,8 +65,7 @@ class StableDiffusion(UNetBackbone):
     def encode(self, tokens: Mapping[str, PromptTokens], clip_skip: int) -> torch.Tensor:
         """Return text states `[N, L, D]`, weighted by `weight_states` where the tokens have weights."""
         ids, weights = tokens[TEXT_ENCODER].ids, tokens[TEXT_ENCODER].weights
-        with self.autocast():
-            states = text_states(self.text_encoder, ids, clip_skip)
+        states = text_states(self.text_encoder, ids, clip_skip)
         return states if weights is None else weight_states(states, weights)
 
     def predict(

@@ -111,14 +111,13 @@ class StableDiffusionXL(UNetBackbone):
         that have the wrong `eos_token_id` 2, as the published ones: with a trigger word, that would be one of its
         vectors.)
         """
-        with self.autocast():
-            outputs = {
-                encoder: text_model(self.networks[encoder])(part.ids, output_hidden_states=True)
-                for encoder, part in tokens.items()
-            }
-            last, end = outputs[TEXT_ENCODER_2].last_hidden_state, self._is_end(TEXT_ENCODER_2, tokens)
-            rows = torch.arange(len(last), device=last.device)
-            pooled = self.networks[TEXT_ENCODER_2].text_projection(last[rows, end.int().argmax(dim=1)])
+        outputs = {
+            encoder: text_model(self.networks[encoder])(part.ids, output_hidden_states=True)
+            for encoder, part in tokens.items()
+        }
+        last, end = outputs[TEXT_ENCODER_2].last_hidden_state, self._is_end(TEXT_ENCODER_2, tokens)
+        rows = torch.arange(len(last), device=last.device)
+        pooled = self.networks[TEXT_ENCODER_2].text_projection(last[rows, end.int().argmax(dim=1)])
         weighted = [
             states if part.weights is None else weight_states(states, part.weights)
             for encoder, part in tokens.items()

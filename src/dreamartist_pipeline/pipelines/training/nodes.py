@@ -11,14 +11,12 @@ from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import checked_early
-from dreamartist_pipeline.params import DeviceParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, IngestionParams, TrainingParams
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from dreamartist_pipeline.backbones.concepts import NewConcept
     from dreamartist_pipeline.core.concept import Concept
-    from dreamartist_pipeline.core.training import ParameterGroup, TrainableModel
     from dreamartist_pipeline.interop.user_files import UserFiles
 else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
     Concept = DataFrame = UserFiles = Any
@@ -33,26 +31,29 @@ def check_training(
     caption: str,
     device: DeviceParams = _ANY_DEVICE,
     start_files: UserFiles | None = None,
+    ingestion: IngestionParams | None = None,
 ) -> dict[str, Any]:
-    """Check a training against its base model, without loading weights.
+    """Check a training against its base model, and decide how it fits into memory; weights are loaded on a GPU only.
 
     Returns:
         The plan: the caption, what of the prompts is cut off, branches, steps, rows and, per group, layers, parameters,
-        vectors and effective learning rate; with `start_from`, also the number of layers or vectors that each group
-        takes over.
+        vectors and effective learning rate; how steps are computed; with `start_from`, also the number of layers or
+        vectors that each group takes over.
 
     Raises:
         InputError: an incomplete base model, a selector that matches no layer, a trigger word that is already a token,
             a template without its slot, a caption with a trigger word or with invalid braces, trigger words that are
             cut off, LoRA groups whose layers clip_skip skips, an optimizer that is not available, an invalid scheduler
-            of the preview, a noise schedule that does not suit the base model, or a start concept that does not fit
-            the configured groups.
+            of the preview, a noise schedule that does not suit the base model, a start concept that does not fit the
+            configured groups, or a GPU with too little memory.
     """
     from dreamartist_pipeline.backbones.base_model import files_for
     from dreamartist_pipeline.pipelines.training.plan import make_plan
     from dreamartist_pipeline.pipelines.training.starting import read_start
 
-    return make_plan(files_for(base_model, device), params, caption, device, read_start(start_files or {}, params))
+    start = read_start(start_files or {}, params)
+    side_px = None if ingestion is None else ingestion.bucket.side_px
+    return make_plan(files_for(base_model, device), params, caption, device, start, side_px)
 
 
 def compare_reconstruction(
@@ -94,14 +95,16 @@ def train_concept(
         The concept, and the history: one row per step.
 
     Raises:
-        InputError: a plan for other parameters, another base model or another start concept.
+        InputError: a plan for other parameters, another base model or another start concept, or too little memory.
         TrainingError: a branch without gradient, or a loss or parameters that are not finite.
     """
     from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+    from dreamartist_pipeline.backbones.placement import off_device
     from dreamartist_pipeline.core.images import Framing
-    from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
+    from dreamartist_pipeline.core.training import Execution, derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
+    from dreamartist_pipeline.pipelines.training.memory import memory_plan, out_of_memory_explained
     from dreamartist_pipeline.pipelines.training.plan import check_plan
     from dreamartist_pipeline.pipelines.training.reporting import (
         StepReport,
@@ -110,6 +113,7 @@ def train_concept(
         preview_drawing,
     )
     from dreamartist_pipeline.pipelines.training.starting import apply_start, read_start
+    from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
 
     start = read_start(start_files or {}, params)
     backbone = open_base_model(base_model, device)
@@ -120,31 +124,18 @@ def train_concept(
     check_plan(training_plan, groups, start_entry)
     metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
     images = regularization_images(regularization_set, params)
+    memory = memory_plan(training_plan, params)
+    if memory.checkpointing:
+        new.backbone.checkpoint_gradients()
+    if params.backend == "compile":
+        new.backbone.compile_denoiser()
+    execution = Execution(memory.micro_batch, as_graph=params.backend == "cudagraph")
+    model, idle = trainable_model(new, groups), idle_modules(new, params)
     framing = Framing(**prepared_framing) if prepared_framing else None
-    data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
-    with StepReport(params.num_steps, tracker) as report:
+    with out_of_memory_explained(backbone.device, memory), StepReport(params.num_steps, tracker) as report:
+        data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
         draw_preview = preview_drawing(new, params, tracker)
-        history = fit(trainable_model(new, groups), data, params, report, draw_preview)
+        with off_device(idle, backbone.device):
+            history = fit(model, data, params, report, draw_preview, execution=execution)
     log_performance(history, backbone.device, tracker)
     return new.snapshot(metadata), history_table(history)
-
-
-def trainable_model(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> TrainableModel:
-    """Return a new concept as input of the training loop."""
-    import torch
-
-    from dreamartist_pipeline.backbones.base_model import decode_with_gradients
-    from dreamartist_pipeline.core.training import TrainableModel
-
-    encoders = new.backbone.tokenizers
-    return TrainableModel(
-        denoise=new.backbone.denoise,
-        encode=new.prompts.encode,
-        objective=new.backbone.objective,
-        groups=groups,
-        num_branches=new.num_branches,
-        half_precision=new.backbone.dtype == torch.float16,
-        decode=lambda latents: decode_with_gradients(new.backbone, latents),
-        latent_adapters=tuple(adapters for network, adapters in new.stacks.items() if network not in encoders),
-        prompt_adapters=tuple(adapters for network, adapters in new.stacks.items() if network in encoders),
-    )

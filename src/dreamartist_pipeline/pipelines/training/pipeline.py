@@ -21,6 +21,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "caption": "reference_caption",
                     "device": "params:device",
                     "start_files": "start_files",
+                    "ingestion": "params:ingestion",
                 },
                 outputs="training_plan",
                 name="check_training",

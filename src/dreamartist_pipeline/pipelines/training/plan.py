@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline, pick_device
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
 from dreamartist_pipeline.backbones.concepts import NewConcept, skipped_layers, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.known_models import clip_skip_hint
@@ -14,13 +14,16 @@ from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
 from dreamartist_pipeline.core.captions import slot_names
+from dreamartist_pipeline.core.devices import pick_device, pick_dtype
 from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.core.optimizers import check_optimizer
 from dreamartist_pipeline.core.starting import Start
+from dreamartist_pipeline.core.step_graph import check_backend
 from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_factor, parameter_groups
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, template_prompts, training_prompts
+from dreamartist_pipeline.pipelines.training.memory import plan_memory, step_shape
 from dreamartist_pipeline.pipelines.training.starting import apply_start
 from dreamartist_pipeline.prompt_weights import parse_weights
 
@@ -30,7 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def make_plan(
-    files: BaseModelFiles, params: TrainingParams, caption: str, device: DeviceParams, start: Start | None
+    files: BaseModelFiles,
+    params: TrainingParams,
+    caption: str,
+    device: DeviceParams,
+    start: Start | None,
+    side_px: int | None,
 ) -> dict[str, Any]:
     """Check a training against its base model and return its plan.
 
@@ -40,12 +48,13 @@ def make_plan(
         caption: of the reference image.
         device: of the training.
         start: concept to start from, or None.
+        side_px: side of a square with the area of the reference image; None for the size of the base model.
 
     Raises:
         InputError: invalid options; see the node `check_training`.
     """
     _check_options(params, caption, device)
-    base_model = load_outline(files)
+    base_model = load_outline(files, pick_dtype(device, pick_device(device)), quantize=device.quantize == "int8")
     base_model.objective.check_limits(params.timesteps)
     if params.zero_terminal_snr:
         base_model.objective.with_zero_terminal_snr()
@@ -68,6 +77,7 @@ def make_plan(
         "lr_factor": lr_factor(params),
         "groups": _describe(groups),
         **start_entry,
+        **plan_memory(files, base_model, params, device, step_shape(planned, params, caption, side_px)),
     }
 
 
@@ -95,6 +105,7 @@ def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -
     check_templates(params)
     _check_braces(params, caption)
     _warn_unused_options(params, caption)
+    check_backend(params.backend, pick_device(device))
     if params.lora:
         check_optimizer(params.optimizer, pick_device(device))
     if params.words.names:

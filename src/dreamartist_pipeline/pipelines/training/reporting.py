@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
@@ -13,12 +12,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreamartist_pipeline.backbones.concepts import NewConcept, generate
+from dreamartist_pipeline.backbones.placement import on_device
+from dreamartist_pipeline.core.devices import peak_memory_bytes
 from dreamartist_pipeline.core.figures import CELL_PX, prompt_table
 from dreamartist_pipeline.core.images import image_grid
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.training import StepRecord
 from dreamartist_pipeline.params import TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt
+from dreamartist_pipeline.pipelines.training.trainable import idle_modules
 
 _CURVE_POINTS = 200  # about as many points in live curves; each is a mean over steps
 _PREVIEW_KEY = "previews/by step"
@@ -89,18 +91,6 @@ def log_performance(history: Sequence[Mapping[str, float]], device: torch.device
     tracker.log_metrics(metrics, step=len(history))
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the peak memory of this process: allocated on a GPU, resident on the CPU; None if it is unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def preview_drawing(new: NewConcept, params: TrainingParams, tracker: Tracker) -> Callable[[int], None] | None:
     """Return a function that draws the preview prompts with the current concept, always from the same seeds.
 
@@ -113,7 +103,8 @@ def preview_drawing(new: NewConcept, params: TrainingParams, tracker: Tracker) -
     by_step: dict[int, list[Image.Image]] = {}
 
     def draw(step: int) -> None:
-        with new.drawing(params.words.names) as loaded:
+        idle = idle_modules(new, params)
+        with on_device(idle, new.backbone.device), new.drawing(params.words.names) as loaded:
             images = generate(new.backbone, loaded, prompts, "", seeds, params.preview.sampler)
         # MLflow centres an image in a square below the run's parameters: a wide one would be out of sight
         grid = image_grid(images, columns=math.isqrt(len(images)), labels=prompts)
