@@ -32,7 +32,7 @@ class Convolutions(nn.Module):
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x).sigmoid())
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, framing: None) -> torch.Tensor:
         return checkpoint(self.inner, x, use_reentrant=False) if self.is_checkpointed else self.inner(x)
 
 
@@ -69,7 +69,7 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
 def test_attention_does_not_keep_its_weights() -> None:
     layer = nn.Linear(16, 16, device=META)
 
-    def forward(x: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, framing: None) -> torch.Tensor:
         rows = layer(x.reshape(len(x), 1, 16, 16))
         mask = torch.ones(16, 16, dtype=torch.bool, device=META)
         return F.scaled_dot_product_attention(rows, rows, rows, attn_mask=mask).reshape(x.shape)
