@@ -435,7 +435,7 @@ class MemoryParams(Params):
     @classmethod
     def _expand_auto(cls, value: object) -> object:
         if isinstance(value, str) and value != "auto":
-            raise ValueError(f"expected auto, or {{checkpointing: …, micro_batch: …, limit_gib: …}}, got {value!r}")
+            raise ValueError("expected auto, or {checkpointing: …, micro_batch: …, limit_gib: …}")
         return {} if value == "auto" else value
 
 
