@@ -106,7 +106,9 @@ class ModelParts(ABC):
             module = make_module(kind, self.config(part))
         tensors = self.tensors(part, half=dtype != torch.float32)
         _check_fits(module, tensors, f"{part} of {self.place}")
-        if device.type != "meta":
+        if device.type == "meta":
+            nn.Module.to(module, dtype=dtype)  # diffusers warns of half precision on a device that does not compute
+        else:
             _fill(module, tensors, device, dtype)
         return module.to(device).eval().requires_grad_(False)
 
