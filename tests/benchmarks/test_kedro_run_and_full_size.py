@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import full_size
 import kedro_run
@@ -21,7 +22,7 @@ from kedro_run import Point, Timeline, make_timeline
 from project_copy import PROJECT, copy_project
 from speed import commands
 from speed.commands import Finished
-from speed.random_models import AUTOENCODER, SD15_TEXT, SD15_UNET
+from speed.random_models import AUTOENCODER, CLIP_L, OPENCLIP_G, SD15_UNET, SDXL_UNET, TINY_PX, write_model
 from warm_processes import run_warm
 
 EVERY_4 = [Point(2, 112.0), Point(4, 114.0), Point(6, 121.0), Point(8, 123.0)]  # a step is a second, a preview five
@@ -124,9 +125,17 @@ def test_models_can_be_written_alone(tmp_path: Path) -> None:
 
 def test_models_of_real_size_have_the_published_layers() -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_UNET)
-        text = CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
+        unets = [UNet2DConditionModel(**config) for config in (SD15_UNET, SDXL_UNET)]
+        texts = [CLIPTextModel(CLIPTextConfig(**CLIP_L)), CLIPTextModelWithProjection(CLIPTextConfig(**OPENCLIP_G))]
         autoencoder = AutoencoderKL(**AUTOENCODER)
 
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (unet, text, autoencoder)]
-    assert sizes == [859_520_964, 123_060_480, 83_653_863]  # of Stable Diffusion 1.5
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (*unets, *texts, autoencoder)]
+    assert sizes == [859_520_964, 2_567_463_684, 123_060_480, 694_659_840, 83_653_863]
+
+
+def test_the_written_sdxl_is_one_for_diffusers(tmp_path: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(write_model("sdxl", tmp_path, torch.float32, tiny=True))
+
+    image = pipeline("a red cat", num_inference_steps=1, output_type="np", height=TINY_PX, width=TINY_PX).images[0]
+
+    assert np.isfinite(image).all()
