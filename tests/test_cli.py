@@ -21,6 +21,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from refusals import says
+from tracking_stores import tracking_uri
 
 PYPROJECT = '[tool.kedro]\npackage_name = "x"\nproject_name = "x"\nkedro_init_version = "1.7.0"\n'
 CONTEXT = click.Context(run)
@@ -260,17 +261,16 @@ def test_a_path_in_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) 
 def test_an_interrupted_run_is_recorded_as_killed(tmp_path: Path) -> None:
     import mlflow
 
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    run = mlflow.start_run(experiment_id=mlflow.create_experiment("x", artifact_location=str(tmp_path / "artifacts")))
-
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        _report(interrupted)(traceback=False)
-    ended = mlflow.get_run(run.info.run_id)
+    with tracking_uri(f"sqlite:///{tmp_path}/mlflow.db"):
+        experiment = mlflow.create_experiment("x", artifact_location=str(tmp_path / "artifacts"))
+        run = mlflow.start_run(experiment_id=experiment)
+        with pytest.raises(KeyboardInterrupt):
+            _report(interrupted)(traceback=False)
+        ended = mlflow.get_run(run.info.run_id)
     assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", "interrupted")
-    mlflow.set_tracking_uri(None)
 
 
 def test_the_message_is_the_innermost_input_error() -> None:

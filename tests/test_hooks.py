@@ -21,6 +21,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import (
     Commands,
     ConfigurationHooks,
+    ConsoleHooks,
     build_parameters,
     check_image_has_subject,
     check_names,
@@ -28,6 +29,7 @@ from dreamartist_pipeline.hooks import (
     flatten,
     git_tags,
     input_error_in,
+    mlflow_lines,
     next_lines,
     number_lists,
     run_name,
@@ -45,6 +47,7 @@ from dreamartist_pipeline.params import (
 )
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from refusals import says
+from tracking_stores import tracking_uri
 
 LORA = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
 
@@ -520,3 +523,27 @@ def test_the_summary_lists_files_as_the_working_directory_sees_them(
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.chdir("/")
     assert written_files(pipeline, catalog)["concept"].endswith("data/c.safetensors")
+
+
+def test_a_tracking_server_is_linked_where_a_store_is_first_served(project: Path) -> None:
+    with tracking_uri("http://runs.example:5000/"):
+        assert mlflow_lines() == [("curves and previews", "http://runs.example:5000/")]
+    with tracking_uri(f"sqlite:///{project / 'data' / 'mlflow.db'}"):
+        (_, command), (_, address) = mlflow_lines()
+    assert command.endswith("mlflow ui --backend-store-uri sqlite:///data/mlflow.db")
+    assert address == "http://127.0.0.1:5000/"
+
+
+def test_a_node_of_more_than_two_seconds_is_timed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick, slow = (node(lambda: 1, None, name, name=name) for name in ("quick", "slow"))
+    clock = iter([0.0, 10.0, 11.0, 20.0, 23.5])
+    monkeypatch.setattr("dreamartist_pipeline.hooks.console.time.monotonic", lambda: next(clock))
+    hooks = ConsoleHooks()
+    with caplog.at_level("INFO", "dreamartist_pipeline.hooks.console"):
+        hooks.before_pipeline_run(Pipeline([quick, slow]))
+        for running in (quick, slow):
+            hooks.before_node_run(running)
+            hooks.after_node_run(running)
+    assert caplog.messages == ["[1/2] quick", "[2/2] slow", "      slow took 3.5 s"]

@@ -60,3 +60,9 @@ def test_registering_the_pipelines_imports_no_heavy_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_image_processors_use_pil_without_a_remark() -> None:
+    code = "import dreamartist_pipeline.backbones; from transformers import CLIPImageProcessor"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == ""

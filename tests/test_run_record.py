@@ -15,10 +15,13 @@ from kedro.pipeline import Pipeline, node
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.image import CaptionDataset, ReferenceImageDataset
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import RunRecordHooks
 from dreamartist_pipeline.hooks.parameters import recorded_parameters, repeated_parameters
+from dreamartist_pipeline.hooks.record import close_interrupted_run
 from dreamartist_pipeline.hooks.story import run_that_made, with_sections
 from dreamartist_pipeline.params import GenerateParams, Params, PretrainParams, ResolvedGroup, TrainingParams
+from tracking_stores import tracking_uri
 
 GROUP = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
 SETTINGS = {"subject": "cat", "method": "lora", "base_model": "tiny", "recipe": "world"}
@@ -109,12 +112,8 @@ class FixedPresets(dict[str, Any]):
 
 @pytest.fixture(scope="module")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
-    yield
-    mlflow.set_tracking_uri(before)
+    with tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"):
+        yield
 
 
 @pytest.fixture
@@ -184,6 +183,27 @@ def test_a_run_that_uses_a_concept_is_a_child_of_the_run_that_made_it(experiment
     assert used.data.params == {**made.data.params, "generate.prompts": "['a cat']"}
     assert used.data.tags["method"] == used.data.params["method"] == "lora"
     assert "mlflow.parentRunId" not in made.data.tags
+
+
+def test_a_failed_run_says_why(experiment: str) -> None:
+    import mlflow
+
+    with mlflow.start_run(experiment_id=experiment) as run:
+        try:
+            raise RuntimeError("Failed while loading data") from InputError("a picture", "none", "give one")
+        except RuntimeError as error:
+            RunRecordHooks().on_pipeline_error(error)
+    tags = mlflow.MlflowClient().get_run(run.info.run_id).data.tags
+    assert tags["error"] == "InputError: expected a picture; got none; give one"
+
+
+def test_a_run_that_mlflow_does_not_track_is_left_alone(catalog: DataCatalog) -> None:
+    hooks = RunRecordHooks()
+    hooks.before_pipeline_run({}, GENERATE, catalog)
+    hooks.after_dataset_saved("concept", Concept({}, CONCEPT))
+    hooks.after_pipeline_run(GENERATE, catalog)
+    hooks.on_pipeline_error(RuntimeError("nothing to tag"))
+    close_interrupted_run()
 
 
 def test_of_two_runs_that_made_the_same_concept_the_newest_is_the_parent(experiment: str, catalog: DataCatalog) -> None:

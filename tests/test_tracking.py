@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dreamartist_pipeline.tracking import MLflowTracker, metric_name
+from tracking_stores import tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +17,8 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import mlflow
 
     folder = tmp_path_factory.mktemp("tracking")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    yield mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
-    mlflow.set_tracking_uri(before)
+    with tracking_uri(f"sqlite:///{folder}/mlflow.db"):
+        yield mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
 
 
 @pytest.fixture

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import signal
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dreamartist_pipeline.core.tracking import NoTracker
 from dreamartist_pipeline.embedded import pretraining
+from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
 from dreamartist_pipeline.embedded.pretraining import (
     Muon,
     Plan,
@@ -23,6 +27,8 @@ from dreamartist_pipeline.embedded.pretraining import (
     orthogonalized,
     plan_of,
     psnr,
+    run_stage,
+    stop_requests,
     warmup_stable_decay,
 )
 from dreamartist_pipeline.params import StageParams
@@ -220,6 +226,39 @@ def test_a_stopped_stage_ends_with_a_checkpoint_of_its_last_step():
     with pytest.raises(KeyboardInterrupt, match="step 3"):
         fit_stage([weight], loss_of, stage, SEED, save_checkpoint=saved.append, on_step=seen.append)
     assert [checkpoint["step"] for checkpoint in saved] == [3]
+
+
+def test_a_stopped_stage_is_continued_from_its_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.manual_seed(SEED)
+    network, store, saved = nn.Linear(3, 1), CheckpointStore(tmp_path), []
+    calls: list[int] = []
+
+    def loss_of(generator: torch.Generator) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return network(torch.randn(4, 3, generator=generator)).pow(2).mean()
+
+    stage = settings(checkpoint_minutes=60.0)
+    arguments = ("towers", [network], loss_of, stage, SEED, store, NoTracker())
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(*arguments, after_save=saved.append)
+    assert "towers: " in capsys.readouterr().err
+    run_stage(*arguments, after_save=saved.append)
+    assert (saved, len(calls)) == ([2, 6], 6)
+
+
+def test_signals_outside_the_main_thread_stop_nothing():
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with stop_requests() as requested:
+            answers.append(requested())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert answers == [False]
 
 
 def test_checkpoints_are_taken_by_the_clock_and_at_the_end(monkeypatch):

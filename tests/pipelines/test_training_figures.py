@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from dreamartist_pipeline.pipelines.training.figures import draw_curves, plot_history
+from dreamartist_pipeline.pipelines.training.reporting import curve_name
 
 
 def _history(num_steps: int) -> pd.DataFrame:
@@ -76,3 +77,17 @@ def test_every_loss_has_a_curve_and_a_colour_of_its_own() -> None:
 def test_the_page_shows_the_same_figure_as_kedro_viz() -> None:
     figure, page = draw_curves(_history(3))
     assert page is figure
+
+
+@pytest.mark.parametrize(
+    ("column", "metric"),
+    [
+        ("loss", "loss/total"),
+        ("loss_regularization", "loss/regularization"),
+        ("guidance_scale", "training/guidance_scale"),
+        ("lr/unet.0.positive", "training/lr.unet.0.positive"),
+        ("grad_norm/words/pt1", "training/grad.words.pt1"),
+    ],
+)
+def test_losses_come_before_what_the_schedules_determine(column: str, metric: str) -> None:
+    assert curve_name(column) == metric

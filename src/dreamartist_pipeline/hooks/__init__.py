@@ -11,7 +11,7 @@ from dreamartist_pipeline.hooks.configuration import (
     nearest,
     register_project_root,
 )
-from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, next_lines, written_files
+from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, mlflow_lines, next_lines, written_files
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
 from dreamartist_pipeline.hooks.record import RunRecordHooks, close_interrupted_run, git_tags, run_name
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
@@ -31,6 +31,7 @@ __all__ = [
     "git_tags",
     "input_error_in",
     "load_parameters",
+    "mlflow_lines",
     "nearest",
     "next_lines",
     "number_lists",

@@ -65,7 +65,7 @@ def _score_lines(metrics: dict[str, float], evaluator: str | None) -> list[str]:
     if evaluator:
         base, concept, ceiling = (metrics[f"similarity/{group}.{evaluator}"] for group in (BASE, CONCEPT, "ceiling"))
         lines.append(
-            f"similarity to the reference ({evaluator}): base {base:.2f}, concept {concept:.2f}; "
+            f"similarity of the object to the reference ({evaluator}): base {base:.2f}, concept {concept:.2f}; "
             f"reconstruction by the autoencoder {ceiling:.2f}"
         )
     if f"prompt/clip_score.{CONCEPT}" in metrics:
