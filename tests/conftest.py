@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -79,6 +80,20 @@ def build_tiny_base_model(folder: Path, seed: int) -> Path:
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what builds a model of `tiny_models.BUILDERS` once, by its name. Do not write into its folder."""
+    folders = tmp_path_factory.mktemp("tiny_models")
+
+    @functools.cache
+    def build(name: str) -> Path:
+        from tiny_models import BUILDERS
+
+        return BUILDERS[name](folders / name)
+
+    return build
 
 
 @pytest.fixture(scope="session")

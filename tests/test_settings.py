@@ -48,7 +48,7 @@ def training(env: str = "base", **runtime_params: Any) -> TrainingParams:
     return build_parameters(load("parameters", env, **runtime_params))["training"]
 
 
-@pytest.mark.parametrize("env", ["base", "sd15", "test"])
+@pytest.mark.parametrize("env", ["base", "sd15", "sd21", "sdxl", "test"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_valid_in_every_environment(method: str, env: str) -> None:
     parameters = build_parameters(load("parameters", env, method=method))
@@ -108,7 +108,7 @@ def test_an_environment_is_found_in_an_archive(archive: Path) -> None:
 @pytest.mark.parametrize("archived", [False, True])
 def test_an_environment_without_a_folder_is_refused_with_those_there_are(archived: bool, archive: Path) -> None:
     source = str(archive) if archived else str(PROJECT / "conf")
-    with pytest.raises(InputError, check=says(expected="base, local, sd15, test", got="'sd51'")):
+    with pytest.raises(InputError, check=says(expected="base, local, sd15, sd21, sdxl, test", got="'sd51'")):
         settings.ProjectConfigLoader(source, env="sd51", **settings.CONFIG_LOADER_ARGS)
 
 
@@ -204,6 +204,12 @@ def test_the_sd15_overlay_changes_only_what_differs() -> None:
     parameters = load("parameters", "sd15")
     assert parameters["ingestion"]["bucket"] == {"side_px": 512, "multiple_px": 64, "keep_aspect": False}
     assert (parameters["device"]["dtype"], parameters["training"]["num_steps"]) == ("bfloat16", 1000)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sdxls_second_text_encoder_is_trained_as_the_first(method: str) -> None:
+    preset = training("sdxl", method=method)
+    assert preset.lora.get("text_encoder_2", ()) == preset.lora.get("text_encoder", ())
 
 
 def test_runs_go_to_a_database_inside_the_project(monkeypatch: pytest.MonkeyPatch) -> None:

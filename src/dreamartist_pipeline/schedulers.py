@@ -106,7 +106,10 @@ SPACING_OPTIONS = (
 )
 """Scheduler options of diffusers that affect only the noise levels."""
 
-ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+ZERO_SNR = "rescale_betas_zero_snr"
+"""Option of diffusers' schedulers for a noise schedule that ends without signal."""
+
+ZERO_TERMINAL_SNR = {ZERO_SNR: True, "timestep_spacing": "trailing"}
 """Options for zero terminal SNR: sampling starts at the last timestep."""
 
 UNFIT_SCHEDULERS = {

@@ -96,9 +96,30 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         BaseModelFiles(tmp_path / "nowhere").check()
 
 
-def test_sdxl_is_not_supported_yet(copied_model: Path) -> None:
-    (copied_model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(InputError, check=says(expected="stable-diffusion", got="StableDiffusionXLPipeline")):
+def test_other_families_are_named(copied_model: Path) -> None:
+    (copied_model / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(InputError, check=says(expected="stable-diffusion-xl", got="FluxPipeline")):
+        BaseModelFiles(copied_model).check()
+
+
+@pytest.mark.parametrize(
+    ("index", "refused"),
+    [
+        (
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},
+            {"got": "an SDXL refiner", "remedy": "hub:stabilityai/stable-diffusion-xl-base-1.0"},
+        ),
+        (
+            {"_class_name": "StableDiffusionXLPipeline", "vae": [None, None]},
+            {"expected": "text_encoder_2", "got": "none as vae"},
+        ),
+    ],
+)
+def test_a_model_without_one_of_the_parts_is_named(
+    copied_model: Path, index: dict[str, Any], refused: dict[str, str]
+) -> None:
+    (copied_model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, check=says(**refused)):
         BaseModelFiles(copied_model).check()
 
 

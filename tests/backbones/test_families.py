@@ -52,7 +52,7 @@ def test_a_new_family_trains_draws_saves_reloads_and_exports(
     seen: list[torch.Tensor] = []
     predict = Toy.predict
     monkeypatch.setattr(
-        Toy, "predict", lambda self, latents, t, text: (seen.append(t), predict(self, latents, t, text))[1]
+        Toy, "predict", lambda self, latents, t, *others: (seen.append(t), predict(self, latents, t, *others))[1]
     )
     adapters = [
         {"lr": 1e-2, "rank": 2, "branch": branch, "layers": ("re:latents|text|pooled|time|out",)} for branch in "pn"

@@ -89,6 +89,7 @@ class Toy(Backbone):
     scheduler_class: ClassVar = UniPCMultistepScheduler
     image_px: ClassVar = 32
     file_names: ClassVar = FileNames(
+        title="Toy",
         kohya_prefixes={TRANSFORMER: "lora_transformer_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
         outer_modules=dict.fromkeys(ENCODERS, "text_model."),
         embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
@@ -104,6 +105,8 @@ class Toy(Backbone):
         first, second = (text_states(self.networks[name], tokens[name].ids, clip_skip) for name in ENCODERS)
         return TextStates(torch.cat([first, second], dim=-1), second[:, -1])
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: TextStates) -> torch.Tensor:
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: TextStates, framing: torch.Tensor | None
+    ) -> torch.Tensor:
         prediction: torch.Tensor = self.networks[TRANSFORMER](latents, timesteps / 1000, conditioning)
         return prediction

@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -471,3 +472,21 @@ def test_labels_are_below_their_images() -> None:
 def test_a_grid_needs_a_label_per_image() -> None:
     with pytest.raises(ValueError, match="got 1 for 2"):
         images.image_grid([Image.new("RGB", (8, 8))] * 2, columns=2, labels=["one"])
+
+
+# --------------------------------------------------------------------------------------------- framing
+
+
+@pytest.mark.parametrize(
+    ("source_px", "size_px", "fit", "numbers"),
+    [
+        ((400, 200), (64, 64), "crop", (200, 400, 0, 32, 64, 64)),  # of 128 × 64
+        ((300, 900), (96, 64), "crop", (900, 300, 112, 0, 64, 96)),  # of 96 × 288
+        ((64, 64), (64, 64), "crop", (64, 64, 0, 0, 64, 64)),
+        ((400, 200), (64, 64), "pad", (200, 400, 0, 0, 64, 64)),
+    ],
+)
+def test_the_framing_says_what_was_cropped_of_the_resized_picture(
+    source_px: tuple[int, int], size_px: tuple[int, int], fit: Literal["crop", "pad"], numbers: tuple[int, ...]
+) -> None:
+    assert images.framing(source_px, size_px, fit).numbers() == numbers

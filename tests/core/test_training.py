@@ -52,7 +52,9 @@ class ToyNetworks(nn.Module):
     def encode(self, tokens: PromptTokens) -> torch.Tensor:
         return self.embedding(tokens.ids)
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def denoise(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, framing: torch.Tensor | None
+    ) -> torch.Tensor:
         return (self.image(latents.flatten(1)) + self.text(hidden.mean(1))).view_as(latents)
 
 

@@ -80,5 +80,5 @@ def test_a_packaged_project_trains_and_prints_commands_that_work(
 def test_an_unknown_environment_of_a_packaged_project_is_one_message(package: Path, tmp_path: Path) -> None:
     result = packaged_run(package, tmp_path, "--conf-source", str(package / "conf.tar.gz"), KEDRO_ENV="tset")
     assert result.returncode == 1
-    assert "'tset'" in result.stderr and "base, local, sd15, test" in result.stderr
+    assert "'tset'" in result.stderr and "base, local, sd15, sd21, sdxl, test" in result.stderr
     assert "Traceback" not in result.stderr

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from dreamartist_pipeline.backbones.families.sd import V1_NAMES
+from dreamartist_pipeline.backbones.families.sdxl import XL_NAMES
 from dreamartist_pipeline.interop.layer_names import (
     diffusers_loses_layers,
     known_to_a1111,
@@ -11,6 +15,7 @@ from dreamartist_pipeline.interop.layer_names import (
     known_to_comfyui_as_peft,
 )
 
+V1, XL = (replace(names, layers_per_block=2) for names in (V1_NAMES, XL_NAMES))
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 TEXT = "encoder.layers.3"
 
@@ -26,21 +31,26 @@ TEXT = "encoder.layers.3"
 )
 def test_comfyui_and_a1111_know_stable_diffusions_unet_layers(layer: str) -> None:
     assert known_to_comfyui("unet", layer)
-    assert known_to_a1111("unet", layer, layers_per_block=2)
-    assert not known_to_a1111("unet", layer, layers_per_block=1)  # it would number the blocks otherwise
+    assert known_to_a1111("unet", layer, V1)
+    assert not known_to_a1111("unet", layer, replace(V1, layers_per_block=1))  # it would number the blocks otherwise
+
+
+def test_the_original_names_of_sdxls_files_are_never_renumbered() -> None:
+    assert known_to_a1111("unet", "up_blocks.0.upsamplers.0.conv", XL)
+    assert known_to_a1111("unet", "up_blocks.0.upsamplers.0.conv", replace(XL, layers_per_block=1))
 
 
 @pytest.mark.parametrize("layer", ["class_embedding", f"{BLOCK}.attn1.add_k_proj", "encoder_hid_proj", f"x.{BLOCK}"])
 def test_neither_knows_others(layer: str) -> None:
     assert not known_to_comfyui("unet", layer)
-    assert not known_to_a1111("unet", layer, layers_per_block=2)
+    assert not known_to_a1111("unet", layer, V1)
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"])
 def test_both_know_the_text_encoders_layers(name: str) -> None:
     for layer in (f"{TEXT}.{name}", f"text_model.{TEXT}.{name}"):
         assert known_to_comfyui("text_encoder", layer)
-        assert known_to_a1111("text_encoder", layer, layers_per_block=1)
+        assert known_to_a1111("text_encoder", layer, replace(V1, layers_per_block=1))
     assert not known_to_comfyui("text_encoder", "text_projection")
 
 

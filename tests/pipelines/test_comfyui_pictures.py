@@ -134,7 +134,7 @@ def test_comfyui_draws_the_same_latents_for_zero_terminal_snr(backbone: Backbone
     assert not path.difference
 
 
-@pytest.mark.parametrize("overlay", ["base", "sd15", "test"])
+@pytest.mark.parametrize("overlay", ["base", "sd15", "sd21", "sdxl", "test"])
 def test_the_defaults_of_every_overlay_are_equivalent_and_use_a_ksampler(backbone: Backbone, overlay: str) -> None:
     values: dict[str, Any] = {}
     for name in ("base/parameters_export.yml", f"{overlay}/parameters.yml"):

@@ -1,6 +1,7 @@
 """From a user's file to the prepared image and mask."""
 
 import io
+import json
 import logging
 from pathlib import Path
 from typing import get_type_hints
@@ -33,7 +34,7 @@ def half_white_mask(size: tuple[int, int]) -> Image.Image:
 
 
 def test_without_a_mask_everything_weighs_one() -> None:
-    image, mask = prepare_reference(png(Image.new("RGB", (40, 20), "red")), None, IngestionParams(bucket=BUCKET))
+    image, mask, _ = prepare_reference(png(Image.new("RGB", (40, 20), "red")), None, IngestionParams(bucket=BUCKET))
 
     assert (image.mode, image.size) == ("RGB", (16, 16))
     assert (mask.mode, mask.size) == ("L", (16, 16))
@@ -43,7 +44,7 @@ def test_without_a_mask_everything_weighs_one() -> None:
 def test_padding_weighs_nothing() -> None:
     params = IngestionParams(bucket=BUCKET, fit="pad", background_color="blue")
 
-    image, mask = prepare_reference(png(Image.new("RGB", (32, 16), "red")), None, params)
+    image, mask, _ = prepare_reference(png(Image.new("RGB", (32, 16), "red")), None, params)
 
     assert image.getpixel((8, 1)) == (0, 0, 255)
     assert mask.getpixel((8, 1)) == 0
@@ -53,7 +54,7 @@ def test_padding_weighs_nothing() -> None:
 def test_transparent_pixels_take_the_background_color() -> None:
     params = IngestionParams(bucket=BUCKET, background_color="#102030")
 
-    image, _ = prepare_reference(png(Image.new("RGBA", (16, 16), (255, 0, 0, 0))), None, params)
+    image, *_ = prepare_reference(png(Image.new("RGBA", (16, 16), (255, 0, 0, 0))), None, params)
 
     assert image.getcolors() == [(256, (0x10, 0x20, 0x30))]
 
@@ -62,7 +63,7 @@ def test_the_mask_is_cropped_like_the_image() -> None:
     picture = Image.new("RGB", (64, 16), "red")
     picture.paste("blue", (0, 0, 32, 16))
 
-    image, mask = prepare_reference(png(picture), png(half_white_mask((64, 16))), IngestionParams(bucket=BUCKET))
+    image, mask, _ = prepare_reference(png(picture), png(half_white_mask((64, 16))), IngestionParams(bucket=BUCKET))
 
     assert image.getpixel((2, 8)) == (0, 0, 255)
     assert image.getpixel((13, 8)) == (255, 0, 0)
@@ -76,7 +77,7 @@ def test_the_mask_of_a_turned_photo_follows_what_the_user_saw() -> None:
     photo = png(Image.new("RGB", (64, 32), "red"), exif=exif)
     params = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8, keep_aspect=True))
 
-    image, mask = prepare_reference(photo, png(half_white_mask((32, 64))), params)
+    image, mask, _ = prepare_reference(photo, png(half_white_mask((32, 64))), params)
 
     assert image.size == mask.size
     assert image.width < image.height
@@ -84,7 +85,7 @@ def test_the_mask_of_a_turned_photo_follows_what_the_user_saw() -> None:
 
 
 def test_a_smaller_mask_of_the_same_proportions_is_scaled() -> None:
-    _, mask = prepare_reference(
+    _, mask, _ = prepare_reference(
         png(Image.new("RGB", (64, 64))), png(half_white_mask((16, 16))), IngestionParams(bucket=BUCKET)
     )
 
@@ -96,7 +97,7 @@ def test_transparent_parts_of_a_mask_weigh_nothing() -> None:
     mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
     mask.paste((255, 255, 255, 255), (0, 0, 8, 16))
 
-    _, prepared = prepare_reference(png(Image.new("RGB", (16, 16))), png(mask), IngestionParams(bucket=BUCKET))
+    _, prepared, _ = prepare_reference(png(Image.new("RGB", (16, 16))), png(mask), IngestionParams(bucket=BUCKET))
 
     assert prepared.getpixel((2, 8)) == 255
     assert prepared.getpixel((13, 8)) == 0
@@ -136,7 +137,7 @@ def test_the_stage_goes_from_the_users_files_to_prepared_image_and_mask() -> Non
     stage = create_pipeline(NoTracker())
 
     assert stage.inputs() == {"reference_image", "attention_mask_image", "params:ingestion"}
-    assert stage.outputs() == {"prepared_image", "prepared_mask"}
+    assert stage.outputs() == {"prepared_image", "prepared_mask", "prepared_framing"}
 
 
 # --------------------------------------------------------------------------------------------- what is said
@@ -236,19 +237,22 @@ def catalog_of(folder: Path, mask: str | None = None) -> DataCatalog:
         "attention_mask_image": {"type": f"{datasets}.OptionalImageDataset", "filepath": mask},
         "prepared_image": {"type": f"{datasets}.ImageDataset", "filepath": f"{folder}/prepared_image.png"},
         "prepared_mask": {"type": f"{datasets}.ImageDataset", "filepath": f"{folder}/prepared_mask.png"},
+        "prepared_framing": {"type": "json.JSONDataset", "filepath": f"{folder}/prepared_framing.json"},
     }
     catalog = DataCatalog.from_config(config)
     catalog["params:ingestion"] = MemoryDataset(IngestionParams(bucket=BUCKET))
     return catalog
 
 
-def test_a_run_saves_both_pictures(tmp_path: Path) -> None:
+def test_a_run_saves_both_pictures_and_the_framing(tmp_path: Path) -> None:
     (tmp_path / "fox.png").write_bytes(png(Image.new("RGB", (40, 20), "red")))
 
     SequentialRunner().run(create_pipeline(NoTracker()), catalog_of(tmp_path))
 
     assert Image.open(tmp_path / "prepared_image.png").size == (16, 16)
     assert Image.open(tmp_path / "prepared_mask.png").mode == "L"
+    framing = json.loads((tmp_path / "prepared_framing.json").read_text())
+    assert framing == {"original_px": [40, 20], "crop_px": [8, 0], "size_px": [16, 16]}  # of 32 × 16
 
 
 def test_a_bad_mask_leaves_the_earlier_results_as_they_were(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backb
 from dreamartist_pipeline.backbones.concepts import attach, generate, start_concept
 from dreamartist_pipeline.backbones.evaluators import load_evaluator
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.images import Framing
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams, TrainingParams
@@ -483,6 +484,23 @@ def test_the_mask_weighs_the_reference_at_latent_size(tiny_base_model: Path, mak
     assert data.mask.shape == (1, 1, 8, 8)
     assert data.mask[0, 0, 3].tolist() == [5.0] * 4 + [1.0] * 4
     assert training_data(backbone, prompts, picture(), MASK, [], params, CAPTION).mask is None
+
+
+def test_the_framing_of_every_image_is_that_of_its_picture(
+    tiny_base_model: Path, make_training_params: MakeParams
+) -> None:
+    params = make_training_params()
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
+    prompts = start_concept(backbone, params, 1, 0).prompts
+    images = [(caption, read()) for caption, read in TWO_IMAGES] + [("a cat", picture())]
+    cropped = Framing(original_px=(300, 200), crop_px=(8, 0), size_px=(32, 32))
+    data = training_data(backbone, prompts, picture(), MASK, images, params, "", cropped)
+    assert data.regularization is not None
+    assert data.regularization.framing is not None and data.reference.framing is not None
+    assert data.reference.framing.tolist() == [[200, 300, 0, 8, 32, 32]]
+    assert data.regularization.framing.tolist() == [[40, 48, 0, 3, 32, 32]] * 2 + [[32, 32, 0, 0, 32, 32]]
+    alone = training_data(backbone, prompts, picture(), MASK, [], params, "").reference.framing
+    assert alone is not None and alone.tolist() == [[32, 32, 0, 0, 32, 32]]
 
 
 def test_templates_become_prompts_of_both_branches_and_captions_stay_alike(

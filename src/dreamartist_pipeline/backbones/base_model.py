@@ -85,12 +85,14 @@ class BaseModelFiles:
         """Return the family of the pipeline that model_index.json names.
 
         Raises:
-            InputError: the file is missing, or no family has that pipeline.
+            InputError: the file is missing, or no family has that pipeline or this model of it.
             OSError: the hub cannot be reached.
         """
-        class_name = self.index().get("_class_name")
+        index = self.index()
+        class_name = index.get("_class_name")
         for family in FAMILIES:
             if class_name in family.pipelines:
+                family.check_index(index, self.source)
                 return family
         raise InputError(
             expected=f"a base model of {', '.join(family.family for family in FAMILIES)}",

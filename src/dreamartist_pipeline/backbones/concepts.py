@@ -17,7 +17,6 @@ from PIL import Image
 
 from dreamartist_pipeline.backbones.base_model import decode_latents, encode_images, with_zero_terminal_snr
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.backbones.families.clip_text import skipped_modules
 from dreamartist_pipeline.backbones.fitting import check_base_model
 from dreamartist_pipeline.backbones.prompts import PromptEncoder, initial_word_vectors
 from dreamartist_pipeline.backbones.schedulers import make_scheduler
@@ -122,7 +121,7 @@ def inject_adapters(
                 remedy=f"did you mean lora_{near[0]}?" if near else "remove it",
             )
     groups = lora_groups(params, lr_factor)
-    for encoder in own.tokenizers if params.clip_skip else ():
+    for encoder in own.tokenizers:
         groups[encoder] = _without_skipped(own, encoder, groups.get(encoder, ()), params.clip_skip)
     return {
         network: inject(module, groups[network], params.num_branches, generator)
@@ -132,16 +131,16 @@ def inject_adapters(
 
 
 def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], clip_skip: int) -> list[str]:
-    """Return the selected layers of a text encoder that clip_skip leaves out."""
+    """Return the selected layers of a text encoder that are not read, by clip_skip or in any case."""
     module = backbone.networks[encoder]
-    left_out = skipped_modules(module, clip_skip)
+    left_out = backbone.unread_modules(encoder, clip_skip)
     return [name for name in select_layers(module, selectors) if module.get_submodule(name) in left_out]
 
 
 def _without_skipped(
     backbone: Backbone, encoder: str, groups: Sequence[ResolvedGroup], clip_skip: int
 ) -> tuple[ResolvedGroup, ...]:
-    """Return the groups without the layers that clip_skip leaves out.
+    """Return the groups without the layers of `skipped_layers`.
 
     Raises:
         InputError: a group has no other layers.
@@ -149,6 +148,9 @@ def _without_skipped(
     module, narrowed = backbone.networks[encoder], []
     for group in groups:
         skipped = skipped_layers(backbone, encoder, group.layers, clip_skip)
+        if not skipped:
+            narrowed.append(group)
+            continue
         layers = tuple(name for name in select_layers(module, group.layers) if name not in skipped)
         if not layers:
             raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dreamartist_pipeline.backbones.concepts import skipped_layers
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.core.layout import ModelLayout
 
@@ -17,8 +16,7 @@ def layout_of(model: Backbone, clip_skip: int = 0) -> ModelLayout:
     """
     shapes = model.layer_shapes
     configs = [model.networks[encoder].config for encoder in model.tokenizers]
-    for config in configs:
-        check_clip_skip(config.num_hidden_layers, clip_skip)
+    model.check_clip_skip(clip_skip)
 
     def check_word(word: str) -> None:
         for tokenizer in model.tokenizers.values():

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 from dreamartist_pipeline.core.branches import POSITIVE
 from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
@@ -168,9 +167,9 @@ class PromptEncoder:
         self._backbone, self._clip_skip = backbone, clip_skip
         self.vocabularies = vocabularies or {}
         self._tokenizers = {}
+        backbone.check_clip_skip(clip_skip)
         for name, tokenizer in backbone.tokenizers.items():
             config = backbone.networks[name].config
-            check_clip_skip(config.num_hidden_layers, clip_skip)
             vocabulary = self.vocabularies.get(name, _NO_WORDS)
             self._tokenizers[name] = PromptTokenizer(tokenizer, config.max_position_embeddings, vocabulary)
 

@@ -15,9 +15,7 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.sampling import image_generators, sample_latents
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
-from dreamartist_pipeline.schedulers import SCHEDULERS
-
-_ZERO_SNR = "rescale_betas_zero_snr"
+from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_SNR
 
 
 def make_scheduler(backbone: Backbone, sampler: SamplerParams) -> Any:
@@ -41,7 +39,7 @@ def check_sampler(sampler: SamplerParams, zero_terminal_snr: bool = False) -> No
     Raises:
         InputError: it does not.
     """
-    scheduler = _build({**DDPMScheduler().config, _ZERO_SNR: zero_terminal_snr}, sampler)
+    scheduler = _build({**DDPMScheduler().config, ZERO_SNR: zero_terminal_snr}, sampler)
     try:
         sample_latents(
             lambda latents, _: torch.zeros_like(latents),
@@ -62,7 +60,7 @@ def draws_noise(scheduler: Any) -> bool:
 
 
 def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
-    scheduler, zero_terminal_snr = SCHEDULERS[sampler.scheduler], bool(config.get(_ZERO_SNR))
+    scheduler, zero_terminal_snr = SCHEDULERS[sampler.scheduler], bool(config.get(ZERO_SNR))
     kind = getattr(diffusers, scheduler.class_name)
     known = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "args", "kwargs")]
     for option in sorted(sampler.scheduler_options.keys() - set(known)):
@@ -72,10 +70,10 @@ def _build(config: Mapping[str, Any], sampler: SamplerParams) -> Any:
             got=f"{option!r}",
             remedy=f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}",
         )
-    if zero_terminal_snr and _ZERO_SNR not in known:
+    if zero_terminal_snr and ZERO_SNR not in known:
         raise InputError(
             expected="a scheduler that supports zero terminal SNR, a noise schedule that ends without signal",
-            got=f"{sampler.scheduler}, which has no {_ZERO_SNR}",
+            got=f"{sampler.scheduler}, which has no {ZERO_SNR}",
             remedy="choose ddim, dpmsolver++ or euler",
         )
     try:

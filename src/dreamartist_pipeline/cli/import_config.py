@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import shown
 
-_RESERVED_ENVIRONMENTS = ("base", "local", "test", "sd15")
+_RESERVED_ENVIRONMENTS = ("base", "local", "test", "sd15", "sd21", "sdxl")
 
 
 @click.command("import-config")

@@ -326,6 +326,34 @@ def fitting(source_px: tuple[int, int], size_px: tuple[int, int], fit: Literal["
     return Fitting(source_px, source_px, _scaled(source_px, min(ratios)), size_px)
 
 
+@dataclass(frozen=True)
+class Framing:
+    """Which part of an original picture an image shows; all are (width, height) or (left, top).
+
+    Attributes:
+        original_px: of the original.
+        crop_px: what the resized original lost at its left and top.
+        size_px: of the image.
+    """
+
+    original_px: tuple[int, int]
+    crop_px: tuple[int, int]
+    size_px: tuple[int, int]
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return original height and width, crop top and left, height and width: the order of SDXL's time ids."""
+        return tuple(side for pair in (self.original_px, self.crop_px, self.size_px) for side in reversed(pair))
+
+
+def framing(source_px: tuple[int, int], size_px: tuple[int, int], fit: Literal["crop", "pad"]) -> Framing:
+    """Return the framing of a picture of `source_px` (width, height) after `fit_to_size`; padding crops nothing."""
+    if fit == "pad":
+        return Framing(source_px, (0, 0), size_px)
+    resized = _scaled(source_px, max(size / source for size, source in zip(size_px, source_px, strict=True)))
+    left, top = ((whole - kept) // 2 for whole, kept in zip(resized, size_px, strict=True))
+    return Framing(source_px, (left, top), size_px)
+
+
 def _scaled(size_px: tuple[int, int], factor: float) -> tuple[int, int]:
     width, height = (max(1, round(side * factor)) for side in size_px)
     return width, height

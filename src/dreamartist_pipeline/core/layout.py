@@ -14,6 +14,7 @@ class FileNames:
     """The names of a base model's parts in files of other tools.
 
     Attributes:
+        title: what users call such base models.
         kohya_prefixes: network -> prefix of its layers in kohya files, such as `lora_unet_`.
         outer_modules: network -> prefix of its layers that exists only in files, such as `text_model.`.
         embedding_keys: text encoder -> key of its vectors in an embedding file.
@@ -22,8 +23,13 @@ class FileNames:
         pipeline: diffusers pipeline of the exported script and workflow; None if the family has none.
         layers_per_block: residual blocks per level of the UNet, for A1111's layer numbers.
         kohya_aliases: network -> further prefixes that are read, such as `lora_te1_` for the only text encoder.
+        comfyui_text_layer: the layer that ComfyUI's CLIPSetLastLayer calls the one that is read without clip_skip.
+        a1111_has_clip_skip: whether A1111's setting Clip skip is the clip_skip of this base model.
+        original_unet_names: layer of the UNet -> its name in the original code of Stable Diffusion.
+        kohya_uses_original_names: whether kohya's trainer names the layers of the UNet so; both names are read.
     """
 
+    title: str
     kohya_prefixes: Mapping[str, str]
     outer_modules: Mapping[str, str]
     embedding_keys: Mapping[str, str]
@@ -32,6 +38,10 @@ class FileNames:
     pipeline: str | None = None
     layers_per_block: int | None = None
     kohya_aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    comfyui_text_layer: int = -1
+    a1111_has_clip_skip: bool = True
+    original_unet_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    kohya_uses_original_names: bool = False
 
     def external(self, network: str, layer: str) -> str:
         """Return the name of a layer in files, with the prefix of the outer module."""
@@ -40,7 +50,10 @@ class FileNames:
 
     def kohya(self, network: str, layer: str) -> str:
         """Return the kohya name, such as `lora_unet_mid_block_attentions_0_proj_in`."""
-        return self.kohya_prefixes[network] + self.external(network, layer).replace(".", "_")
+        name = self.external(network, layer)
+        if network == "unet" and self.kohya_uses_original_names:
+            name = self.original_unet_names.get(layer, name)
+        return self.kohya_prefixes[network] + name.replace(".", "_")
 
 
 @dataclass(frozen=True)

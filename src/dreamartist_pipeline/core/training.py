@@ -97,7 +97,8 @@ class TrainableModel:
     """The base model with adapters and words, as the training loop uses it.
 
     Attributes:
-        denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, conditioning of nb·B rows) -> prediction.
+        denoise: (noisy latents `[nb·B, C, h, w]`, timesteps `[nb·B]`, conditioning of nb·B rows, framing of nb·B rows)
+            -> prediction.
         encode: tokens `[nb·P, L]`, branches stacked -> conditioning of nb·P rows.
         objective: noising, target and loss weight of the base model.
         groups: all trainable parameters.
@@ -108,7 +109,7 @@ class TrainableModel:
         prompt_adapters: the same for `encode`.
     """
 
-    denoise: Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    denoise: Callable[[torch.Tensor, torch.Tensor, Conditioning, torch.Tensor | None], torch.Tensor]
     encode: Callable[[PromptTokens], Conditioning]
     objective: Objective
     groups: tuple[ParameterGroup, ...]
@@ -128,12 +129,14 @@ class LatentImages:
         std: the same shape; a latent is `mean + std · noise`.
         tokens: `[P, nb, L]`, one entry per prompt, branches in order.
         paired: whether prompt i belongs to image i (N = P); otherwise images and prompts are drawn independently.
+        framing: `images.Framing.numbers` of each image, `[N, 6]`; None, in all images of a training: whole images.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     tokens: PromptTokens
     paired: bool
+    framing: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Batch:
         prompt_of_row: index into `tokens`, `[B]`.
         row_weight: `[B]`; the loss of the step is Σ weight · row loss.
         mask: attention mask `[B, 1, h, w]`, or None.
+        framing: of the images, `[B, 6]`, or None; see `LatentImages`.
     """
 
     latents: torch.Tensor
@@ -177,6 +181,7 @@ class Batch:
     prompt_of_row: torch.Tensor
     row_weight: torch.Tensor
     mask: torch.Tensor | None
+    framing: torch.Tensor | None = None
 
 
 class BatchSource:
@@ -197,7 +202,7 @@ class BatchSource:
 
     def draw(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0."""
-        mean, std, prompts = self._rows(step_generator(self._seed, "choices", step))
+        mean, std, prompts, framing = self._rows(step_generator(self._seed, "choices", step))
         generator = step_generator(self._seed, "noises", step, self._device)
         noises = torch.randn((2, *mean.shape), generator=generator, device=self._device)
         timesteps = self._objective.sample_timesteps(self._timesteps, len(mean), generator)
@@ -210,6 +215,7 @@ class BatchSource:
             prompt_of_row=prompt_of_row.to(self._device),
             row_weight=self._row_weight,
             mask=self._mask,
+            framing=framing,
         )
 
     def _offset(self, noise: torch.Tensor, step: int) -> torch.Tensor:
@@ -223,16 +229,17 @@ class BatchSource:
         offsets = torch.randn((*noise.shape[:2], 1, 1), generator=generator, device=self._device)
         return noise + self._noise_offset * offsets
 
-    def _rows(self, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose images and prompts: mean and std `[B, C, h, w]`, and prompt indices `[B]` on the CPU."""
-        means, stds, prompts, first_prompt = [], [], [], 0
+    def _rows(self, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Choose images and prompts: mean and std `[B, C, h, w]`, prompt indices `[B]` on the CPU, and the framing."""
+        means, stds, prompts, framings, first_prompt = [], [], [], [], 0
         for images, num_rows in self._sources:
             image, prompt = _pick(images, num_rows, choices)
             means.append(images.mean[image])
             stds.append(images.std[image])
+            framings += [] if images.framing is None else [images.framing[image]]
             prompts.append(prompt + first_prompt)
             first_prompt += len(images.tokens)
-        return torch.cat(means), torch.cat(stds), torch.cat(prompts)
+        return torch.cat(means), torch.cat(stds), torch.cat(prompts), torch.cat(framings) if framings else None
 
     def _row_masks(self, mask: torch.Tensor) -> torch.Tensor:
         """Return the masks of all rows, `[B, 1, h, w]`: `mask` for reference rows, ones for the others."""
@@ -258,7 +265,10 @@ def combined_prediction(model: TrainableModel, batch: Batch, guidance: torch.Ten
     conditioning = model.encode(batch.tokens.branches_in_rows())  # nb·P rows
     conditioning = conditioning[rows_of(batch.prompt_of_row, len(batch.tokens), branches)]  # nb·B rows
     noisy_latents = model.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = model.denoise(repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning)
+    framing = None if batch.framing is None else repeat(batch.framing, branches)
+    prediction = model.denoise(
+        repeat(noisy_latents, branches), repeat(batch.timesteps, branches), conditioning, framing
+    )
     return combine(prediction.float(), guidance, branches)
 
 

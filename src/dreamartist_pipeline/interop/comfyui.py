@@ -3,6 +3,8 @@
 CreateHookLora → SetClipHooks(apply_to_conds) → CLIPTextEncode, once per branch, into one sampler: the hook is attached
 to the branch's conditioning, so that the sampler applies each LoRA to its own rows of the batch only.
 The sigmas are explicit, because ComfyUI's schedulers space them differently from those of diffusers.
+CLIPTextEncode encodes for SDXL, too: without numbers of its own, ComfyUI conditions on the size of the drawn image, as
+this project does.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class BranchInputs:
 
     Attributes:
         lora_file: in ComfyUI's folder of LoRAs; None without an adapter.
+        is_zeros: whether the conditioning is zeros, see `Backbone.zeros_for_empty_prompt`.
     """
 
     prompt: str
     lora_file: str | None
     strength: float
+    is_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Picture:
 
     Attributes:
         clip_skip: how many of the text encoder's last layers are left out.
-        zero_terminal_snr: of the concept's training.
+        zero_terminal_snr: of the noise schedule.
+        text_layer: the layer of the text encoder without clip_skip, as CLIPSetLastLayer counts.
     """
 
     side_px: int
@@ -59,6 +64,7 @@ class Picture:
     prediction_type: str
     clip_skip: int = 0
     zero_terminal_snr: bool = False
+    text_layer: int = -1
 
 
 def build_workflow(
@@ -95,7 +101,7 @@ def build_workflow(
             zsnr=picture.zero_terminal_snr,
         )
     if picture.clip_skip:
-        layer = -1 - picture.clip_skip
+        layer = picture.text_layer - picture.clip_skip
         nodes["last_layer"] = _node("CLIPSetLastLayer", clip=["base_model", 1], stop_at_clip_layer=layer)
     return nodes
 
@@ -221,6 +227,14 @@ def _format_sigmas(sigmas: Iterable[float]) -> str:
 
 
 def _branch(name: str, inputs: BranchInputs, text_encoder: list[Any]) -> dict[str, Any]:
+    nodes = _encoding(name, inputs, text_encoder)
+    if inputs.is_zeros:
+        nodes[f"{name}_empty"] = nodes.pop(f"{name}_prompt")
+        nodes[f"{name}_prompt"] = _node("ConditioningZeroOut", conditioning=[f"{name}_empty", 0])
+    return nodes
+
+
+def _encoding(name: str, inputs: BranchInputs, text_encoder: list[Any]) -> dict[str, Any]:
     if inputs.lora_file is None:
         return {f"{name}_prompt": _node("CLIPTextEncode", text=inputs.prompt, clip=text_encoder)}
     strength = inputs.strength

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pprint import pformat
 from string import Template
 
+from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.interop.comfyui import MANUAL_SIGMAS_SINCE, needs_manual_sigmas
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
@@ -27,6 +28,7 @@ class ExportSummary:
         strength: of each branch's adapter, in all examples.
         branches_are_equal: whether both branches have the same adapter with the same strength.
         clip_skip: number of the text encoder's last layers that are skipped.
+        names: of the base model's parts in files.
     """
 
     title: str
@@ -40,6 +42,7 @@ class ExportSummary:
     has_script: bool
     strength: StrengthParams
     branches_are_equal: bool
+    names: FileNames
     clip_skip: int = 0
     zero_terminal_snr: bool = False
 
@@ -49,8 +52,10 @@ def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams) 
     scheduler = SCHEDULERS[sampler.scheduler]
     rescaled = ZERO_TERMINAL_SNR if summary.zero_terminal_snr else {}
     settings = {
+        "pipeline": summary.names.pipeline,
         "loras": dict(summary.diffusers_loras),
         "words": [word for words in summary.words.values() for word in words],
+        "text_encoders": dict(summary.names.embedding_keys),
         "prompt": summary.prompt,
         "negative_prompt": summary.negative_prompt,
         "seed": seed,
@@ -150,9 +155,15 @@ def _a1111(summary: ExportSummary) -> str:
         f"  Install: {_copy_instruction(lora, 'models/Lora', has_words, 'embeddings')}; no extension.",
         f"  prompt           {prompt}" + (f"   (trigger word: {trigger_words})" if trigger_words else ""),
         *([f"  negative prompt  {negative_prompt}"] if negative_prompt else []),
-        *([f"  settings         Clip skip {summary.clip_skip + 1}"] if summary.clip_skip else []),
+        *([f"  settings         {_a1111_clip_skip(summary)}"] if summary.clip_skip else []),
     ]
     return "\n".join(lines)
+
+
+def _a1111_clip_skip(summary: ExportSummary) -> str:
+    if summary.names.a1111_has_clip_skip:
+        return f"Clip skip {summary.clip_skip + 1}"
+    return f"clip_skip {summary.clip_skip} of this concept cannot be set for {summary.names.title}: images differ"
 
 
 def _a1111_negative_prompt(summary: ExportSummary) -> str:

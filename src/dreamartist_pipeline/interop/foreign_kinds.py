@@ -14,7 +14,6 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.pickled_weights import flat_names, load_pickled
 
 _EXTRACT = "give a plain LoRA, or have LyCORIS extract one"
-_SD_ONLY = "give one for Stable Diffusion 1.x or 2.x"
 _AS_KOHYA = "save it in the kohya format: in OneTrainer, set the output format to Kohya"
 _AS_WORD = "give it in import.words"
 _AS_FOLDER = "give their folder as import.toolkit"
@@ -36,12 +35,14 @@ class Kind:
     Attributes:
         pattern: of a key; one such key is enough.
         holds: what such a file is.
-        advice: what can be done.
+        advice: what can be done; "" for what follows from the base models.
+        base_models: titles of the base models that have such layers; none of those that are not supported.
     """
 
     pattern: str
     holds: str
-    advice: str
+    advice: str = ""
+    base_models: tuple[str, ...] = ()
 
     def key_in(self, keys: Collection[str]) -> str | None:
         """Return the first key of this kind, if any."""
@@ -79,32 +80,35 @@ _NOT_PLAIN = (
 # Names of layers that this base model does not have. Sources: kohya's lora_flux.py and lora_sd3.py, diffusers'
 # lora_conversion_utils.py, OneTrainer's `_save_comfy`.
 _OTHER_MODELS = (
-    Kind(r"(^|[._])(double|single)_(transformer_)?blocks[._]", "a LoRA for Flux", _SD_ONLY),
-    Kind(r"(^|[._])joint_blocks[._]", "a LoRA for Stable Diffusion 3", _SD_ONLY),
+    Kind(r"(^|[._])(double|single)_(transformer_)?blocks[._]", "a LoRA for Flux"),
+    Kind(r"(^|[._])joint_blocks[._]", "a LoRA for Stable Diffusion 3"),
     Kind(
         r"^(lora_)?transformer[._]|^lora_te3_|^(diffusion_model\.|lora_unet_)((transformer_)?blocks|layers)[._]",
         "a LoRA for a transformer, such as Stable Diffusion 3, PixArt or Qwen",
-        _SD_ONLY,
     ),
     Kind(
         r"^lora_te2_|^text_encoder_2\.|[._]transformer_blocks[._][1-9]|[._](label_emb|add_embedding)[._]|[._]clip_g[._]",
         "a LoRA for SDXL",
-        _SD_ONLY,
+        base_models=("SDXL",),
+    ),
+    Kind(
+        r"^lora_te_|(^|[._])(down_blocks[._](0[._]attentions|3)|up_blocks[._]3)[._]",
+        "a LoRA for Stable Diffusion 1.x or 2.x",
+        base_models=("Stable Diffusion 1.x", "Stable Diffusion 2.x"),
     ),
     Kind(
         r"^diffusion_model\.|^text_encoders\.",
         "a LoRA with the layer names of ComfyUI (diffusion_model.), as OneTrainer writes it, too",
         _AS_KOHYA,
     ),
-    Kind(r"^lora_unet_(input|middle|output)_blocks?_", "a LoRA for SDXL", _SD_ONLY),
+    Kind(r"^lora_unet_(input|middle|output)_blocks?_", "a LoRA for SDXL", base_models=("SDXL",)),
     Kind(
         r"^(input_blocks|middle_block|output_blocks)\.",
         "a LoRA with the layer names of Stable Diffusion's own code",
         _AS_KOHYA,
     ),
 )
-_BY_TEXT_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
-_SDXL_WIDTH = 2048
+_BY_TEXT_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
 def check_plain(keys: Collection[str], name: str) -> None:
@@ -116,19 +120,26 @@ def check_plain(keys: Collection[str], name: str) -> None:
     _refuse(keys, name, _NOT_PLAIN)
 
 
-def check_not_for_another_model(keys: Collection[str], name: str) -> None:
+def check_not_for_another_model(keys: Collection[str], name: str, base_model: str) -> None:
     """Refuse keys by the base model that they belong to; to be asked where this base model has no such layers.
 
+    Args:
+        keys: of the file.
+        name: its name in an error.
+        base_model: the title of this base model.
+
     Raises:
-        InputError: that base model is known.
+        InputError: the base model that they belong to is known.
     """
-    _refuse(keys, name, _OTHER_MODELS)
+    _refuse(keys, name, [kind for kind in _OTHER_MODELS if base_model not in kind.base_models], base_model)
 
 
-def _refuse(keys: Collection[str], name: str, kinds: Collection[Kind]) -> None:
+def _refuse(keys: Collection[str], name: str, kinds: Collection[Kind], base_model: str = "") -> None:
     for kind in kinds:
         if key := kind.key_in(keys):
-            raise InputError(expected=f"a plain LoRA in {name}", got=f"{kind.holds} ({key}, …)", remedy=kind.advice)
+            other = f"set base_model to one of {' or '.join(kind.base_models)}, or " if kind.base_models else ""
+            advice = kind.advice or f"{other}give one for {base_model}"
+            raise InputError(expected=f"a plain LoRA in {name}", got=f"{kind.holds} ({key}, …)", remedy=advice)
 
 
 def advice_by_width(layers: Mapping[tuple[str, str], LoRAFactors]) -> str:
@@ -136,8 +147,6 @@ def advice_by_width(layers: Mapping[tuple[str, str], LoRAFactors]) -> str:
     cross_attention = ("attn2.to_k", "attn2.to_v")
     widths = {factors.down.shape[1] for (_, layer), factors in layers.items() if layer.endswith(cross_attention)}
     width = widths.pop() if len(widths) == 1 else 0
-    if width == _SDXL_WIDTH:
-        return f"it is for SDXL, by its cross-attention of width {width}: {_SD_ONLY}"
     made_for = f" ({_BY_TEXT_WIDTH[width]}, by its cross-attention of width {width})" if width in _BY_TEXT_WIDTH else ""
     return f"set base_model to the one it was made for{made_for}, or give another file"
 

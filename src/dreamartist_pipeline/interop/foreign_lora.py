@@ -75,7 +75,7 @@ def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> Forei
         form = _form(keys, name)
         adapter = fitted(_READERS[form](file, name, shapes, names), name, shapes)
     except InputError:
-        check_not_for_another_model(keys, name)
+        check_not_for_another_model(keys, name, names.title)
         raise
     return ForeignLoRA(form, adapter, _notes(adapter, name))
 

@@ -74,7 +74,7 @@ def _known_names(modules: Mapping[str, Collection[str]], names: FileNames) -> di
     """Return name in files -> (network, layer) of all modules, in every spelling.
 
     Old converters write `lora_te1_` for the only text encoder, and files made with transformers 5 may omit
-    `text_model_`.
+    `text_model_`. The layers of a UNet have their names in diffusers or those in Stable Diffusion's original code.
     """
     known = layers_by_name(modules, names, kohya=True)
     spellings: dict[str, tuple[str, str]] = {}
@@ -83,4 +83,6 @@ def _known_names(modules: Mapping[str, Collection[str]], names: FileNames) -> di
         outer = names.external(network, layer).replace(".", "_")
         for prefix in (names.kohya_prefixes[network], *names.kohya_aliases.get(network, ())):
             spellings |= {f"{prefix}{inner}": (network, layer), f"{prefix}{outer}": (network, layer)}
+        if network == "unet" and (original := names.original_unet_names.get(layer)):
+            spellings[names.kohya_prefixes[network] + original.replace(".", "_")] = (network, layer)
     return spellings | known

@@ -14,7 +14,7 @@ from dreamartist_pipeline.errors import InputError
 
 _TRANSFORMER = r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
 _UNET_LAYER = re.compile(
-    r"conv_in|conv_out|time_embedding\.linear_[12]"
+    r"conv_in|conv_out|(time|add)_embedding\.linear_[12]"
     r"|(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
     rf"(resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|attentions\.\d+\.(proj_in|proj_out|{_TRANSFORMER}))"
     r"|down_blocks\.\d+\.downsamplers\.0\.conv|up_blocks\.\d+\.upsamplers\.0\.conv"
@@ -63,16 +63,18 @@ def known_to_comfyui_as_peft(network: str, layer: str) -> bool:
     return known_to_comfyui(network, layer) and not (network == "unet" and ".to_" in layer)
 
 
-def known_to_a1111(network: str, layer: str, layers_per_block: int | None) -> bool:
+def known_to_a1111(network: str, layer: str, names: FileNames) -> bool:
     """Return whether A1111 and Forge find a layer under its kohya name (`convert_diffusers_name_to_compvis`).
 
-    They number a UNet's blocks as in the original code of Stable Diffusion, assuming two residual blocks per level.
+    They number a UNet's blocks as in the original code of Stable Diffusion, assuming two residual blocks per level,
+    unless the name is that of the original code already.
     """
-    return known_to_comfyui(network, layer) and (network != "unet" or layers_per_block == 2)
+    numbered = network != "unet" or names.kohya_uses_original_names or names.layers_per_block == 2
+    return numbered and known_to_comfyui(network, layer)
 
 
 def diffusers_loses_layers(form: str, text_layers: Sequence[str]) -> bool:
-    """Return whether diffusers fails to load some text-encoder layers of a file.
+    """Return whether diffusers fails to load some layers of a text encoder from a file.
 
     `convert_state_dict_to_diffusers` guesses the format of a text encoder's keys: q, k and v of a kohya file are only
     found if there is an out_proj, and a peft file with MLP layers only is rejected. The other format always works.

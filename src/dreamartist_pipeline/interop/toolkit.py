@@ -63,12 +63,7 @@ def write_toolkit(
     """
     files = {}
     networks = sorted({network for adapter in adapters.values() for network in adapter.networks})
-    if unknown := sorted({*names.kohya_prefixes} - {*_NETWORKS}):
-        raise InputError(
-            expected=f"a base model of {' and '.join(_NETWORKS)} for the toolkit's files",
-            got=f"one with {', '.join(unknown)}",
-            remedy="remove toolkit from export.formats",
-        )
+    check_networks(names.kohya_prefixes)
     for branch in ("positive", "negative") if "negative" in adapters else adapters:
         layers_of = adapters[branch].networks if branch in adapters else {}
         suffix = _NEGATIVE_SUFFIX if branch == "negative" else ""
@@ -83,6 +78,20 @@ def write_toolkit(
                     tensors[f"{prefix}.layer.lora_up.bias"] = factors.bias
             files[f"{network}{suffix}-{step}.safetensors"] = write_tensors(tensors, {})
     return files | {f"{word.name}.pt": write_embedding_pt(word) for word in words}
+
+
+def check_networks(networks: Collection[str]) -> None:
+    """Check that the toolkit's files can hold these networks of a base model.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if unknown := sorted({*networks} - {*_NETWORKS}):
+        raise InputError(
+            expected=f"a base model of {' and '.join(_NETWORKS)} for the toolkit's files",
+            got=f"one with {', '.join(unknown)}",
+            remedy="remove toolkit from export.formats",
+        )
 
 
 # ------------------------------------------------------------------------------------------------- one step's files

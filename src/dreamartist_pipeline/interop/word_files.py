@@ -55,7 +55,8 @@ def read_vectors(file: bytes, name: str, keys: Mapping[str, str]) -> dict[str, t
     """
     if len(keys) == 1:
         return {encoder: read_embedding(file, name) for encoder in keys}
-    tensors = read_tensors(file, name)
+    content = _content(file, name)
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
     if tensors.keys() != set(keys.values()) or len({tuple(t.shape[:-1]) for t in tensors.values()}) != 1:
         raise InputError(
             expected=f"{', '.join(sorted(keys.values()))} [n, D] in {name}, one for every text encoder",

@@ -14,10 +14,13 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
+from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip, last_modules
 from dreamartist_pipeline.core.adapters import set_noise_levels
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import BaseModelIdentity, FileNames
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.schedulers import ZERO_SNR
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,12 @@ class Backbone(ABC):
         network_classes: network, also its folder -> its class in diffusers or transformers.
         tokenizer_folders: text encoder, one of the networks -> the folder of its tokenizer.
         scheduler_class: the diffusers scheduler in the folder `scheduler`.
+        num_unread_layers: the last layers of every text encoder that the text states leave out even without clip_skip.
         networks: what LoRA groups may name -> the module.
         tokenizers: text encoder -> its tokenizer. A trigger word has vectors of every encoder's width.
         objective: the noising and the training target.
         scheduler_config: of the model's own scheduler.
+        zeros_for_empty_prompt: whether the conditioning of a prompt without tokens is zeros.
     """
 
     family: ClassVar[str]
@@ -66,6 +71,7 @@ class Backbone(ABC):
     network_classes: ClassVar[Mapping[str, Any]]
     tokenizer_folders: ClassVar[Mapping[str, str]]
     scheduler_class: ClassVar[Any]
+    num_unread_layers: ClassVar[int] = 0
 
     source: ModelSource
     networks: dict[str, Any]
@@ -75,6 +81,7 @@ class Backbone(ABC):
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    zeros_for_empty_prompt: bool = False
 
     # ------------------------------------------------------------------------------------------- of every family
 
@@ -86,6 +93,24 @@ class Backbone(ABC):
         Raises:
             InputError: the model predicts something else.
         """
+
+    @classmethod
+    def check_index(cls, index: Mapping[str, Any], name: str) -> None:
+        """Check that the model_index.json of one of `pipelines` names every part of the family.
+
+        Args:
+            index: its content.
+            name: the base model's name in an error.
+
+        Raises:
+            InputError: a part is null.
+        """
+        if missing := [part for part in cls.parts() if index.get(part, (True,))[0] is None]:
+            raise InputError(
+                expected=f"a base model with {', '.join(cls.parts())}",
+                got=f"{name}, whose model_index.json has none as {', '.join(missing)}",
+                remedy="choose a complete base model",
+            )
 
     @property
     @abstractmethod
@@ -107,8 +132,14 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any) -> torch.Tensor:
-        """Return the prediction `[N, C, h, w]` for latents in `dtype`, timesteps `[N]` and conditioning of `encode`."""
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any, framing: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the prediction `[N, C, h, w]` for latents in `dtype`; see `denoise`."""
+
+    def unread_modules(self, encoder: str, clip_skip: int) -> set[nn.Module]:
+        """Return the modules of a text encoder that do not change the conditioning; adapters there get no gradient."""
+        return last_modules(self.networks[encoder], self.num_unread_layers + clip_skip)
 
     @property
     def pipeline(self) -> Any | None:
@@ -184,6 +215,11 @@ class Backbone(ABC):
         return BaseModelIdentity(self.name, self.fingerprint, self.family, tuple(self.networks))
 
     @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noise schedule ends without signal, by the model's own scheduler or a concept's training."""
+        return bool(self.scheduler_config.get(ZERO_SNR))
+
+    @property
     def latent_channels(self) -> int:
         """C of the latents `[B, C, h, w]`."""
         return int(self.autoencoder.config.latent_channels)
@@ -197,12 +233,34 @@ class Backbone(ABC):
         """Return the autocast context for float32 adapters in half-precision layers."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Return the prediction `[N, C, h, w]` for latents `[N, C, h, w]`, timesteps `[N]` and conditioning."""
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Check that clip_skip leaves at least one layer of every text encoder.
+
+        Raises:
+            InputError: it does not.
+        """
+        for encoder in self.tokenizers:
+            check_clip_skip(self.networks[encoder].config.num_hidden_layers - self.num_unread_layers, clip_skip)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        framing: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the prediction `[N, C, h, w]`.
+
+        Args:
+            latents: `[N, C, h, w]`.
+            timesteps: `[N]`.
+            conditioning: of N prompts.
+            framing: `images.Framing.numbers` of the images, `[N, 6]`; None: whole images of the latents' size.
+        """
         for network in self.networks.values():
             set_noise_levels(network, self.objective.noise_level(timesteps))
         with self.autocast():
-            return self.predict(latents.to(self.dtype), timesteps, conditioning)
+            return self.predict(latents.to(self.dtype), timesteps, conditioning, framing)
 
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""

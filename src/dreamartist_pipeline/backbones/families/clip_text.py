@@ -33,15 +33,16 @@ def text_states(encoder: Any, token_ids: torch.Tensor, clip_skip: int) -> torch.
         states: torch.Tensor = encoder(token_ids)[0]
         return states
     layers = encoder(token_ids, output_hidden_states=True).hidden_states
-    normed: torch.Tensor = _text_model(encoder).final_layer_norm(layers[-(clip_skip + 1)])
+    normed: torch.Tensor = text_model(encoder).final_layer_norm(layers[-(clip_skip + 1)])
     return normed
 
 
-def skipped_modules(encoder: nn.Module, clip_skip: int) -> set[nn.Module]:
-    """Return the modules that clip_skip leaves out, where adapters get no gradient."""
-    blocks = _text_model(encoder).encoder.layers
-    return {module for block in blocks[len(blocks) - clip_skip :] for module in block.modules()}
+def last_modules(encoder: nn.Module, num_layers: int) -> set[nn.Module]:
+    """Return the modules of the last layers of a text encoder."""
+    blocks = text_model(encoder).encoder.layers
+    return {module for block in blocks[len(blocks) - num_layers :] for module in block.modules()}
 
 
-def _text_model(encoder: nn.Module) -> Any:
-    return getattr(encoder, "text_model", encoder)  # removed in transformers 5
+def text_model(encoder: nn.Module) -> Any:
+    """Return the text encoder without its projection."""
+    return getattr(encoder, "text_model", encoder)  # a CLIPTextModel has no such level in transformers 5

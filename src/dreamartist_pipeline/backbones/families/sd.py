@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dreamartist_pipeline.backbones.families.backbone import Backbone, ModelSource
 from dreamartist_pipeline.backbones.families.clip_text import text_states
-from dreamartist_pipeline.core.diffusion import NoiseSchedule
+from dreamartist_pipeline.backbones.families.unet import TEXT_ENCODER, UNET, UNetBackbone
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, weight_states
-from dreamartist_pipeline.errors import InputError
 
-UNET, TEXT_ENCODER = "unet", "text_encoder"
-_V2_TEXT_WIDTH = 1024
 V1_NAMES = FileNames(
+    title="Stable Diffusion 1.x",
     kohya_prefixes={UNET: "lora_unet_", TEXT_ENCODER: "lora_te_"},
     outer_modules={TEXT_ENCODER: "text_model."},
     embedding_keys={TEXT_ENCODER: "emb_params"},
@@ -28,11 +25,18 @@ V1_NAMES = FileNames(
     pipeline="StableDiffusionPipeline",
     kohya_aliases={TEXT_ENCODER: ("lora_te1_",)},
 )
-V2_NAMES = replace(V1_NAMES, architecture="stable-diffusion-v2", kohya_version="sd_v2")
+V2_NAMES = replace(
+    V1_NAMES,
+    title="Stable Diffusion 2.x",
+    architecture="stable-diffusion-v2",
+    kohya_version="sd_v2",
+    comfyui_text_layer=-2,  # other tools have the last layer, which the folders of diffusers leave out
+    a1111_has_clip_skip=False,
+)
 
 
 @dataclass(kw_only=True)
-class StableDiffusion(Backbone):
+class StableDiffusion(UNetBackbone):
     """Stable Diffusion 1.x or 2.x. Conditioning is the text states, a tensor `[N, L, D]`."""
 
     family: ClassVar = "stable-diffusion"
@@ -42,14 +46,6 @@ class StableDiffusion(Backbone):
     )
     network_classes: ClassVar = {UNET: UNet2DConditionModel, TEXT_ENCODER: CLIPTextModel}
     tokenizer_folders: ClassVar = {TEXT_ENCODER: "tokenizer"}
-    scheduler_class: ClassVar = DDPMScheduler
-
-    objective: NoiseSchedule
-
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        """The denoiser."""
-        return self.networks[UNET]
 
     @property
     def text_encoder(self) -> CLIPTextModel:
@@ -61,42 +57,10 @@ class StableDiffusion(Backbone):
         """The text encoder's tokenizer."""
         return self.tokenizers[TEXT_ENCODER]
 
-    @classmethod
-    def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load every part; a UNet with inputs beside the latents is refused before any weights are read."""
-        unet = UNet2DConditionModel.load_config(**source.part(UNET))
-        autoencoder = AutoencoderKL.load_config(**source.part("vae"))
-        in_channels, latent_channels = (
-            unet.get("in_channels", 4),
-            autoencoder.get("latent_channels", 4),
-        )  # their defaults
-        if in_channels != latent_channels:
-            raise InputError(
-                expected=f"a text-to-image model, whose UNet has the {latent_channels} input channels of its latents",
-                got=f"{in_channels} input channels in {source.location}, as in an inpainting model",
-                remedy="set base_model to the text-to-image model it was made from; generate inpaints with init_mask",
-            )
-        return super().load(source, device, dtype)
-
-    @classmethod
-    def make_objective(cls, scheduler: Any, device: torch.device) -> NoiseSchedule:
-        """Return the noise schedule of a DDPM scheduler, in float32.
-
-        Raises:
-            InputError: the model predicts neither ε nor v.
-        """
-        return NoiseSchedule(scheduler.alphas_cumprod.float().to(device), scheduler.config.prediction_type)
-
-    @property
-    def image_px(self) -> int:
-        """The side of the images that the UNet was trained on."""
-        return int(self.unet.config.sample_size) * self.latent_scale
-
     @property
     def file_names(self) -> FileNames:
-        """The names of version 1.x or 2.x, by the text encoder's width."""
-        names = V2_NAMES if self.text_encoder.config.hidden_size == _V2_TEXT_WIDTH else V1_NAMES
-        return replace(names, layers_per_block=self.unet.config.layers_per_block)
+        """The names of version 1.x or 2.x, whose UNet projects linearly into its attention."""
+        return self.with_unet_names(V2_NAMES if self.unet.config.use_linear_projection else V1_NAMES)
 
     def encode(self, tokens: Mapping[str, PromptTokens], clip_skip: int) -> torch.Tensor:
         """Return text states `[N, L, D]`, weighted by `weight_states` where the tokens have weights."""
@@ -105,8 +69,10 @@ class StableDiffusion(Backbone):
             states = text_states(self.text_encoder, ids, clip_skip)
         return states if weights is None else weight_states(states, weights)
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any) -> torch.Tensor:
-        """Return the UNet's prediction `[N, C, h, w]`."""
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any, framing: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the UNet's prediction `[N, C, h, w]`, which does not depend on the framing."""
         prediction: torch.Tensor = self.unet(latents, timesteps, conditioning, return_dict=False)[0]
         return prediction
 

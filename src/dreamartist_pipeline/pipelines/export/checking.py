@@ -194,8 +194,8 @@ def _check_diffusers(
         InputError: diffusers rejects the file, adapts other layers, or its prediction differs.
     """
     adapter = reference.source.adapters[branch]
-    text_layers = list(adapter.networks.get("text_encoder", {}))
-    if reference.backbone.pipeline is None or diffusers_loses_layers(file_format, text_layers):
+    loses_layers = any(diffusers_loses_layers(file_format, each) for each in reference.source.text_layers(branch))
+    if reference.backbone.pipeline is None or loses_layers:
         return {"takes_all_layers": False}
     loaded = file_prediction(reference.backbone, file, name, reference.probe)
     expected_layers = {".".join(at) for at in adapter.by_layer()}
@@ -220,14 +220,14 @@ def _check_diffusers(
 
 def _refused_layers(adapter: BranchAdapter, file_format: str, reference: _Reference) -> dict[str, list[str]]:
     """Return tool -> the layers that it ignores, for the tools that read this format."""
-    per_block = reference.source.names.layers_per_block
+    names = reference.source.names
     layers = list(adapter.by_layer())
     if file_format == "peft":
         refused = {"ComfyUI": [at for at in layers if not known_to_comfyui_as_peft(*at)]}
     else:
         refused = {
             "ComfyUI": [at for at in layers if not known_to_comfyui(*at)],
-            "A1111": [at for at in layers if not known_to_a1111(*at, per_block)],
+            "A1111": [at for at in layers if not known_to_a1111(*at, names)],
         }
     return {tool: sorted(".".join(at) for at in found) for tool, found in refused.items()}
 

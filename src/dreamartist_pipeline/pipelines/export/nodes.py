@@ -24,14 +24,19 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
     Raises:
         InputError: a format or scheduler that cannot be used.
     """
+    from dreamartist_pipeline.backbones.families import FAMILIES
     from dreamartist_pipeline.backbones.schedulers import check_sampler
     from dreamartist_pipeline.interop.comfyui import comfyui_sampler
     from dreamartist_pipeline.interop.expressible import check_expressible
+    from dreamartist_pipeline.interop.toolkit import check_networks
 
     zero_terminal_snr = planned is not None and planned.zero_terminal_snr
     check_sampler(params.sampler, zero_terminal_snr)
     if planned is not None:
         check_expressible(planned.groups, params.formats, planned.is_trained_here)
+        if "toolkit" in params.formats:
+            known = {network for family in FAMILIES for network in family.network_classes}
+            check_networks(planned.groups.keys() & known)  # others are misspelt, which the training says
         has_loras = "kohya" in params.formats or not any(planned.groups.values())
         has_words = "embeddings" in params.formats or not planned.has_words
         if has_loras and has_words:  # the export will have a ComfyUI workflow

@@ -63,6 +63,10 @@ class ExportSource:
         """Names of the base model's parts in files of other tools."""
         return self.base_model.file_names
 
+    def text_layers(self, branch: str) -> list[list[str]]:
+        """Return the adapted layers of each text encoder in a branch."""
+        return [list(self.adapters[branch].networks.get(encoder, {})) for encoder in self.names.embedding_keys]
+
 
 def read_source(concept: Concept, base_model: Backbone) -> ExportSource:
     """Return a concept in the form of other tools.
@@ -169,7 +173,8 @@ def describe(source: ExportSource, files: Mapping[str, bytes], params: ExportPar
         strength=params.strength,
         branches_are_equal=params.strength.positive == params.strength.negative and _branches_are_equal(source),
         clip_skip=source.metadata.clip_skip,
-        zero_terminal_snr=source.metadata.zero_terminal_snr,
+        zero_terminal_snr=source.base_model.zero_terminal_snr,
+        names=source.names,
     )
 
 
@@ -180,8 +185,12 @@ def _sigma_path(source: ExportSource, params: ExportParams) -> SigmaPath:
 
 def _diffusers_lora(branch: str, source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> str | None:
     """Return the file of a branch that diffusers loads completely; None if it is not exported."""
-    text_layers = list(source.adapters[branch].networks.get("text_encoder", {}))
-    formats = [file_format for file_format in _WRITERS if not diffusers_loses_layers(file_format, text_layers)]
+    text_layers = source.text_layers(branch)
+    formats = [
+        file_format
+        for file_format in _WRITERS
+        if not any(diffusers_loses_layers(file_format, layers) for layers in text_layers)
+    ]
     return next((name for each in formats if (name := lora_name(branch, each, params)) in files), None)
 
 
@@ -204,12 +213,20 @@ def _workflow(source: ExportSource, summary: ExportSummary, path: SigmaPath, par
             prompt=embedding_prompt(prompt, words),
             lora_file=summary.loras[branch].rpartition("/")[2] if branch in summary.loras else None,
             strength=getattr(params.strength, branch),
+            is_zeros=source.base_model.zeros_for_empty_prompt and not prompt.strip(),
         )
         for branch, prompt in (("positive", summary.prompt), ("negative", summary.negative_prompt))
     }
     base_model, metadata = source.base_model, source.metadata
     side_px = base_model.image_px // base_model.latent_scale * _SD_LATENT_SCALE
     prediction_type = base_model.objective.prediction_type
-    picture = Picture(side_px, params.seed, prediction_type, metadata.clip_skip, metadata.zero_terminal_snr)
+    picture = Picture(
+        side_px,
+        params.seed,
+        prediction_type,
+        metadata.clip_skip,
+        base_model.zero_terminal_snr,
+        source.names.comfyui_text_layer,
+    )
     workflow = build_workflow(inputs["positive"], inputs["negative"], picture, params.sampler, path)
     return json.dumps(workflow, indent=1) + "\n"

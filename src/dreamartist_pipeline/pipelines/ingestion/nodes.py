@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from PIL import Image
 
 from dreamartist_pipeline.core.tracking import NoTracker, Tracker
@@ -16,7 +18,7 @@ def prepare_reference(
     attention_mask_image: bytes | None,
     params: IngestionParams,
     tracker: Tracker = _NO_TRACKER,
-) -> tuple[Image.Image, Image.Image]:
+) -> tuple[Image.Image, Image.Image, dict[str, tuple[int, int]]]:
     """Decode the reference image and its attention mask, and fit both to the bucket.
 
     One node for both: an invalid mask fails before the image is saved. What was made of the image is logged, and is the
@@ -29,7 +31,8 @@ def prepare_reference(
         tracker: of the run.
 
     Returns:
-        The RGB image, and an L mask of the same size: 127 (weight 1) everywhere without a mask, 0 on padding.
+        The RGB image; an L mask of the same size: 127 (weight 1) everywhere without a mask, 0 on padding; and which
+        part of the picture the image shows, the fields of `images.Framing`.
 
     Raises:
         InputError: an invalid image, a mask of another aspect ratio, or a mask that is black everywhere.
@@ -49,7 +52,8 @@ def prepare_reference(
             remedy="paint what should be learned in grey or white",
         )
     tracker.set_tag("reference_image", report_preparation(decoded, prepared_image, params))
-    return prepared_image, prepared_mask
+    framing = images.framing(image.size, prepared_image.size, params.fit)
+    return prepared_image, prepared_mask, dataclasses.asdict(framing)
 
 
 def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: IngestionParams) -> Image.Image:

@@ -19,7 +19,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "attention_mask_image": "attention_mask_image",
                     "params": "params:ingestion",
                 },
-                outputs=["prepared_image", "prepared_mask"],
+                outputs=["prepared_image", "prepared_mask", "prepared_framing"],
                 name="prepare_reference",
                 tags="ingestion",
             )

@@ -14,7 +14,7 @@ from dreamartist_pipeline.backbones.prompts import PromptEncoder
 from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import branch_prompts, caption_variants
 from dreamartist_pipeline.core.image_set import CaptionedImages
-from dreamartist_pipeline.core.images import attention_mask, fit_to_size, to_tensor
+from dreamartist_pipeline.core.images import Framing, attention_mask, fit_to_size, framing, to_tensor
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import LatentImages, TrainingData, derived_seed
 from dreamartist_pipeline.errors import InputError
@@ -55,13 +55,16 @@ def training_data(
     regularization: Sequence[tuple[str, Image]],
     params: TrainingParams,
     caption: str,
+    reference_framing: Framing | None = None,
 ) -> TrainingData:
     """Encode the prepared image and the regularization set once, and tokenize every prompt.
 
     `mask` is L; 127 is weight 1. `regularization` contains (caption, image) pairs; images of another size are scaled to
-    that of the prepared image.
+    that of the prepared image. Without `reference_framing`, the prepared image is a whole picture.
     """
-    reference = _latent_images(backbone, [image], _tokens(prompts, training_prompts(params, caption), params))
+    tokens = _tokens(prompts, training_prompts(params, caption), params)
+    whole = framing(image.size, image.size, "crop")
+    reference = _latent_images(backbone, [image], tokens, [reference_framing or whole])
     others = None
     if regularization:
         captions = [(caption, caption) for caption, _ in regularization]  # no trigger word in either branch
@@ -69,7 +72,8 @@ def training_data(
             other if other.size == image.size else fit_to_size(other, image.size, "crop", "white")
             for _, other in regularization
         ]
-        others = _latent_images(backbone, fitted, _tokens(prompts, captions, params), paired=True)
+        framings = [framing(other.size, image.size, "crop") for _, other in regularization]
+        others = _latent_images(backbone, fitted, _tokens(prompts, captions, params), framings, paired=True)
     pixels = to_tensor([image]).to(reference.mean.device) if params.loss.reconstruction_weight else None
     return TrainingData(reference, others, _latent_mask(mask, reference.mean), pixels)
 
@@ -80,12 +84,17 @@ def _tokens(prompts: PromptEncoder, pairs: Sequence[tuple[str, str]], params: Tr
 
 
 def _latent_images(
-    backbone: Backbone, images: Sequence[Image], tokens: PromptTokens, paired: bool = False
+    backbone: Backbone,
+    images: Sequence[Image],
+    tokens: PromptTokens,
+    framings: Sequence[Framing],
+    paired: bool = False,
 ) -> LatentImages:
     starts = tqdm(range(0, len(images), _ENCODE_BATCH), desc="images to latents", unit="batch", delay=2.0)
     encoded = [encode_images(backbone, to_tensor(images[start : start + _ENCODE_BATCH])) for start in starts]
     mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-    return LatentImages(mean, std, tokens, paired)
+    numbers = torch.tensor([each.numbers() for each in framings], device=mean.device)
+    return LatentImages(mean, std, tokens, paired, numbers)
 
 
 def _latent_mask(mask: Image, latents: torch.Tensor) -> torch.Tensor | None:

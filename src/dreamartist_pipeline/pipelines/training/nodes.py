@@ -81,8 +81,11 @@ def train_concept(
     device: DeviceParams,
     tracker: Tracker,
     start_files: UserFiles | None = None,
+    prepared_framing: dict[str, tuple[int, int]] | None = None,
 ) -> tuple[Concept, DataFrame]:
     """Train both branches on the prepared image, from new values or from those of a concept.
+
+    `prepared_framing` is that of `prepare_reference`; None: the prepared image is a whole picture.
 
     Returns:
         The concept, and the history: one row per step.
@@ -93,6 +96,7 @@ def train_concept(
     """
     from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
+    from dreamartist_pipeline.core.images import Framing
     from dreamartist_pipeline.core.training import derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
     from dreamartist_pipeline.pipelines.training.plan import check_plan
@@ -113,7 +117,8 @@ def train_concept(
     check_plan(training_plan, groups, start_entry)
     metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
     images = regularization_images(regularization_set, params)
-    data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption)
+    framing = Framing(**prepared_framing) if prepared_framing else None
+    data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
     with StepReport(params.num_steps, tracker) as report:
         draw_preview = preview_drawing(new, params, tracker)
         history = fit(trainable_model(new, groups), data, params, report, draw_preview)

@@ -43,6 +43,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "base_model": "base_model",
                     "prepared_image": "prepared_image",
                     "prepared_mask": "prepared_mask",
+                    "prepared_framing": "prepared_framing",
                     "regularization_set": "regularization_set",
                     "training_plan": "training_plan",
                     "params": "params:training",

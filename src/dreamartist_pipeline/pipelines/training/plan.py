@@ -9,7 +9,6 @@ from typing import Any
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline, pick_device
 from dreamartist_pipeline.backbones.concepts import NewConcept, skipped_layers, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip
 from dreamartist_pipeline.backbones.known_models import clip_skip_hint
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
@@ -105,16 +104,21 @@ def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -
 
 
 def _check_clip_skip(base_model: Backbone, params: TrainingParams) -> None:
-    """Check clip_skip against every text encoder, and log the selected layers that it skips.
+    """Check clip_skip against every text encoder, and log the selected layers that are not read.
 
     Raises:
         InputError: no layer of a text encoder remains.
     """
+    base_model.check_clip_skip(params.clip_skip)
     for encoder in base_model.tokenizers:
-        check_clip_skip(base_model.networks[encoder].config.num_hidden_layers, params.clip_skip)
         selectors = [selector for group in params.lora.get(encoder, ()) for selector in group.layers]
-        if params.clip_skip and (skipped := skipped_layers(base_model, encoder, selectors, params.clip_skip)):
-            log.info("clip_skip=%d leaves these layers out of the plan: %s.", params.clip_skip, ", ".join(skipped))
+        if skipped := skipped_layers(base_model, encoder, selectors, params.clip_skip):
+            log.info(
+                "These layers of %s are not trained, because its text states are read before them (clip_skip=%d): %s.",
+                encoder,
+                params.clip_skip,
+                ", ".join(skipped),
+            )
 
 
 def _suggest_clip_skip(files: BaseModelFiles, base_model: Backbone, params: TrainingParams) -> None:
