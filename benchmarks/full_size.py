@@ -1,6 +1,6 @@
 """Run models of real size with random weights: one regularization picture, two training steps, one picture.
 
-    python benchmarks/full_size.py                                # Stable Diffusion 1.5 at 512 px, bfloat16, on the CPU
+    python benchmarks/full_size.py                                # SD 1.5 at 512 px and SDXL at 1024 px, bfloat16, CPU
     python benchmarks/full_size.py --models sd15 --device cuda
 
 Nothing is downloaded. Every part is `kedro run` in a process of its own, with the environment of the model: a
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["sd15"], choices=list(WRITERS))
+    parser.add_argument("--models", nargs="+", default=list(WRITERS), choices=list(WRITERS))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")

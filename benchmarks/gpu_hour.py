@@ -70,11 +70,12 @@ def make_parts(device: str, models: Path, tiny: bool) -> list[Part]:
     size = ("--rounds", "1", "--steps", "2") if tiny else ("--rounds", "5")
     small = ("--tiny",) if tiny else ()
     sd15 = (*on, "--dtype", dtype, "--env", "sd15", "--base-model", str(models / "sd15"))
+    sdxl = (*on, "--dtype", dtype, "--env", "sdxl", "--base-model", str(models / "sdxl"))
     embedded = (*on, *(("--base-model", str(models / "sd15")) if tiny else ()))
     unet = ("--part", "unet", "--layers", "attention")
     return [
         Part("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")), 240),
-        _script("random_models", "full_size.py", ("--write", str(models), "--dtype", dtype, *small), 120),
+        _script("random_models", "full_size.py", ("--write", str(models), "--dtype", dtype, *small), 180),
         _script("step_sd15", "training_step.py", (*sd15, *size), 180),
         _script("step_sd15_one_row", "training_step.py", (*sd15, *size, "--rows", "1", "0"), 90),
         _script("sampling_sd15", "sampling.py", (*sd15, *size), 90),
@@ -83,6 +84,8 @@ def make_parts(device: str, models: Path, tiny: bool) -> list[Part]:
         ),
         _script("step_embedded", "training_step.py", (*embedded, *size), 60),
         _script("unet_attention_sd15", "training_step.py", (*sd15, *size, *unet), 90),
+        _script("step_sdxl_one_row", "training_step.py", (*sdxl, *size, "--rows", "1", "0"), 150),
+        _script("step_sdxl", "training_step.py", (*sdxl, *(size if tiny else ("--rounds", "2", "--steps", "10"))), 240),
         _script("full_size", "full_size.py", (*on, "--dtype", dtype, *small), 300),
     ]
 

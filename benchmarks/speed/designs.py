@@ -254,18 +254,24 @@ def _adapter_name(group: ResolvedGroup) -> str:
 def _by_branch(new: NewConcept, activate: Callable[[int], None]) -> dict[str, Any]:
     """Return `denoise` and `encode` that run one pass per branch, after `activate(branch)`."""
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def denoise(
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        framing: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         predictions = []
-        for row, indices in enumerate(_branch_rows(latents)):
+        for row, rows in enumerate(_branch_rows(latents)):
             activate(row)
-            predictions.append(new.backbone.denoise(latents[indices], timesteps[indices], conditioning[indices]))
+            framed = None if framing is None else framing[rows]
+            predictions.append(new.backbone.denoise(latents[rows], timesteps[rows], conditioning[rows], framed))
         return torch.cat(predictions)
 
     def encode(tokens: PromptTokens) -> Conditioning:
         encoded = []
-        for row, indices in enumerate(_branch_rows(tokens.ids)):
+        for row, rows in enumerate(_branch_rows(tokens.ids)):
             activate(row)
-            encoded.append(new.prompts.encode(tokens[indices]))
+            encoded.append(new.prompts.encode(tokens[rows]))
         return _concatenate(encoded)
 
     return {"denoise": denoise, "encode": encode}

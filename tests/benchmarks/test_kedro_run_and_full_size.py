@@ -104,15 +104,16 @@ def test_kedro_run_is_timed_by_its_curve_in_mlflow(warm_project: Path, tmp_path:
     assert bare["% of the bare loop"] == 100
 
 
-def test_the_parts_of_full_size_run_on_a_tiny_model(warm_project: Path, tmp_path: Path) -> None:
-    arguments = ("--models", "sd15", "--tiny", "--dtype", "float32")
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_the_parts_of_full_size_run_on_a_tiny_model(warm_project: Path, tmp_path: Path, model: str) -> None:
+    arguments = ("--models", model, "--tiny", "--dtype", "float32")
 
     full_size.main((*arguments, "--threads", "1", "--output", str(tmp_path)))
 
     content = json.loads((tmp_path / "full_size.json").read_text())
     assert [row["peak memory, GiB"] for row in content["rows"]] == [0.5, 0.5, 0.5]
-    assert (warm_project / "data/06_models/full-size-sd15/concept.safetensors").is_file()
-    assert list((warm_project / "data/07_model_output/full-size-sd15").rglob("*.png"))
+    assert (warm_project / f"data/06_models/full-size-{model}/concept.safetensors").is_file()
+    assert list((warm_project / f"data/07_model_output/full-size-{model}").rglob("*.png"))
 
 
 def test_models_can_be_written_alone(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from speed.designs import (
     run_pass,
     without_dropout,
 )
+from speed.random_models import TINY_PX, write_model
 from speed.settings import attention_only, read_training
 
 SIDE_PX = 32
@@ -63,6 +64,16 @@ def test_all_designs_compute_the_same_step(backbone: Backbone, params: TrainingP
 
     assert [design.name for design in designs] == [OURS, PEFT, HOOK, FROZEN]
     assert steps_agree(designs, data, params) == len(designs[0].gradients()) > 20
+
+
+def test_all_designs_compute_the_same_step_of_sdxl(tmp_path: Path) -> None:
+    folder = write_model("sdxl", tmp_path, FLOAT, tiny=True)
+    sdxl, sdxl_params = load_backbone(BaseModelFiles(folder), DeviceParams(device="cpu")), read_training("sdxl")
+
+    agreed = steps_agree(build_designs(sdxl, sdxl_params), make_data(sdxl, sdxl_params, TINY_PX), sdxl_params)
+
+    assert agreed > 100
+    assert step_flops(sdxl, sdxl_params, TINY_PX) > 0
 
 
 def test_all_designs_compute_the_same_pass_of_the_unet(backbone: Backbone, params: TrainingParams) -> None:
