@@ -1,6 +1,6 @@
 """Tests that need a GPU, and skip themselves without one.
 
-`GPU_TESTS_DEVICE=cpu` runs those on the CPU that make sense there, to try the tests themselves.
+With `GPU_TESTS_DEVICE=cpu`, those that take the fixture `device` run on the CPU, to try the tests themselves.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ _DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    without_gpu = _DEVICE == "cuda" and not torch.cuda.is_available()
+    """Mark the tests of this folder, and skip those that cannot run here."""
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.gpu)
-            if without_gpu:
-                item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU"))
+        if not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        item.add_marker(pytest.mark.gpu)
+        takes_device = "device" in getattr(item, "fixturenames", ())
+        if not torch.cuda.is_available() and (_DEVICE == "cuda" or not takes_device):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(scope="session")
