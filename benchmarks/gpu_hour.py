@@ -68,6 +68,7 @@ def make_parts(device: str, models: Path, tiny: bool) -> list[Part]:
     dtype = "float32" if tiny else "bfloat16"
     on = ("--device", device)
     size = ("--rounds", "1", "--steps", "2") if tiny else ("--rounds", "5")
+    whole = ("--rounds", "1", "--steps", "12") if tiny else ("--rounds", "2", "--steps", "400")
     small = ("--tiny",) if tiny else ()
     sd15 = (*on, "--dtype", dtype, "--env", "sd15", "--base-model", str(models / "sd15"))
     sdxl = (*on, "--dtype", dtype, "--env", "sdxl", "--base-model", str(models / "sdxl"))
@@ -79,9 +80,7 @@ def make_parts(device: str, models: Path, tiny: bool) -> list[Part]:
         _script("step_sd15", "training_step.py", (*sd15, *size), 180),
         _script("step_sd15_one_row", "training_step.py", (*sd15, *size, "--rows", "1", "0"), 90),
         _script("sampling_sd15", "sampling.py", (*sd15, *size), 90),
-        _script(
-            "kedro_run", "kedro_run.py", (*embedded, *(size if tiny else ("--rounds", "2", "--steps", "400"))), 300
-        ),
+        _script("kedro_run", "kedro_run.py", (*embedded, *whole), 300),
         _script("step_embedded", "training_step.py", (*embedded, *size), 60),
         _script("unet_attention_sd15", "training_step.py", (*sd15, *size, *unet), 90),
         _script("step_sdxl_one_row", "training_step.py", (*sdxl, *size, "--rows", "1", "0"), 150),

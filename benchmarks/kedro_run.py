@@ -30,6 +30,7 @@ from speed.timing import describe_machine
 SUBJECT, EXPERIMENT = "speed", "dreamartist"
 BARE, FIRST, LATER = "bare loop", "first run", "later runs"
 _CURVE = "loss/total"
+_MIN_STEPS = 12
 _LOGGING_S = 0.01  # between two points that are logged together
 
 
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device": options.device,
         "device.dtype": options.dtype,
         "training.num_steps": options.steps,
-        "training.preview.every": max(1, options.steps // 4),
+        "training.preview.every": options.steps // 2,
         **({"method": options.method} if options.method else {}),
     }
     facts = describe_machine(settings.backbone.device) | settings.facts() | {"steps": options.steps}
@@ -182,7 +183,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(rounds=3)
     parser.add_argument("--steps", type=int, default=100, help="of every training")
     parser.add_argument("--image", type=Path, default=ROOT / "data/01_raw/reference_images/fox.png")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.steps < _MIN_STEPS:
+        parser.error(f"expected --steps of at least {_MIN_STEPS}, for intervals without a preview; got {options.steps}")
+    return options
 
 
 if __name__ == "__main__":

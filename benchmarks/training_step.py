@@ -12,8 +12,10 @@ first; if they differ, the benchmark stops. On a GPU the report has the model FL
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 
+from dreamartist_pipeline.backbones.base_model import load_outline
 from dreamartist_pipeline.core.training import TrainingData
 from dreamartist_pipeline.params import TrainingParams
 from speed.ceilings import Ceilings, measure_ceilings, step_flops
@@ -101,14 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     settings = read_settings(options)
     if options.layers == "attention":
-        settings = Settings(settings.backbone, attention_only(settings.params, _ATTENTION_RANK), settings.side_px)
+        settings = dataclasses.replace(settings, params=attention_only(settings.params, _ATTENTION_RANK))
     elif options.part == "unet":
-        settings = Settings(settings.backbone, unet_only(settings.params), settings.side_px)
+        settings = dataclasses.replace(settings, params=unet_only(settings.params))
     device = settings.backbone.device
     on_gpu = device.type == "cuda"
     facts = describe_machine(device) | settings.facts() | {"LoRA layers": options.layers, "part": options.part}
     ceilings = measure_ceilings(device) if on_gpu or options.ceilings else None
-    flops = step_flops(settings.backbone, settings.params, settings.side_px, options.part) if ceilings else None
+    flops = _flops(settings, options.part) if ceilings else None
     per_round = options.steps or (30 if on_gpu else 4)
     seconds = measure(settings, options.part, options.rounds, per_round)
     if ceilings and flops:
@@ -123,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notes = [f"This project: {ratio:.2f} × the frozen UNet's forward and backward; PEFT: {peft:.2f} × this project."]
     name = f"training_step_{options.part}_{options.layers}_{settings.backbone.name}"
     Report(name, title, facts, rows, "ms", notes).write(options.output)
+
+
+def _flops(settings: Settings, part: str) -> float:
+    return step_flops(load_outline(settings.files), settings.params, settings.side_px, part)
 
 
 def unet_only(params: TrainingParams) -> TrainingParams:

@@ -137,6 +137,7 @@ def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
     given = ",".join(
         (
             r"image=cat.jpg,mask=/m.png,base_model=hub:a/b,prompt_database=../p.parquet,init_image=C:\x.png",
+            r"vae=v.safetensors,base_model_config=D:\sdxl",
             "import.positive=[a.pt, ~/b.pt],import.words.pt1=w.pt,training.start_from=../../../c.safetensors",
             "evaluation.evaluators=[clip:clip, dinov2:facebook/dinov2, efficientnet-lite0],subject=cat",
         )
@@ -150,6 +151,8 @@ def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
         "base_model": "hub:a/b",
         "prompt_database": "photos/p.parquet",
         "init_image": r"C:\x.png",
+        "vae": "photos/new/v.safetensors",
+        "base_model_config": r"D:\sdxl",
         "import": {"positive": ["photos/new/a.pt", "~/b.pt"], "words": {"pt1": "photos/new/w.pt"}},
         "training": {"start_from": str(tmp_path.parent / "c.safetensors")},
         "evaluation": {"evaluators": ["clip:photos/new/clip", "dinov2:facebook/dinov2", "efficientnet-lite0"]},

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.params import TrainingParams
@@ -58,13 +57,18 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
     return Spread.of(seconds).low
 
 
-def step_flops(backbone: Backbone, params: TrainingParams, side_px: int, part: str = "step") -> float:
+def step_flops(outline: Backbone, params: TrainingParams, side_px: int, part: str = "step") -> float:
     """Return the FLOPs of a step: forward and activation gradients of the frozen networks, without adapters.
 
-    Counted on the meta device. Recomputation by gradient checkpointing does not count. The text encoders (part "step")
+    Recomputation by gradient checkpointing does not count. The text encoders (part "step")
     run on the distinct prompts of a step; their backward pass counts as much as the forward pass.
+
+    Args:
+        outline: the base model on the meta device.
+        params: of the training.
+        side_px: of the pictures.
+        part: "step", or "unet" for the UNet alone.
     """
-    outline = load_outline(BaseModelFiles(backbone.source.location))
     model = dataclasses.replace(outline, device=torch.device("cpu"))  # there is no autocast for meta
     num_rows = 2 * (params.batch_size + params.regularization_batch_size)
     num_prompts = 2 * (min(len(params.templates), params.batch_size) + params.regularization_batch_size)

@@ -26,8 +26,11 @@ class Settings:
     """What is measured, and where.
 
     Attributes:
+        files: of the base model.
         side_px: of the reference picture.
     """
+
+    files: BaseModelFiles
 
     backbone: Backbone
     params: TrainingParams
@@ -62,12 +65,13 @@ def read_settings(options: argparse.Namespace) -> Settings:
     """Load the base model, and read the training from the configuration, without dropout and previews."""
     torch.set_num_threads(options.threads)
     device = DeviceParams(device=options.device, dtype=options.dtype)
-    backbone = load_backbone(BaseModelFiles(options.base_model), device)
+    files = BaseModelFiles(options.base_model)
+    backbone = load_backbone(files, device)
     params = read_training(options.env, options.method)
     if options.rows:
         rows = dict(zip(("batch_size", "regularization_batch_size"), options.rows, strict=True))
         params = params.model_copy(update=rows)
-    return Settings(backbone, params, options.side_px or backbone.image_px)
+    return Settings(files, backbone, params, options.side_px or backbone.image_px)
 
 
 def read_training(env: str | None = None, method: str | None = None) -> TrainingParams:

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import files_for, load_backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
 from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
 from dreamartist_pipeline.backbones.families import Backbone
@@ -31,6 +31,7 @@ from dreamartist_pipeline.core.concept import Concept, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import Batch, TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
@@ -58,13 +59,26 @@ _PLAIN_LOSS = LossParams(weighting="none")
 log = logging.getLogger(__name__)
 
 
-def open_base_model(folder: str | Path, device: DeviceParams = _CPU) -> Backbone:
-    """Load a base model in diffusers' layout, frozen.
+def open_base_model(
+    path: str | Path,
+    device: DeviceParams = _CPU,
+    *,
+    vae: str | Path | None = None,
+    config: str | Path | None = None,
+) -> Backbone:
+    """Load a base model, frozen.
+
+    Args:
+        path: a single file, a folder in diffusers' layout, or `hub:OWNER/NAME[/FILE][@REVISION]`.
+        device: where it runs.
+        vae: the same for another autoencoder, or None.
+        config: folder of configurations for a single file, in place of those of its kind.
 
     Raises:
-        InputError: the folder is incomplete or cannot be read.
+        InputError: there is no model, or it is incomplete or cannot be read.
     """
-    return load_backbone(BaseModelFiles(folder), device)
+    location = ModelLocation(str(path), *(None if each is None else str(each) for each in (vae, config)))
+    return load_backbone(files_for(location, device), device)
 
 
 def read_concept(path: str | Path) -> Concept:
@@ -254,6 +268,7 @@ def step_values(
     guidance_scale: str | float = "3.0",
     loss: LossParams = _PLAIN_LOSS,
     mask: torch.Tensor | None = None,
+    framing: torch.Tensor | None = None,
 ) -> StepValues:
     """Compute combined prediction, loss and gradients of one step for given latents, noise and timesteps.
 
@@ -268,6 +283,8 @@ def step_values(
         guidance_scale: a number, or "3.0", or "low-high:curve".
         loss: loss function and SNR weighting.
         mask: attention mask `[B, 1, h, w]`, or None.
+        framing: original height and width, crop top and left, height and width of each image, `[B, 6]`, which SDXL is
+            conditioned on; None: whole images.
 
     Raises:
         InputError: a reconstruction loss, which needs the image; tensors of the wrong shape; or a concept that does not
@@ -279,14 +296,14 @@ def step_values(
             got=f"reconstruction_weight={loss.reconstruction_weight:g}",
             remedy="set it to 0",
         )
-    _check_step(backbone, latents, noise, timesteps, mask)
+    _check_step(backbone, latents, noise, timesteps, mask, framing)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     model = TrainableModel(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.objective, (), _NUM_BRANCHES)
     class_word = _class_word(concept)
     filled = (fill_prompt(negative_prompt, loaded, class_word, NEGATIVE), fill_prompt(prompt, loaded, class_word))
     loaded.prompts.check_not_cut(filled)
     tokens = by_branch([loaded.prompts.tokenize([each]) for each in filled])  # [1, 2, L]
-    batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask)
+    batch = _batch_of_one_prompt(tokens, latents, noise, timesteps, mask, framing)
     guidance = guidance_at(_guidance(guidance_scale), model.objective.noise_level(batch.timesteps))
     learned = dict(_learned(loaded))
     with torch.enable_grad():  # also inside the caller's torch.no_grad()
@@ -348,6 +365,7 @@ def _check_step(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     mask: torch.Tensor | None,
+    framing: torch.Tensor | None,
 ) -> None:
     """Check the shapes of a step's tensors and the range of its timesteps."""
     _check_latents(latents, backbone)
@@ -356,6 +374,7 @@ def _check_step(
         ("noise", noise, latents.shape),
         ("timesteps", timesteps, (rows,)),
         ("mask", mask, (rows, 1, height, width)),
+        ("framing", framing, (rows, 6)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise InputError(
@@ -372,6 +391,7 @@ def _batch_of_one_prompt(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     mask: torch.Tensor | None,
+    framing: torch.Tensor | None,
 ) -> Batch:
     """Return a batch on the device of the tokens `[1, 2, L]`; all rows have the same prompt and weight."""
     rows, device = len(latents), tokens.ids.device
@@ -383,6 +403,7 @@ def _batch_of_one_prompt(
         prompt_of_row=torch.zeros(rows, dtype=torch.long, device=device),
         row_weight=torch.full((rows,), 1 / rows, device=device),
         mask=None if mask is None else mask.to(device),
+        framing=None if framing is None else framing.to(device),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
+from dreamartist_pipeline.backbones.holding.folder import FolderParts
 
 HALF = {  # float16 holds these exactly
     "down.weight": torch.arange(12.0).reshape(3, 4).half(),
@@ -66,7 +67,7 @@ def fingerprint(folder: Path, write: Callable[[Path, Tensors], None], tensors: T
     part = folder / write.__name__ / "unet"
     part.mkdir(parents=True)
     write(part, tensors)
-    return fingerprint_of([part])
+    return fingerprint_of({"unet": FolderParts(part.parent).tensors("unet")})
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_the_part_that_weights_belong_to_counts(tmp_path: Path) -> None:
     for part in ("unet", "vae"):
         (tmp_path / part).mkdir()
         as_safetensors(tmp_path / part, HALF)
-    assert fingerprint_of([tmp_path / "unet"]) != fingerprint_of([tmp_path / "vae"])
-    assert fingerprint_of([tmp_path / "vae", tmp_path / "unet"]) == fingerprint_of(
-        [tmp_path / "unet", tmp_path / "vae"]
-    )
+    parts = {part: FolderParts(tmp_path).tensors(part) for part in ("unet", "vae")}
+    unet, vae = ({part: tensors} for part, tensors in parts.items())
+    assert fingerprint_of(unet) != fingerprint_of(vae)
+    assert fingerprint_of(vae | unet) == fingerprint_of(unet | vae)

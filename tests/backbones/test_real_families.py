@@ -16,20 +16,16 @@ import torch
 from PIL import Image
 
 from dreamartist_pipeline.api import sample_latents, step_values
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone, load_outline
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, draw_latents, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.families.sdxl import StableDiffusionXL
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
-from dreamartist_pipeline.core.branches import guidance_at
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.init_picture import InitPicture
-from dreamartist_pipeline.core.prompt_tokens import by_branch
-from dreamartist_pipeline.core.training import Batch, TrainableModel, combined_prediction
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import (
     DeviceParams,
-    GuidanceScale,
     LossParams,
     SamplerParams,
     StrengthParams,
@@ -181,13 +177,7 @@ def test_every_row_has_the_framing_of_its_image(
     folder: Path, backbone: Backbone, concept: Concept, given: dict[str, torch.Tensor]
 ) -> None:
     framing = torch.tensor([[900, 700, 0, 20, 128, 128], [128, 128, 0, 0, 128, 128]])
-    loaded = attach(backbone, concept, StrengthParams())
-    model = TrainableModel(loaded.backbone.denoise, loaded.prompts.encode, backbone.objective, (), 2)
-    tokens = by_branch([loaded.prompts.tokenize([PROMPTS[branch]]) for branch in ("negative", "positive")])
-    rows = torch.zeros(2, dtype=torch.long)
-    batch = Batch(**given, tokens=tokens, prompt_of_row=rows, row_weight=torch.ones(2), mask=None, framing=framing)
-    guidance = guidance_at(GuidanceScale.model_validate("3.0"), torch.zeros(2))
-    ours = combined_prediction(model, batch, guidance).detach()
+    ours = step_values(backbone, concept, PROMPTS["positive"], PROMPTS["negative"], **given, framing=framing).prediction
     plain = TwoPasses(folder, concept)
     expected = plain.combined(PROMPTS, 3.0, plain.noised(**given), given["timesteps"], time_ids=framing)
     torch.testing.assert_close(ours, expected.detach(), **CLOSE)
@@ -283,18 +273,23 @@ def test_models_are_told_apart(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
-def test_zero_terminal_snr_without_v_prediction_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "change", "refused"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            {"rescale_betas_zero_snr": True},
+            {"expected": "v_prediction", "got": "epsilon and rescale_betas_zero_snr"},
+        ),
+        ("unet/config.json", {"in_channels": 9}, {"expected": "4 input channels", "got": "9 input channels"}),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, {"got": "latents_mean", "remedy": "another base model"}),
+    ],
+    ids=["zero terminal SNR", "inpainting", "Playground v2.5"],
+)
+def test_models_of_another_kind_are_refused_by_their_configuration(
+    folder: Path, tmp_path: Path, file: str, change: dict[str, Any], refused: dict[str, str]
+) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    file = copied / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
-    with pytest.raises(InputError, check=says(expected="v_prediction", got="epsilon and rescale_betas_zero_snr")):
-        load_backbone(BaseModelFiles(copied), CPU)
-
-
-@pytest.mark.parametrize("name", ["sdxl"])
-def test_an_inpainting_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    file = copied / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
-    with pytest.raises(InputError, check=says(expected="4 input channels", got="9 input channels")):
-        load_backbone(BaseModelFiles(copied), CPU)
+    (copied / file).write_text(json.dumps(json.loads((copied / file).read_text()) | change))
+    with pytest.raises(InputError, check=says(**refused)):
+        load_outline(BaseModelFiles(copied))

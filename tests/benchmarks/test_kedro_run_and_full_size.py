@@ -56,6 +56,13 @@ def test_points_that_are_logged_together_count_as_the_last_of_them() -> None:
     assert make_timeline(read_together, 5, 0.0, Finished(0.0, 10.0, 1.0)).steps_per_second == pytest.approx(3 / 3.002)
 
 
+def test_too_few_steps_for_a_rate_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kedro_run.main(("--steps", "2"))
+
+    assert "at least 12" in capsys.readouterr().err
+
+
 def test_rates_are_relative_to_the_bare_loop() -> None:
     runs = [Timeline(rate, 1.0, 2.0, None, 3.0, 4.0) for rate in (1.0, 1.9, 1.9)]
 

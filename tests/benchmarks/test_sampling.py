@@ -21,7 +21,7 @@ def test_the_table_has_the_ratio_to_the_base_model() -> None:
 def test_the_concept_has_no_zeros(tiny_base_model: Path) -> None:
     backbone = load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
 
-    concept = sampling.random_concept(Settings(backbone, read_training(), 32))
+    concept = sampling.random_concept(Settings(BaseModelFiles(tiny_base_model), backbone, read_training(), 32))
 
     ups = [tensor for name, tensor in concept.tensors.items() if name.endswith(".up")]
     assert len(ups) > 20

@@ -76,7 +76,7 @@ def test_it_trains_in_half_precision(tiny_base_model: Path, device: str, params:
 
 @pytest.fixture(scope="module")
 def concept(tiny_base_model: Path, params: TrainingParams) -> Concept:
-    return random_concept(Settings(load(tiny_base_model, "cpu"), params, SIDE_PX))
+    return random_concept(Settings(BaseModelFiles(tiny_base_model), load(tiny_base_model, "cpu"), params, SIDE_PX))
 
 
 @pytest.mark.usefixtures("exact")

@@ -37,9 +37,10 @@ def kedro_run(folder: Path, *arguments: str, **variables: str) -> subprocess.Com
     [
         ("notebooks", ("--pipeline", "train", "--params", "subject=cat,image=a.png"), "{project}/notebooks/a.png"),
         ("notebooks", ("--pipeline", "generate", "--params", "subject=nosuch"), "{project}/data/06_models/nosuch/"),
+        ("notebooks", ("--pipeline", "train", "--params", "vae=v.ckpt"), "{project}/notebooks/v.ckpt for vae"),
     ],
 )
-def test_a_missing_picture_or_concept_is_reported_before_torch_is_imported(
+def test_a_missing_picture_concept_or_autoencoder_is_reported_before_torch_is_imported(
     folder: str, arguments: tuple[str, ...], named: str, bare_project: Path
 ) -> None:
     result = kedro_run(bare_project / folder, *arguments)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,33 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     note = run.data.tags["mlflow.note.content"]
     assert f"evaluation/contact_sheet.png&run_uuid={run.info.run_id}" in note
     assert not [tag for tag, value in run.data.tags.items() if " at 0x" in value]
+
+
+@pytest.mark.parametrize(("overlay", "name"), [("sdxl", "sdxl"), ("sd21", "sd2-v")])
+def test_an_overlay_trains_on_a_folder_of_its_family(
+    project: Path, tiny_model: Callable[[str], Path], overlay: str, name: str
+) -> None:
+    small = {
+        "subject": overlay,
+        "image": "button.png",
+        "base_model": str(tiny_model(name)),
+        "prompt_database": "prompts.parquet",
+        "device": "cpu",
+        "device.dtype": "float32",
+        "ingestion.bucket.side_px": "64",
+        "prompts.num_prompts": "2",
+        "regularization.sampler.num_inference_steps": "2",
+        "training.num_steps": "2",
+        "training.preview.every": "0",
+    }
+    given = ",".join(f"{key}={value}" for key, value in small.items())
+    result = run_python(project, "-m", "kedro", "run", "--env", overlay, "--pipelines", "train", "--params", given)
+    assert result.returncode == 0, result.stderr[-3000:]
+    framing = json.loads((project / f"data/02_intermediate/{overlay}/prepared_framing.json").read_text())
+    assert framing == {"original_px": [48, 40], "crop_px": [6, 0], "size_px": [64, 64]}  # of 77 × 64
+    plan = json.loads((project / f"data/06_models/{overlay}/training_plan.json").read_text())
+    networks = {group["name"].split(".")[0] for group in plan["groups"] if group["kind"] == "adapters"}
+    assert networks == {"unet", "text_encoder", *(["text_encoder_2"] if overlay == "sdxl" else [])}
 
 
 def test_the_closing_summary_lists_files_and_commands(

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dreamartist_pipeline.backbones.families.sdxl import XL_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, Concept
+from dreamartist_pipeline.core.unread_files import is_pickled
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts
@@ -16,7 +18,6 @@ from dreamartist_pipeline.interop.foreign_lora import fitted, read_lora
 from dreamartist_pipeline.interop.kohya import write_kohya
 from dreamartist_pipeline.interop.peft_files import write_peft
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
-from dreamartist_pipeline.interop.unread_files import is_pickled
 from refusals import says
 
 from .conftest import ATTENTION, CONV, MLP, NAMES, OUT, PROJ_IN, TEXT, expected_updates
@@ -103,6 +104,29 @@ def test_another_kind_of_file_is_refused_with_its_kind(key: str, kind: str) -> N
 def test_layers_of_another_base_model_are_named_by_that_model(layer: str, model: str) -> None:
     with pytest.raises(InputError, check=says(expected="fox.safetensors", got=model)):
         read_lora(write_tensors({f"{layer}.weight": torch.ones(2, 6)}, {}), "fox.safetensors", SHAPES, NAMES)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down",
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down",
+        "unet.up_blocks.3.resnets.0.conv1.lora_A",
+    ],
+)
+def test_on_an_sdxl_base_model_others_are_named_and_its_own_are_not(layer: str) -> None:
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}
+    with pytest.raises(InputError, check=says(got="Stable Diffusion 1.x or 2.x", remedy="give one for SDXL")):
+        read_lora(write_tensors({f"{layer}.weight": torch.ones(2, 6)}, {}), "fox.safetensors", shapes, XL_NAMES)
+    own = "lora_te2_text_model_encoder_layers_99_mlp_fc1.lora_down.weight"  # a layer too many
+    with pytest.raises(InputError, check=says(got="unknown keys")):
+        read_lora(write_tensors({own: torch.ones(2, 6)}, {}), "fox.safetensors", shapes, XL_NAMES)
+
+
+def test_a_lora_for_sdxl_says_which_base_model_to_set() -> None:
+    file = write_tensors({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 6)}, {})
+    with pytest.raises(InputError, check=says(got="SDXL", remedy="set base_model to one for SDXL")):
+        read_lora(file, "fox.safetensors", SHAPES, NAMES)
 
 
 def test_a_layer_that_the_base_model_has_is_never_taken_for_another_models() -> None:

@@ -5,6 +5,7 @@ The files of the export are also compared with the names that other tools look f
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone, load_outline
+from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline, open_base_model
 from dreamartist_pipeline.backbones.concepts import attach, generate
 from dreamartist_pipeline.backbones.lora_files import concept_predictions, make_probe
 from dreamartist_pipeline.core.concept import Concept
@@ -215,19 +216,33 @@ def test_the_workflow_conditions_as_this_project(run: Run) -> None:
     assert workflow["latents"]["inputs"]["width"] == 64
 
 
-@pytest.mark.parametrize("negative_prompt", ["", "a my-fox-neg"])
-def test_the_script_draws_what_the_concept_draws(run: Run, negative_prompt: str) -> None:
-    FileFolderDataset(path=str(run.folder / "export")).save(run.files)
+@pytest.mark.parametrize(("clip_skip", "negative_prompt"), [(0, ""), (0, "a my-fox-neg"), (1, "a my-fox-neg")])
+def test_the_script_draws_what_the_concept_draws(run: Run, clip_skip: int, negative_prompt: str) -> None:
+    concept = with_clip_skip(run.concept, clip_skip)
+    export = ExportParams(title="fox", formats=("kohya", "embeddings"), sampler=SAMPLER)
+    FileFolderDataset(path=str(run.folder / "export")).save(write_files(run.base_model, concept, export))
     script = import_script(run.folder / "export" / "generate_with_diffusers.py")
     pipe = script.load(run.base_model).to("cpu", torch.float32)
     noise = initial_noise((4, 8, 8), image_generators([3, 4]))
     drawn = script.draw(pipe, "a my-fox", negative_prompt, [3, 4], latents=noise)
-    export = ExportParams(title="fox", sampler=SAMPLER)
-    backbone = load_backbone(BaseModelFiles(run.base_model), CPU)
-    loaded = attach(backbone, run.concept, export.strength)
+    backbone = open_base_model(run.base_model, CPU)
+    loaded = attach(backbone, concept, export.strength)
     expected = generate(backbone, loaded, ["a my-fox"] * 2, negative_prompt, [3, 4], export.sampler)
     for image, ours in zip(drawn, expected, strict=True):
         assert np.abs(np.asarray(image, int) - np.asarray(ours, int)).max() <= 1
+
+
+def with_clip_skip(concept: Concept, clip_skip: int) -> Concept:
+    return dataclasses.replace(concept, metadata=concept.metadata.model_copy(update={"clip_skip": clip_skip}))
+
+
+def test_clip_skip_has_the_layer_and_the_setting_of_the_other_tools(run: Run) -> None:
+    export = ExportParams(title="fox", formats=("kohya", "embeddings"), sampler=SAMPLER)
+    files = write_files(run.base_model, with_clip_skip(run.concept, 1), export)
+    workflow, readme = json.loads(files["comfyui_workflow.json"]), files["README.txt"].decode()
+    is_v1 = run.name == "sd1"
+    assert workflow["last_layer"]["inputs"]["stop_at_clip_layer"] == (-2 if is_v1 else -3)
+    assert ("Clip skip 2" in readme, "cannot be set" in readme) == (is_v1, not is_v1)
 
 
 def import_script(file: Path) -> ModuleType:
@@ -246,7 +261,7 @@ def test_what_is_imported_predicts_the_same(run: Run, folder: str) -> None:
     files = {name: (lambda file=file: file) for name, file in run.files.items()}
     imported, report = import_concept(run.base_model, files, {}, params)
     assert not report["left_out"]
-    backbone = load_backbone(BaseModelFiles(run.base_model), CPU)
+    backbone = open_base_model(run.base_model, CPU)
     probe = make_probe(backbone)
     ours, theirs = (concept_predictions(backbone, concept, probe) for concept in (run.concept, imported))
     for branch in ours:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dreamartist_pipeline.interop.comfyui import BranchInputs, Picture, build_wo
 from dreamartist_pipeline.params import DeviceParams, ExportParams, SamplerParams, StrengthParams
 from dreamartist_pipeline.pipelines.export.nodes import check_export
 from refusals import says
+from tiny_models import BUILDERS
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "data/01_raw/base_model"
@@ -130,6 +132,13 @@ def test_comfyui_draws_the_same_latents_for_epsilon_prediction(other_layout: Pat
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler", "ddim"])
 def test_comfyui_draws_the_same_latents_for_zero_terminal_snr(backbone: Backbone, scheduler: str) -> None:
     ours, theirs, path = draw(with_zero_terminal_snr(backbone), sampler_of(scheduler))
+    assert difference(ours, theirs) <= LIMIT
+    assert not path.difference
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_comfyui_draws_the_same_latents_with_every_family(tiny_model: Callable[[str], Path], name: str) -> None:
+    ours, theirs, path = draw(load(tiny_model(name)), sampler_of("dpmsolver++", 5))
     assert difference(ours, theirs) <= LIMIT
     assert not path.difference
 

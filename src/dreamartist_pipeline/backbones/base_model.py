@@ -5,34 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
+from dreamartist_pipeline.backbones.holding.finding import find_parts, name_of
+from dreamartist_pipeline.backbones.holding.parts import ModelParts, has_weights
 from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.images import to_images, to_tensor
+from dreamartist_pipeline.core.model_location import HUB, ModelLocation
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.schedulers import ZERO_TERMINAL_SNR
 
-HUB = "hub:"
-_INDEX = "model_index.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_FINGERPRINT_SUFFIXES = (".json", ".txt", *_WEIGHT_SUFFIXES)
-_MODULE_CONFIG = "config.json"  # of a part with weights
-_VOCABULARY_FILES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either set is enough
 transformers_logging.disable_progress_bar()  # it would break the progress bars of a run
 
 log = logging.getLogger(__name__)
@@ -40,128 +34,116 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseModelFiles:
-    """A base model that is not loaded: a folder in diffusers' layout, or `hub:owner/name`."""
+    """A base model that is not loaded, however it is held: a folder, a single file, or an id of the hub.
 
-    path: Path | str
+    Attributes:
+        path: where it is.
+        half: whether a run is in half precision: of a model of the hub, smaller files are downloaded.
+    """
+
+    path: Path | str | ModelLocation
+    half: bool = False
 
     @property
-    def hub_id(self) -> str | None:
-        """The Hugging Face id, or None for a folder."""
-        return str(self.path).removeprefix(HUB) if str(self.path).startswith(HUB) else None
+    def location(self) -> ModelLocation:
+        """Where it is."""
+        return ModelLocation.of(self.path)
 
     @property
     def name(self) -> str:
-        """The folder's name without its path, or the hub id."""
-        return self.hub_id or Path(self.path).resolve().name
+        """The name of its folder or file without a path, or the hub id; with that of another autoencoder."""
+        vae = self.location.vae
+        return name_of(self.location.path) + (f" + {name_of(vae)}" if vae is not None else "")
 
-    @property
-    def source(self) -> str:
-        """The argument of diffusers' `from_pretrained`."""
-        return self.hub_id or str(self.path)
+    def parts(self) -> ModelParts:
+        """Return its configurations, tokenizers and weights; a model of the hub is downloaded if it is not cached.
+
+        Raises:
+            InputError: there is no model at its location, or the hub cannot be reached.
+        """
+        return find_parts(self.location, lambda index, place: _family_of(index, place).parts(), half=self.half)
 
     def index(self) -> dict[str, Any]:
-        """Return its model_index.json.
+        """Return its model_index.json, or that of its kind.
 
         Raises:
-            InputError: there is no such file.
-            OSError: the hub cannot be reached.
+            InputError: there is none.
         """
-        if self.hub_id is not None:
-            return dict(DiffusionPipeline.load_config(self.hub_id))
-        _check_has(Path(self.path), [] if (Path(self.path) / _INDEX).is_file() else [_INDEX])
-        index: dict[str, Any] = json.loads((Path(self.path) / _INDEX).read_text())
-        return index
+        return self.parts().index()
 
     def names(self) -> tuple[str, ...]:
-        """Return what the model is called: by its folder or hub id, and by the one it was saved from, if it says that.
+        """Return what the model is called: by its location, and by what its files say.
 
         Raises:
-            InputError: it has no model_index.json.
-            OSError: the hub cannot be reached.
+            InputError: see `parts`.
         """
-        return self.name, str(self.index().get("_name_or_path", ""))
+        return name_of(self.location.path), *self.parts().names()
 
     def family(self) -> type[Backbone]:
-        """Return the family of the pipeline that model_index.json names.
+        """Return its family.
 
         Raises:
-            InputError: the file is missing, or no family has that pipeline or this model of it.
-            OSError: the hub cannot be reached.
+            InputError: there is no model_index.json, or no family has that pipeline or this model of it.
         """
-        index = self.index()
-        class_name = index.get("_class_name")
-        for family in FAMILIES:
-            if class_name in family.pipelines:
-                family.check_index(index, self.source)
-                return family
-        raise InputError(
-            expected=f"a base model of {', '.join(family.family for family in FAMILIES)}",
-            got=f"{class_name} in {self.source}",
-            remedy="choose another base model",
-        )
+        parts = self.parts()
+        return _family_of(parts.index(), parts.place)
 
     def check(self) -> None:
-        """Check that the folder is complete and of a supported family; a model of the hub is not checked.
+        """Check that the model is complete and of a supported family, without reading weights.
 
         Raises:
-            InputError: there is no folder, a part or file is missing or truncated, or the family is not supported.
+            InputError: a part or file is missing or truncated, or the family is not supported.
         """
-        if self.hub_id is not None:
-            return
-        folder = Path(self.path)
-        if not folder.is_dir():
-            raise InputError(
-                expected=f"the base model's folder at {folder}",
-                got="no such folder",
-                remedy=f"set base_model to a folder in diffusers' layout, or to {HUB}owner/name",
-            )
-        parts = self.family().parts()
-        _check_has(folder, list(_missing_files(folder, parts)))
-        if damaged := [f"{f.parent.name}/{f.name}" for f in _model_files(folder, parts) if not _is_whole(f)]:
-            raise InputError(
-                expected=f"complete weight files in {folder}",
-                got=f"truncated files or Git LFS pointers: {', '.join(damaged)}",
-                remedy="download the model again",
-            )
+        self.parts().check(self.family().parts())
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the weights, see `fingerprint_of`; the id of a model of the hub.
+        """Return the fingerprint of the weights, see `fingerprint_of`.
 
-        The weights are read once per process unless the files change.
+        Where there are weights in full and in half precision, it is that of the former, whichever a run reads. The
+        weights are read once per process unless the files change.
         """
-        if self.hub_id is not None:
-            return f"{HUB}{self.hub_id}"
-        parts = [part for part, config in self.family().parts().items() if config == _MODULE_CONFIG]
-        return _fingerprint(tuple(Path(self.path) / part for part in parts), self.state())
+        return _fingerprint(self, self.state())
 
     def old_fingerprint(self) -> str:
-        """Return the fingerprint of earlier versions: 16 hex digits over names and bytes of all files."""
-        if self.hub_id is not None:
-            return f"{HUB}{self.hub_id}"
+        """Return the fingerprint of earlier versions: the hub id, or 16 hex digits over all files."""
+        if self.location.path.startswith(HUB):
+            return self.location.path
         digest = hashlib.sha256()
-        for name, size, _ in self.state():
-            digest.update(f"{name}\n{size}\n".encode())
-            with (Path(self.path) / name).open("rb") as stream:
+        for name, file in self._files():
+            digest.update(f"{name}\n{file.stat().st_size}\n".encode())
+            with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()[:16]
 
     def state(self) -> tuple[tuple[str, int, int], ...]:
-        """Return (name, size, modification time) of all files; () for a model of the hub."""
-        if self.hub_id is not None:
-            return ()
-        folder = Path(self.path)
-        files = _model_files(folder, self.family().parts())
-        states = ((file.relative_to(folder).as_posix(), file.stat()) for file in files)
-        return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
+        """Return (name, size, modification time) of all files."""
+        states = ((name, file.stat()) for name, file in self._files())
+        return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return sorted(self.parts().files(self.family().parts()))
+
+
+def _family_of(index: Mapping[str, Any], place: str) -> type[Backbone]:
+    for family in FAMILIES:
+        if index.get("_class_name") in family.pipelines:
+            family.check_index(index, place)
+            return family
+    raise InputError(
+        expected=f"a base model of {', '.join(family.family for family in FAMILIES)}",
+        got=f"{index.get('_class_name')} in {place}",
+        remedy="choose another base model",
+    )
 
 
 @functools.cache
-def _fingerprint(parts: tuple[Path, ...], _state: tuple[tuple[str, int, int], ...]) -> str:
-    return fingerprint_of(parts)
+def _fingerprint(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...]) -> str:
+    parts = files.parts()
+    return fingerprint_of({part: parts.tensors(part) for part in files.family().parts() if has_weights(part)})
 
 
-def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
+def open_base_model(path: Path | str | ModelLocation, device: DeviceParams) -> Backbone:
     """Return the base model from a cache that the process shares; put adapters into its `share_weights()` only.
 
     It is loaded again when its files change, or for another device or dtype. The cache keeps two.
@@ -169,7 +151,7 @@ def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
     Raises:
         InputError: see `load_backbone`.
     """
-    files = BaseModelFiles(str(path))
+    files = files_for(path, device)
     files.check()
     return _opened(files, files.state(), device.model_copy(update={"device": pick_device(device).type}))
 
@@ -178,6 +160,11 @@ def open_base_model(path: Path | str, device: DeviceParams) -> Backbone:
 def _opened(files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...], device: DeviceParams) -> Backbone:
     log.info("Loading the base model %s on %s in %s.", files.name, device.device, device.dtype)
     return load_backbone(files, device)
+
+
+def files_for(path: Path | str | ModelLocation, device: DeviceParams) -> BaseModelFiles:
+    """Return the files of a base model for a run on this device."""
+    return BaseModelFiles(ModelLocation.of(path), half=device.dtype != "float32")
 
 
 def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
@@ -201,11 +188,10 @@ def load_outline(files: BaseModelFiles) -> Backbone:
 
 def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype) -> Backbone:
     files.check()
-    with _readable(files):
-        source = ModelSource(files.name, files.fingerprint(), files.source, local_files_only=files.hub_id is None)
-        model = files.family().load(source, device, dtype)
-        _warn_of_few_steps(files, model)
-        return model
+    source = ModelSource(files.name, files.fingerprint(), files.parts())
+    model = files.family().load(source, device, dtype)
+    _warn_of_few_steps(files, model)
+    return model
 
 
 def _warn_of_few_steps(files: BaseModelFiles, model: Backbone) -> None:
@@ -278,61 +264,3 @@ def with_zero_terminal_snr(backbone: Backbone) -> Backbone:
         objective=backbone.objective.with_zero_terminal_snr(),
         scheduler_config={**backbone.scheduler_config, **ZERO_TERMINAL_SNR, **kept_defaults},
     )
-
-
-@contextmanager
-def _readable(files: BaseModelFiles) -> Iterator[None]:
-    """Convert errors of diffusers and transformers on files that cannot be downloaded or read into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        place = f"the Hugging Face hub as {files.hub_id}" if files.hub_id else str(files.path)
-        raise InputError(
-            expected=f"a readable base model in {place}",
-            got=f"{error}",
-            remedy="correct base_model, or download the model again; a hub id needs the network or a cached model",
-        ) from error
-
-
-def _check_has(folder: Path, missing: list[str]) -> None:
-    """Raise an InputError if anything is missing."""
-    if missing:
-        raise InputError(
-            expected=f"a complete base model in {folder}",
-            got=f"one without {', '.join(missing)}",
-            remedy="copy the missing files, or download the model again",
-        )
-
-
-def _missing_files(folder: Path, parts: Mapping[str, str]) -> Iterator[str]:
-    for part, config in parts.items():
-        if not (folder / part).is_dir():
-            yield f"{part}/"
-            continue
-        names = {file.name for file in (folder / part).iterdir()}
-        if config not in names:
-            yield f"{part}/{config}"
-        if config == _MODULE_CONFIG and not any(Path(name).suffix in _WEIGHT_SUFFIXES for name in names):
-            yield f"{part}/*.safetensors"
-        if part.startswith("tokenizer") and not any(files <= names for files in _VOCABULARY_FILES):
-            yield f"{part}/tokenizer.json (or vocab.json and merges.txt)"
-
-
-def _is_whole(file: Path) -> bool:
-    """Return whether a safetensors file has the length given in its header; True for other files."""
-    if file.suffix != ".safetensors":
-        return True
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length < size - 8:
-            return False
-        header = json.loads(stream.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
-
-
-def _model_files(folder: Path, parts: Mapping[str, str]) -> Iterator[Path]:
-    yield folder / _INDEX
-    for part in parts:
-        yield from (f for f in (folder / part).rglob("*") if f.is_file() and f.suffix in _FINGERPRINT_SUFFIXES)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dreamartist_pipeline.core.metrics import clip_score
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -199,13 +200,13 @@ def _processor(source: str, side_px: int, default: Normalization) -> Any:
 
 
 def load_text_image_model(
-    name: str | None, base_model: str, device: torch.device | str = "cpu"
+    name: str | None, base_model: str | ModelLocation, device: torch.device | str = "cpu"
 ) -> TextImageModel | None:
     """Load the CLIP model that compares images with texts.
 
     Args:
         name: "clip:FOLDER_OR_HUB_ID" of a model with tokenizer, "auto" for the base model's own towers, or None.
-        base_model: a folder, or `hub:OWNER/NAME`.
+        base_model: its location.
         device: where it runs.
 
     Returns:
@@ -217,19 +218,19 @@ def load_text_image_model(
     own = own_towers(base_model)
     if name is None or (name == "auto" and own is None):
         return None
-    tokenizer = f"{base_model}/tokenizer" if name == "auto" else name.removeprefix("clip:")
+    tokenizer = f"{ModelLocation.of(base_model).path}/tokenizer" if name == "auto" else name.removeprefix("clip:")
     name = f"clip:{own}" if name == "auto" else name
     source = name.removeprefix("clip:")
     network = _load_clip(name, source, torch.device(device)).float()
     return TextImageModel(_image_tower(network, name, source), _text_tower(network, name, tokenizer))
 
 
-def own_towers(base_model: str) -> Path | None:
+def own_towers(base_model: str | ModelLocation) -> Path | None:
     """Return the folder of the CLIP towers that the embedded base model was trained with; None for other base models.
 
     They are in `towers` next to the model's folder, and their vocabulary has the same size.
     """
-    folder = Path(base_model).resolve()
+    folder = Path(ModelLocation.of(base_model).path).resolve()
     files = folder / "text_encoder" / "config.json", folder.with_name("towers") / "config.json"
     if not all(file.is_file() for file in files):
         return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.model_location import HUB
 from dreamartist_pipeline.errors import InputError
 
 _OF_EARLIER_VERSIONS = re.compile(
@@ -32,7 +33,8 @@ def check_base_model(concept: Concept, backbone: Backbone) -> None:
             got=f"{backbone.name!r}, which differs in {'; '.join(differences)}",
             remedy=f"set base_model to {name}, or train the concept again",
         )
-    if fingerprint != backbone.fingerprint and not _OF_EARLIER_VERSIONS.fullmatch(fingerprint):
+    same = (backbone.fingerprint, f"{HUB}{backbone.name}")  # the latter in concepts of earlier versions
+    if fingerprint not in same and not _OF_EARLIER_VERSIONS.fullmatch(fingerprint):
         _log_other_weights(name, fingerprint, backbone.name, backbone.fingerprint)
 
 

@@ -72,7 +72,7 @@ class ModelLayout:
 
     Attributes:
         shapes: of the layers.
-        skipped: network -> layers that clip_skip leaves out, so that adapters there have no effect.
+        skipped: network -> layers of text encoders that are not read, so that adapters there have no effect.
         word_widths: text encoder -> width of a learned vector.
         max_vectors: maximum number of vectors in a prompt.
         check_word: raises an InputError for a trigger word that is already a token.

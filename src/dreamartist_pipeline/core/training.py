@@ -587,12 +587,14 @@ def branch_table(groups: Sequence[ParameterGroup], taken_over: Mapping[str, int]
         groups: all trainable parameters.
         taken_over: group -> number of its layers or vectors that are initialised from a concept; None without one.
     """
-    head = f"{'branch':<10}{'group':<24}{'layers':>8}{'parameters':>12}{'vectors':>9}{'lr':>11}"
+    width = max(24, *(len(group.name) + 2 for group in groups))
+    head = f"{'branch':<10}{'group':<{width}}{'layers':>8}{'parameters':>12}{'vectors':>9}{'lr':>11}"
     head += f"{'from start':>12}" if taken_over is not None else ""
     lines = [head, "-" * len(head)]
     for group in sorted(groups, key=lambda g: g.branch):
         layers = str(group.num_layers) if group.kind == ADAPTERS else "-"
         vectors = str(sum(len(p) for p in group.parameters)) if group.kind == WORDS else "-"
-        line = f"{group.branch:<10}{group.name:<24}{layers:>8}{group.num_parameters:>12,}{vectors:>9}{group.lr:>11.2e}"
+        line = f"{group.branch:<10}{group.name:<{width}}{layers:>8}"
+        line += f"{group.num_parameters:>12,}{vectors:>9}{group.lr:>11.2e}"
         lines.append(line + (f"{taken_over.get(group.name, 0):>12}" if taken_over is not None else ""))
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from kedro.pipeline.node import Node
 from kedro.utils import find_kedro_project
 
 from dreamartist_pipeline.hooks.parameters import flatten
-from dreamartist_pipeline.hooks.run import is_absolute, path_of, settings_of, shown
+from dreamartist_pipeline.hooks.run import MODEL_SETTINGS, is_absolute, path_of, settings_of, shown
 
 LOGGER = logging.getLogger(__name__)
 
@@ -122,10 +122,8 @@ class Commands:
         return [] if is_default else ["--conf-source", shown(Path(self.conf_source))]
 
     def _base_model(self, given: Mapping[str, Any]) -> dict[str, str]:
-        if "base_model" not in given:
-            return {}
-        path = str(given["base_model"])
-        return {"base_model": path if is_absolute(path) else shown(self.project_path / path)}
+        paths = {name: str(given[name]) for name in MODEL_SETTINGS if given.get(name) is not None}
+        return {name: path if is_absolute(path) else shown(self.project_path / path) for name, path in paths.items()}
 
 
 def next_lines(

@@ -22,7 +22,8 @@ def recorded_parameters(
         sections: section -> its parameters, for all sections that the run uses.
         presets: the same sections in conf/base, for the same settings.
     """
-    fixed: dict[str, Any] = {"subject": settings["subject"], "base_model": settings["base_model"]}
+    own_vae = {"vae": settings["vae"]} if settings.get("vae") is not None else {}
+    fixed: dict[str, Any] = {"subject": settings["subject"], "base_model": settings["base_model"], **own_vae}
     shown: set[str] = set()
     if isinstance(training := sections.get("training"), TrainingParams):
         fixed |= {"method": settings["method"], **training_parameters(training)}

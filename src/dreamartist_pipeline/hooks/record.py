@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
+_TAGGED = ("subject", "method", "base_model", "vae")  # settings of a run
 _PARAMS_PER_REQUEST = 100  # MLflow's limit
 _CAPTION_LENGTH = 6000  # MLflow's limit for the value of a parameter
 _DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
@@ -110,7 +111,7 @@ class RunRecordHooks:
         with_address = {name: str(value) for name, value in run_params.items() if _OBJECT.search(str(value))}
         mlflow.set_tags(
             {
-                **{name: settings[name] for name in ("subject", "method", "base_model") if settings[name] is not None},
+                **{name: settings[name] for name in _TAGGED if settings.get(name) is not None},
                 **{name: _OBJECT.sub(r"\1", value) for name, value in with_address.items()},  # set by kedro-mlflow
                 "pipeline": "+".join(names),
                 "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],

@@ -10,6 +10,7 @@ from typing import Any
 from kedro.framework.context import KedroContext
 from kedro.io import DataCatalog
 
+from dreamartist_pipeline.core.model_location import HUB
 from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, SECTIONS
 
 RUN_SETTINGS = (
@@ -19,14 +20,16 @@ RUN_SETTINGS = (
     "init_image",
     "init_mask",
     "base_model",
+    "vae",
+    "base_model_config",
     "class_word",
     "caption",
     "method",
     "recipe",
     "prompt_database",
 )
-_PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", "base_model", "prompt_database")
-_HUB = "hub:"
+MODEL_SETTINGS = ("base_model", "vae", "base_model_config")
+_PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", *MODEL_SETTINGS, "prompt_database")
 
 
 def settings_of(context: KedroContext) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def with_paths_in(
 
 def is_absolute(path: str) -> bool:
     """Return whether a path or `hub:` id does not depend on a folder; absolute paths of Windows count everywhere."""
-    return path.startswith((_HUB, "~")) or Path(path).is_absolute() or bool(PureWindowsPath(path).drive)
+    return path.startswith((HUB, "~")) or Path(path).is_absolute() or bool(PureWindowsPath(path).drive)
 
 
 def _in_project(path: Path, project: Path | None) -> str:

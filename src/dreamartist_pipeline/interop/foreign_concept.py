@@ -41,7 +41,7 @@ class Imported:
     Attributes:
         adapters: branch name, or "shared" for both -> its adapter.
         num_steps: of the training; 0 if unknown.
-        left_out: branch name -> layers that clip_skip leaves out.
+        left_out: branch name -> layers of text encoders that are not read.
         notes: what users should know about the files.
     """
 
@@ -127,8 +127,8 @@ def resolve(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveA
     if not (used or imported.words):
         raise InputError(
             expected="adapters with an effect",
-            got="only text-encoder layers that clip_skip leaves out",
-            remedy="lower clip_skip",
+            got="only text-encoder layers that are not read with this clip_skip",
+            remedy="lower clip_skip, or give another file",
         )
     return replace(imported, adapters=used, left_out=left_out)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 
+from dreamartist_pipeline.core.file_kinds import Kind
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.pickled_weights import flat_names, load_pickled
@@ -26,27 +25,6 @@ _CONVERT = (
     'convert it: python -c "import torch, safetensors.torch as s; '
     "s.save_file(torch.load('{name}', weights_only=True), '{stem}.safetensors')\""
 )
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of file by its keys.
-
-    Attributes:
-        pattern: of a key; one such key is enough.
-        holds: what such a file is.
-        advice: what can be done; "" for what follows from the base models.
-        base_models: titles of the base models that have such layers; none of those that are not supported.
-    """
-
-    pattern: str
-    holds: str
-    advice: str = ""
-    base_models: tuple[str, ...] = ()
-
-    def key_in(self, keys: Collection[str]) -> str | None:
-        """Return the first key of this kind, if any."""
-        return next((key for key in sorted(keys) if re.search(self.pattern, key)), None)
 
 
 # What no plain LoRA has in it, for whichever base model. Sources: LyCORIS, `weight_list` of its modules; OneTrainer,
@@ -137,7 +115,7 @@ def check_not_for_another_model(keys: Collection[str], name: str, base_model: st
 def _refuse(keys: Collection[str], name: str, kinds: Collection[Kind], base_model: str = "") -> None:
     for kind in kinds:
         if key := kind.key_in(keys):
-            other = f"set base_model to one of {' or '.join(kind.base_models)}, or " if kind.base_models else ""
+            other = f"set base_model to one for {' or '.join(kind.base_models)}, or " if kind.base_models else ""
             advice = kind.advice or f"{other}give one for {base_model}"
             raise InputError(expected=f"a plain LoRA in {name}", got=f"{kind.holds} ({key}, …)", remedy=advice)
 

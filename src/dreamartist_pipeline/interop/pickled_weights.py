@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from dreamartist_pipeline.core.unread_files import unpickled
 from dreamartist_pipeline.errors import InputError
 
 
@@ -39,16 +39,7 @@ def load_pickled(file: bytes, name: str, holds: str) -> object:
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):  # in the first embeddings
             return torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # on arbitrary bytes the unpickler raises anything: KeyError, IndexError, …
-        call = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own message recommends weights_only=False
-        raise InputError(
-            expected=f"{holds} in {name} that loads without running code",
-            got=f"a call of {call[1]}" if call else f"a damaged or unknown file ({type(error).__name__})",
-            remedy=(
-                "save plain tensors, as safetensors, with the tool that made it"
-                if call
-                else "make or download it again"
-            ),
-        ) from error
+        raise unpickled(error, name, holds) from error
 
 
 def flat_names(content: Mapping[str, Any]) -> dict[str, object]:

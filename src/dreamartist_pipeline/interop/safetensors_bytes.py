@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from dreamartist_pipeline.core.unread_files import name_unread
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.unread_files import name_unread
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTokenizer
 
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip, last_modules
+from dreamartist_pipeline.backbones.holding.parts import ModelParts
 from dreamartist_pipeline.core.adapters import set_noise_levels
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import BaseModelIdentity, FileNames
@@ -25,27 +26,17 @@ from dreamartist_pipeline.schedulers import ZERO_SNR
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model is loaded from.
+    """What a base model is loaded from.
 
     Attributes:
         name: without a path.
         fingerprint: of its weights.
-        location: a folder or a Hugging Face id, as `from_pretrained` takes it.
-        local_files_only: whether the network must not be used.
+        parts: its configurations, tokenizers and weights.
     """
 
     name: str
     fingerprint: str
-    location: str
-    local_files_only: bool
-
-    def part(self, folder: str) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` or `load_config` for one part."""
-        return {
-            "pretrained_model_name_or_path": self.location,
-            "subfolder": folder,
-            "local_files_only": self.local_files_only,
-        }
+    parts: ModelParts
 
 
 @dataclass(kw_only=True)
@@ -149,13 +140,9 @@ class Backbone(ABC):
     # ------------------------------------------------------------------------------------------- the same in all
 
     @classmethod
-    def parts(cls) -> dict[str, str]:
-        """Return folder -> the file that describes the part in it."""
-        return {
-            **dict.fromkeys((*cls.network_classes, "vae"), "config.json"),
-            **dict.fromkeys(cls.tokenizer_folders.values(), "tokenizer_config.json"),
-            "scheduler": "scheduler_config.json",
-        }
+    def parts(cls) -> tuple[str, ...]:
+        """Return the parts that are read, by their folders in diffusers' layout."""
+        return (*cls.network_classes, "vae", *cls.tokenizer_folders.values(), "scheduler")
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
@@ -165,19 +152,15 @@ class Backbone(ABC):
             InputError: the model cannot be trained as a text-to-image model of this family.
             OSError: a file cannot be downloaded or read.
         """
-        scheduler = cls.scheduler_class.from_pretrained(**source.part("scheduler"))
+        parts = source.parts
+        scheduler = cls.scheduler_class.from_config(parts.config("scheduler"))
         return cls(
             source=source,
             objective=cls.make_objective(scheduler, torch.device("cpu") if device.type == "meta" else device),
             scheduler_config=dict(scheduler.config),
-            networks={
-                name: _load_module(kind, source.part(name), device, dtype) for name, kind in cls.network_classes.items()
-            },
-            tokenizers={
-                encoder: CLIPTokenizer.from_pretrained(**source.part(folder))
-                for encoder, folder in cls.tokenizer_folders.items()
-            },
-            autoencoder=_load_module(AutoencoderKL, source.part("vae"), device, torch.float32),
+            networks={name: parts.module(kind, name, device, dtype) for name, kind in cls.network_classes.items()},
+            tokenizers={encoder: parts.tokenizer(folder) for encoder, folder in cls.tokenizer_folders.items()},
+            autoencoder=parts.module(AutoencoderKL, "vae", device, torch.float32),
             device=device,
             dtype=dtype,
         )
@@ -265,18 +248,6 @@ class Backbone(ABC):
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""
         return dataclasses.replace(self, networks={name: _copy(module) for name, module in self.networks.items()})
-
-
-def _load_module(kind: Any, part: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a module of diffusers or transformers, frozen and in eval mode; on the meta device by its config alone."""
-    is_diffusers = issubclass(kind, ModelMixin)
-    if device.type == "meta":
-        config = kind.load_config(**part) if is_diffusers else kind.config_class.from_pretrained(**part)
-        with device:
-            module = kind.from_config(config) if is_diffusers else kind(config)
-    else:
-        module = kind.from_pretrained(**part, **{"torch_dtype" if is_diffusers else "dtype": dtype})
-    return module.to(device).eval().requires_grad_(False)
 
 
 def _copy(module: nn.Module) -> nn.Module:

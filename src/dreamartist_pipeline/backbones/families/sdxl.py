@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -92,9 +92,8 @@ class StableDiffusionXL(UNetBackbone):
     @classmethod
     def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
         """Load every part; see `UNetBackbone.load`."""
-        index = DiffusionPipeline.load_config(source.location, local_files_only=source.local_files_only)
         model = super().load(source, device, dtype)
-        return replace(model, zeros_for_empty_prompt=bool(index.get(_ZEROS_FOR_EMPTY_PROMPT, True)))
+        return replace(model, zeros_for_empty_prompt=bool(source.parts.index().get(_ZEROS_FOR_EMPTY_PROMPT, True)))
 
     @property
     def file_names(self) -> FileNames:

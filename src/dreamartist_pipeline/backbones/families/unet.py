@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from dreamartist_pipeline.backbones.families.backbone import Backbone, ModelSource
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
@@ -33,9 +33,18 @@ class UNetBackbone(Backbone):
 
     @classmethod
     def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load every part; a UNet with inputs beside the latents is refused before any weights are read."""
-        unet = UNet2DConditionModel.load_config(**source.part(UNET))
-        autoencoder = AutoencoderKL.load_config(**source.part("vae"))
+        """Load every part; models that cannot be trained here are refused before any weights are read.
+
+        Raises:
+            InputError: a UNet with inputs beside the latents, or latents of another distribution.
+        """
+        unet, autoencoder = source.parts.config(UNET), source.parts.config("vae")
+        if autoencoder.get("latents_mean") is not None:
+            raise InputError(
+                expected="an autoencoder whose latents are multiplied by one scaling_factor",
+                got=f"latents_mean in vae/config.json of {source.parts.place}, as in Playground v2.5",
+                remedy="choose another base model",
+            )
         in_channels, latent_channels = (
             unet.get("in_channels", 4),
             autoencoder.get("latent_channels", 4),
@@ -43,7 +52,7 @@ class UNetBackbone(Backbone):
         if in_channels != latent_channels:
             raise InputError(
                 expected=f"a text-to-image model, whose UNet has the {latent_channels} input channels of its latents",
-                got=f"{in_channels} input channels in {source.location}, as in an inpainting model",
+                got=f"{in_channels} input channels in {source.parts.place}, as in an inpainting model",
                 remedy="set base_model to the text-to-image model it was made from; generate inpaints with init_mask",
             )
         return super().load(source, device, dtype)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams
@@ -40,7 +41,7 @@ def check_evaluation(params: EvaluationParams, planned: PlannedConcept | None) -
 @checked_early("device", check_device)
 @checked_early("evaluation", check_evaluation)
 def evaluate_concept(
-    base_model: str,
+    base_model: ModelLocation,
     concept: Concept,
     prepared_image: Image.Image,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, ExportParams
 
@@ -44,7 +45,7 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
 
 
 @checked_early("export", check_export)
-def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict[str, bytes]:
+def write_files(base_model: ModelLocation, concept: Concept, params: ExportParams) -> dict[str, bytes]:
     """Return name -> bytes of every file of the export.
 
     `lora/` contains kohya files, `diffusers/` peft files, `embeddings/` the trigger words, `toolkit/` the reference
@@ -65,7 +66,7 @@ def write_files(base_model: str, concept: Concept, params: ExportParams) -> dict
 
 
 def check_files(
-    base_model: str, concept: Concept, candidate: dict[str, bytes], params: ExportParams
+    base_model: ModelLocation, concept: Concept, candidate: dict[str, bytes], params: ExportParams
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read every file back and compare it with the concept.
 

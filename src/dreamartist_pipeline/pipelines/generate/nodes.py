@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
 
@@ -33,7 +34,7 @@ def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> No
 @checked_early("device", check_device)
 @checked_early("generate", check_generate)
 def generate_images(
-    base_model: str,
+    base_model: ModelLocation,
     concept: Concept,
     params: GenerateParams,
     device: DeviceParams,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ImportParams
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def import_concept(
-    base_model: str, import_files: UserFiles, toolkit_files: UserFiles, params: ImportParams
+    base_model: ModelLocation, import_files: UserFiles, toolkit_files: UserFiles, params: ImportParams
 ) -> tuple[Concept, dict[str, Any]]:
     """Convert LoRA and embedding files to a concept, checked against the base model without loading its weights.
 

@@ -34,8 +34,8 @@ def describe(imported: Imported, concept: Concept, hint: str = "") -> dict[str, 
         "notes": [
             *(_NOTES[branch] for branch in imported.adapters if len(imported.adapters) == 1),
             *(
-                f"{len(layers)} text-encoder layers of the {branch} LoRA are left out: clip_skip "
-                f"{concept.metadata.clip_skip} skips them"
+                f"{len(layers)} text-encoder layers of the {branch} LoRA are left out: with clip_skip "
+                f"{concept.metadata.clip_skip}, the text states are read before them"
                 for branch, layers in imported.left_out.items()
             ),
             *imported.notes,

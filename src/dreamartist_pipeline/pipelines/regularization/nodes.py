@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import ImagesToDraw
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, RegularizationParams, StrengthParams
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles
 
-_OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}")  # in sets of earlier versions: hash of the files, not of the weights
+_OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}|hub:.*")  # in sets of earlier versions: of the files, or the hub id
 _PROGRESS_DELAY_S = 2.0
 _COST_ABOVE_S = 10.0
 
@@ -43,7 +44,7 @@ def check_regularization(params: RegularizationParams, planned: PlannedConcept |
 @checked_early("device", check_device)
 @checked_early("regularization", check_regularization)
 def make_regularization_set(
-    base_model: str,
+    base_model: ModelLocation,
     regularization_prompts: list[str],
     params: RegularizationParams,
     ingestion: IngestionParams,
@@ -56,9 +57,9 @@ def make_regularization_set(
     Raises:
         InputError: an incomplete base model.
     """
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.backbones.base_model import files_for, load_outline
 
-    files = BaseModelFiles(base_model)
+    files = files_for(base_model, device)
     files.check()
     side_px = params.side_px or ingestion.bucket.side_px
     other_side_px = None if side_px == load_outline(files).image_px else side_px
@@ -125,7 +126,7 @@ def _sha256(content: Any) -> str:
 
 
 def _draw(
-    base_model: str,
+    base_model: ModelLocation,
     prompts: Sequence[str],
     params: RegularizationParams,
     device: DeviceParams,

@@ -8,6 +8,7 @@ from PIL.Image import Image
 
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
@@ -27,7 +28,7 @@ _ANY_DEVICE = DeviceParams()
 
 @checked_early("device", check_device)
 def check_training(
-    base_model: str,
+    base_model: ModelLocation,
     params: TrainingParams,
     caption: str,
     device: DeviceParams = _ANY_DEVICE,
@@ -47,14 +48,16 @@ def check_training(
             of the preview, a noise schedule that does not suit the base model, or a start concept that does not fit
             the configured groups.
     """
-    from dreamartist_pipeline.backbones.base_model import BaseModelFiles
+    from dreamartist_pipeline.backbones.base_model import files_for
     from dreamartist_pipeline.pipelines.training.plan import make_plan
     from dreamartist_pipeline.pipelines.training.starting import read_start
 
-    return make_plan(BaseModelFiles(base_model), params, caption, device, read_start(start_files or {}, params))
+    return make_plan(files_for(base_model, device), params, caption, device, read_start(start_files or {}, params))
 
 
-def compare_reconstruction(base_model: str, prepared_image: Image, device: DeviceParams, tracker: Tracker) -> Image:
+def compare_reconstruction(
+    base_model: ModelLocation, prepared_image: Image, device: DeviceParams, tracker: Tracker
+) -> Image:
     """Measure how well the base model's autoencoder reproduces the prepared image, and say what to expect.
 
     Returns:
@@ -71,7 +74,7 @@ def compare_reconstruction(base_model: str, prepared_image: Image, device: Devic
 
 @checked_early("device", check_device)
 def train_concept(
-    base_model: str,
+    base_model: ModelLocation,
     prepared_image: Image,
     prepared_mask: Image,
     regularization_set: CaptionedImages,
