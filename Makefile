@@ -7,6 +7,8 @@ PRETRAIN_READY := $(VENV)/.ready-pretrain
 NOTEBOOK_READY := $(VENV)/.ready-notebook
 ARGS ?=
 
+BENCHMARKS := training_step sampling kedro_run compare_methods score_base_model score_one_shot
+
 SPRITE_FOLDER := data/01_raw/sprite_packages
 SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	emojibase-data-17.0.0.tgz \
@@ -19,7 +21,7 @@ SPRITE_FILES := $(addprefix $(SPRITE_FOLDER)/, \
 	iconify-json-streamline-emojis-1.2.4.tgz \
 	iconify-json-twemoji-1.2.5.tgz)
 
-.PHONY: help setup train evaluate generate test proofs lint format bench sprites pretrain judge viz ui notebook
+.PHONY: help setup train evaluate generate test proofs lint format bench gpu sprites pretrain judge viz ui notebook
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -67,7 +69,10 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 
 bench: $(READY) ## print speed and quality tables (trains many subjects: hours on a CPU)
-	set -e; for table in benchmarks/*.py; do echo "== $$table"; $(BIN)/python $$table $(ARGS); done
+	set -e; for table in $(BENCHMARKS); do echo "== $$table"; $(BIN)/python benchmarks/$$table.py $(ARGS); done
+
+gpu: $(READY) ## run the GPU tests and all speed benchmarks on a GPU (25 minutes at most)
+	$(BIN)/python benchmarks/gpu_hour.py $(ARGS)
 
 sprites: $(PRETRAIN_READY) $(SPRITE_FILES) ## download and render the drawings of the base model (a minute; needs npm)
 	$(BIN)/kedro run --pipeline pretrain --nodes render_sprites,render_held_out_sprites $(ARGS)

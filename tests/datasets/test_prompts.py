@@ -2,7 +2,9 @@
 
 import importlib.util
 import inspect
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pyarrow as pa
@@ -17,6 +19,7 @@ from refusals import says
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "data" / "01_raw" / "prompts" / "embedded_world.parquet"
+GENERAL = BUNDLED.with_name("general.parquet")
 
 
 @pytest.fixture
@@ -96,11 +99,41 @@ def test_a_database_is_never_written(database: Path) -> None:
         PromptDatabaseDataset(filepath=str(database)).save(pd.DataFrame())
 
 
-def test_the_bundled_database_is_what_its_script_makes() -> None:
-    spec = importlib.util.spec_from_file_location("make_embedded_world", BUNDLED.with_name("make_embedded_world.py"))
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BUNDLED.with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="module")
+def general() -> list[str]:
+    return list(pd.read_parquet(GENERAL)["prompt"])
+
+
+def test_the_general_database_is_what_its_script_makes() -> None:
+    script = load_script("make_general")
+
+    made = script.make_table(yaml.safe_load(script.PARTS.read_text(encoding="utf-8")))
+
+    pd.testing.assert_frame_equal(pd.read_parquet(GENERAL), made)
+
+
+def test_the_general_database_has_distinct_prompts_that_fit_clips_context(general: list[str]) -> None:
+    assert len(set(general)) == len(general) >= 2000
+    # CLIP's vocabulary has a token for nearly every word here, and two are enough for each of the others
+    assert max(2 * len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in general) <= 75
+
+
+def test_the_general_database_has_plain_words_only(general: list[str]) -> None:
+    assert [prompt for prompt in general if not re.fullmatch(r"[a-z0-9]+(?:(?:, |[ '-])[a-z0-9]+)*", prompt)] == []
+    assert [prompt for prompt in general if re.search(r"\b(?:my|sks|pt\d)\b|[bcdfghjklmnpqrstvwxz]{6}", prompt)] == []
+    assert [prompt for prompt in general if re.search(r"\ba (?!uni)[aeiou]|\ban [^aeiou]|\b(\w+) \1\b", prompt)] == []
+
+
+def test_the_bundled_database_is_what_its_script_makes() -> None:
+    script = load_script("make_embedded_world")
 
     made = script.make_table(*script.vocabulary())
 

@@ -1,0 +1,1 @@
+"""What the speed benchmarks share: timing, reports, the compared designs, ceilings of the hardware, random models."""
