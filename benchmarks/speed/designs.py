@@ -35,7 +35,7 @@ from dreamartist_pipeline.core.training import (
 )
 from dreamartist_pipeline.params import ResolvedGroup, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
-from dreamartist_pipeline.pipelines.training.nodes import trainable_model
+from dreamartist_pipeline.pipelines.training.trainable import trainable_model
 
 OURS = "this project"
 PEFT = "PEFT, two passes"
