@@ -17,9 +17,11 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
     Raises:
         InputError: `cuda` without a GPU.
     """
+    if params.device != "cuda":
+        return
     import torch
 
-    if params.device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise InputError(
             expected="a CUDA GPU (device.device=cuda)",
             got="none that torch sees",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 
 HUB = "hub:"
 
@@ -31,7 +31,8 @@ class BaseModelDataset(ReadOnlyDataset[str]):
             raise FileError(
                 expected=f"a base model at {self._path}",
                 got="no such folder",
-                remedy=f"set --params base_model=FOLDER (diffusers' layout) or base_model={HUB}OWNER/NAME",
+                remedy=f"set --params base_model=FOLDER (diffusers' layout) or base_model={HUB}OWNER/NAME"
+                f"{place_of(Path(self._path))}",
             )
         return self._path
 

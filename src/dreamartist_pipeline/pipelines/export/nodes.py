@@ -33,7 +33,7 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
     if planned is not None:
         check_expressible(planned.groups, params.formats, planned.is_trained_here)
         has_loras = "kohya" in params.formats or not any(planned.groups.values())
-        has_words = "embeddings" in params.formats or not planned.has_words
+        has_words = "embeddings" in params.formats or not planned.slots
         if has_loras and has_words:  # the export will have a ComfyUI workflow
             comfyui_sampler(params.sampler)
 
