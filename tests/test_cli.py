@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from kedro.io import DatasetError
 
 from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
-from dreamartist_pipeline.cli.selection import check_selection
+from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.hooks.parameters import flatten
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from refusals import says
@@ -81,7 +82,7 @@ def test_a_parameter_without_a_value_is_refused() -> None:
 
 
 def test_a_list_that_yaml_cannot_read_is_refused_with_how_to_write_it() -> None:
-    with pytest.raises(click.BadParameter, match="generate.prompts=.* got '.a {pt1"):
+    with pytest.raises(click.BadParameter, match="got '.a {pt1.*generate.prompts="):
         parse_params(CONTEXT, OPTION, "generate.prompts=[a {pt1}, blue background]")
 
 
@@ -90,7 +91,12 @@ def test_a_list_that_yaml_cannot_read_is_refused_with_how_to_write_it() -> None:
     [
         ("generate.prompts=[a {pt1}, blue]", r"generate.prompts=\['a {pt1}', 'blue'\]"),
         ("caption=white, grass=green, subject=x", r"caption='white, grass=green'"),
+        ("caption=white, mood=calm", r"""--params "caption='white, mood=calm'\""""),  # like `method`, but in a text
+        ("generate.prompts=it's a cat, a=b, mood=c, subject=x", r"generate.prompts='it''s a cat, a=b, mood=c'"),
+        ("training.words.names.pt1=[my-cat,", r"""--params "training.words.names.pt1=\['my-cat'\]\""""),
+        ("generate.prompts=a,generate.prompts=b,generate.prompts=[c]", r"generate.prompts=\['a', 'b', 'c'\]"),
         ("training.num_steps=3,training.num_steps.x=1", "training.num_steps.x"),
+        ("training.num_steps=3,training.num_steps=4", "leave one out"),
     ],
 )
 def test_a_mistake_is_answered_with_the_form_that_works(text: str, form: str) -> None:
@@ -98,11 +104,25 @@ def test_a_mistake_is_answered_with_the_form_that_works(text: str, form: str) ->
         parse_params(CONTEXT, OPTION, text)
 
 
-def test_the_form_that_is_shown_works() -> None:
-    assert parse_params(CONTEXT, OPTION, "caption='white, grass=green',subject=x") == {
-        "caption": "white, grass=green",
-        "subject": "x",
-    }
+@pytest.mark.parametrize(
+    "text",
+    [
+        "caption=it's white, mood=calm",
+        "generate.prompts=it's a cat, mood=calm",
+        "generate.prompts=a,generate.prompts=b",
+    ],
+)
+def test_the_form_that_is_shown_works(text: str) -> None:
+    with pytest.raises(click.BadParameter) as raised:
+        parse_params(CONTEXT, OPTION, text)
+    _, shown = shlex.split(raised.value.message[raised.value.message.index("--params") :].partition("; for a")[0])
+    expected = text.partition("=")[2] if "mood" in text else ["a", "b"]
+    assert expected in flatten(parse_params(CONTEXT, OPTION, shown)).values()
+
+
+@pytest.mark.parametrize("text", ["subject=flower, mlflow_run_id=0123", "subject=cat,trainig.num_steps=3"])
+def test_an_unknown_parameter_after_a_name_is_left_to_the_check_of_names(text: str) -> None:
+    assert len(parse_params(CONTEXT, OPTION, text)) == 2
 
 
 def test_the_forms_of_the_documentation_work() -> None:
@@ -125,7 +145,34 @@ def test_the_forms_of_the_documentation_work() -> None:
 def test_a_value_without_quotes_in_the_shell_is_answered_with_quotes() -> None:
     result = CliRunner().invoke(run, ["--params", "subject=cat,generate.prompts=a", "my-cat"])
     assert result.exit_code == 2
-    assert "'my-cat'" in result.output and '--params "' in result.output
+    assert "'my-cat'" in result.output and '--params "subject=cat,generate.prompts=a my-cat"' in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "shown"),
+    [
+        (["train"], {}, "--pipeline train"),
+        (["trian"], {}, "--pipeline train"),
+        (["generate"], {"params": "subject=cat"}, "--pipeline generate"),
+        (["train"], {"pipeline": "generate", "params": "generate.prompts=a"}, '--params "generate.prompts=a train"'),
+        (["evaluated"], {"params": "caption=a picture"}, '--params "caption=a picture evaluated"'),
+        (["my-neg]"], {"params": "training.words.names.pt1=[my,"}, '--params "training.words.names.pt1=[my, my-neg]"'),
+        (["subject=cat"], {}, '--params "subject=cat"'),
+        (["fast"], {}, "--pipeline NAME"),
+    ],
+)
+def test_words_without_an_option_are_answered_with_the_option(
+    words: list[str], options: dict[str, str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.cli.selection.pipelines", register_pipelines())
+    with pytest.raises(click.UsageError) as raised:
+        check_words(words, options)
+    assert shown in raised.value.message
+
+
+def test_a_list_without_quotes_in_the_shell_is_answered_with_quotes() -> None:
+    result = CliRunner().invoke(run, ["--params", "training.words.names.pt1=[my-cat,", "my-cat-neg]"])
+    assert '--params "training.words.names.pt1=[my-cat, my-cat-neg]"' in result.output
 
 
 def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
@@ -164,20 +211,28 @@ def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
     ("arguments", "expected"),
     [
         (["run", "--env", "sd15", "--params", "subject=cat"], ["--params", "subject=cat,device=cpu"]),
-        (["run", "--env", "sd15", "--params=image=my cat.png"], ["--params=image=my cat.png,device=cpu"]),
+        (["run", "--params=image=my cat.png", "--env", "sd15"], ["--params", "image=my cat.png,device=cpu"]),
+        (["run", "--env", "sd15", "--params", "device=cuda,subject=cat"], ["--params", "subject=cat,device=cpu"]),
+        (["run", "--env", "sd15", "--params", "device={device: cuda}"], ["--params", "device=cpu"]),
+        (
+            ["run", "--params", "subject=a", "--env", "sd15", "--params", "subject=b"],
+            ["--params", "subject=b,device=cpu"],
+        ),
         (["run", "--env", "sd15"], ["--params", "device=cpu"]),
     ],
 )
 def test_a_run_is_repeated_with_further_parameters(arguments: list[str], expected: list[str]) -> None:
     words = shlex.split(command_with(["/env/bin/kedro", *arguments], "device=cpu"))
-    assert [Path(words[0]).name, *words[1:]] == ["kedro", "run", "--env", "sd15", *expected]
+    assert Path(words[0]).name == "kedro"
+    assert words[-2:] == expected
+    assert run.make_context("run", words[2:]).params["env"] == "sd15"
 
 
 def test_a_missing_gpu_is_answered_with_the_command_that_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["kedro", "run", "--env", "sd15", "--params", "subject=cat"])
+    monkeypatch.setattr("sys.argv", ["kedro", "run", "--env", "sd15", "--params", "device=cuda,subject=cat"])
     with pytest.raises(click.exceptions.Exit):
         _report(lambda: check_device(DeviceParams(device="cuda")))(traceback=False)
     command = next(line for line in capsys.readouterr().err.splitlines() if "kedro run" in line)
@@ -274,6 +329,22 @@ def test_an_interrupted_run_is_recorded_as_killed(tmp_path: Path) -> None:
             _report(interrupted)(traceback=False)
         ended = mlflow.get_run(run.info.run_id)
     assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", "interrupted")
+
+
+def test_a_run_that_fails_before_its_first_node_is_recorded_as_failed(tmp_path: Path) -> None:
+    import mlflow
+
+    def refused() -> None:
+        raise InputError("a caption", "a licence", "rename it")
+
+    with tracking_uri(f"sqlite:///{tmp_path}/mlflow.db"):
+        experiment = mlflow.create_experiment("x", artifact_location=str(tmp_path / "artifacts"))
+        run = mlflow.start_run(experiment_id=experiment)
+        with pytest.raises(click.exceptions.Exit):
+            _report(refused)(traceback=False)
+        ended = mlflow.get_run(run.info.run_id)
+    assert ended.info.status == "FAILED"
+    assert ended.data.tags["error"] == "InputError: expected a caption; got a licence; rename it"
 
 
 def test_the_message_is_the_innermost_input_error() -> None:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from kedro.io import DataCatalog, DatasetError
+from kedro.io import DataCatalog, DatasetError, MemoryDataset
 from kedro.pipeline import Pipeline, node
+from PIL import Image
 
 from dreamartist_pipeline.cli import run
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.datasets.concept import ConceptDataset
+from dreamartist_pipeline.datasets.image import ReferenceImageDataset
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import (
     Commands,
     ConfigurationHooks,
     ConsoleHooks,
+    MLflowHooks,
     build_parameters,
     check_image_has_subject,
     check_names,
@@ -32,15 +41,18 @@ from dreamartist_pipeline.hooks import (
     mlflow_lines,
     next_lines,
     number_lists,
+    opening,
     run_name,
     written_files,
 )
+from dreamartist_pipeline.hooks.run import literal, plain
 from dreamartist_pipeline.params import (
     DeviceParams,
     EvaluationParams,
     ExportParams,
     GenerateParams,
     ImportParams,
+    IngestionParams,
     PromptsParams,
     RegularizationParams,
     ResolvedGroup,
@@ -125,9 +137,11 @@ def test_a_subject_that_cannot_name_a_folder_is_refused(subject: object) -> None
         ("Ёжик", "yozhik"),
         ("γάτα", "gata"),
         ("猫 cat", "cat"),
-        ("猫", "subject"),
+        ("猫", "cat"),
+        ("🦊", "fox-face"),
+        ("my 🦊", "my-fox-face"),
         ("../x", "x"),
-        (None, "subject"),
+        (None, "cat"),
     ],
 )
 def test_a_refused_subject_is_suggested_in_ascii(subject: str | None, suggested: str) -> None:
@@ -155,6 +169,51 @@ def test_a_missing_input_is_found_before_the_run(tmp_path: Path) -> None:
     error = input_error_in(raised.value)
     assert isinstance(error, FileError)
     assert says(expected="concept.safetensors", got="no such file")(error)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing", "remedy"),
+    [
+        ("evaluate", "prepared_image", "--pipeline ingestion --params subject=NAME,image=PICTURE"),
+        ("training", "regularization_set", "--pipeline regularization --params subject=NAME"),
+        ("regularization", "regularization_prompts", "--pipeline prompts --params subject=NAME"),
+    ],
+)
+def test_a_missing_file_of_another_pipeline_is_answered_with_that_pipeline(
+    names: str, missing: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.hooks.configuration.pipelines", register_pipelines())
+    monkeypatch.setattr(DataCatalog, "exists", lambda _, name: name not in (missing, "reference_image"))
+    catalog = DataCatalog({missing: ReferenceImageDataset(filepath=str(tmp_path / "missing.png"))})
+    catalog["params:device"] = DeviceParams(device="cpu")
+    with pytest.raises(InputError, check=says(expected="missing.png", got="no such file", remedy=remedy)):
+        ConfigurationHooks().before_pipeline_run(register_pipelines()[names], catalog)
+
+
+def test_a_missing_gpu_is_said_before_missing_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    catalog = DataCatalog({})
+    catalog["params:device"] = DeviceParams(device="cuda")
+    with pytest.raises(InputError, check=says(where="device", remedy="device=cpu")):
+        ConfigurationHooks().before_pipeline_run(register_pipelines()["train"], catalog)
+
+
+@pytest.mark.parametrize(("command", "opened"), [(run, []), (click.Command("ui"), ["context"]), (None, ["context"])])
+def test_only_kedro_run_opens_the_tracking_store_after_the_checks(
+    command: click.Command | None, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    plugin = SimpleNamespace(
+        after_catalog_created=lambda catalog, *_: calls.append(catalog),
+        before_pipeline_run=lambda *given: calls.append(given),
+    )
+    monkeypatch.setattr(opening, "_register", lambda context: calls.append(context) or plugin)
+    hooks: Any = MLflowHooks()
+    with click.Context(command) if command else contextlib.nullcontext():
+        hooks.after_context_created("context")
+    assert calls == opened
+    hooks.before_pipeline_run({}, "pipeline", "catalog")
+    assert calls == (opened or ["context", "catalog", ({}, "pipeline", "catalog")])
 
 
 def test_an_existing_concept_is_replaced_only_on_request(tmp_path: Path) -> None:
@@ -204,12 +263,21 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
         "generate": GenerateParams.model_validate({"prompts": ["a {pt1}"], **changes.get("generate", {})}),
         "device": DeviceParams.model_validate({"device": "cpu", **changes.get("device", {})}),
         "prompts": PromptsParams.model_validate({"num_prompts": 2, **changes.get("prompts", {})}),
+        "ingestion": IngestionParams.model_validate({"bucket": {"side_px": 64}}),
         "import": ImportParams(replace=True),
         **build_parameters(training(**changes.get("training", {}))),
     }
     catalog = DataCatalog.from_config({}, {})
     for section, params in sections.items():
         catalog[f"params:{section}"] = params
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    catalog["reference_image"] = changes.get("picture", picture.getvalue())
+    catalog["attention_mask_image"] = MemoryDataset(changes.get("mask"))
+    catalog["reference_caption"] = changes.get("caption", "white background")
+    prompts = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["a red cat", "a blue dog"]}), prompts)
+    catalog["prompt_database"] = MemoryDataset(pq.ParquetFile(prompts), copy_mode="assign")
     catalog["concept"] = ConceptDataset(filepath=str(folder / "concept.safetensors"))
     catalog["concept"].save(Concept({}, CONCEPT.model_copy(update=changes.get("concept", {}))))
     monkeypatch.setattr(ConceptDataset, "load", lambda _: pytest.fail("read the whole concept"))
@@ -291,6 +359,25 @@ WORDS = {"words": {"names": {"pt1": ["my-fox", "my-fox-neg"]}}, "guidance_scale"
             {"where": "evaluation", "got": "'nonsense'"},
         ),
         (
+            "train",
+            {"prompts": {"num_prompts": 3}},
+            {"where": "prompts", "expected": "prompts.num_prompts=3", "got": "2 (in 2 rows"},
+        ),
+        ("prompts", {"prompts": {"column": "text"}}, {"where": "prompts", "expected": "'prompt'", "got": "'text'"}),
+        ("train", {"caption": "a {sofa"}, {"where": "training", "got": "a {sofa"}),
+        ("ingestion", {"picture": b"# A text"}, {"where": "ingestion", "got": "b'# A text'"}),
+        ("ingestion", {"mask": b""}, {"where": "ingestion", "expected": "mask", "got": "empty"}),
+        (
+            "train,generate",
+            {"training": WORDS, "generate": {"prompts": ["a {pt1}", "a {blue} {pt1}"]}},
+            {"where": "generate", "expected": "{pt1}", "got": "{blue} in", "remedy": "{blue:1.1}"},
+        ),
+        (
+            "evaluate",
+            {"concept": {"words": {"pt1": ("a", "b")}}, "evaluation": {"prompts": ["a {pt1} in {nosuch}"]}},
+            {"where": "evaluation", "got": "{nosuch}"},
+        ),
+        (
             "generate",
             {"concept": {"zero_terminal_snr": True}, "generate": {"sampler": HEUN}},
             {"where": "generate", "got": "HeunDiscreteScheduler"},
@@ -360,6 +447,18 @@ def test_a_run_is_named_after_subject_pipeline_method_and_what_differs() -> None
     assert run_name({"subject": "cat", "method": "lora"}, ["train"], run_params) == (
         "cat · train · num_steps=10 · loss.snr_gamma=3 · lora"
     )
+
+
+def test_long_values_and_groups_are_short_in_the_name_of_a_run() -> None:
+    given = {"training": {"lora_unet": [{"lr": 1}, {"lr": 2}]}, "generate": {"prompts": "a ${x} " + "cat " * 40}}
+    name = run_name({"subject": "cat", "method": None}, ["train"], {"runtime_params": literal_texts(given)})
+    assert "lora_unet=[2 groups]" in name
+    assert "a ${x} cat" in name and len(name) < 120
+
+
+def literal_texts(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as `--params` gives them."""
+    return {name: literal_texts(value) if isinstance(value, dict) else literal(value) for name, value in values.items()}
 
 
 def test_a_run_of_the_default_pipeline_without_parameters_has_a_short_name() -> None:
@@ -468,6 +567,10 @@ def test_kedro_viz_shows_the_subject_and_environment_of_the_run(project: Path) -
     given = options(shown)
     assert (given["env"], given["params"]) == ("sd15", {"subject": "cat"})
     assert Commands(project, str(project / "conf.tar.gz"), "sd15", {"subject": "cat"}).viz({}) is None
+    settings = {"subject": "007", "image": "my pots/a.png", "caption": "no, ${x} 'a' \"b\", c=d", "method": "lora"}
+    shown = Commands(project, str(project / "conf"), None, settings).viz({"image": "", "caption": "", "device": {}})
+    assert shown is not None
+    assert plain(options(shown)["params"]) == {name: settings[name] for name in ("subject", "image", "caption")}
 
 
 def test_a_packaged_run_prints_its_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +581,14 @@ def test_a_packaged_run_prints_its_own_program(tmp_path: Path, monkeypatch: pyte
         "pipeline": "generate",
         "conf_source": str(tmp_path / "conf.tar.gz"),
         "params": {"subject": "cat"},
+    }
+
+
+def test_an_imported_concept_is_compared_with_a_picture_that_is_prepared_first(project: Path) -> None:
+    lines = lines_after("import", project, {"pt1": ("my-cat", "my-cat-neg")})
+    assert parsed(lines["compare with base model"]) == {
+        "pipelines": ["ingestion", "evaluate"],
+        "params": {"subject": "cat", "image": "PICTURE"},
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dreamartist_pipeline.cli import logs
+from dreamartist_pipeline.hooks import logs
 
 LOGGING = "version: 1\nroot: {level: ERROR}\n"
 

@@ -18,7 +18,7 @@ from dreamartist_pipeline.datasets.image import CaptionDataset, ReferenceImageDa
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import RunRecordHooks
 from dreamartist_pipeline.hooks.parameters import recorded_parameters, repeated_parameters
-from dreamartist_pipeline.hooks.record import close_interrupted_run
+from dreamartist_pipeline.hooks.record import close_run
 from dreamartist_pipeline.hooks.story import run_that_made, with_sections
 from dreamartist_pipeline.params import GenerateParams, Params, PretrainParams, ResolvedGroup, TrainingParams
 from tracking_stores import tracking_uri
@@ -203,7 +203,7 @@ def test_a_run_that_mlflow_does_not_track_is_left_alone(catalog: DataCatalog) ->
     hooks.after_dataset_saved("concept", Concept({}, CONCEPT))
     hooks.after_pipeline_run(GENERATE, catalog)
     hooks.on_pipeline_error(RuntimeError("nothing to tag"))
-    close_interrupted_run()
+    close_run("KILLED", "interrupted")
 
 
 def test_of_two_runs_that_made_the_same_concept_the_newest_is_the_parent(experiment: str, catalog: DataCatalog) -> None:

@@ -112,6 +112,11 @@ def test_an_environment_without_a_folder_is_refused_with_those_there_are(archive
         settings.ProjectConfigLoader(source, env="sd51", **settings.CONFIG_LOADER_ARGS)
 
 
+def test_a_configuration_that_is_not_there_is_refused_with_the_option_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, check=says(expected=str(tmp_path / "conf"), remedy="--conf-source")):
+        settings.ProjectConfigLoader(str(tmp_path / "conf"), env="base", **settings.CONFIG_LOADER_ARGS)
+
+
 def test_a_reference_to_an_unknown_parameter_is_refused() -> None:
     loader = config_loader(training={"num_steps": "${nothing}"})
     with pytest.raises(InputError, check=says(got="nothing", remedy="{pt1}")):

@@ -5,7 +5,7 @@ A check is attached to the function of a node and called by the hooks; the node 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,14 +23,14 @@ class PlannedConcept:
         is_trained_here: whether the run trains it; otherwise it exists already.
         zero_terminal_snr: whether its noise schedule has zero terminal SNR.
         groups: network -> its LoRA groups.
-        has_words: whether it has trigger words.
+        slots: its slots with trigger words.
         needs_regularization: whether its training has rows of the regularization set.
     """
 
     is_trained_here: bool
     zero_terminal_snr: bool
     groups: Mapping[str, Sequence[LoRAGroup]]
-    has_words: bool
+    slots: Collection[str]
     needs_regularization: bool = False
 
     @classmethod
@@ -40,31 +40,40 @@ class PlannedConcept:
             is_trained_here=True,
             zero_terminal_snr=params.zero_terminal_snr,
             groups=params.lora,
-            has_words=bool(params.words.names),
+            slots=tuple(params.words.names),
             needs_regularization=bool(params.regularization_batch_size),
         )
 
 
-Check = Callable[[Any, PlannedConcept | None], None]
-"""(parameters of a section, concept of the run or None if unknown, as in an import) -> None; raises InputError."""
+Check = Callable[..., None]
+"""(parameters of a section, concept of the run or None if unknown, as in an import, inputs) -> None.
+
+It raises an InputError.
+"""
 
 
 @dataclass(frozen=True)
 class EarlyCheck:
-    """A check of one section of the parameters."""
+    """A check of one section of the parameters, and of input files of users."""
 
     section: str
     check: Check
+    inputs: tuple[str, ...] = ()
 
 
-def checked_early(section: str, check: Check) -> Callable[[_Function], _Function]:
+def checked_early(section: str, check: Check, *inputs: str) -> Callable[[_Function], _Function]:
     """Return a decorator: `params:<section>` is checked before the first node, in every run with the decorated node.
 
     The decorator returns the function itself. Checks of several decorators are run from the top.
+
+    Args:
+        section: of the parameters.
+        check: called with the section, the concept of the run, and the inputs.
+        inputs: datasets of users' files that are loaded for the check.
     """
 
     def decorate(function: _Function) -> _Function:
-        setattr(function, _NAME, (EarlyCheck(section, check), *early_checks_of(function)))
+        setattr(function, _NAME, (EarlyCheck(section, check, inputs), *early_checks_of(function)))
         return function
 
     return decorate

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -663,7 +663,7 @@ class ExportParams(Params):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
-        if re.search(r"[{}]", re.sub(r"\{\w+\}", "", prompt)):  # other than slots
+        if re.search(r"[{}]", re.sub(r"(?<!\$)\{\w+\}", "", prompt)):  # other than slots
             raise ValueError(
                 f"expected no braces other than slots such as {{pt1}}, got {prompt!r}; weighted words cannot be "
                 "exported, because ComfyUI has another formula for weights, and diffusers has none: remove the weights"
@@ -828,3 +828,13 @@ SECTIONS: dict[str, type[Params]] = {
     "judge": JudgeParams,
 }
 """Top-level section of the configuration -> its model; nodes receive it as `params:<section>`."""
+
+
+def takes_several(name: str) -> bool:
+    """Return whether a parameter, such as "generate.prompts", is a list of any length."""
+    section, *keys = name.split(".")
+    annotation: Any = SECTIONS.get(section)
+    for key in keys:
+        field = getattr(annotation, "model_fields", {}).get(key)
+        annotation = None if field is None else field.annotation
+    return get_origin(annotation) is tuple and get_args(annotation)[-1] is Ellipsis

@@ -2,7 +2,7 @@
 
 It is the syntax of the reference toolkit (HCP-Diffusion, `TokenizerHook.parse_attn_mult` and its inference guide):
 `{text:weight}` with a default weight of 1.1; weights of nested groups are multiplied. The weight is the number after
-the last colon before the closing brace. Deviation: invalid input raises an InputError.
+the last colon before the closing brace. Deviations: invalid input raises an InputError, and `${text}` is plain text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dreamartist_pipeline.errors import InputError
 
 DEFAULT_WEIGHT = 1.1  # of "{text}"
 
-_BRACE = re.compile(r"([{}])")
+_BRACE = re.compile(r"(\$\{[^{}]*\}|[{}])")  # or plain text with braces
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
@@ -27,7 +27,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     Raises:
         InputError: a brace is unbalanced, or a weight is not a number.
     """
-    pieces = _BRACE.split(prompt)  # text at even indices, braces between
+    pieces = _BRACE.split(prompt)  # text at even indices, braces and ${text} between
     weights = [1.0]  # of the open groups; the prompt is parsed from its end, because a weight is at the end of a group
     parts: list[tuple[str, float]] = []
     for index in reversed(range(len(pieces))):

@@ -14,11 +14,14 @@ from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, RunRecordHooks, nearest
+from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, MLflowHooks, RunRecordHooks, nearest
+from dreamartist_pipeline.hooks.logs import configure_logs
+from dreamartist_pipeline.hooks.run import literal
 from dreamartist_pipeline.params import SECTIONS
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
+configure_logs(None)  # before Kedro imports its plugins, whose warnings it hides
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
 
@@ -53,8 +56,14 @@ def choose(options: str, name: str, *, _root_: Any) -> Any:
 class ProjectConfigLoader(OmegaConfigLoader):
     """Kedro's loader with a resolver for the catalog, `${parameter:training.start_from}`, and a check of `--env`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, conf_source: Any, *args: Any, **kwargs: Any) -> None:
+        if "://" not in str(conf_source) and not Path(conf_source).exists():
+            raise InputError(
+                expected=f"the configuration at {conf_source}",
+                got="no such folder or archive",
+                remedy="give it as --conf-source PATH, such as conf-dreamartist_pipeline.tar.gz of kedro package",
+            )
+        super().__init__(conf_source, *args, **kwargs)
         self._check_environment()
 
     def _check_environment(self) -> None:
@@ -85,7 +94,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
 
     def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters of the base environment for these run settings, without any other changes."""
-        given = dict(settings)
+        given = {name: literal(value) for name, value in settings.items()}
         parameters = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)["parameters"]
         self._register_globals_resolver()  # the other loader has replaced it
         return {name: parameters[name] for name in SECTIONS if name in parameters}
@@ -98,8 +107,8 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
-HOOKS = (ConfigurationHooks(), RunRecordHooks(), ConsoleHooks())
-DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry",)
+HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks())
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",
     "default_run_env": "local",

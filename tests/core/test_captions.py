@@ -5,11 +5,14 @@ import pytest
 from dreamartist_pipeline.core.captions import (
     branch_prompts,
     caption_variants,
+    check_slots,
     fill_template,
     slot_names,
     without_weights,
 )
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import CaptionTransformParams
+from refusals import says
 
 SHUFFLE = [CaptionTransformParams.model_validate("tag_shuffle")]
 
@@ -28,6 +31,7 @@ SHUFFLE = [CaptionTransformParams.model_validate("tag_shuffle")]
         ("a {pt1:1.2}, {dog:1.3}", {"pt1": "my-cat"}, "a {my-cat:1.2}, {dog:1.3}"),
         ("a {dog:1.3}", {"dog": "my-dog"}, "a {my-dog:1.3}"),
         ("a {{pt1}}", {"pt1": "my-cat"}, "a {my-cat}"),
+        ("a ${pt1} ${} {pt1}", {"pt1": "my-cat"}, "a ${pt1} ${} my-cat"),
         ("{{caption}:1.2}, {class:0.8} a {pt1:1.2}{{{pt2}}:2}", {}, "a"),
         ("{pt1.__class__} {0} {", {"pt1": "x"}, "{pt1.__class__} {"),
     ],
@@ -63,6 +67,18 @@ def test_a_weighted_name_is_a_slot_where_it_is_known_as_one() -> None:
     template = "{pt1} {pt2:1.2} {dog:1.2} {class:2} {{cat}:1.2} {two words:3}"
     assert slot_names(template) == ["pt1", "pt2", "class", "cat"]
     assert slot_names(template, {"dog": "my-dog"}) == ["pt1", "pt2", "dog", "class", "cat"]
+
+
+@pytest.mark.parametrize("prompt", ["a {pt1} {class}", "{pt2}, {caption}", "a {blue:1.2} {style}", "a ${blue}", "a"])
+def test_slots_of_the_concept_and_general_ones_are_known(prompt: str) -> None:
+    check_slots([prompt], {"pt1": "my-cat", "style": "my-style"})
+
+
+@pytest.mark.parametrize("prompt", ["a {blue} {pt1}", "{{blue}:1.2}"])
+def test_an_unknown_slot_is_refused_with_the_form_of_a_weighted_word(prompt: str) -> None:
+    with pytest.raises(InputError, check=says(expected="{pt1}", got="{blue} in", remedy="{blue:1.1}")):
+        check_slots(["a {pt1}", prompt], {"pt1": "my-cat"})
+    check_slots([prompt], {})  # without trigger words, a slot is the class word
 
 
 def test_a_template_without_weights_keeps_its_slots() -> None:

@@ -176,7 +176,12 @@ def test_a_caption_may_have_5_lines_and_200_words(tmp_path: Path, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "got"), [("a\n" * 6, "6 lines and 6 words"), ("word " * 201, "1 lines and 201 words")]
+    ("text", "got"),
+    [
+        ("a\n" * 6, "6 lines and 6 words"),
+        ("a\n\n" * 6, "11 lines and 6 words"),
+        ("word " * 201, "1 line and 201 words"),
+    ],
 )
 def test_a_text_that_is_plainly_no_caption_is_refused(tmp_path: Path, text: str, got: str) -> None:
     (tmp_path / "cat.txt").write_text(text, encoding="utf-8")

@@ -81,7 +81,9 @@ def test_a_missing_database_is_refused_with_its_path(tmp_path: Path) -> None:
     dataset = PromptDatabaseDataset(filepath=str(tmp_path / "none.parquet"))
 
     assert not dataset.exists()
-    with pytest.raises(FileError, check=says(expected="none.parquet", got="no such file", remedy="prompt_database")):
+    with pytest.raises(
+        FileError, check=says(expected="none.parquet", got="no such file", remedy="--params prompt_database=FILE")
+    ):
         dataset.load()
 
 

@@ -182,12 +182,30 @@ def test_a_pickle_is_named_by_what_it_holds_whatever_it_is_called(
         (b"", "empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS"),
         (b"\n<!DOCTYPE html>\n<html><title>Log in</title></html>", "web page"),
-        (b"not a file at all", "header"),
+        (b"not a file at all", "not a fi"),
+        (write_tensors(PLAIN, {})[:-9], f"{len(write_tensors(PLAIN, {})) - 9} of its {len(write_tensors(PLAIN, {}))}"),
+        (write_tensors(PLAIN, {})[:60], "header"),
     ],
 )
 def test_what_came_in_place_of_a_file_is_named(file: bytes, got: str) -> None:
     with pytest.raises(InputError, check=says(expected="fox.safetensors", got=got)):
         read_lora(file, "fox.safetensors", SHAPES, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [("loras/cat.ckpt", "loras/cat.safetensors"), ("loras/cat.safetensors", "loras/cat-converted.safetensors")],
+)
+def test_the_command_that_converts_a_pickle_has_its_path_and_keeps_it(path: str, target: str) -> None:
+    refused = says(expected="cat", remedy=f"torch.load('{path}', weights_only=True), '{target}')")
+    with pytest.raises(InputError, check=refused):
+        read_lora(pickled(PLAIN), "cat", SHAPES, NAMES, path)
+
+
+def test_a_dora_is_refused_with_a_way_to_a_lora() -> None:
+    tensors = PLAIN | {f"{NAME}.dora_scale": torch.ones(1)}
+    with pytest.raises(InputError, check=says(got="DoRA", remedy="extract_lora_from_models.py")):
+        read_lora(write_tensors(tensors, {}), "x", SHAPES, NAMES)
 
 
 def test_a_safetensors_file_may_begin_with_the_byte_of_a_pickle() -> None:

@@ -157,7 +157,7 @@ def test_an_embedding_of_the_text_encoders_output_is_refused() -> None:
 
 def test_a_lora_is_no_word_and_not_listed_key_by_key() -> None:
     tensors = {f"lora_unet_{i}.{part}.weight": VECTORS.clone() for i in range(50) for part in ("lora_down", "lora_up")}
-    with pytest.raises(InputError, check=says(got="96 more", remedy="import.positive")):
+    with pytest.raises(InputError, check=says(got="a LoRA of 100 tensors", remedy="import.positive")):
         read_embedding(write_tensors(tensors, {}), "fox.safetensors")
 
 
@@ -176,3 +176,8 @@ def test_a_lora_is_no_word_and_not_listed_key_by_key() -> None:
 )
 def test_the_word_inside_a_file_is_found(file: bytes, word: str) -> None:
     assert word_inside(file, "x") == word
+
+
+def test_a_tensor_without_a_name_is_refused_with_the_name_it_needs() -> None:
+    with pytest.raises(InputError, check=says(expected="vec.pt", got="[4, 6]", remedy="emb_params")):
+        read_embedding(saved(torch.ones(4, 6)), "vec.pt")

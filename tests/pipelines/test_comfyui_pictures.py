@@ -149,7 +149,7 @@ def test_the_defaults_of_every_overlay_are_equivalent_and_use_a_ksampler(backbon
     for name in ("base/parameters_export.yml", f"{overlay}/parameters.yml"):
         values |= yaml.safe_load((ROOT / "conf" / name).read_text()).get("export", {}).get("sampler", {})
     params = ExportParams(title="fox", sampler=SamplerParams(**values))
-    check_export(params, PlannedConcept(True, False, {}, True))
+    check_export(params, PlannedConcept(True, False, {}, ("pt1",)))
     ours, theirs, path = draw(backbone, params.sampler.model_copy(update={"guidance_scale": GUIDANCE}))
     assert difference(ours, theirs) <= LIMIT
     assert path.is_karras and not path.difference
@@ -183,7 +183,7 @@ def test_a_base_model_with_another_noise_schedule_is_reported(backbone: Backbone
 def test_unipc_is_refused_with_the_measured_difference(name: str) -> None:
     params = ExportParams(title="fox", sampler=sampler_of(name))
     with pytest.raises(InputError, check=says(got="0.3 to 8 %", remedy="export.sampler.scheduler")):
-        check_export(params, PlannedConcept(True, False, {}, True))
+        check_export(params, PlannedConcept(True, False, {}, ("pt1",)))
     with pytest.raises(InputError, check=says(got=name)):
         comfyui_sampler(params.sampler)
 

@@ -83,7 +83,7 @@ def files(tiny_base_model: Path, concept: Concept) -> dict[str, bytes]:
 
 def planned(concept: Concept) -> PlannedConcept:
     metadata = concept.metadata
-    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
+    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, tuple(metadata.words))
 
 
 def export(base_model: Path, concept: Concept, **changes: Any) -> tuple[dict[str, bytes], dict[str, Any]]:

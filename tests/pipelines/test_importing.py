@@ -378,6 +378,14 @@ def test_the_word_inside_a_file_is_offered_where_the_file_has_a_name_of_its_own(
     assert report["notes"] == []
 
 
+def test_a_word_that_the_base_model_knows_is_not_offered(run: Run, folder: Path) -> None:
+    (folder / "a1111.pt").write_bytes(write_tensors({"cat": torch.ones(1, 32)}, {}))
+    (note,) = run(words={"pt1": "a1111.pt"})[1]["notes"]
+    assert "'cat'" in note and "import.names" not in note
+    with pytest.raises(InputError, check=says(got="'cat'", remedy="'my-cat' (import.names.pt1)")):
+        run(words={"pt1": "a1111.pt"}, names={"pt1": "cat"})
+
+
 def test_what_is_noted_of_a_lora_stands_in_the_report_and_the_log(
     run: Run, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,7 @@ from dreamartist_pipeline.datasets.prompts import PromptDatabaseDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PromptsParams
 from dreamartist_pipeline.pipelines.prompts import create_pipeline
-from dreamartist_pipeline.pipelines.prompts.nodes import distinct_prompts, draw_regularization_prompts
+from dreamartist_pipeline.pipelines.prompts.nodes import check_prompts, distinct_prompts, draw_regularization_prompts
 from refusals import says
 
 PROMPTS = [f"prompt {i}" for i in range(100)]
@@ -29,7 +29,9 @@ PNG = [b"\x89PNG\r\n\x1a\n" + hashlib.sha256(bytes([i])).digest() * 50 for i in 
 def draw(database: pa.Table = DATABASE, **params: object) -> list[str]:
     file = io.BytesIO()
     pq.write_table(database, file)
-    return draw_regularization_prompts(pq.ParquetFile(file), PromptsParams.model_validate({"num_prompts": 1, **params}))
+    given = PromptsParams.model_validate({"num_prompts": 1, **params})
+    check_prompts(given, None, pq.ParquetFile(file))
+    return draw_regularization_prompts(pq.ParquetFile(file), given)
 
 
 @contextmanager
@@ -162,6 +164,12 @@ def test_a_column_of_something_else_is_refused_with_the_columns(values: object, 
     assert kind in raised.value.got
     assert len(str(raised.value)) < 300
     assert "PNG" not in str(raised.value)
+
+
+def test_a_database_without_any_prompts_is_refused_with_the_option_for_another() -> None:
+    with pytest.raises(InputError, check=says(got="hashes", remedy="prompt_database=FILE")) as raised:
+        draw(pa.table({"id": range(100), "key": [hashlib.md5(bytes([i])).hexdigest() for i in range(100)]}), column=1)
+    assert "prompts.column" not in raised.value.remedy
 
 
 def test_a_few_file_names_among_prompts_do_no_harm() -> None:

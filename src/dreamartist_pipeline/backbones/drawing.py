@@ -13,7 +13,7 @@ from PIL import Image
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, generate
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.branches import POSITIVE
-from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
+from dreamartist_pipeline.core.captions import check_slots, fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, picture_size
 from dreamartist_pipeline.errors import InputError
@@ -73,11 +73,12 @@ def draw(
         progress: called with the number of new images after each batch.
 
     Raises:
-        InputError: the concept does not fit the base model, an invalid size or scheduler, a truncated trigger word, or
-            settings that are not JSON.
+        InputError: the concept does not fit the base model, an invalid size or scheduler, an unknown slot, a truncated
+            trigger word, or settings that are not JSON.
     """
     loaded = attach(backbone, concept, request.strength)
     class_word = "" if concept is None else concept.metadata.class_word
+    check_slots(request.prompts, loaded.trigger_words)
     prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
     request = replace(request, negative_prompt=fill_negative_prompt(request.negative_prompt, loaded.negative_words))
     loaded.prompts.check_not_cut([*prompts, request.negative_prompt])

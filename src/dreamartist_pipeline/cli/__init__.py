@@ -18,12 +18,12 @@ from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
 
 from dreamartist_pipeline.cli.import_config import import_config
-from dreamartist_pipeline.cli.logs import configure_logs
-from dreamartist_pipeline.cli.params import parse_params
-from dreamartist_pipeline.cli.selection import check_selection
+from dreamartist_pipeline.cli.params import parse_params, with_params
+from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.errors import InputError, TrainingError, input_error_in
 from dreamartist_pipeline.hooks.console import program, quoted
-from dreamartist_pipeline.hooks.record import close_interrupted_run
+from dreamartist_pipeline.hooks.logs import configure_logs
+from dreamartist_pipeline.hooks.record import close_run, reason_of
 from dreamartist_pipeline.params import ON_CPU
 
 _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
@@ -42,8 +42,12 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
     def reported(*args: Any, traceback: bool, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
-        except _READABLE as error:
-            if traceback:
+        except KeyboardInterrupt:
+            close_run("KILLED", "interrupted")
+            raise
+        except Exception as error:
+            close_run("FAILED", reason_of(error))
+            if traceback or not isinstance(error, _READABLE):
                 raise
             click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
             cause = input_error_in(error)
@@ -51,44 +55,40 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
                 click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
             click.echo("(--traceback shows where it was raised)", err=True)
             raise click.exceptions.Exit(1) from error
-        except KeyboardInterrupt:
-            close_interrupted_run()
-            raise
 
     return reported
 
 
 def command_with(arguments: list[str], params: str) -> str:
-    """Return the command line of this process with further parameters.
+    """Return the command line of this process with further parameters, which replace those of the same name.
 
     Args:
         arguments: as in `sys.argv`.
         params: `key=value,key=value`.
     """
     name, *words = arguments
-    for position, word in enumerate(words):
-        if word == "--params" and position + 1 < len(words):
-            words[position + 1] += f",{params}"
+    given = ""
+    for position in reversed(range(len(words))):  # of several --params, click takes the last
+        option, equals, value = words[position].partition("=")
+        if option == "--params":
+            given = value if equals else words[position + 1]
+            del words[position : position + (1 if equals else 2)]
             break
-        if word.startswith("--params="):
-            words[position] += f",{params}"
-            break
-    else:
-        words += ["--params", params]
-    return quoted([program(Path(name).stem), *words])
+    return quoted([program(Path(name).stem), *words, "--params", with_params(given, params)])
 
 
-def _check_words(words: list[str]) -> None:
-    """Refuse words that are no options: a value of `--params` with spaces and without quotes.
+class _RunCommand(click.Command):
+    """`kedro run`; words that are no options are refused before the values of options are parsed."""
 
-    Raises:
-        click.UsageError: there are some.
-    """
-    if words:
-        raise click.UsageError(
-            f"expected options; got '{' '.join(words)}'; put the whole value of --params in double quotes: "
-            '--params "subject=cat,generate.prompts=a my-cat, blue background"'
-        )
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            click.UsageError: a word that is no option.
+        """
+        options, words, _ = self.make_parser(ctx).parse_args(args=list(args))
+        check_words(words, options)
+        return super().parse_args(ctx, args)
 
 
 def _build_run_command() -> click.Command:
@@ -96,7 +96,6 @@ def _build_run_command() -> click.Command:
     assert callback is not None
 
     def checked_run(**options: Any) -> Any:
-        _check_words(click.get_current_context().args)
         configure_logs(options["conf_source"])
         check_selection(options)
         return callback(**options)
@@ -112,12 +111,11 @@ def _build_run_command() -> click.Command:
         )
     )
     params.append(click.Option(["--traceback"], is_flag=True, help="On an error, show where it was raised."))
-    return click.Command(
+    return _RunCommand(
         "run",
         params=params,
         callback=_report(checked_run),
         help=kedro_run.help,
-        context_settings={"allow_extra_args": True},  # refused by _check_words
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import yaml
 from kedro.utils import find_kedro_project
 from omegaconf import OmegaConf
 
-from dreamartist_pipeline.hooks.configuration import as_list
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, with_paths_in
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.hooks.configuration import as_list, nearest, yaml_list
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, literal, plain, with_paths_in
+from dreamartist_pipeline.params import SECTIONS, takes_several
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
 _PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
+_TEXT_KEYS = (*_PROMPT_KEYS, "caption", "class_word")  # texts in which a user may write `, name=`
 _CLOSING = {"[": "]", "{": "}", "'": "'", '"': '"'}
-_INTERPOLATION = re.compile(r"(?<!\\)\$\{")
 
 
 def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[str, Any]) -> dict[str, Any]:
@@ -41,24 +40,64 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     return values if project is None or project == Path.cwd() else with_paths_in(values, Path.cwd(), project)
 
 
+def with_params(text: str, params: str) -> str:
+    """Return a value of `--params` with further parameters, which replace those of the same name.
+
+    Args:
+        text: as given to `--params`.
+        params: `key=value,key=value`.
+    """
+    added = _split(params)
+    names = [_name(item) for item in added]
+    kept = [item for item in _split(text) if not any(f"{name}.".startswith(f"{_name(item)}.") for name in names)]
+    return ",".join([*(item.strip() for item in kept), *added])
+
+
 def _items(text: str) -> Iterator[tuple[str, Any]]:
     """Yield each parameter's name and value.
 
     Raises:
         ValueError: an item that is no `key=value`, an unknown name inside a text, or a value that is not YAML.
     """
-    previous = ""
-    for item in _split(text):
+    items = _split(text)
+    for index, item in enumerate(items):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"expected key=value; got '{name}'; separate several by commas")
-        if previous and not _is_known(name):
-            raise ValueError(
-                f"expected a parameter before '='; got '{name}' after a comma; quote a text with a comma and '=': "
-                f"{previous.partition('=')[0].strip()}='{previous.partition('=')[2].strip()}, {item.strip()}'"
-            )
-        previous = item
-        yield ("device.device" if name == "device" and not value.startswith("{") else name), _value(name, value)
+        if index and not _is_known(name) and _last(items[index - 1]) in _TEXT_KEYS:
+            raise _inside_text(name, items[index - 1 :])
+        yield _name(item), _value(name, value)
+
+
+def _name(item: str) -> str:
+    """Return the name in `name=value`; that of `device=cpu` is `device.device`."""
+    name, _, value = (part.strip() for part in item.partition("="))
+    return "device.device" if name == "device" and not value.startswith("{") else name
+
+
+def _last(item: str) -> str:
+    return _name(item).rpartition(".")[2]
+
+
+def _is_known(name: str) -> bool:
+    return name.partition(".")[0] in (*RUN_SETTINGS, *SECTIONS)
+
+
+def _inside_text(name: str, items: Sequence[str]) -> ValueError:
+    """Return an error for `, name=` after a text, with the text in quotes.
+
+    Args:
+        name: unknown as a parameter.
+        items: the item before it, which is a text, and all that follow.
+    """
+    length = next((n for n in range(1, len(items)) if _is_known(_name(items[n]))), len(items))
+    key, _, value = (part.strip() for part in ",".join(items[:length]).partition("="))
+    quoted = value if key in RUN_SETTINGS else value.replace("'", "''")  # of YAML
+    near = nearest(name.partition(".")[0], (*RUN_SETTINGS, *SECTIONS), otherwise="")
+    return ValueError(
+        f"expected a parameter before '='; got '{name}' after a comma; a text with a comma and '=' is written in quotes"
+        f""": --params "{key}='{quoted}'\"""" + (f"; for a parameter: {near}" if near else "")
+    )
 
 
 def _split(text: str) -> list[str]:
@@ -76,12 +115,6 @@ def _is_closed(item: str) -> bool:
     return not value or value[0] not in _CLOSING or (len(value) > 1 and value[-1] == _CLOSING[value[0]])
 
 
-def _is_known(name: str) -> bool:
-    """Return whether a name is a parameter, or like one; a misspelt one is reported with the nearest name."""
-    known, first = (*RUN_SETTINGS, *SECTIONS), name.partition(".")[0]
-    return first in known or bool(difflib.get_close_matches(first, known, n=1))
-
-
 def _value(name: str, text: str) -> Any:
     """Parse the value of one parameter.
 
@@ -92,17 +125,17 @@ def _value(name: str, text: str) -> Any:
     if text == "null":
         return None
     if is_setting:
-        return _literal(_home(_unquoted(text)))
+        return literal(_home(_unquoted(text)))
     if is_prompt and not text.startswith(("[", "'", '"')):
-        return _literal(text)
+        return literal(text)
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except yaml.YAMLError as error:
         raise ValueError(
-            f"expected a value or a list in YAML for {name}, such as {name}={as_list(text)}; got '{text}'; "
-            "quote texts with commas, colons or braces"
+            f"expected a value or a list in YAML for {name}; got '{text}'; quote texts with commas, colons or braces, "
+            f'and the whole value of --params: --params "{name}={as_list(text)}"'
         ) from error
-    return _literal(value) if is_prompt else value
+    return literal(value) if is_prompt else value
 
 
 def _unquoted(text: str) -> str:
@@ -114,27 +147,29 @@ def _home(text: str) -> str:
     return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
-def _literal(value: Any) -> Any:
-    """Escape `${` in texts, which OmegaConf would replace by another value of the configuration."""
-    if isinstance(value, str):
-        return _INTERPOLATION.sub(r"\\${", value)
-    return [_literal(item) for item in value] if isinstance(value, list) else value
-
-
-def _nested(items: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Return dotted names as nested mappings.
 
     Raises:
         ValueError: a name that is given twice, or with and without a further part.
     """
     values: dict[str, Any] = {}
+    items = list(items)
     for name, value in items:
         *sections, key = name.split(".")
         target = _descend(values, sections)
         if target is None or key in target:
-            raise ValueError(f"expected every parameter once; got {name} twice; leave one out")
+            raise _given_twice(name, [given for other, given in items if other == name])
         target[key] = value
     return values
+
+
+def _given_twice(name: str, values: Sequence[Any]) -> ValueError:
+    remedy = "leave one out"
+    if takes_several(name) and len(values) > 1:
+        texts = [plain(text) for value in values for text in (value if isinstance(value, list) else [value])]
+        remedy = f"""give several as a list: --params "{name}={yaml_list(texts)}\""""
+    return ValueError(f"expected every parameter once; got {name} twice; {remedy}")
 
 
 def _descend(values: dict[str, Any], sections: Sequence[str]) -> dict[str, Any] | None:

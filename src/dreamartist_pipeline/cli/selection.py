@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+import click
 from kedro.framework.project import pipelines
 from kedro.pipeline import Pipeline
 from kedro.runner import ParallelRunner, SequentialRunner, ThreadRunner
@@ -22,6 +24,30 @@ _FILTERS = {  # argument of Kedro's command -> option, argument of Pipeline.filt
     "to_outputs": ("--to-outputs", "to_outputs", "dataset"),
     "namespaces": ("--namespaces", "node_namespaces", "namespace"),
 }
+
+
+def check_words(words: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse words that are no options: a pipeline without its option, or a value of `--params` without quotes.
+
+    Args:
+        words: of the command line, without options and their values.
+        options: name -> value, of the options that are given.
+
+    Raises:
+        click.UsageError: there are some; the message has the command that was meant.
+    """
+    if not words:
+        return
+    params = options.get("params")
+    near = get_close_matches(words[0], pipelines.keys(), n=1)
+    if near and not {"pipeline", "pipelines"} & options.keys() and (params is None or near == [words[0]]):
+        remedy = f"a pipeline is given as --pipeline {near[0]}"
+    elif params is None and not any("=" in word for word in words):
+        remedy = "a pipeline is given as --pipeline NAME, parameters as --params KEY=VALUE,KEY=VALUE"
+    else:
+        value = " ".join([params, *words] if params else words)
+        remedy = f'put the whole value of --params in double quotes: --params "{value}"'
+    raise click.UsageError(f"expected options; got '{' '.join(words)}'; {remedy}")
 
 
 def check_selection(options: Mapping[str, Any]) -> None:

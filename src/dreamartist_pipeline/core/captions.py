@@ -6,12 +6,13 @@ import random
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import CaptionTransformParams
 from dreamartist_pipeline.prompt_weights import parse_weights
 
-_SLOT = re.compile(r"\{(?P<name>\w+)(?P<weight>:[^{}:]*)?\}")
+_SLOT = re.compile(r"(?<!\$)\{(?P<name>\w+)(?P<weight>:[^{}:]*)?\}")
 _USUAL_SLOT = re.compile(r"pt\d*|class|caption")
-_EMPTY_GROUP = re.compile(r"\{\s*(:[^{}:]*)?\}")
+_EMPTY_GROUP = re.compile(r"(?<!\$)\{\s*(:[^{}:]*)?\}")
 _OPEN, _CLOSE = "\x02", "\x03"  # replace the braces of slots while weights are parsed
 
 
@@ -19,7 +20,7 @@ def fill_template(template: str, slots: Mapping[str, str]) -> str:
     """Fill '{name}' slots; slots without a value are removed together with the space, comma or weight around them.
 
     '{name:1.2}' is a slot with a weight if `slots` has the name, or if it is 'pt1' (any number), 'class' or 'caption'.
-    Otherwise it is a weighted word and is kept.
+    Otherwise it is a weighted word and is kept. '${name}' is plain text.
 
     >>> fill_template("a {pt1}, {caption}, oil painting", {"pt1": "my-cat"})
     'a my-cat, oil painting'
@@ -54,6 +55,26 @@ def slot_names(template: str, words: Collection[str] = ()) -> list[str]:
     `words` are the slots with trigger words; see `fill_template` for '{name:1.2}'.
     """
     return [match["name"] for match in _SLOT.finditer(template) if _is_slot(match, words)]
+
+
+def check_slots(prompts: Collection[str], words: Collection[str]) -> None:
+    """Check that prompts have no unknown slots, which would become the class word.
+
+    Args:
+        prompts: without their slots filled.
+        words: the slots with trigger words; without any, every slot is the class word.
+
+    Raises:
+        InputError: a slot that is neither in `words` nor 'pt1' (any number), 'class' or 'caption'.
+    """
+    for prompt in prompts if words else ():
+        for name in slot_names(prompt, words):
+            if name not in words and not _USUAL_SLOT.fullmatch(name):
+                raise InputError(
+                    expected=f"only the slots {', '.join(f'{{{slot}}}' for slot in [*words, 'class'])} in prompts",
+                    got=f"{{{name}}} in {prompt!r}",
+                    remedy=f"correct it, or write a weighted word with its weight, {{{name}:1.1}}",
+                )
 
 
 def without_weights(template: str, words: Collection[str] = ()) -> str:

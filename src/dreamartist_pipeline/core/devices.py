@@ -29,8 +29,6 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
     Raises:
         InputError: there is no such device or library.
     """
-    import torch
-
     if params.quantize != "none" and find_spec("torchao") is None:
         raise InputError(
             expected=f"the library torchao for device.quantize={params.quantize}",
@@ -39,6 +37,8 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
         )
     if params.device in ("auto", "cpu"):
         return
+    import torch
+
     kind, _, number = params.device.partition(":")
     if kind == "mps":
         num_devices = int(torch.backends.mps.is_available())

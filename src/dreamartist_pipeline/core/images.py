@@ -31,6 +31,7 @@ _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 _AVIF_BRANDS = {b"avif", b"avis"}  # of the same container; Pillow reads them
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
+_LEAST_VISIBLE = 0.01  # of the pixels; below, the picture is nearly one colour
 _VISIBLE_LEVELS = 16  # of 255: a pixel differs from a colour where a channel differs by more
 _DARK_SHARE = 1 / 4  # of white: below, grey values were probably written for another white
 
@@ -56,11 +57,7 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
         InputError: the file is empty, damaged or not an image, is too small or too large, has several frames, or is
             HEIC and pillow-heif is not installed.
     """
-    if not data:
-        raise InputError(expected=f"a picture as {name}", got="an empty file", remedy="give a PNG, JPEG or WebP file")
-    with _pillow_pixel_limit(None):  # `_check_size` names the setting in its message
-        image = _open(data, name)
-    _check_size(image, name, max_pixels, setting)
+    image = open_image(data, name, max_pixels, setting)
     try:
         with _pillow_pixel_limit(max_pixels):  # also limits images embedded in the file
             _check_still(image, name)
@@ -75,6 +72,21 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
     except _DECODE_ERRORS as error:
         raise _damaged(name, f"{image.format} file", error) from error
     return _to_rgb_or_rgba(image, name)
+
+
+def open_image(data: bytes, name: str, max_pixels: int, setting: str | None = "ingestion.max_pixels") -> Image.Image:
+    """Open an image without decoding its pixels; see `decode_image`.
+
+    Raises:
+        InputError: the file is empty or not an image, is too small or too large, or is HEIC and pillow-heif is not
+            installed.
+    """
+    if not data:
+        raise InputError(expected=f"a picture as {name}", got="an empty file", remedy="give a PNG, JPEG or WebP file")
+    with _pillow_pixel_limit(None):  # `_check_size` names the setting in its message
+        image = _open(data, name)
+    _check_size(image, name, max_pixels, setting)
+    return image
 
 
 @contextmanager
@@ -378,6 +390,11 @@ def visible_share(image: Image.Image) -> float:
     levels = np.asarray(image, dtype=np.float32)  # [H, W, 3]
     distance = np.abs(levels - np.median(levels, axis=(0, 1))).max(axis=-1)  # [H, W]
     return float((distance > _VISIBLE_LEVELS).mean())
+
+
+def is_nearly_one_color(image: Image.Image) -> bool:
+    """Return whether less than 1 % of an RGB image's pixels differ visibly from its median colour."""
+    return visible_share(image) < _LEAST_VISIBLE
 
 
 # ------------------------------------------------------------------------------------------------- attention mask

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamartist_pipeline.core.model_location import HUB, ModelLocation
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 
 _SETTINGS = {"path": "base_model", "vae": "vae", "config": "base_model_config"}  # attribute -> setting of a run
 
@@ -42,11 +42,12 @@ class BaseModelDataset(ReadOnlyDataset[ModelLocation]):
             FileError: a folder or file does not exist.
         """
         for name, setting in _SETTINGS.items():
-            if not _exists(getattr(self._location, name)):
+            path = getattr(self._location, name)
+            if not _exists(path):
                 raise FileError(
-                    expected=f"a folder or file at {getattr(self._location, name)} for {setting}",
+                    expected=f"a folder or file at {path} for {setting}",
                     got="no such folder or file",
-                    remedy=f"set --params {setting}=PATH{_HUB_TOO.get(name, '')}",
+                    remedy=f"set --params {setting}=PATH{_HUB_TOO.get(name, '')}{place_of(Path(path))}",
                 )
         return self._location
 

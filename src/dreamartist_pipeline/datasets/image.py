@@ -13,7 +13,7 @@ from kedro_datasets._typing import ImagePreview, TablePreview
 from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class ReferenceImageDataset(ReadOnlyDataset[bytes]):
         return _read(self._filepath, "the reference image", "give its path as --params image=PATH")
 
     def preview(self) -> ImagePreview:
-        """Show the image, scaled down."""
-        return _picture_preview(self.load())
+        """Show the image, scaled down; nothing without a file, as after an import."""
+        return _picture_preview(self.load()) if self._exists() else ImagePreview("")
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -147,13 +147,14 @@ class CaptionDataset(ReadOnlyDataset[str]):
 
 
 def _check_is_caption(text: str, file: Path) -> None:
-    num_lines, num_words = sum(bool(line.strip()) for line in text.splitlines()), len(text.split())
-    if num_lines > _MAX_CAPTION_LINES or num_words > _MAX_CAPTION_WORDS:
+    lines, num_words = text.strip().splitlines(), len(text.split())
+    if sum(bool(line.strip()) for line in lines) > _MAX_CAPTION_LINES or num_words > _MAX_CAPTION_WORDS:
+        beginning = " ".join(text.split())[:60]
         raise FileError(
             expected=(
                 f"the image's caption in {file}, at most {_MAX_CAPTION_LINES} lines and {_MAX_CAPTION_WORDS} words"
             ),
-            got=f"{num_lines} lines and {num_words} words, beginning with {' '.join(text.split())[:60]!r}",
+            got=f"{len(lines)} line{'s'[: len(lines) != 1]} and {num_words} words, beginning with {beginning!r}",
             remedy='shorten it, rename the file, or give --params caption="…" (caption= for none)',
         )
 
@@ -254,7 +255,7 @@ def _read(file: Path, what: str, remedy: str) -> bytes:
     if file.is_file():
         return file.read_bytes()
     got = "a folder" if file.is_dir() else "no such file"
-    raise FileError(expected=f"{what} at {file}", got=got, remedy=f"{remedy}{_images_beside(file)}")
+    raise FileError(expected=f"{what} at {file}", got=got, remedy=f"{remedy}{place_of(file) or _images_beside(file)}")
 
 
 def _images_beside(file: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TypeVar
 
 from kedro.io import AbstractDataset, DatasetError
@@ -25,3 +27,12 @@ class ReadOnlyDataset(AbstractDataset[None, _Loaded]):
             DatasetError: always.
         """
         raise DatasetError(f"{self} is read-only")
+
+
+def place_of(file: Path) -> str:
+    """Return a remark for a missing file that exists at the same path from a folder above the working directory."""
+    folder = Path.cwd()
+    for above in folder.parents if file.is_relative_to(folder) else ():
+        if (meant := above / file.relative_to(folder)).exists():
+            return f"; paths begin in the working directory, so that it is {os.path.relpath(meant)}"
+    return ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedro_datasets._typing import TablePreview
 
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -64,7 +64,8 @@ class PromptDatabaseDataset(ReadOnlyDataset["ParquetFile"]):
             raise FileError(
                 expected=f"a prompt database (parquet) at {self._filepath}",
                 got="no such file",
-                remedy="correct prompt_database in the catalog",
+                remedy="give one as --params prompt_database=FILE, a table with a column of prompts (docs/running.md)"
+                f"{place_of(self._filepath)}",
             )
         try:
             schema = pq.read_schema(self._filepath)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset
+from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.interop.user_files import UserFiles
 
 
@@ -73,7 +73,7 @@ def folder_files(folder: Path) -> UserFiles:
     """
     if not folder.is_dir():
         got = "a file" if folder.is_file() else "none"
-        raise FileError(expected=f"a folder at {folder}", got=got, remedy="correct the path")
+        raise FileError(expected=f"a folder at {folder}", got=got, remedy=f"correct the path{place_of(folder)}")
     inner = folder / "ckpts"
     files = (inner if inner.is_dir() else folder).iterdir()
     return {file.name: _reader(file) for file in sorted(files) if file.is_file()}
@@ -87,7 +87,7 @@ def resolved(path: str, root: Path) -> Path:
 def _reader(file: Path) -> partial[bytes]:
     if not file.is_file():
         got = "a folder" if file.is_dir() else "none"
-        raise FileError(expected=f"a file at {file}", got=got, remedy="correct the path")
+        raise FileError(expected=f"a file at {file}", got=got, remedy=f"correct the path{place_of(file)}")
     return partial(Path.read_bytes, file)
 
 

@@ -12,8 +12,9 @@ from dreamartist_pipeline.hooks.configuration import (
     register_project_root,
 )
 from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, mlflow_lines, next_lines, written_files
+from dreamartist_pipeline.hooks.opening import MLflowHooks
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
-from dreamartist_pipeline.hooks.record import RunRecordHooks, close_interrupted_run, git_tags, run_name
+from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tags, run_name
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
 
 __all__ = [
@@ -21,12 +22,13 @@ __all__ = [
     "Commands",
     "ConfigurationHooks",
     "ConsoleHooks",
+    "MLflowHooks",
     "RunRecordHooks",
     "build_parameters",
     "check_image_has_subject",
     "check_names",
     "check_subject",
-    "close_interrupted_run",
+    "close_run",
     "flatten",
     "git_tags",
     "input_error_in",

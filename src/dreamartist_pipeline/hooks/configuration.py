@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from omegaconf import OmegaConf
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
 from dreamartist_pipeline.errors import InputError, input_error_in
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
-from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, SECTIONS
+from dreamartist_pipeline.params import SECTIONS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -38,6 +39,9 @@ _IN_ASCII = str.maketrans(  # letters that Unicode does not decompose to ASCII, 
 class ConfigurationHooks:
     """Refuse invalid configuration before anything is loaded or written."""
 
+    def __init__(self) -> None:
+        self._subject = "NAME"
+
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
         """Register the project root for configuration files, then validate the parameters of all pipelines.
@@ -53,10 +57,12 @@ class ConfigurationHooks:
         given = context.config_loader.runtime_params or {}
         check_names(given, origin="--params")
         check_image_has_subject(given)
-        check_subject(settings_of(context)["subject"])
+        settings = settings_of(context)
+        check_subject(settings["subject"], settings["image"])
+        self._subject = str(settings["subject"])
         parameters = load_parameters(context)
-        if Path.cwd() != context.project_path:  # nodes take these relative to the working directory
-            parameters = with_paths_in(parameters, context.project_path, None, marks=[NODE_PATH, KIND_AND_PATH])
+        if Path.cwd() != context.project_path:  # nodes and messages take them relative to the working directory
+            parameters = with_paths_in(parameters, context.project_path, None)
         context.config_loader["parameters"] = build_parameters(parameters)
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens a run
@@ -69,13 +75,41 @@ class ConfigurationHooks:
         """
         if "params:import" in pipeline.inputs() and not catalog.load("params:import").replace:
             check_replaces_nothing(catalog)
+        checks = dict.fromkeys(check for node in pipeline.nodes for check in early_checks_of(node.func))
+        for check in checks:
+            if check.section == "device":  # without the GPU of --env sd15, no file helps
+                run_early_check(check, catalog, None)
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
-                catalog.load(name)  # raises the error of its dataset
+                refuse_missing(name, catalog, self._subject)
         planned = planned_concept(pipeline, catalog)
-        checks = (check for node in pipeline.nodes for check in early_checks_of(node.func))
-        for check in dict.fromkeys(checks):
-            run_early_check(check, catalog, planned)
+        for check in checks:
+            if check.section != "device":
+                run_early_check(check, catalog, planned)
+
+
+def refuse_missing(name: str, catalog: DataCatalog, subject: str) -> None:
+    """Load a missing input, which raises the error of its dataset, or name the pipeline that makes it.
+
+    Raises:
+        InputError: always, for datasets that one node makes.
+        DatasetError: the error of the dataset.
+    """
+    makers = {node.name for stage in pipelines.values() for node in stage.nodes if name in node.outputs}
+    if len(makers) != 1:  # a user's file, or a concept, which is trained or imported
+        catalog.load(name)
+    stage = min((stage for stage in pipelines if name in pipelines[stage].all_outputs()), key=_num_nodes)
+    needs_picture = "reference_image" in pipelines[stage].inputs() and not catalog.exists("reference_image")
+    params = f"subject={subject}" + (",image=PICTURE" if needs_picture else "")
+    raise InputError(
+        expected=f"{name}" if (path := path_of(catalog, name)) is None else f"{name} at {path}",
+        got="no such file",
+        remedy=f"make it first: kedro run --pipeline {stage} --params {params}",
+    )
+
+
+def _num_nodes(stage: str) -> int:
+    return len(pipelines[stage].nodes)
 
 
 def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept | None:
@@ -90,7 +124,7 @@ def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept 
         return None
     dataset: Any = catalog["concept"]
     metadata = dataset.load_metadata()
-    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, bool(metadata.words))
+    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, tuple(metadata.words))
 
 
 def run_early_check(early: EarlyCheck, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
@@ -100,7 +134,8 @@ def run_early_check(early: EarlyCheck, catalog: DataCatalog, planned: PlannedCon
         InputError: the error of the check, with the section's name as `where`.
     """
     try:
-        early.check(catalog.load(f"params:{early.section}"), planned)
+        inputs = [catalog.load(name) for name in early.inputs]
+        early.check(catalog.load(f"params:{early.section}"), planned, *inputs)
     except InputError as error:
         raise InputError(error.expected, error.got, error.remedy, where=early.section) from error
 
@@ -156,9 +191,9 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
             problems += [f"  {_problem(section, detail)}" for detail in _first_errors(error)]
     if problems:
         raise InputError(
-            expected="parameters as defined in src/dreamartist_pipeline/params.py",
+            expected="valid parameters",
             got="\n".join(["others:", *sorted(problems)]),
-            remedy="correct them in conf/ or in --params",
+            remedy="correct them in --params or in conf/; conf/base/parameters_*.yml lists them",
         )
     return built
 
@@ -191,7 +226,12 @@ def _problem(section: str, detail: ErrorDetails) -> str:
 def as_list(text: str) -> str:
     """Return a text as a list in YAML: its parts between commas, in single quotes."""
     parts = [part.strip().strip("'\"") for part in text.strip("[] ").split(",")]
-    return "[" + ", ".join("'" + part.replace("'", "''") + "'" for part in parts) + "]"
+    return yaml_list([part for part in parts if part])
+
+
+def yaml_list(texts: Sequence[str]) -> str:
+    """Return texts as a list in YAML, in single quotes."""
+    return "[" + ", ".join("'" + str(text).replace("'", "''") + "'" for text in texts) + "]"
 
 
 def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
@@ -212,29 +252,36 @@ def nearest(name: str, known: Sequence[str], otherwise: str) -> str:
     return f"did you mean '{near[0]}'?" if near else otherwise
 
 
-def check_subject(subject: object) -> None:
+def check_subject(subject: object, image: object = None) -> None:
     """Refuse a subject that cannot be a folder name and part of a trigger word.
+
+    Args:
+        subject: of the run.
+        image: path of the picture, if any, whose name is suggested for a subject without Latin letters.
 
     Raises:
         InputError: characters other than letters, digits, '.', '-' and '_'.
     """
     if subject is None or not _SUBJECT.match(str(subject)):
+        stem = "" if image is None else Path(str(image)).stem
+        example = ascii_subject("" if subject is None else str(subject)) or ascii_subject(stem) or "cat"
         raise InputError(
-            expected="a subject of letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
+            expected="a subject of Latin letters, digits, '.', '-' and '_' (it names folders and the trigger word)",
             got=f"'{subject}'",
-            remedy=f"use for example '{ascii_subject('' if subject is None else str(subject))}'",
+            remedy=f"use for example '{example}'",
         )
 
 
 def ascii_subject(text: str) -> str:
-    """Return a valid subject that reads like a text: "Kätzchen" becomes "kaetzchen", a text without letters "subject".
+    """Return a valid subject that reads like a text: "Kätzchen" becomes "kaetzchen", "🦊" "fox-face".
 
-    Umlauts are spelt out as in German; other accents are dropped.
+    Umlauts are spelt out as in German; other accents are dropped. "" for a text without anything that reads like Latin.
     """
     for form in ("NFC", "NFKD"):  # letters of the table first, then the letters below other accents
         text = unicodedata.normalize(form, text.lower()).translate(_IN_ASCII)
-    unaccented = "".join(character for character in text if not unicodedata.combining(character))
-    return re.sub(r"[^a-z0-9]+", "-", unaccented).strip("-") or "subject"
+    named = "".join(f" {unicodedata.name(c, '')} " if unicodedata.category(c) == "So" else c for c in text)
+    unaccented = "".join(character for character in named.lower() if not unicodedata.combining(character))
+    return re.sub(r"[^a-z0-9]+", "-", unaccented).strip("-")
 
 
 def check_image_has_subject(given: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
@@ -23,7 +26,15 @@ from kedro.pipeline.node import Node
 from kedro.utils import find_kedro_project
 
 from dreamartist_pipeline.hooks.parameters import flatten
-from dreamartist_pipeline.hooks.run import MODEL_SETTINGS, is_absolute, path_of, settings_of, shown
+from dreamartist_pipeline.hooks.run import (
+    MODEL_SETTINGS,
+    RUN_SETTINGS,
+    is_absolute,
+    literal,
+    path_of,
+    settings_of,
+    shown,
+)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -94,19 +105,23 @@ class Commands:
     settings: Mapping[str, Any]
 
     def run(self, pipeline: str, given: Mapping[str, Any], **others: str) -> str:
-        """Return the command that runs a pipeline with the subject, base model and device of this run."""
-        words = [*self._program(), "--pipeline", pipeline, *self._env(), *self._conf()]
+        """Return the command that runs a pipeline, or several, with the subject, base model and device of this run."""
+        option = "--pipelines" if "," in pipeline else "--pipeline"
+        words = [*self._program(), option, pipeline, *self._env(), *self._conf()]
         device = flatten({"device": given["device"]}) if "device" in given else {}
         values = {"subject": self.settings["subject"], **self._base_model(given), **device, **others}
         return quoted([*words, "--params", ",".join(f"{name}={value}" for name, value in values.items())])
 
     def viz(self, given: Mapping[str, Any]) -> str | None:
-        """Return the command that shows the pipelines; None where kedro-viz finds no configuration."""
+        """Return the command that shows the pipelines and files of this run; None without a configuration to find.
+
+        Paths stay relative to the project: kedro-viz does not know those of the working directory.
+        """
         if self._conf() or not self._is_project():
             return None
-        params = {"subject": self.settings["subject"], **self._base_model(given)}
-        options = ["--params", ",".join(f"{name}={value}" for name, value in params.items())]
-        return quoted([program("kedro"), "viz", "run", *self._env(), *options])
+        names = ["subject", *(name for name in RUN_SETTINGS if name in given and name != "subject")]
+        params = ",".join(f"{name}={_in_viz(self.settings[name])}" for name in names)
+        return quoted([program("kedro"), "viz", "run", *self._env(), "--params", params])
 
     def _program(self) -> list[str]:
         return [program("kedro"), "run"] if self._is_project() else [program("dreamartist-pipeline")]
@@ -126,6 +141,14 @@ class Commands:
         return {name: path if is_absolute(path) else shown(self.project_path / path) for name, path in paths.items()}
 
 
+def _in_viz(value: Any) -> str:
+    """Return a value for `--params` of kedro-viz, which splits at every comma and reads YAML."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z/~][\w./~-]*", text) and yaml.safe_load(text) == text:
+        return text
+    return json.dumps(literal(value), ensure_ascii=False).replace(",", r"\x2c")
+
+
 def next_lines(
     commands: Commands, pipeline: Pipeline, catalog: DataCatalog, given: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
@@ -136,11 +159,19 @@ def next_lines(
     if "concept" not in pipeline.datasets() or not catalog.exists("concept"):
         return lines
     if "concept" in pipeline.all_outputs() and "evaluation_metrics" not in pipeline.all_outputs():
-        lines.append(("compare with base model", commands.run("evaluate", given)))
+        lines.append(("compare with base model", _evaluation(commands, pipeline, catalog, given)))
     dataset: Any = catalog["concept"]
     slot = next(iter(dataset.load_metadata().words), "pt1")
     prompt = f"a {{{slot}}}, blue background"
     return [*lines, ("new images", commands.run("generate", given, **{"generate.prompts": prompt}))]
+
+
+def _evaluation(commands: Commands, pipeline: Pipeline, catalog: DataCatalog, given: Mapping[str, Any]) -> str:
+    """Return the command that evaluates a concept; an imported one needs a picture to be compared with."""
+    if "prepared_image" in pipeline.datasets() or catalog.exists("prepared_image"):
+        return commands.run("evaluate", given)
+    picture = {} if catalog.exists("reference_image") else {"image": "PICTURE"}
+    return commands.run("ingestion,evaluate", given, **picture)
 
 
 def mlflow_lines() -> list[tuple[str, str]]:

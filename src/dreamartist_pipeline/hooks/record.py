@@ -9,7 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -28,7 +29,7 @@ from dreamartist_pipeline.hooks.parameters import (
     recorded_parameters,
     repeated_parameters,
 )
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, plain, settings_of
 from dreamartist_pipeline.hooks.story import (
     CONCEPT_TAG,
     file_sha256,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 _TAGGED = ("subject", "method", "base_model", "vae")  # settings of a run
 _PARAMS_PER_REQUEST = 100  # MLflow's limit
+_VALUE_LENGTH = 60  # of a value in the name of a run, which MLflow cuts at 250 characters
 _CAPTION_LENGTH = 6000  # MLflow's limit for the value of a parameter
 _DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
 _OBJECT = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>")  # repr of an object, with its address
@@ -75,6 +77,7 @@ class RunRecordHooks:
         self._catalog = catalog
         if (run := mlflow.active_run()) is None:
             return
+        _tag_command(run_params)
         experiment_id = run.info.experiment_id
         mlflow.MlflowClient().set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
         sections = sections_of(pipeline, catalog)
@@ -101,23 +104,13 @@ class RunRecordHooks:
         )
 
     def _name(self, run_params: Mapping[str, Any], method: str | None) -> None:
-        """Name the run, and tag it with its settings, command and commit."""
+        """Name the run, and tag it with its settings."""
         import mlflow
 
         run_id = mlflow.active_run().info.run_id
-        names = run_params["pipeline_names"] or ["__default__"]
         settings = self._settings | {"method": method}
-        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, names, run_params))
-        with_address = {name: str(value) for name, value in run_params.items() if _OBJECT.search(str(value))}
-        mlflow.set_tags(
-            {
-                **{name: settings[name] for name in _TAGGED if settings.get(name) is not None},
-                **{name: _OBJECT.sub(r"\1", value) for name, value in with_address.items()},  # set by kedro-mlflow
-                "pipeline": "+".join(names),
-                "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],
-                **git_tags(Path(run_params["project_path"])),
-            }
-        )
+        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, _pipelines(run_params), run_params))
+        mlflow.set_tags({name: settings[name] for name in _TAGGED if settings.get(name) is not None})
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow logs all of them; the node still gets them
     def before_node_run(self, inputs: dict[str, Any]) -> None:
@@ -158,8 +151,28 @@ class RunRecordHooks:
 
         if mlflow.active_run() is not None:
             _flush()
-            reason = input_error_in(error) or error  # datasets wrap what they raise
-            mlflow.set_tag("error", f"{type(reason).__name__}: {reason}"[:_TAG_LENGTH])
+            mlflow.set_tag("error", reason_of(error)[:_TAG_LENGTH])
+
+
+def _tag_command(run_params: Mapping[str, Any]) -> None:
+    """Tag the active run with its pipelines, command and commit, and correct the tags that kedro-mlflow has set."""
+    import mlflow
+
+    with_address = {name: str(value) for name, value in run_params.items() if _OBJECT.search(str(value))}
+    given = plain(run_params["runtime_params"] or {})
+    mlflow.set_tags(
+        {
+            **{name: _OBJECT.sub(r"\1", value) for name, value in with_address.items()},
+            **({"runtime_params": str(given)[:_TAG_LENGTH]} if given else {}),
+            "pipeline": "+".join(_pipelines(run_params)),
+            "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],
+            **git_tags(Path(run_params["project_path"])),
+        }
+    )
+
+
+def _pipelines(run_params: Mapping[str, Any]) -> Sequence[str]:
+    return run_params["pipeline_names"] or ["__default__"]
 
 
 def sections_of(pipeline: Pipeline, catalog: DataCatalog) -> dict[str, BaseModel]:
@@ -206,25 +219,42 @@ def _flush() -> None:
     mlflow.flush_artifact_async_logging()
 
 
-def close_interrupted_run() -> None:
-    """Mark the active MLflow run, if any, as KILLED: Kedro calls no hook on Ctrl-C, MLflow would record FINISHED."""
+def reason_of(error: BaseException) -> str:
+    """Return kind and message of an error, of the InputError that caused it if any: datasets wrap what they raise."""
+    reason = input_error_in(error) or error
+    return f"{type(reason).__name__}: {reason}"
+
+
+def close_run(status: str, reason: str) -> None:
+    """End the active MLflow run, if any, with a status and its reason; MLflow itself would record FINISHED.
+
+    Kedro calls no hook on Ctrl-C, nor for an error of another hook before the first node.
+    """
     if "mlflow" not in sys.modules:
         return
     import mlflow
 
     if mlflow.active_run() is not None:
         _flush()
-        mlflow.set_tag("error", "interrupted")
-        mlflow.end_run("KILLED")
+        mlflow.set_tag("error", reason[:_TAG_LENGTH])
+        mlflow.end_run(status)
 
 
 def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_params: Mapping[str, Any]) -> str:
     """Return 'subject · pipeline · parameters of the command line · method'; MLflow cuts long names at their end."""
     pipeline = "+".join("default" if name == "__default__" else name for name in pipeline_names)
-    given = {name: value for name, value in (run_params["runtime_params"] or {}).items() if name not in RUN_SETTINGS}
-    differing = [f"{name.removeprefix('training.')}={value}" for name, value in flatten(given).items()]
+    given = plain(run_params["runtime_params"] or {})
+    values = flatten({name: value for name, value in given.items() if name not in RUN_SETTINGS})
+    differing = [f"{name.removeprefix('training.')}={_short(value)}" for name, value in values.items()]
     method = [] if settings["method"] is None else [str(settings["method"])]
     return " · ".join([str(settings["subject"]), pipeline, *differing, *method])[:250]
+
+
+def _short(value: Any) -> str:
+    """Return a value in a run's name: of LoRA groups their number, of a long text its beginning."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return f"[{len(value)} groups]" if len(value) > 1 else "[1 group]"
+    return textwrap.shorten(str(value), _VALUE_LENGTH, placeholder="…")
 
 
 def git_tags(project_path: Path) -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Set
+import re
+from collections.abc import Mapping, Set
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -30,12 +31,29 @@ RUN_SETTINGS = (
 )
 MODEL_SETTINGS = ("base_model", "vae", "base_model_config")
 _PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", *MODEL_SETTINGS, "prompt_database")
+_INTERPOLATION = re.compile(r"(?<!\\)\$\{")
 
 
 def settings_of(context: KedroContext) -> dict[str, Any]:
     """Return the run settings, each from `--params` or else from globals.yml."""
     given = context.config_loader["globals"] | (context.config_loader.runtime_params or {})
-    return {name: given.get(name) for name in RUN_SETTINGS}
+    return {name: plain(given.get(name)) for name in RUN_SETTINGS}
+
+
+def literal(value: Any) -> Any:
+    """Escape `${` in texts and lists of texts, which OmegaConf would replace by another value of the configuration."""
+    if isinstance(value, str):
+        return _INTERPOLATION.sub(r"\\${", value)
+    return [literal(item) for item in value] if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """Undo `literal`, also in mappings: return values as users wrote them."""
+    if isinstance(value, str):
+        return value.replace(r"\${", "${")
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def path_of(catalog: DataCatalog, name: str) -> Path | None:
@@ -49,7 +67,6 @@ def with_paths_in(
     values: Mapping[str, Any],
     folder: Path,
     project: Path | None,
-    marks: Collection[str] = (PATH, NODE_PATH, KIND_AND_PATH),
 ) -> dict[str, Any]:
     """Return parameters of a run with relative paths taken from `folder`.
 
@@ -60,7 +77,6 @@ def with_paths_in(
         values: run settings and sections.
         folder: absolute.
         project: absolute; None for absolute paths only.
-        marks: the kinds of parameters in sections.
     """
 
     def moved(value: Any, kinds: Set[Any]) -> Any:
@@ -80,7 +96,7 @@ def with_paths_in(
         if isinstance(values[section], Mapping):
             fields = SECTIONS[section].model_fields
             changed[section] = {
-                name: moved(value, {*fields[name].metadata} & {*marks}) if name in fields else value
+                name: moved(value, {*fields[name].metadata}) if name in fields else value
                 for name, value in values[section].items()
             }
     return changed

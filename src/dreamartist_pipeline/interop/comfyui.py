@@ -19,7 +19,7 @@ from dreamartist_pipeline.core.embeddings import plain_spelling, word_pattern
 from dreamartist_pipeline.core.sigmas import SigmaPath
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import SamplerParams
-from dreamartist_pipeline.schedulers import SCHEDULERS, SPACING_OPTIONS, ComfyUISampler
+from dreamartist_pipeline.schedulers import SCHEDULERS, SHORT_SCHEDULERS, SPACING_OPTIONS, ComfyUISampler
 
 BASE_MODEL_FILE = "BASE_MODEL.safetensors"
 """A placeholder for the checkpoint, which users select in the first node."""
@@ -114,11 +114,12 @@ def comfyui_sampler(sampler: SamplerParams) -> ComfyUISampler:
     """
     known = SCHEDULERS[sampler.scheduler].comfyui
     if not isinstance(known, ComfyUISampler):
-        names = ", ".join(name for name, each in SCHEDULERS.items() if isinstance(each.comfyui, ComfyUISampler))
+        names = ", ".join(name for name in SHORT_SCHEDULERS if isinstance(SCHEDULERS[name].comfyui, ComfyUISampler))
         raise InputError(
             expected="a scheduler that ComfyUI has too, for the workflow",
             got=f"{sampler.scheduler} ({known})",
-            remedy=f"set export.sampler.scheduler to one of {names}",
+            remedy=f"set export.sampler.scheduler to one of {names}, or to a class of diffusers that ComfyUI has; "
+            "it is for the workflow and the script only, LoRA and embedding files do not depend on it",
         )
     if unknown := sorted(sampler.scheduler_options.keys() - set(SPACING_OPTIONS)):
         raise InputError(

@@ -114,7 +114,7 @@ def resolve(imported: Imported, layout: ModelLayout, positive_acts_on: PositiveA
     for word in imported.words:
         others = [other.name for other in imported.words if other is not word]
         _check_name(word, others, option.format(slot=word.slot))
-        layout.check_word(word.name)
+        _check_is_new(word, layout, option.format(slot=word.slot))
         _check_vectors(word, layout)
     used, left_out = {}, {}
     for branch, adapter in adapters.items():
@@ -163,6 +163,13 @@ def _check_name(word: TriggerWord, others: Sequence[str], option: str) -> None:
             got=f"{word.name!r} twice",
             remedy=f"give them different names, such as {option}=[{word.name}, {word.name}-neg]",
         )
+
+
+def _check_is_new(word: TriggerWord, layout: ModelLayout, option: str) -> None:
+    try:
+        layout.check_word(word.name)
+    except InputError as error:
+        raise InputError(error.expected, error.got, f"{error.remedy} ({option})") from error
 
 
 def _check_vectors(word: TriggerWord, layout: ModelLayout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import PurePath
 from typing import NoReturn
 
 import torch
@@ -17,13 +18,12 @@ _AS_KOHYA = "save it in the kohya format: in OneTrainer, set the output format t
 _AS_WORD = "give it in import.words"
 _AS_FOLDER = "give their folder as import.toolkit"
 _NUMBERED = "a LoRA of cloneofsimo's lora, which numbers the layers in place of naming them"
-_MERGE = (
-    "merge it into its base model with that tool (lora_add, mode upl-ckpt-v2), and extract a LoRA of the difference, "
-    "such as by kohya's extract_lora_from_models.py"
-)
+_DIFFERENCE = "extract a LoRA of the difference, such as by kohya's extract_lora_from_models.py"
+_EXTRACT_DIFFERENCE = f"merge it into its base model with the tool that made it, and {_DIFFERENCE}"
+_MERGE = f"merge it into its base model with that tool (lora_add, mode upl-ckpt-v2), and {_DIFFERENCE}"
 _CONVERT = (
     'convert it: python -c "import torch, safetensors.torch as s; '
-    "s.save_file(torch.load('{name}', weights_only=True), '{stem}.safetensors')\""
+    's.save_file(torch.load({source!r}, weights_only=True), {target!r})"'
 )
 
 
@@ -31,7 +31,7 @@ _CONVERT = (
 # LoRASaverMixin; cloneofsimo/lora, `save_safeloras_with_embeds`.
 _NOT_PLAIN = (
     Kind(r"^bundle_emb\.", "a LoRA with bundled embeddings", "extract them, and give LoRA and embeddings separately"),
-    Kind(r"\.dora_scale$|\.lora_magnitude_vector", "a DoRA", "give a plain LoRA"),
+    Kind(r"\.dora_scale$|\.lora_magnitude_vector", "a DoRA", _EXTRACT_DIFFERENCE),
     Kind(r"\.lokr_", "a LoKr", _EXTRACT),
     Kind(r"\.hada_", "a LoHa", _EXTRACT),
     Kind(r"\.oft_", "an OFT", _EXTRACT),
@@ -129,8 +129,13 @@ def advice_by_width(layers: Mapping[tuple[str, str], LoRAFactors]) -> str:
     return f"set base_model to the one it was made for{made_for}, or give another file"
 
 
-def refuse_pickled(file: bytes, name: str) -> NoReturn:
+def refuse_pickled(file: bytes, name: str, path: str) -> NoReturn:
     """Say what a file that torch pickled holds, which is opened without running code, and what can be done.
+
+    Args:
+        file: its bytes.
+        name: its name in an error.
+        path: where it is, for a command that converts it.
 
     Raises:
         InputError: always.
@@ -142,7 +147,9 @@ def refuse_pickled(file: bytes, name: str) -> NoReturn:
     if isinstance(content, Mapping):
         check_plain(flat_names(content).keys() | {str(key) for key in content}, name)
         if all(isinstance(value, torch.Tensor) for value in content.values()):
-            remedy = _CONVERT.format(name=name, stem=name.rpartition(".")[0] or name)
+            target = PurePath(path).with_suffix(".safetensors")
+            target = target.with_stem(f"{target.stem}-converted") if target == PurePath(path) else target
+            remedy = _CONVERT.format(source=path, target=str(target))
     raise InputError(
         expected=f"a LoRA as safetensors in {name}",
         got=f"a {type(content).__name__} that torch pickled",

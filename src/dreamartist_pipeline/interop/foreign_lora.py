@@ -54,7 +54,7 @@ class ForeignLoRA:
     notes: tuple[str, ...] = ()
 
 
-def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> ForeignLoRA:
+def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames, path: str | None = None) -> ForeignLoRA:
     """Read a LoRA file of another tool, in float32.
 
     Args:
@@ -62,12 +62,13 @@ def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames) -> Forei
         name: its name in an error.
         shapes: of the base model's layers.
         names: their names in files.
+        path: where the file is, in an error; None for `name`.
 
     Raises:
         InputError: not a safetensors file, not a plain LoRA, unknown keys, or shapes of another base model.
     """
     if is_pickled(file):
-        refuse_pickled(file, name)
+        refuse_pickled(file, name, path or name)
     keys, metadata = read_tensors(file, name).keys(), read_metadata(file)
     _check_foreign(metadata, name)
     check_plain(keys, name)

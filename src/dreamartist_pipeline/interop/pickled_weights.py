@@ -24,6 +24,12 @@ def load_weights(file: bytes, name: str, holds: str) -> Mapping[str, Any]:
         InputError: not such a file, no mapping, or a file that runs code when it is loaded.
     """
     content = load_pickled(file, name, holds)
+    if isinstance(content, torch.Tensor):
+        raise InputError(
+            expected=f"{holds} in {name}",
+            got=f"a single tensor {list(content.shape)} without a name",
+            remedy="save it as safetensors under a name, such as emb_params for a trigger word",
+        )
     if not isinstance(content, Mapping):
         raise InputError(expected=f"{holds} in {name}", got=f"a {type(content).__name__}", remedy="give another file")
     return content

@@ -95,7 +95,7 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
         is_lora = any("lora" in str(key) for key in vectors)
         raise InputError(
             expected=f"one embedding [n, D] in {name}",
-            got=f"{shapes}{more}",
+            got=f"a LoRA of {len(vectors)} tensors" if is_lora else f"{shapes}{more}",
             remedy=(
                 "give a LoRA in import.positive or import.negative"
                 if is_lora

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
@@ -24,14 +25,15 @@ log = logging.getLogger(__name__)
 
 
 def check_evaluation(params: EvaluationParams, planned: PlannedConcept | None) -> None:
-    """Check that the evaluators exist, and that the scheduler supports the concept's noise schedule.
+    """Check the slots of the prompts, that the evaluators exist, and that the scheduler supports the noise schedule.
 
     Raises:
-        InputError: a missing evaluator or an unsuitable scheduler.
+        InputError: an unknown slot, a missing evaluator or an unsuitable scheduler.
     """
     from dreamartist_pipeline.backbones.evaluators import check_evaluator
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
+    check_slots(params.prompts, () if planned is None else planned.slots)
     text_image = () if params.text_image_model in (None, "auto") else (params.text_image_model,)
     for name in (*params.evaluators, *text_image):
         check_evaluator(name)

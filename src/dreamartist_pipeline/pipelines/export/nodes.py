@@ -39,7 +39,7 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
             known = {network for family in FAMILIES for network in family.network_classes}
             check_networks(planned.groups.keys() & known)  # others are misspelt, which the training says
         has_loras = "kohya" in params.formats or not any(planned.groups.values())
-        has_words = "embeddings" in params.formats or not planned.has_words
+        has_words = "embeddings" in params.formats or not planned.slots
         if has_loras and has_words:  # the export will have a ComfyUI workflow
             comfyui_sampler(params.sampler)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
@@ -21,13 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> None:
-    """Check that the scheduler supports the concept's noise schedule.
+    """Check that the prompts have no unknown slots, and that the scheduler supports the concept's noise schedule.
 
     Raises:
-        InputError: an unsuitable scheduler.
+        InputError: an unknown slot or an unsuitable scheduler.
     """
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
+    check_slots(params.prompts, () if planned is None else planned.slots)
     check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 

@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.layout import ModelLayout
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, added_up
 from dreamartist_pipeline.interop.foreign_concept import Imported, Source, source
 from dreamartist_pipeline.interop.foreign_lora import read_lora
@@ -37,7 +38,7 @@ def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayou
         members = []
         for path in paths:
             file, name = files[path](), PurePath(path).name
-            lora = read_lora(file, name, layout.shapes, layout.names)
+            lora = read_lora(file, name, layout.shapes, layout.names, path)
             members.append(lora.adapter)
             sources.append(source(name, file, f"{branch} LoRA, {lora.form}"))
             notes += lora.notes
@@ -49,14 +50,14 @@ def read_single_files(files: UserFiles, params: ImportParams, layout: ModelLayou
         for index, (branch, path) in enumerate(zip(_BRANCHES, paths, strict=False)):
             file, name = files[path](), PurePath(path).name
             vectors = read_vectors(file, name, layout.names.embedding_keys)
-            word, note = (named[index], "") if named else _word_of(file, name, option.format(slot=slot))
+            word, note = (named[index], "") if named else _word_of(file, name, option.format(slot=slot), layout)
             words.append(TriggerWord(word, slot, branch, vectors))
             sources.append(source(name, file, f"{branch} word {word}"))
             notes += [note] if note else []
     return Imported(adapters, tuple(words), tuple(sources), notes=tuple(notes))
 
 
-def _word_of(file: bytes, name: str, option: str) -> tuple[str, str]:
+def _word_of(file: bytes, name: str, option: str, layout: ModelLayout) -> tuple[str, str]:
     """Return a word that nobody has named, and what to say about it.
 
     Its name is the file's, as in other tools, unless that is what diffusers' script calls every file.
@@ -66,4 +67,15 @@ def _word_of(file: bytes, name: str, option: str) -> tuple[str, str]:
         return stem, ""
     if _NAME_OF_ALL.fullmatch(stem) and inside == typable(inside):
         return inside, f"the trigger word {inside!r} is the one inside {name}; {option} gives it another name"
-    return stem, f"{name} itself names its trigger word {inside!r}; {option}={typable(inside)!r} takes that name"
+    if not _is_new(inside := typable(inside), layout):
+        return stem, f"{name} itself names its trigger word {inside!r}, which the base model has as a word of its own"
+    return stem, f"{name} itself names its trigger word {inside!r}; {option}={inside!r} takes that name"
+
+
+def _is_new(word: str, layout: ModelLayout) -> bool:
+    """Return whether the base model does not know a word, so that it can be a trigger word."""
+    try:
+        layout.check_word(word)
+    except InputError:
+        return False
+    return True

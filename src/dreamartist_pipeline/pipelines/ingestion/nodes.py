@@ -7,12 +7,30 @@ import dataclasses
 from PIL import Image
 
 from dreamartist_pipeline.core.tracking import NoTracker, Tracker
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import IngestionParams
 
 _NO_TRACKER = NoTracker()
+_PICTURE, _MASK = "the reference image", "the attention mask"  # in messages
 
 
+def check_pictures(
+    params: IngestionParams, planned: PlannedConcept | None, reference_image: bytes, attention_mask_image: bytes | None
+) -> None:
+    """Check that the reference image and its mask are images of an accepted size.
+
+    Raises:
+        InputError: one is not.
+    """
+    from dreamartist_pipeline.core.images import open_image
+
+    open_image(reference_image, _PICTURE, params.max_pixels)
+    if attention_mask_image is not None:
+        open_image(attention_mask_image, _MASK, params.max_pixels)
+
+
+@checked_early("ingestion", check_pictures, "reference_image", "attention_mask_image")
 def prepare_reference(
     reference_image: bytes,
     attention_mask_image: bytes | None,
@@ -40,7 +58,7 @@ def prepare_reference(
     from dreamartist_pipeline.core import images
     from dreamartist_pipeline.pipelines.ingestion.reporting import report_preparation
 
-    decoded = images.decode_image(reference_image, "the reference image", params.max_pixels)
+    decoded = images.decode_image(reference_image, _PICTURE, params.max_pixels)
     image = images.flatten_alpha(decoded, params.background_color)
     mask = _read_mask(attention_mask_image, image.size, params)
     prepared_image = images.to_bucket(image, params.bucket, params.fit, params.background_color)
@@ -62,6 +80,6 @@ def _read_mask(data: bytes | None, image_size_px: tuple[int, int], params: Inges
 
     if data is None:
         return Image.new("L", image_size_px, images.NEUTRAL_GREY)
-    mask = images.decode_image(data, "the attention mask", params.max_pixels)
+    mask = images.decode_image(data, _MASK, params.max_pixels)
     images.check_mask_proportions(mask.size, image_size_px)
     return images.flatten_alpha(mask, "black").convert("L").resize(image_size_px, Image.Resampling.BILINEAR)

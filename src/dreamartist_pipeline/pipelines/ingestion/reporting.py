@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageColor
 
-from dreamartist_pipeline.core.images import Fitting, fitting, percent, size_text, visible_share
+from dreamartist_pipeline.core.images import Fitting, fitting, is_nearly_one_color, percent, size_text
 from dreamartist_pipeline.params import IngestionParams
 
 _LEAST_USED = 0.5  # of the picture's area, and of the prepared image's
-_LEAST_VISIBLE = 0.01  # of the pixels; below, the picture is nearly one colour
 
 _OPAQUE, _TRANSPARENT = (255, 255), (0, 0)  # smallest and largest alpha
 
@@ -59,7 +58,7 @@ def _warnings_of_size(fitted: Fitting) -> Iterator[str]:
 def _warnings_of_content(
     decoded: Image.Image, prepared: Image.Image, fitted: Fitting, params: IngestionParams
 ) -> Iterator[str]:
-    if visible_share(_without_padding(prepared, fitted)) >= _LEAST_VISIBLE:
+    if not is_nearly_one_color(_without_padding(prepared, fitted)):
         return
     if _alpha(decoded) == _TRANSPARENT:
         yield "is transparent everywhere: there is nothing to learn. Export it with its visible parts."

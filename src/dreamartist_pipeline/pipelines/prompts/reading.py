@@ -112,10 +112,14 @@ def _value_kind(text: str) -> str | None:
 
 def _not_prompts(schema: pa.Schema, position: int, found: str) -> InputError:
     """Return an error without any value of the column, which may be a whole picture."""
+    others = [field.name for index, field in enumerate(schema) if index != position and is_text(field.type)]
+    choice = (
+        f"set prompts.column to the one with the prompts ({', '.join(others[:_MAX_LISTED])}), or " if others else ""
+    )
     return InputError(
         expected=f"a column of prompts in the prompt database, which has the columns {_listed(schema)}",
         got=f"{found} in column {schema.names[position]!r}",
-        remedy="set prompts.column to the name of the column with the prompts",
+        remedy=f"{choice}give another prompt database as --params prompt_database=FILE",
     )
 
 

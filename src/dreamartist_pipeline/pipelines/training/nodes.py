@@ -10,8 +10,9 @@ from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
-from dreamartist_pipeline.early_checks import checked_early
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, TrainingParams
+from dreamartist_pipeline.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,7 +25,17 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
 _ANY_DEVICE = DeviceParams()
 
 
+def check_caption(params: TrainingParams, planned: PlannedConcept | None, caption: str) -> None:
+    """Check the braces of the picture's caption; loading it has refused a text file that is no caption.
+
+    Raises:
+        InputError: unbalanced braces or an invalid weight.
+    """
+    parse_weights(caption)
+
+
 @checked_early("device", check_device)
+@checked_early("training", check_caption, "reference_caption")
 def check_training(
     base_model: ModelLocation,
     params: TrainingParams,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from dreamartist_pipeline.backbones.known_models import clip_skip_hint
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
-from dreamartist_pipeline.core.captions import slot_names
+from dreamartist_pipeline.core.captions import check_slots, slot_names
 from dreamartist_pipeline.core.devices import pick_device, pick_dtype
 from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.core.optimizers import check_optimizer
@@ -28,6 +29,7 @@ from dreamartist_pipeline.pipelines.training.starting import apply_start
 from dreamartist_pipeline.prompt_weights import parse_weights
 
 _GENERAL_SLOTS = ("class", "caption")
+_QUOTED_CHARACTERS = 80  # of a caption in a log line; the plan has all of it
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -
     if params.words.names:
         check_optimizer(params.words.optimizer, pick_device(device))
     if params.preview.every:
+        check_slots(params.preview.prompts, params.words.names)
         check_sampler(params.preview.sampler, params.zero_terminal_snr)
 
 
@@ -214,7 +217,7 @@ def _report_caption(planned: NewConcept, params: TrainingParams, caption: str) -
         The plan's part: the caption and, where something is cut off, branch -> the longest text that is.
     """
     if caption:
-        log.info("The picture's caption: %r.", caption)
+        log.info("The picture's caption: %r.", textwrap.shorten(caption, _QUOTED_CHARACTERS, placeholder=" …"))
     else:
         log.info('The picture has no caption: no text file beside it, and no --params caption="…".')
     cut_off: dict[str, str] = {}
@@ -223,7 +226,8 @@ def _report_caption(planned: NewConcept, params: TrainingParams, caption: str) -
         if longest := max(ends, key=len, default=""):
             cut_off[BRANCH_NAMES[branch]] = longest
     for name, text in cut_off.items():
-        log.warning("The prompt is too long for the text encoder: the %s branch does not read %r.", name, text)
+        beginning = textwrap.shorten(text, _QUOTED_CHARACTERS, placeholder=" …")
+        log.warning("The prompt is too long for the text encoder: the %s branch does not read %r.", name, beginning)
     return {"caption": caption} | ({"cut_off": cut_off} if cut_off else {})
 
 

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from dreamartist_pipeline.backbones.base_model import reconstruct
 from dreamartist_pipeline.backbones.evaluators import load_evaluator
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.core.images import image_grid
+from dreamartist_pipeline.core.images import image_grid, is_nearly_one_color
 from dreamartist_pipeline.core.metrics import similarity
 from dreamartist_pipeline.core.tracking import Tracker
 
@@ -33,18 +33,20 @@ def report_reconstruction(backbone: Backbone, image: Image, tracker: Tracker) ->
     original, reconstructed = load_evaluator(_EVALUATOR, backbone.device).embed([image, reconstruction])
     reached = float(similarity(reconstructed[None], original)[0])
     tracker.log_metrics({"reconstruction/similarity": reached}, step=0)
-    if reached < LEAST_SIMILARITY:
+    if is_nearly_one_color(image):
+        log.info("The picture is nearly one colour: its similarity after the base model's autoencoder says little.")
+    elif reached < LEAST_SIMILARITY:
         log.warning(
             "Expect blurred pictures that are little like yours: the base model's autoencoder keeps the picture at a "
             "similarity of %.2f (%.2f or more is fine), and no training brings back the rest. A photograph needs a "
-            "base model of photographs: --env sd15 --params base_model=FOLDER (docs/running.md).",
+            "base model of photographs, and its prompts: --env sd15 --params base_model=FOLDER,prompt_database=FILE "
+            "(docs/running.md).",
             reached,
             LEAST_SIMILARITY,
         )
     else:
         log.info(
-            "The base model's autoencoder keeps the picture at a similarity of %.2f (%.2f or more is fine): no "
-            "training comes closer.",
+            "The base model can draw this picture at a similarity of at most %.2f (%.2f or more is fine).",
             reached,
             LEAST_SIMILARITY,
         )
