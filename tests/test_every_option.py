@@ -160,6 +160,9 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i": ("regularization.seed",),
         "test_images_are_squares_of_the_configured_side_or_of_the_references": ("regularization.side_px",),
     },
+    "backbones/test_quantization.py": {
+        "test_a_base_model_opens_with_int8_weights": ("device.quantize",),
+    },
     "backbones/test_determinism.py": {
         "test_a_base_model_is_opened_with_deterministic_algorithms": ("device.deterministic",),
     },

@@ -20,6 +20,7 @@ from dreamartist_pipeline.params import (
     ImportParams,
     LoRAGroup,
     LossParams,
+    MemoryParams,
     RegularizationParams,
     SamplerParams,
     StrengthParams,
@@ -406,6 +407,15 @@ def test_a_single_word_is_no_template_but_a_misspelt_preset() -> None:
 def test_options_that_do_not_change_the_concept_are_no_result_values() -> None:
     plain = training()
     preview = {"every": 5, "prompts": ["a {pt1}"], "seed": 3}
-    assert training(preview=preview, start_from="start.safetensors").result_values() == plain.result_values()
+    others = {"memory": {"micro_batch": 1}, "backend": "compile"}
+    assert training(preview=preview, start_from="start.safetensors", **others).result_values() == plain.result_values()
     assert training(seed=1).result_values() != plain.result_values()
-    assert plain.result_values().keys() == TrainingParams.model_fields.keys() - {"preview", "start_from"}
+    run_only = {"preview", "start_from", *others}
+    assert plain.result_values().keys() == TrainingParams.model_fields.keys() - run_only
+
+
+def test_memory_is_auto_or_values() -> None:
+    assert training(memory="auto").memory == MemoryParams()
+    assert training(memory={"checkpointing": True}).memory == MemoryParams(checkpointing=True)
+    with pytest.raises(ValidationError, check=refuses("memory", "auto")):
+        training(memory="low")

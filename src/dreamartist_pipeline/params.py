@@ -98,6 +98,7 @@ class DeviceParams(Params):
     # auto is the GPU if there is one; cuda and xpu may have the number of a card, as in cuda:1
     device: Annotated[str, AfterValidator(_check_device_name)] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "int8"] = "none"  # of the base model's Linears: int8 halves them, and changes results
     deterministic: bool = False  # deterministic algorithms only: the same bits in every run on the same GPU
     processes: PositiveInt | Literal["auto"] = "auto"  # auto: one per CUDA GPU if `device` has no number; 1 on others
 
@@ -444,7 +445,7 @@ class MemoryParams(Params):
     @classmethod
     def _expand_auto(cls, value: object) -> object:
         if isinstance(value, str) and value != "auto":
-            raise ValueError(f"expected auto, or {{checkpointing: …, micro_batch: …, limit_gib: …}}, got {value!r}")
+            raise ValueError("expected auto, or {checkpointing: …, micro_batch: …, limit_gib: …}")
         return {} if value == "auto" else value
 
 

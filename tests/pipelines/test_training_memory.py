@@ -221,6 +221,20 @@ def test_the_decision_is_made_by_the_limit_said_and_kept_in_the_plan(
     assert ("device.dtype=bfloat16" in caplog.text) is not is_plain
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_halves_weights_and_activations(
+    tiny_base_model: Path, make_training_params: MakeParams, dtype: str
+) -> None:
+    params = make_training_params(**DEMANDING)
+    whole, half = (
+        check_training(str(tiny_base_model), params, CAPTION, DeviceParams(device="cpu", dtype=each))["memory_estimate"]
+        for each in ("float32", dtype)
+    )
+    assert half["weights"] == whole["weights"] / 2
+    assert half["activations"] < 0.7 * whole["activations"]
+    assert half["optimizer"] == whole["optimizer"]
+
+
 def test_given_options_are_taken_also_with_the_plan_of_another_run() -> None:
     plan = {"memory": {"checkpointing": False, "micro_batch": 2}}
     base = {"num_steps": 1, "words": {"names": {"pt1": ("a-b", "a-b-neg")}}}

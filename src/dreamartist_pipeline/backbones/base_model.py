@@ -22,6 +22,7 @@ from dreamartist_pipeline.backbones.determinism import use_deterministic_algorit
 from dreamartist_pipeline.backbones.families import FAMILIES, Backbone, ModelSource
 from dreamartist_pipeline.backbones.fingerprints import fingerprint_of
 from dreamartist_pipeline.backbones.known_models import few_step_hint, few_step_kind
+from dreamartist_pipeline.backbones.quantization import quantize_linears
 from dreamartist_pipeline.core.devices import pick_device, pick_dtype
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.errors import InputError
@@ -190,23 +191,25 @@ def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
             the model is not supported.
     """
     chosen = pick_device(device)
-    return _load(files, chosen, pick_dtype(device, chosen))
+    return _load(files, chosen, pick_dtype(device, chosen), quantize=device.quantize == "int8")
 
 
-def load_outline(files: BaseModelFiles, dtype: torch.dtype = torch.float32) -> Backbone:
+def load_outline(files: BaseModelFiles, dtype: torch.dtype = torch.float32, quantize: bool = False) -> Backbone:
     """Return the base model on the meta device, without weights, to check parameters and files against.
 
     Raises:
         InputError: see `load_backbone`.
     """
-    return _load(files, torch.device("meta"), dtype)
+    return _load(files, torch.device("meta"), dtype, quantize)
 
 
-def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype, quantize: bool) -> Backbone:
     files.check()
     with _readable(files):
         source = ModelSource(files.name, files.fingerprint(), files.source, local_files_only=files.hub_id is None)
         model = files.family().load(source, device, dtype)
+        for network in model.networks.values() if quantize else ():
+            quantize_linears(network)
         _warn_of_few_steps(files, model)
         return model
 

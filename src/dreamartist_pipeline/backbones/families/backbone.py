@@ -241,7 +241,7 @@ def _load_module(kind: Any, part: Mapping[str, Any], device: torch.device, dtype
     if device.type == "meta":
         config = kind.load_config(**part) if is_diffusers else kind.config_class.from_pretrained(**part)
         with device:
-            module = kind.from_config(config) if is_diffusers else kind(config)
+            module = nn.Module.to(kind.from_config(config) if is_diffusers else kind(config), dtype)
     else:
         module = kind.from_pretrained(**part, **{"torch_dtype" if is_diffusers else "dtype": dtype})
     return module.to(device).eval().requires_grad_(False)

@@ -88,7 +88,7 @@ def describe_set(
         fingerprint: of the base model.
         prompts: one per image.
         params: of the set, except for its size.
-        device: the images depend on its dtype.
+        device: the images depend on its dtype and quantization.
         other_side_px: side of the images; None for the size of the base model, as in all sets of earlier versions.
     """
     sampler = params.sampler.model_dump(mode="json")  # empty options are left out: keys stay those of earlier versions
@@ -101,6 +101,8 @@ def describe_set(
         "seed": params.seed,
         "dtype": device.dtype,
     }
+    if device.quantize != "none":
+        manifest["quantize"] = device.quantize
     if other_side_px is not None:
         manifest["side_px"] = other_side_px
     return {"key": _sha256(manifest)[:16], **manifest}

@@ -18,6 +18,7 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, open_base_
 from dreamartist_pipeline.backbones.concepts import NewConcept, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.placement import off_device
+from dreamartist_pipeline.backbones.quantization import stored_bytes
 from dreamartist_pipeline.core.devices import (
     empty_cache,
     free_memory_bytes,
@@ -248,7 +249,7 @@ def estimate_memory(outline: Backbone, params: TrainingParams, shape: StepShape,
 
 
 def _frozen_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
+    return sum(stored_bytes(parameter) for parameter in module.parameters() if not parameter.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------------- the plan
@@ -320,6 +321,7 @@ def remedy(plan: MemoryPlan) -> str:
         *([] if plan.micro_batch == 1 else ["training.memory.micro_batch=1"]),
         *([] if plan.checkpointing else ["training.memory.checkpointing=true"]),
         "device.dtype=bfloat16",
+        "device.quantize=int8",
         "a lower ingestion.bucket.side_px",
     ]
     return f"use {', '.join(steps[:-1])}, or {steps[-1]}; or close other programs"

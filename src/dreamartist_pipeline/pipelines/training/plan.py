@@ -56,7 +56,7 @@ def make_plan(
         InputError: invalid options; see the node `check_training`.
     """
     _check_options(params, caption, device)
-    base_model = load_outline(files, pick_dtype(device, pick_device(device)))
+    base_model = load_outline(files, pick_dtype(device, pick_device(device)), quantize=device.quantize == "int8")
     base_model.objective.check_limits(params.timesteps)
     if params.zero_terminal_snr:
         base_model.objective.with_zero_terminal_snr()
