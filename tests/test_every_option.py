@@ -166,6 +166,9 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "backbones/test_determinism.py": {
         "test_a_base_model_is_opened_with_deterministic_algorithms": ("device.deterministic",),
     },
+    "core/test_devices.py": {
+        "test_more_processes_than_gpus_are_refused": ("device.processes",),
+    },
     "pipelines/test_training_memory.py": {
         "test_a_backend_reaches_the_loop_and_the_denoiser": ("training.backend",),
         "test_a_training_computes_its_steps_by_the_plan": (

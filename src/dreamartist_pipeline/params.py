@@ -90,13 +90,23 @@ class Params(BaseModel):
 
 
 class DeviceParams(Params):
-    """Device and dtype of the frozen base model; adapters and words are always trained in float32."""
+    """Device and dtype of the frozen base model; adapters and words are always trained in float32.
+
+    Several processes share the rows of a training step, and the images to draw; process r has the GPU r.
+    """
 
     # auto is the GPU if there is one; cuda and xpu may have the number of a card, as in cuda:1
     device: Annotated[str, AfterValidator(_check_device_name)] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8"] = "none"  # of the base model's Linears: int8 halves them, and changes results
     deterministic: bool = False  # deterministic algorithms only: the same bits in every run on the same GPU
+    processes: PositiveInt | Literal["auto"] = "auto"  # auto: one per CUDA GPU if `device` has no number; 1 on others
+
+    @model_validator(mode="after")
+    def _check_processes(self) -> DeviceParams:
+        if self.processes not in ("auto", 1) and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"processes={self.processes} requires device=cuda, without a number, or device=cpu")
+        return self
 
 
 ON_CPU = "device=cpu,device.dtype=float32"

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 from dreamartist_pipeline.core.devices import (
     check_device,
+    device_of_rank,
     free_memory_bytes,
+    num_processes,
     peak_memory_bytes,
     pick_device,
     pick_dtype,
@@ -49,6 +51,39 @@ def test_a_number_beyond_the_cards_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert pick_device(DeviceParams(device="cuda:1")) == torch.device("cuda", 1)
     with pytest.raises(InputError, check=says(expected="cuda:0 to cuda:1", got="2 devices")):
         check_device(DeviceParams(device="cuda:2"))
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "mps", "xpu"])
+def test_several_processes_need_a_device_each(name: str) -> None:
+    assert DeviceParams(device=name, processes=1).processes == 1
+    with pytest.raises(ValidationError, match="processes=2"):
+        DeviceParams(device=name, processes=2)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert num_processes(DeviceParams(device="auto", processes=2)) == 2
+    assert num_processes(DeviceParams(device="auto")) == 2
+    with pytest.raises(InputError, check=says(expected="device.processes=3", got="2 that can compute together")):
+        check_device(DeviceParams(device="auto", processes=3))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert num_processes(DeviceParams(device="auto")) == 1
+    with pytest.raises(InputError, check=says(expected="device.processes=2", got="NCCL is not available")):
+        check_device(DeviceParams(device="cuda", processes=2))
+
+
+def test_rank_r_computes_on_the_gpu_r(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = DeviceParams(device="cpu", processes=2)
+    assert device_of_rank(on_cpu, 1) == on_cpu
+    assert num_processes(DeviceParams(device="cpu")) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    params = DeviceParams(device="auto", processes=2)
+    assert device_of_rank(params, 0) == params
+    assert pick_device(device_of_rank(params, 1)) == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])

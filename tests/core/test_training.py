@@ -15,6 +15,7 @@ from dreamartist_pipeline.core.adapters import inject
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.processes import run_on_processes
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train, whole_batch
 from dreamartist_pipeline.core.training import (
@@ -464,6 +465,24 @@ def test_micro_batches_have_the_gradients_of_the_whole_step(make_training_params
     )
     assert all(gradient.any() for gradient in plain[2])
     torch.testing.assert_close(parted, plain, rtol=1e-5, atol=1e-7)
+
+
+def _gradients_on_ranks(params: TrainingParams) -> list[Any]:
+    """Return the results of the first step for all rows of a rank in one pass, and in micro-batches."""
+    data = dataclasses.replace(
+        make_data(mask=torch.tensor([[[[1.0, 0.5], [0.0, 2.0]]]])), pixels=torch.ones(1, 3, 4, 2)
+    )
+    return [gradients(with_decoder(make_model(dropout=0.5)), data, params, Execution(size)) for size in (None, 1)]
+
+
+def test_two_processes_have_loss_and_gradients_of_one(make_training_params: MakeParams) -> None:
+    loss = LossParams(regularization_weight=0.5, reconstruction_weight=0.1)
+    params = make_training_params(batch_size=3, regularization_batch_size=2, guidance_scale="1.5-3.0", loss=loss)
+    shared, alone = run_on_processes(_gradients_on_ranks, 2, params), _gradients_on_ranks(params)[0]
+    for ours_loss, ours_parts, ours in shared:
+        torch.testing.assert_close((ours_loss, ours_parts), alone[:2], rtol=1e-6, atol=0)
+        for gradient, expected in zip(ours, alone[2], strict=True):
+            assert (gradient - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_micro_batches_pass_through_the_text_encoder_once(make_training_params: MakeParams) -> None:

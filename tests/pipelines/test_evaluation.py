@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from dreamartist_pipeline.core import processes
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.errors import InputError
@@ -162,11 +163,11 @@ def _params(**changes: object) -> EvaluationParams:
 
 
 def _evaluate(
-    base_model: Path, concept: Concept, params: EvaluationParams
+    base_model: Path, concept: Concept, params: EvaluationParams, device: DeviceParams = CPU
 ) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
     picture = _picture("white", "red")
     sheet, metrics, _, table = evaluate_concept(
-        str(base_model), concept, picture, params=params, device=CPU, tracker=RecordingTracker()
+        str(base_model), concept, picture, params=params, device=device, tracker=RecordingTracker()
     )
     return sheet, metrics, table
 
@@ -183,6 +184,19 @@ def zero_step_concept(tiny_base_model: Path) -> Concept:
     )
     backbone = load_backbone(BaseModelFiles(tiny_base_model), CPU)
     return start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
+
+
+def test_two_processes_draw_the_images_of_one(
+    tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_WORTH_STARTING_S", 0)
+    params = _params(sampler=SamplerParams(num_inference_steps=1, batch_size=1), evaluators=())
+    one, two = (
+        _evaluate(tiny_base_model, zero_step_concept, params, CPU.model_copy(update={"processes": count}))
+        for count in (1, 2)
+    )
+    assert one[0].tobytes() == two[0].tobytes()
+    assert one[1] == two[1]
 
 
 def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(

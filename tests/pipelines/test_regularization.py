@@ -12,6 +12,7 @@ import pytest
 from dreamartist_pipeline.backbones import base_model as base_model_module
 from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
+from dreamartist_pipeline.core import processes
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import (
@@ -33,11 +34,15 @@ INGESTION = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))  # t
 
 
 def make(
-    base_model: Path, folder: Path, params: RegularizationParams = PARAMS, ingestion: IngestionParams = INGESTION
+    base_model: Path,
+    folder: Path,
+    params: RegularizationParams = PARAMS,
+    ingestion: IngestionParams = INGESTION,
+    device: DeviceParams = CPU,
 ) -> RegularizationSetDataset:
     """Draw a set as the node and its dataset do."""
     made = RegularizationSetDataset(filepath=str(folder / "fox.json"), path=str(folder / "sets"))
-    made.save(make_regularization_set(base_model.as_posix(), PROMPTS, params, ingestion, CPU))
+    made.save(make_regularization_set(base_model.as_posix(), PROMPTS, params, ingestion, device))
     return made
 
 
@@ -66,6 +71,16 @@ def test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i(tiny_base_model
     expected = concepts.generate(backbone, loaded, PROMPTS, "", [5, 6, 7], PARAMS.sampler)
 
     assert [read().tobytes() for _, read in made] == [image.tobytes() for image in expected]
+
+
+def test_two_processes_draw_the_set_of_one(
+    tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_WORTH_STARTING_S", 0)
+    params = PARAMS.model_copy(update={"sampler": SamplerParams(num_inference_steps=2, batch_size=1)})
+    for name, device in (("one", CPU), ("two", CPU.model_copy(update={"processes": 2}))):
+        make(tiny_base_model, tmp_path / name, params, device=device)
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
 
 
 def test_a_whole_set_is_used_again_without_loading_the_base_model(

@@ -29,6 +29,7 @@ from dreamartist_pipeline.pipelines.training import create_pipeline, reconstruct
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, training_data
 from dreamartist_pipeline.pipelines.training.figures import plot_history
 from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
+from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
 from dreamartist_pipeline.pipelines.training.reporting import curve_name, filmstrip, history_table
 from refusals import says
 
@@ -84,10 +85,54 @@ def train(
         training_plan=plan,
         params=params,
         caption=CAPTION,
-        device=CPU,
+        device=changes.pop("device", CPU),
         tracker=tracker or RecordingTracker(),
         **changes,
     )
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+
+def test_two_processes_train_the_concept_of_one_and_only_the_first_reports(
+    tiny_base_model: Path, make_training_params: MakeParams, capfd: pytest.CaptureFixture[str]
+) -> None:
+    preview = {"every": 2, "prompts": ["a {pt1}"], "sampler": {"num_inference_steps": 1}}
+    params = make_training_params(num_steps=3, preview=preview, schedule=CONSTANT, words_schedule=CONSTANT)
+    trackers = [RecordingTracker(), RecordingTracker()]
+    (one, alone), (two, shared) = (
+        train(tiny_base_model, params, tracker, device=CPU.model_copy(update={"processes": count}))
+        for count, tracker in zip((1, 2), trackers, strict=True)
+    )
+    assert one.metadata == two.metadata
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1e-6)  # Adam amplifies small gradients
+    for column in alone.columns.drop("seconds"):
+        assert shared[column].tolist() == pytest.approx(alone[column].tolist(), rel=1e-3)
+    assert trackers[0].images.keys() == trackers[1].images.keys() == {0, 2, 3}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_more_processes_than_rows_are_refused(tiny_base_model: Path, make_training_params: MakeParams) -> None:
+    device = CPU.model_copy(update={"processes": 4})  # of 2 reference rows and 1 regularization row
+    with pytest.raises(InputError, check=says(expected="training.batch_size=2", got="device.processes=4")):
+        check_training(str(tiny_base_model), make_training_params(), CAPTION, device)
+
+
+def test_processes_are_one_per_gpu_and_row_and_one_with_cuda_graphs(
+    make_training_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    params = make_training_params()
+    graphed = params.model_copy(update={"backend": "cudagraph"})
+    assert num_training_processes(params, DeviceParams(device="cuda")) == 3
+    assert num_training_processes(params, DeviceParams(device="cuda:1")) == 1
+    assert num_training_processes(params, DeviceParams(device="cuda", processes=2)) == 2
+    assert num_training_processes(graphed, DeviceParams(device="cuda")) == 1
+    with pytest.raises(InputError, check=says(expected="training.backend=cudagraph", got="device.processes=2")):
+        num_training_processes(graphed, DeviceParams(device="cuda", processes=2))
 
 
 # --------------------------------------------------------------------------------------------- the plan

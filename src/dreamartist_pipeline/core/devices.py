@@ -27,7 +27,7 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
     branches and a backward pass of twice the cost, are 38,000 passes.
 
     Raises:
-        InputError: there is no such device or library.
+        InputError: there is no such device or library, or no device of its own for every process.
     """
     if params.quantize != "none" and find_spec("torchao") is None:
         raise InputError(
@@ -35,9 +35,15 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
             got="no such library",
             remedy="run: pip install torchao",
         )
+    _check_exists(params)
+    _check_processes(params)
+
+
+def _check_exists(params: DeviceParams) -> None:
+    import torch
+
     if params.device in ("auto", "cpu"):
         return
-    import torch
 
     kind, _, number = params.device.partition(":")
     if kind == "mps":
@@ -73,6 +79,61 @@ def pick_device(params: DeviceParams) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def _check_processes(params: DeviceParams) -> None:
+    """Check that there are as many GPUs as processes, and what they need to compute as one."""
+    import torch
+
+    if params.processes in ("auto", 1):
+        return
+    if params.device == "cpu" or (params.device == "auto" and not torch.cuda.is_available()):
+        if not torch.distributed.is_available():
+            raise InputError(
+                expected=f"torch.distributed (device.processes={params.processes})",
+                got="a build of torch without it",
+                remedy="set device.processes=1",
+            )
+    elif params.processes > _usable_gpus():  # type: ignore[operator] # mypy does not exclude "auto"
+        raise InputError(
+            expected=f"a CUDA GPU for each process (device.processes={params.processes})",
+            got=f"{_usable_gpus()} that can compute together; NCCL is {'' if _has_nccl() else 'not '}available",
+            remedy="lower device.processes, or set device.device=cpu",
+        )
+
+
+def num_processes(params: DeviceParams) -> int:
+    """Return the number of processes that share one work; `auto` is one per GPU, and one on the CPU.
+
+    Raises:
+        InputError: see `check_device`.
+    """
+    check_device(params)
+    if params.processes != "auto":
+        return params.processes
+    return max(1, _usable_gpus()) if params.device in ("auto", "cuda") else 1
+
+
+def _usable_gpus() -> int:
+    """Return the number of CUDA GPUs that can compute together."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.device_count() if _has_nccl() else 1
+
+
+def _has_nccl() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_nccl_available()
+
+
+def device_of_rank(params: DeviceParams, rank: int) -> DeviceParams:
+    """Return the parameters of one of several processes; rank 0 has the device that one process alone would have."""
+    if rank == 0 or pick_device(params).type != "cuda":
+        return params
+    return params.model_copy(update={"device": f"cuda:{rank}", "processes": 1})
 
 
 def pick_dtype(params: DeviceParams, device: torch.device) -> torch.dtype:

@@ -4,6 +4,9 @@ A step draws rows of the reference image and of the regularization set, predicts
 rows, combines the predictions as in classifier-free guidance, and takes the loss of the combination. The base model is
 passed in as two callables, so this module is independent of diffusers.
 
+Several processes share the rows of a step: each draws the whole batch, computes its rows, and gets the sums of losses
+and gradients over all processes, so that all take the same optimizer step.
+
 A step does not wait for the device: what is drawn on the CPU is uploaded for many steps at once, numbers of prompts are
 constant, and losses are read for several steps at a time.
 """
@@ -29,6 +32,7 @@ from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers, rate_of
+from dreamartist_pipeline.core.processes import num_ranks, rows_of_rank, sum_over_ranks
 from dreamartist_pipeline.core.prompt_tokens import (
     Conditioning,
     PromptTokens,
@@ -143,7 +147,7 @@ class Execution:
     """How steps are computed; the gradients are those of the plain step, up to rounding.
 
     Attributes:
-        micro_batch: rows of one forward and backward pass, in each branch; None for all rows of a step.
+        micro_batch: rows of one forward and backward pass, in each branch; None for all rows of a step and process.
         as_graph: whether the passes of a step are a CUDA graph, see `step_graph`.
         read_every: number of steps between reads of losses and gradient norms from the device. Slow steps are read
             more often.
@@ -527,6 +531,8 @@ def fit(
     Raises:
         TrainingError: a branch receives no gradient in the first step, or the loss or a parameter is not finite; raised
             when the losses are read, up to `execution.read_every` steps later.
+
+    Within a process group, every rank calls this with equal arguments, save the callbacks.
     """
     state = state or training_state(model, params)
     history: list[HistoryRow] = []
@@ -620,28 +626,37 @@ class _Steps:
         if self._encoded is not None:
             batch = self._batches.with_all_prompts(batch, step)
         self._draw_dropout(batch, step)
-        return self._run(batch)
+        loss, parts = self._run(batch)
+        if num_ranks() > 1:
+            gradients = [parameter.grad for parameter in self.state.parameters if parameter.grad is not None]
+            sum_over_ranks([*gradients, loss, *parts.values()])
+        return loss, parts
 
     def _passes(self, batch: Batch, backward: Backward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run the passes of a batch, forward and backward."""
+        """Run the passes of a batch, forward and backward, for the rows of this rank: the sums over ranks are the step.
+
+        Means over rows are sums divided by the rows of the whole batch.
+        """
+        rows, num_reference = rows_of_rank(len(batch)), self.params.batch_size
         size = self.execution.micro_batch or len(batch)
         with self._model.within_step():
-            if size >= len(batch):
-                passes = [self._pass(batch, slice(0, len(batch)), self._encoded, backward)]
+            if rows == slice(0, len(batch)) and size >= len(batch):
+                passes = [self._pass(batch, rows, self._encoded, backward)]
             else:
-                passes = self._micro_batches(batch, size, backward)
+                passes = self._micro_batches(batch, rows, size, backward)
         guidance = torch.cat([each.guidance for each in passes])
         by_row = torch.cat([each.row_losses for each in passes])
-        parts = {"loss_reference": by_row[: self.params.batch_size].mean()}
-        if len(by_row) > self.params.batch_size:
-            parts["loss_regularization"] = by_row[self.params.batch_size :].mean()
+        first_other = max(0, num_reference - rows.start)
+        parts = {"loss_reference": by_row[:first_other].sum() / num_reference}
+        if len(batch) > num_reference:
+            parts["loss_regularization"] = by_row[first_other:].sum() / (len(batch) - num_reference)
         if self.params.loss.reconstruction_weight:
             parts["loss_reconstruction"] = _sum([each.reconstruction for each in passes])
-        parts["guidance_scale"] = guidance.mean()
+        parts["guidance_scale"] = guidance.sum() / len(batch)
         return _sum([each.loss for each in passes]), parts
 
-    def _micro_batches(self, batch: Batch, size: int, backward: Backward) -> list[_Pass]:
-        """Run passes of `size` rows, which add up their gradients.
+    def _micro_batches(self, batch: Batch, share: slice, size: int, backward: Backward) -> list[_Pass]:
+        """Run passes of `size` rows over a share of the rows; they add up their gradients.
 
         Prompts are encoded once: the passes end at copies of the text states, whose gradients then go through the text
         encoders in one backward pass.
@@ -651,8 +666,8 @@ class _Steps:
             conditioning = encode_prompts(self._model, batch.tokens)
         leaves, copied = detached_leaves(conditioning)
         passes = []
-        for start in range(0, len(batch), size):
-            rows = slice(start, min(start + size, len(batch)))
+        for start in range(share.start, share.stop, size):
+            rows = slice(start, min(start + size, share.stop))
             with ExitStack() as masks:
                 for adapters in self._model.latent_adapters:
                     masks.enter_context(adapters.masks_of_rows(rows, len(batch)))

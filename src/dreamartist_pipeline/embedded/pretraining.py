@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from dreamartist_pipeline.core.processes import num_ranks, rank, sum_over_ranks
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, train, whole_batch
 from dreamartist_pipeline.params import StageParams
@@ -159,7 +160,7 @@ def run_stage(
             after_save(state["step"])
 
     start = checkpoint["step"] if checkpoint else 0
-    batch_size = stage.batch_size * (dist.get_world_size() if dist.is_initialized() else 1)
+    batch_size = stage.batch_size * num_ranks()
     with tqdm(total=stage.num_steps, initial=start, desc=name, unit="step", disable=rank() > 0) as bar:
         try:
             fit_stage(
@@ -351,19 +352,12 @@ def step_generator(seed: int, rank: int, step: int, device: torch.device) -> tor
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Average gradients over all processes, in one all-reduce; does nothing in a single process."""
-    if not dist.is_initialized():
+    if num_ranks() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def rank() -> int:
-    """Return the rank of this process; 0 outside a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    sum_over_ranks(gradients)
+    for gradient in gradients:
+        gradient.div_(num_ranks())
 
 
 def _on_any_rank(flag: bool) -> bool:
@@ -430,7 +424,7 @@ class Muon(torch.optim.Optimizer):
 
 def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
     """Orthogonalise all updates in place; the ranks of a process group share the work."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = num_ranks()
     owners = _assign_owners([min(u.shape) * u.numel() for u in updates], world)
     by_owner = [[u for u, owner in zip(updates, owners, strict=True) if owner == index] for index in range(world)]
     for update in by_owner[rank()]:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
 from dreamartist_pipeline.core.images import image_grid, to_images
+from dreamartist_pipeline.core.processes import rank
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.embedded.model import (
     build_autoencoder,
@@ -29,7 +30,6 @@ from dreamartist_pipeline.embedded.pretraining import (
     denoiser_loss,
     normalize_latents,
     psnr,
-    rank,
     run_stage,
     step_generator,
 )

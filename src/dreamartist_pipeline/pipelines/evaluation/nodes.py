@@ -81,7 +81,7 @@ def evaluate_concept(
     color_agreement = params.color_agreement
     if color_agreement is None:
         color_agreement = own_towers(base_model) is not None
-    images, words = draw_images(backbone, concept, prepared_image, params)
+    images, words = draw_images(base_model, concept, prepared_image, params, device)
     measured = measure(images, evaluators, text_image, color_agreement)
     sheet = draw_sheet(images, measured.metrics, params, words, evaluators[0].label if evaluators else None)
     tracker.log_image(sheet, key="previews/contact sheet", step=0)

@@ -46,7 +46,7 @@ def train_autoencoder(
     """Train the autoencoder on scenes of all sprites from its latest checkpoint on, or load the one of `start`."""
     from diffusers import AutoencoderKL
 
-    from dreamartist_pipeline.embedded.processes import run_on_processes
+    from dreamartist_pipeline.core.processes import run_on_processes
     from dreamartist_pipeline.embedded.stages import fit_autoencoder
 
     if params.keep_autoencoder:
@@ -69,7 +69,7 @@ def train_towers(sprites: SpriteSet, tokenizer_path: str, params: PretrainParams
     """Train text and image tower, from their latest checkpoint on."""
     from transformers import CLIPTokenizer
 
-    from dreamartist_pipeline.embedded.processes import run_on_processes
+    from dreamartist_pipeline.core.processes import run_on_processes
     from dreamartist_pipeline.embedded.scenes import draw_scenes
     from dreamartist_pipeline.embedded.stages import fit_towers, token_ids_of
 
@@ -95,7 +95,7 @@ def train_denoiser(
     """Train UNet and text encoder on captioned scenes, from their latest checkpoint on."""
     import torch
 
-    from dreamartist_pipeline.embedded.processes import run_on_processes
+    from dreamartist_pipeline.core.processes import run_on_processes
     from dreamartist_pipeline.embedded.stages import DenoiserParts, fit_denoiser
 
     store = _store(params, "autoencoder", "towers", "denoiser")

@@ -135,38 +135,61 @@ def _draw(
     side_px: int,
     batches: Sequence[Sequence[int]],
 ) -> Iterator[Image]:
-    """Draw the images of batches of prompt indices; after the first batch, log how long the others take."""
+    """Draw the images of batches of prompt indices; after the first batch, log how long the others take.
+
+    The batches are spread over all processes. Each image has the same seed and the same batch on any number of them.
+    """
     from tqdm import tqdm
 
-    from dreamartist_pipeline.backbones.base_model import open_base_model
-    from dreamartist_pipeline.backbones.concepts import attach, generate
+    from dreamartist_pipeline.core.devices import num_processes
+    from dreamartist_pipeline.core.processes import spread
 
-    loaded = attach(open_base_model(base_model, device), None, StrengthParams())
+    count = min(num_processes(device), len(batches))
+    drawn = spread(_draw_batches, batches, count, base_model, prompts, params, device, side_px)
     present = len(prompts) - sum(map(len, batches))  # from an interrupted run
     with tqdm(
         total=len(prompts), initial=present, desc="regularization set", unit="image", delay=_PROGRESS_DELAY_S
     ) as bar:
-        for batch in batches:
-            chosen, seeds = [prompts[i] for i in batch], [params.seed + i for i in batch]
-            started_s = time.monotonic()
-            images = generate(
-                loaded.backbone,
-                loaded,
-                chosen,
-                params.negative_prompt,
-                seeds,
-                params.sampler,
-                size_px=(side_px, side_px),
-            )
-            if batch is batches[0]:
-                _log_cost(sum(map(len, batches[1:])), (time.monotonic() - started_s) / len(batch), side_px)
+        for index, (images, seconds) in enumerate(drawn):
+            if index == 0:
+                _log_cost(sum(map(len, batches[1:])), seconds / len(images) / count, side_px)
             for image in images:
                 bar.update()
                 yield image
 
 
+def _draw_batches(
+    rank: int,
+    batches: Sequence[Sequence[int]],
+    base_model: ModelLocation,
+    prompts: Sequence[str],
+    params: RegularizationParams,
+    device: DeviceParams,
+    side_px: int,
+) -> Iterator[tuple[list[Image], float]]:
+    """Draw the batches of one process; yield the images of each, and the seconds that they took."""
+    from dreamartist_pipeline.backbones.base_model import open_base_model
+    from dreamartist_pipeline.backbones.concepts import attach, generate
+    from dreamartist_pipeline.core.devices import device_of_rank
+
+    loaded = attach(open_base_model(base_model, device_of_rank(device, rank)), None, StrengthParams())
+    for batch in batches:
+        chosen, seeds = [prompts[i] for i in batch], [params.seed + i for i in batch]
+        started_s = time.monotonic()
+        images = generate(
+            loaded.backbone,
+            loaded,
+            chosen,
+            params.negative_prompt,
+            seeds,
+            params.sampler,
+            size_px=(side_px, side_px),
+        )
+        yield images, time.monotonic() - started_s
+
+
 def _log_cost(num_images: int, seconds: float, side_px: int) -> None:
-    """Log how long the remaining images take, each `seconds` as in the first batch."""
+    """Log how long the remaining images take, each `seconds` as in the first batch, with all processes at work."""
     if num_images * seconds > _COST_ABOVE_S:
         duration = str(timedelta(seconds=round(num_images * seconds)))
         log.info(

@@ -111,31 +111,42 @@ def possible_plans(params: MemoryParams, num_rows: int) -> list[MemoryPlan]:
     return [MemoryPlan(checkpointing, size) for checkpointing in switches for size in sizes]
 
 
-def step_shape(planned: NewConcept, params: TrainingParams, caption: str, side_px: int | None) -> StepShape:
-    """Return the sizes of a training's steps.
+def step_shape(
+    planned: NewConcept, params: TrainingParams, caption: str, side_px: int | None, num_processes: int = 1
+) -> StepShape:
+    """Return the sizes of a training's steps, as the process with the most rows computes them.
 
     Args:
         planned: on the meta device.
         params: of the training.
         caption: of the reference image.
         side_px: side of a square with the area of the reference image; None for the size of the base model.
+        num_processes: that share the rows.
     """
     backbone = planned.backbone
     side = (side_px or backbone.image_px) // backbone.latent_scale
     num_prompts = min(params.batch_size, len(training_prompts(params, caption)))
+    num_rows = -(-(params.batch_size + params.regularization_batch_size) // num_processes)
     return StepShape(
         latents=(backbone.latent_channels, side, side),
-        num_rows=params.batch_size + params.regularization_batch_size,
+        num_rows=num_rows,
         num_prompts=num_prompts + params.regularization_batch_size,
         num_tokens=planned.prompts.tokenize([""]).ids.shape[-1],
-        num_reconstructed=params.batch_size if params.loss.reconstruction_weight else 0,
+        num_reconstructed=min(num_rows, params.batch_size) if params.loss.reconstruction_weight else 0,
     )
 
 
 def plan_memory(
-    files: BaseModelFiles, outline: Backbone, params: TrainingParams, device: DeviceParams, shape: StepShape
+    files: BaseModelFiles,
+    outline: Backbone,
+    params: TrainingParams,
+    device: DeviceParams,
+    shape: StepShape,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """Decide how the steps are computed, by an estimate and, on a GPU, by measured steps, and log it with the duration.
+
+    Processes have a GPU each, or share the memory and the arithmetic of the CPU.
 
     Args:
         files: of the base model; on a GPU, it is loaded.
@@ -143,6 +154,7 @@ def plan_memory(
         params: of the training.
         device: of the training.
         shape: of a step.
+        num_processes: that share its rows.
 
     Returns:
         The entries of the training plan: `memory`, a `MemoryPlan`, and `memory_estimate`.
@@ -151,7 +163,8 @@ def plan_memory(
         InputError: no plan fits into the memory of the GPU.
     """
     chosen = pick_device(device)
-    limit = round((params.memory.limit_gib or 0) * _GIB) or free_memory_bytes(chosen)
+    per_device = num_processes if chosen.type == "cpu" else 1
+    limit = (round((params.memory.limit_gib or 0) * _GIB) or free_memory_bytes(chosen)) // per_device
     plans = possible_plans(params.memory, shape.num_rows)
     estimates = []
     for plan in plans:
@@ -160,11 +173,12 @@ def plan_memory(
             break
     estimate = estimates[-1]
     if chosen.type == "cpu":
-        seconds = expected_seconds(estimate.flops, outline.dtype)
+        seconds = expected_seconds(estimate.flops * per_device, outline.dtype)
     else:
         backbone = open_base_model(files.path, device)
         plan, seconds = first_that_fits(plans[plans.index(plan) :], backbone, params, shape, limit)
-    log.info("A step takes about %s of %s GiB on %s: %s.", estimate, gib(limit), chosen, plan)
+    of_each = f", in each of {num_processes} processes" if num_processes > 1 else ""
+    log.info("A step takes about %s of %s GiB on %s%s: %s.", estimate, gib(limit), chosen, of_each, plan)
     if estimate.total > limit:
         log.warning("This may be too much: %s.", remedy(plan))
     _log_duration(seconds, params.num_steps, is_measured=chosen.type != "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
@@ -9,7 +10,7 @@ from PIL.Image import Image
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.model_location import ModelLocation
-from dreamartist_pipeline.core.tracking import Tracker
+from dreamartist_pipeline.core.tracking import NoTracker, Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, TrainingParams
 from dreamartist_pipeline.prompt_weights import parse_weights
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from dreamartist_pipeline.core.concept import Concept
+    from dreamartist_pipeline.core.starting import Start
     from dreamartist_pipeline.interop.user_files import UserFiles
 else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
-    Concept = DataFrame = UserFiles = Any
+    Concept = DataFrame = Start = UserFiles = Any
 
+log = logging.getLogger(__name__)
 _ANY_DEVICE = DeviceParams()
 
 
@@ -98,7 +101,7 @@ def train_concept(
     start_files: UserFiles | None = None,
     prepared_framing: dict[str, tuple[int, int]] | None = None,
 ) -> tuple[Concept, DataFrame]:
-    """Train both branches on the prepared image, from new values or from those of a concept.
+    """Train both branches on the prepared image, from new values or from those of a concept, on all processes.
 
     `prepared_framing` is that of `prepare_reference`; None: the prepared image is a whole picture.
 
@@ -109,10 +112,43 @@ def train_concept(
         InputError: a plan for other parameters, another base model or another start concept, or too little memory.
         TrainingError: a branch without gradient, or a loss or parameters that are not finite.
     """
+    from dreamartist_pipeline.core.devices import pick_device
+    from dreamartist_pipeline.core.processes import run_on_processes
+    from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
+    from dreamartist_pipeline.pipelines.training.starting import read_start
+
+    num_processes = num_training_processes(params, device)
+    if num_processes > 1:
+        log.info("%d processes share the rows of each step.", num_processes)
+    return run_on_processes(
+        _train_on_rank,
+        num_processes,
+        *(base_model, prepared_image, prepared_mask, regularization_set, training_plan, params, caption, device),
+        *(tracker, read_start(start_files or {}, params), prepared_framing),
+        on_gpus=pick_device(device).type == "cuda",
+    )
+
+
+def _train_on_rank(
+    base_model: ModelLocation,
+    prepared_image: Image,
+    prepared_mask: Image,
+    regularization_set: CaptionedImages,
+    training_plan: dict[str, Any],
+    params: TrainingParams,
+    caption: str,
+    device: DeviceParams,
+    tracker: Tracker,
+    start: Start | None,
+    prepared_framing: dict[str, tuple[int, int]] | None,
+) -> tuple[Concept, DataFrame]:
+    """Train on one of the processes: they share the rows, and rank 0 alone draws previews and logs."""
     from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
     from dreamartist_pipeline.backbones.placement import off_device
+    from dreamartist_pipeline.core.devices import device_of_rank
     from dreamartist_pipeline.core.images import Framing
+    from dreamartist_pipeline.core.processes import rank
     from dreamartist_pipeline.core.training import Execution, derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
     from dreamartist_pipeline.pipelines.training.memory import memory_plan, out_of_memory_explained
@@ -123,11 +159,12 @@ def train_concept(
         log_performance,
         preview_drawing,
     )
-    from dreamartist_pipeline.pipelines.training.starting import apply_start, read_start
+    from dreamartist_pipeline.pipelines.training.starting import apply_start
     from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
 
-    start = read_start(start_files or {}, params)
-    backbone = open_base_model(base_model, device)
+    is_first = rank() == 0
+    tracker = tracker if is_first else NoTracker()
+    backbone = open_base_model(base_model, device_of_rank(device, rank()))
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
     start_entry = apply_start(start, new.stacks, new.words, params, backbone)
@@ -145,7 +182,7 @@ def train_concept(
     framing = Framing(**prepared_framing) if prepared_framing else None
     with out_of_memory_explained(backbone.device, memory), StepReport(params.num_steps, tracker) as report:
         data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
-        draw_preview = preview_drawing(new, params, tracker)
+        draw_preview = preview_drawing(new, params, tracker) if is_first else None
         with off_device(idle, backbone.device):
             history = fit(model, data, params, report, draw_preview, execution=execution)
     log_performance(history, backbone.device, tracker)

@@ -25,6 +25,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, template_prompts, training_prompts
 from dreamartist_pipeline.pipelines.training.memory import plan_memory, step_shape
+from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
 from dreamartist_pipeline.pipelines.training.starting import apply_start
 from dreamartist_pipeline.prompt_weights import parse_weights
 
@@ -69,6 +70,8 @@ def make_plan(
     groups = parameter_groups(planned.stacks, planned.words, params.words.lr * lr_factor(params))
     start_entry = apply_start(start, planned.stacks, planned.words, params, base_model)
     taken_over = start_entry["start"]["taken_over"] if start_entry else None
+    num_processes = num_training_processes(params, device)
+    shape = step_shape(planned, params, caption, side_px, num_processes)
     log.info("Trained parameters by branch:\n%s", branch_table(groups, taken_over))
     return {
         **read,
@@ -79,7 +82,7 @@ def make_plan(
         "lr_factor": lr_factor(params),
         "groups": _describe(groups),
         **start_entry,
-        **plan_memory(files, base_model, params, device, step_shape(planned, params, caption, side_px)),
+        **plan_memory(files, base_model, params, device, shape, num_processes),
     }
 
 
@@ -108,6 +111,7 @@ def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -
     _check_braces(params, caption)
     _warn_unused_options(params, caption)
     check_backend(params.backend, pick_device(device))
+    num_training_processes(params, device)
     if params.lora:
         check_optimizer(params.optimizer, pick_device(device))
     if params.words.names:
