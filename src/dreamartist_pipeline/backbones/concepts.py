@@ -109,6 +109,9 @@ def inject_adapters(
 ) -> dict[str, AdapterStack]:
     """Put the configured LoRA groups into the base model's networks, in place, also on the meta device.
 
+    Returns:
+        Network -> its adapters, also in `own.adapters`.
+
     Raises:
         InputError: the base model does not have a network, a layer selector matches nothing, or a group has only
             layers that clip_skip leaves out.
@@ -124,11 +127,10 @@ def inject_adapters(
     groups = lora_groups(params, lr_factor)
     for encoder in own.tokenizers if params.clip_skip else ():
         groups[encoder] = _without_skipped(own, encoder, groups.get(encoder, ()), params.clip_skip)
-    return {
-        network: inject(module, groups[network], params.num_branches, generator)
-        for network, module in own.networks.items()
-        if groups.get(network)
-    }
+    for network, module in own.networks.items():
+        if groups.get(network):
+            own.adapters[network] = inject(module, groups[network], params.num_branches, generator)
+    return own.adapters
 
 
 def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], clip_skip: int) -> list[str]:
@@ -259,7 +261,8 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     metadata = concept.metadata
     for network, module in own.networks.items():
         if tensors := concept.part(network):
-            load_adapters(module, tensors, metadata.lora[network], _NUM_BRANCHES, strengths)
+            groups = metadata.lora[network]
+            own.adapters[network] = load_adapters(module, tensors, groups, _NUM_BRANCHES, strengths)
     vocabularies = {encoder: _load_words(own, encoder, concept) for encoder in own.tokenizers if metadata.words}
     return LoadedConcept(own, PromptEncoder(own, vocabularies, metadata.clip_skip), metadata.words)
 

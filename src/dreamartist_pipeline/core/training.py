@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,6 +262,15 @@ def combined_prediction(model: TrainableModel, batch: Batch, guidance: torch.Ten
     return combine(prediction.float(), guidance, branches)
 
 
+@contextmanager
+def packed_factors(model: TrainableModel) -> Iterator[None]:
+    """Pack the factors of all adapters once for the passes within this context."""
+    with ExitStack() as packed:
+        for adapters in (*model.latent_adapters, *model.prompt_adapters):
+            packed.enter_context(adapters.packed())
+        yield
+
+
 def row_losses(prediction: torch.Tensor, batch: Batch, objective: Objective, loss: LossParams) -> torch.Tensor:
     """Return mean(w(t) · mask · (ε̂ − target)²) of each row, float32 `[B]`, or the same with the Huber loss."""
     target = objective.target(batch.latents, batch.noise, batch.timesteps)
@@ -469,7 +478,8 @@ class _Steps:
         batch = self._batches.draw(step)
         guidance = guidance_at(params.guidance_scale, model.objective.noise_level(batch.timesteps))
         self._draw_dropout(batch, step)
-        prediction = combined_prediction(model, batch, guidance)
+        with packed_factors(model):
+            prediction = combined_prediction(model, batch, guidance)
         by_row = row_losses(prediction, batch, model.objective, params.loss)
         loss = (batch.row_weight * by_row).sum()
         reference = slice(params.batch_size)

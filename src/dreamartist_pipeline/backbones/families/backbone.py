@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
-from dreamartist_pipeline.core.adapters import set_noise_levels
+from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import BaseModelIdentity, FileNames
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
@@ -59,6 +59,7 @@ class Backbone(ABC):
         tokenizers: text encoder -> its tokenizer. A trigger word has vectors of every encoder's width.
         objective: the noising and the training target.
         scheduler_config: of the model's own scheduler.
+        adapters: network -> the adapters in it; networks without adapters are omitted.
     """
 
     family: ClassVar[str]
@@ -75,6 +76,7 @@ class Backbone(ABC):
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    adapters: dict[str, AdapterStack] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------- of every family
 
@@ -199,14 +201,15 @@ class Backbone(ABC):
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Return the prediction `[N, C, h, w]` for latents `[N, C, h, w]`, timesteps `[N]` and conditioning."""
-        for network in self.networks.values():
-            set_noise_levels(network, self.objective.noise_level(timesteps))
+        for adapters in self.adapters.values():
+            adapters.set_noise_levels(self.objective.noise_level(timesteps))
         with self.autocast():
             return self.predict(latents.to(self.dtype), timesteps, conditioning)
 
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""
-        return dataclasses.replace(self, networks={name: _copy(module) for name, module in self.networks.items()})
+        networks = {name: _copy(module) for name, module in self.networks.items()}
+        return dataclasses.replace(self, networks=networks, adapters={})
 
 
 def _load_module(kind: Any, part: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
