@@ -442,6 +442,68 @@ def test_an_input_without_gradient_gets_none(model: Model, x: torch.Tensor) -> N
         assert all(p.grad is not None for p in layer.updates[0].parameters())
 
 
+# ------------------------------------------------------------------------------------------------- merged weights
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.5, 1.2)])
+@pytest.mark.parametrize("num_branches", [1, 2])
+@pytest.mark.parametrize("groups", MIXED)
+@pytest.mark.parametrize("layer", ["ff", "conv"])
+def test_merged_weights_give_the_outputs_of_adapters_apart(
+    groups: list[ResolvedGroup],
+    layer: str,
+    num_branches: int,
+    strengths: tuple[float, float],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    branch = {"branch": "shared"} if num_branches == 1 else {}  # as in a training without a negative branch
+    groups = [g.model_copy(update={"layers": (f"blocks.0.{layer}",), "bias": True, **branch}) for g in groups]
+    model, x = Model().to(dtype), torch.randn(4, 2, 8, 8, dtype=dtype, generator=_generator(2))
+    saved = _randomize(inject(model, groups, num_branches, _generator())).state_dict()
+    model = Model().to(dtype)
+    adapted = load_adapters(model, saved, groups, num_branches, strengths).layers[f"blocks.0.{layer}"]
+    expected = adapted(x)
+    with AdapterStack({layer: adapted}, tuple(groups)).merged():
+        torch.testing.assert_close(adapted(x), expected, rtol=tolerance, atol=10 * tolerance)
+    assert adapted.merged is None and torch.equal(adapted(x), expected)
+
+
+def test_weights_are_merged_once_where_the_branches_have_the_same(model: Model) -> None:
+    shared, apart = ("blocks.0.ff",), ("blocks.1.ff",)
+    groups = [_group(layers=shared), _group(NEGATIVE, layers=apart), _group(POSITIVE, layers=apart)]
+    stack = inject(model, groups, 2, _generator())
+    with stack.merged():
+        merged = [stack.layers[name].merged for name in (*shared, *apart)]
+    assert [each and len(each.weights) for each in merged] == [1, 2]
+    assert stack.merged_bytes == 3 * 8 * 8 * 4
+    saved = stack.state_dict()
+    remove(stack, model)
+    assert load_adapters(model, saved, groups, 2, strengths=(0.5, 1.0)).merged_bytes == 4 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_rank_by_timestep_is_not_merged(kind: str) -> None:
+    model, stack, x = _by_timestep(kind)
+    outputs = []
+    for level in (0.0, 1.0):
+        stack.set_noise_levels(torch.full((4,), level))
+        outputs.append(model(x))
+    with stack.merged():
+        assert stack.merged_bytes == 0
+        for level, expected in zip((0.0, 1.0), outputs, strict=True):
+            stack.set_noise_levels(torch.full((4,), level))
+            assert torch.equal(model(x), expected)
+
+
+def test_layers_that_train_with_dropout_are_not_merged() -> None:
+    _, stack = _adapted("linear", _layer_group(POSITIVE, dropout=0.5))
+    stack.train()
+    with pytest.raises(RuntimeError, match="dropout to be off"), stack.merged():
+        pass
+
+
 def test_a_convolution_with_uneven_padding_is_refused() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 2, padding="same")})
     with pytest.raises(InputError, check=says(expected="'conv'", got="padding='same'")):

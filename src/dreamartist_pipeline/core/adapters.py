@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from dreamartist_pipeline.core.branch_products import ConvGeometry, ConvProduct, LinearProduct
+from dreamartist_pipeline.core.branch_products import ConvGeometry, ConvProduct, LinearProduct, MergedLayer
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
 from dreamartist_pipeline.core.factor_packs import FactorLayout, PackedFactors, pack_factors
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
@@ -295,6 +295,7 @@ class BranchLoRALayer(nn.Module):
         branch_updates: for each branch of the stacked batch, the indices of its updates.
         layout: of the packed factors.
         packed: the factors of all forward passes within `AdapterStack.packed`; None outside.
+        merged: the merged weights of all forward passes within `AdapterStack.merged`; None outside.
         keep: 1 − dropout of each rank, `[num_branches, 1, R]`.
         noise_level: t / (T − 1) of each row, `[num_branches·B]`; see `AdapterStack.set_noise_levels`.
         rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
@@ -332,9 +333,11 @@ class BranchLoRALayer(nn.Module):
         self.missing_ranks = [max(totals) - total for total in totals]
         self.has_timestep_rank = any(update.group.timestep_min_rank is not None for update in updates)
         self.has_dropout = any(update.group.dropout for update in updates)
-        self.layout = self._make_layout([strengths[branch] for branch in branches(num_branches)], geometry)
+        self._strengths = tuple(strengths[branch] for branch in branches(num_branches))
+        self.layout = self._make_layout(geometry)
         self._register_ranks()
         self.packed: PackedFactors | None = None
+        self.merged: MergedLayer | None = None
         self.noise_level: torch.Tensor | None = None
         self.positions: tuple[int, ...] | None = None
         self.mask: torch.Tensor | None = None
@@ -350,8 +353,9 @@ class BranchLoRALayer(nn.Module):
         """The frozen bias."""
         return self.base.bias
 
-    def _make_layout(self, strengths: Sequence[float], geometry: ConvGeometry | None) -> FactorLayout:
-        """Return the layout of the packed factors; `strengths` has one value per branch."""
+    def _make_layout(self, geometry: ConvGeometry | None) -> FactorLayout:
+        """Return the layout of the packed factors."""
+        strengths = self._strengths
         biased = tuple(i for i, u in enumerate(self.updates) if u.bias is not None)
         bias_scale = [
             [self.updates[i].scale * strength if i in row else 0.0 for i in biased]
@@ -407,12 +411,39 @@ class BranchLoRALayer(nn.Module):
         """
         if x.shape[0] % self.num_branches:
             raise ValueError(f"expected a multiple of {self.num_branches} rows, got {x.shape[0]}")
+        if self.merged is not None:
+            return self.merged(x.to(self.weight.dtype))
         packed = self.packed or pack_factors([self.layout], self.factors(), self.weight.dtype)[0]
         return self._product(x.to(self.weight.dtype), packed)
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
         """Return the outputs for rows whose number is a multiple of num_branches."""
         raise NotImplementedError
+
+    @property
+    def num_merged(self) -> int:
+        """The number of weights with merged updates: 1 where they are the same for all branches."""
+        of_shared = self.branch_updates[0] == self.branch_updates[-1] and self._strengths[0] == self._strengths[-1]
+        return 1 if of_shared else self.num_branches
+
+    @torch.no_grad()
+    def merge(self) -> MergedLayer:
+        """Return W + Σ scale · up · down and bias + Σ scale · bias of each branch, computed in float32."""
+        weight, bias = self.weight, self.bias
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        weights = weight.to(exact).expand(self.num_merged, *weight.shape).clone()
+        biases = None if bias is None else bias.to(exact).expand(self.num_merged, -1).clone()
+        for branch, strength in enumerate(self._strengths[: self.num_merged]):
+            for update in (self.updates[index] for index in self.branch_updates[branch]):
+                scale = update.scale * strength
+                up, down = update.effective_up().flatten(1), update.effective_down().flatten(1)
+                weights[branch].flatten(1).addmm_(up, down, alpha=scale)
+                if update.bias is not None:
+                    biases = weights.new_zeros(self.num_merged, len(weight)) if biases is None else biases
+                    biases[branch].add_(update.bias, alpha=scale)
+        return MergedLayer(
+            weights.to(weight.dtype), None if biases is None else biases.to(weight.dtype), self.layout.geometry
+        )
 
     def _active(self, num_rows: int) -> torch.Tensor:
         """Return which ranks are active in each row, 1 or 0: `[num_branches, B, R]`.
@@ -542,22 +573,54 @@ class AdapterStack:
     groups: tuple[ResolvedGroup, ...]
 
     @contextmanager
-    def packed(self) -> Iterator[None]:
-        """Pack the factors of all layers once for all forward passes within this context.
+    def packed(self, layers: Sequence[BranchLoRALayer] | None = None) -> Iterator[None]:
+        """Pack the factors of layers, by default all, once for all forward passes within this context.
 
         The parameters must not change within. The context may include backward passes: with gradient checkpointing,
         these repeat forward passes. Outside, every forward pass of a layer packs its own factors.
         """
-        layers = list(self.layers.values())
-        tensors = [tensor for layer in layers for tensor in layer.factors()]
-        packed = pack_factors([layer.layout for layer in layers], tensors, layers[0].weight.dtype)
-        for layer, factors in zip(layers, packed, strict=True):
-            layer.packed = factors
+        layers = list(self.layers.values()) if layers is None else layers
+        if layers:
+            tensors = [tensor for layer in layers for tensor in layer.factors()]
+            packed = pack_factors([layer.layout for layer in layers], tensors, layers[0].weight.dtype)
+            for layer, factors in zip(layers, packed, strict=True):
+                layer.packed = factors
         try:
             yield
         finally:
             for layer in layers:
                 layer.packed = None
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Merge the updates into copies of the weights for all forward passes within this context, without gradients.
+
+        In layers with a timestep-dependent rank, which cannot be merged, the factors are packed. The parameters must
+        not change within.
+
+        Raises:
+            RuntimeError: a layer is training with dropout.
+        """
+        if any(layer.training and layer.has_dropout for layer in self.layers.values()):
+            raise RuntimeError("expected dropout to be off in merged layers; call AdapterStack.train(False) first")
+        with torch.no_grad(), self.packed(self.timestep_layers):
+            plain = [layer for layer in self.layers.values() if not layer.has_timestep_rank]
+            try:
+                for layer in plain:
+                    layer.merged = layer.merge()
+                yield
+            finally:
+                for layer in plain:
+                    layer.merged = None
+
+    @property
+    def merged_bytes(self) -> int:
+        """The size of the weights that `merged` makes."""
+        return sum(
+            layer.num_merged * layer.weight.numel() * layer.weight.element_size()
+            for layer in self.layers.values()
+            if not layer.has_timestep_rank
+        )
 
     def set_noise_levels(self, levels: torch.Tensor) -> None:
         """Set t / (T − 1) of each row, `[num_branches·B]`, in the layers with a timestep-dependent rank.

@@ -223,6 +223,37 @@ def _frozen_input_gradient(
     return of_x
 
 
+class MergedLayer(NamedTuple):
+    """The weights of a layer with its updates merged, for forward passes without gradients.
+
+    Attributes:
+        weights: of each branch, `[nb, out, in]` or `[nb, out, in, kh, kw]`; nb is 1 where all branches have the same.
+        biases: `[nb, out]`, or None.
+        geometry: of a convolution.
+    """
+
+    weights: torch.Tensor
+    biases: torch.Tensor | None
+    geometry: ConvGeometry | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y for the rows x of a stacked batch."""
+        biases = [None] * len(self.weights) if self.biases is None else self.biases
+        if self.geometry is not None:
+            geometry, rows = self.geometry, x.chunk(len(self.weights))
+            outputs = [
+                F.conv2d(each, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+                for each, weight, bias in zip(rows, self.weights, biases, strict=True)
+            ]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(self.weights) == 1:
+            return F.linear(x, self.weights[0], biases[0])
+        flat = x.reshape(len(self.weights), -1, x.shape[-1])  # [nb, N, in]
+        transposed = self.weights.mT
+        y = flat.bmm(transposed) if self.biases is None else self.biases[:, None].baddbmm(flat, transposed)
+        return y.view(*x.shape[:-1], -1)
+
+
 def arranged_down(down: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """Return the kernels of `down` `[R, in, kh, kw]` as the matrix that `ConvProduct` takes.
 

@@ -1,10 +1,15 @@
-"""Whether the configured device exists."""
+"""The configured device: whether it exists, and its free memory."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from dreamartist_pipeline.early_checks import PlannedConcept
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ON_CPU, DeviceParams
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_device(params: DeviceParams, planned: PlannedConcept | None = None) -> None:
@@ -26,3 +31,18 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
             remedy=f"use a machine with a GPU and torch's CUDA build, or add {ON_CPU} to --params; on a CPU, an image "
             "of 512 px takes minutes and a training at 512 px takes days",
         )
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory that this process can use on a device, what it has allocated on a GPU included."""
+    import psutil
+    import torch
+
+    match device.type:
+        case "cuda":
+            return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        case "xpu":
+            return int(torch.xpu.mem_get_info(device)[0] + torch.xpu.memory_reserved(device))
+        case "mps":
+            return int(torch.mps.recommended_max_memory())
+    return int(psutil.virtual_memory().available)
