@@ -226,7 +226,7 @@ def sample_latents(
     )
     loaded.prompts.check_not_cut(filled)
     rows = torch.zeros(len(latents), dtype=torch.long, device=backbone.device)  # all of the same prompt
-    with torch.no_grad():
+    with torch.no_grad(), loaded.merged():
         encoded = loaded.prompts.encode(loaded.prompts.tokenize(filled))
         conditioning = encoded[rows_of(rows, 1, _NUM_BRANCHES)]
         return sampling.sample_latents(

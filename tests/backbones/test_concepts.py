@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import (
     LoadedConcept,
     NewConcept,
     attach,
     concept_metadata,
+    draw_latents,
     generate,
     start_concept,
 )
@@ -410,6 +412,39 @@ def test_a_concept_that_trains_draws_as_if_it_were_saved(
     assert np.abs(np.asarray(drawn[0], float) - np.asarray(expected, float)).max() <= 1
     assert torch.equal(torch.get_rng_state(), state)
     assert all(layer.training for adapters in new.stacks.values() for layer in adapters.layers.values())
+
+
+@pytest.mark.parametrize(("trained_at", "drawn_at"), [("3.0", 4.0), ("3.0", 1.0), ("1.0", 4.0)])
+@pytest.mark.parametrize("strength", [FULL, StrengthParams(positive=0.8, negative=0.3)])
+def test_merged_adapters_draw_the_latents_of_adapters_apart(
+    backbone: Backbone,
+    make_training_params: MakeParams,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trained_at: str,
+    drawn_at: float,
+    strength: StrengthParams,
+) -> None:
+    by_timestep = {"lr": 1e-3, "rank": 4, "timestep_min_rank": 1, "layers": (r"re:.*attn2$",)}
+    everywhere = {"lr": 1e-3, "rank": 2, "branch": "p", "bias": True, "layers": (r"re:.*(attn.?|resnets\.\d+)$",)}
+    groups = {"lora_unet": [by_timestep, everywhere], "lora_text_encoder": ()}
+    params = make_training_params(**groups, guidance_scale=trained_at)
+    new = start_concept(backbone, params, 1, 0)
+    stir(new)
+    loaded = attach(backbone, new.snapshot(concept_metadata(backbone, params, 1)), strength)
+    sampler = SAMPLER.model_copy(update={"guidance_scale": drawn_at})
+
+    def drawn() -> torch.Tensor:
+        return torch.cat(list(draw_latents(backbone, loaded, ["a my-fox", "a red cat"], "", [1, 2], sampler)))
+
+    merged = drawn()
+    layers = loaded.backbone.adapters["unet"].layers.values()
+    assert all(layer.merged is None and layer.packed is None for layer in layers)
+    monkeypatch.setattr(concepts, "free_memory_bytes", lambda device: loaded.backbone.adapters["unet"].merged_bytes)
+    with caplog.at_level("WARNING"):
+        apart = drawn()
+    assert "not merged" in caplog.text
+    torch.testing.assert_close(merged, apart, rtol=0, atol=1e-4)
 
 
 def test_strengths_act_on_their_own_branch(backbone: Backbone, make_training_params: MakeParams) -> None:

@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dreamartist_pipeline.core.adapters import (
     AdapterStack,
+    BranchLoRALayer,
     inject,
     load_adapters,
     principal_factors,
     rank_in,
     select_layers,
-    set_noise_levels,
 )
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, combine, split
 from dreamartist_pipeline.errors import InputError
@@ -243,6 +243,16 @@ def _dense_update(stack: AdapterStack, layer: str, branch: int) -> torch.Tensor 
     return total
 
 
+CONVOLUTIONS: list[dict[str, object]] = [
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1, "stride": 2},
+    {"kernel_size": (3, 1), "padding": "same", "bias": False},
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": 2, "padding": "valid"},
+]
+
+
 @pytest.mark.parametrize("groups", MIXED)
 @pytest.mark.parametrize("shape", [(6, 8), (6, 5, 8), (6, 2, 3, 8)])
 def test_a_linear_layer_equals_w_plus_ba_of_each_branch(groups: list[ResolvedGroup], shape: tuple[int, ...]) -> None:
@@ -258,16 +268,7 @@ def test_a_linear_layer_equals_w_plus_ba_of_each_branch(groups: list[ResolvedGro
 
 
 @pytest.mark.parametrize("groups", MIXED)
-@pytest.mark.parametrize(
-    "convolution",
-    [
-        {"kernel_size": 1},
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 3, "padding": 1, "stride": 2},
-        {"kernel_size": (3, 1), "padding": "same", "bias": False},
-        {"kernel_size": 3, "padding": 2, "dilation": 2},
-    ],
-)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
 def test_a_convolution_equals_w_plus_ba_of_each_branch(
     groups: list[ResolvedGroup], convolution: dict[str, object]
 ) -> None:
@@ -345,6 +346,168 @@ def test_checkpointing_changes_no_gradient(model: Model, x: torch.Tensor, checkp
     plain, recomputed = gradients("none"), gradients(checkpointing)
     for branch, expected in plain.items():
         assert all(torch.equal(a, b) for a, b in zip(expected, recomputed[branch], strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant"])
+def test_factors_packed_once_give_the_outputs_and_gradients_of_every_pass(
+    model: Model, x: torch.Tensor, checkpointing: str
+) -> None:
+    groups = [
+        _group(POSITIVE, rank=3, alpha=2.0, bias=True),
+        _group(NEGATIVE, svd_init=True),
+        _group(layers=("re:.*",)),
+    ]
+    stack = _randomize(inject(model.double(), groups, 2, _generator()))
+    x = x.double().requires_grad_()
+
+    def outputs_and_gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        outputs = [model(rows, checkpointing) for rows in (x, 2 * x)]  # two backward passes, as in micro-batches
+        for y in outputs:
+            combine(y, torch.full((2,), 3.0), 2).square().sum().backward()
+        return [y.detach() for y in outputs] + [g for gradients in _gradients(stack).values() for g in gradients]
+
+    plain = outputs_and_gradients()
+    with stack.packed():
+        packed = outputs_and_gradients()
+    for expected, actual in zip(plain, packed, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_are_packed_again_after_the_parameters_have_changed(model: Model, x: torch.Tensor) -> None:
+    stack = _randomize(inject(model, [_group(POSITIVE), _group(NEGATIVE)], 2, _generator()))
+    with stack.packed():
+        before = model(x)
+    for parameters in stack.parameters_by_group().values():
+        for parameter in parameters:
+            parameter.data *= 2
+    with stack.packed():
+        packed = model(x)
+    assert torch.equal(packed, model(x)) and not torch.equal(packed, before)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("convolution", [None, *CONVOLUTIONS])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_products_gradients_are_those_of_the_plain_computation(
+    dtype: torch.dtype, tolerance: float, convolution: dict[str, object] | None, memory_format: torch.memory_format
+) -> None:
+    """Gradients of inputs and factors, with gates, against autograd through W + BA of each branch."""
+    layer: nn.Module = nn.Linear(6, 7) if convolution is None else nn.Conv2d(6, 7, **convolution)  # type: ignore[arg-type]
+    model = nn.ModuleDict({"layer": layer}).to(dtype)
+    groups = [_layer_group(POSITIVE, rank=3, alpha=2.0, timestep_min_rank=1), _layer_group(NEGATIVE, rank=1)]
+    stack = _randomize(inject(model, [*groups, _layer_group(rank=2)], 2, _generator()))
+    x = torch.randn((4, 5, 6) if convolution is None else (4, 6, 8, 7), generator=_generator(2)).to(dtype)
+    if convolution is not None:
+        x = x.to(memory_format=memory_format)
+    stack.set_noise_levels(torch.ones(4, dtype=dtype))
+    parameters = [p for ps in stack.parameters_by_group().values() for p in ps]
+    outputs, gradients = _outputs_and_gradients(stack.layers["layer"], x, parameters)
+    expected, plain = _outputs_and_gradients(functools.partial(_plain, stack.layers["layer"]), x, parameters)
+    for actual, wanted in zip([outputs, *gradients], [expected, *plain], strict=True):
+        assert (actual - wanted).norm() <= tolerance * wanted.norm()
+
+
+def _outputs_and_gradients(
+    operate: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, parameters: list[nn.Parameter]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    rows = x.clone().requires_grad_()
+    outputs = operate(rows)
+    return outputs.detach(), torch.autograd.grad(outputs.sin().sum(), [rows, *parameters])
+
+
+def _plain(layer: BranchLoRALayer, x: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of `layer` at the last timestep, by autograd through W + Σ scale · up · down."""
+    outputs = []
+    for branch, rows in zip(BRANCH_NAMES, split(x, 2), strict=True):
+        weight = layer.weight
+        for update in layer.updates:
+            if update.group.branch in (branch, "shared"):
+                rank = update.group.timestep_min_rank or update.rank
+                change = update.up.flatten(1)[:, :rank] @ update.down.flatten(1)[:rank]
+                weight = weight + update.scale * change.view_as(weight)
+        base = layer.base
+        if isinstance(base, nn.Linear):
+            outputs.append(F.linear(rows, weight, base.bias))
+        else:
+            outputs.append(F.conv2d(rows, weight, base.bias, base.stride, base.padding, base.dilation))
+    return torch.cat(outputs)
+
+
+def test_an_input_without_gradient_gets_none(model: Model, x: torch.Tensor) -> None:
+    stack = _randomize(inject(model, [_group(POSITIVE, layers=("re:.*",))], 2, _generator()))
+    for layer, rows in ((stack.layers["blocks.0.ff"], x), (stack.layers["blocks.0.conv"], torch.randn(4, 2, 6, 6))):
+        layer(rows).sum().backward()
+        assert rows.grad is None
+        assert all(p.grad is not None for p in layer.updates[0].parameters())
+
+
+# ------------------------------------------------------------------------------------------------- merged weights
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.5, 1.2)])
+@pytest.mark.parametrize("num_branches", [1, 2])
+@pytest.mark.parametrize("groups", MIXED)
+@pytest.mark.parametrize("layer", ["ff", "conv"])
+def test_merged_weights_give_the_outputs_of_adapters_apart(
+    groups: list[ResolvedGroup],
+    layer: str,
+    num_branches: int,
+    strengths: tuple[float, float],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    branch = {"branch": "shared"} if num_branches == 1 else {}  # as in a training without a negative branch
+    groups = [g.model_copy(update={"layers": (f"blocks.0.{layer}",), "bias": True, **branch}) for g in groups]
+    model, x = Model().to(dtype), torch.randn(4, 2, 8, 8, dtype=dtype, generator=_generator(2))
+    saved = _randomize(inject(model, groups, num_branches, _generator())).state_dict()
+    model = Model().to(dtype)
+    adapted = load_adapters(model, saved, groups, num_branches, strengths).layers[f"blocks.0.{layer}"]
+    expected = adapted(x)
+    with AdapterStack({layer: adapted}, tuple(groups)).merged():
+        torch.testing.assert_close(adapted(x), expected, rtol=tolerance, atol=10 * tolerance)
+    assert adapted.merged is None and torch.equal(adapted(x), expected)
+
+
+def test_weights_are_merged_once_where_the_branches_have_the_same(model: Model) -> None:
+    shared, apart = ("blocks.0.ff",), ("blocks.1.ff",)
+    groups = [_group(layers=shared), _group(NEGATIVE, layers=apart), _group(POSITIVE, layers=apart)]
+    stack = inject(model, groups, 2, _generator())
+    with stack.merged():
+        merged = [stack.layers[name].merged for name in (*shared, *apart)]
+    assert [each and len(each.weights) for each in merged] == [1, 2]
+    assert stack.merged_bytes == 3 * 8 * 8 * 4
+    saved = stack.state_dict()
+    remove(stack, model)
+    assert load_adapters(model, saved, groups, 2, strengths=(0.5, 1.0)).merged_bytes == 4 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_rank_by_timestep_is_not_merged(kind: str) -> None:
+    model, stack, x = _by_timestep(kind)
+    outputs = []
+    for level in (0.0, 1.0):
+        stack.set_noise_levels(torch.full((4,), level))
+        outputs.append(model(x))
+    with stack.merged():
+        assert stack.merged_bytes == 0
+        for level, expected in zip((0.0, 1.0), outputs, strict=True):
+            stack.set_noise_levels(torch.full((4,), level))
+            assert torch.equal(model(x), expected)
+
+
+def test_layers_that_train_with_dropout_are_not_merged() -> None:
+    _, stack = _adapted("linear", _layer_group(POSITIVE, dropout=0.5))
+    stack.train()
+    with pytest.raises(RuntimeError, match="dropout to be off"), stack.merged():
+        pass
+
+
+def test_a_convolution_with_uneven_padding_is_refused() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 2, padding="same")})
+    with pytest.raises(InputError, check=says(expected="'conv'", got="padding='same'")):
+        inject(model, [_group(layers=("conv",))], 2, _generator())
 
 
 def test_a_branch_alone_gets_the_gradient_it_gets_in_the_stack(model: Model) -> None:
@@ -575,7 +738,7 @@ def test_the_active_rank_of_each_row_falls_from_full_to_the_lowest(kind: str) ->
     model, stack, x = _by_timestep(kind)
     negative, positive = stack.layers["0"].updates
     base, operate = stack.layers["0"].base, F.linear if kind == "linear" else F.conv2d
-    set_noise_levels(model, torch.tensor([0.0, 1.0, 0.5, 1.0]))
+    stack.set_noise_levels(torch.tensor([0.0, 1.0, 0.5, 1.0]))
     y = model(x)
     for row, update, rank in ((0, negative, 4), (1, negative, 4), (2, positive, 3), (3, positive, 2)):
         delta = torch.einsum("or,r...->o...", update.up.flatten(1)[:, :rank], update.down[:rank]) / 4
@@ -588,7 +751,7 @@ def test_checkpointing_gives_the_same_gradients_with_a_rank_by_timestep() -> Non
     found = []
     for again in (False, True):
         model, stack, x = _by_timestep("linear")
-        set_noise_levels(model, torch.tensor([0.0, 1.0, 0.5, 1.0]))
+        stack.set_noise_levels(torch.tensor([0.0, 1.0, 0.5, 1.0]))
         y = checkpoint(model, x, use_reentrant=False) if again else model(x)
         y.square().sum().backward()
         found.append([p.grad for group in stack.parameters_by_group().values() for p in group])
@@ -661,7 +824,10 @@ def test_a_bias_starts_at_zero_and_gets_its_branchs_gradient_alone(kind: str) ->
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_under_autocast_a_bias_does_not_change_the_outputs_dtype(kind: str) -> None:
-    _, stack = _adapted(kind, _layer_group(POSITIVE, bias=True), _layer_group(NEGATIVE))
+    model, _ = _adapted(kind)
+    stack = inject(
+        model.to(torch.bfloat16), [_layer_group(POSITIVE, bias=True), _layer_group(NEGATIVE)], 2, _generator()
+    )
     with torch.autocast("cpu", torch.bfloat16):  # rows come as float32 out of a normalisation
         assert stack.layers["layer"](_rows(kind)).dtype == torch.bfloat16
 
@@ -830,10 +996,10 @@ def test_on_the_meta_device_only_shapes_are_computed() -> None:
 
 def test_a_start_by_svd_leaves_the_rank_by_timestep_of_another_group_alone() -> None:
     by_timestep = _layer_group(POSITIVE, rank=4, timestep_min_rank=2)
-    model, stack = _adapted("linear", _layer_group(POSITIVE, rank=2, svd_init=True), by_timestep)
+    _, stack = _adapted("linear", _layer_group(POSITIVE, rank=2, svd_init=True), by_timestep)
     x = _rows("linear")
     svd, other = _randomize(stack).layers["layer"].updates
-    set_noise_levels(model, torch.ones(4))
+    stack.set_noise_levels(torch.ones(4))
     layer = stack.layers["layer"]
     start = up_down(*reversed(principal_factors(layer.weight, 2)))
     weight = layer.weight + (up_down(svd.up, svd.down) - start) / 2 + up_down(other.up[:, :2], other.down[:2]) / 4

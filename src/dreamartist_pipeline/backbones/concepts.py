@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -23,6 +24,7 @@ from dreamartist_pipeline.backbones.schedulers import make_scheduler
 from dreamartist_pipeline.core.adapters import AdapterStack, inject, load_adapters, select_layers
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, rows_of, stack
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, to_json, words_part
+from dreamartist_pipeline.core.devices import free_memory_bytes
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.images import to_images, to_tensor
 from dreamartist_pipeline.core.init_picture import InitPicture, fit_picture, redrawn
@@ -34,6 +36,8 @@ from dreamartist_pipeline.params import LoRAGroup, ResolvedGroup, SamplerParams,
 
 _NUM_BRANCHES = 2  # images are always generated with negative rows
 _VERSIONED = ("torch", "diffusers", "transformers")
+
+log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------- a new concept
@@ -108,6 +112,9 @@ def inject_adapters(
 ) -> dict[str, AdapterStack]:
     """Put the configured LoRA groups into the base model's networks, in place, also on the meta device.
 
+    Returns:
+        Network -> its adapters, also in `own.adapters`.
+
     Raises:
         InputError: the base model does not have a network, a layer selector matches nothing, or a group has only
             layers that clip_skip leaves out.
@@ -123,11 +130,10 @@ def inject_adapters(
     groups = lora_groups(params, lr_factor)
     for encoder in own.tokenizers:
         groups[encoder] = _without_skipped(own, encoder, groups.get(encoder, ()), params.clip_skip)
-    return {
-        network: inject(module, groups[network], params.num_branches, generator)
-        for network, module in own.networks.items()
-        if groups.get(network)
-    }
+    for network, module in own.networks.items():
+        if groups.get(network):
+            own.adapters[network] = inject(module, groups[network], params.num_branches, generator)
+    return own.adapters
 
 
 def skipped_layers(backbone: Backbone, encoder: str, selectors: Sequence[str], clip_skip: int) -> list[str]:
@@ -246,6 +252,35 @@ class LoadedConcept:
             for slot, (positive, _) in self.trigger_words.items()
         }
 
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Merge the adapters of the denoiser into copies of its weights within this context, to draw with.
+
+        Images are drawn in about the time of the base model. A text encoder runs once per batch, so that merging its
+        adapters would take longer than it saves: their factors are packed. Adapters stay apart, too, where the copies
+        would take more than half of the free memory, which is logged.
+        """
+        with ExitStack() as contexts:
+            for network, adapters in self.backbone.adapters.items():
+                in_encoder = network in self.backbone.tokenizers
+                merges = not in_encoder and _have_memory(adapters, self.backbone.device)
+                contexts.enter_context(adapters.merged() if merges else adapters.packed())
+            yield
+
+
+def _have_memory(adapters: AdapterStack, device: torch.device) -> bool:
+    """Return whether there is memory to merge adapters; log that there is not."""
+    needed, free = adapters.merged_bytes, free_memory_bytes(device)
+    if 2 * needed <= free:
+        return True
+    log.warning(
+        "The adapters are not merged for drawing, because the merged weights would take %.1f of %.1f GiB of free "
+        "memory; drawing takes longer, and the images are the same up to rounding.",
+        needed / 2**30,
+        free / 2**30,
+    )
+    return False
+
 
 def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams) -> LoadedConcept:
     """Put a concept into a copy of the base model that shares its weights; `backbone` is not changed.
@@ -261,7 +296,8 @@ def attach(backbone: Backbone, concept: Concept | None, strength: StrengthParams
     metadata = concept.metadata
     for network, module in own.networks.items():
         if tensors := concept.part(network):
-            load_adapters(module, tensors, metadata.lora[network], _NUM_BRANCHES, strengths)
+            groups = metadata.lora[network]
+            own.adapters[network] = load_adapters(module, tensors, groups, _NUM_BRANCHES, strengths)
     vocabularies = {encoder: _load_words(own, encoder, concept) for encoder in own.tokenizers if metadata.words}
     return LoadedConcept(own, PromptEncoder(own, vocabularies, metadata.clip_skip), metadata.words)
 
@@ -352,9 +388,10 @@ def draw_latents(
     size_px = size_px or (backbone.image_px, backbone.image_px)
     shape = _latent_shape(backbone, size_px)
     picture = None if init is None else _encode_picture(backbone, fit_picture(init, size_px))
-    for start in range(0, len(prompts), sampler.batch_size):
-        rows = slice(start, start + sampler.batch_size)
-        yield _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, shape, picture)
+    with loaded.merged():
+        for start in range(0, len(prompts), sampler.batch_size):
+            rows = slice(start, start + sampler.batch_size)
+            yield _draw_batch(backbone, loaded, prompts[rows], negative_prompt, seeds[rows], sampler, shape, picture)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def concept_predictions(backbone: Backbone, concept: Concept, probe: Probe) -> d
     rows = torch.arange(len(probe.tokens), device=backbone.device)
     conditioning = loaded.prompts.encode(probe.tokens[repeat(rows, _NUM_BRANCHES)])  # of 2·B rows
     latents, timesteps = repeat(probe.latents, _NUM_BRANCHES), repeat(probe.timesteps, _NUM_BRANCHES)
-    predictions = split(loaded.backbone.denoise(latents, timesteps, conditioning), _NUM_BRANCHES)
+    with loaded.merged():
+        predictions = split(loaded.backbone.denoise(latents, timesteps, conditioning), _NUM_BRANCHES)
     return dict(zip(BRANCH_NAMES, predictions, strict=True))
 
 

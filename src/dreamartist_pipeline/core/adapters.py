@@ -5,8 +5,8 @@ Every adapted layer computes, for the rows x_b of each branch b,
     y_b = W x_b + bias + Σ_g (alpha_g / rank_g) · (up_g (down_g x_b) + bias_g)
 
 where g runs over the groups of branch b, and bias_g exists only in groups with `bias: true`. The frozen layer is
-applied once to all rows, and the updates of all groups are one batched product over [num_branches, rows, ·]: rows never
-mix adapters, forward or backward.
+applied once to all rows, and the updates of all groups are one batched product over the branches (`branch_products`):
+rows never mix adapters, forward or backward.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches, split
+from dreamartist_pipeline.core.branch_products import ConvGeometry, ConvProduct, LinearProduct, MergedLayer
+from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
+from dreamartist_pipeline.core.factor_packs import FactorLayout, PackedFactors, pack_factors
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
@@ -289,13 +291,13 @@ class BranchLoRALayer(nn.Module):
 
     Attributes:
         base: the frozen layer.
-        updates: float32 (float64 for a float64 layer), cast to the dtype of the input in `forward`.
+        updates: float32 (float64 for a float64 layer).
         branch_updates: for each branch of the stacked batch, the indices of its updates.
-        missing_ranks: for each branch, R minus its total rank.
-        scale: alpha / rank · strength of each rank, `[num_branches, R, 1]`.
+        layout: of the packed factors.
+        packed: the factors of all forward passes within `AdapterStack.packed`; None outside.
+        merged: the merged weights of all forward passes within `AdapterStack.merged`; None outside.
         keep: 1 − dropout of each rank, `[num_branches, 1, R]`.
-        bias_scale: alpha / rank · strength of each bias, 0 for a bias of another branch, `[num_branches, num_biases]`.
-        noise_level: t / (T − 1) of each row, `[num_branches·B]`; see `set_noise_levels`.
+        noise_level: t / (T − 1) of each row, `[num_branches·B]`; see `AdapterStack.set_noise_levels`.
         rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
         positions: shape of the rank activations of a row, `(N / B,)` or `(h, w)`; see `AdapterStack.measuring`.
         mask: dropout mask of the rank activations; see `draw_mask`.
@@ -309,6 +311,7 @@ class BranchLoRALayer(nn.Module):
         updates: Sequence[LowRankUpdate],
         num_branches: int,
         strengths: tuple[float, float] = (1.0, 1.0),
+        geometry: ConvGeometry | None = None,
     ) -> None:
         """Freeze `base` and move the updates to its device.
 
@@ -317,6 +320,7 @@ class BranchLoRALayer(nn.Module):
             updates: at least one.
             num_branches: of the stacked batch.
             strengths: (negative, positive), a factor on all updates of a branch.
+            geometry: of a convolution.
         """
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -327,10 +331,13 @@ class BranchLoRALayer(nn.Module):
         self.branch_updates = [[i for i, u in enumerate(updates) if u.group.branch in (name, SHARED)] for name in names]
         totals = [sum(updates[i].num_ranks for i in row) for row in self.branch_updates]
         self.missing_ranks = [max(totals) - total for total in totals]
-        self.has_bias = any(update.bias is not None for update in updates)
         self.has_timestep_rank = any(update.group.timestep_min_rank is not None for update in updates)
         self.has_dropout = any(update.group.dropout for update in updates)
-        self._register_layout([strengths[branch] for branch in branches(num_branches)])
+        self._strengths = tuple(strengths[branch] for branch in branches(num_branches))
+        self.layout = self._make_layout(geometry)
+        self._register_ranks()
+        self.packed: PackedFactors | None = None
+        self.merged: MergedLayer | None = None
         self.noise_level: torch.Tensor | None = None
         self.positions: tuple[int, ...] | None = None
         self.mask: torch.Tensor | None = None
@@ -346,22 +353,41 @@ class BranchLoRALayer(nn.Module):
         """The frozen bias."""
         return self.base.bias
 
-    def _register_layout(self, strengths: Sequence[float]) -> None:
-        """Register the buffers with one value per rank or bias; `strengths` has one value per branch."""
-        out_features = self.weight.shape[0]
+    def _make_layout(self, geometry: ConvGeometry | None) -> FactorLayout:
+        """Return the layout of the packed factors."""
+        strengths = self._strengths
+        biased = tuple(i for i, u in enumerate(self.updates) if u.bias is not None)
+        bias_scale = [
+            [self.updates[i].scale * strength if i in row else 0.0 for i in biased]
+            for row, strength in zip(self.branch_updates, strengths, strict=True)
+        ]
         scale = self._per_rank(lambda branch, u: [u.scale * strengths[branch]] * u.num_ranks)
+        scales = [
+            self.updates[i].scale * strength
+            for row, strength in zip(self.branch_updates, strengths, strict=True)
+            for i in row
+        ]
+        return FactorLayout(
+            branches=tuple(map(tuple, self.branch_updates)),
+            ranks=tuple(u.num_ranks for u in self.updates),
+            num_ranks=scale.shape[1],
+            width=self.base.weight[0].numel(),
+            out=self.base.weight.shape[0],
+            geometry=geometry,
+            biases=biased,
+            scale=None if set(scales) == {1.0} else scale[:, None],
+            bias_scale=scale.new_tensor(bias_scale),
+        )
+
+    def _register_ranks(self) -> None:
+        """Register the buffers with one value per rank."""
+        out_features = self.weight.shape[0]
         keep = self._per_rank(lambda branch, u: [1 - u.group.dropout] * u.num_ranks)
         index = self._per_rank(lambda branch, u: range(u.num_ranks))
         lowest = self._per_rank(lambda branch, u: [min_rank(u.group, out_features, u.num_ranks)] * u.num_ranks)
         full = self._per_rank(lambda branch, u: [u.num_ranks] * u.num_ranks)
-        bias_scale = [
-            [u.scale * strength if i in row else 0.0 for i, u in enumerate(self.updates) if u.bias is not None]
-            for row, strength in zip(self.branch_updates, strengths, strict=True)
-        ]
-        self.scale = nn.Buffer(scale[:, :, None], persistent=False)
         self.keep = nn.Buffer(keep[:, None, :], persistent=False)
         self.rank_ranges = nn.Buffer(torch.stack([index, lowest, full])[:, :, None], persistent=False)
-        self.bias_scale = nn.Buffer(self.updates[0].up.new_tensor(bias_scale), persistent=False)
 
     def _per_rank(self, values_of: Callable[[int, LowRankUpdate], Sequence[float]]) -> torch.Tensor:
         """Lay out the values that `values_of(branch, update)` returns per rank: `[num_branches, R]`, padded with 1."""
@@ -371,9 +397,53 @@ class BranchLoRALayer(nn.Module):
         ]
         return self.updates[0].up.new_tensor(values)
 
-    def _learned_bias(self) -> torch.Tensor:
-        """Return Σ scale · bias over the updates of each branch, `[num_branches, out]`."""
-        return self.bias_scale @ torch.stack([update.bias for update in self.updates if update.bias is not None])
+    def factors(self) -> list[torch.Tensor]:
+        """Return the tensors that `pack_factors` takes: (down, up) of each update, and then the biases."""
+        pairs = [tensor for update in self.updates for tensor in (update.effective_down(), update.effective_up())]
+        return pairs + [update.bias for update in self.updates if update.bias is not None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map the rows of a stacked batch, as the frozen layer does, each with the updates of its branch.
+
+        Raises:
+            ValueError: the number of rows is not a multiple of num_branches.
+            RuntimeError: there are no noise levels or no dropout mask for this batch.
+        """
+        if x.shape[0] % self.num_branches:
+            raise ValueError(f"expected a multiple of {self.num_branches} rows, got {x.shape[0]}")
+        if self.merged is not None:
+            return self.merged(x.to(self.weight.dtype))
+        packed = self.packed or pack_factors([self.layout], self.factors(), self.weight.dtype)[0]
+        return self._product(x.to(self.weight.dtype), packed)
+
+    def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
+        """Return the outputs for rows whose number is a multiple of num_branches."""
+        raise NotImplementedError
+
+    @property
+    def num_merged(self) -> int:
+        """The number of weights with merged updates: 1 where they are the same for all branches."""
+        of_shared = self.branch_updates[0] == self.branch_updates[-1] and self._strengths[0] == self._strengths[-1]
+        return 1 if of_shared else self.num_branches
+
+    @torch.no_grad()
+    def merge(self) -> MergedLayer:
+        """Return W + Σ scale · up · down and bias + Σ scale · bias of each branch, computed in float32."""
+        weight, bias = self.weight, self.bias
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        weights = weight.to(exact).expand(self.num_merged, *weight.shape).clone()
+        biases = None if bias is None else bias.to(exact).expand(self.num_merged, -1).clone()
+        for branch, strength in enumerate(self._strengths[: self.num_merged]):
+            for update in (self.updates[index] for index in self.branch_updates[branch]):
+                scale = update.scale * strength
+                up, down = update.effective_up().flatten(1), update.effective_down().flatten(1)
+                weights[branch].flatten(1).addmm_(up, down, alpha=scale)
+                if update.bias is not None:
+                    biases = weights.new_zeros(self.num_merged, len(weight)) if biases is None else biases
+                    biases[branch].add_(update.bias, alpha=scale)
+        return MergedLayer(
+            weights.to(weight.dtype), None if biases is None else biases.to(weight.dtype), self.layout.geometry
+        )
 
     def _active(self, num_rows: int) -> torch.Tensor:
         """Return which ranks are active in each row, 1 or 0: `[num_branches, B, R]`.
@@ -411,113 +481,84 @@ class BranchLoRALayer(nn.Module):
         """Return the shape of the mask, and the keep probabilities, which broadcast to it."""
         raise NotImplementedError
 
-    def _drop(self, hidden: torch.Tensor, keep: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Apply dropout between down and up, as kohya's `network_dropout`; no-op outside training.
+    def _dropout(self, shape: tuple[int, ...], keep: torch.Tensor) -> torch.Tensor | None:
+        """Return the factors of dropout between down and up, as kohya's `network_dropout`; None outside training.
 
         Raises:
-            RuntimeError: there is no mask, or it has the shape of another batch.
+            RuntimeError: there is no mask of this shape.
         """
         if not (self.training and self.has_dropout):
-            return hidden
-        if mask is None or mask.shape != hidden.shape:
-            got = "none" if mask is None else tuple(mask.shape)
-            raise RuntimeError(f"expected a dropout mask of {tuple(hidden.shape)}, got {got}; call draw_masks first")
-        return hidden * (mask / keep).to(hidden.dtype)
+            return None
+        if self.mask is None or self.mask.shape != shape:
+            got = "none" if self.mask is None else tuple(self.mask.shape)
+            raise RuntimeError(f"expected a dropout mask of {shape}, got {got}; call draw_masks first")
+        return self.mask / keep
 
 
 class BranchLoRALinear(BranchLoRALayer):
     """y_b = W x_b + bias + up_b (down_b x_b) + bias_b for every branch b, in one batched product.
 
-    Concatenating the factors of a branch along the rank sums its updates. Branches with fewer ranks are padded with
-    zeros, which are not parameters.
+    `[num_branches·B, ..., in]` becomes `[num_branches·B, ..., out]`. Concatenating the factors of a branch along the
+    rank sums its updates. Branches with fewer ranks are padded with zeros, which are not parameters.
     """
 
     base: nn.Linear
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `[num_branches·B, ..., in]` to `[num_branches·B, ..., out]`.
+    def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
+        num_positions = x[0].numel() // x.shape[-1]
+        gate = self._gate(x.shape[0], num_positions)
+        y: torch.Tensor = LinearProduct.apply(x, self.weight, self.bias, packed.down, packed.up, gate)  # type: ignore[no-untyped-call]
+        if packed.bias is not None:
+            y = (y.view(self.num_branches, -1, y.shape[-1]) + packed.bias[:, None]).view(y.shape)
+        return y
 
-        Raises:
-            ValueError: the number of rows is not a multiple of num_branches.
-        """
-        if x.shape[0] % self.num_branches:
-            raise ValueError(f"expected a multiple of {self.num_branches} rows, got {x.shape[0]}")
-        y = self.base(x)
-        rows = x.reshape(self.num_branches, -1, x.shape[-1])  # [nb, N, in]
-        down = self._stacked([update.effective_down() for update in self.updates])  # [nb, R, in]
-        up = self._stacked([update.effective_up().mT for update in self.updates]) * self.scale  # [nb, R, out]
-        hidden = self._drop(torch.bmm(rows, down.mT.to(x.dtype)), self.keep, self.mask)  # [nb, N, R]
+    def _gate(self, num_rows: int, num_positions: int) -> torch.Tensor | None:
+        """Return the factor of every rank activation, `[nb, R, N]`, or None for 1."""
+        if not ((self.training and self.has_dropout) or self.has_timestep_rank):
+            return None
+        shape = (self.num_branches, num_rows // self.num_branches * num_positions, self.layout.num_ranks)
+        gate = self._dropout(shape, self.keep)
         if self.has_timestep_rank:
-            active = self._active(x.shape[0])
-            hidden = hidden * active.repeat_interleave(hidden.shape[1] // active.shape[1], dim=1).to(x.dtype)
-        updated = torch.baddbmm(y.reshape(self.num_branches, -1, y.shape[-1]), hidden, up.to(x.dtype))
-        if self.has_bias:
-            updated = updated + self._learned_bias()[:, None].to(updated.dtype)  # [nb, 1, out]
-        return updated.reshape(y.shape)
+            active = self._active(num_rows).repeat_interleave(num_positions, dim=1)
+            gate = active if gate is None else gate * active
+        return None if gate is None else gate.mT.to(self.weight.dtype)
 
     def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
         return (self.num_branches, num_rows * math.prod(positions), self.keep.shape[-1]), self.keep  # [nb, N, R]
 
-    def _stacked(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Stack factors `[rank, width]` by branch, zero-padded: `[num_branches, R, width]`."""
-        parts: list[torch.Tensor] = []
-        for row, missing in zip(self.branch_updates, self.missing_ranks, strict=True):
-            parts += [factors[i] for i in row]
-            if missing:
-                parts.append(factors[0].new_zeros(missing, factors[0].shape[-1]))
-        return torch.cat(parts).view(self.num_branches, -1, factors[0].shape[-1])
-
 
 class BranchLoRAConv2d(BranchLoRALayer):
-    """The same for a convolution, one branch at a time: down has its kernel, stride and padding, up is 1 × 1."""
+    """The same for a convolution: down has its kernel, stride and padding, up is 1 × 1.
+
+    `[num_branches·B, in, H, W]` becomes `[num_branches·B, out, h, w]`.
+    """
 
     base: nn.Conv2d
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `[num_branches·B, in, H, W]` to `[num_branches·B, out, h, w]`.
+    def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
+        geometry = self.layout.geometry
+        assert geometry is not None
+        gate = self._gate(x, geometry)
+        y: torch.Tensor = ConvProduct.apply(x, self.weight, self.bias, packed.down, packed.up, gate, geometry)  # type: ignore[no-untyped-call]
+        if packed.bias is not None:
+            y = (y.view(self.num_branches, -1, *y.shape[1:]) + packed.bias[:, None, :, None, None]).view(y.shape)
+        return y
 
-        Raises:
-            ValueError: the number of rows is not a multiple of num_branches.
-        """
-        branch_rows = zip(split(x, self.num_branches), split(self.base(x), self.num_branches), strict=True)
-        biases = self._learned_bias().to(x.dtype) if self.has_bias else [None] * self.num_branches
-        outputs = [
-            y + self._update(branch, rows, biases[branch]) if self.branch_updates[branch] else y
-            for branch, (rows, y) in enumerate(branch_rows)
-        ]
-        return torch.cat(outputs)
+    def _gate(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor | None:
+        """Return the factor of every rank activation, which broadcasts to `[nb·B, R, h · w]`, or None for 1."""
+        if not ((self.training and self.has_dropout) or self.has_timestep_rank):
+            return None
+        shape = (self.num_branches, len(x) // self.num_branches, self.layout.num_ranks, *geometry.output_size(x))
+        gate = self._dropout(shape, self.keep[..., None, None])
+        gate = None if gate is None else gate.flatten(3)
+        if self.has_timestep_rank:
+            active = self._active(len(x))[..., None]  # [nb, B, R, 1]
+            gate = active if gate is None else gate * active
+        return None if gate is None else gate.flatten(0, 1).to(self.weight.dtype)
 
     def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
         keep = self.keep[..., None, None]  # [nb, 1, R, 1, 1]
         return (self.num_branches, num_rows, keep.shape[2], *positions), keep
-
-    def _update(self, branch: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the sum of the updates of one branch, `[B, in, H, W]` to `[B, out, h, w]`."""
-        updates = [self.updates[i] for i in self.branch_updates[branch]]
-        down = torch.cat([update.effective_down() for update in updates])  # [R, in, kh, kw]
-        scale, keep = (
-            self.scale[branch, : len(down), :, None],
-            self.keep[branch, 0, : len(down), None, None],
-        )  # [R, 1, 1]
-        up = torch.cat([update.effective_up() for update in updates], dim=1) * scale  # [out, R, 1, 1]
-        base = self.base
-        hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation)  # [B, R, h, w]
-        hidden = self._drop(hidden, keep, None if self.mask is None else self.mask[branch, :, : len(down)])
-        if self.has_timestep_rank:
-            active = self._active(len(x) * self.num_branches)[branch, :, : len(down)]
-            hidden = hidden * active[..., None, None].to(x.dtype)
-        return F.conv2d(hidden, up.to(x.dtype), bias)
-
-
-def set_noise_levels(model: nn.Module, levels: torch.Tensor) -> None:
-    """Set t / (T − 1) of each row, `[num_branches·B]`, in all layers with a timestep-dependent rank.
-
-    The levels are kept until the next call, because gradient checkpointing repeats the forward pass during the backward
-    pass.
-    """
-    for module in model.modules():
-        if isinstance(module, BranchLoRALayer) and module.has_timestep_rank:
-            module.noise_level = levels
 
 
 # ------------------------------------------------------------------------------------------------- the stack
@@ -534,6 +575,70 @@ class AdapterStack:
 
     layers: dict[str, BranchLoRALayer]
     groups: tuple[ResolvedGroup, ...]
+
+    @contextmanager
+    def packed(self, layers: Sequence[BranchLoRALayer] | None = None) -> Iterator[None]:
+        """Pack the factors of layers, by default all, once for all forward passes within this context.
+
+        The parameters must not change within. The context may include backward passes: with gradient checkpointing,
+        these repeat forward passes. Outside, every forward pass of a layer packs its own factors.
+        """
+        layers = list(self.layers.values()) if layers is None else layers
+        if layers:
+            tensors = [tensor for layer in layers for tensor in layer.factors()]
+            packed = pack_factors([layer.layout for layer in layers], tensors, layers[0].weight.dtype)
+            for layer, factors in zip(layers, packed, strict=True):
+                layer.packed = factors
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.packed = None
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Merge the updates into copies of the weights for all forward passes within this context, without gradients.
+
+        In layers with a timestep-dependent rank, which cannot be merged, the factors are packed. The parameters must
+        not change within.
+
+        Raises:
+            RuntimeError: a layer is training with dropout.
+        """
+        if any(layer.training and layer.has_dropout for layer in self.layers.values()):
+            raise RuntimeError("expected dropout to be off in merged layers; call AdapterStack.train(False) first")
+        with torch.no_grad(), self.packed(self.timestep_layers):
+            plain = [layer for layer in self.layers.values() if not layer.has_timestep_rank]
+            try:
+                for layer in plain:
+                    layer.merged = layer.merge()
+                yield
+            finally:
+                for layer in plain:
+                    layer.merged = None
+
+    @property
+    def merged_bytes(self) -> int:
+        """The size of the weights that `merged` makes."""
+        return sum(
+            layer.num_merged * layer.weight.numel() * layer.weight.element_size()
+            for layer in self.layers.values()
+            if not layer.has_timestep_rank
+        )
+
+    def set_noise_levels(self, levels: torch.Tensor) -> None:
+        """Set t / (T − 1) of each row, `[num_branches·B]`, in the layers with a timestep-dependent rank.
+
+        The levels are kept until the next call, because gradient checkpointing repeats the forward pass during the
+        backward pass.
+        """
+        for layer in self.timestep_layers:
+            layer.noise_level = levels
+
+    @cached_property
+    def timestep_layers(self) -> tuple[BranchLoRALayer, ...]:
+        """The layers with a timestep-dependent rank."""
+        return tuple(layer for layer in self.layers.values() if layer.has_timestep_rank)
 
     def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
         """Return group name -> its parameters, in the order of layers."""
@@ -688,8 +793,11 @@ def _install(
     layers: dict[str, BranchLoRALayer] = {}
     for name in sorted(planned):
         base = _plain_layer(model, name)
-        kind = BranchLoRALinear if isinstance(base, nn.Linear) else BranchLoRAConv2d
-        layers[name] = kind(base, planned[name], num_branches, strengths)
+        if isinstance(base, nn.Linear):
+            layers[name] = BranchLoRALinear(base, planned[name], num_branches, strengths)
+        else:
+            geometry = ConvGeometry.of(base, name)
+            layers[name] = BranchLoRAConv2d(base, planned[name], num_branches, strengths, geometry)
         model.set_submodule(name, layers[name])
     return AdapterStack(layers, tuple(groups))
 

@@ -17,7 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,8 +125,6 @@ class TrainableModel:
         latent_adapters: adapters used in `denoise`; their dropout masks are drawn before every step.
         prompt_adapters: the same for `encode`.
         has_constant_prompts: whether nothing trained takes part in `encode`; all prompts are then encoded once.
-        within_step: entered before the forward pass of a step and left after its last backward pass, the place of what
-            is computed from the parameters once a step, for all passes.
     """
 
     denoise: Callable[[torch.Tensor, torch.Tensor, Conditioning, torch.Tensor | None], torch.Tensor]
@@ -139,7 +137,6 @@ class TrainableModel:
     latent_adapters: tuple[AdapterStack, ...] = ()
     prompt_adapters: tuple[AdapterStack, ...] = ()
     has_constant_prompts: bool = False
-    within_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -395,6 +392,15 @@ def combined_prediction(
     return combine(prediction.float(), guidance, branches)
 
 
+@contextmanager
+def packed_factors(model: TrainableModel) -> Iterator[None]:
+    """Pack the factors of all adapters once for the passes within this context."""
+    with ExitStack() as packed:
+        for adapters in (*model.latent_adapters, *model.prompt_adapters):
+            packed.enter_context(adapters.packed())
+        yield
+
+
 def row_losses(prediction: torch.Tensor, batch: Batch, objective: Objective, loss: LossParams) -> torch.Tensor:
     """Return mean(w(t) · mask · (ε̂ − target)²) of each row, float32 `[B]`, or the same with the Huber loss."""
     target = objective.target(batch.latents, batch.noise, batch.timesteps)
@@ -639,7 +645,7 @@ class _Steps:
         """
         rows, num_reference = rows_of_rank(len(batch)), self.params.batch_size
         size = self.execution.micro_batch or len(batch)
-        with self._model.within_step():
+        with packed_factors(self._model):
             if rows == slice(0, len(batch)) and size >= len(batch):
                 passes = [self._pass(batch, rows, self._encoded, backward)]
             else:

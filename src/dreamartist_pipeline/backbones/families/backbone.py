@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip, last_modules
 from dreamartist_pipeline.backbones.holding.parts import ModelParts
-from dreamartist_pipeline.core.adapters import set_noise_levels
+from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import BaseModelIdentity, FileNames
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
@@ -57,6 +57,7 @@ class Backbone(ABC):
         objective: the noising and the training target.
         scheduler_config: of the model's own scheduler.
         zeros_for_empty_prompt: whether the conditioning of a prompt without tokens is zeros.
+        adapters: network -> the adapters in it; networks without adapters are omitted.
     """
 
     family: ClassVar[str]
@@ -75,6 +76,7 @@ class Backbone(ABC):
     device: torch.device
     dtype: torch.dtype
     zeros_for_empty_prompt: bool = False
+    adapters: dict[str, AdapterStack] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------- of every family
 
@@ -238,8 +240,8 @@ class Backbone(ABC):
             conditioning: of N prompts.
             framing: `images.Framing.numbers` of the images, `[N, 6]`; None: whole images of the latents' size.
         """
-        for network in self.networks.values():
-            set_noise_levels(network, self.objective.noise_level(timesteps))
+        for adapters in self.adapters.values():
+            adapters.set_noise_levels(self.objective.noise_level(timesteps))
         return self.predict(latents.to(self.dtype), timesteps, conditioning, framing)
 
     def checkpoint_gradients(self) -> None:
@@ -255,7 +257,8 @@ class Backbone(ABC):
 
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""
-        return dataclasses.replace(self, networks={name: _copy(module) for name, module in self.networks.items()})
+        networks = {name: _copy(module) for name, module in self.networks.items()}
+        return dataclasses.replace(self, networks=networks, adapters={})
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
