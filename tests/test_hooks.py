@@ -174,9 +174,9 @@ def test_a_missing_input_is_found_before_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "missing", "remedy"),
     [
-        ("evaluate", "prepared_image", "--pipeline ingestion --params subject=NAME,image=PICTURE"),
-        ("training", "regularization_set", "--pipeline regularization --params subject=NAME"),
-        ("regularization", "regularization_prompts", "--pipeline prompts --params subject=NAME"),
+        ("evaluate", "prepared_image", "--pipeline ingestion --env sd15 --params subject=NAME,image=PICTURE"),
+        ("training", "regularization_set", "--pipeline regularization --env sd15 --params subject=NAME"),
+        ("regularization", "regularization_prompts", "--pipeline prompts --env sd15 --params subject=NAME"),
     ],
 )
 def test_a_missing_file_of_another_pipeline_is_answered_with_that_pipeline(
@@ -186,8 +186,10 @@ def test_a_missing_file_of_another_pipeline_is_answered_with_that_pipeline(
     monkeypatch.setattr(DataCatalog, "exists", lambda _, name: name not in (missing, "reference_image"))
     catalog = DataCatalog({missing: ReferenceImageDataset(filepath=str(tmp_path / "missing.png"))})
     catalog["params:device"] = DeviceParams(device="cpu")
+    hooks = ConfigurationHooks()
+    hooks._env = "sd15"
     with pytest.raises(InputError, check=says(expected="missing.png", got="no such file", remedy=remedy)):
-        ConfigurationHooks().before_pipeline_run(register_pipelines()[names], catalog)
+        hooks.before_pipeline_run(register_pipelines()[names], catalog)
 
 
 def test_a_missing_gpu_is_said_before_missing_files(monkeypatch: pytest.MonkeyPatch) -> None:

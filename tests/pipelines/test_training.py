@@ -199,6 +199,18 @@ def test_what_the_text_encoder_does_not_read_of_a_caption_is_quoted_for_each_bra
     assert [("negative" in text, "'cat blue dog'" in text) for text in warnings] == [(True, True), (False, False)]
 
 
+def test_a_long_caption_is_shortened_in_the_log_and_whole_in_the_plan(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    caption = "cat " * 120 + "dog"
+    params = make_training_params(templates=("a {pt1}, {caption}",))
+    with caplog.at_level(logging.INFO):
+        plan = check_training(str(tiny_base_model), params, caption)
+    assert plan["caption"] == caption and plan["cut_off"]["positive"].endswith("dog")
+    quoting = [message for message in caplog.messages if "cat cat" in message]
+    assert len(quoting) == 3 and max(map(len, quoting)) < 200
+
+
 def test_a_caption_is_cut_off_without_trigger_words_too(
     tiny_base_model: Path, make_training_params: MakeParams
 ) -> None:
@@ -702,8 +714,15 @@ def test_what_to_expect_of_a_picture_is_said_in_one_line_before_the_training(
     assert said.levelname == level
     assert (measured < reconstruction.LEAST_SIMILARITY) == (level == "WARNING")
     assert f"{measured:.2f}" in said.message
-    assert ("--env sd15" in said.message) == (level == "WARNING")
+    assert ("--env sd15" in said.message) == ("prompt_database=FILE" in said.message) == (level == "WARNING")
     assert beside.width > 2 * 64
+
+
+def test_a_similarity_is_not_called_fine_for_a_picture_of_one_colour(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=reconstruction.__name__):
+        compare_reconstruction(str(EMBEDDED), Image.new("RGB", (64, 64), "white"), CPU, RecordingTracker())
+    (said,) = [record for record in caplog.records if record.name == reconstruction.__name__]
+    assert f"{reconstruction.LEAST_SIMILARITY}" not in said.message
 
 
 def test_the_bundled_pictures_are_all_above_the_threshold() -> None:

@@ -40,7 +40,7 @@ class ConfigurationHooks:
     """Refuse invalid configuration before anything is loaded or written."""
 
     def __init__(self) -> None:
-        self._subject = "NAME"
+        self._subject, self._env = "NAME", ""
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
@@ -59,7 +59,7 @@ class ConfigurationHooks:
         check_image_has_subject(given)
         settings = settings_of(context)
         check_subject(settings["subject"], settings["image"])
-        self._subject = str(settings["subject"])
+        self._subject, self._env = str(settings["subject"]), context.env or ""
         parameters = load_parameters(context)
         if Path.cwd() != context.project_path:  # nodes and messages take them relative to the working directory
             parameters = with_paths_in(parameters, context.project_path, None)
@@ -81,14 +81,14 @@ class ConfigurationHooks:
                 run_early_check(check, catalog, None)
         for name in sorted(pipeline.inputs()):
             if name != "parameters" and not name.startswith("params:") and not catalog.exists(name):
-                refuse_missing(name, catalog, self._subject)
+                refuse_missing(name, catalog, self._subject, self._env)
         planned = planned_concept(pipeline, catalog)
         for check in checks:
             if check.section != "device":
                 run_early_check(check, catalog, planned)
 
 
-def refuse_missing(name: str, catalog: DataCatalog, subject: str) -> None:
+def refuse_missing(name: str, catalog: DataCatalog, subject: str, env: str) -> None:
     """Load a missing input, which raises the error of its dataset, or name the pipeline that makes it.
 
     Raises:
@@ -100,11 +100,12 @@ def refuse_missing(name: str, catalog: DataCatalog, subject: str) -> None:
         catalog.load(name)
     stage = min((stage for stage in pipelines if name in pipelines[stage].all_outputs()), key=_num_nodes)
     needs_picture = "reference_image" in pipelines[stage].inputs() and not catalog.exists("reference_image")
+    options = f"--env {env} " if env not in ("", "local") else ""
     params = f"subject={subject}" + (",image=PICTURE" if needs_picture else "")
     raise InputError(
         expected=f"{name}" if (path := path_of(catalog, name)) is None else f"{name} at {path}",
         got="no such file",
-        remedy=f"make it first: kedro run --pipeline {stage} --params {params}",
+        remedy=f"make it first: kedro run --pipeline {stage} {options}--params {params}",
     )
 
 
