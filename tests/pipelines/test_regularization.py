@@ -232,7 +232,7 @@ def test_only_images_of_another_size_than_the_base_models_get_another_name(
 def test_the_cost_of_the_set_is_logged_after_the_first_batch(
     tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = iter((0.0, 60.0, 60.0))  # 2 images of the first batch take 60 s
+    clock = iter((0.0, 60.0, 60.0, 90.0))  # 2 images of the first batch take 60 s
     monkeypatch.setattr(nodes, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level(logging.INFO):
         make(tiny_base_model, tmp_path)
