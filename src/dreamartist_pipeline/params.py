@@ -786,7 +786,7 @@ class PretrainParams(Params):
     """Pretraining of the embedded base model."""
 
     seed: Seed = 0
-    num_processes: PositiveInt = 2  # on a CPU, with one thread each; ignored on a GPU
+    num_processes: PositiveInt = 2  # on a CPU, whose threads they share; ignored on a GPU
     sprite_px: PositiveInt = 96
     size: EmbeddedModelSize = EmbeddedModelSize()
     styles: dict[str, str]  # sprite package -> its word in captions

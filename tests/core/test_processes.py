@@ -56,14 +56,16 @@ def test_an_error_on_the_processes_is_raised_and_leaves_no_group():
     assert not dist.is_initialized()
 
 
-def _fail_on_one_rank(failing: int, how: str) -> None:
+def fail_on_one_rank(failing: int, how: str, device: str = "cpu") -> None:
     """Fail on one rank while the others are in a collective call."""
-    sum_over_ranks([torch.zeros(1)])
+    sum_over_ranks([torch.zeros(1, device=device)])
     if dist.get_rank() == failing:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise InputError(expected="enough memory", got="too little", remedy="lower the batch size")
-    sum_over_ranks([torch.zeros(1)])
+    values = torch.zeros(1, device=device)
+    sum_over_ranks([values])
+    values.tolist()  # waits for the sum
 
 
 @pytest.mark.parametrize(("how", "expected", "got"), [("error", "memory", "too little"), ("killed", "rank 1", "-9")])
@@ -71,7 +73,7 @@ def test_an_error_of_another_rank_ends_all_and_is_the_only_one(
     how: str, expected: str, got: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError, check=says(expected=expected, got=got)):
-        run_on_processes(_fail_on_one_rank, 2, 1, how)
+        run_on_processes(fail_on_one_rank, 2, 1, how)
     assert not dist.is_initialized()
     assert not multiprocessing.active_children()
     assert "Traceback" not in capfd.readouterr().err

@@ -29,6 +29,7 @@ from refusals import says
 
 PROMPTS = ["a red cat", "a blue dog", "a green bird"]
 PARAMS = RegularizationParams(sampler=SamplerParams(num_inference_steps=2, batch_size=2), seed=5)
+IN_SINGLE_BATCHES = PARAMS.model_copy(update={"sampler": SamplerParams(num_inference_steps=2, batch_size=1)})
 CPU = DeviceParams(device="cpu")
 INGESTION = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))  # the size of the tiny base model
 
@@ -77,9 +78,8 @@ def test_two_processes_draw_the_set_of_one(
     tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "_WORTH_STARTING_S", 0)
-    params = PARAMS.model_copy(update={"sampler": SamplerParams(num_inference_steps=2, batch_size=1)})
     for name, device in (("one", CPU), ("two", CPU.model_copy(update={"processes": 2}))):
-        make(tiny_base_model, tmp_path / name, params, device=device)
+        make(tiny_base_model, tmp_path / name, IN_SINGLE_BATCHES, device=device)
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
 
 
@@ -232,7 +232,7 @@ def test_only_images_of_another_size_than_the_base_models_get_another_name(
 def test_the_cost_of_the_set_is_logged_after_the_first_batch(
     tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = iter((0.0, 60.0, 60.0))  # 2 images of the first batch take 60 s
+    clock = iter((0.0, 60.0, 60.0, 90.0))  # 2 images of the first batch take 60 s
     monkeypatch.setattr(nodes, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level(logging.INFO):
         make(tiny_base_model, tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -34,6 +35,7 @@ _Tasks = Callable[[int], Iterator[Any]]  # rank -> results of its part of the wo
 
 _HOST = "127.0.0.1"
 _TIMEOUT = timedelta(days=7)  # of a collective call, so that a training can be suspended
+_POLL_S = 0.2
 _REPORT_S = 5.0  # until a rank that ended has reported its error
 _WORTH_STARTING_S = 20.0  # about what a process needs to start and to load a model
 _END_S = 30.0  # until a rank that has finished has ended
@@ -111,9 +113,12 @@ def run_on_processes(work: Callable[..., _Result], num_processes: int, *args: An
     with _shared_threads(num_processes), _started(num_processes, tasks) as workers:
         watch = _Watch(workers, group)
         watch.start()
-        with group.joined(0, store), watch.first_error():
-            result = work(*args)
-        watch.join(_END_S)
+        try:
+            with group.joined(0, store), watch.first_error():
+                result = work(*args)
+            watch.join(_END_S)
+        finally:
+            watch.stop()
         if watch.error:
             raise watch.error
         return result
@@ -358,11 +363,17 @@ class _Watch(threading.Thread):
         self._workers, self._group = {worker.connection: worker for worker in workers}, group
         self.has_failed = threading.Event()
         self.error: BaseException | None = None
+        self._is_over = threading.Event()
+
+    def stop(self) -> None:
+        """End the thread, so that the workers can be ended."""
+        self._is_over.set()
+        self.join()
 
     def run(self) -> None:
         """Wait until all have finished, or one has failed."""
-        while self._workers:
-            for connection in wait(list(self._workers)):
+        while self._workers and not self._is_over.is_set():
+            for connection in wait(list(self._workers), _POLL_S):
                 try:
                     self._workers.pop(connection).receive()  # type: ignore[call-overload]
                 except (InputError, RuntimeError) as error:
@@ -387,6 +398,8 @@ def _serve(sender: Connection, rank: int, tasks: _Tasks, num_threads: int) -> No
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # removes semaphores, unlike the default
+    logging.disable()
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 # until the process ends
     torch.set_num_threads(num_threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
