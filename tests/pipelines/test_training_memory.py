@@ -287,7 +287,7 @@ def test_a_backend_reaches_the_loop_and_the_denoiser(
     tiny_base_model: Path, make_training_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, backend: compiled.append(type(module).__name__))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
     monkeypatch.setattr("dreamartist_pipeline.pipelines.training.plan.check_backend", lambda backend, device: None)
     monkeypatch.setattr(step_graph, "record", recorded_on_the_cpu)
     graphs: list[str] = []

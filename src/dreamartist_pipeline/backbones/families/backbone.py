@@ -207,10 +207,10 @@ class Backbone(ABC):
             checkpoint_gradients(network)
 
     def compile_denoiser(self, backend: str = "inductor") -> None:
-        """Compile the networks other than text encoders; it happens in their first call."""
+        """Compile the networks other than text encoders, at the first call with each shape of inputs."""
         for name, network in self.networks.items():
             if name not in self.tokenizers:
-                network.compile(backend=backend)
+                network.compile(backend=backend, dynamic=False)
 
     def share_weights(self) -> Self:
         """Return a base model with other modules for its networks over the same tensors."""
