@@ -411,10 +411,12 @@ class BranchLoRALayer(nn.Module):
         """
         if x.shape[0] % self.num_branches:
             raise ValueError(f"expected a multiple of {self.num_branches} rows, got {x.shape[0]}")
+        dtype = self.weight.dtype
+        if x.dtype != dtype:  # float32 out of a normalization under autocast
+            x = x.to(dtype)
         if self.merged is not None:
-            return self.merged(x.to(self.weight.dtype))
-        packed = self.packed or pack_factors([self.layout], self.factors(), self.weight.dtype)[0]
-        return self._product(x.to(self.weight.dtype), packed)
+            return self.merged(x)
+        return self._product(x, self.packed or pack_factors([self.layout], self.factors(), dtype)[0])
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
         """Return the outputs for rows whose number is a multiple of num_branches."""
@@ -477,6 +479,11 @@ class BranchLoRALayer(nn.Module):
         """Return the shape of the mask, and the keep probabilities, which broadcast to it."""
         raise NotImplementedError
 
+    @property
+    def _is_gated(self) -> bool:
+        """Whether there are factors between down and up."""
+        return self.has_timestep_rank or (self.training and self.has_dropout)
+
     def _dropout(self, shape: tuple[int, ...], keep: torch.Tensor) -> torch.Tensor | None:
         """Return the factors of dropout between down and up, as kohya's `network_dropout`; None outside training.
 
@@ -501,21 +508,19 @@ class BranchLoRALinear(BranchLoRALayer):
     base: nn.Linear
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
-        num_positions = x[0].numel() // x.shape[-1]
-        gate = self._gate(x.shape[0], num_positions)
-        y: torch.Tensor = LinearProduct.apply(x, self.weight, self.bias, packed.down, packed.up, gate)  # type: ignore[no-untyped-call]
+        base, gate = self.base, self._gate(x) if self._is_gated else None
+        y: torch.Tensor = LinearProduct.apply(x, base.weight, base.bias, packed.down, packed.up, gate)  # type: ignore[no-untyped-call]
         if packed.bias is not None:
             y = (y.view(self.num_branches, -1, y.shape[-1]) + packed.bias[:, None]).view(y.shape)
         return y
 
-    def _gate(self, num_rows: int, num_positions: int) -> torch.Tensor | None:
-        """Return the factor of every rank activation, `[nb, R, N]`, or None for 1."""
-        if not ((self.training and self.has_dropout) or self.has_timestep_rank):
-            return None
-        shape = (self.num_branches, num_rows // self.num_branches * num_positions, self.layout.num_ranks)
+    def _gate(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the factor of every rank activation, `[nb, R, N]`."""
+        num_positions = math.prod(x.shape[1:-1])
+        shape = (self.num_branches, x.shape[0] // self.num_branches * num_positions, self.layout.num_ranks)
         gate = self._dropout(shape, self.keep)
         if self.has_timestep_rank:
-            active = self._active(num_rows).repeat_interleave(num_positions, dim=1)
+            active = self._active(x.shape[0]).repeat_interleave(num_positions, dim=1)
             gate = active if gate is None else gate * active
         return None if gate is None else gate.mT.to(self.weight.dtype)
 
@@ -532,18 +537,16 @@ class BranchLoRAConv2d(BranchLoRALayer):
     base: nn.Conv2d
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
-        geometry = self.layout.geometry
+        base, geometry = self.base, self.layout.geometry
         assert geometry is not None
-        gate = self._gate(x, geometry)
-        y: torch.Tensor = ConvProduct.apply(x, self.weight, self.bias, packed.down, packed.up, gate, geometry)  # type: ignore[no-untyped-call]
+        gate = self._gate(x, geometry) if self._is_gated else None
+        y: torch.Tensor = ConvProduct.apply(x, base.weight, base.bias, packed.down, packed.up, gate, geometry)  # type: ignore[no-untyped-call]
         if packed.bias is not None:
             y = (y.view(self.num_branches, -1, *y.shape[1:]) + packed.bias[:, None, :, None, None]).view(y.shape)
         return y
 
     def _gate(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor | None:
-        """Return the factor of every rank activation, which broadcasts to `[nb·B, R, h · w]`, or None for 1."""
-        if not ((self.training and self.has_dropout) or self.has_timestep_rank):
-            return None
+        """Return the factor of every rank activation, which broadcasts to `[nb·B, R, h · w]`."""
         shape = (self.num_branches, len(x) // self.num_branches, self.layout.num_ranks, *geometry.output_size(x))
         gate = self._dropout(shape, self.keep[..., None, None])
         gate = None if gate is None else gate.flatten(3)
