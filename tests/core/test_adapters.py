@@ -434,6 +434,17 @@ def _plain(layer: BranchLoRALayer, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(outputs)
 
 
+def test_adapted_layers_compile_as_one_graph(model: Model, x: torch.Tensor) -> None:
+    stack = _randomize(inject(model, [_group(POSITIVE, layers=("re:.*",)), _group(NEGATIVE, rank=1)], 2, _generator()))
+    with stack.packed():
+        model(x).square().sum().backward()
+        expected = _gradients(stack)
+        model.zero_grad()
+        torch.compile(model, backend="eager", fullgraph=True)(x).square().sum().backward()
+    for branch, gradients in _gradients(stack).items():
+        assert all(map(torch.equal, gradients, expected[branch]))
+
+
 def test_an_input_without_gradient_gets_none(model: Model, x: torch.Tensor) -> None:
     stack = _randomize(inject(model, [_group(POSITIVE, layers=("re:.*",))], 2, _generator()))
     for layer, rows in ((stack.layers["blocks.0.ff"], x), (stack.layers["blocks.0.conv"], torch.randn(4, 2, 6, 6))):
@@ -460,9 +471,10 @@ def test_merged_weights_give_the_outputs_of_adapters_apart(
 ) -> None:
     branch = {"branch": "shared"} if num_branches == 1 else {}  # as in a training without a negative branch
     groups = [g.model_copy(update={"layers": (f"blocks.0.{layer}",), "bias": True, **branch}) for g in groups]
-    model, x = Model().to(dtype), torch.randn(4, 2, 8, 8, dtype=dtype, generator=_generator(2))
-    saved = _randomize(inject(model, groups, num_branches, _generator())).state_dict()
+    x = torch.randn(4, 2, 8, 8, dtype=dtype, generator=_generator(2))
+    saved = _randomize(inject(Model().to(dtype), groups, num_branches, _generator())).state_dict()
     model = Model().to(dtype)
+    model.to(memory_format=torch.channels_last if num_branches == 2 else torch.contiguous_format)
     adapted = load_adapters(model, saved, groups, num_branches, strengths).layers[f"blocks.0.{layer}"]
     expected = adapted(x)
     with AdapterStack({layer: adapted}, tuple(groups)).merged():

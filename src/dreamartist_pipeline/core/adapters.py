@@ -300,7 +300,7 @@ class BranchLoRALayer(nn.Module):
         noise_level: t / (T − 1) of each row, `[num_branches·B]`; see `AdapterStack.set_noise_levels`.
         rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
         positions: shape of the rank activations of a row, `(N / B,)` or `(h, w)`; see `AdapterStack.measuring`.
-        mask: dropout mask of the rank activations; see `draw_mask`.
+        mask: dropout mask of the rank activations; see `set_mask`.
     """
 
     base: nn.Linear | nn.Conv2d
@@ -411,10 +411,12 @@ class BranchLoRALayer(nn.Module):
         """
         if x.shape[0] % self.num_branches:
             raise ValueError(f"expected a multiple of {self.num_branches} rows, got {x.shape[0]}")
+        dtype = self.weight.dtype
+        if x.dtype != dtype:  # float32 out of a normalization under autocast
+            x = x.to(dtype)
         if self.merged is not None:
-            return self.merged(x.to(self.weight.dtype))
-        packed = self.packed or pack_factors([self.layout], self.factors(), self.weight.dtype)[0]
-        return self._product(x.to(self.weight.dtype), packed)
+            return self.merged(x)
+        return self._product(x, self.packed or pack_factors([self.layout], self.factors(), dtype)[0])
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
         """Return the outputs for rows whose number is a multiple of num_branches."""
@@ -429,21 +431,29 @@ class BranchLoRALayer(nn.Module):
     @torch.no_grad()
     def merge(self) -> MergedLayer:
         """Return W + Σ scale · up · down and bias + Σ scale · bias of each branch, computed in float32."""
-        weight, bias = self.weight, self.bias
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        weights = weight.to(exact).expand(self.num_merged, *weight.shape).clone()
-        biases = None if bias is None else bias.to(exact).expand(self.num_merged, -1).clone()
-        for branch, strength in enumerate(self._strengths[: self.num_merged]):
-            for update in (self.updates[index] for index in self.branch_updates[branch]):
-                scale = update.scale * strength
-                up, down = update.effective_up().flatten(1), update.effective_down().flatten(1)
-                weights[branch].flatten(1).addmm_(up, down, alpha=scale)
-                if update.bias is not None:
-                    biases = weights.new_zeros(self.num_merged, len(weight)) if biases is None else biases
-                    biases[branch].add_(update.bias, alpha=scale)
+        weights, biases = zip(*(self._merge_branch(branch) for branch in range(self.num_merged)), strict=True)
+        has_bias = any(bias is not None for bias in biases)
+        merged_biases = [torch.zeros_like(self.weight[:, 0]) if bias is None else bias for bias in biases]
         return MergedLayer(
-            weights.to(weight.dtype), None if biases is None else biases.to(weight.dtype), self.layout.geometry
+            torch.stack(weights) if self.layout.geometry is None else weights,
+            torch.stack(merged_biases) if has_bias else None,
+            self.layout.geometry,
         )
+
+    def _merge_branch(self, branch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the merged weight and bias of a branch, in dtype and memory format of the frozen ones."""
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        matrix, bias = self.weight.to(exact).flatten(1), None if self.bias is None else self.bias.to(exact)
+        for update in (self.updates[index] for index in self.branch_updates[branch]):
+            scale = update.scale * self._strengths[branch]
+            up, down = update.effective_up().flatten(1), update.effective_down().flatten(1)
+            matrix = torch.addmm(matrix, up, down, alpha=scale)
+            if update.bias is not None:
+                bias = update.bias * scale if bias is None else bias + update.bias * scale
+        weight = matrix.view(self.weight.shape).to(self.weight.dtype)
+        if not self.weight.is_contiguous():
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, None if bias is None else bias.to(weight.dtype)
 
     def _active(self, num_rows: int) -> torch.Tensor:
         """Return which ranks are active in each row, 1 or 0: `[num_branches, B, R]`.
@@ -459,29 +469,43 @@ class BranchLoRALayer(nn.Module):
         active: torch.Tensor = index < torch.round(full - (full - lowest) * level)
         return active.to(full.dtype)
 
-    def draw_mask(self, num_rows: int, generator: torch.Generator) -> None:
-        """Draw the dropout mask for forward passes with `num_rows` rows per branch.
-
-        The mask is kept until the next call, because gradient checkpointing repeats the forward pass during the
-        backward pass.
+    def mask_shape(self, num_rows: int) -> tuple[int, ...]:
+        """Return the shape of the dropout mask for forward passes with `num_rows` rows per branch.
 
         Raises:
             RuntimeError: `positions` is unknown.
         """
         if self.positions is None:
             raise RuntimeError("expected positions, got None; call the model within AdapterStack.measuring first")
-        shape, keep = self._mask_layout(num_rows, self.positions)
-        mask = torch.rand(shape, generator=generator, device=keep.device, dtype=keep.dtype) < keep
+        return self._rank_activations(num_rows, self.positions)
+
+    def set_mask(self, uniform: torch.Tensor) -> None:
+        """Set the dropout mask from random numbers in [0, 1) of `mask_shape`.
+
+        The mask is kept until the next call, because gradient checkpointing repeats the forward pass during the
+        backward pass. One of the same shape is changed in place, for recorded CUDA graphs.
+        """
+        mask = uniform < self._keep
         if self.mask is not None and self.mask.shape == mask.shape:
-            self.mask.copy_(mask)  # in place, for recorded CUDA graphs
+            self.mask.copy_(mask)
         else:
             self.mask = mask
 
-    def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Return the shape of the mask, and the keep probabilities, which broadcast to it."""
+    def _rank_activations(self, num_rows: int, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the rank activations as the dropout mask has them."""
         raise NotImplementedError
 
-    def _dropout(self, shape: tuple[int, ...], keep: torch.Tensor) -> torch.Tensor | None:
+    @property
+    def _keep(self) -> torch.Tensor:
+        """1 − dropout of each rank, which broadcasts to the dropout mask."""
+        raise NotImplementedError
+
+    @property
+    def _is_gated(self) -> bool:
+        """Whether there are factors between down and up."""
+        return self.has_timestep_rank or (self.training and self.has_dropout)
+
+    def _dropout(self, num_rows: int, positions: tuple[int, ...]) -> torch.Tensor | None:
         """Return the factors of dropout between down and up, as kohya's `network_dropout`; None outside training.
 
         Raises:
@@ -489,10 +513,11 @@ class BranchLoRALayer(nn.Module):
         """
         if not (self.training and self.has_dropout):
             return None
+        shape = self._rank_activations(num_rows, positions)
         if self.mask is None or self.mask.shape != shape:
             got = "none" if self.mask is None else tuple(self.mask.shape)
             raise RuntimeError(f"expected a dropout mask of {shape}, got {got}; call draw_masks first")
-        return self.mask / keep
+        return self.mask / self._keep
 
 
 class BranchLoRALinear(BranchLoRALayer):
@@ -505,26 +530,27 @@ class BranchLoRALinear(BranchLoRALayer):
     base: nn.Linear
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
-        num_positions = x[0].numel() // x.shape[-1]
-        gate = self._gate(x.shape[0], num_positions)
-        y: torch.Tensor = LinearProduct.apply(x, self.weight, self.bias, packed.down, packed.up, gate)  # type: ignore[no-untyped-call]
+        base, gate = self.base, self._gate(x) if self._is_gated else None
+        y: torch.Tensor = LinearProduct.apply(x, base.weight, base.bias, packed.down, packed.up, gate)  # type: ignore[no-untyped-call]
         if packed.bias is not None:
             y = (y.view(self.num_branches, -1, y.shape[-1]) + packed.bias[:, None]).view(y.shape)
         return y
 
-    def _gate(self, num_rows: int, num_positions: int) -> torch.Tensor | None:
-        """Return the factor of every rank activation, `[nb, R, N]`, or None for 1."""
-        if not ((self.training and self.has_dropout) or self.has_timestep_rank):
-            return None
-        shape = (self.num_branches, num_rows // self.num_branches * num_positions, self.layout.num_ranks)
-        gate = self._dropout(shape, self.keep)
+    def _gate(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the factor of every rank activation, `[nb, R, N]`."""
+        positions = x.shape[1:-1]
+        gate = self._dropout(x.shape[0] // self.num_branches, positions)
         if self.has_timestep_rank:
-            active = self._active(num_rows).repeat_interleave(num_positions, dim=1)
+            active = self._active(x.shape[0]).repeat_interleave(math.prod(positions), dim=1)
             gate = active if gate is None else gate * active
         return None if gate is None else gate.mT.to(self.weight.dtype)
 
-    def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
-        return (self.num_branches, num_rows * math.prod(positions), self.keep.shape[-1]), self.keep  # [nb, N, R]
+    def _rank_activations(self, num_rows: int, positions: tuple[int, ...]) -> tuple[int, ...]:
+        return self.num_branches, num_rows * math.prod(positions), self.layout.num_ranks  # [nb, N, R]
+
+    @property
+    def _keep(self) -> torch.Tensor:
+        return self.keep
 
 
 class BranchLoRAConv2d(BranchLoRALayer):
@@ -536,29 +562,29 @@ class BranchLoRAConv2d(BranchLoRALayer):
     base: nn.Conv2d
 
     def _product(self, x: torch.Tensor, packed: PackedFactors) -> torch.Tensor:
-        geometry = self.layout.geometry
+        base, geometry = self.base, self.layout.geometry
         assert geometry is not None
-        gate = self._gate(x, geometry)
-        y: torch.Tensor = ConvProduct.apply(x, self.weight, self.bias, packed.down, packed.up, gate, geometry)  # type: ignore[no-untyped-call]
+        gate = self._gate(x, geometry) if self._is_gated else None
+        y: torch.Tensor = ConvProduct.apply(x, base.weight, base.bias, packed.down, packed.up, gate, geometry)  # type: ignore[no-untyped-call]
         if packed.bias is not None:
             y = (y.view(self.num_branches, -1, *y.shape[1:]) + packed.bias[:, None, :, None, None]).view(y.shape)
         return y
 
     def _gate(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor | None:
-        """Return the factor of every rank activation, which broadcasts to `[nb·B, R, h · w]`, or None for 1."""
-        if not ((self.training and self.has_dropout) or self.has_timestep_rank):
-            return None
-        shape = (self.num_branches, len(x) // self.num_branches, self.layout.num_ranks, *geometry.output_size(x))
-        gate = self._dropout(shape, self.keep[..., None, None])
+        """Return the factor of every rank activation, which broadcasts to `[nb·B, R, h · w]`."""
+        gate = self._dropout(x.shape[0] // self.num_branches, geometry.output_size(x))
         gate = None if gate is None else gate.flatten(3)
         if self.has_timestep_rank:
             active = self._active(len(x))[..., None]  # [nb, B, R, 1]
             gate = active if gate is None else gate * active
         return None if gate is None else gate.flatten(0, 1).to(self.weight.dtype)
 
-    def _mask_layout(self, num_rows: int, positions: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
-        keep = self.keep[..., None, None]  # [nb, 1, R, 1, 1]
-        return (self.num_branches, num_rows, keep.shape[2], *positions), keep
+    def _rank_activations(self, num_rows: int, positions: tuple[int, ...]) -> tuple[int, ...]:
+        return self.num_branches, num_rows, self.layout.num_ranks, *positions  # [nb, B, R, h, w]
+
+    @property
+    def _keep(self) -> torch.Tensor:
+        return self.keep[..., None, None]
 
 
 # ------------------------------------------------------------------------------------------------- the stack
@@ -700,9 +726,14 @@ class AdapterStack:
         Raises:
             RuntimeError: no forward pass has run within `measuring`.
         """
-        for layer in self.layers.values():
-            if layer.has_dropout:
-                layer.draw_mask(num_rows, generator)
+        layers = [layer for layer in self.layers.values() if layer.has_dropout]
+        if not layers:
+            return
+        shapes, keep = [layer.mask_shape(num_rows) for layer in layers], layers[0].keep
+        sizes = [math.prod(shape) for shape in shapes]
+        uniform = torch.rand(sum(sizes), generator=generator, device=keep.device, dtype=keep.dtype)
+        for layer, shape, values in zip(layers, shapes, uniform.split(sizes), strict=True):
+            layer.set_mask(values.view(shape))
 
     @contextmanager
     def masks_of_rows(self, rows: slice, num_rows: int) -> Iterator[None]:

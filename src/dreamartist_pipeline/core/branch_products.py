@@ -12,6 +12,9 @@ ten times as slowly as matrices with a small number of rows, so the rank activat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +75,8 @@ class LinearProduct(torch.autograd.Function):
         return of_x, None, None, torch.bmm(of_hidden, rows), torch.bmm(hidden, of_y).mT, None
 
 
-class ConvGeometry(NamedTuple):
+@dataclass(frozen=True)
+class ConvGeometry:
     """How a kernel moves over its input, (vertical, horizontal) each."""
 
     kernel: tuple[int, int]
@@ -88,7 +92,7 @@ class ConvGeometry(NamedTuple):
             InputError: padding='same' with another number of zeros on each side.
         """
         kernel, dilation = (layer.kernel_size[0], layer.kernel_size[1]), (layer.dilation[0], layer.dilation[1])
-        spans = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        spans = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
         match layer.padding:
             case "valid":
                 padding = (0, 0)
@@ -104,42 +108,52 @@ class ConvGeometry(NamedTuple):
                 padding = (int(vertical), int(horizontal))
         return cls(kernel, (layer.stride[0], layer.stride[1]), padding, dilation)
 
-    @property
+    @cached_property
     def kernel_size(self) -> int:
         """The number of values of a kernel."""
         return math.prod(self.kernel)
 
-    @property
+    @cached_property
+    def spans(self) -> tuple[int, int]:
+        """The distance between the first and the last position of the kernel."""
+        return self.dilation[0] * (self.kernel[0] - 1), self.dilation[1] * (self.kernel[1] - 1)
+
+    @cached_property
     def keeps_size(self) -> bool:
         """Whether the output is as large as the input, with stride 1."""
-        spans = [step * (size - 1) for step, size in zip(self.dilation, self.kernel, strict=True)]
-        return self.stride == (1, 1) and [2 * size for size in self.padding] == spans
+        return self.stride == (1, 1) and (2 * self.padding[0], 2 * self.padding[1]) == self.spans
+
+    @cached_property
+    def is_pointwise(self) -> bool:
+        """Whether the convolution is a linear layer on the channels of every position."""
+        return self.keeps_size and self.kernel_size == 1
 
     def output_size(self, x: torch.Tensor) -> tuple[int, int]:
         """Return (h, w) of the outputs for inputs `[n, in, H, W]`."""
-        spans = [step * (size - 1) for step, size in zip(self.dilation, self.kernel, strict=True)]
-        (height, width), (sh, sw), (ph, pw) = x.shape[2:], self.stride, self.padding
-        return (height + 2 * ph - spans[0] - 1) // sh + 1, (width + 2 * pw - spans[1] - 1) // sw + 1
+        sides = zip(x.shape[2:], self.padding, self.spans, self.stride, strict=True)
+        height, width = ((side + 2 * padding - span - 1) // stride + 1 for side, padding, span, stride in sides)
+        return height, width
 
     def windows(self, x: torch.Tensor) -> torch.Tensor:
         """Return the values under the kernel at every position: `[n, C, H, W]` to `[n, C · kh · kw, h · w]`.
 
         The same as `F.unfold`, up to five times as fast on a CPU.
         """
-        if self.kernel_size == 1 and self.keeps_size:
+        if self.is_pointwise:
             return x.flatten(2)
-        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self
-        padded = F.pad(x, (pw, pw, ph, ph))
-        windows = padded.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
-        return windows.permute(0, 1, 4, 5, 2, 3).reshape(len(x), x.shape[1] * kh * kw, -1)
+        (vertical, horizontal), (sh, sw), (dh, dw) = self.padding, self.stride, self.dilation
+        padded = F.pad(x, (horizontal, horizontal, vertical, vertical))
+        windows = padded.unfold(2, self.spans[0] + 1, sh).unfold(3, self.spans[1] + 1, sw)  # [n, C, h, w, ., .]
+        windows = windows[..., ::dh, ::dw].permute(0, 1, 4, 5, 2, 3)
+        return windows.reshape(x.shape[0], x.shape[1] * self.kernel_size, -1)
 
     def sum_of_windows(self, windows: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """Add windows `[n, C · kh · kw, h · w]` where they overlap, `[n, C, H · W]`: the adjoint of `windows`."""
-        if self.kernel_size == 1 and self.keeps_size:
+        if self.is_pointwise:
             return windows
-        merged = windows.reshape(1, -1, windows.shape[2])  # one image of many channels: the kernel loops over images
+        merged = windows.view(1, -1, windows.shape[2])  # one image of many channels: torch loops over images
         image = F.fold(merged, size, self.kernel, self.dilation, self.padding, self.stride)
-        return image.view(len(windows), -1, math.prod(size))
+        return image.view(windows.shape[0], -1, math.prod(size))
 
 
 class ConvProduct(torch.autograd.Function):
@@ -227,12 +241,13 @@ class MergedLayer(NamedTuple):
     """The weights of a layer with its updates merged, for forward passes without gradients.
 
     Attributes:
-        weights: of each branch, `[nb, out, in]` or `[nb, out, in, kh, kw]`; nb is 1 where all branches have the same.
+        weights: of each branch, `[nb, out, in]`, or nb of `[out, in, kh, kw]`; nb is 1 where all branches have the
+            same.
         biases: `[nb, out]`, or None.
         geometry: of a convolution.
     """
 
-    weights: torch.Tensor
+    weights: torch.Tensor | Sequence[torch.Tensor]
     biases: torch.Tensor | None
     geometry: ConvGeometry | None
 
@@ -248,6 +263,7 @@ class MergedLayer(NamedTuple):
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if len(self.weights) == 1:
             return F.linear(x, self.weights[0], biases[0])
+        assert isinstance(self.weights, torch.Tensor)
         flat = x.reshape(len(self.weights), -1, x.shape[-1])  # [nb, N, in]
         transposed = self.weights.mT
         y = flat.bmm(transposed) if self.biases is None else self.biases[:, None].baddbmm(flat, transposed)
