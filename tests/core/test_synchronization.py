@@ -118,7 +118,8 @@ def test_a_thousand_steps_take_no_more_memory_than_a_hundred(make_training_param
     for done in loop:
         if done.step in (100, 1000):
             sizes[done.step] = tensors_alive()
-    assert sizes[1000] == sizes[100]
+    (num_before, bytes_before), (num_after, bytes_after) = sizes[100], sizes[1000]
+    assert num_after <= num_before and bytes_after <= bytes_before  # less: tensors of other tests have been freed
 
 
 def tensors_alive() -> tuple[int, int]:
