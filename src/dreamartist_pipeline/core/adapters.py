@@ -428,32 +428,39 @@ class BranchLoRALayer(nn.Module):
         of_shared = self.branch_updates[0] == self.branch_updates[-1] and self._strengths[0] == self._strengths[-1]
         return 1 if of_shared else self.num_branches
 
-    @torch.no_grad()
-    def merge(self) -> MergedLayer:
-        """Return W + Σ scale · up · down and bias + Σ scale · bias of each branch, computed in float32."""
-        weights, biases = zip(*(self._merge_branch(branch) for branch in range(self.num_merged)), strict=True)
-        has_bias = any(bias is not None for bias in biases)
-        merged_biases = [torch.zeros_like(self.weight[:, 0]) if bias is None else bias for bias in biases]
-        return MergedLayer(
-            torch.stack(weights) if self.layout.geometry is None else weights,
-            torch.stack(merged_biases) if has_bias else None,
-            self.layout.geometry,
-        )
+    @property
+    def num_merged_values(self) -> int:
+        """The number of values of all merged weights."""
+        return self.num_merged * self.weight.numel()
 
-    def _merge_branch(self, branch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the merged weight and bias of a branch, in dtype and memory format of the frozen ones."""
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        matrix, bias = self.weight.to(exact).flatten(1), None if self.bias is None else self.bias.to(exact)
+    @torch.no_grad()
+    def merge(self, memory: torch.Tensor) -> MergedLayer:
+        """Return W + Σ scale · up · down and bias + Σ scale · bias of each branch, computed in float32.
+
+        Args:
+            memory: for the merged weights, `[num_merged_values]` in the dtype of the frozen weight.
+        """
+        weight, bias = self.weight, None
+        if weight.is_contiguous():
+            weights = memory.view(-1, *weight.shape)
+        else:  # channels_last
+            weights = memory.view(-1, weight.shape[0], *weight.shape[2:], weight.shape[1]).permute(0, 1, 4, 2, 3)
+        for branch, merged in enumerate(weights):
+            merged.copy_(self._merged_matrix(branch).view(weight.shape))
+        if self.bias is not None or self.layout.biases:
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            frozen = torch.zeros(weight.shape[:1]).to(weight) if self.bias is None else self.bias
+            learned = self.layout.bias([u.bias for u in self.updates if u.bias is not None])
+            bias = (frozen.to(exact) + learned)[: self.num_merged].to(weight.dtype)
+        return MergedLayer(weights, bias, self.layout.geometry)
+
+    def _merged_matrix(self, branch: int) -> torch.Tensor:
+        """Return W + Σ scale · up · down of a branch, float32 `[out, in · kh · kw]`."""
+        matrix = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).flatten(1)
         for update in (self.updates[index] for index in self.branch_updates[branch]):
-            scale = update.scale * self._strengths[branch]
             up, down = update.effective_up().flatten(1), update.effective_down().flatten(1)
-            matrix = torch.addmm(matrix, up, down, alpha=scale)
-            if update.bias is not None:
-                bias = update.bias * scale if bias is None else bias + update.bias * scale
-        weight = matrix.view(self.weight.shape).to(self.weight.dtype)
-        if not self.weight.is_contiguous():
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return weight, None if bias is None else bias.to(weight.dtype)
+            matrix = torch.addmm(matrix, up, down, alpha=update.scale * self._strengths[branch])
+        return matrix
 
     def _active(self, num_rows: int) -> torch.Tensor:
         """Return which ranks are active in each row, 1 or 0: `[num_branches, B, R]`.
@@ -636,8 +643,11 @@ class AdapterStack:
         with torch.no_grad(), self.packed(self.timestep_layers):
             plain = [layer for layer in self.layers.values() if not layer.has_timestep_rank]
             try:
-                for layer in plain:
-                    layer.merged = layer.merge()
+                # one block: when it is freed, its memory is the system's again, and the heap is as before
+                sizes = [layer.num_merged_values for layer in plain]
+                memory = plain[0].weight.new_empty(sum(sizes)) if plain else torch.empty(0)
+                for layer, values in zip(plain, memory.split(sizes), strict=True):
+                    layer.merged = layer.merge(values)
                 yield
             finally:
                 for layer in plain:
@@ -647,7 +657,7 @@ class AdapterStack:
     def merged_bytes(self) -> int:
         """The size of the weights that `merged` makes."""
         return sum(
-            layer.num_merged * layer.weight.numel() * layer.weight.element_size()
+            layer.num_merged_values * layer.weight.element_size()
             for layer in self.layers.values()
             if not layer.has_timestep_rank
         )

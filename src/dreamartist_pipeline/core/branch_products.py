@@ -6,13 +6,12 @@ add more tensors: here the update is added to y, and its gradient to that of x, 
 
 The layouts are chosen by measurement. The libraries multiply matrices with a small number of columns (the rank) up to
 ten times as slowly as matrices with a small number of rows, so the rank activations are `[..., R, N]`, never
-`[..., N, R]`. `benchmarks/dual_branch_layer.py` compares these products with others.
+`[..., N, R]`. `benchmarks/adapted_layers.py` compares these products with others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -241,13 +240,12 @@ class MergedLayer(NamedTuple):
     """The weights of a layer with its updates merged, for forward passes without gradients.
 
     Attributes:
-        weights: of each branch, `[nb, out, in]`, or nb of `[out, in, kh, kw]`; nb is 1 where all branches have the
-            same.
+        weights: of each branch, `[nb, out, in]` or `[nb, out, in, kh, kw]`; nb is 1 where all branches have the same.
         biases: `[nb, out]`, or None.
         geometry: of a convolution.
     """
 
-    weights: torch.Tensor | Sequence[torch.Tensor]
+    weights: torch.Tensor
     biases: torch.Tensor | None
     geometry: ConvGeometry | None
 
@@ -263,7 +261,6 @@ class MergedLayer(NamedTuple):
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if len(self.weights) == 1:
             return F.linear(x, self.weights[0], biases[0])
-        assert isinstance(self.weights, torch.Tensor)
         flat = x.reshape(len(self.weights), -1, x.shape[-1])  # [nb, N, in]
         transposed = self.weights.mT
         y = flat.bmm(transposed) if self.biases is None else self.biases[:, None].baddbmm(flat, transposed)

@@ -91,8 +91,9 @@ class FactorLayout:
         return down.view(nb, self.num_ranks * window, -1), up.view(nb, self.out, self.num_ranks)
 
     def bias(self, biases: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return `PackedFactors.bias`."""
-        return self.bias_scale @ torch.stack(list(biases))
+        """Return Σ scale · bias of each branch, `[nb, out]`, zeros without biases."""
+        stacked = torch.stack(list(biases)) if biases else self.bias_scale.new_zeros(0, self.out)
+        return self.bias_scale @ stacked
 
     def gradients(
         self,
