@@ -159,8 +159,9 @@ def denoise(
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     hidden: torch.Tensor,
+    framing: None,
 ) -> torch.Tensor:
-    """Return the prediction of the UNet."""
+    """Return the prediction of the UNet; numbers do not matter, so the framing is zeros."""
     added = {}
     if width := architecture.pooled_width:
         rows, like = len(latents), {"device": latents.device, "dtype": unet.dtype}

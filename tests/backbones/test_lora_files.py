@@ -160,7 +160,7 @@ def test_every_layer_has_a_name_in_comfyui_and_a1111_and_is_read_back_from_kohya
 ) -> None:
     layers = modules_of(backbone)
     for network, named in layers.items():
-        assert all(known_to_comfyui(network, name) and known_to_a1111(network, name, 2) for name in named)
+        assert all(known_to_comfyui(network, name) and known_to_a1111(network, name, NAMES) for name in named)
     adapter = branch_adapter(concept, "positive")
     again = read_kohya(
         write_kohya(adapter, FACTS, torch.float32), "x", {n: list(named) for n, named in layers.items()}, NAMES

@@ -330,12 +330,15 @@ LAYERS = (  # from the lowest; each calls those below it
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
-    "backbones.families.backbone:Backbone.denoise": "core.training",
+    "backbones.families.backbone:Backbone.denoise": "core.memory, core.training",
     "backbones.prompts:PromptEncoder.encode": "core.training",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
+    "pipelines.evaluation.drawing:_draw": "core.processes",
     "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
+    "pipelines.regularization.nodes:_draw_batches": "core.processes",
     "pipelines.ingestion.nodes:prepare_reference": "core.tracking",
+    "pipelines.training.nodes:_train_on_rank": "core.processes",
     "pipelines.training.nodes:compare_reconstruction": "core.tracking",
     "pipelines.training.reporting:StepReport.__call__": "core.training",
     "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",

@@ -40,10 +40,9 @@ def check_device(params: DeviceParams, planned: PlannedConcept | None = None) ->
 
 
 def _check_exists(params: DeviceParams) -> None:
-    import torch
-
     if params.device in ("auto", "cpu"):
         return
+    import torch
 
     kind, _, number = params.device.partition(":")
     if kind == "mps":
@@ -83,10 +82,10 @@ def pick_device(params: DeviceParams) -> torch.device:
 
 def _check_processes(params: DeviceParams) -> None:
     """Check that there are as many GPUs as processes, and what they need to compute as one."""
-    import torch
-
     if params.processes in ("auto", 1):
         return
+    import torch
+
     if params.device == "cpu" or (params.device == "auto" and not torch.cuda.is_available()):
         if not torch.distributed.is_available():
             raise InputError(
