@@ -5,7 +5,7 @@ bias are frozen and g is a gate on the ranks, for dropout. The gradients are wri
 add more tensors: here the update is added to y, and its gradient to that of x, in place.
 
 The layouts are chosen by measurement. The libraries multiply matrices with a small number of columns (the rank) up to
-ten times as slowly as matrices with a small number of rows, so the rank activations are `[..., R, N]`, never
+nine times as slowly as matrices with a small number of rows, so the rank activations are `[..., R, N]`, never
 `[..., N, R]`. `benchmarks/adapted_layers.py` compares these products with others.
 """
 
