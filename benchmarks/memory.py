@@ -35,11 +35,10 @@ from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.training import TrainableModel, parameter_groups
 from dreamartist_pipeline.params import ResolvedGroup
+from speed.random_models import CLIP_L, OPENCLIP_G, SD15_UNET, SDXL_UNET
 
 GIB = 2**30
 BYTES_PER_TRAINED_VALUE = 16  # float32: itself, its gradient, two moments
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 TEXT_SELECTORS = (r"re:.*self_attn$", r"re:.*mlp$")
 METHODS: dict[str, dict[str, dict[str, Any]]] = {  # of conf/base/parameters_training.yml
     "tutorial": {
@@ -65,30 +64,13 @@ class Architecture:
     """
 
     unet: dict[str, Any]
-    text_encoders: Sequence[dict[str, int]]
+    text_encoders: Sequence[dict[str, Any]]
     latent_px: int
     pooled_width: int = 0
 
 
-SD15 = Architecture({"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, [CLIP_L], 64)
-SDXL = Architecture(
-    {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    [CLIP_L, CLIP_G],
-    128,
-    pooled_width=1280,
-)
+SD15 = Architecture(SD15_UNET, [CLIP_L], 64)
+SDXL = Architecture(SDXL_UNET, [CLIP_L, OPENCLIP_G], 128, pooled_width=1280)
 
 
 @dataclasses.dataclass(frozen=True)

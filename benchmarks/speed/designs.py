@@ -30,6 +30,7 @@ from dreamartist_pipeline.core.training import (
     TrainingData,
     fit,
     lr_factor,
+    packed_factors,
     parameter_groups,
     training_state,
 )
@@ -398,8 +399,9 @@ def run_pass(design: Design, inputs: Pass) -> None:
     for group in design.model.groups:
         for parameter in group.parameters if group.kind == ADAPTERS else ():  # words get no gradient here
             parameter.grad = None
-    prediction = design.model.denoise(inputs.latents, inputs.timesteps, inputs.conditioning)
-    F.mse_loss(prediction.float(), inputs.target).backward()  # type: ignore[no-untyped-call]
+    with packed_factors(design.model):
+        prediction = design.model.denoise(inputs.latents, inputs.timesteps, inputs.conditioning, None)
+        F.mse_loss(prediction.float(), inputs.target).backward()  # type: ignore[no-untyped-call]
 
 
 def check_agreement(designs: Sequence[Design], dtype: torch.dtype, run: Callable[[Design], object]) -> int:

@@ -53,8 +53,10 @@ def hub_folder(hub: HubId, marker: str, needed: NeededParts, *, half: bool) -> P
             raise _unmarked(hub, marker, names)
         marked = hf_hub_download(hub.repository, marker, revision=hub.revision, etag_timeout=_TIMEOUT_S)
         root = Path(marked).parent
-        parts, wanted = needed(root)
-        files = [file for part in wanted for file in _files_of(parts.part(part).relative_to(root), names, half=half)]
+        parts, names_of_parts = needed(root)
+        files = [
+            file for part in names_of_parts for file in _files_of(parts.part(part).relative_to(root), names, half=half)
+        ]
         snapshot_download(
             hub.repository, revision=hub.revision, allow_patterns=[marker, *files], etag_timeout=_TIMEOUT_S
         )
