@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_hour.py
     python benchmarks/gpu_hour.py --device cpu --tiny          # tries every part on a CPU, in the smallest size
+    python benchmarks/gpu_hour.py --parts step_sd15 sampling_sd15 --models FOLDER  # some parts; the models are kept
 
 Nothing is downloaded. Every part is a process with a time limit of its own; one that fails or runs out of time does not
 stop the others. Results are written after every part: `gpu_hour.json` and `gpu_hour.md` in the folder of the reports.
@@ -165,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as models:
-        parts = make_parts(options.device, Path(models), options.tiny)
+        parts = make_parts(options.device, options.models or Path(models), options.tiny)
+        parts = [part for part in parts if part.name in (options.parts or [part.name])]
         results = run_parts(parts, options.output, 60 * options.minutes, environment)
     print((options.output / "gpu_hour.md").read_text(encoding="utf-8"))
     print(f"written to {options.output}/gpu_hour.md and .json")
@@ -177,6 +179,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to try the script")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these parts; default: all")
+    parser.add_argument("--models", type=Path, help="folder for the random models, which stay there")
     parser.add_argument("--minutes", type=float, default=TOTAL_S / 60, help="for all parts together")
     parser.add_argument("--output", type=Path, default=FOLDER / "gpu_hour", help="folder of the reports")
     return parser.parse_args(arguments)

@@ -33,8 +33,18 @@ if TYPE_CHECKING:
 
 Checkpoint = dict[str, Any]
 _REPORT_EVERY = 25  # steps
-_SIZED_AFTER = 100  # steps; their throughput gives the number of steps where `minutes` is set
+_SIZED_FROM, _SIZED_AFTER = 20, 100  # steps; their throughput gives the number of steps where `minutes` is set
 _MAX_GRAD_NORM = 1.0
+
+
+def stage_device() -> torch.device:
+    """Return where the stages run: on a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 class Checkpoints(Protocol):
@@ -256,19 +266,23 @@ class _Stage:
         return self.state.step == self._plan.num_steps
 
     def steps(self) -> Iterator[FinishedStep[None]]:
-        begun = time.monotonic()
-        while not self.is_done:
-            yield from train(
-                self.state,
-                self._plan.num_steps if self._is_sized else min(_SIZED_AFTER, self._plan.num_steps),
-                set_rates=self._set_rates,
-                gradients_of=whole_batch(self.state, self._loss_of_step),
-                clip=self._clip,
-                average_gradients=average_gradients,
-            )
-            if not self._is_sized:
-                self._plan = _sized(self._settings, (time.monotonic() - begun) / self.state.step)
-                self._is_sized = True
+        if not self._is_sized:
+            yield from self._steps_to(_SIZED_FROM)
+            begun, first = time.monotonic(), self.state.step
+            yield from self._steps_to(_SIZED_AFTER)
+            self._plan = _sized(self._settings, (time.monotonic() - begun) / max(1, self.state.step - first))
+            self._is_sized = True
+        yield from self._steps_to(self._plan.num_steps)
+
+    def _steps_to(self, last: int) -> Iterator[FinishedStep[None]]:
+        yield from train(
+            self.state,
+            min(last, self._plan.num_steps),
+            set_rates=self._set_rates,
+            gradients_of=whole_batch(self.state, self._loss_of_step),
+            clip=self._clip,
+            average_gradients=average_gradients,
+        )
 
     def report(self, done: FinishedStep[None], seconds: float) -> StepReport:
         lr = self._settings.lr * self._factor(done.step - 1)
@@ -427,8 +441,12 @@ def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
     world = num_ranks()
     owners = _assign_owners([min(u.shape) * u.numel() for u in updates], world)
     by_owner = [[u for u, owner in zip(updates, owners, strict=True) if owner == index] for index in range(world)]
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
     for update in by_owner[rank()]:
-        update.copy_(orthogonalized(update))
+        by_shape.setdefault(update.shape, []).append(update)
+    for alike in by_shape.values():  # together: a GPU computes one matrix of a small network faster than it starts
+        for update, result in zip(alike, orthogonalized(torch.stack(alike)), strict=True):
+            update.copy_(result)
     if world > 1:
         for owner, owned in enumerate(by_owner):
             _broadcast(owned, owner)
@@ -451,24 +469,25 @@ def _assign_owners(costs: Sequence[int], num_owners: int) -> list[int]:
     return owners
 
 
-def orthogonalized(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
-    """Return approximately U·Vᵀ of a matrix U·S·Vᵀ (Newton-Schulz iteration, Jordan et al. 2024).
+def orthogonalized(matrices: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
+    """Return approximately U·Vᵀ of matrices U·S·Vᵀ, `[N, out, in]` (Newton-Schulz iteration, Jordan et al. 2024).
 
-    Iterates on the Gram matrix of the shorter side and multiplies by the matrix once at the end: a third of the work
-    for a 3×3 kernel.
+    Iterates on the Gram matrices of the shorter side and multiplies by the matrices once at the end: a third of the
+    work for a 3×3 kernel.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     for _ in range(num_iterations):
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal().add_(a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
     result: torch.Tensor = product @ x
-    return result.T if len(matrix) > matrix.shape[1] else result
+    return result.mT if is_tall else result
 
 
 def _build_optimizers(

@@ -28,9 +28,11 @@ from dreamartist_pipeline.embedded.pretraining import (
     Checkpoints,
     autoencoder_loss,
     denoiser_loss,
+    has_bfloat16,
     normalize_latents,
     psnr,
     run_stage,
+    stage_device,
     step_generator,
 )
 from dreamartist_pipeline.embedded.scenes import Scenes, compose, draw_scenes
@@ -54,7 +56,7 @@ def fit_autoencoder(
 
     Checkpoints are evaluated on scenes of the held-out sprites.
     """
-    device, stage = _device(), params.autoencoder
+    device, stage = stage_device(), params.autoencoder
     torch.manual_seed(params.seed)
     autoencoder = build_autoencoder(params.size).to(device, memory_format=torch.channels_last)
     images = sprites.images.to(device)
@@ -76,7 +78,7 @@ def fit_autoencoder(
     def evaluate(step: int) -> None:
         _log_reconstructions(autoencoder, validation, tracker, step)
 
-    bf16 = _has_bfloat16(device)
+    bf16 = has_bfloat16(device)
     run_stage("autoencoder", [autoencoder], loss_of, stage, params.seed, store, tracker, bf16=bf16, after_save=evaluate)
     with torch.no_grad():
         batches = torch.arange(min(len(scenes), 1024), device=device).split(64)
@@ -118,7 +120,7 @@ def fit_towers(
     """
     from transformers import CLIPTokenizer
 
-    device, stage = _device(), params.towers
+    device, stage = stage_device(), params.towers
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
     torch.manual_seed(params.seed)
     towers = build_towers(params.size, tokenizer).to(device).train()
@@ -146,7 +148,7 @@ def fit_towers(
         tqdm.write(f"towers after {step} steps: right caption for {accuracy:.0%} of {len(held_back)} unseen images")
         tracker.log_metrics({"towers/captions_found": accuracy}, step=step)
 
-    bf16 = _has_bfloat16(device)
+    bf16 = has_bfloat16(device)
     run_stage("towers", [towers], loss_of, stage, params.seed, store, tracker, bf16=bf16, after_save=evaluate)
     return towers.cpu().eval()
 
@@ -175,7 +177,7 @@ def fit_denoiser(
 
     At this size the text encoder has to keep learning.
     """
-    device, stage = _device(), params.denoiser
+    device, stage = stage_device(), params.denoiser
     pipeline = assemble_untrained(parts, params).to(device)
     unet = pipeline.unet.to(memory_format=torch.channels_last).train()
     text_encoder = pipeline.text_encoder.train()
@@ -205,7 +207,7 @@ def fit_denoiser(
         tracker.log_image(sample_grid(pipeline), key="samples", step=step)
         tqdm.write(f"denoiser after {step} steps: loss {loss:.4f}, with shuffled captions {shuffled:.4f}")
 
-    networks, bf16 = [unet, text_encoder], _has_bfloat16(device)
+    networks, bf16 = [unet, text_encoder], has_bfloat16(device)
     run_stage("denoiser", networks, loss_of, stage, params.seed, store, tracker, bf16=bf16, after_save=evaluate)
     return pipeline.to("cpu")
 
@@ -359,12 +361,3 @@ def _balanced_choices(sprites: SpriteSet) -> list[int]:
     named = sprites.named()
     others = [index for index, name in enumerate(sprites.objects) if not name]
     return named * max(1, len(others) // len(named)) + others
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()

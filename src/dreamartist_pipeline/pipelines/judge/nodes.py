@@ -37,22 +37,23 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, tracker: Tracker) -> Ju
         draw_hard_scenes,
         judge_loss,
     )
-    from dreamartist_pipeline.embedded.pretraining import run_stage
+    from dreamartist_pipeline.embedded.pretraining import run_stage, stage_device
     from dreamartist_pipeline.embedded.scenes import compose
 
     vocabulary = JudgeVocabulary(tuple(dict.fromkeys(sprites.objects)), tuple(dict.fromkeys(sprites.styles)))
     torch.manual_seed(params.seed)
-    judge, stage = Judge(vocabulary, params.channels), params.training
+    device = stage_device()
+    judge, stage, drawings = Judge(vocabulary, params.channels).to(device), params.training, sprites.images.to(device)
     scenes = draw_hard_scenes(sprites, stage.num_scenes, params.seed + 1)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(scenes), (stage.batch_size,), generator=generator)
-        images = augment(compose(sprites.images, scenes.rows(chosen), IMAGE_PX), generator)
+        chosen = torch.randint(len(scenes), (stage.batch_size,), device=device, generator=generator).cpu()
+        images = augment(compose(drawings, scenes.rows(chosen).to(device), IMAGE_PX), generator)
         return judge_loss(judge, images, [scenes.shown[index] for index in chosen.tolist()])
 
     store = CheckpointStore(Path(params.checkpoints)).of_recipe(_recipe(params, vocabulary))
     run_stage("judge", [judge], loss_of, stage, params.seed, store, tracker)
-    return judge.eval().requires_grad_(False)
+    return judge.cpu().eval().requires_grad_(False)
 
 
 def measure_judge(judge: Judge, sprites: SpriteSet, params: JudgeParams, tracker: Tracker) -> dict[str, Any]:

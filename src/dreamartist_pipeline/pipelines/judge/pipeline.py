@@ -17,9 +17,29 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
     """Published drawings → sprites at two sizes → judge, trained at one size → its accuracy at the other."""
     return Pipeline(
         [
-            node(render_training_sprites, ["sprite_packages", "params:pretrain", "params:judge"], "judge_sprites"),
-            node(render_test_sprites, ["sprite_packages", "params:pretrain"], "judge_test_sprites"),
-            node(tracked(train_judge, tracker), ["judge_sprites", "params:judge"], "judge"),
-            node(tracked(measure_judge, tracker), ["judge", "judge_test_sprites", "params:judge"], "judge_accuracy"),
+            node(
+                render_training_sprites,
+                ["sprite_packages", "params:pretrain", "params:judge"],
+                "judge_sprites",
+                name="render_training_sprites",
+            ),
+            node(
+                render_test_sprites,
+                ["sprite_packages", "params:pretrain"],
+                "judge_test_sprites",
+                name="render_test_sprites",
+            ),
+            node(
+                tracked(train_judge, tracker),
+                ["judge_sprites", "params:judge"],
+                "judge",
+                name="train_judge",
+            ),
+            node(
+                tracked(measure_judge, tracker),
+                ["judge", "judge_test_sprites", "params:judge"],
+                "judge_accuracy",
+                name="measure_judge",
+            ),
         ]
     )
