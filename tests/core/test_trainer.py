@@ -306,6 +306,9 @@ def test_the_state_of_another_training_is_refused(other: TrainingState, check: C
 # --------------------------------------------------------------------------------------------- a stage of pretraining
 
 
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # orthogonalizing gradients of rank 4 amplifies it
+
+
 class ToyStage:
     """A toy stage of pretraining: two optimizers, averages, and gradients of several processes.
 
@@ -372,10 +375,9 @@ def test_a_stage_of_muon_and_adamw_equals_an_explicit_loop() -> None:
         muon.step()
         for average, parameter in zip(averages, (matrix, bias), strict=True):
             average.lerp_(parameter.detach(), 1 - min(0.9, (1 + step) / (10 + step)))
-        assert done[step].loss == loss
-        torch.testing.assert_close(done[step].grad_norms.norm(), norm)
+        torch.testing.assert_close([done[step].loss, done[step].grad_norms.norm()], [loss.detach(), norm], **ROUNDING)
     stage.state.keep_averages()
-    torch.testing.assert_close([stage.matrix.detach(), stage.bias.detach()], averages)
+    torch.testing.assert_close([stage.matrix.detach(), stage.bias.detach()], averages, **ROUNDING)
 
 
 def test_gradients_are_averaged_before_they_are_clipped() -> None:

@@ -75,8 +75,13 @@ def test_a_step_does_not_synchronize(
     ids=str,
 )
 def test_every_plan_and_graph_has_the_gradients_of_the_plain_step(
-    tiny_base_model: Path, make_training_params: MakeParams, plan: MemoryPlan, as_graph: bool
+    tiny_base_model: Path,
+    make_training_params: MakeParams,
+    plan: MemoryPlan,
+    as_graph: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # rounds differently for other numbers of rows
     params = make_training_params(**TRAINED_ALIKE)
     plain, other = new_steps(tiny_base_model, params), new_steps(tiny_base_model, params, plan=plan, as_graph=as_graph)
     for step in range(2):

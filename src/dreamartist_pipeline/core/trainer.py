@@ -49,8 +49,9 @@ class Averages:
         """Add the current values if `taken`, a boolean `[]` on their device, is true."""
         self._num_steps += taken
         weight = torch.where(taken, self._weight(self._num_steps), 0)
-        for average, parameter in zip(self.values, self._parameters, strict=True):
-            average.lerp_(parameter.detach(), weight.to(average.dtype))
+        changes = torch._foreach_sub([parameter.detach() for parameter in self._parameters], self.values)
+        torch._foreach_mul_(changes, weight.to(changes[0].dtype))
+        torch._foreach_add_(self.values, changes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and their number of steps."""

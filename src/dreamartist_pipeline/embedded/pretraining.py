@@ -418,22 +418,23 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all matrices."""
         for group in self.param_groups:
-            matrices: list[nn.Parameter] = group["params"]
-            updates = [self._direction(matrix, group["momentum"]) for matrix in matrices]
+            matrices: list[torch.Tensor] = group["params"]
+            updates = self._directions(matrices, group["momentum"])
             _orthogonalize_all(updates)
-            for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * max(update.shape) ** 0.5
-                matrix.sub_(update.view_as(matrix), alpha=group["lr"] * size)
+            torch._foreach_mul_(updates, [0.2 * float(max(update.shape)) ** 0.5 for update in updates])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            kernels = [update.view_as(matrix) for update, matrix in zip(updates, matrices, strict=True)]
+            torch._foreach_add_(matrices, kernels, alpha=-group["lr"])
 
-    def _direction(self, matrix: nn.Parameter, momentum: float) -> torch.Tensor:
-        """Return the gradient with momentum as a matrix `[out, rest]`."""
-        assert matrix.grad is not None
-        state = self.state[matrix]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(matrix)
-        state["momentum"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(state["momentum"], momentum).reshape(len(matrix), -1)
+    def _directions(self, matrices: Sequence[torch.Tensor], momentum: float) -> list[torch.Tensor]:
+        """Return the gradients with momentum as matrices `[out, rest]`."""
+        for matrix in matrices:
+            if "momentum" not in self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        gradients = [cast(torch.Tensor, matrix.grad) for matrix in matrices]
+        averages = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return [update.flatten(1) for update in torch._foreach_lerp(gradients, averages, momentum)]
 
 
 def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
@@ -445,8 +446,7 @@ def _orthogonalize_all(updates: Sequence[torch.Tensor]) -> None:
     for update in by_owner[rank()]:
         by_shape.setdefault(update.shape, []).append(update)
     for alike in by_shape.values():  # together: a GPU computes one matrix of a small network faster than it starts
-        for update, result in zip(alike, orthogonalized(torch.stack(alike)), strict=True):
-            update.copy_(result)
+        torch._foreach_copy_(alike, orthogonalized(torch.stack(alike)).unbind())
     if world > 1:
         for owner, owned in enumerate(by_owner):
             _broadcast(owned, owner)
@@ -479,14 +479,14 @@ def orthogonalized(matrices: torch.Tensor, num_iterations: int = 5) -> torch.Ten
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.mT
+    gram = torch.bmm(x, x.mT)
     product = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     for _ in range(num_iterations):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
-    result: torch.Tensor = product @ x
+        product = torch.bmm(polynomial, product)
+        gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
+    result = torch.bmm(product, x)
     return result.mT if is_tall else result
 
 
