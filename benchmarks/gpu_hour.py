@@ -58,17 +58,18 @@ class Result:
     reports: list[Any] = field(default_factory=list)
 
 
-def make_parts(device: str, models: Path, tiny: bool) -> list[Part]:
+def make_parts(device: str, models: Path, tiny: bool, rounds: int = 5) -> list[Part]:
     """Return all parts, the most important first.
 
     Args:
         device: "cuda", or "cpu" to try them.
         models: folder for random models.
         tiny: whether to use the smallest sizes.
+        rounds: of each timing.
     """
     dtype = "float32" if tiny else "bfloat16"
     on = ("--device", device)
-    size = ("--rounds", "1", "--steps", "2") if tiny else ("--rounds", "5")
+    size = ("--rounds", "1", "--steps", "2") if tiny else ("--rounds", str(rounds))
     whole = ("--rounds", "1", "--steps", "12") if tiny else ("--rounds", "2", "--steps", "400")
     small = ("--tiny",) if tiny else ()
     sd15 = (*on, "--dtype", dtype, "--env", "sd15", "--base-model", str(models / "sd15"))
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as models:
-        parts = make_parts(options.device, options.models or Path(models), options.tiny)
+        parts = make_parts(options.device, options.models or Path(models), options.tiny, options.rounds)
         parts = [part for part in parts if part.name in (options.parts or [part.name])]
         results = run_parts(parts, options.output, 60 * options.minutes, environment)
     print((options.output / "gpu_hour.md").read_text(encoding="utf-8"))
@@ -181,6 +182,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to try the script")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these parts; default: all")
     parser.add_argument("--models", type=Path, help="folder for the random models, which stay there")
+    parser.add_argument("--rounds", type=int, default=5, help="of each timing")
     parser.add_argument("--minutes", type=float, default=TOTAL_S / 60, help="for all parts together")
     parser.add_argument("--output", type=Path, default=FOLDER / "gpu_hour", help="folder of the reports")
     return parser.parse_args(arguments)
