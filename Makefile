@@ -80,7 +80,7 @@ sprites: $(PRETRAIN_READY) $(SPRITE_FILES) ## download and render the drawings o
 pretrain: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the embedded base model (hours on a CPU; resumes)
 	$(BIN)/kedro run --pipeline pretrain $(ARGS)
 
-judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that evaluates the base model (half an hour on a CPU; resumes)
+judge: $(PRETRAIN_READY) $(SPRITE_FILES) ## train the judge that evaluates the base model (over an hour on a CPU; resumes)
 	$(BIN)/kedro run --pipeline judge $(ARGS)
 
 viz: $(READY) ## show the pipelines in kedro-viz (ARGS="--params subject=cat" for another subject's results)
