@@ -149,4 +149,4 @@ def test_the_bundled_database_names_no_held_out_object() -> None:
     prompts = pd.read_parquet(BUNDLED)["prompt"]
 
     assert prompts.is_unique
-    assert not prompts.str.contains("|".join(recipe["held_out_objects"])).any()
+    assert not prompts.str.contains(rf"\b(?:{'|'.join(recipe['held_out_objects'])})s?\b").any()

@@ -182,18 +182,22 @@ def test_a_base_model_with_another_noise_schedule_is_reported(backbone: Backbone
 @pytest.mark.parametrize("name", ["unipc", "UniPCMultistepScheduler"])
 def test_unipc_is_refused_with_the_measured_difference(name: str) -> None:
     params = ExportParams(title="fox", sampler=sampler_of(name))
-    with pytest.raises(InputError, check=says(got="0.3 to 8 %", remedy="export.sampler.scheduler")):
+    with pytest.raises(InputError, check=says(got="0.4 to 13 %", remedy="export.sampler.scheduler")):
         check_export(params, PlannedConcept(True, False, {}, ("pt1",)))
     with pytest.raises(InputError, check=says(got=name)):
         comfyui_sampler(params.sampler)
 
 
-@pytest.mark.parametrize(("num_steps", "spacing", "expected"), [(20, "linspace", 0.015), (12, "trailing", 0.11)])
-def test_the_difference_of_unipc_is_that_of_the_message(num_steps: int, spacing: str, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "spacing", "limits"), [(20, "linspace", (0.004, 0.13)), (12, "trailing", (0.03, 0.24))]
+)
+def test_the_difference_of_unipc_is_that_of_the_message(
+    num_steps: int, spacing: str, limits: tuple[float, float]
+) -> None:
     drawing = Drawing(load(EMBEDDED), sampler_of("unipc", num_steps, timestep_spacing=spacing))
     ours, sigmas = drawing.ours(), drawing.scheduler.sigmas
     theirs = uni_pc(drawing.model().denoised, drawing.noise * (1 + sigmas[0] ** 2).sqrt(), sigmas)
-    assert difference(ours, theirs) == pytest.approx(expected, rel=0.5)
+    assert limits[0] <= difference(ours, theirs) <= limits[1]
 
 
 def test_the_reimplemented_unipc_equals_that_of_diffusers_in_comfyuis_order(backbone: Backbone) -> None:
