@@ -20,6 +20,7 @@ from dreamartist_pipeline.core.adapters import (
     select_layers,
 )
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, combine, split
+from dreamartist_pipeline.core.optimizers import flatten
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
 from refusals import says
@@ -372,6 +373,50 @@ def test_factors_packed_once_give_the_outputs_and_gradients_of_every_pass(
         packed = outputs_and_gradients()
     for expected, actual in zip(plain, packed, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+FLAT = [
+    ([_group(POSITIVE, layers=("re:.*",)), _group(NEGATIVE, layers=("re:.*",))], 2, True),
+    ([_group(POSITIVE, layers=("re:.*",), alpha=2.0), _group(NEGATIVE, layers=("re:.*",), alpha=3.0)], 2, True),
+    ([_group(layers=("re:.*",), rank=3)], 1, True),
+    ([_group(layers=("re:.*",))], 2, False),
+    ([_group(POSITIVE, rank=3), _group(NEGATIVE, rank=1)], 2, False),
+    ([_group(POSITIVE, layers=("re:.*",)), _group(NEGATIVE)], 2, False),
+    ([_group(POSITIVE, svd_init=True), _group(NEGATIVE)], 2, False),
+]
+
+
+@pytest.mark.parametrize(("groups", "num_branches", "is_flat"), FLAT)
+def test_flat_parameters_get_the_gradients_of_their_parts(
+    model: Model, x: torch.Tensor, groups: list[ResolvedGroup], num_branches: int, is_flat: bool
+) -> None:
+    groups = [group.model_copy(update={"name": f"unet.{index}"}) for index, group in enumerate(groups)]
+    stack = _randomize(inject(model.double(), groups, num_branches, _generator()))
+    images = torch.randn(4, 2, 6, 6, dtype=torch.float64, generator=_generator(2))
+
+    def gradients() -> list[torch.Tensor]:
+        parameters = [p for ps in stack.parameters_by_group().values() for p in ps]
+        for parameter in parameters:
+            parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
+        with stack.packed():
+            for factor in (1.0, 2.0):  # two backward passes; the second block's convolution takes no part
+                (model(x.double() * factor).square().sum() + model.blocks[0].conv(images).sum()).backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+    expected = gradients()
+    flats = {name: flatten(parameters) for name, parameters in stack.parameters_by_group().items()}
+    stack.use_flat(flats)
+    actual = gradients()
+    for parameter, wanted, got in zip(
+        [p for ps in stack.parameters_by_group().values() for p in ps], expected, actual, strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        assert parameter.grad is not None
+    total = torch.cat([flat.grad for flat in flats.values() if flat.grad is not None]).norm()
+    torch.testing.assert_close(total, torch.cat([g.flatten() for g in expected]).norm())
+    with stack.packed():
+        first = next(iter(stack.layers.values())).packed
+        assert first is not None and (type(first.down.grad_fn).__name__ == "_PackFlatBackward") == is_flat
 
 
 def test_factors_are_packed_again_after_the_parameters_have_changed(model: Model, x: torch.Tensor) -> None:

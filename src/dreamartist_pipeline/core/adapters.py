@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 
 from dreamartist_pipeline.core.branch_products import ConvGeometry, ConvProduct, LinearProduct, MergedLayer
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
-from dreamartist_pipeline.core.factor_packs import FactorLayout, PackedFactors, pack_factors
+from dreamartist_pipeline.core.factor_packs import FactorLayout, PackedFactors, pack_factors, pack_flat
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ResolvedGroup
@@ -397,6 +397,12 @@ class BranchLoRALayer(nn.Module):
         ]
         return self.updates[0].up.new_tensor(values)
 
+    @property
+    def group_of_each_branch(self) -> tuple[int, ...]:
+        """The index of the only group of each branch, where `pack_flat` can pack the factors; otherwise nothing."""
+        is_plain = self.layout.is_plain and all(type(update) is LowRankUpdate for update in self.updates)
+        return tuple(self.updates[row[0]].index for row in self.branch_updates) if is_plain else ()
+
     def factors(self) -> list[torch.Tensor]:
         """Return the tensors that `pack_factors` takes: (down, up) of each update, and then the biases."""
         pairs = [tensor for update in self.updates for tensor in (update.effective_down(), update.effective_up())]
@@ -604,10 +610,22 @@ class AdapterStack:
     Attributes:
         layers: name -> adapted layer.
         groups: the LoRA groups.
+        flats: group name -> one parameter with all values of the group, of which the layers' parameters are views; see
+            `use_flat`.
     """
 
     layers: dict[str, BranchLoRALayer]
     groups: tuple[ResolvedGroup, ...]
+    flats: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def use_flat(self, flats: Mapping[str, nn.Parameter]) -> None:
+        """Let the gradients of `packed` go to one parameter per group instead of the parameters of every layer.
+
+        Args:
+            flats: group name -> a parameter as `optimizers.flatten` makes it of `parameters_by_group`; without one, the
+                gradients of a group go to the layers' parameters.
+        """
+        self.flats.update({group.name: flats[group.name] for group in self.groups if group.name in flats})
 
     @contextmanager
     def packed(self, layers: Sequence[BranchLoRALayer] | None = None) -> Iterator[None]:
@@ -617,16 +635,28 @@ class AdapterStack:
         these repeat forward passes. Outside, every forward pass of a layer packs its own factors.
         """
         layers = list(self.layers.values()) if layers is None else layers
-        if layers:
-            tensors = [tensor for layer in layers for tensor in layer.factors()]
-            packed = pack_factors([layer.layout for layer in layers], tensors, layers[0].weight.dtype)
-            for layer, factors in zip(layers, packed, strict=True):
-                layer.packed = factors
+        for layer, factors in zip(layers, self._pack(layers), strict=True):
+            layer.packed = factors
         try:
             yield
         finally:
             for layer in layers:
                 layer.packed = None
+
+    def _pack(self, layers: Sequence[BranchLoRALayer]) -> list[PackedFactors]:
+        if not layers:
+            return []
+        layouts, dtype = [layer.layout for layer in layers], layers[0].weight.dtype
+        flats = [self.flats[group.name] for group in self._group_of_each_branch if group.name in self.flats]
+        if len(flats) == layers[0].num_branches and len(layers) == len(self.layers):
+            return pack_flat(layouts, flats, dtype)
+        return pack_factors(layouts, [tensor for layer in layers for tensor in layer.factors()], dtype)
+
+    @cached_property
+    def _group_of_each_branch(self) -> tuple[ResolvedGroup, ...]:
+        """The groups in the order of branches, where each is that of one branch in all layers; otherwise none."""
+        found = {layer.group_of_each_branch for layer in self.layers.values()}
+        return tuple(self.groups[index] for index in found.pop()) if len(found) == 1 else ()
 
     @contextmanager
     def merged(self) -> Iterator[None]:

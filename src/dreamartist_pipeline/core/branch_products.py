@@ -268,20 +268,30 @@ class MergedLayer(NamedTuple):
 
 
 def arranged_down(down: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-    """Return the kernels of `down` `[R, in, kh, kw]` as the matrix that `ConvProduct` takes.
+    """Return the kernels of `down` `[..., R, in, kh, kw]` as the matrix that `ConvProduct` takes.
 
-    `[R · kh · kw, in]` with flipped kernels, as the sum of shifted products needs them, or `[R, in · kh · kw]`.
+    `[..., R · kh · kw, in]` with flipped kernels, as the sum of shifted products needs them, or
+    `[..., R, in · kh · kw]`.
     """
     if not geometry.keeps_size:
-        return down.flatten(1)
-    return down.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, down.shape[1])
+        return down.flatten(-3)
+    kernels: torch.Tensor = down.flatten(-2)  # [..., R, in, kh · kw]
+    if geometry.kernel_size > 1:
+        kernels = kernels.flip(-1)
+    return kernels.mT.flatten(-3, -2)
 
 
 def original_down(matrix: torch.Tensor, rank: int, geometry: ConvGeometry) -> torch.Tensor:
-    """Return `[R, in, kh, kw]` from the matrix of `arranged_down`."""
-    if not geometry.keeps_size:
-        return matrix.view(rank, -1, *geometry.kernel)
-    return matrix.view(rank, *geometry.kernel, -1).permute(0, 3, 1, 2).flip(2, 3)
+    """Return `[..., R, in, kh, kw]` from the matrix of `arranged_down`."""
+    original: torch.Tensor
+    if geometry.keeps_size:
+        kernels = matrix.unflatten(-2, (rank, geometry.kernel_size))  # [..., R, kh · kw, in]
+        if geometry.kernel_size > 1:
+            kernels = kernels.flip(-2)
+        original = kernels.mT.unflatten(-1, geometry.kernel)
+    else:
+        original = matrix.unflatten(-1, (-1, *geometry.kernel))
+    return original
 
 
 def _of_rows(factors: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -63,6 +63,13 @@ class FactorLayout:
         """The numbers of values of `PackedFactors.down` and `up`."""
         return len(self.branches) * self.num_ranks * self.width, len(self.branches) * self.num_ranks * self.out
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each branch has one update of its own, all of one rank and without bias."""
+        updates = [index for row in self.branches for index in row]
+        one_each = all(len(row) == 1 for row in self.branches) and len(set(updates)) == len(self.branches)
+        return one_each and set(self.ranks) == {self.num_ranks} and not self.biases
+
     def down_pieces(self, downs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the values of `PackedFactors.down` in order, in flat pieces."""
         arranged = [down if self.geometry is None else arranged_down(down, self.geometry) for down in downs]
@@ -182,6 +189,76 @@ def _scale_ups(layouts: Sequence[FactorLayout], flat: torch.Tensor) -> None:
     for up, scale in scaled:
         if scale is not None:
             up.mul_(scale)
+
+
+def pack_flat(
+    layouts: Sequence[FactorLayout], flats: Sequence[torch.Tensor], dtype: torch.dtype
+) -> list[PackedFactors]:
+    """Return what `pack_factors` does for layers that all have one update of the same rank in each branch.
+
+    With the parameters of a branch in one tensor, a few operations pack all layers, and the gradients are one tensor
+    for each branch.
+
+    Args:
+        layouts: one per layer, with `is_plain`.
+        flats: of each branch, (down, up) of every layer in turn, as one vector.
+        dtype: of the result.
+    """
+    packed = iter(_PackFlat.apply(tuple(layouts), dtype, *flats))  # type: ignore[no-untyped-call]
+    return [PackedFactors(down, up, None) for down, up in zip(packed, packed, strict=True)]
+
+
+class _PackFlat(torch.autograd.Function):
+    """The packing of `pack_flat`; it saves no tensor either."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layouts: tuple[FactorLayout, ...], dtype: torch.dtype, *flats: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return down and up of every layer in turn."""
+        ctx.layouts, ctx.dtype, ctx.device = layouts, flats[0].dtype, flats[0].device
+        ctx.set_materialize_grads(False)
+        stacked = torch.stack(flats)  # [nb, number of values]
+        for layout, (_, up) in zip(layouts, _branch_views(layouts, stacked), strict=True):
+            if layout.scale is not None:
+                up.mul_(layout.scale)
+        packed: list[torch.Tensor] = []
+        for layout, (down, up) in zip(layouts, _branch_views(layouts, stacked.to(dtype)), strict=True):
+            if layout.geometry is not None:
+                kernels = down.unflatten(-1, (-1, *layout.geometry.kernel))  # [nb, R, in, kh, kw]
+                packed += [arranged_down(kernels, layout.geometry), up]
+            else:
+                packed += [down, up]
+        return tuple(packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the flat tensors."""
+        pieces: list[torch.Tensor] = []
+        for layout, down, up in zip(ctx.layouts, gradients[::2], gradients[1::2], strict=True):
+            for gradient, num_values in zip((down, up), layout.num_values, strict=True):
+                if gradient is None:  # not used in this backward pass
+                    nb = len(layout.branches)
+                    pieces.append(torch.zeros(nb, num_values // nb, dtype=ctx.dtype, device=ctx.device))
+                    continue
+                exact = gradient.to(ctx.dtype)
+                if gradient is down and layout.geometry is not None:
+                    exact = original_down(exact, layout.num_ranks, layout.geometry)
+                elif gradient is up and layout.scale is not None:
+                    exact = exact * layout.scale
+                pieces.append(exact.flatten(1))
+        return None, None, *torch.cat(pieces, dim=1)
+
+
+def _branch_views(layouts: Sequence[FactorLayout], stacked: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return `[nb, R, width]` and `[nb, out, R]` of every layer as views of `[nb, number of values]`."""
+    sizes = [size // len(layout.branches) for layout in layouts for size in layout.num_values]
+    parts = stacked.split(sizes, dim=1)
+    return [
+        (down.unflatten(1, (layout.num_ranks, -1)), up.unflatten(1, (layout.out, layout.num_ranks)))
+        for layout, down, up in zip(layouts, parts[::2], parts[1::2], strict=True)
+    ]
 
 
 @dataclass(frozen=True)

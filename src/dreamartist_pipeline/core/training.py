@@ -498,6 +498,9 @@ def training_state(model: TrainableModel, params: TrainingParams) -> TrainingSta
     schedules, which end with the training.
     """
     parameters = [flatten(group.parameters) for group in model.groups]
+    flats = {group.name: parameter for group, parameter in zip(model.groups, parameters, strict=True)}
+    for adapters in (*model.latent_adapters, *model.prompt_adapters):
+        adapters.use_flat(flats)
     by_optimizer: dict[str, list[dict[str, Any]]] = {}
     for group, parameter in zip(model.groups, parameters, strict=True):
         settings = params.words if group.kind == WORDS else params
