@@ -71,8 +71,8 @@ def test_diffusers_old_bin_file_is_read() -> None:
 
 
 def test_several_embeddings_in_one_file_are_refused() -> None:
-    file = write_tensors({"clip_l": VECTORS, "clip_g": VECTORS + 1}, {})
-    with pytest.raises(InputError, check=says(expected="one embedding", got="'clip_g': (3, 2)")):
+    file = write_tensors({"cat": VECTORS, "dog": VECTORS + 1}, {})
+    with pytest.raises(InputError, check=says(expected="one embedding", got="'dog': (3, 2)")):
         read_embedding(file, "fox.safetensors")
 
 
@@ -89,6 +89,12 @@ def test_a_file_that_runs_code_is_refused(capsys: pytest.CaptureFixture[str]) ->
             read_embedding(file, "fox.pt")
         assert "weights_only" not in str(error.value)
     assert "ran" not in capsys.readouterr().out
+
+
+def test_an_embedding_for_sdxl_is_named() -> None:
+    file = write_tensors({"clip_l": VECTORS, "clip_g": VECTORS + 1}, {})
+    with pytest.raises(InputError, check=says(got="Stable Diffusion XL", remedy="--env sdxl")):
+        read_embedding(file, "cat.safetensors")
 
 
 def test_what_is_no_embedding_is_refused() -> None:

@@ -119,7 +119,8 @@ def comfyui_sampler(sampler: SamplerParams) -> ComfyUISampler:
             expected="a scheduler that ComfyUI has too, for the workflow",
             got=f"{sampler.scheduler} ({known})",
             remedy=f"set export.sampler.scheduler to one of {names}, or to a class of diffusers that ComfyUI has; "
-            "it is for the workflow and the script only, LoRA and embedding files do not depend on it",
+            "it is for the workflow and the script only, LoRA and embedding files do not depend on it; "
+            "export.formats=[peft,toolkit,embeddings] exports without a workflow",
         )
     if unknown := sorted(sampler.scheduler_options.keys() - set(SPACING_OPTIONS)):
         raise InputError(

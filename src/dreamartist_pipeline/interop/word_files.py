@@ -20,6 +20,7 @@ _SHOWN = 4  # tensors named in an error
 _PICKLED = (".pt", ".bin")
 _OUTPUT = "emp_params_out"
 _KEYS_OF_ANY_WORD = ("emb_params", "emp_params", "clip_l", "clip_g", "*")
+_SDXL_KEYS = {"clip_l", "clip_g"}
 
 
 def typable(name: str) -> str:
@@ -86,6 +87,12 @@ def read_embedding(file: bytes, name: str) -> torch.Tensor:
             expected=f"an embedding of the text encoder's input in {name}",
             got=f"one of its output, which OneTrainer calls {_OUTPUT}",
             remedy="train it without 'output embedding'",
+        )
+    if content.keys() >= _SDXL_KEYS:
+        raise InputError(
+            expected=f"an embedding of one text encoder in {name}",
+            got=f"one of two ({', '.join(sorted(_SDXL_KEYS))}), as for Stable Diffusion XL",
+            remedy="give one for this base model, or import it with --env sdxl and an SDXL base model",
         )
     vectors = _vectors(content)
     tensors = [dense_tensor(value, key, name) for key, value in vectors.items() if isinstance(value, torch.Tensor)]
