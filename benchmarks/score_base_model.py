@@ -76,9 +76,20 @@ class Prompts:
         return self.scenes.shown
 
 
-def nameable(vocabulary: JudgeVocabulary) -> SpriteSet:
-    """Return all sprites of a vocabulary without pixels, for drawing prompts."""
-    pairs = list(product(vocabulary.styles, vocabulary.objects))
+def nameable(vocabulary: JudgeVocabulary, drawn: SpriteSet | None = None) -> SpriteSet:
+    """Return the sprites of a vocabulary without pixels, for drawing prompts.
+
+    Args:
+        vocabulary: of the judge.
+        drawn: only these, because not every style has every object; None: every object in every style.
+
+    Raises:
+        SystemExit: no style has a drawing of an object.
+    """
+    if drawn is not None and (missing := sorted(set(vocabulary.objects) - set(drawn.objects))):
+        raise SystemExit(f"expected drawings of all classes of the judge in {SPRITES}; got none of {missing[:5]}")
+    known = None if drawn is None else set(zip(drawn.styles, drawn.objects, strict=True))
+    pairs = [pair for pair in product(vocabulary.styles, vocabulary.objects) if known is None or pair in known]
     styles, objects = zip(*pairs, strict=True)
     return SpriteSet(torch.empty(0, 4, 1, 1, dtype=torch.uint8), objects, styles)
 
@@ -198,14 +209,9 @@ def paint_real(sprites: SpriteSet, order: SpriteSet, scenes: Scenes) -> torch.Te
     Args:
         sprites: drawings with pixels.
         order: the sprites that the scenes index.
-
-    Raises:
-        SystemExit: a drawing is missing.
     """
     index_of = {pair: index for index, pair in enumerate(zip(sprites.objects, sprites.styles, strict=True))}
     pairs = list(zip(order.objects, order.styles, strict=True))
-    if missing := [" ".join(pair) for pair in pairs if pair not in index_of]:
-        raise SystemExit(f"expected drawings of all classes of the judge in {SPRITES}; got none of {missing[:5]}")
     images = sprites.images[[index_of[pair] for pair in pairs]]
     batches = torch.arange(len(scenes)).split(100)
     return torch.cat([compose(images, scenes.rows(batch), IMAGE_PX) for batch in batches])
@@ -376,7 +382,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     if backbone.image_px != IMAGE_PX:
         raise SystemExit(f"expected a base model of {IMAGE_PX} px, which the judge knows; got {backbone.image_px} px")
-    order = nameable(judge.vocabulary)
+    sprites = SpriteSetDataset(filepath=str(SPRITES)).load() if SPRITES.is_file() else None
+    if sprites is None:
+        print(f"no {SPRITES.relative_to(ROOT)}: the table has generated images only; run `make sprites` for the others")
+    order = nameable(judge.vocabulary, sprites)
     groups = draw_prompts(order, options.num_prompts, options.num_combinations, options.seed)
     sampler = SamplerParams(
         scheduler=options.sampler,
@@ -385,16 +394,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_size=options.batch_size,
     )
     introduction = _introduction(options, backbone)
-    _write(options.output, make_pictures(backbone, judge, order, groups, sampler), introduction)
+    _write(options.output, make_pictures(backbone, judge, sprites, order, groups, sampler), introduction)
 
 
 def make_pictures(
-    backbone: Backbone, judge: Judge, order: SpriteSet, groups: Sequence[Prompts], sampler: SamplerParams
+    backbone: Backbone,
+    judge: Judge,
+    sprites: SpriteSet | None,
+    order: SpriteSet,
+    groups: Sequence[Prompts],
+    sampler: SamplerParams,
 ) -> list[Pictures]:
-    """Return judged images of every group, from every available source."""
-    sprites = SpriteSetDataset(filepath=str(SPRITES)).load() if SPRITES.is_file() else None
-    if sprites is None:
-        print(f"no {SPRITES.relative_to(ROOT)}: the table has generated images only; run `make sprites` for the others")
+    """Return judged images of every group, from every available source: real ones need drawings with pixels."""
     pictures: list[Pictures] = []
     first_seed = 0
     for group in groups:
