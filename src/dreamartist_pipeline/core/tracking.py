@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -45,10 +46,16 @@ class NoTracker:
 
 
 def tracked(function: Callable[..., _Result], tracker: Tracker) -> Callable[..., _Result]:
-    """Bind the keyword argument `tracker` of a node function."""
+    """Bind the argument `tracker` of a node function.
+
+    The result has the signature of the others: Kedro sorts named inputs by it, and reads their types.
+    """
 
     @functools.wraps(function)  # Kedro reads its type hints, Kedro-Viz its source
     def with_tracker(*args: Any, **kwargs: Any) -> _Result:
         return function(*args, tracker=tracker, **kwargs)
 
+    signature = inspect.signature(function)
+    others = [parameter for parameter in signature.parameters.values() if parameter.name != "tracker"]
+    with_tracker.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
     return with_tracker

@@ -8,35 +8,41 @@ from dreamartist_pipeline.core.tracking import Tracker, tracked
 from dreamartist_pipeline.pipelines.training.figures import draw_curves
 from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
 
-_SETTINGS = {"params": "params:training", "device": "params:device", "caption": "reference_caption"}
-_IMAGE = {"base_model": "base_model", "prepared_image": "prepared_image"}
-
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
     """Check the training and the autoencoder's reconstruction, train the concept, plot the curves."""
     nodes = [
         node(
             check_training,
-            inputs=_SETTINGS
-            | {"base_model": "base_model", "start_files": "start_files", "ingestion": "params:ingestion"},
+            inputs={
+                "base_model": "base_model",
+                "params": "params:training",
+                "caption": "reference_caption",
+                "device": "params:device",
+                "start_files": "start_files",
+                "ingestion": "params:ingestion",
+            },
             outputs="training_plan",
             name="check_training",
         ),
         node(
             tracked(compare_reconstruction, tracker),
-            inputs=_IMAGE | {"device": "params:device"},
+            inputs=["base_model", "prepared_image", "params:device"],
             outputs="reconstruction",
             name="compare_reconstruction",
         ),
         node(
             tracked(train_concept, tracker),
-            inputs=_SETTINGS
-            | _IMAGE
-            | {
+            inputs={
+                "base_model": "base_model",
+                "prepared_image": "prepared_image",
                 "prepared_mask": "prepared_mask",
                 "prepared_framing": "prepared_framing",
                 "regularization_set": "regularization_set",
                 "training_plan": "training_plan",
+                "params": "params:training",
+                "caption": "reference_caption",
+                "device": "params:device",
                 "start_files": "start_files",
             },
             outputs=["concept", "training_history"],
