@@ -158,7 +158,7 @@ def pickled(content: object) -> bytes:
 @pytest.mark.parametrize(
     ("content", "got", "remedy"),
     [
-        (dict(PLAIN), "pickled", "save_file(torch.load('fox"),
+        (dict(PLAIN), "pickled", "save_file(torch.load(open('fox"),
         ([torch.ones(2, 6), torch.ones(5, 2)], "cloneofsimo", "lora_add"),
         ({"string_to_param": {"*": torch.ones(1, 6)}, "name": "fox"}, "embedding", "import.words"),
         ({"<fox>": torch.ones(1, 6)}, "embedding", "import.words"),
@@ -197,7 +197,7 @@ def test_what_came_in_place_of_a_file_is_named(file: bytes, got: str) -> None:
     [("loras/cat.ckpt", "loras/cat.safetensors"), ("loras/cat.safetensors", "loras/cat-converted.safetensors")],
 )
 def test_the_command_that_converts_a_pickle_has_its_path_and_keeps_it(path: str, target: str) -> None:
-    refused = says(expected="cat", remedy=f"torch.load('{path}', weights_only=True), '{target}')")
+    refused = says(expected="cat", remedy=f"torch.load(open('{path}', 'rb'), weights_only=True), '{target}')")
     with pytest.raises(InputError, check=refused):
         read_lora(pickled(PLAIN), "cat", SHAPES, NAMES, path)
 

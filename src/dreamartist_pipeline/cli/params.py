@@ -31,7 +31,7 @@ def parse_params(ctx: click.Context, param: click.Parameter, value: str | dict[s
     `device.device=cpu`. Relative paths are those of the working directory.
     """
     try:
-        values = value if isinstance(value, dict) else _nested(_items(value))
+        values = value if isinstance(value, dict) else _nested(_items(value), value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from error
     if isinstance(values.get("device"), str):
@@ -65,7 +65,7 @@ def _items(text: str) -> Iterator[tuple[str, Any]]:
         if not equals:
             raise ValueError(f"expected key=value; got '{name}'; separate several by commas")
         if index and not _is_known(name) and _last(items[index - 1]) in _TEXT_KEYS:
-            raise _inside_text(name, items[index - 1 :])
+            raise _inside_text(name, items, index)
         yield _name(item), _value(name, value)
 
 
@@ -83,20 +83,22 @@ def _is_known(name: str) -> bool:
     return name.partition(".")[0] in (*RUN_SETTINGS, *SECTIONS)
 
 
-def _inside_text(name: str, items: Sequence[str]) -> ValueError:
-    """Return an error for `, name=` after a text, with the text in quotes.
+def _inside_text(name: str, items: Sequence[str], index: int) -> ValueError:
+    """Return an error for `, name=` after a text, with all parameters and the text in quotes.
 
     Args:
         name: unknown as a parameter.
-        items: the item before it, which is a text, and all that follow.
+        items: of the whole value.
+        index: of the item with this name; the one before it is the text.
     """
-    length = next((n for n in range(1, len(items)) if _is_known(_name(items[n]))), len(items))
-    key, _, value = (part.strip() for part in ",".join(items[:length]).partition("="))
+    end = next((n for n in range(index, len(items)) if _is_known(_name(items[n]))), len(items))
+    key, _, value = (part.strip() for part in ",".join(items[index - 1 : end]).partition("="))
     quoted = value if key in RUN_SETTINGS else value.replace("'", "''")  # of YAML
+    meant = ",".join([*(item.strip() for item in items[: index - 1]), f"{key}='{quoted}'", *items[end:]])
     near = nearest(name.partition(".")[0], (*RUN_SETTINGS, *SECTIONS), otherwise="")
     return ValueError(
         f"expected a parameter before '='; got '{name}' after a comma; a text with a comma and '=' is written in quotes"
-        f""": --params "{key}='{quoted}'\"""" + (f"; for a parameter: {near}" if near else "")
+        f': --params "{meant}"' + (f"; for a parameter: {near}" if near else "")
     )
 
 
@@ -147,8 +149,8 @@ def _home(text: str) -> str:
     return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
-def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return dotted names as nested mappings.
+def _nested(items: Iterable[tuple[str, Any]], text: str) -> dict[str, Any]:
+    """Return dotted names as nested mappings; `text` is the whole value of `--params`.
 
     Raises:
         ValueError: a name that is given twice, or with and without a further part.
@@ -159,16 +161,16 @@ def _nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         *sections, key = name.split(".")
         target = _descend(values, sections)
         if target is None or key in target:
-            raise _given_twice(name, [given for other, given in items if other == name])
+            raise _given_twice(name, [given for other, given in items if other == name], text)
         target[key] = value
     return values
 
 
-def _given_twice(name: str, values: Sequence[Any]) -> ValueError:
+def _given_twice(name: str, values: Sequence[Any], text: str) -> ValueError:
     remedy = "leave one out"
     if takes_several(name) and len(values) > 1:
-        texts = [plain(text) for value in values for text in (value if isinstance(value, list) else [value])]
-        remedy = f"""give several as a list: --params "{name}={yaml_list(texts)}\""""
+        texts = [plain(one) for value in values for one in (value if isinstance(value, list) else [value])]
+        remedy = f'give several as a list: --params "{with_params(text, f"{name}={yaml_list(texts)}")}"'
     return ValueError(f"expected every parameter once; got {name} twice; {remedy}")
 
 

@@ -23,7 +23,7 @@ _EXTRACT_DIFFERENCE = f"merge it into its base model with the tool that made it,
 _MERGE = f"merge it into its base model with that tool (lora_add, mode upl-ckpt-v2), and {_DIFFERENCE}"
 _CONVERT = (
     'convert it: python -c "import torch, safetensors.torch as s; '
-    's.save_file(torch.load({source!r}, weights_only=True), {target!r})"'
+    "s.save_file(torch.load(open({source!r}, 'rb'), weights_only=True), {target!r})\""
 )
 
 
