@@ -177,6 +177,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "training.memory.limit_gib",
         ),
     },
+    "pipelines/test_resuming.py": {
+        "test_never_starts_anew_with_any_configuration": ("training.resume", "training.checkpoint_minutes"),
+        "test_the_minutes_of_a_training_end_it": ("training.max_minutes",),
+    },
     "pipelines/test_training.py": {
         "test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from": ("training.start_from",),
         "test_zero_steps_give_a_concept_and_an_empty_history": ("training.num_steps",),

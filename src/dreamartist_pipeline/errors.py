@@ -31,6 +31,25 @@ class TrainingError(_ExplainedError, RuntimeError):
     """A training that cannot continue: a branch receives no gradient, or values are not finite."""
 
 
+class StoppedEarly(KeyboardInterrupt):
+    """A training that was stopped between two steps, by a signal or at the end of its minutes; its state is kept.
+
+    Attributes:
+        exit_code: of the command.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+STOPPED_BY_SIGNAL = 130  # as shells report a program that SIGINT ended
+STOPPED_BY_BUDGET = 75  # EX_TEMPFAIL of sysexits.h: to be run again
+
+
 def input_error_in(error: BaseException) -> InputError | None:
     """Return the InputError in the chain of causes, if any; Kedro and OmegaConf wrap errors."""
     cause: BaseException | None = error

@@ -498,6 +498,11 @@ class TrainingParams(Params):
     memory: Annotated[MemoryParams, RUN_ONLY] = MemoryParams()
     # eager: one kernel after the other; cudagraph: all kernels of a step by one call; compile: torch.compile
     backend: Annotated[Literal["eager", "cudagraph", "compile"], RUN_ONLY] = "eager"
+    # What a run does with the state of an interrupted one: auto continues, and refuses a changed configuration; never
+    # starts anew; force continues with the changes.
+    resume: Annotated[Literal["auto", "never", "force"], RUN_ONLY] = "auto"
+    checkpoint_minutes: Annotated[NonNegativeFloat, RUN_ONLY] = 1.0  # between two saved states; 0 for every step
+    max_minutes: Annotated[PositiveFloat | None, RUN_ONLY] = None  # of steps and previews; the same command continues
     # Concept file with the initial adapters and words. RUN_ONLY, because the metadata has the hash of the file instead.
     start_from: Annotated[str | None, RUN_ONLY, PATH] = None
 

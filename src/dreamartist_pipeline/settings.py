@@ -14,7 +14,14 @@ from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, MLflowHooks, RunRecordHooks, nearest
+from dreamartist_pipeline.hooks import (
+    CheckpointHooks,
+    ConfigurationHooks,
+    ConsoleHooks,
+    MLflowHooks,
+    RunRecordHooks,
+    nearest,
+)
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.run import literal
 from dreamartist_pipeline.params import SECTIONS
@@ -107,7 +114,7 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
-HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks())
+HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",

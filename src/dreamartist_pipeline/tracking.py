@@ -35,6 +35,13 @@ class MLflowTracker:
         if mlflow.active_run() is not None:
             mlflow.set_tag(name, text)
 
+    def run_id(self) -> str | None:
+        """Return the id of the active run."""
+        import mlflow
+
+        run = mlflow.active_run()
+        return None if run is None else str(run.info.run_id)
+
     def log_image_file(self, image: Image, file: str) -> None:
         """Log an image as an artefact; `file` is its path in the run."""
         import mlflow

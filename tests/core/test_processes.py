@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core import processes
 from dreamartist_pipeline.core.processes import rows_of_rank, run_on_processes, spread, sum_over_ranks
-from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
 from dreamartist_pipeline.embedded.pretraining import Muon, run_stage
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import StageParams
@@ -193,8 +193,9 @@ def _main(folder: str, stopped_rank: str) -> None:
     stop = False
     try:
         run_on_processes(_train_until_stopped, 2, Path(folder), int(stopped_rank))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         stop = True
+        sys.stdout.write(f"{error}\n")
     sys.stdout.write(f"threads: {[file.read_text().strip() for file in Path('/proc/self/task').glob('*/comm')]}\n")
     sys.exit(130 if stop else 0)
 

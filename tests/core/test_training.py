@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train, whole_batch
 from dreamartist_pipeline.core.training import (
     BatchSource,
+    Checkpointing,
     Execution,
     LatentImages,
     ParameterGroup,
@@ -34,7 +37,7 @@ from dreamartist_pipeline.core.training import (
     training_state,
 )
 from dreamartist_pipeline.core.training import _Steps as Steps
-from dreamartist_pipeline.errors import TrainingError
+from dreamartist_pipeline.errors import StoppedEarly, TrainingError
 from dreamartist_pipeline.params import LossParams, PreviewParams, ResolvedGroup, ScheduleParams, TrainingParams
 from refusals import says
 
@@ -337,6 +340,88 @@ def test_a_continued_training_ends_in_the_same_bytes(
     rest = fit(continued, make_data(), params, state=state)
     assert all(map(torch.equal, trained_values(continued), trained_values(whole)))
     assert [without_time(row) for row in rest] == [without_time(row) for row in history[taken_after:]]
+
+
+def checkpoints_of(
+    params: TrainingParams, model: TrainableModel, stop_at: int | None = None, **options: Any
+) -> tuple[list[dict[str, Any]], Any]:
+    """Train with a checkpoint after every step, and SIGTERM in step `stop_at`; return them, and history or error."""
+    saved: list[dict[str, Any]] = []
+    denoise = model.denoise
+
+    def stopping(*args: Any) -> torch.Tensor:
+        if len(saved) == (stop_at or 0):  # the first is saved before the first step
+            signal.raise_signal(signal.SIGTERM)
+        return denoise(*args)
+
+    if stop_at is not None:
+        model = dataclasses.replace(model, denoise=stopping)
+    checkpointing = Checkpointing(saved.append, **{"minutes": 0.0, **options})
+    try:
+        return saved, fit(model, make_data(), params, checkpointing=checkpointing)
+    except StoppedEarly as stop:
+        return saved, stop
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("num_done", [0, 1, 3, 6])
+def test_a_training_continued_from_a_checkpoint_has_the_bytes_and_the_history_of_one(
+    make_training_params: MakeParams, name: str, num_done: int
+) -> None:
+    changes, of_model = CONTINUED[name]
+    params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
+
+    def new_model() -> TrainableModel:
+        toy = make_model(dropout=of_model.get("dropout", 0.0))
+        return dataclasses.replace(toy, half_precision=of_model.get("half_precision", False))
+
+    whole, continued, records = new_model(), new_model(), []
+    saved, history = checkpoints_of(params, whole)
+    assert [checkpoint["state"]["step"] for checkpoint in saved] == list(range(7))
+    file = io.BytesIO()
+    torch.save(saved[num_done], file)
+    file.seek(0)
+    resumed = torch.load(file, weights_only=True)
+    checkpointing = Checkpointing(lambda checkpoint: None, 1.0, resumed=resumed)
+    again = fit(continued, make_data(), params, records.append, checkpointing=checkpointing)
+    assert all(map(torch.equal, trained_values(continued), trained_values(whole)))
+    assert [without_time(row) for row in again] == [without_time(row) for row in history]
+    assert [list(row) for row in again] == [list(row) for row in history]
+    assert again[:num_done] == history[:num_done]
+    assert [record.row() for record in records] == again  # the steps before the checkpoint, too
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])
+def test_a_signal_stops_after_the_step_and_keeps_it(make_training_params: MakeParams, stop_at: int) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    saved, stop = checkpoints_of(make_training_params(num_steps=6), make_model(), stop_at)
+    assert isinstance(stop, StoppedEarly) and stop.exit_code == 130
+    assert f"after step {stop_at} of 6" in str(stop)
+    assert [checkpoint["state"]["step"] for checkpoint in saved] == list(range(stop_at + 1))
+    assert len(saved[-1]["history"]["values"]) == stop_at
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_training_stops_at_the_end_of_its_minutes(make_training_params: MakeParams) -> None:
+    saved, stop = checkpoints_of(make_training_params(num_steps=6), make_model(), minutes=60.0, max_minutes=1e-9)
+    assert isinstance(stop, StoppedEarly) and stop.exit_code == 75
+    assert "training.max_minutes" in str(stop)
+    assert [checkpoint["state"]["step"] for checkpoint in saved] == [0]
+
+
+def test_a_finished_training_leaves_a_checkpoint_of_its_last_step(make_training_params: MakeParams) -> None:
+    saved, history = checkpoints_of(make_training_params(num_steps=6), make_model(), minutes=60.0, max_minutes=60.0)
+    assert len(history) == 6
+    assert [checkpoint["state"]["step"] for checkpoint in saved] == [6]
+
+
+def test_previews_are_not_repeated(make_training_params: MakeParams) -> None:
+    params = make_training_params(num_steps=4, preview=PreviewParams(every=2))
+    saved, _ = checkpoints_of(params, make_model())
+    steps: list[int] = []
+    checkpointing = Checkpointing(lambda checkpoint: None, 1.0, resumed=saved[2])
+    fit(make_model(), make_data(), params, on_preview=steps.append, checkpointing=checkpointing)
+    assert steps == [4]
 
 
 def without_time(row: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.embedded.judge import NOTHING, Verdict, labels_of
 from dreamartist_pipeline.embedded.scenes import Shown
 from dreamartist_pipeline.embedded.sprites import SpriteSet

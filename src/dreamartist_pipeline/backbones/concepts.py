@@ -193,6 +193,11 @@ def build_vocabulary(params: TrainingParams, vocabulary_size: int) -> Vocabulary
     return Vocabulary.build(params.words.names, params.words.num_vectors, vocabulary_size, params.num_branches)
 
 
+def library_versions() -> dict[str, str]:
+    """Return library -> version, for those that a training computes with."""
+    return {name: version(name) for name in _VERSIONED}
+
+
 def concept_metadata(
     backbone: Backbone, params: TrainingParams, lr_factor: float, start_sha256: str | None = None
 ) -> ConceptMetadata:
@@ -223,7 +228,7 @@ def concept_metadata(
         init_text=params.words.init_text,
         lora={network: groups.get(network, ()) for network in backbone.networks},
         config_sha256=hashlib.sha256(to_json(params.result_values()).encode()).hexdigest(),
-        versions={name: version(name) for name in _VERSIONED},
+        versions=library_versions(),
         start_sha256=start_sha256,
     )
 

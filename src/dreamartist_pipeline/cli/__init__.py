@@ -20,7 +20,7 @@ from kedro.validation.exceptions import ParameterValidationError
 from dreamartist_pipeline.cli.import_config import import_config
 from dreamartist_pipeline.cli.params import parse_params, with_params
 from dreamartist_pipeline.cli.selection import check_selection, check_words
-from dreamartist_pipeline.errors import InputError, TrainingError, input_error_in
+from dreamartist_pipeline.errors import InputError, StoppedEarly, TrainingError, input_error_in
 from dreamartist_pipeline.hooks.console import program, quoted
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.record import close_run, reason_of
@@ -42,6 +42,10 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
     def reported(*args: Any, traceback: bool, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
+        except StoppedEarly as stop:
+            close_run("KILLED", str(stop))
+            click.echo(f"\n{stop}", err=True)
+            raise click.exceptions.Exit(stop.exit_code) from None
         except KeyboardInterrupt:
             close_run("KILLED", "interrupted")
             raise

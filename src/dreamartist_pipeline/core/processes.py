@@ -82,6 +82,18 @@ def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
+def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Return whether the flag is set on any rank; a collective call, with tensors on `device`, that waits for it."""
+    import torch
+    import torch.distributed as dist
+
+    if num_ranks() == 1:
+        return flag
+    flags = torch.tensor([flag], dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def _has_group() -> bool:
     import torch.distributed as dist
 

@@ -28,6 +28,9 @@ class Tracker(Protocol):
     def set_tag(self, name: str, text: str) -> None:
         """Tag the run with a text."""
 
+    def run_id(self) -> str | None:
+        """Return the id of the run; None outside one."""
+
 
 class NoTracker:
     """Logs nothing: for calls outside a run."""
@@ -43,6 +46,10 @@ class NoTracker:
 
     def set_tag(self, name: str, text: str) -> None:
         """Ignore a text."""
+
+    def run_id(self) -> str | None:
+        """Return None."""
+        return None
 
 
 def tracked(function: Callable[..., _Result], tracker: Tracker) -> Callable[..., _Result]:

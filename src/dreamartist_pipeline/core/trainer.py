@@ -166,16 +166,24 @@ class TrainingState:
             InputError: the parameters or averages do not match.
         """
         expected, got = ([tuple(p.shape) for p in ps] for ps in (self.parameters, state["parameters"]))
-        if got != expected or bool(state["averages"]) != bool(self.averages):
+        groups, saved_groups = (
+            [len(each["param_groups"]) for each in optimizers]
+            for optimizers in ([each.state_dict() for each in self.optimizers], state["optimizers"])
+        )
+        if got != expected or saved_groups != groups or bool(state["averages"]) != bool(self.averages):
             raise InputError(
-                expected=f"a state with shapes {expected} and averages={bool(self.averages)}",
-                got=f"shapes {got} and averages={bool(state['averages'])}",
+                expected=f"a state with shapes {expected}, averages={bool(self.averages)} and optimizers of {groups} "
+                "groups",
+                got=f"shapes {got}, averages={bool(state['averages'])} and optimizers of {saved_groups} groups",
                 remedy="resume with the configuration of the interrupted training",
             )
         state = _plain_copy(state)
         _copy_into(self.parameters, state["parameters"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
             optimizer.load_state_dict(optimizer_state)
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay  # an option, like the learning rate, which is set in every step
         if self.averages:
             self.averages.load_state_dict(state["averages"])
         self.scaler.load_state_dict(state["scaler"])

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_at, repeat, rows_of
+from dreamartist_pipeline.core.checkpoints import Checkpoint, Pauses, stop_requests
 from dreamartist_pipeline.core.concept import words_part
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers, rate_of
-from dreamartist_pipeline.core.processes import num_ranks, rows_of_rank, sum_over_ranks
+from dreamartist_pipeline.core.processes import num_ranks, on_any_rank, rank, rows_of_rank, sum_over_ranks
 from dreamartist_pipeline.core.prompt_tokens import (
     Conditioning,
     PromptTokens,
@@ -43,7 +44,7 @@ from dreamartist_pipeline.core.prompt_tokens import (
 from dreamartist_pipeline.core.schedules import schedule_factor, scheduled_beta1
 from dreamartist_pipeline.core.step_graph import GraphedPasses, Passes
 from dreamartist_pipeline.core.trainer import Averages, Backward, FinishedStep, TrainingState, normalized_ema, train
-from dreamartist_pipeline.errors import TrainingError
+from dreamartist_pipeline.errors import STOPPED_BY_BUDGET, STOPPED_BY_SIGNAL, StoppedEarly, TrainingError
 from dreamartist_pipeline.params import LossParams, TrainingParams
 
 ADAPTERS, WORDS = "adapters", "words"
@@ -153,6 +154,23 @@ class Execution:
     micro_batch: int | None = None
     as_graph: bool = False
     read_every: int = 10
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How a training is saved and continued.
+
+    Attributes:
+        save: stores a checkpoint of `fit`; called on rank 0 only.
+        minutes: between two checkpoints; 0 for one after every step.
+        max_minutes: from the first step on, after which the training stops; None for no limit.
+        resumed: the checkpoint to continue from; None starts a new training.
+    """
+
+    save: Callable[[Checkpoint], None]
+    minutes: float
+    max_minutes: float | None = None
+    resumed: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -479,6 +497,16 @@ class StepRecord:
     grad_norm: dict[str, float]
     seconds: float
 
+    @classmethod
+    def of_row(cls, row: HistoryRow) -> StepRecord:
+        """Return the record that `row` was made of."""
+        by_kind: dict[str, dict[str, float]] = {"lr": {}, "grad_norm": {}, "": {}}
+        for column, value in row.items():
+            kind, slash, name = column.partition("/")
+            by_kind[kind if slash else ""][name or column] = value
+        parts = {name: value for name, value in by_kind[""].items() if name not in ("step", "loss", "seconds")}
+        return cls(int(row["step"]), row["loss"], parts, by_kind["lr"], by_kind["grad_norm"], row["seconds"])
+
     def row(self) -> HistoryRow:
         """Return the record as one flat row, with keys `lr/<group>` and `grad_norm/<branch>/<kind>`."""
         return {
@@ -522,6 +550,7 @@ def fit(
     on_preview: Callable[[int], None] | None = None,
     state: TrainingState | None = None,
     execution: Execution = Execution(),
+    checkpointing: Checkpointing | None = None,
 ) -> list[HistoryRow]:
     """Train the model's parameters in place and return one history row per step.
 
@@ -536,17 +565,23 @@ def fit(
             `params.preview.every` steps, and after the last; never if that is 0.
         state: from `training_state`, possibly loaded; None starts a new training.
         execution: how steps are computed.
+        checkpointing: None saves nothing, and leaves SIGINT and SIGTERM alone. A training that continues from a
+            checkpoint first calls `on_step` for the steps before it, and returns the history of all steps.
 
     Raises:
         TrainingError: a branch receives no gradient in the first step, or the loss or a parameter is not finite; raised
             when the losses are read, up to `execution.read_every` steps later.
+        StoppedEarly: SIGINT, SIGTERM or `max_minutes` stopped the training, after the same step on all ranks; its last
+            step is in the checkpoint.
+        InputError: a checkpoint whose parameters or optimizers differ.
 
     Within a process group, every rank calls this with equal arguments, save the callbacks.
     """
     state = state or training_state(model, params)
     history: list[HistoryRow] = []
     check = _GradientCheck(model, params.num_steps)
-    for record in _records(_Steps(model, data, params, state, execution), on_preview):
+
+    def add(record: StepRecord) -> None:
         if not math.isfinite(record.loss):
             raise TrainingError(
                 expected="a finite loss", got=f"{record.loss} at step {record.step}", remedy=_DIVERGENCE_REMEDY
@@ -555,9 +590,101 @@ def fit(
         history.append(record.row())
         if on_step:
             on_step(record)
+
+    if checkpointing and checkpointing.resumed:
+        state.load_state_dict(checkpointing.resumed["state"])
+        for row in _unpacked(checkpointing.resumed["history"]):
+            add(StepRecord.of_row(row))
+    with _interruptible(checkpointing, state, history, params.num_steps) as interruption:
+        for record in _records(_Steps(model, data, params, state, execution), on_preview, interruption):
+            add(record)
     state.keep_averages()
     _check_finite(model.groups)
     return history
+
+
+class _Interruption:
+    """Saves checkpoints between two steps, and stops the training; one per rank."""
+
+    def __init__(
+        self,
+        checkpointing: Checkpointing,
+        pauses: Pauses,
+        state: TrainingState,
+        history: Sequence[HistoryRow],
+        num_steps: int,
+    ) -> None:
+        self._save, self._pauses, self._state, self._history = checkpointing.save, pauses, state, history
+        self._num_steps, self._device = num_steps, state.parameters[0].device
+        self._stops = False
+
+    def is_due(self, can_wait: bool) -> bool:
+        """Return whether `take` has to be called after this step, once its loss has been read.
+
+        All ranks call this after the same steps, and stop after the same one.
+
+        Args:
+            can_wait: whether the ranks may agree on a stop after a later step; on a GPU, they wait for the device.
+        """
+        if num_ranks() == 1 or not (can_wait and self._device.type == "cuda"):
+            self._stops = on_any_rank(self._pauses.stops(), self._device)
+        is_done = self._state.step == self._num_steps
+        return self._stops or (rank() == 0 and (is_done or self._pauses.checkpoint_is_due()))
+
+    def take(self) -> None:
+        """Save a checkpoint, and stop the training by a signal, or if its minutes are over and a step is left.
+
+        Raises:
+            StoppedEarly: the training stops.
+        """
+        if rank() == 0:
+            self._save({"state": self._state.state_dict(), "history": _packed(self._history)})
+        self._pauses.saved()
+        if self._stops and not (self._pauses.is_over and self._state.step == self._num_steps):
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Stop the training, whose last step is saved.
+
+        Raises:
+            StoppedEarly: always.
+        """
+        is_over = self._pauses.is_over
+        raise StoppedEarly(
+            ("training.max_minutes is over. " if is_over else "")
+            + f"The training stops after step {self._state.step} of {self._num_steps}, which is kept; the same command "
+            "continues.",
+            STOPPED_BY_BUDGET if is_over else STOPPED_BY_SIGNAL,
+        )
+
+
+@contextmanager
+def _interruptible(
+    checkpointing: Checkpointing | None, state: TrainingState, history: Sequence[HistoryRow], num_steps: int
+) -> Iterator[_Interruption | None]:
+    """Yield what saves and stops a training, for which SIGINT and SIGTERM wait for the end of a step."""
+    if checkpointing is None:
+        yield None
+        return
+    with stop_requests() as stop_requested:
+        max_minutes = checkpointing.max_minutes if rank() == 0 else None  # one clock decides
+        pauses = Pauses(stop_requested, checkpointing.minutes, max_minutes)
+        interruption = _Interruption(checkpointing, pauses, state, history, num_steps)
+        yield interruption
+        if stop_requested():  # after the last step
+            interruption.stop()
+
+
+def _packed(history: Sequence[HistoryRow]) -> dict[str, Any]:
+    """Return rows with equal columns as one float64 tensor `[rows, columns]`, a tenth of their size in a file."""
+    columns = list(history[0]) if history else []
+    values = [[row[column] for column in columns] for row in history]
+    return {"columns": columns, "values": torch.tensor(values, dtype=torch.float64)}
+
+
+def _unpacked(history: dict[str, Any]) -> list[HistoryRow]:
+    rows = [dict(zip(history["columns"], values, strict=True)) for values in history["values"].tolist()]
+    return [row | {"step": int(row["step"])} for row in rows]
 
 
 def _check_finite(groups: Sequence[ParameterGroup]) -> None:
@@ -797,11 +924,15 @@ _OnDevice = tuple[FinishedStep[dict[str, torch.Tensor]], dict[str, float | torch
 """A finished step, its learning rates, and its gradient norms."""
 
 
-def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterator[StepRecord]:
+def _records(
+    steps: _Steps, on_preview: Callable[[int], None] | None, interruption: _Interruption | None
+) -> Iterator[StepRecord]:
     params, state = steps.params, steps.state
     pending: list[_OnDevice] = []
     if on_preview and params.preview.every and state.step == 0:
         on_preview(0)
+    if interruption and state.step < params.num_steps and interruption.is_due(can_wait=False):
+        interruption.take()
     started = time.perf_counter()
     for done in train(
         state, params.num_steps, set_rates=steps.set_rates, gradients_of=steps.gradients, clip=steps.clip
@@ -810,12 +941,17 @@ def _records(steps: _Steps, on_preview: Callable[[int], None] | None) -> Iterato
         is_last = done.step == params.num_steps
         preview_due = bool(params.preview.every) and (done.step % params.preview.every == 0 or is_last)
         is_slow = time.perf_counter() - started > _READ_AFTER_S
-        if preview_due or is_slow or len(pending) >= steps.execution.read_every or is_last:
+        pause_due = interruption is not None and interruption.is_due(
+            can_wait=done.step % steps.execution.read_every > 0
+        )
+        if preview_due or is_slow or pause_due or len(pending) >= steps.execution.read_every or is_last:
             yield from _read(pending, started)
             pending.clear()
             if preview_due and on_preview:
                 with state.averaged():
                     on_preview(done.step)
+            if interruption and pause_due:
+                interruption.take()
             started = time.perf_counter()
 
 

@@ -9,13 +9,10 @@ an uninterrupted one.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,15 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from dreamartist_pipeline.core.processes import num_ranks, rank, sum_over_ranks
+from dreamartist_pipeline.core.checkpoints import Checkpoint, Checkpoints, Pauses, stop_requests
+from dreamartist_pipeline.core.processes import num_ranks, on_any_rank, rank, sum_over_ranks
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.trainer import Averages, FinishedStep, TrainingState, train, whole_batch
+from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, StoppedEarly
 from dreamartist_pipeline.params import StageParams
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Checkpoint = dict[str, Any]
 _REPORT_EVERY = 25  # steps
 _SIZED_FROM, _SIZED_AFTER = 20, 100  # steps; their throughput gives the number of steps where `minutes` is set
 _MAX_GRAD_NORM = 1.0
@@ -45,16 +43,6 @@ def stage_device() -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-
-
-class Checkpoints(Protocol):
-    """The latest checkpoint of each stage, by name."""
-
-    def load(self, name: str) -> Checkpoint | None:
-        """Return the latest checkpoint of a stage, or None."""
-
-    def save(self, name: str, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint of a stage."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +148,7 @@ def run_stage(
         after_save: called with the step after every checkpoint, on rank 0 only; the networks hold their averages.
 
     Raises:
-        KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint.
+        StoppedEarly: the stage was stopped; its last step is in the checkpoint.
     """
     checkpoint = store.load(name)
 
@@ -184,10 +172,8 @@ def run_stage(
                 save_checkpoint=save,
                 on_step=StageReporter(name, batch_size, bar, tracker),
             )
-        except KeyboardInterrupt as stop:
-            if rank() == 0:
-                bar.write(f"{name}: {stop}")
-            raise
+        except StoppedEarly as stop:
+            raise StoppedEarly(f"{name}: {stop}", stop.exit_code) from None
 
 
 def fit_stage(
@@ -217,25 +203,27 @@ def fit_stage(
         on_step: called after every step, on rank 0 only.
 
     Raises:
-        KeyboardInterrupt: the stage was stopped; its last step is in the checkpoint. All ranks stop at the same step.
+        StoppedEarly: the stage was stopped; its last step is in the checkpoint. All ranks stop at the same step.
     """
     stage = _Stage(parameters, matrices, loss_of, settings, seed, bf16, checkpoint)
     is_first = rank() == 0
-    saved = clock = time.monotonic()
+    clock = time.monotonic()
     with stop_requests() as stop_requested:
+        pauses = Pauses(stop_requested, settings.checkpoint_minutes)
         for done in stage.steps():
             clock, previous = time.monotonic(), clock
             if on_step and is_first:
                 on_step(stage.report(done, clock - previous))
-            stopped = _on_any_rank(stop_requested())
-            due = clock - saved >= 60 * settings.checkpoint_minutes or stage.is_done or stopped
+            stopped = on_any_rank(pauses.stops())
+            due = pauses.checkpoint_is_due() or stage.is_done or stopped
             if due and save_checkpoint and is_first:
                 checkpoint = stage.checkpoint()
                 with stage.state.averaged():
                     save_checkpoint(checkpoint)
-                saved = clock = time.monotonic()
+                pauses.saved()
+                clock = time.monotonic()
             if stopped:
-                raise KeyboardInterrupt(f"stopped after step {done.step}; the same command continues")
+                raise StoppedEarly(f"stopped after step {done.step}; the same command continues", STOPPED_BY_SIGNAL)
     stage.state.keep_averages()
 
 
@@ -334,24 +322,6 @@ def _sized(settings: StageParams, seconds_per_step: float) -> Plan:
     return Plan.lasting(num_steps[0], settings.decay_share)
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGINT or SIGTERM arrived; within, they have no other effect.
-
-    Outside the main thread, which alone receives signals, it always returns False.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    arrived = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: arrived.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield arrived.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def warmup_stable_decay(step: int, plan: Plan, warmup_steps: int) -> float:
     """Return the rate factor: linear warm-up to 1, constant, then 1 − √progress down to 0 (Hägele et al. 2024)."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
@@ -372,15 +342,6 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     sum_over_ranks(gradients)
     for gradient in gradients:
         gradient.div_(num_ranks())
-
-
-def _on_any_rank(flag: bool) -> bool:
-    """Return whether the flag is set on any rank; a collective call."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor([flag], dtype=torch.uint8)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
 
 
 # ---------------------------------------------------------------------------------------------- optimizers

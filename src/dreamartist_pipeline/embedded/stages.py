@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
+from dreamartist_pipeline.core.checkpoints import Checkpoints
 from dreamartist_pipeline.core.images import image_grid, to_images
 from dreamartist_pipeline.core.processes import rank
 from dreamartist_pipeline.core.tracking import Tracker
@@ -25,7 +26,6 @@ from dreamartist_pipeline.embedded.model import (
     load_with_new_vocabulary,
 )
 from dreamartist_pipeline.embedded.pretraining import (
-    Checkpoints,
     autoencoder_loss,
     denoiser_loss,
     has_bfloat16,

@@ -1,6 +1,7 @@
 """Hooks around a run: check the configuration, record the run in MLflow, print progress."""
 
 from dreamartist_pipeline.errors import input_error_in
+from dreamartist_pipeline.hooks.checkpoints import CheckpointHooks
 from dreamartist_pipeline.hooks.configuration import (
     ConfigurationHooks,
     build_parameters,
@@ -19,6 +20,7 @@ from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
 
 __all__ = [
     "RUN_SETTINGS",
+    "CheckpointHooks",
     "Commands",
     "ConfigurationHooks",
     "ConsoleHooks",

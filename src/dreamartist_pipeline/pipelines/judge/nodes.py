@@ -28,7 +28,7 @@ def train_judge(sprites: SpriteSet, params: JudgeParams, tracker: Tracker) -> Ju
     """Train the judge on augmented scenes with every tint, from its latest checkpoint on."""
     import torch
 
-    from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
+    from dreamartist_pipeline.checkpoint_files import CheckpointStore
     from dreamartist_pipeline.embedded.judge import (
         IMAGE_PX,
         Judge,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import CLIPModel, CLIPTokenizer
 
-    from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
+    from dreamartist_pipeline.checkpoint_files import CheckpointStore
     from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 
@@ -126,7 +126,7 @@ _LENGTH = {"num_steps", "decay_now", "minutes", "checkpoint_minutes", "drawing_p
 
 
 def _store(params: PretrainParams, *stages: str) -> CheckpointStore:
-    from dreamartist_pipeline.embedded.checkpoints import CheckpointStore
+    from dreamartist_pipeline.checkpoint_files import CheckpointStore
 
     return CheckpointStore(Path(params.checkpoints)).of_recipe(_recipe(params, *stages))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from dreamartist_pipeline.core.checkpoints import Checkpoints
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.model_location import ModelLocation
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
     from dreamartist_pipeline.core.starting import Start
     from dreamartist_pipeline.interop.user_files import UserFiles
+    from dreamartist_pipeline.pipelines.training.resuming import Kept
 else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
-    Concept = DataFrame = Start = UserFiles = Any
+    Concept = DataFrame = Kept = Start = UserFiles = Any
 
 log = logging.getLogger(__name__)
 _ANY_DEVICE = DeviceParams()
@@ -100,21 +102,26 @@ def train_concept(
     tracker: Tracker,
     start_files: UserFiles | None = None,
     prepared_framing: dict[str, tuple[int, int]] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Concept, DataFrame]:
     """Train both branches on the prepared image, from new values or from those of a concept, on all processes.
 
-    `prepared_framing` is that of `prepare_reference`; None: the prepared image is a whole picture.
+    `prepared_framing` is that of `prepare_reference`; None: the prepared image is a whole picture. An interrupted
+    training is continued from `checkpoints`; None keeps and continues none.
 
     Returns:
         The concept, and the history: one row per step.
 
     Raises:
-        InputError: a plan for other parameters, another base model or another start concept, or too little memory.
+        InputError: a plan for other parameters, another base model or another start concept, an interrupted training
+            with another configuration, or too little memory.
+        StoppedEarly: the training was stopped; its state is in `checkpoints`.
         TrainingError: a branch without gradient, or a loss or parameters that are not finite.
     """
     from dreamartist_pipeline.core.devices import pick_device
     from dreamartist_pipeline.core.processes import run_on_processes
     from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
+    from dreamartist_pipeline.pipelines.training.resuming import load_kept
     from dreamartist_pipeline.pipelines.training.starting import read_start
 
     num_processes = num_training_processes(params, device)
@@ -124,7 +131,7 @@ def train_concept(
         _train_on_rank,
         num_processes,
         *(base_model, prepared_image, prepared_mask, regularization_set, training_plan, params, caption, device),
-        *(tracker, read_start(start_files or {}, params), prepared_framing),
+        *(tracker, read_start(start_files or {}, params), prepared_framing, load_kept(checkpoints, params)),
         on_gpus=pick_device(device).type == "cuda",
     )
 
@@ -141,6 +148,7 @@ def _train_on_rank(
     tracker: Tracker,
     start: Start | None,
     prepared_framing: dict[str, tuple[int, int]] | None,
+    kept: Kept | None,
 ) -> tuple[Concept, DataFrame]:
     """Train on one of the processes: they share the rows, and rank 0 alone draws previews and logs."""
     from dreamartist_pipeline.backbones.base_model import open_base_model
@@ -159,11 +167,18 @@ def _train_on_rank(
         log_performance,
         preview_drawing,
     )
+    from dreamartist_pipeline.pipelines.training.resuming import checkpointing_of, identity_of
     from dreamartist_pipeline.pipelines.training.starting import apply_start
     from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
 
     is_first = rank() == 0
     tracker = tracker if is_first else NoTracker()
+    images = regularization_images(regularization_set, params)
+    checkpointing = None
+    if kept:
+        inputs = (base_model, prepared_image, prepared_mask, prepared_framing, images)
+        identity = identity_of(*inputs, params, caption, device, start)
+        checkpointing = checkpointing_of(kept, identity, params, tracker)
     backbone = open_base_model(base_model, device_of_rank(device, rank()))
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
@@ -171,7 +186,6 @@ def _train_on_rank(
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     check_plan(training_plan, groups, start_entry)
     metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
-    images = regularization_images(regularization_set, params)
     memory = memory_plan(training_plan, params)
     if memory.checkpointing:
         new.backbone.checkpoint_gradients()
@@ -184,6 +198,6 @@ def _train_on_rank(
         data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
         draw_preview = preview_drawing(new, params, tracker) if is_first else None
         with off_device(idle, backbone.device):
-            history = fit(model, data, params, report, draw_preview, execution=execution)
+            history = fit(model, data, params, report, draw_preview, None, execution, checkpointing)
     log_performance(history, backbone.device, tracker)
     return new.snapshot(metadata), history_table(history)

@@ -44,6 +44,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 "caption": "reference_caption",
                 "device": "params:device",
                 "start_files": "start_files",
+                "checkpoints": "training_checkpoints",
             },
             outputs=["concept", "training_history"],
             name="train_concept",

@@ -1,0 +1,170 @@
+"""Continue an interrupted training: what has to be equal, and what `training.resume` decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from dreamartist_pipeline.backbones.base_model import files_for
+from dreamartist_pipeline.backbones.concepts import library_versions
+from dreamartist_pipeline.core.checkpoints import CONCEPT, Checkpoint, Checkpoints
+from dreamartist_pipeline.core.devices import pick_device
+from dreamartist_pipeline.core.model_location import ModelLocation
+from dreamartist_pipeline.core.starting import Start
+from dreamartist_pipeline.core.tracking import Tracker
+from dreamartist_pipeline.core.training import Checkpointing
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.params import DeviceParams, TrainingParams
+from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
+
+_OPTIMIZERS = {"training.optimizer", "training.words.optimizer"}
+_START_ANEW = "set training.resume=never to start anew"
+_QUOTED_CHARACTERS = 60  # of a value in a message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The checkpoints of a subject.
+
+    Attributes:
+        checkpoints: where they are.
+        latest: the state of an interrupted training; None without one.
+    """
+
+    checkpoints: Checkpoints
+    latest: Checkpoint | None
+
+
+def load_kept(checkpoints: Checkpoints | None, params: TrainingParams) -> Kept | None:
+    """Return the checkpoints, after removing them with `training.resume=never`; None for None."""
+    if checkpoints is None:
+        return None
+    if params.resume == "never":
+        checkpoints.discard(CONCEPT)
+    return Kept(checkpoints, checkpoints.load(CONCEPT))
+
+
+def identity_of(
+    base_model: ModelLocation,
+    image: Image,
+    mask: Image,
+    framing: Mapping[str, Any] | None,
+    regularization: Sequence[tuple[str, Image]],
+    params: TrainingParams,
+    caption: str,
+    device: DeviceParams,
+    start: Start | None,
+) -> dict[str, Any]:
+    """Return everything that determines the result of a training, as JSON types; no weights are loaded.
+
+    Args:
+        base_model: where the base model is.
+        image: the prepared image.
+        mask: its mask.
+        framing: which part of the picture it is.
+        regularization: captioned images.
+        params: of the training.
+        caption: of the picture.
+        device: of the training.
+        start: concept to start from.
+    """
+    resolved = {"device": pick_device(device).type, "processes": num_training_processes(params, device)}
+    identity = {
+        "training": params.result_values() | {"start_from": start.sha256 if start else None},
+        "device": device.model_dump(mode="json") | resolved,
+        "caption": caption,
+        "picture": _digest([("", image)]),
+        "mask": _digest([("", mask)]),
+        "framing": framing,
+        "regularization set": _digest(regularization),
+        "base model": files_for(base_model, device).fingerprint(),
+        "versions": library_versions(),
+    }
+    as_read_again: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read_again
+
+
+def checkpointing_of(kept: Kept, identity: dict[str, Any], params: TrainingParams, tracker: Tracker) -> Checkpointing:
+    """Return how this training is saved, and where it continues.
+
+    Args:
+        kept: from `load_kept`.
+        identity: from `identity_of`.
+        params: of the training.
+        tracker: its run is tagged with the run that it continues.
+
+    Raises:
+        InputError: the interrupted training had another configuration, and `training.resume` is not `force`; or
+            another optimizer.
+    """
+    run_id = tracker.run_id()
+
+    def save(checkpoint: Checkpoint) -> None:
+        kept.checkpoints.save(CONCEPT, {**checkpoint, "identity": identity, "run_id": run_id})
+
+    if (latest := kept.latest) is not None:
+        _check_changes(latest, identity, params)
+        step = latest["state"]["step"]
+        log.info("Continuing the interrupted training after step %d of %d.", step, params.num_steps)
+        tracker.set_tag("resumed_at_step", str(step))
+        if latest["run_id"] is not None:
+            tracker.set_tag("resumed_from", latest["run_id"])
+    return Checkpointing(save, params.checkpoint_minutes, params.max_minutes, latest)
+
+
+def _check_changes(latest: Checkpoint, identity: dict[str, Any], params: TrainingParams) -> None:
+    changes = dict(_changes(latest["identity"], identity))
+    if not changes:
+        return
+    described = ", ".join(changes.values())
+    interrupted = f"the configuration of the training that was interrupted after step {latest['state']['step']}"
+    if params.resume != "force":
+        raise InputError(
+            expected=interrupted,
+            got=described,
+            remedy=f"{_START_ANEW}, or training.resume=force to continue with these changes",
+        )
+    if _OPTIMIZERS & changes.keys():
+        raise InputError(expected=f"{interrupted}: its optimizers", got=described, remedy=_START_ANEW)
+    log.warning("The training continues with changes: %s. No uninterrupted training gives this concept.", described)
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, description) of each difference between two JSON values."""
+    if before == now:
+        return
+    before_items, now_items = _items(before), _items(now)
+    if before_items is None or now_items is None:
+        yield name, f"{name} {_quoted(before)} → {_quoted(now)}"
+        return
+    for key in {**before_items, **now_items}:
+        yield from _changes(before_items.get(key), now_items.get(key), f"{name}.{key}" if name else key)
+
+
+def _items(value: Any) -> dict[str, Any] | None:
+    """Return a mapping, or a list of mappings by index; None for a plain value."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(index): item for index, item in enumerate(value)}
+    return value if isinstance(value, dict) else None
+
+
+def _quoted(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _QUOTED_CHARACTERS else f"{text[: _QUOTED_CHARACTERS - 1]}…"
+
+
+def _digest(images: Sequence[tuple[str, Image]]) -> str:
+    """Return 12 hex digits over captions and pixels."""
+    digest = hashlib.sha256()
+    for caption, image in images:
+        digest.update(json.dumps([caption, image.mode, image.size]).encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,270 @@
+"""An interrupted training of a concept: continued to the same bytes, or refused by name."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from dreamartist_pipeline.backbones import base_model
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
+from dreamartist_pipeline.core.checkpoints import CONCEPT
+from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.errors import InputError, StoppedEarly
+from dreamartist_pipeline.interop.concept_file import write_concept
+from dreamartist_pipeline.params import DeviceParams, TrainingParams
+from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from refusals import says
+
+MakeParams = Callable[..., TrainingParams]
+Train = Callable[..., tuple[Concept, pd.DataFrame]]
+CPU = DeviceParams(device="cpu")
+STEPS, STOPPED_AFTER = 4, 2
+CAPTION = "white background"
+
+
+class Run:
+    """A tracker that records, and that sends SIGTERM before a step."""
+
+    def __init__(self, run_id: str = "first", stop_in: int | None = None) -> None:
+        self._run_id, self._stop_in = run_id, stop_in
+        self.curve: dict[int, float] = {}
+        self.tags: dict[str, str] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        if "loss/total" in metrics:
+            assert step not in self.curve
+            self.curve[step] = metrics["loss/total"]
+        if self._stop_in == step + 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def set_tag(self, name: str, text: str) -> None:
+        self.tags[name] = text
+
+    def run_id(self) -> str:
+        return self._run_id
+
+
+def picture(color: str = "orange") -> Image.Image:
+    image = Image.new("RGB", (32, 32), color)
+    image.paste("purple", (8, 0, 16, 32))
+    return image
+
+
+def images(color: str = "red") -> list[tuple[str, Callable[[], Image.Image]]]:
+    return [("a cat", functools.partial(Image.new, "RGB", (32, 32), color))]
+
+
+@pytest.fixture(scope="module")
+def train(tiny_base_model: Path, make_training_params: MakeParams) -> Train:
+    """Return what trains with checkpoints after every step in a folder; None keeps none."""
+
+    def run(folder: Path | None, tracker: Run | None = None, **changes: Any) -> tuple[Concept, pd.DataFrame]:
+        inputs = {
+            "base_model": str(tiny_base_model),
+            "prepared_image": picture(),
+            "prepared_mask": Image.new("L", (32, 32), 127),
+            "regularization_set": images(),
+            "caption": CAPTION,
+            "device": CPU,
+            "prepared_framing": None,
+        }
+        inputs |= {name: changes.pop(name) for name in inputs.keys() & changes.keys()}
+        params = make_training_params(**{"num_steps": STEPS, "checkpoint_minutes": 0.0, **changes})
+        return train_concept(
+            **inputs,
+            training_plan=check_training(inputs["base_model"], params, inputs["caption"], inputs["device"]),
+            params=params,
+            tracker=tracker or Run(),
+            checkpoints=None if folder is None else CheckpointStore(folder),
+        )
+
+    return run
+
+
+def interrupt(train: Train, folder: Path, **changes: Any) -> None:
+    with pytest.raises(StoppedEarly, match=f"after step {STOPPED_AFTER} of {STEPS}"):
+        train(folder, Run(stop_in=STOPPED_AFTER), **changes)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """An uninterrupted training."""
+
+    concept: bytes
+    history: pd.DataFrame
+    tracker: Run
+
+
+@pytest.fixture(scope="module")
+def alone(train: Train) -> Alone:
+    """Train without interruption."""
+    tracker = Run()
+    concept, history = train(None, tracker)
+    return Alone(write_concept(concept), history, tracker)
+
+
+@pytest.fixture(scope="module")
+def stopped(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoints of an interrupted training; copy them."""
+    folder = tmp_path_factory.mktemp("stopped")
+    interrupt(train, folder)
+    return folder
+
+
+@pytest.fixture
+def kept(stopped: Path, tmp_path: Path) -> Path:
+    """Return the checkpoints of an interrupted training."""
+    return Path(shutil.copytree(stopped, tmp_path / "checkpoints"))
+
+
+def test_the_same_call_continues_to_the_same_bytes_history_and_curves(train: Train, alone: Alone, kept: Path) -> None:
+    tracker = Run("second")
+    concept, history = train(kept, tracker)
+    assert write_concept(concept) == alone.concept
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), alone.history.drop(columns="seconds"))
+    assert tracker.curve == alone.tracker.curve
+    assert list(tracker.curve) == [1, 2, 3, 4]
+    assert tracker.tags == {"resumed_from": "first", "resumed_at_step": str(STOPPED_AFTER)}
+    assert not alone.tracker.tags
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_continues_to_the_same_bytes(
+    train: Train, alone: Alone, kept: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = kept / f"{CONCEPT}.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    tracker = Run("second")
+    concept, _ = train(kept, tracker)
+    assert write_concept(concept) == alone.concept
+    assert tracker.tags["resumed_at_step"] == str(STOPPED_AFTER - 1)
+    assert str(newest) in caplog.text
+
+
+def test_a_training_that_lost_only_its_end_is_not_repeated(train: Train, kept: Path, alone: Alone) -> None:
+    _, history = train(kept)  # nothing has removed its checkpoints
+    tracker = Run("third")
+    concept, again = train(kept, tracker)
+    assert write_concept(concept) == alone.concept
+    pd.testing.assert_frame_equal(again, history)
+    assert tracker.tags["resumed_at_step"] == str(STEPS)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"num_steps": 5}, "training.num_steps 4 → 5"),
+    "a learning rate": (
+        {"words": {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3), "lr": 0.125}},
+        "training.words.lr 0.0025 → 0.125",
+    ),
+    "the picture": ({"prepared_image": picture("green")}, "picture "),
+    "the mask": ({"prepared_mask": Image.new("L", (32, 32), 0)}, "mask "),
+    "the caption": ({"caption": "on a chair"}, "caption white background → on a chair"),
+    "the regularization set": ({"regularization_set": images("blue")}, "regularization set "),
+    "the dtype": ({"device": CPU.model_copy(update={"dtype": "bfloat16"})}, "device.dtype float32 → bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_refused_by_name_with_both_options(train: Train, kept: Path, name: str) -> None:
+    changes, got = CHANGES[name]
+    is_refusal = says(expected=f"step {STOPPED_AFTER}", got=got, remedy="training.resume=never")
+    with pytest.raises(InputError, check=is_refusal) as refused:
+        train(kept, **changes)
+    assert "training.resume=force" in refused.value.remedy
+    assert "," not in refused.value.got  # nothing else has changed
+
+
+def test_another_base_model_is_refused_before_it_is_loaded(
+    train: Train, kept: Path, other_tiny_base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_model, "open_base_model", pytest.fail)
+    with pytest.raises(InputError, check=says(got="base model sha256:")):
+        train(kept, base_model=str(other_tiny_base_model))
+
+
+def test_options_that_do_not_change_the_result_may_change(train: Train, kept: Path, alone: Alone) -> None:
+    concept, _ = train(kept, preview={"every": 4}, checkpoint_minutes=1.0, max_minutes=60.0)
+    assert write_concept(concept) == alone.concept
+
+
+def test_the_minutes_of_a_training_end_it(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(StoppedEarly, match="training.max_minutes"):
+        train(tmp_path, max_minutes=1e-9)
+    assert list(tmp_path.iterdir())
+
+
+def test_never_starts_anew_with_any_configuration(train: Train, kept: Path) -> None:
+    tracker = Run("second", stop_in=2)
+    with pytest.raises(StoppedEarly):
+        train(kept, tracker, resume="never", num_steps=3)
+    assert not tracker.tags
+    again = Run("third")
+    train(kept, again, num_steps=3)
+    assert again.tags["resumed_from"] == "second"
+
+
+def test_force_continues_with_changes_and_names_them(
+    train: Train, kept: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        concept, history = train(kept, resume="force", weight_decay=0.5, num_steps=6)
+    assert len(history) == 6
+    assert concept.metadata.num_steps == 6
+    assert "training.num_steps 4 → 6" in caplog.text and "training.weight_decay 0.001 → 0.5" in caplog.text
+
+
+def test_force_does_not_continue_with_another_optimizer_or_other_shapes(train: Train, kept: Path) -> None:
+    groups = [{"lr": 1e-3, "rank": 3, "branch": branch, "layers": [r"re:.*\.attn.?$"]} for branch in "pn"]
+    with pytest.raises(InputError, check=says(got="shapes")):
+        train(kept, resume="force", lora_unet=groups)
+    with pytest.raises(InputError, check=says(got="training.optimizer adamw", remedy="training.resume=never")):
+        train(kept, resume="force", optimizer="schedule_free", schedule={"kind": "constant"})
+
+
+def test_the_weight_decay_is_that_of_the_configuration(train: Train, kept: Path) -> None:
+    """With force; torch's optimizers would load that of the checkpoint."""
+    (same, _), (other, _) = (
+        train(Path(shutil.copytree(kept, kept / name)), resume="force", weight_decay=decay)
+        for name, decay in (("same", 1e-3), ("other", 0.5))
+    )
+    assert write_concept(same) != write_concept(other)
+    assert any(not torch.equal(tensor, other.tensors[name]) for name, tensor in same.tensors.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema_decay": 0.9},
+        {"optimizer": "schedule_free", "schedule": {"kind": "constant"}},
+        {
+            "optimizer": "prodigy",
+            "lora_text_encoder": (),
+            "lora_unet": [{"lr": 1.0, "rank": 1, "branch": b, "layers": [r"re:.*\.attn.?$"]} for b in "pn"],
+        },
+    ],
+    ids=["averages", "schedule_free", "prodigy"],
+)
+def test_every_optimizer_continues_to_the_same_bytes(train: Train, tmp_path: Path, changes: dict[str, Any]) -> None:
+    concept, _ = train(None, **changes)
+    interrupt(train, tmp_path, **changes)
+    continued, _ = train(tmp_path, **changes)
+    assert write_concept(continued) == write_concept(concept)
+
+
+def test_two_processes_stop_after_the_same_step_and_continue_to_the_same_bytes(train: Train, tmp_path: Path) -> None:
+    shared = {"device": CPU.model_copy(update={"processes": 2})}
+    concept, _ = train(None, **shared)
+    interrupt(train, tmp_path, **shared)
+    continued, history = train(tmp_path, **shared)
+    assert write_concept(continued) == write_concept(concept)
+    assert list(history["step"]) == [1, 2, 3, 4]
