@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from kedro.io import DatasetError
 from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
 from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.core.devices import check_device
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, StoppedEarly
 from dreamartist_pipeline.hooks.parameters import flatten
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
@@ -316,19 +317,47 @@ def test_a_path_in_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) 
     assert parse_params(CONTEXT, OPTION, "image=~/cat.jpg") == {"image": "/home/me/cat.jpg"}
 
 
-def test_an_interrupted_run_is_recorded_as_killed(tmp_path: Path) -> None:
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def terminated() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def stopped() -> None:
+    raise StoppedEarly("stopped after step 3; the same command continues", 75)
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "reason"),
+    [
+        (interrupted, KeyboardInterrupt, "interrupted"),
+        (terminated, KeyboardInterrupt, "terminated"),
+        (stopped, click.exceptions.Exit, "stopped after step 3; the same command continues"),
+    ],
+)
+def test_an_interrupted_run_is_recorded_as_killed(
+    tmp_path: Path, run: Callable[[], None], error: type[BaseException], reason: str
+) -> None:
     import mlflow
 
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
+    handler = signal.getsignal(signal.SIGTERM)
     with tracking_uri(f"sqlite:///{tmp_path}/mlflow.db"):
         experiment = mlflow.create_experiment("x", artifact_location=str(tmp_path / "artifacts"))
-        run = mlflow.start_run(experiment_id=experiment)
-        with pytest.raises(KeyboardInterrupt):
-            _report(interrupted)(traceback=False)
-        ended = mlflow.get_run(run.info.run_id)
-    assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", "interrupted")
+        active = mlflow.start_run(experiment_id=experiment)
+        with pytest.raises(error):
+            _report(run)(traceback=False)
+        ended = mlflow.get_run(active.info.run_id)
+    assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", reason)
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_training_that_was_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(click.exceptions.Exit) as ended:
+        _report(stopped)(traceback=False)
+    assert ended.value.exit_code == 75
+    assert capsys.readouterr().err == "\nstopped after step 3; the same command continues\n"
 
 
 def test_a_run_that_fails_before_its_first_node_is_recorded_as_failed(tmp_path: Path) -> None:

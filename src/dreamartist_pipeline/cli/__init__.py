@@ -6,11 +6,14 @@ reference toolkit's configurations.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from kedro.framework.cli.project import run as kedro_run
@@ -41,13 +44,14 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def reported(*args: Any, traceback: bool, **kwargs: Any) -> Any:
         try:
-            return run(*args, **kwargs)
+            with _sigterm_interrupts():
+                return run(*args, **kwargs)
         except StoppedEarly as stop:
             close_run("KILLED", str(stop))
             click.echo(f"\n{stop}", err=True)
             raise click.exceptions.Exit(stop.exit_code) from None
-        except KeyboardInterrupt:
-            close_run("KILLED", "interrupted")
+        except KeyboardInterrupt as interrupt:
+            close_run("KILLED", str(interrupt) or "interrupted")
             raise
         except Exception as error:
             close_run("FAILED", reason_of(error))
@@ -61,6 +65,23 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
             raise click.exceptions.Exit(1) from error
 
     return reported
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM (docker stop, Slurm, systemd) end a run as Ctrl-C does: what it has begun is closed and removed."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt("terminated")
+
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def command_with(arguments: list[str], params: str) -> str:
