@@ -122,7 +122,3 @@ def test_a_training_stopped_by_sigterm_is_continued_by_the_same_command_to_the_s
     assert last_line == killed.data.tags["error"]
     assert continued.info.status == "FINISHED"
     assert continued.data.tags["resumed_from"] == killed.info.run_id
-
-    anew = run(project, "stopped")
-    assert anew.returncode == 0
-    assert "resumed_from" not in runs(project, "stopped")[-1].data.tags

@@ -81,9 +81,10 @@ def train(tiny_base_model: Path, make_training_params: MakeParams) -> Train:
         }
         inputs |= {name: changes.pop(name) for name in inputs.keys() & changes.keys()}
         params = make_training_params(**{"num_steps": STEPS, "checkpoint_minutes": 0.0, **changes})
+        settings = (inputs["base_model"], params, inputs["caption"], inputs["device"])
         return train_concept(
             **inputs,
-            training_plan=check_training(inputs["base_model"], params, inputs["caption"], inputs["device"]),
+            training_plan=check_training(*settings),
             params=params,
             tracker=tracker or Run(),
             checkpoints=None if folder is None else CheckpointStore(folder),
@@ -172,6 +173,20 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "the regularization set": ({"regularization_set": images("blue")}, "regularization set "),
     "the dtype": ({"device": CPU.model_copy(update={"dtype": "bfloat16"})}, "device.dtype float32 → bfloat16"),
 }
+
+
+def test_other_settings_are_refused_before_pictures_are_drawn(
+    tiny_base_model: Path, make_training_params: MakeParams, kept: Path
+) -> None:
+    def check(**changes: Any) -> None:
+        params = make_training_params(num_steps=STEPS, checkpoint_minutes=0.0, **changes)
+        check_training(str(tiny_base_model), params, CAPTION, CPU, checkpoints=CheckpointStore(kept))
+
+    with pytest.raises(InputError, check=says(got="training.weight_decay 0.001 → 0.5", remedy="never")):
+        check(weight_decay=0.5)
+    for resume in ("force", "never"):
+        check(weight_decay=0.5, resume=resume)
+    check()
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -21,6 +21,6 @@ class CheckpointHooks:
 
     @hook_impl(trylast=True)
     def after_dataset_saved(self, dataset_name: str, node: Node) -> None:
-        """Remove them after the last output of the node that reads them."""
-        if _CHECKPOINTS in node.inputs and dataset_name == node.outputs[-1]:
+        """Remove them after the last output of the node that trains."""
+        if _CHECKPOINTS in node.inputs and "concept" in node.outputs and dataset_name == node.outputs[-1]:
             self._catalog.load(_CHECKPOINTS).discard(CONCEPT)

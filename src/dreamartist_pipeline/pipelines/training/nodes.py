@@ -48,6 +48,7 @@ def check_training(
     device: DeviceParams = _ANY_DEVICE,
     start_files: UserFiles | None = None,
     ingestion: IngestionParams | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Check a training against its base model, and decide how it fits into memory; weights are loaded on a GPU only.
 
@@ -61,15 +62,18 @@ def check_training(
             a template without its slot, a caption with a trigger word or with invalid braces, trigger words that are
             cut off, LoRA groups whose layers clip_skip skips, an optimizer that is not available, an invalid scheduler
             of the preview, a noise schedule that does not suit the base model, a start concept that does not fit the
-            configured groups, or a GPU with too little memory.
+            configured groups, an interrupted training with other settings, or a GPU with too little memory.
     """
     from dreamartist_pipeline.backbones.base_model import files_for
     from dreamartist_pipeline.pipelines.training.plan import make_plan
+    from dreamartist_pipeline.pipelines.training.resuming import check_continues
     from dreamartist_pipeline.pipelines.training.starting import read_start
 
     start = read_start(start_files or {}, params)
     side_px = None if ingestion is None else ingestion.bucket.side_px
-    return make_plan(files_for(base_model, device), params, caption, device, start, side_px)
+    plan = make_plan(files_for(base_model, device), params, caption, device, start, side_px)
+    check_continues(checkpoints, base_model, params, caption, device, start)
+    return plan
 
 
 def compare_reconstruction(
@@ -167,7 +171,7 @@ def _train_on_rank(
         log_performance,
         preview_drawing,
     )
-    from dreamartist_pipeline.pipelines.training.resuming import checkpointing_of, identity_of
+    from dreamartist_pipeline.pipelines.training.resuming import checkpointing_of, pictures_identity, settings_identity
     from dreamartist_pipeline.pipelines.training.starting import apply_start
     from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
 
@@ -176,8 +180,8 @@ def _train_on_rank(
     images = regularization_images(regularization_set, params)
     checkpointing = None
     if kept:
-        inputs = (base_model, prepared_image, prepared_mask, prepared_framing, images)
-        identity = identity_of(*inputs, params, caption, device, start)
+        identity = settings_identity(base_model, params, caption, device, start)
+        identity |= pictures_identity(prepared_image, prepared_mask, prepared_framing, images)
         checkpointing = checkpointing_of(kept, identity, params, tracker)
     backbone = open_base_model(base_model, device_of_rank(device, rank()))
     factor = lr_factor(params)

@@ -21,6 +21,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                 "device": "params:device",
                 "start_files": "start_files",
                 "ingestion": "params:ingestion",
+                "checkpoints": "training_checkpoints",
             },
             outputs="training_plan",
             name="check_training",

@@ -52,44 +52,65 @@ def load_kept(checkpoints: Checkpoints | None, params: TrainingParams) -> Kept |
     return Kept(checkpoints, checkpoints.load(CONCEPT))
 
 
-def identity_of(
+def check_continues(
+    checkpoints: Checkpoints | None,
     base_model: ModelLocation,
-    image: Image,
-    mask: Image,
-    framing: Mapping[str, Any] | None,
-    regularization: Sequence[tuple[str, Image]],
     params: TrainingParams,
     caption: str,
     device: DeviceParams,
     start: Start | None,
+) -> None:
+    """Check that the settings are those of the interrupted training, if there is one, before any picture is prepared.
+
+    Raises:
+        InputError: see `checkpointing_of`.
+    """
+    if checkpoints is None or params.resume == "never" or (latest := checkpoints.load(CONCEPT)) is None:
+        return
+    _check_changes(latest, settings_identity(base_model, params, caption, device, start), params)
+
+
+def settings_identity(
+    base_model: ModelLocation, params: TrainingParams, caption: str, device: DeviceParams, start: Start | None
 ) -> dict[str, Any]:
-    """Return everything that determines the result of a training, as JSON types; no weights are loaded.
+    """Return what determines the result of a training, without its pictures, as JSON types; no weights are loaded."""
+    resolved = {"device": pick_device(device).type, "processes": num_training_processes(params, device)}
+    return _as_json(
+        {
+            "training": params.result_values() | {"start_from": start.sha256 if start else None},
+            "device": device.model_dump(mode="json") | resolved,
+            "caption": caption,
+            "base model": files_for(base_model, device).fingerprint(),
+            "versions": library_versions(),
+        }
+    )
+
+
+def pictures_identity(
+    image: Image, mask: Image, framing: Mapping[str, Any] | None, regularization: Sequence[tuple[str, Image]]
+) -> dict[str, Any]:
+    """Return the rest of what determines the result, as JSON types.
 
     Args:
-        base_model: where the base model is.
         image: the prepared image.
         mask: its mask.
         framing: which part of the picture it is.
         regularization: captioned images.
-        params: of the training.
-        caption: of the picture.
-        device: of the training.
-        start: concept to start from.
     """
-    resolved = {"device": pick_device(device).type, "processes": num_training_processes(params, device)}
-    identity = {
-        "training": params.result_values() | {"start_from": start.sha256 if start else None},
-        "device": device.model_dump(mode="json") | resolved,
-        "caption": caption,
-        "picture": _digest([("", image)]),
-        "mask": _digest([("", mask)]),
-        "framing": framing,
-        "regularization set": _digest(regularization),
-        "base model": files_for(base_model, device).fingerprint(),
-        "versions": library_versions(),
-    }
-    as_read_again: dict[str, Any] = json.loads(json.dumps(identity))
-    return as_read_again
+    return _as_json(
+        {
+            "picture": _digest([("", image)]),
+            "mask": _digest([("", mask)]),
+            "framing": framing,
+            "regularization set": _digest(regularization),
+        }
+    )
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as they are read again from a checkpoint."""
+    read: dict[str, Any] = json.loads(json.dumps(values))
+    return read
 
 
 def checkpointing_of(kept: Kept, identity: dict[str, Any], params: TrainingParams, tracker: Tracker) -> Checkpointing:
@@ -97,7 +118,7 @@ def checkpointing_of(kept: Kept, identity: dict[str, Any], params: TrainingParam
 
     Args:
         kept: from `load_kept`.
-        identity: from `identity_of`.
+        identity: `settings_identity` and `pictures_identity`.
         params: of the training.
         tracker: its run is tagged with the run that it continues.
 
@@ -111,7 +132,8 @@ def checkpointing_of(kept: Kept, identity: dict[str, Any], params: TrainingParam
         kept.checkpoints.save(CONCEPT, {**checkpoint, "identity": identity, "run_id": run_id})
 
     if (latest := kept.latest) is not None:
-        _check_changes(latest, identity, params)
+        if changes := _check_changes(latest, identity, params):
+            log.warning("Continuing with changes: %s. No uninterrupted training gives this concept.", changes)
         step = latest["state"]["step"]
         log.info("Continuing the interrupted training after step %d of %d.", step, params.num_steps)
         tracker.set_tag("resumed_at_step", str(step))
@@ -120,13 +142,16 @@ def checkpointing_of(kept: Kept, identity: dict[str, Any], params: TrainingParam
     return Checkpointing(save, params.checkpoint_minutes, params.max_minutes, latest)
 
 
-def _check_changes(latest: Checkpoint, identity: dict[str, Any], params: TrainingParams) -> None:
-    changes = dict(_changes(latest["identity"], identity))
-    if not changes:
-        return
+def _check_changes(latest: Checkpoint, identity: dict[str, Any], params: TrainingParams) -> str:
+    """Return the changes of this part of the identity, which `training.resume=force` allows; "" without any.
+
+    Raises:
+        InputError: see `checkpointing_of`.
+    """
+    changes = dict(_changes({name: latest["identity"].get(name) for name in identity}, identity))
     described = ", ".join(changes.values())
     interrupted = f"the configuration of the training that was interrupted after step {latest['state']['step']}"
-    if params.resume != "force":
+    if changes and params.resume != "force":
         raise InputError(
             expected=interrupted,
             got=described,
@@ -134,7 +159,7 @@ def _check_changes(latest: Checkpoint, identity: dict[str, Any], params: Trainin
         )
     if _OPTIMIZERS & changes.keys():
         raise InputError(expected=f"{interrupted}: its optimizers", got=described, remedy=_START_ANEW)
-    log.warning("The training continues with changes: %s. No uninterrupted training gives this concept.", described)
+    return described
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
