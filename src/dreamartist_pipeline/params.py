@@ -501,6 +501,8 @@ class TrainingParams(Params):
     # What a run does with the state of an interrupted one: auto continues, and refuses a changed configuration; never
     # starts anew; force continues with the changes.
     resume: Annotated[Literal["auto", "never", "force"], RUN_ONLY] = "auto"
+    # Folder of the last two states of an interrupted training; None keeps none.
+    checkpoints: Annotated[str | None, RUN_ONLY, NODE_PATH] = None
     checkpoint_minutes: Annotated[NonNegativeFloat, RUN_ONLY] = 1.0  # between two saved states; 0 for every step
     max_minutes: Annotated[PositiveFloat | None, RUN_ONLY] = None  # of steps and previews; the same command continues
     # Concept file with the initial adapters and words. RUN_ONLY, because the metadata has the hash of the file instead.

@@ -318,7 +318,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("errors", "whole_files"),
+    ("errors", "whole_files", "checkpoint_files"),
     ("prompt_weights", "schedulers"),
     ("params",),
     ("early_checks",),
@@ -343,9 +343,11 @@ CALLED_BACK = {  # what is handed down to be called
     "pipelines.training.reporting:StepReport.__call__": "core.training",
     "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",
     "pipelines.training.nodes:train_concept": "core.tracking",
+    "pipelines.training.resuming:checkpointing_of.<locals>.save": "core.training",
     "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
     "tracking:MLflowTracker.log_image_file": "pipelines.training.reporting",
     "tracking:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
+    "tracking:MLflowTracker.run_id": "pipelines.training.resuming",
     "tracking:MLflowTracker.set_tag": "pipelines.ingestion.nodes",
 }
 

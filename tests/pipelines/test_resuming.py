@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from dreamartist_pipeline.backbones import base_model
-from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.errors import InputError, StoppedEarly
@@ -80,14 +79,14 @@ def train(tiny_base_model: Path, make_training_params: MakeParams) -> Train:
             "prepared_framing": None,
         }
         inputs |= {name: changes.pop(name) for name in inputs.keys() & changes.keys()}
-        params = make_training_params(**{"num_steps": STEPS, "checkpoint_minutes": 0.0, **changes})
+        kept = {"checkpoints": folder and str(folder), "checkpoint_minutes": 0.0}
+        params = make_training_params(**{"num_steps": STEPS, **kept, **changes})
         settings = (inputs["base_model"], params, inputs["caption"], inputs["device"])
         return train_concept(
             **inputs,
             training_plan=check_training(*settings),
             params=params,
             tracker=tracker or Run(),
-            checkpoints=None if folder is None else CheckpointStore(folder),
         )
 
     return run
@@ -179,8 +178,8 @@ def test_other_settings_are_refused_before_pictures_are_drawn(
     tiny_base_model: Path, make_training_params: MakeParams, kept: Path
 ) -> None:
     def check(**changes: Any) -> None:
-        params = make_training_params(num_steps=STEPS, checkpoint_minutes=0.0, **changes)
-        check_training(str(tiny_base_model), params, CAPTION, CPU, checkpoints=CheckpointStore(kept))
+        params = make_training_params(num_steps=STEPS, checkpoint_minutes=0.0, checkpoints=str(kept), **changes)
+        check_training(str(tiny_base_model), params, CAPTION, CPU)
 
     with pytest.raises(InputError, check=says(got="training.weight_decay 0.001 → 0.5", remedy="never")):
         check(weight_decay=0.5)

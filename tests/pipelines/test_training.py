@@ -695,7 +695,6 @@ def test_the_plan_depends_on_raw_inputs_only() -> None:
     first = create_pipeline(RecordingTracker()).grouped_nodes[0]
     assert first[0].name == "check_training"  # before the base model is loaded
     raw = {"base_model", "params:training", "params:device", "params:ingestion", "reference_caption", "start_files"}
-    raw |= {"training_checkpoints"}  # of an interrupted training
     assert set(first[0].inputs) == raw
 
 

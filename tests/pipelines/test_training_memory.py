@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -266,10 +267,11 @@ def test_a_training_computes_its_steps_by_the_plan(
 ) -> None:
     seen: list[Any] = []
 
-    def recorded(model: Any, *args: Any, execution: Execution, **kwargs: Any) -> Any:
-        denoise = model.denoise
-        seen.append((denoise.__self__.networks["unet"].is_gradient_checkpointing, execution.micro_batch))
-        return fit(model, *args, execution=execution, **kwargs)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(fit).bind(*args, **kwargs).arguments
+        unet = given["model"].denoise.__self__.networks["unet"]
+        seen.append((unet.is_gradient_checkpointing, given["execution"].micro_batch))
+        return fit(*args, **kwargs)
 
     monkeypatch.setattr("dreamartist_pipeline.core.training.fit", recorded)
     results = [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline.node import Node
 
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT
 
-_CHECKPOINTS = "training_checkpoints"
+_PARAMETERS = "params:training"
 
 
 class CheckpointHooks:
@@ -22,5 +25,6 @@ class CheckpointHooks:
     @hook_impl(trylast=True)
     def after_dataset_saved(self, dataset_name: str, node: Node) -> None:
         """Remove them after the last output of the node that trains."""
-        if _CHECKPOINTS in node.inputs and "concept" in node.outputs and dataset_name == node.outputs[-1]:
-            self._catalog.load(_CHECKPOINTS).discard(CONCEPT)
+        trains = _PARAMETERS in node.inputs and "concept" in node.outputs
+        if trains and dataset_name == node.outputs[-1] and (folder := self._catalog.load(_PARAMETERS).checkpoints):
+            CheckpointStore(Path(folder)).discard(CONCEPT)

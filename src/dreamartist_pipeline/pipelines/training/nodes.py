@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from dreamartist_pipeline.core.checkpoints import Checkpoints
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.model_location import ModelLocation
@@ -48,7 +47,6 @@ def check_training(
     device: DeviceParams = _ANY_DEVICE,
     start_files: UserFiles | None = None,
     ingestion: IngestionParams | None = None,
-    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Check a training against its base model, and decide how it fits into memory; weights are loaded on a GPU only.
 
@@ -72,7 +70,7 @@ def check_training(
     start = read_start(start_files or {}, params)
     side_px = None if ingestion is None else ingestion.bucket.side_px
     plan = make_plan(files_for(base_model, device), params, caption, device, start, side_px)
-    check_continues(checkpoints, base_model, params, caption, device, start)
+    check_continues(base_model, params, caption, device, start)
     return plan
 
 
@@ -106,12 +104,11 @@ def train_concept(
     tracker: Tracker,
     start_files: UserFiles | None = None,
     prepared_framing: dict[str, tuple[int, int]] | None = None,
-    checkpoints: Checkpoints | None = None,
 ) -> tuple[Concept, DataFrame]:
     """Train both branches on the prepared image, from new values or from those of a concept, on all processes.
 
     `prepared_framing` is that of `prepare_reference`; None: the prepared image is a whole picture. An interrupted
-    training is continued from `checkpoints`; None keeps and continues none.
+    training is continued from `params.checkpoints`.
 
     Returns:
         The concept, and the history: one row per step.
@@ -119,7 +116,7 @@ def train_concept(
     Raises:
         InputError: a plan for other parameters, another base model or another start concept, an interrupted training
             with another configuration, or too little memory.
-        StoppedEarly: the training was stopped; its state is in `checkpoints`.
+        StoppedEarly: the training was stopped; its state is in `params.checkpoints`.
         TrainingError: a branch without gradient, or a loss or parameters that are not finite.
     """
     from dreamartist_pipeline.core.devices import pick_device
@@ -135,7 +132,7 @@ def train_concept(
         _train_on_rank,
         num_processes,
         *(base_model, prepared_image, prepared_mask, regularization_set, training_plan, params, caption, device),
-        *(tracker, read_start(start_files or {}, params), prepared_framing, load_kept(checkpoints, params)),
+        *(tracker, read_start(start_files or {}, params), prepared_framing, load_kept(params)),
         on_gpus=pick_device(device).type == "cuda",
     )
 

@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from dreamartist_pipeline.backbones.base_model import files_for
 from dreamartist_pipeline.backbones.concepts import library_versions
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT, Checkpoint, Checkpoints
 from dreamartist_pipeline.core.devices import pick_device
 from dreamartist_pipeline.core.model_location import ModelLocation
@@ -43,17 +45,17 @@ class Kept:
     latest: Checkpoint | None
 
 
-def load_kept(checkpoints: Checkpoints | None, params: TrainingParams) -> Kept | None:
-    """Return the checkpoints, after removing them with `training.resume=never`; None for None."""
-    if checkpoints is None:
+def load_kept(params: TrainingParams) -> Kept | None:
+    """Return the checkpoints, after removing them with `training.resume=never`; None if none are kept."""
+    if params.checkpoints is None:
         return None
+    checkpoints = CheckpointStore(Path(params.checkpoints))
     if params.resume == "never":
         checkpoints.discard(CONCEPT)
     return Kept(checkpoints, checkpoints.load(CONCEPT))
 
 
 def check_continues(
-    checkpoints: Checkpoints | None,
     base_model: ModelLocation,
     params: TrainingParams,
     caption: str,
@@ -65,9 +67,9 @@ def check_continues(
     Raises:
         InputError: see `checkpointing_of`.
     """
-    if checkpoints is None or params.resume == "never" or (latest := checkpoints.load(CONCEPT)) is None:
+    if params.resume == "never" or (kept := load_kept(params)) is None or kept.latest is None:
         return
-    _check_changes(latest, settings_identity(base_model, params, caption, device, start), params)
+    _check_changes(kept.latest, settings_identity(base_model, params, caption, device, start), params)
 
 
 def settings_identity(
