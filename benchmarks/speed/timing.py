@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-from dreamartist_pipeline.pipelines.training.reporting import peak_memory_bytes
+from dreamartist_pipeline.core.devices import peak_memory_bytes, processor_name
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -91,7 +90,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     load = {"load average": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
     return {
         **gpu,
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "cpu": f"{processor_name()}, {os.cpu_count()} cores",
         "CPU threads": str(torch.get_num_threads()),
         **load,
         "python": platform.python_version(),
@@ -103,11 +102,3 @@ def peak_gib(device: torch.device) -> float | None:
     """Return the peak memory of this process so far: allocated on a GPU, otherwise resident; None if unknown."""
     peak = peak_memory_bytes(device)
     return None if peak is None else peak / 2**30
-
-
-def _cpu_name() -> str:
-    """Return the processor's name where /proc has it, otherwise its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] != "unknown" else platform.machine()

@@ -18,6 +18,7 @@ from dreamartist_pipeline.hooks import (
     CheckpointHooks,
     ConfigurationHooks,
     ConsoleHooks,
+    ManifestHooks,
     MLflowHooks,
     RunRecordHooks,
     nearest,
@@ -114,7 +115,7 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
-HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks())
+HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks(), ManifestHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",

@@ -1,7 +1,7 @@
 """The project's commands.
 
-`kedro run`, extended by values with commas and by short error messages; and `kedro import-config`, which converts the
-reference toolkit's configurations.
+`kedro run`, extended by values with commas and by short error messages; `kedro import-config`, which converts the
+reference toolkit's configurations; and `kedro verify`, which compares a concept with its manifest.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kedro.validation.exceptions import ParameterValidationError
 from dreamartist_pipeline.cli.import_config import import_config
 from dreamartist_pipeline.cli.params import parse_params, with_params
 from dreamartist_pipeline.cli.selection import check_selection, check_words
+from dreamartist_pipeline.cli.verify import verify
 from dreamartist_pipeline.errors import InputError, StoppedEarly, TrainingError, input_error_in
 from dreamartist_pipeline.hooks.console import program, quoted
 from dreamartist_pipeline.hooks.logs import configure_logs
@@ -152,3 +153,4 @@ def cli() -> None:
 run = _build_run_command()
 cli.add_command(run)
 cli.add_command(import_config)
+cli.add_command(verify)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreamartist_pipeline.early_checks import PlannedConcept
@@ -191,3 +193,23 @@ def empty_cache(device: torch.device) -> None:
 
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
+
+
+def processor_name() -> str:
+    """Return the processor's name where /proc has it, otherwise its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] != "unknown" else platform.machine()
+
+
+def machine_class(params: DeviceParams) -> dict[str, str]:
+    """Return what of a machine can change the last bits of a result: operating system, device, threads."""
+    import torch
+
+    device = pick_device(params)
+    name = processor_name() if device.type == "cpu" else device.type
+    if device.type in ("cuda", "xpu"):
+        name = str(torch.get_device_module(device).get_device_name(device))
+    system = f"{platform.system()} {platform.machine()}"
+    return {"system": system, "device": name, "threads": str(torch.get_num_threads())}

@@ -139,6 +139,10 @@ class CaptionDataset(ReadOnlyDataset[str]):
         """Show the caption."""
         return TablePreview({"index": [0], "columns": ["caption"], "data": [[self.load() or "(none)"]]})
 
+    def stored_at(self) -> Path:
+        """Return the text file."""
+        return self._file
+
     def _exists(self) -> bool:
         return True
 

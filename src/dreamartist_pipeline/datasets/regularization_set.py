@@ -52,8 +52,7 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         Raises:
             FileError: no set, or an incomplete one. A damaged image raises it when it is read.
         """
-        manifest = _read_json(self._filepath) or {}
-        folder = self._folder(str(manifest.get("key", "none")))
+        folder = self.stored_at()
         captions = _read_json(folder / _CAPTIONS)
         if captions is None or not all((folder / name).is_file() for name in captions):
             raise FileError(
@@ -91,6 +90,10 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
     def preview(self) -> ImagePreview:
         """Show the first images with their captions."""
         return grid_preview(self.load())
+
+    def stored_at(self) -> Path:
+        """Return the folder of the subject's set."""
+        return self._folder(str((_read_json(self._filepath) or {}).get("key", "none")))
 
     def _folder(self, key: str) -> Path:
         if not re.fullmatch(r"[\w-]+", key):

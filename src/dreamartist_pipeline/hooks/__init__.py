@@ -13,6 +13,7 @@ from dreamartist_pipeline.hooks.configuration import (
     register_project_root,
 )
 from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, mlflow_lines, next_lines, written_files
+from dreamartist_pipeline.hooks.manifest import ManifestHooks
 from dreamartist_pipeline.hooks.opening import MLflowHooks
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
 from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tags, run_name
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigurationHooks",
     "ConsoleHooks",
     "MLflowHooks",
+    "ManifestHooks",
     "RunRecordHooks",
     "build_parameters",
     "check_image_has_subject",
