@@ -318,11 +318,25 @@ def test_a_path_in_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) 
 
 
 def interrupted() -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt  # by a library
 
 
 def terminated() -> None:
     signal.raise_signal(signal.SIGTERM)
+
+
+def interrupted_twice() -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)  # while what the run has begun is closed
+
+
+def interrupted_in_a_library() -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException as error:  # as Kedro's loader of configurations does
+        raise ValueError("no such strategy") from error
 
 
 def stopped() -> None:
@@ -330,15 +344,17 @@ def stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "error", "reason"),
+    ("run", "reason"),
     [
-        (interrupted, KeyboardInterrupt, "interrupted"),
-        (terminated, KeyboardInterrupt, "terminated"),
-        (stopped, click.exceptions.Exit, "stopped after step 3; the same command continues"),
+        (interrupted, "Stopped by an interruption"),
+        (interrupted_twice, "Stopped by SIGINT"),
+        (interrupted_in_a_library, "Stopped by SIGINT"),
+        (terminated, "Stopped by SIGTERM"),
+        (stopped, "stopped after step 3; the same command continues"),
     ],
 )
-def test_an_interrupted_run_is_recorded_as_killed(
-    tmp_path: Path, run: Callable[[], None], error: type[BaseException], reason: str
+def test_an_interrupted_run_is_recorded_as_killed_and_says_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Callable[[], None], reason: str
 ) -> None:
     import mlflow
 
@@ -346,10 +362,13 @@ def test_an_interrupted_run_is_recorded_as_killed(
     with tracking_uri(f"sqlite:///{tmp_path}/mlflow.db"):
         experiment = mlflow.create_experiment("x", artifact_location=str(tmp_path / "artifacts"))
         active = mlflow.start_run(experiment_id=experiment)
-        with pytest.raises(error):
+        with pytest.raises(click.exceptions.Exit) as exited:
             _report(run)(traceback=False)
         ended = mlflow.get_run(active.info.run_id)
-    assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", reason)
+    assert exited.value.exit_code in (75, 130)
+    assert ended.info.status == "KILLED" and ended.data.tags["error"].startswith(reason)
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == ended.data.tags["error"] and "the same command" in last_line
     assert signal.getsignal(signal.SIGTERM) == handler
 
 

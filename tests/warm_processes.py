@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -39,16 +41,47 @@ def run_warm(
         subprocess.TimeoutExpired: the program took longer, and was killed.
     """
     with tempfile.TemporaryDirectory() as outputs:
-        files = Path(outputs) / "stdout", Path(outputs) / "stderr"
-        process = _context().Process(target=_run, args=(arguments, folder, dict(environment), files))
-        process.start()
-        process.join(timeout_s)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(arguments, timeout_s)
-        stdout, stderr = (file.read_text(encoding="utf-8") for file in files)
-        return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
+        program = start_warm(arguments, folder, environment, Path(outputs))
+        return program.wait(timeout_s)
+
+
+@dataclass(frozen=True)
+class WarmProgram:
+    """A running program.
+
+    Attributes:
+        arguments: of Python.
+        process: it runs in.
+        outputs: files with what it has written so far: stdout, stderr.
+    """
+
+    arguments: tuple[str, ...]
+    process: BaseProcess
+    outputs: tuple[Path, Path]
+
+    def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: the program took longer, and was killed.
+        """
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired(self.arguments, timeout_s)
+        stdout, stderr = (
+            file.read_text(encoding="utf-8", errors="replace") if file.exists() else "" for file in self.outputs
+        )
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, stdout, stderr)
+
+
+def start_warm(arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], outputs: Path) -> WarmProgram:
+    """Start `python ARGUMENTS` as `run_warm` does; `outputs` is a folder for what it writes."""
+    files = outputs / "stdout", outputs / "stderr"
+    process = _context().Process(target=_run, args=(arguments, folder, dict(environment), files))
+    process.start()
+    return WarmProgram(arguments, process, files)
 
 
 @functools.cache
@@ -66,7 +99,7 @@ def _context() -> ForkServerContext:
 def _run(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
     """Run a program in the forked process."""
     for descriptor, file in enumerate(outputs, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

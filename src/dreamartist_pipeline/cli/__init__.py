@@ -6,14 +6,11 @@ reference toolkit's configurations; and `kedro verify`, which compares a concept
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from kedro.framework.cli.project import run as kedro_run
@@ -23,8 +20,9 @@ from kedro.validation.exceptions import ParameterValidationError
 from dreamartist_pipeline.cli.import_config import import_config
 from dreamartist_pipeline.cli.params import parse_params, with_params
 from dreamartist_pipeline.cli.selection import check_selection, check_words
+from dreamartist_pipeline.cli.stopping import stopped_by_signals
 from dreamartist_pipeline.cli.verify import verify
-from dreamartist_pipeline.errors import InputError, StoppedEarly, TrainingError, input_error_in
+from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, TrainingError, input_error_in
 from dreamartist_pipeline.hooks.console import program, quoted
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.record import close_run, reason_of
@@ -44,45 +42,34 @@ def readable_message(error: BaseException) -> str:
 def _report(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def reported(*args: Any, traceback: bool, **kwargs: Any) -> Any:
-        try:
-            with _sigterm_interrupts():
+        with stopped_by_signals() as stop:
+            try:
                 return run(*args, **kwargs)
-        except StoppedEarly as stop:
-            close_run("KILLED", str(stop))
-            click.echo(f"\n{stop}", err=True)
-            raise click.exceptions.Exit(stop.exit_code) from None
-        except KeyboardInterrupt as interrupt:
-            close_run("KILLED", str(interrupt) or "interrupted")
-            raise
-        except Exception as error:
-            close_run("FAILED", reason_of(error))
-            if traceback or not isinstance(error, _READABLE):
-                raise
-            click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
-            cause = input_error_in(error)
-            if cause is not None and ON_CPU in cause.remedy:
-                click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
-            click.echo("(--traceback shows where it was raised)", err=True)
-            raise click.exceptions.Exit(1) from error
+            except StoppedEarly as stopped:
+                raise _end(str(stopped), stopped.exit_code) from None
+            except KeyboardInterrupt:
+                raise _end(stop.message, STOPPED_BY_SIGNAL) from None
+            except Exception as error:
+                if stop.name is not None:  # a library caught the interruption, and raised another error
+                    raise _end(stop.message, STOPPED_BY_SIGNAL) from None
+                close_run("FAILED", reason_of(error))
+                if traceback or not isinstance(error, _READABLE):
+                    raise
+                click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
+                cause = input_error_in(error)
+                if cause is not None and ON_CPU in cause.remedy:
+                    click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
+                click.echo("(--traceback shows where it was raised)", err=True)
+                raise click.exceptions.Exit(1) from error
 
     return reported
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM (docker stop, Slurm, systemd) end a run as Ctrl-C does: what it has begun is closed and removed."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt("terminated")
-
-    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _end(message: str, exit_code: int) -> click.exceptions.Exit:
+    """Close the MLflow run of a command that was stopped, and say so; return what ends the command."""
+    close_run("KILLED", message)
+    click.echo(f"\n{message}", err=True)
+    return click.exceptions.Exit(exit_code)
 
 
 def command_with(arguments: list[str], params: str) -> str:

@@ -1,0 +1,57 @@
+"""End a run by Ctrl-C or SIGTERM: what it has begun is closed, and the user reads what is kept."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import click
+
+_KEPT = "What has been finished is kept; the same command goes on from there."
+_CLOSING = "Stopping: the run is being closed."
+
+
+class Stop:
+    """Whether this process was asked to stop.
+
+    Attributes:
+        name: of the first signal; None without one.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @property
+    def message(self) -> str:
+        """What the user reads."""
+        return f"Stopped by {self.name or 'an interruption'}. {_KEPT}"
+
+    def interrupt(self, number: int, _frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt at the first signal; later ones do not disturb what is being closed."""
+        if self.name is not None:
+            click.echo(_CLOSING, err=True)
+            return
+        self.name = signal.Signals(number).name
+        raise KeyboardInterrupt(self.message)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Stop]:
+    """Let SIGTERM (docker stop, Slurm, systemd) and SIGINT (Ctrl-C) end what runs within.
+
+    Within the steps of a training, both wait for the end of a step, see `core.checkpoints.stop_requests`. A library may
+    turn the interruption into an error of its own: ask `Stop.name`.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
