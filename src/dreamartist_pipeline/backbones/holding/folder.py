@@ -90,10 +90,14 @@ class FolderParts(ModelParts):
 
     def tensors(self, part: str, *, half: bool = False) -> StoredTensors:
         """Return the weights of a part, from all of its shards."""
+        return current_names(self.stored(part, half=half))
+
+    def stored(self, part: str, *, half: bool = False) -> dict[str, StoredTensor]:
+        """Return the weights of a part by their names in its files; see `tensors`."""
         found: dict[str, StoredTensor] = {}
         for file in weight_files((file.name for file in self.part(part).iterdir()), half=half):
             found |= read_tensors(self._inside(self.part(part) / file))
-        return current_names(found)
+        return found
 
     def files(self, parts: Collection[str]) -> Iterator[tuple[str, Path]]:
         """Yield (name, path) of model_index.json, and of all files of these parts."""

@@ -108,12 +108,7 @@ class ModelParts(ABC):
             self.tensors(part, half=dtype != torch.float32),
             f"{part} of {self.place}",
         )
-        _check_number(num_blocks(part, config), tensors, what)
-        with (
-            no_init_weights(),
-            init_empty_weights(),
-        ):  # parameters on the meta device; buffers such as positions are computed
-            module = make_part(partial(make_module, kind), config, what)
+        module = make_outline(kind, part, config, what, len(tensors))
         _check_fits(module, tensors, what)
         if device.type == "meta":
             nn.Module.to(module, dtype=dtype)  # diffusers warns of half precision on a device that does not compute
@@ -175,17 +170,27 @@ def make_part(make: Callable[[dict[str, Any]], Any], config: dict[str, Any], wha
         ) from error
 
 
-def _check_number(num_blocks: int, tensors: StoredTensors, what: str) -> None:
-    """Check that there are not more blocks than tensors, before as many modules are made.
+def make_outline(kind: Any, part: str, config: dict[str, Any], what: str, num_tensors: int) -> Any:
+    """Return a module of diffusers or transformers on the meta device, without weights.
+
+    Args:
+        kind: its class.
+        part: such as `unet`.
+        config: its configuration, which is checked: see `configurations.check_config`.
+        what: the part, for an error.
+        num_tensors: of the weights, so that not more modules are made than there can be.
 
     Raises:
-        InputError: there are.
+        InputError: the library rejects the configuration, or it asks for more blocks than there are tensors.
     """
-    if num_blocks > len(tensors):
-        raise _misfit(what, f"{len(tensors)} tensors for at least {num_blocks} blocks")
+    if (needed := num_blocks(part, config)) > num_tensors:
+        raise misfit(what, f"{num_tensors} tensors for at least {needed} blocks")
+    with no_init_weights(), init_empty_weights():  # buffers such as positions are computed
+        return make_part(partial(make_module, kind), config, what)
 
 
-def _misfit(what: str, got: str) -> InputError:
+def misfit(what: str, got: str) -> InputError:
+    """Return the error for weights that do not fit their configuration."""
     return InputError(
         expected=f"the weights that its configuration describes in {what}",
         got=got,
@@ -209,7 +214,7 @@ def _check_fits(module: nn.Module, tensors: StoredTensors, what: str) -> None:
     ]
     if found := [*wrong, *(f"no {name}" for name in missing)]:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise _misfit(what, f"{', '.join(found[:_SHOWN])}{more}")
+        raise misfit(what, f"{', '.join(found[:_SHOWN])}{more}")
 
 
 def _fill(module: nn.Module, tensors: StoredTensors, device: torch.device, dtype: torch.dtype, what: str) -> None:
