@@ -160,7 +160,7 @@ def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.
 def _load_clip(folder: Path, device: torch.device) -> CLIPModel:
     from transformers import CLIPModel  # the vision tower alone does not read the width of its projection
 
-    return cast("CLIPModel", _load(CLIPModel, "clip", folder).to(device))
+    return cast("CLIPModel", load_transformer(CLIPModel, "clip", folder).to(device))
 
 
 def _image_tower(network: CLIPModel, name: str, folder: Path) -> Evaluator:
@@ -176,7 +176,7 @@ def _image_tower(network: CLIPModel, name: str, folder: Path) -> Evaluator:
 def _dinov2(name: str, folder: Path, device: torch.device) -> Evaluator:
     from transformers import Dinov2Model
 
-    network = _load(Dinov2Model, "dinov2", folder).to(device)
+    network = load_transformer(Dinov2Model, "dinov2", folder).to(device)
     processor = _processor(folder, _INPUT_PX, _IMAGENET)
     return Evaluator(name, lambda images: network(pixel_values=images).pooler_output, processor, device)
 
@@ -280,7 +280,7 @@ def _text_tower(network: CLIPModel, name: str, folder: Path) -> Callable[[Sequen
 # ------------------------------------------------------------------------------------------------- files
 
 
-def _load(model_class: Any, kind: str, folder: Path) -> Any:
+def load_transformer(model_class: Any, kind: str, folder: Path) -> Any:
     """Load a transformers model with all its weights, in the dtype of its files, frozen and in eval mode.
 
     transformers converts the names of older files, but it opens none: an index of shards or an adapter beside the

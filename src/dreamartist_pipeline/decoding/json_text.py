@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from dreamartist_pipeline.errors import InputError
 
-MAX_BYTES = 32 * 2**20
+MAX_BYTES = 16 * 2**20
 """The largest JSON text: a tokenizer.json of CLIP has 4 MB, the header of an SDXL checkpoint less than 1 MB."""
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HEAD_BYTES = 512
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-_MAX_HEADER_BYTES = 32 * 2**20  # the library reads up to 100 MB; published files have less than 10 MB
+_MAX_HEADER_BYTES = 16 * 2**20  # the library reads up to 100 MB; published files have less than 10 MB
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 16, 2**48
 _DTYPES = {  # name in safetensors -> name in torch, bytes; the library's `safetensors.torch._TYPES`
     "F64": ("float64", 8),
@@ -108,7 +108,7 @@ def read_header(stream: BinaryIO, expected: str) -> SafetensorsHeader:
         expected: in an error, such as "a safetensors file NAME".
 
     Raises:
-        InputError: another file, an incomplete one, a header of more than 32 MiB, a tensor whose bytes are not those
+        InputError: another file, an incomplete one, a header of more than 16 MiB, a tensor whose bytes are not those
             of its shape, overlap or leave gaps, or one of a dtype that torch does not have.
     """
     size = stream.seek(0, io.SEEK_END)
