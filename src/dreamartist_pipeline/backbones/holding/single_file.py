@@ -204,9 +204,7 @@ def check_whole(file: Path) -> None:
 
 
 def converted(stored: Mapping[str, StoredTensor], prefix: str, config: Mapping[str, Any], place: str) -> StoredTensors:
-    """Return the tensors of a part by diffusers' names.
-
-    Tensors that diffusers only renames are read one at a time; those that it splits or reshapes, together.
+    """Return the tensors of a part by diffusers' names; those that it splits or reshapes are read together.
 
     Args:
         stored: all tensors of a file.
