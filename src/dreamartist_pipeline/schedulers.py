@@ -112,7 +112,7 @@ ZERO_SNR = "rescale_betas_zero_snr"
 ZERO_TERMINAL_SNR = {ZERO_SNR: True, "timestep_spacing": "trailing"}
 """Options for zero terminal SNR: sampling starts at the last timestep."""
 
-UNFIT_SCHEDULERS = {
+OTHER_SCHEDULES = {
     "is for flow-matching models or other probability paths": (
         *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
         *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "LTXEulerAncestralRFScheduler"),
@@ -127,6 +127,10 @@ UNFIT_SCHEDULERS = {
         *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
         "VQDiffusionScheduler",
     ),
+}
+"""Reason -> classes of diffusers whose base models have another noise schedule than DDPM's."""
+
+UNFIT_SCHEDULERS = OTHER_SCHEDULES | {
     "needs further inputs at every step": (*("CogVideoXDPMScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),),
     "goes from image to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
     "draws noise with torchsde instead of one generator per image (DPMSolverMultistepScheduler with "

@@ -107,6 +107,18 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_evaluator(f"clip:{tmp_path / 'nowhere'}")
 
 
+def test_a_name_that_is_neither_a_folder_nor_an_id_is_refused() -> None:
+    with pytest.raises(InputError, check=says(expected="OWNER/NAME", got="'nowhere'", remedy="evaluators")):
+        load_evaluator("clip:nowhere")
+
+
+def test_an_image_processor_that_names_code_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    (folder / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "evil.Evil"}}')
+    with pytest.raises(InputError, check=says(expected="preprocessor_config.json", got="auto_map")):
+        load_evaluator(f"clip:{folder}")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, check=says(expected="clip", got="no config.json")):
         load_evaluator(f"clip:{tmp_path}")

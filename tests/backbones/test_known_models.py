@@ -24,7 +24,7 @@ V1, V2 = "stable-diffusion-v1", "stable-diffusion-v2"
     ],
 )
 def test_models_of_few_steps_are_known_by_name(name: str, word: str) -> None:
-    kind = few_step_kind({}, ["base", name], takes_guidance=False)
+    kind = few_step_kind({}, {}, ["base", name], takes_guidance=False)
     assert kind is not None and kind.word == word
 
 
@@ -32,7 +32,7 @@ def test_models_of_few_steps_are_known_by_name(name: str, word: str) -> None:
     "name", ["stable-diffusion-v1-5", "turbocharged", "lightning-ai/sd15", "dlcmx", "", "base_model"]
 )
 def test_other_models_are_not(name: str) -> None:
-    assert few_step_kind({"scheduler": ["diffusers", "PNDMScheduler"]}, [name], takes_guidance=False) is None
+    assert few_step_kind({"scheduler": ["diffusers", "PNDMScheduler"]}, {}, [name], takes_guidance=False) is None
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,28 @@ def test_other_models_are_not(name: str) -> None:
     ],
 )
 def test_a_latent_consistency_model_is_known_by_its_files(index: dict[str, Any], takes_guidance: bool) -> None:
-    kind = few_step_kind(index, ["base"], takes_guidance)
+    kind = few_step_kind(index, {}, ["base"], takes_guidance)
     assert kind is not None and kind.word == "lcm"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "word"),
+    [
+        ({"_class_name": "LCMScheduler"}, "lcm"),
+        ({"_class_name": "TCDScheduler"}, "hyper-?sd"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "turbo"),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, "turbo"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, None),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+            None,
+        ),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "prediction_type": "v_prediction"}, None),
+    ],
+)
+def test_a_model_of_few_steps_is_known_by_its_scheduler(scheduler: dict[str, Any], word: str | None) -> None:
+    kind = few_step_kind({}, scheduler, ["base"], takes_guidance=False)
+    assert (kind.word if kind else None) == word
 
 
 def test_the_hint_names_settings_that_a_sampler_takes() -> None:

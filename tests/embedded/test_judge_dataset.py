@@ -56,7 +56,7 @@ def test_a_truncated_file_is_refused(judge: Judge, tmp_path: Path):
 
 def test_weights_of_something_else_are_refused(tmp_path: Path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "judge.safetensors")
-    with pytest.raises(DatasetError, match="dreamartist-judge/1.*None"):
+    with pytest.raises(DatasetError, match="dreamartist-judge/1.*format"):
         JudgeDataset(filepath=str(tmp_path / "judge.safetensors")).load()
 
 

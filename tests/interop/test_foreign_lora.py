@@ -10,7 +10,7 @@ import torch
 
 from dreamartist_pipeline.backbones.families.sdxl import XL_NAMES
 from dreamartist_pipeline.core.concept import FORMAT, Concept
-from dreamartist_pipeline.core.unread_files import is_pickled
+from dreamartist_pipeline.decoding.unread_files import is_pickled
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, LoRAFactors, branch_adapter
 from dreamartist_pipeline.interop.file_facts import FileFacts

@@ -122,7 +122,7 @@ def test_an_expanded_view_is_refused_before_it_is_copied() -> None:
 
 def test_a_meta_or_sparse_tensor_is_refused() -> None:
     for tensor in (torch.empty(9, 768, device="meta"), torch.eye(2).to_sparse()):
-        with pytest.raises(InputError, check=says(expected="'emb_params' in x.pt", got="meta")):
+        with pytest.raises(InputError, check=says(expected="x.pt", got="meta")):
             read_embedding(saved({"emb_params": tensor}), "x.pt")
 
 

@@ -205,7 +205,8 @@ def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype, quant
 def _warn_of_few_steps(files: BaseModelFiles, model: Backbone) -> None:
     configs = [getattr(network, "config", None) for network in model.networks.values()]
     takes_guidance = any(getattr(config, "time_cond_proj_dim", None) is not None for config in configs)
-    if kind := few_step_kind(files.index(), files.names(), takes_guidance):
+    parts = files.parts()
+    if kind := few_step_kind(parts.index(), parts.config("scheduler"), files.names(), takes_guidance):
         _warn_once(few_step_hint(kind, files.name, takes_guidance))
 
 

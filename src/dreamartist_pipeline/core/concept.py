@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dreamartist_pipeline.core.lora_factors import LearnedUpdate, learned_updates
+from dreamartist_pipeline.decoding.json_text import parse_json, reasons
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import GuidanceScale, ResolvedGroup
 
@@ -25,7 +26,6 @@ _PLAIN = (  # stored as plain text; all other values are JSON
     *("config_sha256", "start_sha256"),
 )
 _OLD_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
-_MAX_REPORTED = 3
 
 
 class ConceptMetadata(BaseModel):
@@ -98,10 +98,9 @@ class ConceptMetadata(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            errors = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
             raise InputError(
                 expected=f"the metadata of a concept in {origin}",
-                got="; ".join(errors[:_MAX_REPORTED]),
+                got=reasons(error),
                 remedy="the file is damaged or of a later version: copy it again, or train the concept again",
             ) from error
 
@@ -116,8 +115,8 @@ class ConceptMetadata(BaseModel):
 def _parsed(text: str) -> Any:
     """Parse JSON; return other text unchanged, so that validation reports it with its key."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text
 
 

@@ -12,6 +12,8 @@ from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
 
 from dreamartist_pipeline.datasets.inputs import FileError
+from dreamartist_pipeline.decoding.safetensors_files import SafetensorsHeader, read_header
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -33,10 +35,10 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         """Return the concept.
 
         Raises:
-            FileError: no file.
-            InputError: not a safetensors file, one of another tool, or a damaged concept.
+            FileError: no file, or not a complete safetensors file.
+            InputError: a file of another tool, or a damaged concept.
         """
-        self._check_file()  # before torch is imported
+        self.load_metadata()  # before the tensors are read and torch is imported
         from dreamartist_pipeline.interop.concept_file import read_concept
 
         return read_concept(self._filepath.read_bytes(), str(self._filepath))
@@ -45,13 +47,13 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         """Return the concept's metadata, without reading its tensors.
 
         Raises:
-            FileError: no file, or not a safetensors file.
+            FileError: no file, or not a complete safetensors file.
             InputError: a file of another tool, or damaged metadata.
         """
-        texts, _ = self._read_header()  # before torch is imported
+        header = self._read_header()  # before torch is imported
         from dreamartist_pipeline.core.concept import ConceptMetadata
 
-        return ConceptMetadata.read(texts, str(self._filepath))
+        return ConceptMetadata.read(header.metadata, str(self._filepath))
 
     def save(self, data: "Concept") -> None:
         """Write the file atomically."""
@@ -61,28 +63,25 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
             temporary.write_bytes(write_concept(data))
 
     def preview(self) -> JSONPreview:
-        """Show the metadata, and how many tensors and numbers each part has, without reading the tensors."""
-        from dreamartist_pipeline.core.concept import ConceptMetadata
+        """Show the metadata, and how many tensors and numbers each part has, without reading the tensors.
 
-        texts, shapes = self._read_header()
-        metadata = ConceptMetadata.read(texts, str(self._filepath)).model_dump(mode="json", exclude_none=True)
-        return JSONPreview(json.dumps({**_parts(shapes), "metadata": metadata}, indent=1, ensure_ascii=False))
-
-    def _read_header(self) -> tuple[dict[str, str], dict[str, list[int]]]:
-        """Return the metadata and the shapes by name, both sorted."""
-        from safetensors import SafetensorError, safe_open
-
+        Of a file that is no concept, show what is wrong with it.
+        """
         self._check_file()
         try:
-            with safe_open(self._filepath, framework="np") as file:
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-                return dict(sorted((file.metadata() or {}).items())), shapes
-        except SafetensorError as error:
-            raise FileError(
-                expected=f"a safetensors file {self._filepath}",
-                got=f"another file format ({error})",
-                remedy="train the concept again, or copy the file again",
-            ) from error
+            metadata = self.load_metadata().model_dump(mode="json", exclude_none=True)
+            shown = {**_parts(self._read_header()), "metadata": metadata}
+        except InputError as error:
+            shown = {"error": str(error)}
+        return JSONPreview(json.dumps(shown, indent=1, ensure_ascii=False))
+
+    def _read_header(self) -> SafetensorsHeader:
+        self._check_file()
+        try:
+            with self._filepath.open("rb") as stream:
+                return read_header(stream, f"a safetensors file {self._filepath}")
+        except InputError as error:
+            raise FileError(error.expected, error.got, "train the concept again, or copy the file again") from error
 
     def _check_file(self) -> None:
         if not self._filepath.is_file():
@@ -99,12 +98,12 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         return {"filepath": self._filepath.as_posix()}
 
 
-def _parts(shapes: dict[str, list[int]]) -> dict[str, dict[str, int]]:
+def _parts(header: SafetensorsHeader) -> dict[str, Any]:
     """Return the number of tensors and of numbers by part and branch, such as "unet positive"."""
     parts: dict[str, dict[str, int]] = {}
-    for name, shape in shapes.items():
-        first, *_, branch, _last = name.split(".")
-        counts = parts.setdefault(f"{first} {branch}", {"tensors": 0, "numbers": 0})
+    for name, entry in sorted(header.tensors.items()):
+        words = name.split(".")
+        counts = parts.setdefault(" ".join((words[0], *words[-2:-1])), {"tensors": 0, "numbers": 0})
         counts["tensors"] += 1
-        counts["numbers"] += math.prod(shape)
-    return parts
+        counts["numbers"] += math.prod(entry.shape)
+    return dict(parts)

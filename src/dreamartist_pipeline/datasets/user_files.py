@@ -10,6 +10,9 @@ from typing import Any
 from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.interop.user_files import UserFiles
 
+MAX_BYTES = 2 * 2**30
+"""The largest file that is read: a LoRA of SDXL of rank 128 has 1.7 GB in float32."""
+
 
 class UserFilesDataset(ReadOnlyDataset[UserFiles]):
     """Files named in parameters: the path as written there -> a function that reads the file.
@@ -88,7 +91,17 @@ def _reader(file: Path) -> partial[bytes]:
     if not file.is_file():
         got = "a folder" if file.is_dir() else "none"
         raise FileError(expected=f"a file at {file}", got=got, remedy=f"correct the path{place_of(file)}")
-    return partial(Path.read_bytes, file)
+    return partial(_read, file)
+
+
+def _read(file: Path) -> bytes:
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise FileError(
+            expected=f"a file of at most {MAX_BYTES / 2**30:g} GiB at {file}",
+            got=f"{size / 2**30:.1f} GiB",
+            remedy="give a LoRA or an embedding, not a whole model; save one that is so large in half precision",
+        )
+    return file.read_bytes()
 
 
 def _paths(value: Any) -> Iterator[str]:

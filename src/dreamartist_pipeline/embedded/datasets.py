@@ -7,19 +7,40 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from kedro.io import AbstractDataset, DatasetError
+from pydantic import BaseModel, Field, ValidationError
 
+from dreamartist_pipeline.decoding.json_text import parse_json, reasons
+from dreamartist_pipeline.decoding.safetensors_files import read_header
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
+    import torch
+
     from dreamartist_pipeline.embedded.judge import Judge
     from dreamartist_pipeline.embedded.sprites import SpritePackages, SpriteSet
 
 JUDGE_FORMAT = "dreamartist-judge/1"
 _JUDGE_HEADER = "judge"  # a single entry: safetensors writes several in no fixed order
+
+
+class _SpriteNames(BaseModel):
+    """The metadata of a sprite set."""
+
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]
+
+
+class _JudgeHeader(_SpriteNames):
+    """The metadata of a judge."""
+
+    format: Literal["dreamartist-judge/1"]
+    channels: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=16)]
 
 
 class SpritePackagesDataset(AbstractDataset[None, "SpritePackages"]):
@@ -85,6 +106,17 @@ class _FileDataset(AbstractDataset[_Data, _Data]):
         self._filepath = Path(filepath)
         self.metadata = metadata
 
+    def _read_tensors(self, what: str) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:
+        """Return the metadata and the tensors of a safetensors file.
+
+        Raises:
+            InputError: another file.
+            FileNotFoundError: no file.
+        """
+        with self._filepath.open("rb") as stream:
+            header = read_header(stream, f"{what} in {self._filepath}")
+            return header.metadata, {name: header.read(stream, name) for name in header.tensors}
+
     def _exists(self) -> bool:
         return self._filepath.exists()
 
@@ -96,15 +128,18 @@ class SpriteSetDataset(_FileDataset["SpriteSet"]):
     """A SpriteSet as one safetensors file, with the names in its header."""
 
     def load(self) -> SpriteSet:
-        from safetensors import safe_open
-
         from dreamartist_pipeline.embedded.sprites import SpriteSet
 
-        with safe_open(self._filepath, framework="pt") as file:
-            names = file.metadata()
-            return SpriteSet(
-                file.get_tensor("images"), tuple(json.loads(names["objects"])), tuple(json.loads(names["styles"]))
-            )
+        metadata, tensors = self._read_tensors("a sprite set")
+        try:
+            names = _SpriteNames.model_validate({key: parse_json(text) for key, text in metadata.items()})
+            return SpriteSet(tensors["images"], names.objects, names.styles)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                expected=f"a sprite set in {self._filepath}",
+                got=f"a damaged file ({error})",
+                remedy="delete it, and run the pretrain pipeline again",
+            ) from error
 
     def save(self, data: SpriteSet) -> None:
         from safetensors.torch import save_file
@@ -172,25 +207,19 @@ class JudgeDataset(_FileDataset["Judge"]):
     """
 
     def load(self) -> Judge:
-        from safetensors import SafetensorError, safe_open
-
         from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
 
         try:
-            with safe_open(self._filepath, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_JUDGE_HEADER, "{}"))
-                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError) as error:
+            metadata, weights = self._read_tensors("the judge")
+            header = _JudgeHeader.model_validate(parse_json(metadata.get(_JUDGE_HEADER, "{}")))
+            judge = Judge(JudgeVocabulary(header.objects, header.styles), header.channels)
+            judge.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        except (FileNotFoundError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
+            got = reasons(error) if isinstance(error, ValidationError) else str(error)
             raise DatasetError(
-                f"expected the judge at {self._filepath}; got: {error}; run `make judge`, which trains it"
+                f"expected a judge of the format {JUDGE_FORMAT} at {self._filepath}; got: {got}; run `make judge`, "
+                "which trains it"
             ) from error
-        if header.get("format") != JUDGE_FORMAT:
-            raise DatasetError(
-                f"expected a judge of the format {JUDGE_FORMAT} at {self._filepath}; got {header.get('format')}; "
-                "run `make judge`, which trains it"
-            )
-        judge = Judge(JudgeVocabulary(tuple(header["objects"]), tuple(header["styles"])), header["channels"])
-        judge.load_state_dict(weights)
         return judge.eval().requires_grad_(False)
 
     def save(self, data: Judge) -> None:

@@ -6,6 +6,7 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION
+from dreamartist_pipeline.backbones.evaluators import CLIP_NORMALIZATION, load_transformer
+from dreamartist_pipeline.backbones.holding.clip_vocabulary import read_tokenizer
+from dreamartist_pipeline.backbones.holding.folder import LonePart
 from dreamartist_pipeline.core.checkpoints import Checkpoints
 from dreamartist_pipeline.core.images import image_grid, to_images
 from dreamartist_pipeline.core.processes import rank
@@ -118,10 +121,8 @@ def fit_towers(
         store: where checkpoints are.
         tracker: receives the curves.
     """
-    from transformers import CLIPTokenizer
-
     device, stage = stage_device(), params.towers
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    tokenizer = read_tokenizer(Path(tokenizer_path))
     torch.manual_seed(params.seed)
     towers = build_towers(params.size, tokenizer).to(device).train()
     images, scenes, token_ids = sprites.images.to(device), scenes.to(device), token_ids.to(device)
@@ -266,21 +267,20 @@ def _ignore_interrupts(_: int) -> None:
 def assemble_untrained(parts: DenoiserParts, params: PretrainParams) -> StableDiffusionPipeline:
     """Build the pipeline of a trained autoencoder, UNet and text encoder as they start, and the noise schedule."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPModel, CLIPTextModel
 
-    tokenizer = CLIPTokenizer.from_pretrained(parts.tokenizer, local_files_only=True)
+    tokenizer = read_tokenizer(Path(parts.tokenizer))
     autoencoder = build_autoencoder(params.size)  # and not the loaded one, whose configuration names its folder
-    autoencoder.load_state_dict(_weights(AutoencoderKL, parts.autoencoder))
+    autoencoder.load_state_dict(_weights(AutoencoderKL, "vae", Path(parts.autoencoder)))
     torch.manual_seed(params.seed)
     text_encoder, unet = build_text_encoder(params.size, tokenizer), build_unet(params.size)
     if parts.start is None:
-        text_encoder.load_state_dict(
-            CLIPModel.from_pretrained(parts.towers, local_files_only=True).text_model.state_dict()
-        )
+        text_encoder.load_state_dict(load_transformer(CLIPModel, "clip", Path(parts.towers)).text_model.state_dict())
     else:
-        unet.load_state_dict(_weights(UNet2DConditionModel, f"{parts.start}/unet"))
-        known = CLIPTokenizer.from_pretrained(f"{parts.start}/tokenizer", local_files_only=True)
-        load_with_new_vocabulary(text_encoder, tokenizer, _weights(CLIPTextModel, f"{parts.start}/text_encoder"), known)
+        start = Path(parts.start)
+        unet.load_state_dict(_weights(UNet2DConditionModel, "unet", start / "unet"))
+        weights = _weights(CLIPTextModel, "text_encoder", start / "text_encoder")
+        load_with_new_vocabulary(text_encoder, tokenizer, weights, read_tokenizer(start / "tokenizer"))
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -302,9 +302,9 @@ def assemble_untrained(parts: DenoiserParts, params: PretrainParams) -> StableDi
     )
 
 
-def _weights(kind: Any, folder: str) -> dict[str, torch.Tensor]:
-    loaded = kind.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    weights: dict[str, torch.Tensor] = loaded.state_dict()
+def _weights(kind: Any, part: str, folder: Path) -> dict[str, torch.Tensor]:
+    module = LonePart(folder).module(kind, part, torch.device("cpu"), torch.float32)
+    weights: dict[str, torch.Tensor] = module.state_dict()
     return weights
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
-from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
+from dreamartist_pipeline.interop.safetensors_bytes import header_of, read_tensors, write_tensors
 
 
 def read_concept(file: bytes, name: str) -> Concept:
@@ -16,8 +16,8 @@ def read_concept(file: bytes, name: str) -> Concept:
     Raises:
         InputError: not a safetensors file, not a concept, or a damaged one.
     """
-    tensors = read_tensors(file, name)
-    concept = Concept(tensors, ConceptMetadata.read(read_metadata(file), name))
+    metadata = ConceptMetadata.read(header_of(file, name).metadata, name)  # before the tensors
+    concept = Concept(read_tensors(file, name), metadata)
     concept.check(name)
     return concept
 

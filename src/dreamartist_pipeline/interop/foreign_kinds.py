@@ -10,8 +10,9 @@ import torch
 
 from dreamartist_pipeline.core.file_kinds import Kind
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.decoding.torch_files import load_torch
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.pickled_weights import flat_names, load_pickled
+from dreamartist_pipeline.interop.pickled_weights import flat_names
 
 _EXTRACT = "give a plain LoRA, or have LyCORIS extract one"
 _AS_KOHYA = "save it in the kohya format: in OneTrainer, set the output format to Kohya"
@@ -140,7 +141,7 @@ def refuse_pickled(file: bytes, name: str, path: str) -> NoReturn:
     Raises:
         InputError: always.
     """
-    content = load_pickled(file, name, "a LoRA")
+    content = load_torch(file, name, "a LoRA")
     if isinstance(content, list):
         raise InputError(expected=f"a plain LoRA in {name}", got=f"{_NUMBERED} (a list)", remedy=_MERGE)
     remedy = "have the tool that made it save a LoRA as safetensors"

@@ -11,7 +11,7 @@ import torch
 from dreamartist_pipeline.core.concept import FORMAT
 from dreamartist_pipeline.core.layout import FileNames, Shapes
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
-from dreamartist_pipeline.core.unread_files import is_pickled
+from dreamartist_pipeline.decoding.unread_files import is_pickled
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.foreign_kinds import (
@@ -22,7 +22,7 @@ from dreamartist_pipeline.interop.foreign_kinds import (
 )
 from dreamartist_pipeline.interop.kohya import read_kohya
 from dreamartist_pipeline.interop.peft_files import read_peft
-from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors
+from dreamartist_pipeline.interop.safetensors_bytes import header_of
 
 _SHOWN = 3  # layers named in an error
 _READERS = {"kohya": read_kohya, "peft": read_peft, "diffusers": read_peft}
@@ -69,8 +69,9 @@ def read_lora(file: bytes, name: str, shapes: Shapes, names: FileNames, path: st
     """
     if is_pickled(file):
         refuse_pickled(file, name, path or name)
-    keys, metadata = read_tensors(file, name).keys(), read_metadata(file)
-    _check_foreign(metadata, name)
+    header = header_of(file, name)
+    keys = header.tensors.keys()
+    _check_foreign(header.metadata, name)
     check_plain(keys, name)
     try:
         form = _form(keys, name)

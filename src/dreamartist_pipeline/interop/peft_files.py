@@ -6,7 +6,6 @@ the UNet.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.decoding.json_text import parse_json
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, has_bias
 from dreamartist_pipeline.interop.file_facts import FileFacts
@@ -150,10 +150,10 @@ def _configs(file: bytes, name: str) -> dict[str, _ScaleConfig]:
     """
     text = read_metadata(file).get(_CONFIG, "{}")
     try:
-        values = dict(json.loads(text))
+        values = dict(parse_json(text))
         networks = [key.removesuffix(_ALPHA) for key in values if key.endswith(_ALPHA)]
         return {network: _scale_config(values, network) for network in networks}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             expected=f"a JSON object with numbers for lora_alpha and alpha_pattern as {_CONFIG} of {name}",
             got=f"{text[:80]!r}",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dreamartist_pipeline.core.unread_files import name_unread
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.decoding.safetensors_files import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -36,20 +36,26 @@ def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
     Raises:
         InputError: not a complete safetensors file, or one with a dtype that torch does not have.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    header, stream = header_of(file, name), io.BytesIO(file)
+    return {key: header.read(stream, key) for key in header.tensors}
 
-    try:
-        return dict(load(file))
-    except (SafetensorError, KeyError) as error:  # KeyError: an unknown dtype, such as F4
-        got, remedy = name_unread(file, error)
-        raise InputError(expected=f"a safetensors file {name}", got=got, remedy=remedy) from error
+
+def header_of(file: bytes, name: str) -> SafetensorsHeader:
+    """Return the header of a safetensors file: names, shapes and metadata.
+
+    Args:
+        file: its bytes.
+        name: its name in an error.
+
+    Raises:
+        InputError: see `read_tensors`.
+    """
+    return read_header(io.BytesIO(file), f"a safetensors file {name}")
 
 
 def read_metadata(file: bytes) -> dict[str, str]:
     """Return the metadata of a complete safetensors file, or {}."""
-    metadata: dict[str, str] = _header(file).get("__metadata__", {})
-    return metadata
+    return dict(header_of(file, "").metadata)
 
 
 def tensor_bytes(file: bytes) -> bytes:

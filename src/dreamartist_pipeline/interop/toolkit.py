@@ -17,10 +17,11 @@ import torch
 from dreamartist_pipeline.core.concept import TriggerWord
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.lora_factors import LoRAFactors
+from dreamartist_pipeline.decoding.torch_files import dense_tensor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter
 from dreamartist_pipeline.interop.layer_names import layers_by_name
-from dreamartist_pipeline.interop.pickled_weights import dense_tensor, flat_names, load_weights
+from dreamartist_pipeline.interop.pickled_weights import flat_names, load_weights
 from dreamartist_pipeline.interop.placing import Layer, place_tensors
 from dreamartist_pipeline.interop.safetensors_bytes import read_tensors, write_tensors
 from dreamartist_pipeline.interop.toolkit_config import SLOT

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from dreamartist_pipeline.core.concept import TriggerWord
-from dreamartist_pipeline.core.unread_files import is_pickled
+from dreamartist_pipeline.decoding.torch_files import dense_tensor
+from dreamartist_pipeline.decoding.unread_files import is_pickled
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.file_facts import FileFacts
-from dreamartist_pipeline.interop.pickled_weights import dense_tensor, load_weights
+from dreamartist_pipeline.interop.pickled_weights import load_weights
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, read_tensors, write_tensors
 
 _SHOWN = 4  # tensors named in an error

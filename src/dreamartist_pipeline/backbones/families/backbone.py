@@ -17,7 +17,8 @@ from transformers import CLIPTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dreamartist_pipeline.backbones.families.clip_text import check_clip_skip, last_modules
-from dreamartist_pipeline.backbones.holding.parts import ModelParts
+from dreamartist_pipeline.backbones.holding.configurations import check_index
+from dreamartist_pipeline.backbones.holding.parts import ModelParts, make_part
 from dreamartist_pipeline.core.adapters import AdapterStack
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.layout import BaseModelIdentity, FileNames
@@ -91,21 +92,16 @@ class Backbone(ABC):
 
     @classmethod
     def check_index(cls, index: Mapping[str, Any], name: str) -> None:
-        """Check that the model_index.json of one of `pipelines` names every part of the family.
+        """Check that the model_index.json of one of `pipelines` has the parts of the family, of classes that it reads.
 
         Args:
             index: its content.
             name: the base model's name in an error.
 
         Raises:
-            InputError: a part is null.
+            InputError: a part is null or of another class.
         """
-        if missing := [part for part in cls.parts() if index.get(part, (True,))[0] is None]:
-            raise InputError(
-                expected=f"a base model with {', '.join(cls.parts())}",
-                got=f"{name}, whose model_index.json has none as {', '.join(missing)}",
-                remedy="choose a complete base model",
-            )
+        check_index(index, cls.part_classes(), name)
 
     @property
     @abstractmethod
@@ -149,6 +145,13 @@ class Backbone(ABC):
         return (*cls.network_classes, "vae", *cls.tokenizer_folders.values(), "scheduler")
 
     @classmethod
+    def part_classes(cls) -> dict[str, tuple[str, ...]]:
+        """Return part -> the classes that a model_index.json may name for it; () for any scheduler of diffusers."""
+        networks = {part: (kind.__name__,) for part, kind in cls.network_classes.items()}
+        tokenizers = dict.fromkeys(cls.tokenizer_folders.values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
+        return {**networks, "vae": ("AutoencoderKL",), **tokenizers, "scheduler": ()}
+
+    @classmethod
     def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
         """Load every part, frozen and in eval mode, the autoencoder in float32; on the meta device without weights.
 
@@ -157,17 +160,38 @@ class Backbone(ABC):
             OSError: a file cannot be downloaded or read.
         """
         parts = source.parts
-        scheduler = cls.scheduler_class.from_config(parts.config("scheduler"))
-        return cls(
+        scheduler = make_part(cls.scheduler_class.from_config, parts.config("scheduler"), f"scheduler of {parts.place}")
+        tokenizers = {encoder: parts.tokenizer(folder) for encoder, folder in cls.tokenizer_folders.items()}
+        model = cls(
             source=source,
             objective=cls.make_objective(scheduler, torch.device("cpu") if device.type == "meta" else device),
             scheduler_config=dict(scheduler.config),
             networks={name: parts.module(kind, name, device, dtype) for name, kind in cls.network_classes.items()},
-            tokenizers={encoder: parts.tokenizer(folder) for encoder, folder in cls.tokenizer_folders.items()},
+            tokenizers=tokenizers,
             autoencoder=parts.module(AutoencoderKL, "vae", device, torch.float32),
             device=device,
             dtype=dtype,
         )
+        model._check_tokens()
+        return model
+
+    def _check_tokens(self) -> None:
+        """Check that every token has an embedding.
+
+        Raises:
+            InputError: one has none.
+        """
+        for encoder, tokenizer in self.tokenizers.items():
+            rows, highest = (
+                self.networks[encoder].get_input_embeddings().num_embeddings,
+                max(tokenizer.get_vocab().values()),
+            )
+            if highest >= rows:
+                raise InputError(
+                    expected=f"an embedding in {encoder} for every token of {self.tokenizer_folders[encoder]}",
+                    got=f"{rows} embeddings, and a token with the number {highest}, in {self.source.parts.place}",
+                    remedy="download the model again: its tokenizer is that of another model",
+                )
 
     @property
     def name(self) -> str:

@@ -81,7 +81,7 @@ class StableDiffusionXL(UNetBackbone):
         Raises:
             InputError: a part is null.
         """
-        if index.get(TEXT_ENCODER, (True,))[0] is None:
+        if index.get(TEXT_ENCODER, True) in (None, [None, None]):
             raise InputError(
                 expected="an SDXL base model",
                 got=f"{name} without text_encoder, an SDXL refiner",

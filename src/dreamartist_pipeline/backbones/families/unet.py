@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -13,7 +14,7 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.unet_names import original_unet_names
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.schedulers import ZERO_SNR
+from dreamartist_pipeline.schedulers import OTHER_SCHEDULES, SCHEDULERS, UNFIT_SCHEDULERS, ZERO_SNR
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 
@@ -32,12 +33,24 @@ class UNetBackbone(Backbone):
         return self.networks[UNET]
 
     @classmethod
+    def check_index(cls, index: Mapping[str, Any], name: str) -> None:
+        """Check the parts, and that the scheduler follows a noise schedule of DDPM.
+
+        Raises:
+            InputError: see `Backbone.check_index`, or it does not.
+        """
+        super().check_index(index, name)
+        check_noise_schedule(index.get("scheduler", (None, None))[1], name)
+
+    @classmethod
     def load(cls, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Self:
         """Load every part; models that cannot be trained here are refused before any weights are read.
 
         Raises:
-            InputError: a UNet with inputs beside the latents, or latents of another distribution.
+            InputError: a UNet with inputs beside the latents, latents of another distribution, or a scheduler with
+                another noise schedule.
         """
+        check_noise_schedule(source.parts.config("scheduler").get("_class_name"), source.parts.place)
         unet, autoencoder = source.parts.config(UNET), source.parts.config("vae")
         if autoencoder.get("latents_mean") is not None:
             raise InputError(
@@ -83,3 +96,24 @@ class UNetBackbone(Backbone):
     def image_px(self) -> int:
         """The side of the images that the UNet was trained on."""
         return int(self.unet.config.sample_size) * self.latent_scale
+
+
+def check_noise_schedule(scheduler: object, place: str) -> None:
+    """Check that a base model's scheduler is one of a noise schedule of DDPM, as far as its class tells.
+
+    Args:
+        scheduler: its class; None if it is not named.
+        place: of the base model, for an error.
+
+    Raises:
+        InputError: it is not.
+    """
+    name = str(scheduler).removeprefix("Flax")
+    reason = next((reason for reason, classes in OTHER_SCHEDULES.items() if name in classes), None)
+    is_known = name in SCHEDULERS or any(name in classes for classes in UNFIT_SCHEDULERS.values())
+    if scheduler is not None and (reason or not is_known):
+        raise InputError(
+            expected=f"a base model with a noise schedule of DDPM at {place}",
+            got=f"the scheduler {scheduler}, which {reason or 'diffusers does not have'}",
+            remedy="choose another base model",
+        )

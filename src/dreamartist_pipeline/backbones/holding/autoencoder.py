@@ -173,7 +173,8 @@ class AutoencoderFile:
         own = self._own()
         if any(name.startswith(_DIFFUSERS_NAMES) for name in own):
             return current_names(own)
-        return converted({f"{VAE_PREFIX}{name}": tensor for name, tensor in own.items()}, VAE_PREFIX, self.config())
+        original = {f"{VAE_PREFIX}{name}": tensor for name, tensor in own.items()}
+        return converted(original, VAE_PREFIX, self.config(), self.place)
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Yield the file."""
@@ -196,7 +197,8 @@ class AutoencoderFile:
         """
         tensors = read_tensors(self.file)
         for prefix in _PREFIXES:
-            if f"{prefix}{_FIRST_OF_DECODER}" in tensors:
+            first = tensors.get(f"{prefix}{_FIRST_OF_DECODER}")
+            if first is not None and len(first.shape) == 4:
                 return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
         raise InputError(
             expected=f"an autoencoder at {self.file}",

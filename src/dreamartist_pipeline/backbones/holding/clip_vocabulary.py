@@ -6,14 +6,24 @@ import functools
 import gzip
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dreamartist_pipeline.backbones.holding.configurations import MAX_TOKENS
+from dreamartist_pipeline.decoding.json_text import MAX_BYTES, read_json_object
+from dreamartist_pipeline.errors import InputError
+
 _FILE = "bpe_simple_vocab_16e6.txt.gz"  # of openai/CLIP; see NOTICE
 _END_OF_WORD, _START, _END = "</w>", "<|startoftext|>", "<|endoftext|>"
 _SIZE = 49408
+_JSON_FILES = (
+    *("vocab.json", "tokenizer.json", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json"),
+)
+_TEXT_FILES = ("merges.txt",)
 
 
 def clip_tokenizer(config: Mapping[str, Any]) -> CLIPTokenizer:
@@ -24,6 +34,47 @@ def clip_tokenizer(config: Mapping[str, Any]) -> CLIPTokenizer:
     vocabulary, merges = _vocabulary()
     options = {name: config[name] for name in ("pad_token", "model_max_length") if name in config}
     return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **options)
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Return the tokenizer in a folder, whose files are checked first.
+
+    Raises:
+        InputError: a file is damaged or too large, a token has an id out of bounds, or a special token is missing.
+    """
+    expected, remedy = f"a tokenizer of CLIP in {folder}", "download the model again"
+    contents = {
+        name: read_json_object(folder / name, expected, name, remedy)
+        for name in _JSON_FILES
+        if (folder / name).is_file()
+    }
+    try:
+        _check_ids(contents)
+        if any((folder / name).stat().st_size > MAX_BYTES for name in _TEXT_FILES if (folder / name).is_file()):
+            raise ValueError(f"merges of more than {MAX_BYTES:,} bytes")
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if None in special or len(tokenizer("a b")["input_ids"]) < len("ab"):
+            raise ValueError("no start, end or padding token")
+    except Exception as error:  # of transformers and of its tokenizers, for whatever damage
+        reason = f"files that transformers does not read ({type(error).__name__}: {error})"
+        raise InputError(expected=expected, got=reason, remedy=remedy) from error
+    return tokenizer
+
+
+def _check_ids(contents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that ids of tokens are so low that no list of all tokens is too long.
+
+    Raises:
+        ValueError: one is not.
+    """
+    config, whole = contents.get("tokenizer_config.json", {}), contents.get("tokenizer.json", {})
+    ids = [*contents.get("vocab.json", {}).values(), *contents.get("added_tokens.json", {}).values()]
+    ids += map(int, config.get("added_tokens_decoder") or {})
+    ids += [token["id"] for token in whole.get("added_tokens") or []]
+    ids += dict(whole.get("model", {}).get("vocab", {})).values()
+    if not all(type(each) is int and 0 <= each < MAX_TOKENS for each in ids):
+        raise ValueError(f"an id of a token that is no integer below {MAX_TOKENS:,}")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from dreamartist_pipeline.backbones.holding.clip_vocabulary import clip_tokenizer
+from dreamartist_pipeline.backbones.holding.clip_vocabulary import clip_tokenizer, read_tokenizer
+from dreamartist_pipeline.backbones.holding.configurations import check_config
 from dreamartist_pipeline.backbones.holding.parts import (
     ModelParts,
     StoredTensor,
@@ -22,8 +22,10 @@ from dreamartist_pipeline.backbones.holding.parts import (
     has_weights,
 )
 from dreamartist_pipeline.backbones.holding.tensor_files import is_whole, read_tensors
+from dreamartist_pipeline.decoding.json_text import read_json_object
 from dreamartist_pipeline.errors import InputError
 
+SNAPSHOTS = "snapshots"  # folder of the revisions of a repository in the cache of the hub
 INDEX = "model_index.json"
 CONFIG_SUFFIXES = (".json", ".txt")
 _FILE_SUFFIXES = (*CONFIG_SUFFIXES, ".safetensors", ".bin")
@@ -68,39 +70,55 @@ class FolderParts(ModelParts):
         Raises:
             InputError: there is none, or it cannot be read.
         """
-        return self._json(self.part(part) / config_name(part))
+        file = self.part(part) / config_name(part)
+        config = self._json(file)
+        check_config(part, config, str(file))
+        return config
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
-        """Return a tokenizer."""
-        if has_vocabulary(self.part(part)):
-            return CLIPTokenizer.from_pretrained(self.part(part), local_files_only=True)
-        return clip_tokenizer(self.config(part))
+        """Return a tokenizer.
+
+        Raises:
+            InputError: its files are damaged.
+        """
+        config, folder = self.config(part), self.part(part)
+        if not has_vocabulary(folder):
+            return clip_tokenizer(config)
+        for file in folder.glob("*"):
+            self._inside(file)
+        return read_tokenizer(folder)
 
     def tensors(self, part: str, *, half: bool = False) -> StoredTensors:
         """Return the weights of a part, from all of its shards."""
+        return current_names(self.stored(part, half=half))
+
+    def stored(self, part: str, *, half: bool = False) -> dict[str, StoredTensor]:
+        """Return the weights of a part by their names in its files; see `tensors`."""
         found: dict[str, StoredTensor] = {}
         for file in weight_files((file.name for file in self.part(part).iterdir()), half=half):
-            found |= read_tensors(self.part(part) / file)
-        return current_names(found)
+            found |= read_tensors(self._inside(self.part(part) / file))
+        return found
 
     def files(self, parts: Collection[str]) -> Iterator[tuple[str, Path]]:
         """Yield (name, path) of model_index.json, and of all files of these parts."""
         folders = (self.folder / INDEX, *(file for part in parts for file in self.part(part).rglob("*")))
         for file in folders:
             if file.is_file() and file.suffix in _FILE_SUFFIXES:
-                yield file.relative_to(self.folder).as_posix(), file
+                yield file.relative_to(self.folder).as_posix(), self._inside(file)
 
     def check(self, parts: Collection[str]) -> None:
-        """Check that no file is missing, or truncated.
+        """Check that no file is missing or truncated, and that the configurations can be read.
 
         Raises:
-            InputError: one is.
+            InputError: one is, or they cannot.
         """
         self._require(missing_files(self, parts))
+        for part in parts:
+            self.config(part)
         if damaged := [name for name, file in self.files(parts) if not is_whole(file)]:
             raise InputError(
                 expected=f"complete weight files in {self.folder}",
-                got=f"truncated files or Git LFS pointers: {', '.join(damaged)}",
+                got=f"truncated or damaged files, or Git LFS pointers: {', '.join(damaged)}",
                 remedy="download the model again",
             )
 
@@ -108,15 +126,28 @@ class FolderParts(ModelParts):
         name = file.relative_to(self.folder).as_posix()
         if not file.is_file():
             self._require([name])
-        try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                expected=f"a readable base model in {self.folder}",
-                got=f"invalid JSON in {name}: {error}",
-                remedy="correct base_model, or download the model again",
-            ) from error
-        return content
+        return read_json_object(
+            self._inside(file),
+            expected=f"a readable base model in {self.folder}",
+            name=name,
+            remedy="correct base_model, or download the model again",
+        )
+
+    def _inside(self, file: Path) -> Path:
+        """Return a file if it is in the folder; links in the cache of the hub lead to the blobs of the repository.
+
+        Raises:
+            InputError: a link leads to another place.
+        """
+        root, target = self.folder.resolve(), file.resolve()
+        in_cache = root.parent.name == SNAPSHOTS and root.parents[1].name.startswith("models--")
+        if target.is_relative_to(root) or (in_cache and target.is_relative_to(root.parents[1] / "blobs")):
+            return file
+        raise InputError(
+            expected=f"the files of the model in {self.folder}",
+            got=f"{file.relative_to(self.folder)}, a link to {target}",
+            remedy="copy the file in place of the link; for another autoencoder, set vae",
+        )
 
     def _require(self, missing: Collection[str]) -> None:
         if missing:

@@ -17,7 +17,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dreamartist_pipeline.backbones.holding.folder import CONFIG_SUFFIXES, FolderParts, missing_files, weight_files
+from dreamartist_pipeline.backbones.holding.folder import (
+    CONFIG_SUFFIXES,
+    SNAPSHOTS,
+    FolderParts,
+    missing_files,
+    weight_files,
+)
 from dreamartist_pipeline.core.model_location import HUB, HubId
 from dreamartist_pipeline.errors import InputError
 
@@ -84,10 +90,10 @@ def snapshot_in(folder: Path) -> Path:
     Raises:
         InputError: the cache has no snapshot of the default branch.
     """
-    if not (folder / "snapshots").is_dir():
+    if not (folder / SNAPSHOTS).is_dir():
         return folder
     branch = folder / "refs" / constants.DEFAULT_REVISION
-    commits = sorted(each.name for each in (folder / "snapshots").iterdir())
+    commits = sorted(each.name for each in (folder / SNAPSHOTS).iterdir())
     commit = branch.read_text(encoding="utf-8").strip() if branch.is_file() else None
     if commit is None and len(commits) == 1:
         commit = commits[0]
@@ -95,9 +101,9 @@ def snapshot_in(folder: Path) -> Path:
         raise InputError(
             expected=f"a snapshot in {folder}",
             got=", ".join(commits) or "none",
-            remedy=f"set base_model to one of them, {folder / 'snapshots'}/COMMIT",
+            remedy=f"set base_model to one of them, {folder / SNAPSHOTS}/COMMIT",
         )
-    return folder / "snapshots" / str(commit)
+    return folder / SNAPSHOTS / str(commit)
 
 
 def repository_of(path: Path) -> str | None:

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 from transformers.initialization import no_init_weights
 
+from dreamartist_pipeline.backbones.holding.configurations import num_blocks
 from dreamartist_pipeline.errors import InputError
 
 _SHOWN = 3  # tensors named in an error
@@ -99,19 +101,19 @@ class ModelParts(ABC):
         On a CUDA GPU, convolutions get the memory format channels_last.
 
         Raises:
-            InputError: tensors are missing, or have other shapes than the configuration.
+            InputError: tensors are missing, not finite, or have other shapes than the configuration.
         """
-        with (
-            no_init_weights(),
-            init_empty_weights(),
-        ):  # parameters on the meta device; buffers such as positions are computed
-            module = make_module(kind, self.config(part))
-        tensors = self.tensors(part, half=dtype != torch.float32)
-        _check_fits(module, tensors, f"{part} of {self.place}")
+        config, tensors, what = (
+            self.config(part),
+            self.tensors(part, half=dtype != torch.float32),
+            f"{part} of {self.place}",
+        )
+        module = make_outline(kind, part, config, what, len(tensors))
+        _check_fits(module, tensors, what)
         if device.type == "meta":
             nn.Module.to(module, dtype=dtype)  # diffusers warns of half precision on a device that does not compute
         else:
-            _fill(module, tensors, device, dtype)
+            _fill(module, tensors, device, dtype, what)
         module = module.to(device).eval().requires_grad_(False)
         # tensor cores read convolutions' inputs by position; on a CPU both formats take the same time
         return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
@@ -147,6 +149,56 @@ def make_module(kind: Any, config: dict[str, Any]) -> Any:
     return kind(kind.config_class.from_dict(config.get(kind.config_class.base_config_key, config)))
 
 
+def make_part(make: Callable[[dict[str, Any]], Any], config: dict[str, Any], what: str) -> Any:
+    """Return a part of a model from its configuration, which is checked: see `configurations.check_config`.
+
+    Args:
+        make: of diffusers or transformers.
+        config: the configuration.
+        what: the part, for an error.
+
+    Raises:
+        InputError: the library rejects it.
+    """
+    try:
+        return make(config)
+    except Exception as error:  # an invalid option fails where it is first used, with any error
+        raise InputError(
+            expected=f"a valid configuration for {what}",
+            got=f"one that its library rejects ({type(error).__name__}: {error})",
+            remedy="download the model again",
+        ) from error
+
+
+def make_outline(kind: Any, part: str, config: dict[str, Any], what: str, num_tensors: int) -> Any:
+    """Return a module of diffusers or transformers on the meta device, without weights.
+
+    Args:
+        kind: its class.
+        part: such as `unet`.
+        config: its configuration, which is checked: see `configurations.check_config`.
+        what: the part, for an error.
+        num_tensors: of the weights, so that not more modules are made than there can be.
+
+    Raises:
+        InputError: the library rejects the configuration, or it asks for more blocks than there are tensors.
+    """
+    if (needed := num_blocks(part, config)) > num_tensors:
+        raise misfit(what, f"{num_tensors} tensors for at least {needed} blocks")
+    with no_init_weights(), init_empty_weights():  # buffers such as positions are computed
+        return make_part(partial(make_module, kind), config, what)
+
+
+def misfit(what: str, got: str) -> InputError:
+    """Return the error for weights that do not fit their configuration."""
+    return InputError(
+        expected=f"the weights that its configuration describes in {what}",
+        got=got,
+        remedy="for a single file of unusual size, set base_model_config to a folder with its configurations; "
+        "otherwise download the model again",
+    )
+
+
 def _check_fits(module: nn.Module, tensors: StoredTensors, what: str) -> None:
     """Check names and shapes of all tensors of a module.
 
@@ -162,15 +214,21 @@ def _check_fits(module: nn.Module, tensors: StoredTensors, what: str) -> None:
     ]
     if found := [*wrong, *(f"no {name}" for name in missing)]:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise InputError(
-            expected=f"the weights that its configuration describes in {what}",
-            got=f"{', '.join(found[:_SHOWN])}{more}",
-            remedy="for a single file of unusual size, set base_model_config to a folder with its configurations; "
-            "otherwise download the model again",
-        )
+        raise misfit(what, f"{', '.join(found[:_SHOWN])}{more}")
 
 
-def _fill(module: nn.Module, tensors: StoredTensors, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a module its weights, read one at a time and copied: the files may change afterwards."""
+def _fill(module: nn.Module, tensors: StoredTensors, device: torch.device, dtype: torch.dtype, what: str) -> None:
+    """Give a module its weights, read one at a time and copied: the files may change afterwards.
+
+    Raises:
+        InputError: some are not finite.
+    """
     weights = {name: tensors[_current_name(name)].read().to(device, dtype, copy=True) for name in module.state_dict()}
+    if infinite := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        precision = str(dtype).removeprefix("torch.")
+        raise InputError(
+            expected=f"finite weights in {what}",
+            got=f"{len(infinite)} tensors that are not, in {precision}: {', '.join(infinite[:_SHOWN])}",
+            remedy="download the model again, or set device.dtype to float32",
+        )
     module.load_state_dict(weights, assign=True)

@@ -77,7 +77,7 @@ class SingleFileParts(ModelParts):
         config = self._configs().config(part)
         contents = self._contents()
         for each, option, layer in _CHANNELS:
-            if part == each and layer in contents.shapes:
+            if part == each and len(contents.shapes.get(layer, ())) == 4:  # [out, in, height, width]
                 config[option] = contents.shapes[layer][1]
         if part == "scheduler" and self.given_configs is None:
             config |= contents.schedule()
@@ -90,7 +90,7 @@ class SingleFileParts(ModelParts):
     def tensors(self, part: str, *, half: bool = False) -> StoredTensors:
         """Return the weights of a part, whose names diffusers converts; half is not used."""
         prefix = self._contents().kind.prefixes[part]
-        return converted(read_tensors(self.file), prefix, self.config(part))
+        return converted(read_tensors(self.file), prefix, self.config(part), self.place)
 
     def files(self, parts: Collection[str]) -> Iterator[tuple[str, Path]]:
         """Yield the file, and the configurations that are taken in place of those of its kind."""
@@ -203,20 +203,29 @@ def check_whole(file: Path) -> None:
         )
 
 
-def converted(stored: Mapping[str, StoredTensor], prefix: str, config: Mapping[str, Any]) -> StoredTensors:
-    """Return the tensors of a part by diffusers' names.
-
-    Tensors that diffusers only renames are read one at a time; those that it splits or reshapes, together.
+def converted(stored: Mapping[str, StoredTensor], prefix: str, config: Mapping[str, Any], place: str) -> StoredTensors:
+    """Return the tensors of a part by diffusers' names; those that it splits or reshapes are read together.
 
     Args:
         stored: all tensors of a file.
         prefix: of the part's names.
         config: of the part.
+        place: of the file, for errors.
+
+    Raises:
+        InputError: diffusers cannot convert the names, because some are missing.
     """
     own = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     convert = _converter(prefix)
     outline = {name: torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
-    new_outline = convert(dict(outline), dict(config))
+    try:
+        new_outline = convert(dict(outline), dict(config))
+    except Exception as error:  # diffusers looks names up, splits and reshapes without checks
+        raise InputError(
+            expected=f"the tensors of a whole model, {prefix}…, at {place}",
+            got=f"{len(own)} tensors that diffusers cannot convert ({type(error).__name__}: {error})",
+            remedy="download the model again",
+        ) from error
     old_names = {id(tensor): name for name, tensor in outline.items()}
     renamed = {new: old_names[id(tensor)] for new, tensor in new_outline.items() if id(tensor) in old_names}
     unread = {name: outline[name] for name in renamed.values()}

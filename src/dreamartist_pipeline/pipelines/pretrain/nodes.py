@@ -44,13 +44,15 @@ def train_autoencoder(
     tracker: Tracker,
 ) -> AutoencoderKL:
     """Train the autoencoder on scenes of all sprites from its latest checkpoint on, or load the one of `start`."""
+    import torch
     from diffusers import AutoencoderKL
 
+    from dreamartist_pipeline.backbones.holding.folder import LonePart
     from dreamartist_pipeline.core.processes import run_on_processes
     from dreamartist_pipeline.embedded.stages import fit_autoencoder
 
-    if params.keep_autoencoder:
-        return AutoencoderKL.from_pretrained(start, subfolder="vae", local_files_only=True)
+    if params.keep_autoencoder and start is not None:
+        return LonePart(Path(start) / "vae").module(AutoencoderKL, "vae", torch.device("cpu"), torch.float32)
     store = _store(params, "autoencoder")
     return run_on_processes(fit_autoencoder, _num_processes(params), sprites, held_out_sprites, params, store, tracker)
 
@@ -67,15 +69,14 @@ def build_vocabulary(sprites: SpriteSet, params: PretrainParams) -> CLIPTokenize
 
 def train_towers(sprites: SpriteSet, tokenizer_path: str, params: PretrainParams, tracker: Tracker) -> CLIPModel:
     """Train text and image tower, from their latest checkpoint on."""
-    from transformers import CLIPTokenizer
-
+    from dreamartist_pipeline.backbones.holding.clip_vocabulary import read_tokenizer
     from dreamartist_pipeline.core.processes import run_on_processes
     from dreamartist_pipeline.embedded.scenes import draw_scenes
     from dreamartist_pipeline.embedded.stages import fit_towers, token_ids_of
 
     store = _store(params, "towers")
     scenes = draw_scenes(sprites, params.towers.num_scenes, params.seed + 3)
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    tokenizer = read_tokenizer(Path(tokenizer_path))
     token_ids = token_ids_of(tokenizer, list(scenes.captions))
     towers = run_on_processes(
         fit_towers, _num_processes(params), sprites, scenes, token_ids, tokenizer_path, params, store, tracker
