@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from dreamartist_pipeline.layer_selectors import parse_selector
 from dreamartist_pipeline.prompt_weights import parse_weights
 from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
 
@@ -279,7 +280,7 @@ class LoRAGroup(Params):
     Attributes:
         lr: learning rate.
         rank: an integer, or a float: the fraction of a layer's out_features, rounded, at least 1.
-        layers: selectors, see `core.adapters.select_layers`.
+        layers: selectors, see layer_selectors.py.
         branch: `p`, `n`, or omitted for a group of both branches.
         alpha: the update is scaled by alpha / rank.
         dropout: dropout probability of the rank activations.
@@ -296,7 +297,7 @@ class LoRAGroup(Params):
 
     lr: PositiveFloat
     rank: int | float
-    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    layers: Annotated[tuple[Annotated[str, Field(max_length=500)], ...], Field(min_length=1, max_length=1000)]
     branch: BranchName = "shared"
     alpha: PositiveFloat = 1.0
     dropout: Probability = 0.0
@@ -323,11 +324,7 @@ class LoRAGroup(Params):
     @classmethod
     def _check_selectors(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
         for selector in layers:
-            if "re:" in selector:
-                try:
-                    re.compile(selector.split("re:", 1)[1])
-                except re.error as error:
-                    raise ValueError(f"layer selector {selector!r} is not a regular expression: {error}") from error
+            parse_selector(selector)
         return layers
 
 

@@ -37,12 +37,17 @@ def name_unread(file: bytes, error: Exception) -> tuple[str, str]:
     """
     if is_pickled(file):
         return "a file that torch pickled", "save its tensors as safetensors"
-    for begins, kind, remedy in _OTHER_FORMATS:
-        if file[:200].lstrip().lower().startswith(begins):
-            return kind, remedy
+    if (other := other_format(file)) is not None:
+        return other
     if isinstance(error, KeyError):
         return f"tensors of the type {error}, which torch does not have", "save it in float32, float16 or bfloat16"
     return _damage(file, error) if file else "an empty file", "download or copy it again"
+
+
+def other_format(file: bytes) -> tuple[str, str] | None:
+    """Return what a file is and what to do, if it is of a kind that is often found in place of another."""
+    begin = file[:200].lstrip().lower()
+    return next(((kind, remedy) for begins, kind, remedy in _OTHER_FORMATS if begin.startswith(begins)), None)
 
 
 def _damage(file: bytes, error: Exception) -> str:
