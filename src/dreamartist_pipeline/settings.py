@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import ConfigurationHooks, ConsoleHooks, MLflowHooks, RunRecordHooks, nearest
+from dreamartist_pipeline.hooks.environment_values import environment
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.run import literal
 from dreamartist_pipeline.params import SECTIONS
@@ -24,11 +25,6 @@ warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is depreca
 configure_logs(None)  # before Kedro imports its plugins, whose warnings it hides
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
-
-
-def environment(name: str, default: str = "") -> str:
-    """Return an environment variable: `${env:NAME, default}`."""
-    return os.environ.get(name, default)
 
 
 def now() -> str:

@@ -25,7 +25,5 @@ def kind_of(data: bytes) -> str:
     for place in (4, 8):
         if (kind := _BOXES.get(data[place : place + 4], "")) != "":
             return kind
-    try:
-        return "a text" if "\x00" not in data[:1000].decode() else "a file of an unknown kind"
-    except UnicodeDecodeError:
-        return f"a file of an unknown kind, which begins with {data[:8]!r}"
+    beginning = data[:200].decode(errors="replace")[:150]  # without a character that is cut
+    return "a file of an unknown kind" if {"\x00", "\ufffd"} & set(beginning) else "a text"

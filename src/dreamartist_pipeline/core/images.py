@@ -143,7 +143,7 @@ def _no_picture(data: bytes, name: str) -> InputError:
         )
     return InputError(
         expected=f"a picture as {name}",
-        got=f"{kind_of(data)} ({len(data):,} bytes), which is in no image format that Pillow reads",
+        got=f"{kind_of(data)} in no image format that Pillow reads ({len(data):,} bytes, beginning with {data[:8]!r})",
         remedy="export it as PNG or JPEG",
     )
 
