@@ -11,6 +11,7 @@ import click
 import yaml
 from kedro.utils import find_kedro_project
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline.hooks.configuration import as_list, nearest, yaml_list
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, literal, plain, with_paths_in
@@ -19,6 +20,7 @@ from dreamartist_pipeline.params import SECTIONS, takes_several
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
 _PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
 _TEXT_KEYS = (*_PROMPT_KEYS, "caption", "class_word")  # texts in which a user may write `, name=`
+_MAX_SHOWN = 300  # characters of a value in a message
 _CLOSING = {"[": "]", "{": "}", "'": "'", '"': '"'}
 
 
@@ -132,7 +134,8 @@ def _value(name: str, text: str) -> Any:
         return literal(text)
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        text = text[:_MAX_SHOWN]
         raise ValueError(
             f"expected a value or a list in YAML for {name}; got '{text}'; quote texts with commas, colons or braces, "
             f'and the whole value of --params: --params "{name}={as_list(text)}"'

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.toolkit_config.references import PRODUCT
 from dreamartist_pipeline.interop.toolkit_config.source import ConfigReader
 from dreamartist_pipeline.interop.toolkit_config.words import words_by_slot
 from dreamartist_pipeline.params import TrainingParams
+from dreamartist_pipeline.references import PRODUCT
 
 _OPTIONS = {"batch_size", "source", "bucket", "loss_weight", "text_transforms", "tag_transforms", "img_root"}
 _TEMPLATE_CLASSES = {name: name for name in ("TemplateFill", "Compose", "TextImagePairDataset")}

@@ -10,20 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.toolkit_config.references import has_resolver, resolved
 from dreamartist_pipeline.interop.toolkit_config.unsupported import NO_EFFECT, REASONS_BY_PART, REASONS_BY_PREFIX
+from dreamartist_pipeline.references import has_resolver, resolved
+from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_deep
 
 _NUMBER = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?([eE][+-]?\d{1,4})")
-_MAX_CHARACTERS = 200_000  # of a file; the toolkit's have a few thousand
-_MAX_DEPTH = 50
 _MAX_BASE_FILES = 100
-_REFERENCE_MARK = "\ue000{"  # in place of `${`, which OmegaConf would parse; a character for private use
 _SHOWN = 60  # characters of a wrong value in an error
 
 ReadText = Callable[[str], str | None]  # path -> text of a file that a configuration names, None if it is not found
@@ -139,15 +132,7 @@ def read_config(text: str, read_text: ReadText) -> ConfigReader:
     try:
         return ConfigReader(resolved(_load(text, _BaseFiles(read_text, missing))), missing)
     except RecursionError as error:  # a long chain of references or of base files
-        raise _too_deep() from error
-
-
-def _too_deep() -> InputError:
-    return InputError(
-        expected=f"a training configuration, nested at most {_MAX_DEPTH} deep",
-        got="values, references or base files that are nested too deeply",
-        remedy="correct it",
-    )
+        raise too_deep("a training configuration") from error
 
 
 @dataclass(frozen=True)
@@ -168,7 +153,7 @@ class _BaseFiles:
 
 def _load(text: str, files: _BaseFiles, ancestors: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a file merged over its base files, with references as text."""
-    config = _parse(text)
+    config = parse_mapping(text, "a training configuration")
     merged: dict[str, Any] = {}
     for base in _base_names(config.pop("_base_", None)):
         if base in ancestors:
@@ -182,83 +167,8 @@ def _load(text: str, files: _BaseFiles, ancestors: tuple[str, ...] = ()) -> dict
                 files.missing[f"_base_ {base}"] = "the file was not found; its values are not carried over"
                 continue
             files.loaded[base] = _load(base_text, files, (*ancestors, base))
-        merged = _merged(merged, files.loaded[base])
-    return _merged(merged, config)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping over another; mappings in both are merged, all other values replaced."""
-    both = {
-        name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-        for name, value in over.items()
-    }
-    return base | both
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """Return a YAML mapping, with references and resolvers as text.
-
-    Raises:
-        InputError: it is none, or too long or nested too deeply.
-    """
-    if len(text) > _MAX_CHARACTERS:
-        raise InputError(
-            expected=f"a training configuration of at most {_MAX_CHARACTERS:,} characters",
-            got=f"{len(text):,}",
-            remedy="give a file of the reference toolkit",
-        )
-    try:
-        _check_events(text)
-        values = OmegaConf.to_container(OmegaConf.create(text.replace("${", _REFERENCE_MARK)), resolve=False)
-    except YAMLError as error:
-        raise InputError(expected="a YAML file", got=f"a syntax error: {error}", remedy="correct it") from error
-    except OmegaConfBaseException as error:
-        got = str(error).splitlines()[0]
-        raise InputError(expected="a valid configuration", got=got, remedy="correct the file") from error
-    except AssertionError:  # what OmegaConf makes of a single number
-        values = None
-    if not isinstance(values, dict):
-        raise InputError(
-            expected="a YAML mapping",
-            got="a list" if isinstance(values, list) else f"a single value, {text.strip()[:_SHOWN]!r}",
-            remedy="import a training configuration",
-        )
-    with_text_keys: dict[str, Any] = _with_text_keys(values)
-    return with_text_keys
-
-
-def _check_events(text: str) -> None:
-    """Check nesting and single values by the parser's events, before anything is built by recursion.
-
-    Raises:
-        InputError: values are nested too deeply, or a number is too long.
-        YAMLError: a syntax error.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        value = event.value if isinstance(event, yaml.ScalarEvent) else ""
-        if depth > _MAX_DEPTH or value.count("${") > _MAX_DEPTH:
-            raise _too_deep()
-        if len(value) > _SHOWN and not re.search(r"[^\d:_.,+-]", value):
-            raise InputError(expected="numbers", got=f"one of {len(value):,} digits", remedy="correct the file")
-
-
-def _with_text_keys(value: Any) -> Any:
-    """Return nested values with all keys as text, and with references in place of their mark.
-
-    Raises:
-        InputError: a text is no valid Unicode.
-    """
-    if isinstance(value, dict):
-        return {str(_with_text_keys(name)): _with_text_keys(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_with_text_keys(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(expected="valid Unicode", got=f"{value[:_SHOWN]!r}", remedy="correct the file")
-    return value.replace(_REFERENCE_MARK, "${")
+        merged = merge_mappings(merged, files.loaded[base])
+    return merge_mappings(merged, config)
 
 
 def _base_names(bases: Any) -> list[str]:

@@ -30,17 +30,21 @@ def has_resolver(text: str) -> bool:
     return "${" in text
 
 
-def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(config: Mapping[str, Any], max_values: int = MAX_VALUES) -> dict[str, Any]:
     """Return a configuration with its references replaced by their values.
 
     Mappings and lists that are referred to several times are shared, not copied.
+
+    Args:
+        config: as parsed.
+        max_values: with every reference written out.
 
     Raises:
         InputError: references multiply the values, or the length of a text.
         RecursionError: a chain of references that is too long.
     """
     values: dict[str, Any] = _References(config).tree(config, ())
-    _check_size(values)
+    _check_size(values, max_values)
     return values
 
 
@@ -123,11 +127,11 @@ class _References:
         return self.tree(node, keys)
 
 
-def _check_size(values: Mapping[str, Any]) -> None:
+def _check_size(values: Mapping[str, Any], max_values: int) -> None:
     """Check that references do not multiply the values, as lists of references to lists of references do.
 
     Raises:
-        InputError: there are more values than OmegaConf allows for YAML aliases.
+        InputError: there are more than `max_values`.
     """
     sizes: dict[int, int] = {}
 
@@ -138,9 +142,9 @@ def _check_size(values: Mapping[str, Any]) -> None:
             sizes[id(node)] = 1 + sum(map(size, node.values() if isinstance(node, Mapping) else node))
         return sizes[id(node)]
 
-    if (total := size(values)) > MAX_VALUES:
-        got = f"{total}" if total < 10 * MAX_VALUES else f"more than {10 * MAX_VALUES}"
-        raise _multiplied(f"at most {MAX_VALUES} values, with every reference written out", got)
+    if (total := size(values)) > max_values:
+        got = f"{total}" if total < 10 * max_values else f"more than {10 * max_values}"
+        raise _multiplied(f"at most {max_values} values, with every reference written out", got)
 
 
 def _multiplied(expected: str, got: str) -> InputError:
