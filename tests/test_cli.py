@@ -367,6 +367,15 @@ def test_the_command_keeps_kedros_options() -> None:
     assert {"pipeline", "pipelines", "env", "from_nodes", "only_missing_outputs", "params", "traceback"} <= names
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 5000 + "]" * 5000, "{a: " * 3000 + "1" + "}" * 3000, "'" + "${" * 5000 + "}" * 5000 + "'", "9" * 5000],
+)
+def test_a_value_that_is_nested_too_deeply_is_refused_before_it_is_built(value: str) -> None:
+    with pytest.raises(click.BadParameter, match="deep|digits"):
+        parse_params(click.Context(run), click.Option(["--params"]), f"training.lora_unet={value}")
+
+
 # ------------------------------------------------------------------------------------------------- import-config
 
 CONFIG = """

@@ -34,7 +34,7 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
             remedy="give another file, or shorten it",
         )
     try:
-        _check_events(text, what)
+        check_events(text, what)
         values = OmegaConf.to_container(OmegaConf.create(text.replace("${", _REFERENCE_MARK)), resolve=False)
     except yaml.YAMLError as error:
         raise InputError(
@@ -74,8 +74,12 @@ def too_deep(what: str) -> InputError:
     )
 
 
-def _check_events(text: str, what: str) -> None:
-    """Check nesting and single values by the parser's events.
+def check_events(text: str, what: str) -> None:
+    """Check nesting and single values by the parser's events, before anything is built.
+
+    Args:
+        text: in YAML.
+        what: it is, in messages.
 
     Raises:
         InputError: values are nested too deeply, or a number is too long.
