@@ -685,3 +685,9 @@ def test_a_message_about_a_long_value_is_short() -> None:
     with pytest.raises(InputError) as caught:
         build_parameters({"generate": {"prompts": ["x" * 100_000]}})
     assert len(str(caught.value)) < 2000
+
+
+def test_an_unknown_key_above_others_is_named_without_suggestions_from_elsewhere() -> None:
+    training = {"num_steps": 1, "capti": [{"kind": "tag_shuffle", "nosuch": {"a": 1}}]}
+    with pytest.raises(InputError, check=says(got="training.capti")):
+        build_parameters({"training": training})

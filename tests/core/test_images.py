@@ -592,3 +592,11 @@ def test_a_picture_that_does_not_fit_into_memory_is_not_called_damaged(monkeypat
 def test_a_file_of_another_kind_is_named(data: bytes, kind: str) -> None:
     with pytest.raises(InputError, check=says(got=kind)):
         decode(data)
+
+
+def test_a_framing_is_read_back_and_a_damaged_one_refused() -> None:
+    values = {"original_px": [64, 48], "crop_px": [8, 0], "size_px": [48, 48]}
+    assert images.Framing.of_values(values) == images.Framing((64, 48), (8, 0), (48, 48))
+    for damaged in ([], {}, values | {"crop_px": [1]}, values | {"size_px": None}):
+        with pytest.raises(InputError, check=says(expected="prepared_framing", remedy="ingestion")):
+            images.Framing.of_values(damaged)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import os
 import sys
 import warnings
 from collections import Counter
@@ -56,11 +57,11 @@ def _findings(name: str, seed: int, end: int) -> Iterator[Finding]:
         process = context.Process(target=_work, args=(name, seed, min(end, seed + _RENEW), other), daemon=True)
         process.start()
         other.close()
-        limit_s = _START_S
+        limit_s, has_begun = _START_S, False
         try:
             while connection.poll(limit_s):
                 message = connection.recv()
-                limit_s = LIMIT_S + _GRACE_S
+                limit_s, has_begun = LIMIT_S + _GRACE_S, True
                 if isinstance(message, Finding):
                     yield message
                 else:
@@ -70,6 +71,8 @@ def _findings(name: str, seed: int, end: int) -> Iterator[Finding]:
             seed += 1
         except EOFError:
             process.join()
+            if not has_begun:
+                sys.exit(f"{name}: the process ended before its first input")
             if process.exitcode:
                 yield Finding(name, seed, f"the process ended with exit code {process.exitcode}")
                 seed += 1
@@ -80,6 +83,7 @@ def _work(name: str, seed: int, end: int, connection: Connection) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     target = all_targets()[name]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print what is wrong with a file
     problem_of(target, 0, limit_s=_START_S)  # imports what the reader imports at its first file
     limit_memory()
     for each in range(seed, end):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pydantic import TypeAdapter, ValidationError
 
 from dreamartist_pipeline.core.first_bytes import kind_of
 from dreamartist_pipeline.errors import InputError
@@ -383,6 +384,22 @@ class Framing:
     original_px: tuple[int, int]
     crop_px: tuple[int, int]
     size_px: tuple[int, int]
+
+    @classmethod
+    def of_values(cls, values: object) -> Framing:
+        """Return the framing in a JSON file, the fields of this class.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise InputError(
+                expected="original_px, crop_px and size_px in prepared_framing",
+                got="a damaged file",
+                remedy="run the pipeline ingestion again",
+            ) from error
 
     def numbers(self) -> tuple[int, ...]:
         """Return original height and width, crop top and left, height and width: the order of SDXL's time ids."""

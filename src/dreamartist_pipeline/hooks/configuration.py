@@ -247,7 +247,7 @@ def _first_errors(error: ValidationError) -> list[ErrorDetails]:
 
 
 def _problem(section: str, detail: ErrorDetails) -> str:
-    where = ".".join([section, *map(str, detail["loc"])])
+    where = ".".join([section, *(str(part)[:_MAX_SHOWN] for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
         key, known = str(detail["loc"][-1]), _keys_beside(SECTIONS[section], detail["loc"])
         return f"{where}: unknown key; {nearest(key, known, otherwise='remove it')}"
@@ -276,6 +276,8 @@ def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
     """Return the keys allowed at the last part of `path`."""
     for part in path[:-1]:
         if isinstance(part, str):
+            if part not in model.model_fields:  # the name of an extra network
+                return []
             annotation = model.model_fields[part].annotation
             model = next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")), None)
         if model is None:

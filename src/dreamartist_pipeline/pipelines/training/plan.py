@@ -97,7 +97,10 @@ def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], start_
     Raises:
         InputError: a plan for other parameters, another base model or another start concept.
     """
-    if {key: plan[key] for key in ("groups", "start") if key in plan} != {"groups": _describe(groups), **start_entry}:
+    if not isinstance(plan, Mapping) or {key: plan[key] for key in ("groups", "start") if key in plan} != {
+        "groups": _describe(groups),
+        **start_entry,
+    }:
         raise InputError(
             expected="training_plan for these parameters, base_model and start concept",
             got="the plan of another run",
