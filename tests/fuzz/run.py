@@ -18,10 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fuzz.fuzzing import LIMIT_S, Finding, all_targets, limit_memory, problem_of
+from fuzz.fuzzing import Finding, all_targets, limit_memory, problem_of
 
 _START_S = 120.0  # to import the readers and to make the samples
-_GRACE_S = 10.0  # after the limit of one input, before its process is killed: C code does not see the alarm
+_STUCK_S = 60.0  # without a next input, before a process is killed: C code does not see the signal
 _RENEW = 20_000  # inputs per process
 
 
@@ -61,13 +61,13 @@ def _findings(name: str, seed: int, end: int) -> Iterator[Finding]:
         try:
             while connection.poll(limit_s):
                 message = connection.recv()
-                limit_s, has_begun = LIMIT_S + _GRACE_S, True
+                limit_s, has_begun = _STUCK_S, True
                 if isinstance(message, Finding):
                     yield message
                 else:
                     seed = message  # of the next input
             process.kill()
-            yield Finding(name, seed, f"slower than {limit_s:g} s, and does not react to an alarm")
+            yield Finding(name, seed, f"not done after {limit_s:g} s")
             seed += 1
         except EOFError:
             process.join()

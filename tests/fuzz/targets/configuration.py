@@ -121,7 +121,7 @@ TARGETS = [
         lambda: {"a.yml": yaml.safe_dump(_parameters()).encode(), "a.json": json.dumps(_parameters()).encode()},
         _file_of_parameters,
     ),
-    Target("--params", lambda: {f"{n}.txt": text.encode() for n, text in enumerate(_GIVEN)}, _option),
+    Target("value of params", lambda: {f"{n}.txt": text.encode() for n, text in enumerate(_GIVEN)}, _option),
     Target(
         "selector",
         lambda: {f"{n}.txt": text.encode() for n, text in enumerate(_SELECTORS)},
