@@ -14,6 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from kedro.io import DatasetError
+from omegaconf import OmegaConf
 
 from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
 from dreamartist_pipeline.cli.selection import check_selection, check_words
@@ -414,6 +415,15 @@ def test_the_command_keeps_kedros_options() -> None:
     assert {"pipeline", "pipelines", "env", "from_nodes", "only_missing_outputs", "params", "traceback"} <= names
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 5000 + "]" * 5000, "{a: " * 3000 + "1" + "}" * 3000, "'" + "${" * 5000 + "}" * 5000 + "'", "9" * 5000],
+)
+def test_a_value_that_is_nested_too_deeply_is_refused_before_it_is_built(value: str) -> None:
+    with pytest.raises(click.BadParameter, match="deep|digits"):
+        parse_params(click.Context(run), click.Option(["--params"]), f"training.lora_unet={value}")
+
+
 # ------------------------------------------------------------------------------------------------- import-config
 
 CONFIG = """
@@ -506,3 +516,70 @@ def test_a_base_file_whose_name_is_too_long_is_one_that_is_not_there(toolkit_fil
     result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
     assert result.exit_code == 0
     assert "the file was not found" in result.output
+
+
+@pytest.mark.parametrize("path", ["/{outside}", "../../outside.yaml", "cfgs/link.yaml", "link.yaml", "outside.yaml"])
+def test_a_base_file_outside_the_toolkits_configurations_is_refused(toolkit_file: Path, path: str) -> None:
+    outside = toolkit_file.parents[2] / "outside.yaml"
+    for place in (outside, toolkit_file.parents[1] / "outside.yaml"):
+        place.write_text("password: abracadabra\n")
+    (toolkit_file.parent / "link.yaml").symlink_to(outside)
+    path = path.replace("/{outside}", str(outside))
+    toolkit_file.write_text(f"_base_: {path}\n{CONFIG}")
+
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+
+    assert result.exit_code == 1
+    assert path in result.output and "base files inside" in result.output
+    assert "password" not in result.output and "abracadabra" not in result.output
+    assert not Path("conf/mine").exists()
+
+
+@pytest.mark.parametrize("path", ["/{outside}", "../../secret.txt", "templates/link.txt"])
+def test_templates_outside_the_toolkit_are_refused(toolkit_file: Path, path: str) -> None:
+    outside = toolkit_file.parents[2] / "secret.txt"
+    outside.write_text("abracadabra\n")
+    templates = toolkit_file.parents[1] / "templates"
+    templates.mkdir()
+    (templates / "link.txt").symlink_to(outside)
+    toolkit_file.write_text(CONFIG.replace("templates/object.txt", path.replace("/{outside}", str(outside))))
+
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+
+    assert result.exit_code == 1
+    assert "prompt templates inside" in result.output
+    assert "abracadabra" not in result.output
+
+
+@pytest.mark.parametrize(
+    "line", ["it ${oc.env:SECRET}", r"it \${oc.env:SECRET}", r"it \\${oc.env:SECRET} ${env:SECRET}"]
+)
+def test_no_resolver_of_a_template_runs_in_the_environment(
+    toolkit_file: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setenv("SECRET", "abracadabra")
+    templates = toolkit_file.parents[1] / "templates"
+    templates.mkdir()
+    (templates / "object.txt").write_text(line)
+
+    CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+
+    loaded = OmegaConf.load("conf/mine/parameters.yml")
+    assert OmegaConf.to_container(loaded, resolve=True)["training"]["templates"] == [line]
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(toolkit_file: Path) -> None:
+    toolkit_file.write_text(CONFIG + '"k\\e[2J\\nEOF": 1\n')
+
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+
+    assert "\x1b" not in result.output and r"k\x1b[2J\nEOF" in result.output
+
+
+def test_a_configuration_that_is_no_text_is_refused(toolkit_file: Path) -> None:
+    toolkit_file.write_bytes(b"\x89PNG\r\n\xff")
+
+    result = CliRunner().invoke(cli, ["import-config", str(toolkit_file), "--env", "mine"])
+
+    assert result.exit_code == 1
+    assert "UTF-8" in result.output and toolkit_file.name in result.output

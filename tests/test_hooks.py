@@ -660,3 +660,34 @@ def test_a_node_of_more_than_two_seconds_is_timed(
             hooks.before_node_run(running)
             hooks.after_node_run(running)
     assert caplog.messages == ["[1/2] quick", "[2/2] slow", "      slow took 3.5 s"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "parts"),
+    [
+        ({None: {"seed": 0}}, {"expected": "names", "got": "None"}),
+        ({"training": {1: 2}}, {"got": "the key 1 in training"}),
+        ({"training": {"lora_unet": [{True: 1}]}}, {"got": "training.lora_unet.0"}),
+        ({"training": {"class_word": "\ud800"}}, {"expected": "training.class_word", "remedy": "UTF-8"}),
+        ({"caption": "caf\udce9"}, {"expected": "Unicode as caption"}),
+        ({"training": {"\ud800": 1}}, {"expected": "Unicode"}),
+    ],
+)
+def test_parameters_that_are_no_text_where_they_must_be_are_refused(
+    parameters: dict[Any, Any], parts: dict[str, str]
+) -> None:
+    with pytest.raises(InputError, check=says(**parts)) as caught:
+        build_parameters(parameters)
+    str(caught.value).encode()
+
+
+def test_a_message_about_a_long_value_is_short() -> None:
+    with pytest.raises(InputError) as caught:
+        build_parameters({"generate": {"prompts": ["x" * 100_000]}})
+    assert len(str(caught.value)) < 2000
+
+
+def test_an_unknown_key_above_others_is_named_without_suggestions_from_elsewhere() -> None:
+    training = {"num_steps": 1, "capti": [{"kind": "tag_shuffle", "nosuch": {"a": 1}}]}
+    with pytest.raises(InputError, check=says(got="training.capti")):
+        build_parameters({"training": training})

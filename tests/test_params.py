@@ -172,7 +172,7 @@ def test_an_invalid_guidance_scale_is_refused(scale: object, check: Check) -> No
         ("1.5-4", "1.5-4.0:ln"),
         ("4-1.5:cos", "4.0-1.5:cos"),
         ("2-2:cos2", "2.0"),
-        (10**19, "1e+19"),
+        (1000, "1000.0"),
     ],
 )
 def test_a_guidance_scale_is_dumped_as_an_equivalent_text(written: object, read: str) -> None:
@@ -420,3 +420,42 @@ def test_memory_is_auto_or_values() -> None:
     assert training(memory={"checkpointing": True}).memory == MemoryParams(checkpointing=True)
     with pytest.raises(ValidationError, check=refuses("memory", "auto")):
         training(memory="low")
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"guidance_scale": 99999999999}, "guidance_scale"),
+        ({"guidance_scale": "1-1e300:cos"}, "guidance_scale"),
+        ({"words": {**WORDS, "lr": 1e9}}, "words.lr"),
+        ({"words": {**WORDS, "num_vectors": [2**31, 1]}}, "words.num_vectors"),
+        ({"words": {"names": {"pt1": ["m" * 101, "n"]}}}, "words.names"),
+        ({"words": {"names": {"": ["m-y", "n-n"]}}}, "words.names"),
+        ({"words": {**WORDS, "init_text": ["x" * 501, "y"]}}, "words.init_text"),
+        ({"batch_size": 10**8}, "batch_size"),
+        ({"num_steps": 10**30}, "num_steps"),
+        ({"lora_unet": [{"lr": 1.0, "rank": 2**31, "layers": ["a"]}]}, "rank"),
+        ({"lora_unet": [{"lr": 1e300, "rank": 1, "layers": ["a"]}]}, "lr"),
+        ({"lora_unet": [{"lr": 1.0, "rank": 1, "alpha": 1e300, "layers": ["a"]}]}, "alpha"),
+        ({"lora_unet": [{"lr": 1.0, "rank": 1, "layers": ["re:(?!a)"]}]}, "layers"),
+    ],
+)
+def test_numbers_that_no_training_can_use_are_refused_by_name(values: dict[str, object], key: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        training(**values)
+    assert any(key in ".".join(map(str, error["loc"])) for error in caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"images_per_prompt": 10**8}, "images_per_prompt"),
+        ({"sampler": {"num_inference_steps": 10**9}}, "num_inference_steps"),
+        ({"sampler": {"guidance_scale": 1e11}}, "guidance_scale"),
+        ({"strength": {"positive": 1e30}}, "positive"),
+    ],
+)
+def test_numbers_that_no_generation_can_use_are_refused_by_name(values: dict[str, object], key: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        GenerateParams.model_validate({"prompts": "a {pt1}", **values})
+    assert any(key in ".".join(map(str, error["loc"])) for error in caught.value.errors())

@@ -54,3 +54,23 @@ def test_a_weight_that_is_no_number_is_refused(number: str) -> None:
 def test_an_unbalanced_brace_is_refused(prompt: str, brace: str) -> None:
     with pytest.raises(InputError, check=says(got=f"{brace} in {prompt!r}")):
         parse_weights(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["{cat:1001}", "{cat:-1e4}", "{{cat:100}:100}", "{my-cat:9e307}{my-cat:9e307}"])
+def test_a_weight_that_makes_noise_is_refused(prompt: str) -> None:
+    with pytest.raises(InputError, check=says(expected="1000", got=prompt)):
+        parse_weights(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["a \ud800 cat", b"caf\xe9".decode(errors="surrogateescape")])
+def test_a_character_that_is_no_unicode_is_refused_in_a_message_that_can_be_printed(prompt: str) -> None:
+    with pytest.raises(InputError, check=says(expected="Unicode", remedy="UTF-8")) as caught:
+        parse_weights(prompt)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("prompt", ["a" * 20_001, "{" * 51 + "a" + "}" * 51, "{ " * 3000 + "}" * 3000])
+def test_a_prompt_that_is_too_long_or_too_deep_is_refused_in_a_short_message(prompt: str) -> None:
+    with pytest.raises(InputError, check=says(expected="at most")) as caught:
+        parse_weights(prompt)
+    assert len(str(caught.value)) < 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,3 +248,28 @@ def test_presets_are_those_of_the_base_environment_for_the_settings_of_the_run()
     assert (preset["num_steps"], preset["guidance_scale"], preset["class_word"]) == (400, "1.0", "cat")
     assert loader["parameters"]["training"]["num_steps"] == 3
     assert loader["catalog"]["base_model"]["path"].startswith("hub:")  # globals are those of the environment again
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (b"a: " + b"[" * 1000 + b"]" * 1000, {"got": "too deeply"}),
+        (b"_a0: x\n" + b"".join(b"_a%d: '%s'\n" % (i, b"${_a%d}" % (i - 1) * 10) for i in range(1, 12)), {"got": "_a"}),
+        (b"_a: &a [1]\n_b: &b [*a,*a]\n" + b"_c: [" + b"*b," * 6000 + b"]\n", {"expected": "parameters.yml"}),
+        (b"a: !!python/object/apply:os.system [id]", {"expected": "parameters.yml", "got": "python"}),
+        (b"training: {seed: 1}\ntraining: {seed: 2}", {"expected": "parameters.yml", "got": "duplicate"}),
+        (b"- 1", {"expected": "parameters.yml", "got": "list"}),
+        (b"training: {class_word: caf\xe9}", {"expected": "UTF-8"}),
+        (b"training: {seed: " + b"9" * 5000 + b"}", {"expected": "numbers"}),
+    ],
+    ids=["deep", "tenfold", "aliases", "python", "duplicate", "list", "latin-1", "digits"],
+)
+def test_a_file_of_the_configuration_that_cannot_be_read_is_named(
+    tmp_path: Path, text: bytes, parts: dict[str, str]
+) -> None:
+    shutil.copytree("conf", tmp_path / "conf")
+    (tmp_path / "conf/local").mkdir(exist_ok=True)
+    (tmp_path / "conf/local/parameters.yml").write_bytes(text)
+    loader = settings.ProjectConfigLoader(str(tmp_path / "conf"), "local", {}, **settings.CONFIG_LOADER_ARGS)
+    with pytest.raises(InputError, check=says(**parts)):
+        loader["parameters"]

@@ -16,24 +16,35 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     field_validator,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
 
+from dreamartist_pipeline.layer_selectors import parse_selector
 from dreamartist_pipeline.prompt_weights import parse_weights
 from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
 
+MAX_COUNT = 1_000_000_000  # of anything; below the limits of 32 bits
+MAX_RANK = 4096
+MAX_WORD = 100  # characters of a trigger word
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
+BatchSize = Annotated[int, Field(ge=1, le=10_000)]
+NumSteps = Annotated[int, Field(ge=1, le=10_000)]  # of sampling; base models have 1,000 timesteps
+ImagesPerPrompt = Annotated[int, Field(ge=1, le=100_000)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]  # AdamW changes a parameter by about the rate in each step
+Guidance = Annotated[float, Field(ge=1, le=1000)]  # usual values are 1 to 15
+NumVectors = Annotated[int, Field(ge=1, le=1000)]  # the context of a text encoder has 77 tokens
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SidePx = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "schedule_free"]
+_SLOT = re.compile(r"\w{1,100}")
 _ONE_OR_SEVERAL = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 
 
@@ -123,9 +134,9 @@ class SamplerParams(Params):
 
     scheduler: str = "dpmsolver++"
     scheduler_options: dict[str, Any] = Field(default_factory=dict)  # further arguments of the scheduler class
-    num_inference_steps: PositiveInt = 20
-    guidance_scale: Annotated[float, Field(ge=1)] = 4.0
-    batch_size: PositiveInt = 8
+    num_inference_steps: NumSteps = 20
+    guidance_scale: Guidance = 4.0
+    batch_size: BatchSize = 8
 
     @field_validator("scheduler")
     @classmethod
@@ -155,8 +166,8 @@ STRENGTH_PRESETS = {"reference": {"positive": 0.8, "negative": 0.65}}  # strengt
 class StrengthParams(Params):
     """Factor on the adapters of each branch in generation, or a name in STRENGTH_PRESETS."""
 
-    positive: NonNegativeFloat = 1.0
-    negative: NonNegativeFloat = 1.0
+    positive: Annotated[float, Field(ge=0, le=100)] = 1.0
+    negative: Annotated[float, Field(ge=0, le=100)] = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -234,8 +245,8 @@ class GuidanceScale(Params):
     In the configuration, a number, or "low-high:curve" with the curve ln (linear, the default), cos or cos2.
     """
 
-    low: Annotated[float, Field(ge=1)]
-    high: Annotated[float, Field(ge=1)]
+    low: Guidance
+    high: Guidance
     curve: Literal["ln", "cos", "cos2"] = "ln"
 
     @model_validator(mode="before")
@@ -279,7 +290,7 @@ class LoRAGroup(Params):
     Attributes:
         lr: learning rate.
         rank: an integer, or a float: the fraction of a layer's out_features, rounded, at least 1.
-        layers: selectors, see `core.adapters.select_layers`.
+        layers: selectors, see layer_selectors.py.
         branch: `p`, `n`, or omitted for a group of both branches.
         alpha: the update is scaled by alpha / rank.
         dropout: dropout probability of the rank activations.
@@ -294,9 +305,9 @@ class LoRAGroup(Params):
             (PiSSA); see `core.adapters.PrincipalUpdate`.
     """
 
-    lr: PositiveFloat
+    lr: LearningRate
     rank: int | float
-    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    layers: Annotated[tuple[Annotated[str, Field(max_length=500)], ...], Field(min_length=1, max_length=1000)]
     branch: BranchName = "shared"
     alpha: PositiveFloat = 1.0
     dropout: Probability = 0.0
@@ -307,8 +318,8 @@ class LoRAGroup(Params):
     @field_validator("rank", "timestep_min_rank")
     @classmethod
     def _check_rank(cls, rank: int | float | None) -> int | float | None:
-        if isinstance(rank, int) and rank < 1:
-            raise ValueError(f"an integer rank is at least 1, got {rank}")
+        if isinstance(rank, int) and not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"an integer rank is 1 to {MAX_RANK}, got {rank}")
         if isinstance(rank, float) and not 0 < rank < 1:
             raise ValueError(f"a float rank is a fraction of out_features between 0 and 1, got {rank}")
         return rank
@@ -323,11 +334,7 @@ class LoRAGroup(Params):
     @classmethod
     def _check_selectors(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
         for selector in layers:
-            if "re:" in selector:
-                try:
-                    re.compile(selector.split("re:", 1)[1])
-                except re.error as error:
-                    raise ValueError(f"layer selector {selector!r} is not a regular expression: {error}") from error
+            parse_selector(selector)
         return layers
 
 
@@ -341,16 +348,20 @@ class ResolvedGroup(LoRAGroup):
     """
 
     name: str
-    lr: NonNegativeFloat
+    lr: Annotated[float, Field(ge=0, le=1e9)]
+
+
+InitText = Annotated[str, Field(max_length=500)]
 
 
 class WordsParams(Params):
     """The trigger words and their embeddings; all pairs are (positive, negative)."""
 
     names: dict[str, tuple[str, str]] = Field(default_factory=dict)  # slot -> trigger words
-    num_vectors: tuple[PositiveInt, PositiveInt] = (3, 6)
-    init_text: tuple[str, str] = ("*[0.017]", "*[0.017]")  # text, "*[std]", or "text, *[std]"
-    lr: PositiveFloat = 2.5e-3
+    num_vectors: tuple[NumVectors, NumVectors] = (3, 6)
+    # text, "*[std]", or "text, *[std]"
+    init_text: tuple[InitText, InitText] = ("*[0.017]", "*[0.017]")
+    lr: LearningRate = 2.5e-3
     weight_decay: NonNegativeFloat = 0.0
     optimizer: OptimizerName = "adamw"
 
@@ -358,6 +369,10 @@ class WordsParams(Params):
     @classmethod
     def _check_names(cls, names: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
         for slot, (positive, negative) in names.items():
+            if not _SLOT.fullmatch(slot):
+                raise ValueError(f"a slot is a word of letters, digits and '_', at most 100, got {slot!r}")
+            if max(len(positive), len(negative)) > MAX_WORD:
+                raise ValueError(f"a trigger word has at most {MAX_WORD} characters, because it becomes a file name")
             if not positive or not negative:
                 raise ValueError(f"slot {slot!r} needs a trigger word per branch, got {[positive, negative]}")
             if positive == negative:
@@ -472,8 +487,8 @@ class TrainingParams(Params):
 
     seed: Seed = 0
     num_steps: NonNegativeInt
-    batch_size: PositiveInt = 4  # rows of the reference image
-    regularization_batch_size: NonNegativeInt = 1
+    batch_size: BatchSize = 4  # rows of the reference image
+    regularization_batch_size: Annotated[int, Field(ge=0, le=10_000)] = 1
     guidance_scale: GuidanceScale = GuidanceScale(low=3.0, high=3.0)
     lora_unet: tuple[LoRAGroup, ...] = ()
     lora_text_encoder: tuple[LoRAGroup, ...] = ()
@@ -595,7 +610,7 @@ class EvaluationParams(Params):
     prompts: Annotated[Prompts, Field(min_length=1)]  # with '{pt1}' for the subject
     prior_prompts: Annotated[Prompts, Field(min_length=1)]  # without it, for prior preservation
     class_word: Plain = ""
-    images_per_prompt: PositiveInt = 4
+    images_per_prompt: ImagesPerPrompt = 4
     seed: Seed = 1000
     negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
@@ -621,7 +636,7 @@ class GenerateParams(Params):
 
     prompts: Annotated[Prompts, Field(min_length=1)]
     negative_prompt: Prompt = ""
-    images_per_prompt: PositiveInt = 4
+    images_per_prompt: ImagesPerPrompt = 4
     seed: Seed = 0
     width: SidePx | None = None  # px; None for the size of the base model, with the aspect ratio of init_image
     height: SidePx | None = None

@@ -23,20 +23,21 @@ from dreamartist_pipeline.hooks import (
     RunRecordHooks,
     nearest,
 )
+from dreamartist_pipeline.hooks.environment_values import environment
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.run import literal
 from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.references import resolved
+from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_deep
+
+_SUFFIXES = (".yml", ".yaml", ".json")
+_MAX_VALUES = 100_000  # of one key such as `parameters`; conf/ has a few thousand
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
 configure_logs(None)  # before Kedro imports its plugins, whose warnings it hides
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
-
-
-def environment(name: str, default: str = "") -> str:
-    """Return an environment variable: `${env:NAME, default}`."""
-    return os.environ.get(name, default)
 
 
 def now() -> str:
@@ -71,6 +72,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
                 got="no such folder or archive",
                 remedy="give it as --conf-source PATH, such as conf-dreamartist_pipeline.tar.gz of kedro package",
             )
+        self._checked: set[str] = set()  # keys whose files are checked
         super().__init__(conf_source, *args, **kwargs)
         self._check_environment()
 
@@ -93,12 +95,46 @@ class ProjectConfigLoader(OmegaConfigLoader):
         )
 
     def __getitem__(self, key: str) -> dict[str, Any]:
-        """Return the merged configuration of that key, such as `catalog`."""
+        """Return the merged configuration of that key, such as `catalog`.
+
+        Raises:
+            InputError: a file that is no YAML mapping, or whose references multiply its values.
+        """
+        self._check_files(key)
         if key == "catalog":
             resolver = functools.partial(parameter, self["parameters"])
             OmegaConf.register_new_resolver("parameter", resolver, replace=True)
         configuration: dict[str, Any] = super().__getitem__(key)
         return configuration
+
+    def _check_files(self, key: str) -> None:
+        """Check the files of a key before OmegaConf resolves them, which may take hours for a few lines.
+
+        Raises:
+            InputError: the message names the file.
+        """
+        if key in self._checked or key not in self.config_patterns:
+            return
+        merged: dict[str, Any] = {}
+        for env in dict.fromkeys((self.base_env, self.env or self.default_run_env)):
+            for file in self._files(key, env):
+                values = _parsed(self._fs.cat_file(file), file)
+                merged = merge_mappings(merged, values)
+        try:
+            resolved(merged, max_values=_MAX_VALUES)
+        except RecursionError as error:
+            raise too_deep(f"{key} in {self.conf_source}") from error
+        except InputError as error:
+            raise InputError(error.expected, f"{error.got} in {key}", f"correct {self.conf_source}") from error
+        self._checked.add(key)
+
+    def _files(self, key: str, env: str | None) -> list[str]:
+        """Return the files of a key in an environment, as Kedro finds them."""
+        if not env:
+            return []
+        folder = Path(self._get_conf_env_path(env)).as_posix()
+        found = {file for pattern in self.config_patterns[key] for file in self._fs.glob(f"{folder}/{pattern}")}
+        return sorted(file for file in found if Path(file).suffix in _SUFFIXES and not self._is_hidden(file))
 
     def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters of the base environment for these run settings, without any other changes."""
@@ -106,6 +142,19 @@ class ProjectConfigLoader(OmegaConfigLoader):
         parameters = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)["parameters"]
         self._register_globals_resolver()  # the other loader has replaced it
         return {name: parameters[name] for name in SECTIONS if name in parameters}
+
+
+def _parsed(data: bytes, file: str) -> dict[str, Any]:
+    """Return the values of a file; an empty one has none.
+
+    Raises:
+        InputError: the message names the file.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(expected=f"UTF-8 text in {file}", got=str(error), remedy="save it as UTF-8") from error
+    return parse_mapping(text, file) if text.strip() else {}
 
 
 def parameter(parameters: Mapping[str, Any], path: str) -> Any:

@@ -2,12 +2,16 @@
 
 import io
 import math
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from dreamartist_pipeline.core import images
 from dreamartist_pipeline.errors import InputError
@@ -490,3 +494,109 @@ def test_the_framing_says_what_was_cropped_of_the_resized_picture(
     source_px: tuple[int, int], size_px: tuple[int, int], fit: Literal["crop", "pad"], numbers: tuple[int, ...]
 ) -> None:
     assert images.framing(source_px, size_px, fit).numbers() == numbers
+
+
+# ------------------------------------------------------------------------------------------------- malicious files
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(added: bytes, size: tuple[int, int] = (16, 16)) -> bytes:
+    """Return a PNG with chunks after its header, which states another size."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + added + encode(Image.new("RGB", (16, 16)))[33:]
+
+
+BOMB = zlib.compress(bytes(100_000_000), 9)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        chunk(b"zTXt", b"k\0\0" + BOMB),
+        chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB),
+        chunk(b"iCCP", b"k\0\0" + BOMB),
+        b"".join(chunk(b"tEXt", b"k%d\0" % number + bytes(900_000)) for number in range(100)),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "many tEXt"],
+)
+def test_a_text_or_profile_that_expands_is_refused_before_it_fills_the_memory(added: bytes) -> None:
+    tracemalloc.start()
+    with pytest.raises(InputError, check=says(expected="picture")):
+        decode(png_with(added))
+    assert tracemalloc.get_traced_memory()[1] < 300_000_000
+    tracemalloc.stop()
+
+
+def test_a_picture_that_states_a_huge_size_is_refused() -> None:
+    with pytest.raises(InputError, check=says(expected="pixels", got="200000 × 200000")):
+        decode(png_with(b"", (200_000, 200_000)))
+
+
+def test_postscript_is_refused_without_running_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gs", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho run >> {tmp_path}/ran\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(InputError, check=says(got="PostScript", remedy="PNG")):
+        decode(encode(two_colored(), "EPS"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_avif_is_refused() -> None:
+    data = encode(two_colored(), "AVIF")
+    with pytest.raises(InputError, check=says(got="damaged")):
+        decode(data.replace(b"av01", b"xxxx"))
+
+
+def test_a_dds_of_an_unknown_pixel_format_is_refused() -> None:
+    data = bytearray(encode(two_colored(), "DDS"))
+    data[80:84] = bytes(4)  # flags of the pixel format
+    with pytest.raises(InputError, check=says(got="pixel format")):
+        decode(bytes(data))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AttributeError, OverflowError, AssertionError])
+def test_whatever_a_decoder_raises_is_a_damaged_file(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: object) -> None:
+        raise error("of the decoder")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(InputError, check=says(got="of the decoder")):
+        decode(encode(two_colored()))
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(InputError, check=says(expected="memory", remedy="scale it down")):
+        decode(encode(two_colored()))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"PK\x03\x04" + bytes(100), "zip archive"),
+        (b"PAR1" + bytes(100), "parquet table"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"just a text", "a text"),
+        (bytes(range(256)), "unknown kind"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data: bytes, kind: str) -> None:
+    with pytest.raises(InputError, check=says(got=kind)):
+        decode(data)
+
+
+def test_a_framing_is_read_back_and_a_damaged_one_refused() -> None:
+    values = {"original_px": [64, 48], "crop_px": [8, 0], "size_px": [48, 48]}
+    assert images.Framing.of_values(values) == images.Framing((64, 48), (8, 0), (48, 48))
+    for damaged in ([], {}, values | {"crop_px": [1]}, values | {"size_px": None}):
+        with pytest.raises(InputError, check=says(expected="prepared_framing", remedy="ingestion")):
+            images.Framing.of_values(damaged)

@@ -150,3 +150,28 @@ def test_the_bundled_database_names_no_held_out_object() -> None:
 
     assert prompts.is_unique
     assert not prompts.str.contains(rf"\b(?:{'|'.join(recipe['held_out_objects'])})s?\b").any()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a picture"),
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"prompt\n" + b"a" * 1_000_000, "a text"),
+        (b"prompt\n" + bytes(100), "unknown kind"),
+        (b"PAR1" + bytes(100) + b"PAR1", "damaged parquet table"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_without_its_bytes(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "prompts.parquet").write_bytes(content)
+    with pytest.raises(FileError, check=says(got=kind)) as caught:
+        PromptDatabaseDataset(filepath=str(tmp_path / "prompts.parquet")).load()
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).isprintable()
+
+
+def test_a_preview_shows_the_beginning_of_a_long_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["x" * 10_000]}), tmp_path / "a.parquet")
+    preview = PromptDatabaseDataset(filepath=str(tmp_path / "a.parquet")).preview()
+    assert len(str(preview)) < 1000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import os
 import sys
 import warnings
 from collections import Counter
@@ -17,10 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fuzz.fuzzing import LIMIT_S, Finding, all_targets, limit_memory, problem_of
+from fuzz.fuzzing import Finding, all_targets, limit_memory, problem_of
 
 _START_S = 120.0  # to import the readers and to make the samples
-_GRACE_S = 10.0  # after the limit of one input, before its process is killed: C code does not see the alarm
+_STUCK_S = 60.0  # without a next input, before a process is killed: C code does not see the signal
 _RENEW = 20_000  # inputs per process
 
 
@@ -56,20 +57,22 @@ def _findings(name: str, seed: int, end: int) -> Iterator[Finding]:
         process = context.Process(target=_work, args=(name, seed, min(end, seed + _RENEW), other), daemon=True)
         process.start()
         other.close()
-        limit_s = _START_S
+        limit_s, has_begun = _START_S, False
         try:
             while connection.poll(limit_s):
                 message = connection.recv()
-                limit_s = LIMIT_S + _GRACE_S
+                limit_s, has_begun = _STUCK_S, True
                 if isinstance(message, Finding):
                     yield message
                 else:
                     seed = message  # of the next input
             process.kill()
-            yield Finding(name, seed, f"slower than {limit_s:g} s, and does not react to an alarm")
+            yield Finding(name, seed, f"not done after {limit_s:g} s")
             seed += 1
         except EOFError:
             process.join()
+            if not has_begun:
+                sys.exit(f"{name}: the process ended before its first input")
             if process.exitcode:
                 yield Finding(name, seed, f"the process ended with exit code {process.exitcode}")
                 seed += 1
@@ -80,6 +83,7 @@ def _work(name: str, seed: int, end: int, connection: Connection) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     target = all_targets()[name]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print what is wrong with a file
     problem_of(target, 0, limit_s=_START_S)  # imports what the reader imports at its first file
     limit_memory()
     for each in range(seed, end):

@@ -216,3 +216,27 @@ def test_the_stage_goes_from_the_database_to_the_prompts() -> None:
 
     assert stage.inputs() == {"prompt_database", "params:prompts"}
     assert stage.outputs() == {"regularization_prompts"}
+
+
+def test_texts_that_are_too_long_for_a_prompt_are_left_out() -> None:
+    database = pa.table({"prompt": ["a cat", "x" * 10_001, "x" * 10_000]})
+
+    assert sorted(map(len, draw(database, num_prompts=2))) == [5, 10_000]
+    with pytest.raises(InputError, check=says(got="2 (in 3 rows")):
+        draw(database, num_prompts=3)
+
+
+def test_long_values_are_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """Half a gigabyte of text in a small file."""
+    texts = pa.array(["y" * 9_000]).take(pa.array([0] * 1000))
+    schema = pa.schema({"other": pa.struct({"a": pa.int64()}), "prompt": pa.string()})
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema, compression="zstd", use_dictionary=False) as writer:
+        batch = pa.table({"other": pa.array([{"a": 1}] * 1000), "prompt": texts}, schema)
+        for _ in range(50):
+            writer.write_table(batch)
+    database = PromptDatabaseDataset(filepath=str(tmp_path / "a.parquet")).load()
+
+    with counted_memory() as pool, pytest.raises(InputError, check=says(got="1 (in 50,000 rows")):
+        check_prompts(PromptsParams(num_prompts=2), None, database)
+
+    assert pool.max_memory() < 300_000_000

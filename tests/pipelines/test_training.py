@@ -199,6 +199,17 @@ def test_what_the_text_encoder_does_not_read_of_a_caption_is_quoted_for_each_bra
     assert [("negative" in text, "'cat blue dog'" in text) for text in warnings] == [(True, True), (False, False)]
 
 
+def test_a_warm_up_that_is_not_shorter_than_the_training_is_named(
+    tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
+) -> None:
+    warmup = {"kind": "constant", "warmup_steps": 3}
+    check_training(str(tiny_base_model), make_training_params(num_steps=3, words_schedule=warmup), CAPTION)
+    assert "training.words_schedule.warmup_steps=3" in caplog.text
+    caplog.clear()
+    check_training(str(tiny_base_model), make_training_params(num_steps=4, words_schedule=warmup), CAPTION)
+    assert "warmup_steps" not in caplog.text
+
+
 def test_a_long_caption_is_shortened_in_the_log_and_whole_in_the_plan(
     tiny_base_model: Path, make_training_params: MakeParams, caplog: pytest.LogCaptureFixture
 ) -> None:

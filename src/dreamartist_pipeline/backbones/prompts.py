@@ -18,7 +18,7 @@ from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vecto
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import WordsParams
-from dreamartist_pipeline.prompt_weights import parse_weights
+from dreamartist_pipeline.prompt_weights import parse_weights, quoted
 
 _NO_WORDS = Vocabulary(())
 _MAX_QUOTED = 3  # prompts in one warning
@@ -81,7 +81,7 @@ class PromptTokenizer:
         if not self._learned_ids & {token.id for token in self._inner_tokens(prompt)}:
             raise InputError(
                 expected="a trigger word as a separate word in every prompt",
-                got=f"{prompt!r}",
+                got=quoted(prompt),
                 remedy="put spaces or commas around the template's slot",
             )
         self.check_not_cut(prompt)
@@ -96,7 +96,7 @@ class PromptTokenizer:
         if self._learned_ids & set(inner[self.max_tokens - 2 :]):
             raise InputError(
                 expected=f"the trigger words within the first {self.max_tokens - 2} tokens of every prompt",
-                got=f"{prompt!r}, which has {len(inner)} tokens",
+                got=f"{quoted(prompt)}, which has {len(inner)} tokens",
                 remedy="shorten it, or take fewer vectors",
             )
 

@@ -11,14 +11,17 @@ import click
 import yaml
 from kedro.utils import find_kedro_project
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline.hooks.configuration import as_list, nearest, yaml_list
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, literal, plain, with_paths_in
 from dreamartist_pipeline.params import SECTIONS, takes_several
+from dreamartist_pipeline.yaml_texts import check_events
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
 _PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
 _TEXT_KEYS = (*_PROMPT_KEYS, "caption", "class_word")  # texts in which a user may write `, name=`
+_MAX_SHOWN = 300  # characters of a value in a message
 _CLOSING = {"[": "]", "{": "}", "'": "'", '"': '"'}
 
 
@@ -121,7 +124,8 @@ def _value(name: str, text: str) -> Any:
     """Parse the value of one parameter.
 
     Raises:
-        ValueError: a list or another value that is not YAML; the message has the form that is.
+        ValueError: a list or another value that is not YAML, the message has the form that is; or one that is nested
+            too deeply.
     """
     is_setting, is_prompt = name in RUN_SETTINGS, name.rpartition(".")[2] in _PROMPT_KEYS
     if text == "null":
@@ -131,8 +135,10 @@ def _value(name: str, text: str) -> Any:
     if is_prompt and not text.startswith(("[", "'", '"')):
         return literal(text)
     try:
+        check_events(text, f"the value of {name}")
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        text = text[:_MAX_SHOWN]
         raise ValueError(
             f"expected a value or a list in YAML for {name}; got '{text}'; quote texts with commas, colons or braces, "
             f'and the whole value of --params: --params "{name}={as_list(text)}"'

@@ -28,6 +28,7 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
 from dreamartist_pipeline.core.factor_packs import FactorLayout, PackedFactors, pack_factors, pack_flat
 from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.layer_selectors import parse_selector
 from dreamartist_pipeline.params import ResolvedGroup
 
 InitialFactors = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -35,14 +36,11 @@ InitialFactors = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]
 
 # ------------------------------------------------------------------------------------------------- layer selectors
 
-_SELECTOR = re.compile(r"(?:cls\((?P<class>\w+)\):)?(?P<regex>re:)?(?P<name>.*)", re.DOTALL)
-
 
 def select_layers(model: nn.Module, selectors: Sequence[str]) -> list[str]:
     r"""Return the sorted names of every Linear and Conv2d at or under a module that a selector matches.
 
-    A selector is the name of a module, or 're:' and a regular expression for `re.match`. The prefix 'cls(Name):'
-    filters the matched modules by class. Example: 're:.*\.attn.?$' selects to_q, to_k, to_v, to_out.0 of attn1, attn2.
+    See layer_selectors.py. Example: 're:.*\.attn.?$' selects to_q, to_k, to_v, to_out.0 of attn1, attn2.
 
     Raises:
         InputError: a selector matches no layer; the message lists near names.
@@ -64,14 +62,8 @@ def select_layers(model: nn.Module, selectors: Sequence[str]) -> list[str]:
 
 
 def _matching_modules(modules: Mapping[str, nn.Module], selector: str) -> list[str]:
-    match = _SELECTOR.fullmatch(selector)
-    assert match is not None  # every part is optional
-    if match["regex"]:
-        pattern = re.compile(match["name"])
-        names = [name for name in modules if pattern.match(name)]
-    else:
-        names = [name for name in modules if name == match["name"]]
-    return [name for name in names if match["class"] in (None, type(modules[name]).__name__)]
+    parsed = parse_selector(selector)
+    return [name for name, module in modules.items() if parsed.matches(name, type(module).__name__)]
 
 
 def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: Sequence[str]) -> InputError:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import CaptionTransformParams
-from dreamartist_pipeline.prompt_weights import parse_weights
+from dreamartist_pipeline.prompt_weights import parse_weights, quoted
 
 _SLOT = re.compile(r"(?<!\$)\{(?P<name>\w+)(?P<weight>:[^{}:]*)?\}")
 _USUAL_SLOT = re.compile(r"pt\d*|class|caption")
@@ -72,7 +72,7 @@ def check_slots(prompts: Collection[str], words: Collection[str]) -> None:
             if name not in words and not _USUAL_SLOT.fullmatch(name):
                 raise InputError(
                     expected=f"only the slots {', '.join(f'{{{slot}}}' for slot in [*words, 'class'])} in prompts",
-                    got=f"{{{name}}} in {prompt!r}",
+                    got=f"{{{name}}} in {quoted(prompt)}",
                     remedy=f"correct it, or write a weighted word with its weight, {{{name}:1.1}}",
                 )
 

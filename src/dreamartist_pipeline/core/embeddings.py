@@ -213,6 +213,7 @@ class WordEmbedding(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- initial vectors
 
+_MAX_STD = 100.0
 _RANDOM = re.compile(r"\*\[\s*(?P<std>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(?:,\s*(?P<count>\d+)\s*)?\]$")
 
 
@@ -247,6 +248,12 @@ def parse_init(text: str) -> InitText:
         )
     if match is None:
         return InitText(words, None)
+    if not float(match["std"]) <= _MAX_STD:
+        raise InputError(
+            expected=f"a standard deviation of at most {_MAX_STD:g} in init_text",
+            got=f"{text!r}",
+            remedy="give about that of the base model's vectors, such as 0.017",
+        )
     return InitText(words or None, float(match["std"]), int(match["count"]) if match["count"] else None)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import struct
 import textwrap
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pydantic import TypeAdapter, ValidationError
 
+from dreamartist_pipeline.core.first_bytes import kind_of
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import BucketParams
 
@@ -29,7 +29,8 @@ MAX_ATTENTION = 5.0  # weight of white in the attention mask
 _STILL_FORMATS_WITH_FRAMES = ("MPO", "PSD", "HEIF")  # phone photos with others beside, layered files: use the main one
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}  # of the same container; Pillow reads them
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+_RUN_PROGRAMS = {"EPS"}  # formats that Pillow decodes by running another program: Ghostscript
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 _LEAST_VISIBLE = 0.01  # of the pixels; below, the picture is nearly one colour
 _VISIBLE_LEVELS = 16  # of 255: a pixel differs from a colour where a channel differs by more
@@ -58,20 +59,36 @@ def decode_image(data: bytes, name: str, max_pixels: int, setting: str | None = 
             HEIC and pillow-heif is not installed.
     """
     image = open_image(data, name, max_pixels, setting)
+    with _decoding(name, f"{image.format} file", max_pixels):  # also limits images embedded in the file
+        _check_still(image, name)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb_or_rgba(image, name)
+
+
+@contextmanager
+def _decoding(name: str, kind: str, max_pixels: int | None) -> Iterator[None]:
+    """Turn whatever Pillow raises for a file into an InputError.
+
+    Raises:
+        InputError: the file is damaged, has more than `max_pixels` (None: no limit), or needs more memory than there
+            is.
+    """
     try:
-        with _pillow_pixel_limit(max_pixels):  # also limits images embedded in the file
-            _check_still(image, name)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+        with _pillow_pixel_limit(max_pixels):
+            yield
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             expected=f"{name} to have at most {max_pixels:,} pixels", got=f"more ({error})", remedy="scale it down"
         ) from error
-    except _DECODE_ERRORS as error:
-        raise _damaged(name, f"{image.format} file", error) from error
-    return _to_rgb_or_rgba(image, name)
+    except MemoryError as error:
+        raise InputError(
+            expected=f"{name} that fits into memory", got=f"a {kind} that does not", remedy="scale it down"
+        ) from error
+    except Exception as error:  # decoders of some formats raise RuntimeError, KeyError, …
+        raise _damaged(name, kind, error) from error
 
 
 def open_image(data: bytes, name: str, max_pixels: int, setting: str | None = "ingestion.max_pixels") -> Image.Image:
@@ -83,8 +100,7 @@ def open_image(data: bytes, name: str, max_pixels: int, setting: str | None = "i
     """
     if not data:
         raise InputError(expected=f"a picture as {name}", got="an empty file", remedy="give a PNG, JPEG or WebP file")
-    with _pillow_pixel_limit(None):  # `_check_size` names the setting in its message
-        image = _open(data, name)
+    image = _open(data, name)
     _check_size(image, name, max_pixels, setting)
     return image
 
@@ -106,18 +122,31 @@ def _open(data: bytes, name: str) -> Image.Image:
     is_heic = _is_heic(data)
     if is_heic:
         _register_heic(name)
+    Image.init()  # all formats
+    formats = [name for name in Image.ID if name not in _RUN_PROGRAMS]
     try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        if is_heic:
-            raise _damaged(name, "HEIC file", error) from error
-        raise InputError(
+        with _decoding(
+            name, "HEIC file" if is_heic else "file", None
+        ):  # `_check_size` names the setting in its message
+            return Image.open(io.BytesIO(data), formats=formats)
+    except InputError as error:
+        if is_heic or not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+        raise _no_picture(data, name) from error
+
+
+def _no_picture(data: bytes, name: str) -> InputError:
+    if data.startswith(_POSTSCRIPT):
+        return InputError(
             expected=f"a picture as {name}",
-            got=f"{len(data):,} bytes in no image format that Pillow reads (they begin with {data[:8]!r})",
+            got="a PostScript file (EPS), which Pillow would decode by running Ghostscript",
             remedy="export it as PNG or JPEG",
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise _damaged(name, "file", error) from error
+        )
+    return InputError(
+        expected=f"a picture as {name}",
+        got=f"{kind_of(data)} in no image format that Pillow reads ({len(data):,} bytes, beginning with {data[:8]!r})",
+        remedy="export it as PNG or JPEG",
+    )
 
 
 def _is_heic(data: bytes) -> bool:
@@ -195,17 +224,21 @@ def _deep_grey(image: Image.Image, name: str) -> Image.Image:
 
     Integers range over 0…255, or over 0…65535 if any exceeds 255; floats over 0…1, or over 0…255 if any exceeds 1.
     """
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     small, large = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
-    white = small if values.max() <= small else large
-    if not (values.min() >= 0 and values.max() <= white):  # also true for NaN
+    darkest, brightest = float(values.min()), float(values.max())
+    white = small if brightest <= small else large
+    if not (darkest >= 0 and brightest <= white):  # also true for NaN
         raise InputError(
             expected=f"grey values 0…{large:g} in {name}",
-            got=f"{values.min():g}…{values.max():g} (mode {image.mode})",
+            got=f"{darkest:g}…{brightest:g} (mode {image.mode})",
             remedy="export it with 8 bits per channel",
         )
-    _warn_of_white_level(name, image.mode, values.max(), white)
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    _warn_of_white_level(name, image.mode, brightest, white)
+    levels = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # of float64, a large picture would take gigabytes
+        levels[row] = np.rint(line.astype(np.float64) * (255 / white))
+    return Image.fromarray(levels)
 
 
 def _warn_of_white_level(name: str, mode: str, brightest: float, white: float) -> None:
@@ -351,6 +384,22 @@ class Framing:
     original_px: tuple[int, int]
     crop_px: tuple[int, int]
     size_px: tuple[int, int]
+
+    @classmethod
+    def of_values(cls, values: object) -> Framing:
+        """Return the framing in a JSON file, the fields of this class.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise InputError(
+                expected="original_px, crop_px and size_px in prepared_framing",
+                got="a damaged file",
+                remedy="run the pipeline ingestion again",
+            ) from error
 
     def numbers(self) -> tuple[int, ...]:
         """Return original height and width, crop top and left, height and width: the order of SDXL's time ids."""

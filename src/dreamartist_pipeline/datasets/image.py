@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _PREVIEW_SIDE_PX = 512
 _MAX_PREVIEWED_PIXELS = 100_000_000
 _MAX_CAPTION_LINES, _MAX_CAPTION_WORDS = 5, 200  # a longer text is a licence, a story, a log
+_MAX_CAPTION_BYTES = 100_000
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif", ".avif")
 _PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 
@@ -124,6 +125,12 @@ class CaptionDataset(ReadOnlyDataset[str]):
             return str(self._caption).strip()
         if not self._file.is_file():
             return ""
+        if (size := self._file.stat().st_size) > _MAX_CAPTION_BYTES:
+            raise FileError(
+                expected=f"the image's caption in {self._file}, at most {_MAX_CAPTION_BYTES:,} bytes",
+                got=f"{size:,} bytes",
+                remedy='rename the file, or give --params caption="…" (caption= for none)',
+            )
         try:
             text = self._file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kedro_datasets._typing import TablePreview
 
+from dreamartist_pipeline.core.first_bytes import kind_of
 from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
+
+
+_MAX_SHOWN = 500  # characters of a text in the preview
 
 
 class PromptDatabaseDataset(ReadOnlyDataset["ParquetFile"]):
@@ -53,7 +57,7 @@ class PromptDatabaseDataset(ReadOnlyDataset["ParquetFile"]):
                 got=f"a damaged one ({error})",
                 remedy="write the file again",
             ) from error
-        data = [[row.get(field.name, f"({field.type})") for field in schema] for row in rows]
+        data = [[_short(row.get(field.name, f"({field.type})")) for field in schema] for row in rows]
         return TablePreview({"index": list(range(len(data))), "columns": schema.names, "data": data})
 
     def _open(self) -> "ParquetFile":
@@ -71,11 +75,13 @@ class PromptDatabaseDataset(ReadOnlyDataset["ParquetFile"]):
             schema = pq.read_schema(self._filepath)
             texts = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
             return pq.ParquetFile(self._filepath, read_dictionary=texts)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
+            with self._filepath.open("rb") as file:
+                kind = kind_of(file.read(1000))
             raise FileError(
                 expected=f"a prompt database (parquet) at {self._filepath}",
-                got=f"another file format ({error})",
-                remedy="convert it, for example with pandas: pd.read_csv(FILE).to_parquet(...)",
+                got=f"a damaged parquet table ({' '.join(str(error).split())})" if kind == "a parquet table" else kind,
+                remedy="download it again, or convert it, such as by pd.read_csv(FILE).to_parquet(FILE) of pandas",
             ) from error
 
     def _exists(self) -> bool:
@@ -83,3 +89,8 @@ class PromptDatabaseDataset(ReadOnlyDataset["ParquetFile"]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix()}
+
+
+def _short(value: Any) -> Any:
+    """Return a value for the preview: of a long text the beginning."""
+    return f"{value[:_MAX_SHOWN]}…" if isinstance(value, str) and len(value) > _MAX_SHOWN else value

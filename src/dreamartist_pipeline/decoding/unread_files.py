@@ -33,11 +33,16 @@ def name_unread(head: bytes, damage: str) -> tuple[str, str]:
     """
     if is_pickled(head):
         return "a file that torch pickled", "save its tensors as safetensors"
-    for begins, kind, remedy in _OTHER_FORMATS:
-        if head[:200].lstrip().lower().startswith(begins):
-            return kind, remedy
+    if (other := other_format(head)) is not None:
+        return other
     if not head:
         return "an empty file", _DOWNLOAD_AGAIN
     if head[8:9] != b"{":
         return f"a file of another kind, which begins with {head[:8]!r}", _DOWNLOAD_AGAIN
     return damage, _DOWNLOAD_AGAIN
+
+
+def other_format(head: bytes) -> tuple[str, str] | None:
+    """Return what a file is and what to do, if it is of a kind that is often found in place of another."""
+    begin = head[:200].lstrip().lower()
+    return next(((kind, remedy) for begins, kind, remedy in _OTHER_FORMATS if begin.startswith(begins)), None)

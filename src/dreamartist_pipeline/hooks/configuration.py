@@ -26,6 +26,8 @@ from dreamartist_pipeline.params import SECTIONS
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+_MAX_SHOWN = 300  # characters of a value in a message
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SUBJECT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _IN_ASCII = str.maketrans(  # letters that Unicode does not decompose to ASCII, and German umlauts
     "đðħıĸłŋŧøабвгдезийклмнопрстуфыэіαβγδεζηικλμνοπρσςτυφω", "ddhiklntoabvgdeziyklmnoprstufyeiabgdeziiklmnoprsstyfo"
@@ -58,6 +60,7 @@ class ConfigurationHooks:
         check_names(given, origin="--params")
         check_image_has_subject(given)
         settings = settings_of(context)
+        check_texts(settings)
         check_subject(settings["subject"], settings["image"])
         self._subject, self._env = str(settings["subject"]), context.env or ""
         parameters = load_parameters(context)
@@ -182,6 +185,7 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: unknown keys and values out of bounds, of all sections in one error.
     """
+    check_texts(parameters)
     parameters = {name: value for name, value in parameters.items() if not name.startswith("_")}
     check_names(parameters, origin="conf/")
     built, problems = dict(parameters), []
@@ -199,6 +203,39 @@ def build_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return built
 
 
+def check_texts(values: object, where: str = "") -> None:
+    """Check that all keys of nested values are texts, and all texts valid Unicode.
+
+    Raises:
+        InputError: a key such as 1 or null, or a lone surrogate, which stands for a byte that is not UTF-8.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            if not isinstance(name, str):
+                raise InputError(
+                    expected="names of parameters that are texts",
+                    got=f"the key {name!r}" + (f" in {where}" if where else ""),
+                    remedy="correct it in conf/; in YAML, a text such as null, true or 1 is written in quotes",
+                )
+            check_texts(name, f"the name {name!r}")
+            check_texts(value, f"{where}.{name}" if where else name)
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            check_texts(value, f"{where}.{index}")
+    elif isinstance(values, str) and _SURROGATE.search(values):
+        raise InputError(
+            expected=f"valid Unicode as {where}",
+            got=_short(values),
+            remedy="type the text again; in a file, a file's name or a terminal, use UTF-8",
+        )
+
+
+def _short(value: object) -> str:
+    """Return a value for a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
 def _first_errors(error: ValidationError) -> list[ErrorDetails]:
     """Return the errors without those inside the value of an unknown key."""
     unknown = {detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"}
@@ -210,13 +247,13 @@ def _first_errors(error: ValidationError) -> list[ErrorDetails]:
 
 
 def _problem(section: str, detail: ErrorDetails) -> str:
-    where = ".".join([section, *map(str, detail["loc"])])
+    where = ".".join([section, *(str(part)[:_MAX_SHOWN] for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
         key, known = str(detail["loc"][-1]), _keys_beside(SECTIONS[section], detail["loc"])
         return f"{where}: unknown key; {nearest(key, known, otherwise='remove it')}"
     if isinstance(detail["input"], dict):
         return f"{where}: {detail['msg']}"
-    problem = f"{where}: {detail['msg']}; got {detail['input']!r}"
+    problem = f"{where}: {detail['msg']}; got {_short(detail['input'])}"
     if isinstance(detail["input"], str) and detail["type"] in ("tuple_type", "list_type"):
         return f"{problem}; write a list, {as_list(detail['input'])}"
     if isinstance(detail["input"], str) and detail["type"] in ("model_type", "dict_type"):
@@ -239,6 +276,8 @@ def _keys_beside(model: Any, path: Sequence[int | str]) -> list[str]:
     """Return the keys allowed at the last part of `path`."""
     for part in path[:-1]:
         if isinstance(part, str):
+            if part not in model.model_fields:  # the name of an extra network
+                return []
             annotation = model.model_fields[part].annotation
             model = next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")), None)
         if model is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dreamartist_pipeline.hooks.environment_values import without_environment
 from dreamartist_pipeline.params import LoRAGroup, TrainingParams
 
 _MAX_LENGTH = 6000  # MLflow's limit for the value of a parameter
@@ -71,8 +72,8 @@ def repeated_parameters(
 
 
 def plain_sections(sections: Mapping[str, BaseModel]) -> dict[str, Any]:
-    """Return the sections as JSON types."""
-    return {name: section.model_dump(mode="json") for name, section in sections.items()}
+    """Return the sections as JSON types, with references in place of values of the environment."""
+    return {name: without_environment(section.model_dump(mode="json")) for name, section in sections.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,8 +97,8 @@ def number_lists(value: Any) -> Any:
 
 
 def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the values as MLflow stores them."""
-    return {name: str(value)[:_MAX_LENGTH] for name, value in values.items()}
+    """Return the values as MLflow stores them, with references in place of values of the environment."""
+    return {name: without_environment(str(value))[:_MAX_LENGTH] for name, value in values.items()}
 
 
 def _differing(sections: Mapping[str, BaseModel], presets: Mapping[str, BaseModel]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from dreamartist_pipeline.errors import input_error_in
 from dreamartist_pipeline.hooks.configuration import build_parameters
+from dreamartist_pipeline.hooks.environment_values import without_environment
 from dreamartist_pipeline.hooks.parameters import (
     concept_parameters,
     flatten,
@@ -92,8 +93,8 @@ class RunRecordHooks:
         if "reference_image" in pipeline.inputs():
             _log_reference(catalog, str(self._settings["subject"]))
         if "reference_caption" in pipeline.inputs() and (caption := catalog.load("reference_caption")):
-            mlflow.log_param("caption", caption[:_CAPTION_LENGTH])
-        mlflow.log_dict(self._settings | plain_sections(sections), "configuration.yaml")
+            mlflow.log_param("caption", without_environment(caption)[:_CAPTION_LENGTH])
+        mlflow.log_dict(without_environment(self._settings) | plain_sections(sections), "configuration.yaml")
         self._name(run_params, parameters.get("method"))
 
     def _parameters(self, sections: Mapping[str, BaseModel]) -> dict[str, str]:
@@ -108,7 +109,7 @@ class RunRecordHooks:
         import mlflow
 
         run_id = mlflow.active_run().info.run_id
-        settings = self._settings | {"method": method}
+        settings = without_environment(self._settings) | {"method": method}
         mlflow.MlflowClient().update_run(run_id, name=run_name(settings, _pipelines(run_params), run_params))
         mlflow.set_tags({name: settings[name] for name in _TAGGED if settings.get(name) is not None})
 
@@ -220,9 +221,13 @@ def _flush() -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return kind and message of an error, of the InputError that caused it if any: datasets wrap what they raise."""
+    """Return kind and message of an error, of the InputError that caused it if any: datasets wrap what they raise.
+
+    References stand in place of values of the environment.
+    """
     reason = input_error_in(error) or error
-    return f"{type(reason).__name__}: {reason}"
+    text: str = without_environment(f"{type(reason).__name__}: {reason}")
+    return text
 
 
 def close_run(status: str, reason: str) -> None:

@@ -193,3 +193,55 @@ def test_references_that_multiply_the_values_are_refused(imported_from: Import) 
     text = "\n".join(line.replace("${", "'${").replace("}", "}'") for line in lines)
     with pytest.raises(InputError, check=says(expected="values", got="more than")):
         imported_from(f"{text}\n{TUTORIAL}")
+
+
+def test_references_that_multiply_a_text_are_refused(imported_from: Import) -> None:
+    lines = ["r0: x", *(f"r{i}: '{f'${{r{i - 1}}}' * 10}'" for i in range(1, 12))]
+    with pytest.raises(InputError, check=says(expected="characters")):
+        imported_from("\n".join(lines) + "\n" + TUTORIAL)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: '" + "${" * 5000 + "q" + "}" * 5000 + "'",
+        "\n".join(f"c{i}: ${{c{i + 1}}}" for i in range(3000)),
+        "a: " + "[" * 100_000,
+        "".join(f"{' ' * depth}a:\n" for depth in range(200)),
+    ],
+)
+def test_deep_references_and_values_are_refused_before_they_are_built(imported_from: Import, text: str) -> None:
+    with pytest.raises(InputError, check=says(got="too deeply")):
+        imported_from(f"{TUTORIAL}{text}\n")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "1:" * 5000 + "1"])
+def test_a_number_of_thousands_of_digits_is_refused(imported_from: Import, number: str) -> None:
+    with pytest.raises(InputError, check=says(expected="numbers")):
+        imported_from(f"{TUTORIAL}bells: {number}\n")
+
+
+def test_a_file_of_megabytes_is_refused(imported_from: Import) -> None:
+    with pytest.raises(InputError, check=says(expected="characters")):
+        imported_from(TUTORIAL + "".join(f"k{i}: {i}\n" for i in range(50_000)))
+
+
+@pytest.mark.parametrize("size", ["'9999999999*9999999999'", "'" + "*".join(["9" * 4000] * 5) + "'"])
+def test_a_product_of_huge_numbers_is_not_computed(imported_from: Import, size: str) -> None:
+    imported = imported_from(f"{PAIR}data: {{batch_size: 4, bucket: {{target_area: {size}}}}}\n")
+    assert "ingestion" not in imported.parameters
+
+
+def test_keys_that_are_no_text_are_named_as_text(imported_from: Import) -> None:
+    left_out = imported_from(f"{TUTORIAL}1: a\nfalse: b\n2.5: c\n").left_out
+    assert {"1", "False", "2.5"} <= set(left_out)
+
+
+@pytest.mark.parametrize(
+    ("reference", "value"), [("${seeds[1]}", 8), ("${.seeds.0}", 7), ("${ seeds[0] }", 7), ("${both}", 7)]
+)
+def test_references_into_lists_and_to_references_are_resolved(
+    imported_from: Import, reference: str, value: int
+) -> None:
+    imported = imported_from(f"{TUTORIAL}seed: '{reference}'\nseeds: [7, 8]\nboth: '${{seeds[0]}}'\n")
+    assert imported.parameters["training"]["seed"] == value

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.toolkit_config.source import PRODUCT, ConfigReader
+from dreamartist_pipeline.interop.toolkit_config.source import ConfigReader
 from dreamartist_pipeline.interop.toolkit_config.words import words_by_slot
 from dreamartist_pipeline.params import TrainingParams
+from dreamartist_pipeline.references import PRODUCT
 
 _OPTIONS = {"batch_size", "source", "bucket", "loss_weight", "text_transforms", "tag_transforms", "img_root"}
 _TEMPLATE_CLASSES = {name: name for name in ("TemplateFill", "Compose", "TextImagePairDataset")}
@@ -174,7 +175,7 @@ def _area_side(reader: ConfigReader, key: str) -> tuple[str, float] | None:
 def _size_side(reader: ConfigReader, key: str) -> tuple[str, float] | None:
     """Return the key and the value of a side; of two sides, the first is used."""
     keys = [
-        place for place in (key, f"{key}.0", f"{key}.1") if re.fullmatch(r"[1-9]\d*", str(reader.values.get(place)))
+        place for place in (key, f"{key}.0", f"{key}.1") if re.fullmatch(r"[1-9]\d{0,5}", str(reader.values.get(place)))
     ]
     if not keys:
         return None

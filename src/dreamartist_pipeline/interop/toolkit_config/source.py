@@ -1,6 +1,6 @@
 """A YAML file merged over its `_base_` files, read by dotted key with a record of which values are used.
 
-References, `${key}`, are resolved. Resolvers, `${name:arguments}`, are never run.
+References, `${key}`, are resolved; see references.py. Resolvers, `${name:arguments}`, stay text.
 """
 
 from __future__ import annotations
@@ -8,20 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from typing import Any
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.toolkit_config.unsupported import NO_EFFECT, REASONS_BY_PART, REASONS_BY_PREFIX
+from dreamartist_pipeline.references import has_resolver, resolved
+from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_deep
 
-PRODUCT = re.compile(r"\d+(\s*[*,]\s*\d+)*")
-_REFERENCE = re.compile(r"\$\{(?:[^{}:]|\$\{[^{}:]*\})*\}")  # ${a.b}, also ${a.${b}}
-_RESOLVER = re.compile(r"\$\{[\w.]+:([^{}]*)\}")
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)")
-_MAX_VALUES = 10_000  # OmegaConf's own limit for YAML aliases
+_NUMBER = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?([eE][+-]?\d{1,4})")
+_MAX_BASE_FILES = 100
 _SHOWN = 60  # characters of a wrong value in an error
 
 ReadText = Callable[[str], str | None]  # path -> text of a file that a configuration names, None if it is not found
@@ -118,7 +113,7 @@ class ConfigReader:
         prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         reasons = [self._reasons.get(key), *map(REASONS_BY_PREFIX.get, prefixes), *map(REASONS_BY_PART.get, parts)]
         if text := self._unresolved.get(key):
-            reasons.append("resolvers are not run" if _has_resolver(text) else "not defined in any file that was found")
+            reasons.append("resolvers are not run" if has_resolver(text) else "not defined in any file that was found")
         return next(filter(None, reasons), "not supported")
 
 
@@ -130,24 +125,14 @@ def read_config(text: str, read_text: ReadText) -> ConfigReader:
         read_text: finds base files.
 
     Raises:
-        InputError: not a YAML mapping, nesting that is too deep, circular base files, a `_base_` that names no files,
-            or references that are invalid or multiply the values.
+        InputError: not a YAML mapping, a file that is too long or nested too deeply, circular or too many base files, a
+            `_base_` that names no files, or references that multiply the values.
     """
     missing: dict[str, str] = {}
     try:
-        config = _load(text, _BaseFiles(read_text, missing))
-        _escape_dangling(config)
-        _check_size(config)
-        values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        return ConfigReader(values, missing)
-    except OmegaConfBaseException as error:
-        raise InputError(expected="valid references", got=f"{error}", remedy="correct the file") from error
-    except RecursionError as error:  # of the YAML parser, of OmegaConf or of a long chain of base files
-        raise InputError(
-            expected="a training configuration",
-            got="values or base files that are nested too deeply",
-            remedy="correct it",
-        ) from error
+        return ConfigReader(resolved(_load(text, _BaseFiles(read_text, missing))), missing)
+    except RecursionError as error:  # a long chain of references or of base files
+        raise too_deep("a training configuration") from error
 
 
 @dataclass(frozen=True)
@@ -163,45 +148,27 @@ class _BaseFiles:
 
     read_text: ReadText
     missing: dict[str, str]
-    loaded: dict[str, DictConfig] = field(default_factory=dict)
+    loaded: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _load(text: str, files: _BaseFiles, ancestors: tuple[str, ...] = ()) -> DictConfig:
-    """Return a file merged over its base files."""
-    config = _parse(text)
-    bases = _base_names(config.pop("_base_", None))
-    merged = OmegaConf.create()
-    for base in bases:
+def _load(text: str, files: _BaseFiles, ancestors: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a file merged over its base files, with references as text."""
+    config = parse_mapping(text, "a training configuration")
+    merged: dict[str, Any] = {}
+    for base in _base_names(config.pop("_base_", None)):
         if base in ancestors:
             raise InputError(expected="base files without a cycle", got=f"{base!r} again", remedy="correct _base_")
         if base not in files.loaded:
+            if len(ancestors) >= _MAX_BASE_FILES or len(files.loaded) >= _MAX_BASE_FILES:
+                raise InputError(
+                    expected=f"at most {_MAX_BASE_FILES} base files", got="more base files", remedy="correct _base_"
+                )
             if (base_text := files.read_text(base)) is None:
                 files.missing[f"_base_ {base}"] = "the file was not found; its values are not carried over"
                 continue
             files.loaded[base] = _load(base_text, files, (*ancestors, base))
-        merged = cast(DictConfig, OmegaConf.merge(merged, files.loaded[base]))
-    return cast(DictConfig, OmegaConf.merge(merged, config))
-
-
-def _parse(text: str) -> DictConfig:
-    """Return a YAML mapping, in which resolvers are text.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        config = OmegaConf.create(text)
-    except YAMLError as error:
-        raise InputError(expected="a YAML file", got=f"a syntax error: {error}", remedy="correct it") from error
-    except AssertionError:  # what OmegaConf makes of a single number
-        config = None
-    if not isinstance(config, DictConfig):
-        raise InputError(
-            expected="a YAML mapping",
-            got="a list" if isinstance(config, ListConfig) else f"a single value, {text.strip()[:_SHOWN]!r}",
-            remedy="import a training configuration",
-        )
-    return cast(DictConfig, OmegaConf.create(_without_resolvers(OmegaConf.to_container(config, resolve=False))))
+        merged = merge_mappings(merged, files.loaded[base])
+    return merge_mappings(merged, config)
 
 
 def _base_names(bases: Any) -> list[str]:
@@ -210,7 +177,7 @@ def _base_names(bases: Any) -> list[str]:
     Raises:
         InputError: something else than a name or a list of them.
     """
-    names = [bases] if isinstance(bases, str) else list(bases) if isinstance(bases, ListConfig) else bases
+    names = [bases] if isinstance(bases, str) else bases
     if names is None:
         return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -220,62 +187,6 @@ def _base_names(bases: Any) -> list[str]:
             remedy="correct the file",
         )
     return names
-
-
-def _without_resolvers(value: Any) -> Any:
-    """Escape texts with resolvers, which are not run; replace a resolver of a product by the product."""
-    if isinstance(value, dict):
-        return {name: _without_resolvers(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_resolvers(item) for item in value]
-    if not isinstance(value, str) or not _has_resolver(value):
-        return value
-    arguments = _RESOLVER.sub(r"\1", value)
-    return arguments if PRODUCT.fullmatch(arguments) else _escaped(value)
-
-
-def _has_resolver(text: str) -> bool:
-    return "${" in _REFERENCE.sub("", text)
-
-
-def _escaped(text: str) -> str:
-    """Return a text that OmegaConf takes literally: an odd number of backslashes precedes every `${`."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def _escape_dangling(node: DictConfig | ListConfig) -> None:
-    """Escape references without a target, in place."""
-    for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
-        try:
-            value = node[name]
-        except (InterpolationResolutionError, MissingMandatoryValue):
-            value = node[name] = _escaped(OmegaConf.to_container(node, resolve=False)[name])  # type: ignore[index]
-        if isinstance(value, DictConfig | ListConfig) and not OmegaConf.is_interpolation(node, name):
-            _escape_dangling(value)
-
-
-def _check_size(config: DictConfig) -> None:
-    """Confirm that references do not multiply the values, as lists of references to lists of references do.
-
-    Raises:
-        InputError: there are more values than OmegaConf allows for YAML aliases.
-    """
-    sizes: dict[int, int] = {}
-
-    def size(node: Any) -> int:
-        if not isinstance(node, DictConfig | ListConfig) or node._is_none():
-            return 1
-        if id(node) not in sizes:
-            names: Iterable[Any] = node if isinstance(node, DictConfig) else range(len(node))
-            sizes[id(node)] = 1 + sum(1 if OmegaConf.is_missing(node, name) else size(node[name]) for name in names)
-        return sizes[id(node)]
-
-    if (total := size(config)) > _MAX_VALUES:
-        raise InputError(
-            expected=f"at most {_MAX_VALUES} values, with every reference written out",
-            got=f"{total}" if total < 10 * _MAX_VALUES else f"more than {10 * _MAX_VALUES}",
-            remedy="correct the file",
-        )
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -49,7 +49,7 @@ def check_prompts(params: PromptsParams, planned: PlannedConcept | None, prompt_
         raise InputError(
             expected=f"at least prompts.num_prompts={params.num_prompts:,} distinct prompts in column "
             f"{schema.names[position]!r}",
-            got=f"{num_valid:,} (in {prompt_database.metadata.num_rows:,} rows, without blanks, duplicates and invalid "
+            got=f"{num_valid:,} (in {prompt_database.metadata.num_rows:,} rows, without blanks, duplicates, invalid "
             "braces)",
             remedy="lower it, or use a larger prompt database",
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow.parquet import ParquetFile
 
 from dreamartist_pipeline.errors import InputError
@@ -14,7 +15,11 @@ from dreamartist_pipeline.errors import InputError
 USUAL_NAMES = ("prompt", "text", "caption")
 """Names of the column with the prompts where none is given, the first first."""
 
+MAX_CHARACTERS = 10_000
+"""Length of a prompt; longer texts are no prompts and are skipped (a text encoder reads a few hundred characters)."""
+
 _BATCH_ROWS = 65_536
+_BATCH_BYTES = 64 * 1024**2  # of the column's values in one batch, as far as the file states their size
 _NUM_CHECKED = 1_000
 _MAX_LISTED = 20
 _NO_PROMPTS = {  # kind of values -> what such a value looks like
@@ -58,7 +63,7 @@ def select_column(schema: pa.Schema, column: str | int | None) -> int:
 
 
 def read_texts(database: ParquetFile, position: int) -> Iterator[str]:
-    """Yield the texts of a column in the order of the rows, without missing ones and repetitions nearby.
+    """Yield the texts of a column in the order of the rows, without missing and long ones and repetitions nearby.
 
     Raises:
         InputError: a part that cannot be read, or text that is not UTF-8.
@@ -67,17 +72,28 @@ def read_texts(database: ParquetFile, position: int) -> Iterator[str]:
     same_name = database.schema_arrow.get_all_field_indices(name).index(position)
     num_rows = 0
     try:
-        for batch in database.iter_batches(_BATCH_ROWS, columns=[name]):
-            column = batch.column(batch.schema.get_all_field_indices(name)[same_name])
-            yield from (text for text in column.unique().to_pylist() if text is not None)
+        for batch in database.iter_batches(_batch_rows(database, position), columns=[name]):
+            column = batch.column(batch.schema.get_all_field_indices(name)[same_name]).unique()
+            texts = column.dictionary if isinstance(column, pa.DictionaryArray) else column
+            yield from texts.filter(pc.less_equal(pc.binary_length(texts), MAX_CHARACTERS)).to_pylist()
             num_rows += len(batch)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         damage = "bytes that are not UTF-8" if isinstance(error, UnicodeDecodeError) else f"a damaged part ({error})"
         raise InputError(
             expected=f"UTF-8 text in column {name!r} of the prompt database",
             got=f"{damage} after row {num_rows:,}",
             remedy="write the file again, or use another prompt database",
         ) from error
+
+
+def _batch_rows(database: ParquetFile, position: int) -> int:
+    """Return how many rows are read at once: fewer if the file states that their values are long."""
+    metadata, name = database.metadata, database.schema_arrow.names[position]
+    leaves = [index for index in range(metadata.num_columns) if database.schema.column(index).path == name]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    sizes = [(group.column(leaf).total_uncompressed_size, group.num_rows) for group in groups for leaf in leaves]
+    longest = max((size / max(1, num_rows) for size, num_rows in sizes), default=1)
+    return int(min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1, longest))))
 
 
 def check_are_prompts(texts: Iterable[str], schema: pa.Schema, position: int) -> None:

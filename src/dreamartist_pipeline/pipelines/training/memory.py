@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, open_base_model
@@ -256,11 +257,22 @@ def _frozen_bytes(module: nn.Module) -> int:
 
 
 def memory_plan(training_plan: Mapping[str, Any], params: TrainingParams) -> MemoryPlan:
-    """Return the decision of a training plan; options given since then take precedence."""
-    decided, given = training_plan["memory"], params.memory
-    checkpointing = decided["checkpointing"] if given.checkpointing is None else given.checkpointing
-    micro_batch = decided["micro_batch"] if given.micro_batch is None else given.micro_batch or None
-    return MemoryPlan(checkpointing, micro_batch)
+    """Return the decision of a training plan; options given since then take precedence.
+
+    Raises:
+        InputError: the plan has none, because its file is damaged.
+    """
+    try:
+        decided, given = MemoryParams.model_validate(training_plan["memory"]), params.memory
+    except (KeyError, TypeError, ValidationError) as error:
+        raise InputError(
+            expected="memory: {checkpointing: …, micro_batch: …} in training_plan",
+            got="a damaged file",
+            remedy="run the node check_training again",
+        ) from error
+    checkpointing = decided.checkpointing if given.checkpointing is None else given.checkpointing
+    micro_batch = decided.micro_batch if given.micro_batch is None else given.micro_batch
+    return MemoryPlan(bool(checkpointing), micro_batch or None)
 
 
 # ------------------------------------------------------------------------------------------------- the duration

@@ -194,7 +194,7 @@ def _train_on_rank(
         new.backbone.compile_denoiser()
     execution = Execution(memory.micro_batch, as_graph=params.backend == "cudagraph")
     model, idle = trainable_model(new, groups), idle_modules(new, params)
-    framing = Framing(**prepared_framing) if prepared_framing else None
+    framing = Framing.of_values(prepared_framing) if prepared_framing else None
     with out_of_memory_explained(backbone.device, memory), StepReport(params.num_steps, tracker) as report:
         data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
         draw_preview = preview_drawing(new, params, tracker) if is_first else None

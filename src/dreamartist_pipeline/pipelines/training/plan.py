@@ -22,7 +22,7 @@ from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.step_graph import check_backend
 from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_factor, parameter_groups
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, ScheduleParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, template_prompts, training_prompts
 from dreamartist_pipeline.pipelines.training.memory import plan_memory, step_shape
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
@@ -97,7 +97,10 @@ def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], start_
     Raises:
         InputError: a plan for other parameters, another base model or another start concept.
     """
-    if {key: plan[key] for key in ("groups", "start") if key in plan} != {"groups": _describe(groups), **start_entry}:
+    if not isinstance(plan, Mapping) or {key: plan[key] for key in ("groups", "start") if key in plan} != {
+        "groups": _describe(groups),
+        **start_entry,
+    }:
         raise InputError(
             expected="training_plan for these parameters, base_model and start concept",
             got="the plan of another run",
@@ -241,6 +244,20 @@ def _warn_unused_options(params: TrainingParams, caption: str) -> None:
         log.warning("The caption %r is not used: no template has {caption}.", caption)
     if params.caption_transforms and not (caption and has_slot):
         log.warning("caption_transforms are not used: there is no caption, or no template has {caption}.")
+    if params.lora:
+        _warn_long_warmup("schedule", params.schedule, params.num_steps)
+    if params.words.names:
+        _warn_long_warmup("words_schedule", params.words_schedule, params.num_steps)
+
+
+def _warn_long_warmup(name: str, schedule: ScheduleParams, num_steps: int) -> None:
+    if 0 < num_steps <= schedule.warmup_steps:
+        log.warning(
+            "The learning rate only rises: training.%s.warmup_steps=%d is not below training.num_steps=%d.",
+            name,
+            schedule.warmup_steps,
+            num_steps,
+        )
 
 
 def _describe(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:

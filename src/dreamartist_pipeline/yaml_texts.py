@@ -1,0 +1,114 @@
+"""YAML files as mappings, with bounds on length, depth and numbers that are checked before anything is built."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dreamartist_pipeline.errors import InputError
+
+MAX_CHARACTERS = 200_000  # of a file; the toolkit's, and those of conf/, have a few thousand
+_MAX_DEPTH = 50
+_SHOWN = 60  # characters of a wrong value in an error
+_REFERENCE_MARK = "\ue000{"  # in place of `${`, which OmegaConf would parse; a character for private use
+
+
+def parse_mapping(text: str, what: str) -> dict[str, Any]:
+    """Return a YAML mapping; keys are texts, references and resolvers stay text.
+
+    Args:
+        text: of a file.
+        what: the file is, in messages.
+
+    Raises:
+        InputError: it is none, or too long or nested too deeply, or has a text that is no valid Unicode.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            expected=f"{what} of at most {MAX_CHARACTERS:,} characters",
+            got=f"{len(text):,}",
+            remedy="give another file, or shorten it",
+        )
+    try:
+        check_events(text, what)
+        values = OmegaConf.to_container(OmegaConf.create(text.replace("${", _REFERENCE_MARK)), resolve=False)
+    except yaml.YAMLError as error:
+        raise InputError(
+            expected=f"a YAML file as {what}", got=f"a syntax error: {error}", remedy="correct the file"
+        ) from error
+    except OmegaConfBaseException as error:
+        raise InputError(expected=what, got=str(error).splitlines()[0], remedy="correct the file") from error
+    except AssertionError:  # what OmegaConf makes of a single number
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(
+            expected=f"a YAML mapping as {what}",
+            got="a list" if isinstance(values, list) else f"a single value, {text.strip()[:_SHOWN]!r}",
+            remedy="give another file, or correct it",
+        )
+    mapping: dict[str, Any] = _with_text_keys(values)
+    return mapping
+
+
+def merge_mappings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping over another; mappings in both are merged, all other values replaced."""
+    both = {
+        name: merge_mappings(base[name], value)
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+        else value
+        for name, value in over.items()
+    }
+    return base | both
+
+
+def too_deep(what: str) -> InputError:
+    """Return the error for values, or what they refer to, that are nested too deeply."""
+    return InputError(
+        expected=f"{what}, nested at most {_MAX_DEPTH} deep",
+        got="values, references or base files that are nested too deeply",
+        remedy="correct it",
+    )
+
+
+def check_events(text: str, what: str) -> None:
+    """Check nesting and single values by the parser's events, before anything is built.
+
+    Args:
+        text: in YAML.
+        what: it is, in messages.
+
+    Raises:
+        InputError: values are nested too deeply, or a number is too long.
+        YAMLError: a syntax error.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        value = event.value if isinstance(event, yaml.ScalarEvent) else ""
+        if depth > _MAX_DEPTH or value.count("${") > _MAX_DEPTH:
+            raise too_deep(what)
+        if len(value) > _SHOWN and not re.search(r"[^\d:_.,+-]", value):
+            raise InputError(
+                expected=f"numbers in {what}", got=f"one of {len(value):,} digits", remedy="correct the file"
+            )
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Return nested values with all keys as text, and with references in place of their mark.
+
+    Raises:
+        InputError: a text is no valid Unicode.
+    """
+    if isinstance(value, dict):
+        return {str(_with_text_keys(name)): _with_text_keys(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_text_keys(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(expected="valid Unicode", got=f"{value[:_SHOWN]!r}", remedy="correct the file")
+    return value.replace(_REFERENCE_MARK, "${")
