@@ -12,7 +12,7 @@ import pytest
 from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
-from dreamartist_pipeline import settings
+from dreamartist_pipeline import redaction, settings
 from dreamartist_pipeline.cli import parse_params, run
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset
 from dreamartist_pipeline.errors import InputError
@@ -247,3 +247,17 @@ def test_presets_are_those_of_the_base_environment_for_the_settings_of_the_run()
     assert (preset["num_steps"], preset["guidance_scale"], preset["class_word"]) == (400, "1.0", "cat")
     assert loader["parameters"]["training"]["num_steps"] == 3
     assert loader["catalog"]["base_model"]["path"].startswith("hub:")  # globals are those of the environment again
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert load("mlflow")["server"]["mlflow_tracking_uri"].startswith("sqlite:///")
+
+
+def test_the_value_of_a_variable_is_left_out_of_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_remembered", set())
+    monkeypatch.setenv("MY_FOLDER", "/private/models")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://runs.example:5000")
+    assert settings.environment("MY_FOLDER") == "/private/models"
+    assert settings.environment("MLFLOW_TRACKING_URI") == "http://runs.example:5000"
+    assert redaction.redact("/private/models/a at http://runs.example:5000") == "***/a at http://runs.example:5000"

@@ -26,17 +26,31 @@ from dreamartist_pipeline.hooks import (
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.run import literal
 from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.redaction import redact_outgoing_text, remember_secret
+from dreamartist_pipeline.tracking.servers import REQUEST_LIMITS
+
+_TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
 configure_logs(None)  # before Kedro imports its plugins, whose warnings it hides
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with credentials; the summary has the address
+os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # one request a second, however short the steps
+for _name, _limit in REQUEST_LIMITS.items():
+    os.environ.setdefault(_name, _limit)
+redact_outgoing_text()
 
 
 def environment(name: str, default: str = "") -> str:
-    """Return an environment variable: `${env:NAME, default}`."""
-    return os.environ.get(name, default)
+    """Return an environment variable, or the default if it is not set or empty: `${env:NAME, default}`.
+
+    Its value is left out of everything that is logged or recorded; of a tracking URI, only its credentials are.
+    """
+    if name != _TRACKING_URI:
+        remember_secret(os.environ.get(name, ""))
+    return os.environ.get(name) or default
 
 
 def now() -> str:
@@ -115,7 +129,8 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
-HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks(), ManifestHooks())
+# of two hooks that are tried first, the last one here is called first
+HOOKS = (MLflowHooks(), ConfigurationHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks(), ManifestHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",

@@ -27,6 +27,7 @@ from dreamartist_pipeline.hooks.console import program, quoted
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.record import close_run, reason_of
 from dreamartist_pipeline.params import ON_CPU
+from dreamartist_pipeline.redaction import redact
 
 _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 
@@ -34,8 +35,8 @@ _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 def readable_message(error: BaseException) -> str:
     """Return the message of the InputError that caused an error, else the error's own text."""
     if (cause := input_error_in(error)) is not None:
-        return str(cause)
-    lines = str(error).splitlines()
+        return redact(str(cause))
+    lines = redact(str(error)).splitlines()
     return "\n".join(line for line in lines if not line.strip().startswith("For further information visit"))
 
 
@@ -58,7 +59,9 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
                 click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
                 cause = input_error_in(error)
                 if cause is not None and ON_CPU in cause.remedy:
-                    click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
+                    click.echo(
+                        f"The command of this run on the CPU: {redact(command_with(sys.argv, ON_CPU))}", err=True
+                    )
                 click.echo("(--traceback shows where it was raised)", err=True)
                 raise click.exceptions.Exit(1) from error
 
