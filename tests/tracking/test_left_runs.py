@@ -218,6 +218,15 @@ def test_a_run_that_the_server_does_not_know_is_named(
     assert project.outbox() == ["0" * 32]
 
 
+def test_a_run_that_is_not_expected_is_left_to_mlflow(local: Project) -> None:
+    run_id = local.client.create_run(local.experiment_id).info.run_id
+    local.client.set_tag(run_id, "a", "b")
+    local.client.set_terminated(run_id)
+    run = local.client.get_run(run_id)
+    assert (run.info.status, run.data.tags["a"]) == ("FINISHED", "b")
+    assert local.outbox() == []
+
+
 def test_a_run_that_is_continued_is_delivered_too(project: Project, gate: Gate) -> None:
     import mlflow
 

@@ -155,15 +155,16 @@ class DeliveringStore(AbstractStore):  # type: ignore[misc]
     """What a tracking store writes for a run with a `Delivery` goes through it; the rest is left to the store."""
 
     def create_run(
-        self, experiment_id: str, user_id: str, start_time: int, tags: Iterable[RunTag], run_name: str
+        self, experiment_id: str, user_id: str, start_time: int, tags: Iterable[RunTag], run_name: str | None
     ) -> Run:
         """Create a run, with the tags of `expect_run`."""
         from mlflow.entities import RunTag
 
         expected = _expected[0] if _expected else None
         own = [] if expected is None else [RunTag(key, value) for key, value in expected.tags.items()]
-        clean = [RunTag(tag.key, redact(tag.value)) for tag in (*tags, *own)]
-        run = super().create_run(experiment_id, user_id, start_time, clean, redact(run_name))
+        clean = [RunTag(tag.key, redact(str(tag.value))) for tag in (*tags, *own)]
+        name = None if run_name is None else redact(run_name)
+        run = super().create_run(experiment_id, user_id, start_time, clean, name)
         _begin_expected(run)
         return run
 
