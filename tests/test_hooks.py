@@ -41,7 +41,6 @@ from dreamartist_pipeline.hooks import (
     mlflow_lines,
     next_lines,
     number_lists,
-    opening,
     run_name,
     written_files,
 )
@@ -209,13 +208,14 @@ def test_only_kedro_run_opens_the_tracking_store_after_the_checks(
         after_catalog_created=lambda catalog, *_: calls.append(catalog),
         before_pipeline_run=lambda *given: calls.append(given),
     )
-    monkeypatch.setattr(opening, "_register", lambda context: calls.append(context) or plugin)
+    monkeypatch.setattr(MLflowHooks, "_register", lambda _, context: calls.append(context) or plugin)
+    monkeypatch.setattr(MLflowHooks, "_prepare_run", lambda _: calls.append("prepared"))
     hooks: Any = MLflowHooks()
     with click.Context(command) if command else contextlib.nullcontext():
         hooks.after_context_created("context")
     assert calls == opened
     hooks.before_pipeline_run({}, "pipeline", "catalog")
-    assert calls == (opened or ["context", "catalog", ({}, "pipeline", "catalog")])
+    assert calls == ["context", "prepared", *([] if opened else ["catalog", ({}, "pipeline", "catalog")])]
 
 
 def test_an_existing_concept_is_replaced_only_on_request(tmp_path: Path) -> None:

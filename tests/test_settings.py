@@ -13,7 +13,7 @@ import pytest
 from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
-from dreamartist_pipeline import settings
+from dreamartist_pipeline import redaction, settings
 from dreamartist_pipeline.cli import parse_params, run
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset
 from dreamartist_pipeline.errors import InputError
@@ -273,3 +273,20 @@ def test_a_file_of_the_configuration_that_cannot_be_read_is_named(
     loader = settings.ProjectConfigLoader(str(tmp_path / "conf"), "local", {}, **settings.CONFIG_LOADER_ARGS)
     with pytest.raises(InputError, check=says(**parts)):
         loader["parameters"]
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert load("mlflow")["server"]["mlflow_tracking_uri"].startswith("sqlite:///")
+
+
+def test_the_value_of_a_variable_is_left_out_of_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_remembered", {})
+    monkeypatch.setenv("MY_FOLDER", "/private/models")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://runs.example:5000")
+    assert settings.environment("MY_FOLDER") == "/private/models"
+    assert settings.environment("MLFLOW_TRACKING_URI") == "http://runs.example:5000"
+    assert (
+        redaction.redact("/private/models/a at http://runs.example:5000")
+        == "${env:MY_FOLDER}/a at http://runs.example:5000"
+    )

@@ -23,21 +23,39 @@ from dreamartist_pipeline.hooks import (
     RunRecordHooks,
     nearest,
 )
-from dreamartist_pipeline.hooks.environment_values import environment
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.run import literal
 from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.redaction import redact_outgoing_text, remember_secret
 from dreamartist_pipeline.references import resolved
+from dreamartist_pipeline.tracking.servers import REQUEST_LIMITS
 from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_deep
 
 _SUFFIXES = (".yml", ".yaml", ".json")
 _MAX_VALUES = 100_000  # of one key such as `parameters`; conf/ has a few thousand
+_TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
 configure_logs(None)  # before Kedro imports its plugins, whose warnings it hides
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with credentials; the summary has the address
+os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # one request a second, however short the steps
+for _name, _limit in REQUEST_LIMITS.items():
+    os.environ.setdefault(_name, _limit)
+redact_outgoing_text()
+
+
+def environment(name: str, default: str = "") -> str:
+    """Return an environment variable, or the default if it is not set or empty: `${env:NAME, default}`.
+
+    Everything that is logged or recorded has the reference in place of its value; a tracking URI only loses its
+    credentials.
+    """
+    if name != _TRACKING_URI:
+        remember_secret(os.environ.get(name, ""), f"${{env:{name}}}")
+    return os.environ.get(name) or default
 
 
 def now() -> str:
@@ -164,7 +182,8 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
-HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks(), ManifestHooks())
+# of two hooks that are tried first, the last one here is called first
+HOOKS = (MLflowHooks(), ConfigurationHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks(), ManifestHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",

@@ -318,7 +318,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("errors", "whole_files", "checkpoint_files"),
+    ("errors", "redaction", "whole_files", "checkpoint_files", "locks"),
     ("prompt_weights", "schedulers"),
     ("params",),
     ("early_checks",),
@@ -344,11 +344,11 @@ CALLED_BACK = {  # what is handed down to be called
     "pipelines.training.reporting:preview_drawing.<locals>.draw": "core.training",
     "pipelines.training.nodes:train_concept": "core.tracking",
     "pipelines.training.resuming:checkpointing_of.<locals>.save": "core.training",
-    "tracking:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
-    "tracking:MLflowTracker.log_image_file": "pipelines.training.reporting",
-    "tracking:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
-    "tracking:MLflowTracker.run_id": "pipelines.training.resuming",
-    "tracking:MLflowTracker.set_tag": "pipelines.ingestion.nodes",
+    "tracking.tracker:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
+    "tracking.tracker:MLflowTracker.log_image_file": "pipelines.training.reporting",
+    "tracking.tracker:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
+    "tracking.tracker:MLflowTracker.run_id": "pipelines.training.resuming",
+    "tracking.tracker:MLflowTracker.set_tag": "pipelines.ingestion.nodes",
 }
 
 

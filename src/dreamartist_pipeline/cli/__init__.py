@@ -24,10 +24,10 @@ from dreamartist_pipeline.cli.stopping import stopped_by_signals
 from dreamartist_pipeline.cli.verify import verify
 from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, TrainingError, input_error_in
 from dreamartist_pipeline.hooks.console import program, quoted
-from dreamartist_pipeline.hooks.environment_values import without_environment
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.record import close_run, reason_of
 from dreamartist_pipeline.params import ON_CPU
+from dreamartist_pipeline.redaction import redact
 
 _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 
@@ -35,8 +35,8 @@ _READABLE = (InputError, TrainingError, ParameterValidationError, DatasetError)
 def readable_message(error: BaseException) -> str:
     """Return the message of the InputError that caused an error, else the error's own text."""
     if (cause := input_error_in(error)) is not None:
-        return str(cause)
-    lines = str(error).splitlines()
+        return redact(str(cause))
+    lines = redact(str(error)).splitlines()
     return "\n".join(line for line in lines if not line.strip().startswith("For further information visit"))
 
 
@@ -56,10 +56,12 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
                 close_run("FAILED", reason_of(error))
                 if traceback or not isinstance(error, _READABLE):
                     raise
-                click.secho(f"\nError: {without_environment(readable_message(error))}", fg="red", err=True)
+                click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
                 cause = input_error_in(error)
                 if cause is not None and ON_CPU in cause.remedy:
-                    click.echo(f"The command of this run on the CPU: {command_with(sys.argv, ON_CPU)}", err=True)
+                    click.echo(
+                        f"The command of this run on the CPU: {redact(command_with(sys.argv, ON_CPU))}", err=True
+                    )
                 click.echo("(--traceback shows where it was raised)", err=True)
                 raise click.exceptions.Exit(1) from error
 

@@ -35,6 +35,7 @@ from dreamartist_pipeline.hooks.run import (
     settings_of,
     shown,
 )
+from dreamartist_pipeline.redaction import redact, without_credentials
 
 LOGGER = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class ConsoleHooks:
         click.echo("\n".join(f"  {name:<24} {path}" for name, path in files.items()))
         commands = Commands(Path(run_params["project_path"]), str(self._conf_source), run_params["env"], self._settings)
         lines = next_lines(commands, pipeline, catalog, run_params["runtime_params"] or {})
-        click.echo("\n".join(["", "Next:", *(f"  {what:<24} {command}" for what, command in lines)]))
+        click.echo(redact("\n".join(["", "Next:", *(f"  {what:<24} {command}" for what, command in lines)])))
 
 
 def written_files(pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str]:
@@ -178,7 +179,7 @@ def mlflow_lines() -> list[tuple[str, str]]:
     """Return the command that starts MLflow's pages, unless a server is running, and their address."""
     import mlflow
 
-    uri = mlflow.get_tracking_uri()
+    uri = without_credentials(mlflow.get_tracking_uri())
     run = mlflow.active_run()
     experiment = f"#/experiments/{run.info.experiment_id}/runs?{_CHARTS}" if run else ""
     if uri.startswith("http"):

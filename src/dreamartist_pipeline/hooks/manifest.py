@@ -22,6 +22,7 @@ from dreamartist_pipeline.hooks.parameters import plain_sections
 from dreamartist_pipeline.hooks.record import git_tags, sections_of
 from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.hooks.story import file_sha256
+from dreamartist_pipeline.redaction import redacted
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class RunManifest(BaseModel):
     """One run of a concept.
 
     Attributes:
-        arguments: of the command, without its program.
+        arguments: of the command, without its program and without secrets.
         ended: time, ISO 8601.
         mlflow_run: id; None if it was not recorded.
         configuration: settings and parameters of the run, with all seeds.
@@ -170,10 +171,10 @@ class ManifestHooks:
         sections = sections_of(pipeline, catalog)
         device = cast("DeviceParams | None", sections.get("device"))
         return RunManifest(
-            arguments=tuple(sys.argv[1:]),
+            arguments=redacted(tuple(sys.argv[1:])),
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             mlflow_run=_active_run_id(),
-            configuration=self._settings | plain_sections(sections),
+            configuration=redacted(self._settings) | plain_sections(sections),
             inputs=self._inputs,
             outputs=stored_files(pipeline.all_outputs(), catalog, self._project),
             versions=versions(self._project),

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dreamartist_pipeline.hooks.environment_values import without_environment
 from dreamartist_pipeline.params import LoRAGroup, TrainingParams
+from dreamartist_pipeline.redaction import redacted
 
 _MAX_LENGTH = 6000  # MLflow's limit for the value of a parameter
 
@@ -73,7 +73,7 @@ def repeated_parameters(
 
 def plain_sections(sections: Mapping[str, BaseModel]) -> dict[str, Any]:
     """Return the sections as JSON types, with references in place of values of the environment."""
-    return {name: without_environment(section.model_dump(mode="json")) for name, section in sections.items()}
+    return {name: redacted(section.model_dump(mode="json")) for name, section in sections.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,7 +98,7 @@ def number_lists(value: Any) -> Any:
 
 def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the values as MLflow stores them, with references in place of values of the environment."""
-    return {name: without_environment(str(value))[:_MAX_LENGTH] for name, value in values.items()}
+    return {name: redacted(str(value))[:_MAX_LENGTH] for name, value in values.items()}
 
 
 def _differing(sections: Mapping[str, BaseModel], presets: Mapping[str, BaseModel]) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from pydantic import BaseModel
 
-from dreamartist_pipeline.errors import input_error_in
+from dreamartist_pipeline.errors import InputError, input_error_in
 from dreamartist_pipeline.hooks.configuration import build_parameters
-from dreamartist_pipeline.hooks.environment_values import without_environment
 from dreamartist_pipeline.hooks.parameters import (
     concept_parameters,
     flatten,
@@ -40,6 +39,9 @@ from dreamartist_pipeline.hooks.story import (
     with_sections,
 )
 from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.redaction import redacted
+from dreamartist_pipeline.tracking.delivery import optional
+from dreamartist_pipeline.tracking.stores import delivery_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -84,17 +86,20 @@ class RunRecordHooks:
         sections = sections_of(pipeline, catalog)
         parameters = self._parameters(sections)
         if (concept := used_concept(pipeline, catalog)) is not None:
-            parent = run_that_made(mlflow.MlflowClient(), experiment_id, concept)
+            parent = None
+            with optional("the run that made this concept"):
+                parent = run_that_made(mlflow.MlflowClient(), experiment_id, concept)
             dataset: Any = catalog["concept"]
             inherited = parent.data.params if parent else concept_parameters(dataset.load_metadata())
             parameters = repeated_parameters(inherited, parameters, sections)
             _tell_parent(parent)
+        check_same_parameters(run, parameters)
         _log_parameters(parameters)
         if "reference_image" in pipeline.inputs():
             _log_reference(catalog, str(self._settings["subject"]))
         if "reference_caption" in pipeline.inputs() and (caption := catalog.load("reference_caption")):
-            mlflow.log_param("caption", without_environment(caption)[:_CAPTION_LENGTH])
-        mlflow.log_dict(without_environment(self._settings) | plain_sections(sections), "configuration.yaml")
+            mlflow.log_param("caption", caption[:_CAPTION_LENGTH])
+        mlflow.log_dict(redacted(self._settings | plain_sections(sections)), "configuration.yaml")
         self._name(run_params, parameters.get("method"))
 
     def _parameters(self, sections: Mapping[str, BaseModel]) -> dict[str, str]:
@@ -109,7 +114,7 @@ class RunRecordHooks:
         import mlflow
 
         run_id = mlflow.active_run().info.run_id
-        settings = without_environment(self._settings) | {"method": method}
+        settings = redacted(self._settings) | {"method": method}
         mlflow.MlflowClient().update_run(run_id, name=run_name(settings, _pipelines(run_params), run_params))
         mlflow.set_tags({name: settings[name] for name in _TAGGED if settings.get(name) is not None})
 
@@ -140,10 +145,11 @@ class RunRecordHooks:
             return
         client = mlflow.MlflowClient()
         run_id, tags = run.info.run_id, client.get_run(run.info.run_id).data.tags
-        pictures = pictures_of(client, run_id, pipeline, catalog)
+        pictures = pictures_of(run_id, pipeline, catalog)
         for described in filter(None, (run_id, tags.get("mlflow.parentRunId"))):
-            note = client.get_run(described).data.tags.get("mlflow.note.content", "")
-            client.set_tag(described, "mlflow.note.content", with_sections(note, pictures).strip())
+            with optional("the pictures in the description of the run that made the concept"):
+                note = client.get_run(described).data.tags.get("mlflow.note.content", "")
+                client.set_tag(described, "mlflow.note.content", with_sections(note, pictures).strip())
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow closes the run as FAILED
     def on_pipeline_error(self, error: Exception) -> None:
@@ -192,6 +198,22 @@ def _tell_parent(parent: Run | None) -> None:
     log.info("Recorded in MLflow under the run that made this concept: %s.", parent.info.run_name)
 
 
+def check_same_parameters(run: Run, parameters: Mapping[str, str]) -> None:
+    """Check that a continued run (MLFLOW_RUN_ID) has no other values of these parameters: MLflow keeps the first.
+
+    Raises:
+        InputError: it has.
+    """
+    earlier = run.data.params
+    other = {name: value for name, value in parameters.items() if earlier.get(name, value) != value}
+    if other:
+        raise InputError(
+            expected=f"the parameters of the run {run.info.run_id} (MLFLOW_RUN_ID)",
+            got=", ".join(f"{name}={value} for {earlier[name]}" for name, value in other.items()),
+            remedy="unset MLFLOW_RUN_ID to record a new run",
+        )
+
+
 def _log_parameters(parameters: Mapping[str, str]) -> None:
     import mlflow
 
@@ -213,9 +235,12 @@ def _log_reference(catalog: DataCatalog, subject: str) -> None:
 
 
 def _flush() -> None:
-    """Wait for asynchronous logging of metrics and of images."""
+    """Wait for asynchronous logging of metrics and of images, for a limited time."""
     import mlflow
 
+    run = mlflow.active_run()
+    if run is not None and (delivery := delivery_of(run.info.run_id)) is not None:
+        delivery.hurry()
     mlflow.flush_async_logging()
     mlflow.flush_artifact_async_logging()
 
@@ -226,7 +251,7 @@ def reason_of(error: BaseException) -> str:
     References stand in place of values of the environment.
     """
     reason = input_error_in(error) or error
-    text: str = without_environment(f"{type(reason).__name__}: {reason}")
+    text: str = redacted(f"{type(reason).__name__}: {reason}")
     return text
 
 

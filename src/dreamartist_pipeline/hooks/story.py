@@ -11,6 +11,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 
 from dreamartist_pipeline.hooks.run import path_of
+from dreamartist_pipeline.tracking.stores import logged_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,14 +44,14 @@ def used_concept(pipeline: Pipeline, catalog: DataCatalog) -> Path | None:
     return path_of(catalog, "concept") if "concept" in pipeline.inputs() else None
 
 
-def pictures_of(client: MlflowClient, run_id: str, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str]:
+def pictures_of(run_id: str, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, str]:
     """Return heading -> Markdown of each picture that a run has logged."""
     files = {}
     for name, heading in _PICTURES.items():
         if name in pipeline.all_outputs() and (path := path_of(catalog, name)) is not None:
             dataset: Any = catalog[name]
             files[heading] = f"{dataset.artifact_path}/{path.name}"
-    if any(file.path == _PREVIEWS for file in client.list_artifacts(run_id, "training")):
+    if _PREVIEWS in logged_files(run_id):
         files["Previews by step"] = _PREVIEWS
     return {heading: f"![{heading}](get-artifact?path={file}&run_uuid={run_id})" for heading, file in files.items()}
 

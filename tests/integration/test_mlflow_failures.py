@@ -1,0 +1,87 @@
+"""`kedro run` with a tracking server that is away, or goes away in mid-run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mlflow_servers import Gate, free_port, mlflow_server
+from project_copy import copy_project
+
+_PARAMS = "subject=button,image=button.png,base_model=tiny,prompt_database=prompts.parquet,"
+_PARAMS += "ingestion.bucket.side_px=32,ingestion.bucket.multiple_px=8"
+_TIMEOUT_S = 600  # a run takes seconds; the machine may be shared
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
+    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
+    Image.new("RGB", (48, 40), "red").save(folder / "button.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as port:
+        opened = Gate(port)
+        yield opened
+        opened.set("closed")
+
+
+def start(project: Path, uri: str, pipelines: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": "", "MLFLOW_TRACKING_URI": uri}
+    command = [sys.executable, "-m", "kedro", "run", "--env", "test", "--pipelines", pipelines, "--params", _PARAMS]
+    return subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=_TIMEOUT_S)
+    assert "pa55word" not in output
+    return process.returncode, output
+
+
+def test_a_server_that_is_away_ends_the_run_before_any_work(project: Path) -> None:
+    port = free_port()
+    code, output = finished(start(project, f"http://user:pa55word@127.0.0.1:{port}", "ingestion"))
+    assert code == 1
+    (message,) = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert f"http://127.0.0.1:{port}" in message and "MLFLOW_TRACKING_URI" in message
+    assert "Traceback" not in output
+    assert not (project / "data/02_intermediate").exists()
+
+
+def test_a_training_outlives_its_server_and_the_next_run_delivers_the_rest(project: Path, gate: Gate) -> None:
+    import mlflow
+
+    process = start(project, gate.uri, "train")
+    assert process.stdout is not None
+    watchdog = threading.Timer(_TIMEOUT_S, process.kill)
+    watchdog.start()
+    for line in process.stdout:
+        if "train_concept" in line:
+            gate.set("closed")
+            break
+    code, output = finished(process)
+    watchdog.cancel()
+    assert code == 0, output[-3000:]
+    (kept,) = (project / "data/09_tracking/outbox").iterdir()
+    assert str(kept) in output and "Traceback" not in output
+    gate.set("open")
+    code, output = finished(start(project, gate.uri, "ingestion"))
+    assert code == 0, output[-3000:]
+    assert not kept.exists()
+    client = mlflow.MlflowClient(gate.uri)
+    run = client.get_run(kept.name)
+    assert run.info.status == "FINISHED" and run.data.tags["delivery"].startswith("complete")
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+    assert {metric.step for metric in client.get_metric_history(kept.name, "loss/total")} == {1, 2}
+    assert "concept" in {file.path for file in client.list_artifacts(kept.name)}

@@ -1,0 +1,126 @@
+"""Servers of tests: a real one of MLflow behind a gate that can fail, and others that are no MLflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+
+State = Literal["open", "silent", "closed"]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses now."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[int]:
+    """Run `mlflow server` with a database and files in a folder, and yield its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *stores], stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
+        )
+    try:
+        _wait_for(port, process)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    until_s = time.monotonic() + 120  # it takes seconds; the machine may be shared
+    while time.monotonic() < until_s and process.poll() is None:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise RuntimeError("mlflow server has not started")
+
+
+class Gate:
+    """Passes connections on to a server, or refuses them (`closed`), or accepts and never answers (`silent`)."""
+
+    def __init__(self, upstream_port: int) -> None:
+        self.port = free_port()
+        self._upstream_port = upstream_port
+        self._state: State = "closed"
+        self._listener: socket.socket | None = None
+        self._connections: list[socket.socket] = []
+        self.set("open")
+
+    @property
+    def uri(self) -> str:
+        """The address, with a password that must not be seen."""
+        return f"http://user:pa55word@127.0.0.1:{self.port}"
+
+    def set(self, state: State) -> None:
+        """Change the state; connections that are open end, as with a server that dies."""
+        self._state = state
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self._connections.clear()
+        if state == "closed" and self._listener is not None:
+            with suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+        elif state != "closed" and self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                self._connections.append(client)
+                if self._state == "open":
+                    server = socket.create_connection(("127.0.0.1", self._upstream_port))
+                    self._connections.append(server)
+                    for ends in ((client, server), (server, client)):
+                        threading.Thread(target=_pump, args=ends, daemon=True).start()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """Run a server with the same answer to every request, and yield its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://user:pa55word@127.0.0.1:{server.server_port}"
+        server.shutdown()
