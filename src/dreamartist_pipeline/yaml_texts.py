@@ -13,6 +13,7 @@ from dreamartist_pipeline.errors import InputError
 
 MAX_CHARACTERS = 200_000  # of a file; the toolkit's, and those of conf/, have a few thousand
 _MAX_DEPTH = 50
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
 _SHOWN = 60  # characters of a wrong value in an error
 _REFERENCE_MARK = "\ue000{"  # in place of `${`, which OmegaConf would parse; a character for private use
 
@@ -86,7 +87,7 @@ def check_events(text: str, what: str) -> None:
         YAMLError: a syntax error.
     """
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         value = event.value if isinstance(event, yaml.ScalarEvent) else ""
         if depth > _MAX_DEPTH or value.count("${") > _MAX_DEPTH:
