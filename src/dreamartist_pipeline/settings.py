@@ -13,6 +13,7 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
+from dreamartist_pipeline.catalog import ProjectCatalog
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import (
     CheckpointHooks,
@@ -114,6 +115,7 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
+DATA_CATALOG_CLASS = ProjectCatalog
 HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import shown
+from dreamartist_pipeline.whole_files import written_whole
 
 _RESERVED_ENVIRONMENTS = ("base", "local", "test", "sd15", "sd21", "sdxl")
 
@@ -85,7 +86,5 @@ def _is_file(path: Path) -> bool:
 
 def _write_yaml(file: Path, values: dict[str, Any], head: str) -> None:
     comment = "".join(f"# {line}\n" for line in head.splitlines())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
-    partial.replace(file)
+    with written_whole(file) as temporary:
+        temporary.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
