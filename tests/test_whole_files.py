@@ -16,6 +16,7 @@ import pytest
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.whole_files import remove_leftovers, restored, written_whole, written_whole_folder
 from refusals import says
+from small_disks import mount_read_only, mount_small
 
 _WRITE_FOREVER = """
 import itertools, sys
@@ -166,19 +167,11 @@ def test_a_folder_put_aside_by_a_killed_writer_comes_back(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------- disks
 
 
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    folder.mkdir()
-    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mounting is not possible here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a folder on a disk of 256 KiB."""
-    yield from mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=256k", "tmpfs")
+    with mount_small(tmp_path / "small") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -186,7 +179,8 @@ def read_only_folder(tmp_path: Path) -> Iterator[Path]:
     """Return a folder that not even root can write to."""
     (tmp_path / "writable").mkdir()
     (tmp_path / "writable" / "a.txt").write_text("old")
-    yield from mounted(tmp_path / "read-only", "--bind", "-o", "ro", str(tmp_path / "writable"))
+    with mount_read_only(tmp_path / "read-only", tmp_path / "writable") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_named_and_keeps_the_old_file(small_disk: Path) -> None:

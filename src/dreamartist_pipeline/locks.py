@@ -49,7 +49,7 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         """Describe this process as the holder from now on."""
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         return cls(os.getpid(), platform.node(), since, command[:_COMMAND_CHARACTERS])
 

@@ -20,6 +20,7 @@ from dreamartist_pipeline.hooks import (
     ConfigurationHooks,
     ConsoleHooks,
     MLflowHooks,
+    OutputHooks,
     RunRecordHooks,
     nearest,
 )
@@ -116,7 +117,7 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 DATA_CATALOG_CLASS = ProjectCatalog
-HOOKS = (ConfigurationHooks(), MLflowHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks())
+HOOKS = (ConfigurationHooks(), MLflowHooks(), OutputHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks())
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",

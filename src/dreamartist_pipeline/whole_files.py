@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from dreamartist_pipeline.errors import InputError
 _HAS_LOCKS = os.name != "nt"
 if _HAS_LOCKS:
     import fcntl
+
+STAGED = ".staged"
+"""Name of the folders with files that are to be published together."""
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.partial(\.[^.]+)?")
 _OLD = ".{name}.old"
@@ -81,6 +85,37 @@ def restored(folder: Path) -> Path:
         with _alone_in(folder.parent):
             _restore(folder)
     return folder
+
+
+def publish(files: Iterable[Path], journal: Path) -> None:
+    """Put files of one set, which are in the folders STAGED beside their places, in their places.
+
+    After a kill in between, `finish_publishing` puts the rest there.
+
+    Args:
+        files: their places.
+        journal: a file that says so meanwhile.
+    """
+    names = [Path(os.path.relpath(file, journal.parent)).as_posix() for file in files]
+    if names:
+        with written_whole(journal) as temporary:
+            temporary.write_text(json.dumps(names), encoding="utf-8")
+        finish_publishing(journal)
+
+
+def finish_publishing(journal: Path) -> None:
+    """Complete what `publish` has begun; without a journal, that is nothing."""
+    if not journal.exists():
+        return
+    files = [journal.parent / name for name in json.loads(journal.read_text(encoding="utf-8"))]
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # it is in its place already
+            (file.parent / STAGED / file.name).replace(file)
+    for folder in {file.parent for file in files}:
+        flushed(folder)
+        with contextlib.suppress(OSError):  # not empty, or gone
+            (folder / STAGED).rmdir()
+    journal.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,3 +37,12 @@ class ImagesToDraw:
     manifest: dict[str, Any]
     draw: DrawBatches = field(repr=False)
     is_in: Callable[[Mapping[str, Any]], bool] = field(default=lambda manifest: False, repr=False)
+
+
+def images_sha256(captioned: Sequence[tuple[str, Image]]) -> str:
+    """Return the SHA-256 over captions and pixels, as hex digits; the file format does not matter."""
+    digest = hashlib.sha256()
+    for caption, image in captioned:
+        digest.update(json.dumps([caption, image.mode, image.size]).encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
