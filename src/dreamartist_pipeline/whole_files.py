@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,8 +68,7 @@ def written_whole_folder(folder: Path) -> Iterator[Path]:
         remove_leftovers(folder.parent)
         with _owned(folder, is_folder=True) as temporary, _explained(folder):
             yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                flushed(path)
+            _flush_all(temporary)
             old = _old(folder)
             with _alone_in(folder.parent):
                 _restore(folder)
@@ -77,6 +77,35 @@ def written_whole_folder(folder: Path) -> Iterator[Path]:
                 temporary.replace(folder)
             flushed(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def write_new_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder that did not exist, and return its path: `folder`, or with -2, -3, … added where that exists.
+
+    Args:
+        folder: its path if it does not exist.
+        write: fills an empty folder.
+
+    Raises:
+        InputError: the disk is full, or the folder beside it is not writable.
+    """
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent)
+        with _owned(folder, is_folder=True) as temporary, _explained(folder):
+            write(temporary)
+            _flush_all(temporary)
+            with _alone_in(folder.parent):
+                numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+                target = next(path for path in itertools.chain([folder], numbered) if not path.exists())
+                temporary.replace(target)
+            flushed(folder.parent)
+    return target
+
+
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        flushed(path)
 
 
 def restored(folder: Path) -> Path:

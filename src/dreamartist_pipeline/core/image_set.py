@@ -28,6 +28,7 @@ class ImagesToDraw:
             set ends up with the same bytes.
         manifest: the key and the settings of the set, as JSON types.
         draw: called once with the batches that lack an image; not called for a complete set.
+        image_bytes: of one image on the disk, at most.
         is_in: takes the manifest of an existing set with another key, and returns whether it can be used instead.
     """
 
@@ -36,6 +37,7 @@ class ImagesToDraw:
     batch_size: int
     manifest: dict[str, Any]
     draw: DrawBatches = field(repr=False)
+    image_bytes: int = 0
     is_in: Callable[[Mapping[str, Any]], bool] = field(default=lambda manifest: False, repr=False)
 
 

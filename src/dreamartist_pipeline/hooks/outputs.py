@@ -16,6 +16,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
+from dreamartist_pipeline.disk_space import check_free_space, existing_folder
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.locks import LocalLock
@@ -23,6 +24,7 @@ from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish,
 
 _CONCEPT = "concept"
 _LOCK, _JOURNAL = ".lock", ".publishing.json"
+_OTHER_FOLDERS = "choose other folders in the catalog"
 _FREE_BYTES = 16 * 2**20  # the reports of a run, without its images and adapters
 
 
@@ -141,8 +143,7 @@ def check_folders(folders: Iterable[Path]) -> None:
     Raises:
         InputError: one of these is not so.
     """
-    existing = {_existing(folder): folder for folder in folders}
-    for present, folder in existing.items():
+    for present, folder in {existing_folder(folder): folder for folder in folders}.items():
         try:
             with tempfile.TemporaryFile(dir=present):
                 pass
@@ -150,17 +151,6 @@ def check_folders(folders: Iterable[Path]) -> None:
             raise InputError(
                 expected=f"to write into {folder}",
                 got=f"{error.strerror} ({present})",
-                remedy="make it writable, or choose other folders in the catalog",
+                remedy=f"make it writable, or {_OTHER_FOLDERS}",
             ) from error
-    for present in existing:
-        if (free := shutil.disk_usage(present).free) < _FREE_BYTES:
-            raise InputError(
-                expected=f"at least {_FREE_BYTES // 2**20} MiB of free space in {present}",
-                got=f"{free / 2**20:.0f} MiB",
-                remedy="free some, or choose other folders in the catalog",
-            )
-
-
-def _existing(folder: Path) -> Path:
-    """Return a folder, or the nearest above it that exists; a file in its place is returned too."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+        check_free_space(folder, _FREE_BYTES, "the reports of a run", _OTHER_FOLDERS)

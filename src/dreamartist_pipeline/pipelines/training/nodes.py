@@ -60,7 +60,8 @@ def check_training(
             a template without its slot, a caption with a trigger word or with invalid braces, trigger words that are
             cut off, LoRA groups whose layers clip_skip skips, an optimizer that is not available, an invalid scheduler
             of the preview, a noise schedule that does not suit the base model, a start concept that does not fit the
-            configured groups, an interrupted training with other settings, or a GPU with too little memory.
+            configured groups, an interrupted training with other settings, a GPU with too little memory, or a disk with
+            too little space.
     """
     from dreamartist_pipeline.backbones.base_model import files_for
     from dreamartist_pipeline.pipelines.training.plan import make_plan
