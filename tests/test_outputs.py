@@ -17,7 +17,7 @@ import pytest
 import small_run
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.outputs import check_folders
-from dreamartist_pipeline.locks import LockHeldError
+from dreamartist_pipeline.locks import LocalLock, LockHeldError
 from dreamartist_pipeline.whole_files import STAGED, publish
 from refusals import says
 from small_disks import mount_read_only, mount_small
@@ -152,6 +152,15 @@ def test_a_read_only_folder_is_found_before_the_run(tmp_path: Path) -> None:
     with mount_read_only(tmp_path / "02") as folder, pytest.raises(InputError, check=says(got=str(folder))):
         small_run.run(tmp_path, "a")
     assert not texts(tmp_path)
+
+
+def test_a_read_only_concept_can_be_evaluated_by_one_run_at_a_time(tmp_path: Path) -> None:
+    small_run.run(tmp_path, "a")
+    (tmp_path / "06").rename(tmp_path / "models")
+    with mount_read_only(tmp_path / "06", tmp_path / "models"):
+        small_run.run(tmp_path, "a", nodes=("evaluate",))
+        with LocalLock(tmp_path / "08/fox/.lock", "").hold(), pytest.raises(LockHeldError):
+            small_run.run(tmp_path, "a", nodes=("evaluate",))
 
 
 def test_a_full_disk_is_found_before_the_run(tmp_path: Path) -> None:

@@ -62,8 +62,9 @@ class OutputHooks:
         concept = path_of(catalog, _CONCEPT)
         if concept is None or not any(self._subject in folder.parts for folder in folders):
             return
-        self._run.enter_context(LocalLock(concept.with_name(_LOCK), f"the subject {self._subject}").hold())
-        self._journal = concept.with_name(_JOURNAL)
+        place = folders[0] if write_error(concept.parent) else concept.parent  # a concept may be read-only
+        self._run.enter_context(LocalLock(place / _LOCK, f"the subject {self._subject}").hold())
+        self._journal = place / _JOURNAL
         self._final.clear()
         self._unsaved.clear()
         finish_publishing(self._journal)
@@ -144,13 +145,22 @@ def check_folders(folders: Iterable[Path]) -> None:
         InputError: one of these is not so.
     """
     for present, folder in {existing_folder(folder): folder for folder in folders}.items():
-        try:
-            with tempfile.TemporaryFile(dir=present):
-                pass
-        except OSError as error:
+        if (error := write_error(present)) is not None:
             raise InputError(
                 expected=f"to write into {folder}",
                 got=f"{error.strerror} ({present})",
                 remedy=f"make it writable, or {_OTHER_FOLDERS}",
             ) from error
         check_free_space(folder, _FREE_BYTES, "the reports of a run", _OTHER_FOLDERS)
+
+
+def write_error(folder: Path) -> OSError | None:
+    """Return why no file can be created in a folder, or the folder itself; None if it is possible.
+
+    It is tried: permissions do not tell it of read-only disks, nor to root.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=existing_folder(folder)):
+            return None
+    except OSError as error:
+        return error
