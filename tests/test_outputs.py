@@ -124,6 +124,15 @@ def test_a_kill_between_the_renames_is_completed_by_the_next_run(
     assert not strays(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[", "1", "[1]"])
+def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
+    small_run.run(tmp_path, "a")
+    (tmp_path / "06/fox/.publishing.json").write_text(text)
+    with pytest.raises(InputError, check=says(expected=".publishing.json", remedy="delete")):
+        small_run.run(tmp_path, "b")
+    assert texts(tmp_path) == dict.fromkeys(FILES, "a")
+
+
 def test_a_second_run_of_the_subject_is_refused_at_once_and_named(tmp_path: Path) -> None:
     with start(tmp_path, "a", "train") as process:
         wait_for_node(process)

@@ -133,10 +133,21 @@ def publish(files: Iterable[Path], journal: Path) -> None:
 
 
 def finish_publishing(journal: Path) -> None:
-    """Complete what `publish` has begun; without a journal, that is nothing."""
-    if not journal.exists():
+    """Complete what `publish` has begun; without a journal, that is nothing.
+
+    Raises:
+        InputError: a damaged journal.
+    """
+    try:
+        files = [journal.parent / name for name in json.loads(journal.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
         return
-    files = [journal.parent / name for name in json.loads(journal.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            expected=f"a list of files in {journal}",
+            got=f"{error}",
+            remedy=f"delete it, and run again what wrote the files in {journal.parent}",
+        ) from error
     for file in files:
         with contextlib.suppress(FileNotFoundError):  # it is in its place already
             (file.parent / STAGED / file.name).replace(file)
