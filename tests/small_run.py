@@ -62,9 +62,16 @@ def pipeline(waits_in: str = "", fails_in: str = "") -> Pipeline:
     return Pipeline(nodes)
 
 
-def run(folder: Path, text: str, waits_in: str = "", fails_in: str = "", nodes: tuple[str, ...] = ()) -> None:
+def run(
+    folder: Path,
+    text: str,
+    waits_in: str = "",
+    fails_in: str = "",
+    nodes: tuple[str, ...] = (),
+    hooks: OutputHooks | None = None,
+) -> None:
     """Run the pipeline, or some of its nodes, as a Kedro session does."""
-    hooks, manager = OutputHooks(), _create_hook_manager()
+    hooks, manager = hooks or OutputHooks(), _create_hook_manager()
     manager.register(hooks)
     hooks.after_context_created(cast(KedroContext, settings("fox")))
     catalog, part = catalog_in(folder), pipeline(waits_in, fails_in)

@@ -16,7 +16,7 @@ import pytest
 
 import small_run
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.hooks.outputs import check_folders
+from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders
 from dreamartist_pipeline.locks import LocalLock, LockHeldError
 from dreamartist_pipeline.whole_files import STAGED, publish
 from refusals import says
@@ -120,6 +120,26 @@ def test_a_kill_between_the_renames_is_completed_by_the_next_run(
         publish(files, tmp_path / "06/fox/.publishing.json")
     assert len({texts(tmp_path)[name] for name in CONCEPT_SET}) == 1 + (num_renamed > 0)
     small_run.run(tmp_path, "b", nodes=("evaluate",))
+    assert {texts(tmp_path)[name] for name in CONCEPT_SET} == {"b"}
+    assert not strays(tmp_path)
+
+
+def test_an_interruption_between_the_renames_is_completed_by_the_next_run_in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run.run(tmp_path, "a")
+    hooks, counter = OutputHooks(), itertools.count()
+
+    def replace(self: Path, target: Path) -> None:
+        if self.parent.name == STAGED != target.parent.name and next(counter) == 2:
+            raise KeyboardInterrupt
+        os.replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        small_run.run(tmp_path, "b", hooks=hooks)
+    assert len({texts(tmp_path)[name] for name in CONCEPT_SET}) == 2
+    small_run.run(tmp_path, "b", nodes=("evaluate",), hooks=hooks)
     assert {texts(tmp_path)[name] for name in CONCEPT_SET} == {"b"}
     assert not strays(tmp_path)
 

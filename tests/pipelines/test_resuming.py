@@ -285,7 +285,7 @@ def test_two_processes_stop_after_the_same_step_and_continue_to_the_same_bytes(t
     assert list(history["step"]) == [1, 2, 3, 4]
 
 
-def test_a_concept_names_all_that_determines_it(train: Train, alone: Alone) -> None:
+def test_a_concept_names_its_picture_and_its_whole_training(train: Train, alone: Alone) -> None:
     metadata = read_concept(alone.concept, "alone").metadata
     assert metadata.picture_sha256 == images_sha256([("", picture())])
     identities = {metadata.identity_sha256}

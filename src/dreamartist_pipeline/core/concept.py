@@ -50,7 +50,7 @@ class ConceptMetadata(BaseModel):
         zero_terminal_snr: whether the noise schedule has zero terminal SNR.
         config_sha256: of the options that can change the result.
         start_sha256: of the concept file that the training started from.
-        identity_sha256: of all that determines the concept: options, base model, pictures, versions of libraries.
+        identity_sha256: of options, caption, base model and pictures of the training.
         picture_sha256: of the prepared picture, see `image_set.images_sha256`.
         imported_from: (name, SHA-256) of the imported files.
     """

@@ -68,7 +68,7 @@ class OutputHooks:
         self._final.clear()
         self._unsaved.clear()
         finish_publishing(self._journal)
-        self._run.callback(self._discard, folders)
+        self._run.callback(self._discard, folders, self._journal)
         for folder in folders:
             remove_leftovers(folder)
             shutil.rmtree(folder / STAGED, ignore_errors=True)
@@ -99,7 +99,7 @@ class OutputHooks:
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self) -> None:
-        """Publish the rest, and release the lock."""
+        """Release the lock."""
         self._end()
 
     @hook_impl(trylast=True)
@@ -110,8 +110,10 @@ class OutputHooks:
     def _end(self) -> None:
         self._run.close()
 
-    def _discard(self, folders: Iterable[Path]) -> None:
+    def _discard(self, folders: Iterable[Path], journal: Path) -> None:
+        """Remove the files that are stored aside, unless an interruption has just stopped their publishing."""
         self._return_to_final()
+        finish_publishing(journal)
         for folder in folders:
             shutil.rmtree(folder / STAGED, ignore_errors=True)
 

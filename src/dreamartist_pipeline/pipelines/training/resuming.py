@@ -29,6 +29,7 @@ from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
 
 _OPTIMIZERS = {"training.optimizer", "training.words.optimizer"}
+_MACHINE = ("device", "processes")  # of the entries about the device
 _START_ANEW = "set training.resume=never to start anew"
 _QUOTED_CHARACTERS, _QUOTED_DIGITS = 60, 12  # of a value in a message, and of a SHA-256
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,13 +115,15 @@ def pictures_identity(
 
 
 def concept_identity(identity: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a concept's metadata names of all that determines it.
+    """Return what a concept's metadata names of its picture, configuration and base model, on whatever machine.
 
     Args:
         identity: `settings_identity` and `pictures_identity`.
     """
+    device = {name: value for name, value in identity["device"].items() if name not in _MACHINE}
+    named = {name: value for name, value in identity.items() if name != "versions"} | {"device": device}
     return {
-        "identity_sha256": hashlib.sha256(to_json(identity).encode()).hexdigest(),
+        "identity_sha256": hashlib.sha256(to_json(named).encode()).hexdigest(),
         "picture_sha256": identity["picture"],
     }
 
