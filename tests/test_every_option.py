@@ -113,6 +113,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "evaluation.prior_prompts",
             "evaluation.class_word",
         ),
+        "test_another_picture_than_that_of_the_training_is_refused": ("evaluation.other_picture",),
         "test_a_missing_evaluator_is_refused_before_anything_is_drawn": ("evaluation.evaluators",),
     },
     "pipelines/test_export.py": {

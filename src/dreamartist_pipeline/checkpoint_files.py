@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamartist_pipeline.whole_files import flushed, written_whole
+from dreamartist_pipeline.whole_files import flushed, remove_leftovers, written_whole
 
 _DAMAGE = (  # what zipfile and torch raise for damaged files
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError),
@@ -62,15 +62,15 @@ class CheckpointStore:
         newest, before = self._files(name)
         with written_whole(newest) as temporary:
             torch.save(checkpoint, temporary)
-            flushed(temporary)
+            flushed(temporary)  # before the older one is renamed
             if newest.exists():
                 newest.replace(before)
-        flushed(self.path)
 
     def discard(self, name: str) -> None:
         """Remove the checkpoints of a training, and the folder if nothing else is in it."""
         for file in self._files(name):
             file.unlink(missing_ok=True)
+        remove_leftovers(self.path)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 

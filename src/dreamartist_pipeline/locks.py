@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +49,7 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         """Describe this process as the holder from now on."""
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         return cls(os.getpid(), platform.node(), since, command[:_COMMAND_CHARACTERS])
 
@@ -115,7 +115,8 @@ class LocalLock:
             lock.acquire(timeout=0)
         except Timeout:
             if wait_s:
-                log.info("Waiting up to %.0f s for %s, which %s uses.", wait_s, self.protects, self._named_holder())
+                limit = timedelta(seconds=round(wait_s))
+                log.info("Waiting up to %s for %s, which %s uses.", limit, self.protects, self._named_holder())
             try:
                 lock.acquire(timeout=wait_s, poll_interval=_POLL_S)
             except Timeout:

@@ -619,6 +619,8 @@ class EvaluationParams(Params):
     evaluators: Annotated[Texts, KIND_AND_PATH] = ("efficientnet-lite0",)
     # For CLIPScore: "clip:FOLDER_OR_HUB_ID", None for none, or "auto" for the towers of the base model, if it has some.
     text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None, KIND_AND_PATH] = "auto"
+    # Whether a concept may be compared with another picture than that of its training.
+    other_picture: bool = False
     # Whether colours named in prompts are compared with the pixels; None for the embedded base model only.
     color_agreement: bool | None = None
 

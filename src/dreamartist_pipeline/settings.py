@@ -13,6 +13,7 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
+from dreamartist_pipeline.catalog import ProjectCatalog
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import (
     CheckpointHooks,
@@ -20,6 +21,7 @@ from dreamartist_pipeline.hooks import (
     ConsoleHooks,
     ManifestHooks,
     MLflowHooks,
+    OutputHooks,
     RunRecordHooks,
     nearest,
 )
@@ -182,8 +184,17 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
-# of two hooks that are tried first, the last one here is called first
-HOOKS = (MLflowHooks(), ConfigurationHooks(), RunRecordHooks(), ConsoleHooks(), CheckpointHooks(), ManifestHooks())
+DATA_CATALOG_CLASS = ProjectCatalog
+# Of hooks that are tried first, the last one here is called first: the configuration, the folders, MLflow.
+HOOKS = (
+    MLflowHooks(),
+    OutputHooks(),
+    ConfigurationHooks(),
+    RunRecordHooks(),
+    ConsoleHooks(),
+    CheckpointHooks(),
+    ManifestHooks(),
+)
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",

@@ -222,6 +222,20 @@ def test_images_of_a_run_are_read_by_name_and_the_newest_run_is_previewed(tmp_pa
     assert sorted(ImageRunsDataset(path=str(tmp_path / "2026-01-03")).load())[0] == "000_7"
 
 
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    runs = [ImageRunsDataset(path=str(tmp_path / "2026-01-02")) for _ in range(3)]
+    for run, color in zip(runs, ("red", "green", "blue"), strict=True):
+        run.save({"000_7": Image.new("RGB", (4, 4), color)})
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2026-01-02", "2026-01-02-2", "2026-01-02-3"]
+    assert [run.load()["000_7"]().getpixel((0, 0)) for run in runs] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+
+
+def test_a_run_that_is_interrupted_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError):
+        ImageRunsDataset(path=str(tmp_path / "2026-01-02")).save({"a": Image.new("RGB", (4, 4)), "b": None})
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_run_there_is_nothing_to_preview(tmp_path: Path) -> None:
     assert ImageRunsDataset(path=str(tmp_path / "2026-01-04")).preview() == ""
 

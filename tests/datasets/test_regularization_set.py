@@ -18,7 +18,9 @@ from PIL import Image
 from dreamartist_pipeline.core.image_set import ImagesToDraw
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
+from dreamartist_pipeline.errors import input_error_in
 from refusals import says
+from small_disks import mount_small
 
 KEY = "0123abcd"
 CAPTIONS = ("a red cat", "a blue dog", "a bee", "a lion", "a cake")
@@ -134,12 +136,13 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flip, lambda file: file.write_bytes(b"")])
 def test_a_missing_or_damaged_image_is_drawn_again(
-    dataset: RegularizationSetDataset, folder: Path, damage: object
+    dataset: RegularizationSetDataset, folder: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset.save(requested(Artist()))
     damage(folder / NAMES[4])  # type: ignore[operator]
     artist = Artist()
     dataset.save(requested(artist))
+    assert (f"{folder} are drawn again: {NAMES[4]}" in caplog.text) == (damage is not Path.unlink)
     assert artist.asked == [[4]]
     assert greys(dataset) == [0, 10, 20, 30, 40]
 
@@ -221,6 +224,15 @@ def test_of_two_runs_that_want_the_same_set_one_draws_it_and_the_other_waits(tmp
     first.join()
     assert drawn == [0, 1]
     assert dataset_in(tmp_path, "owl").exists()
+
+
+def test_a_disk_without_room_is_found_before_anything_is_drawn(tmp_path: Path) -> None:
+    artist = Artist()
+    with mount_small(tmp_path / "sets", "64k"), pytest.raises(DatasetError) as refused:
+        dataset_in(tmp_path).save(dataclasses.replace(requested(artist), image_bytes=20_000))
+    error = input_error_in(refused.value)
+    assert error is not None and "5 images" in error.expected
+    assert artist.asked == []
 
 
 # --------------------------------------------------------------------------------------------- under another name

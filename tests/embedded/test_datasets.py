@@ -65,13 +65,13 @@ class FakePipeline:
         self.text = text
 
     def save_pretrained(self, path: Path) -> None:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         (path / "model_index.json").write_text(self.text)
 
 
 class BrokenPipeline:
     def save_pretrained(self, path: Path) -> None:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         raise OSError("disk full")
 
 

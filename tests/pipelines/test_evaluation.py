@@ -16,12 +16,13 @@ from PIL import Image, ImageDraw
 
 from dreamartist_pipeline.core import processes
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline
 from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages, measure
-from dreamartist_pipeline.pipelines.evaluation.nodes import check_evaluation, evaluate_concept
+from dreamartist_pipeline.pipelines.evaluation.nodes import check_evaluation, check_picture, evaluate_concept
 from dreamartist_pipeline.pipelines.evaluation.sheet import _sampling_line
 from refusals import says
 
@@ -360,3 +361,20 @@ def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:
 
     types = TypeExtractor({"evaluation": create_pipeline(RecordingTracker())}).extract_types_from_pipelines()
     assert types == {"evaluation": EvaluationParams, "device": DeviceParams}
+
+
+@pytest.mark.parametrize(("color", "trained_on"), [("orange", "orange"), ("blue", None)])
+def test_the_picture_of_the_training_is_accepted_and_so_is_any_where_it_is_unknown(
+    color: str, trained_on: str | None
+) -> None:
+    known = trained_on and images_sha256([("", _picture("white", trained_on))])
+    check_picture(known, _picture("white", color), EvaluationParams(prompts=["a {pt1}"], prior_prompts=["a cat"]))
+
+
+def test_another_picture_than_that_of_the_training_is_refused() -> None:
+    trained_on, other = (images_sha256([("", _picture("white", color))]) for color in ("orange", "blue"))
+    params = EvaluationParams(prompts=["a {pt1}"], prior_prompts=["a cat"])
+    refused = says(expected=trained_on[:12], got=other[:12], remedy="evaluation.other_picture=true")
+    with pytest.raises(InputError, check=refused):
+        check_picture(trained_on, _picture("white", "blue"), params)
+    check_picture(trained_on, _picture("white", "blue"), params.model_copy(update={"other_picture": True}))

@@ -19,8 +19,9 @@ from PIL import Image
 from dreamartist_pipeline.backbones import base_model
 from dreamartist_pipeline.core.checkpoints import CONCEPT
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.errors import InputError, StoppedEarly
-from dreamartist_pipeline.interop.concept_file import write_concept
+from dreamartist_pipeline.interop.concept_file import read_concept, write_concept
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
 from refusals import says
@@ -282,3 +283,18 @@ def test_two_processes_stop_after_the_same_step_and_continue_to_the_same_bytes(t
     continued, history = train(tmp_path, **shared)
     assert write_concept(continued) == write_concept(concept)
     assert list(history["step"]) == [1, 2, 3, 4]
+
+
+def test_a_concept_names_its_picture_and_its_whole_training(train: Train, alone: Alone) -> None:
+    metadata = read_concept(alone.concept, "alone").metadata
+    assert metadata.picture_sha256 == images_sha256([("", picture())])
+    identities = {metadata.identity_sha256}
+    for change in (
+        {"prepared_image": picture("green")},
+        {"prepared_mask": Image.new("L", (32, 32), 255)},
+        {"regularization_set": images("blue")},
+        {"caption": "black background"},
+        {"weight_decay": 0.5},
+    ):
+        identities.add(train(None, **change)[0].metadata.identity_sha256)
+    assert len(identities - {None}) == 6

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import shown
+from dreamartist_pipeline.whole_files import written_whole
 
 _CONFIGS = "cfgs"  # the toolkit's folder of configurations
 _MAX_BYTES = 1_000_000
@@ -125,10 +126,8 @@ def _printable(text: str) -> str:
 
 def _write_yaml(file: Path, values: dict[str, Any], head: str) -> None:
     comment = "".join(f"# {line}\n" for line in head.splitlines())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(_verbatim(values))), encoding="utf-8")
-    partial.replace(file)
+    with written_whole(file) as temporary:
+        temporary.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(_verbatim(values))), encoding="utf-8")
 
 
 def _verbatim(value: Any) -> Any:

@@ -23,7 +23,7 @@ _FIRST_ENCODER = "text_encoder"
 _GROUPS = "lora_"  # followed by the network
 _PLAIN = (  # stored as plain text; all other values are JSON
     *("base_model", "base_model_fingerprint", "base_model_family", "prediction_type", "guidance_scale", "class_word"),
-    *("config_sha256", "start_sha256"),
+    *("config_sha256", "start_sha256", "identity_sha256", "picture_sha256"),
 )
 _OLD_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
 
@@ -50,6 +50,8 @@ class ConceptMetadata(BaseModel):
         zero_terminal_snr: whether the noise schedule has zero terminal SNR.
         config_sha256: of the options that can change the result.
         start_sha256: of the concept file that the training started from.
+        identity_sha256: of options, caption, base model and pictures of the training.
+        picture_sha256: of the prepared picture, see `image_set.images_sha256`.
         imported_from: (name, SHA-256) of the imported files.
     """
 
@@ -74,6 +76,8 @@ class ConceptMetadata(BaseModel):
     versions: dict[str, str] | None = None
     config_sha256: str | None = None
     start_sha256: str | None = None
+    identity_sha256: str | None = None
+    picture_sha256: str | None = None
     imported_from: tuple[tuple[str, str], ...] | None = None
 
     @classmethod

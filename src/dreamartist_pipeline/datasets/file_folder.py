@@ -3,7 +3,6 @@
 Annotations here are evaluated (no `from __future__ import annotations`): kedro-viz reads the return type of `preview`.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,13 +11,14 @@ from kedro.io import AbstractDataset
 from kedro_datasets._typing import TablePreview
 
 from dreamartist_pipeline.datasets.inputs import FileError
+from dreamartist_pipeline.whole_files import restored, written_whole_folder
 
 
 class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
     """A folder as a mapping from relative names, such as `lora/fox.safetensors`, to bytes.
 
-    A save writes a new folder beside the old one and then swaps them: files of an earlier save are removed, and an
-    interrupted save leaves the earlier one unchanged.
+    A save replaces the folder as a whole: files of an earlier save are removed, and an interrupted save leaves the
+    earlier one unchanged.
 
     Args:
         path: the folder; it contains nothing else.
@@ -34,7 +34,7 @@ class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
         Raises:
             FileError: no such folder.
         """
-        if not self._path.is_dir():
+        if not self._exists():
             raise FileError(
                 expected=f"a folder at {self._path}", got="none", remedy="run the pipeline that creates it first"
             )
@@ -52,23 +52,11 @@ class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
                 raise FileError(
                     expected=f"file names inside {self._path}", got=f"{name!r}", remedy="use relative names"
                 )
-        partial, old = (self._path.with_name(f".{self._path.name}.{state}") for state in ("partial", "old"))
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        with written_whole_folder(self._path) as temporary:
             for name, content in data.items():
-                file = partial / name
+                file = temporary / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-            if self._path.exists():
-                self._path.rename(old)
-            partial.rename(self._path)
-        finally:
-            if old.exists() and not self._path.exists():
-                old.rename(self._path)
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
 
     def preview(self) -> TablePreview:
         """Show the names and sizes of the files."""
@@ -76,7 +64,7 @@ class FileFolderDataset(AbstractDataset[Mapping[str, bytes], dict[str, bytes]]):
         return TablePreview({"index": list(range(len(rows))), "columns": ["file", "bytes"], "data": rows})
 
     def _exists(self) -> bool:
-        return self._path.is_dir()
+        return restored(self._path).is_dir()
 
     def _describe(self) -> dict[str, Any]:
         return {"path": self._path.as_posix()}

@@ -5,6 +5,7 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 
 import base64
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
-from dreamartist_pipeline.whole_files import written_whole
+from dreamartist_pipeline.whole_files import write_new_folder, written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -216,15 +217,26 @@ class ImageDataset(AbstractDataset["Image", "Image"]):
 
 
 class ImageRunsDataset(PartitionedDataset):  # type: ignore[misc]  # its library has no types
-    """Named images in one folder per run; the preview shows those of the newest run.
+    """Named images in one folder per run, which appears when it is complete; the preview shows those of the newest run.
 
     Args:
-        path: this run's folder; sibling folders whose names begin with a digit belong to earlier runs.
+        path: this run's folder; if it exists already, a save takes NAME-2, NAME-3, …. Sibling folders whose names begin
+            with a digit belong to earlier runs.
         metadata: for kedro-viz.
     """
 
     def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
+        self._path = path
         super().__init__(path=path, dataset=ImageDataset, filename_suffix=".png", metadata=metadata)
+
+    def save(self, data: Mapping[str, "Image"]) -> None:
+        """Write a new folder."""
+
+        def write(folder: Path) -> None:
+            for name, image in data.items():
+                save_image(image, folder / f"{name}.png")
+
+        self._path = write_new_folder(Path(self._path), write).as_posix()
 
     def preview(self) -> ImagePreview:
         """Show the first images of the newest run."""

@@ -6,19 +6,20 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
 
 from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw
 from dreamartist_pipeline.datasets.image import grid_preview, save_image
 from dreamartist_pipeline.datasets.inputs import FileError
+from dreamartist_pipeline.disk_space import check_free_space
+from dreamartist_pipeline.locks import LocalLock
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _CAPTIONS, _MANIFEST = "image_captions.json", "manifest.json"
 _DAMAGE = (OSError, SyntaxError, ValueError)  # what Pillow raises for missing and damaged files
+_WAIT_S = 24 * 60 * 60.0  # for another run that draws the same set
+_MAX_NAMED = 5  # damaged images in a warning
 _DRAW_AGAIN = "draw it again (kedro run --pipelines prompts,regularization --params subject=NAME)"
 
 log = logging.getLogger(__name__)
@@ -67,12 +70,15 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
 
         Raises:
             FileError: a key that cannot be a folder's name.
+            InputError: too little space on the disk.
+            LockHeldError: another run has been drawing the same set for a day.
             DatasetError: another number of images than requested, or an error while drawing.
         """
         self._path.mkdir(parents=True, exist_ok=True)
         data = data if self._folder(data.key).exists() else self._adopted(data)
         folder = self._folder(data.key)
-        with FileLock(folder.with_name(f".{data.key}.lock")):
+        lock = LocalLock(folder.with_name(f".{data.key}.lock"), f"the regularization set {data.key}")
+        with lock.hold(wait_s=_WAIT_S):
             partial_folder = folder if folder.exists() else folder.with_name(f"{data.key}.partial")
             _complete(partial_folder, data)
             if partial_folder != folder:
@@ -117,11 +123,14 @@ def _complete(folder: Path, data: ImagesToDraw) -> None:
     """Draw the missing images of a folder, batch by batch, then write captions and manifest."""
     files = {folder / f"{index:06d}.png": caption for index, caption in enumerate(data.captions)}
     whole = [_is_whole(file) for file in files]
+    _warn_damaged([file for file, is_whole in zip(files, whole, strict=True) if file.exists() and not is_whole])
     starts = range(0, len(files), data.batch_size)
     batches = [range(len(files))[start : start + data.batch_size] for start in starts]
     missing = [batch for batch in batches if not all(whole[index] for index in batch)]
     if missing:
         log.info("Drawing the regularization set %s: %d images, %d already there.", data.key, len(files), sum(whole))
+        num_missing = sum(map(len, missing))
+        check_free_space(folder, num_missing * data.image_bytes, f"{num_missing} images", "lower prompts.num_prompts")
         requested = [list(files)[index] for batch in missing for index in batch]
         for file, image in zip(requested, data.draw(missing), strict=True):
             save_image(image, file)
@@ -131,12 +140,18 @@ def _complete(folder: Path, data: ImagesToDraw) -> None:
     _save_json(folder / _MANIFEST, data.manifest)
 
 
+def _warn_damaged(files: Sequence[Path]) -> None:
+    if files:
+        named = ", ".join(file.name for file in files[:_MAX_NAMED]) + (", …" if len(files) > _MAX_NAMED else "")
+        log.warning("Damaged images in %s are drawn again: %s.", files[0].parent, named)
+
+
 def _is_whole(file: Path) -> bool:
     """Return whether a PNG exists and its checksums are right."""
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             image.verify()
     except _DAMAGE:
         return False
@@ -148,7 +163,7 @@ def _read_image(file: Path) -> "Image":
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             return image.convert("RGB")
     except _DAMAGE as error:
         raise FileError(

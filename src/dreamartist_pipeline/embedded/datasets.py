@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -17,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from dreamartist_pipeline.decoding.json_text import parse_json, reasons
 from dreamartist_pipeline.decoding.safetensors_files import read_header
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.whole_files import written_whole
+from dreamartist_pipeline.whole_files import restored, written_whole, written_whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -150,27 +148,21 @@ class SpriteSetDataset(_FileDataset["SpriteSet"]):
 
 
 class PretrainedFolderDataset(AbstractDataset[Any, str]):
-    """A folder of a diffusers or transformers model: saves by `save_pretrained` and one rename; loads the path."""
+    """A folder of a diffusers or transformers model: saves by `save_pretrained`, as a whole; loads the path."""
 
     def __init__(self, *, path: str, metadata: dict[str, Any] | None = None) -> None:
         self._path = Path(path)
         self.metadata = metadata
 
     def load(self) -> str:
-        return self._path.as_posix()
+        return restored(self._path).as_posix()
 
     def save(self, data: Any) -> None:
-        temporary, replaced = (self._path.with_name(self._path.name + suffix) for suffix in (".tmp", ".old"))
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        data.save_pretrained(temporary)
-        if self._path.exists():
-            os.replace(self._path, replaced)
-        os.replace(temporary, self._path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with written_whole_folder(self._path) as temporary:
+            data.save_pretrained(temporary)
 
     def _exists(self) -> bool:
-        return self._path.exists()
+        return restored(self._path).exists()
 
     def _describe(self) -> dict[str, Any]:
         return {"path": self._path.as_posix()}

@@ -15,6 +15,7 @@ from dreamartist_pipeline.hooks.configuration import (
 from dreamartist_pipeline.hooks.console import Commands, ConsoleHooks, mlflow_lines, next_lines, written_files
 from dreamartist_pipeline.hooks.manifest import ManifestHooks
 from dreamartist_pipeline.hooks.opening import MLflowHooks
+from dreamartist_pipeline.hooks.outputs import OutputHooks
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
 from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tags, run_name
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
@@ -27,6 +28,7 @@ __all__ = [
     "ConsoleHooks",
     "MLflowHooks",
     "ManifestHooks",
+    "OutputHooks",
     "RunRecordHooks",
     "build_parameters",
     "check_image_has_subject",

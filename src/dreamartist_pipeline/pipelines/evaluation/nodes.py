@@ -9,9 +9,11 @@ from PIL import Image
 
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept
 else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
     Concept = DataFrame = Any
+
+_DIGITS = 12  # of a SHA-256 in messages
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,30 @@ def check_evaluation(params: EvaluationParams, planned: PlannedConcept | None) -
     check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 
+def check_picture(trained_on: str | None, prepared_image: Image.Image, params: EvaluationParams) -> None:
+    """Check that a concept is compared with the picture that it was trained on.
+
+    Args:
+        trained_on: `picture_sha256` of the concept; None for imported ones and those of earlier versions.
+        prepared_image: the picture.
+        params: of the evaluation.
+
+    Raises:
+        InputError: another picture, without `params.other_picture`.
+    """
+    if trained_on is None:
+        log.info("The concept does not name the picture of its training: that it is the prepared one is not checked.")
+    elif not params.other_picture and (found := images_sha256([("", prepared_image)])) != trained_on:
+        raise InputError(
+            expected=f"the concept with the prepared image of its training, {trained_on[:_DIGITS]}",
+            got=f"another prepared image, {found[:_DIGITS]}",
+            remedy=(
+                "prepare that picture again (kedro run --pipeline ingestion --params subject=NAME,image=PICTURE), "
+                "train again, or compare them nevertheless (evaluation.other_picture=true)"
+            ),
+        )
+
+
 @checked_early("device", check_device)
 @checked_early("evaluation", check_evaluation)
 def evaluate_concept(
@@ -58,7 +86,8 @@ def evaluate_concept(
         one row per measured image.
 
     Raises:
-        InputError: an unknown evaluator, an invalid scheduler, an incomplete base model, or a concept for another one.
+        InputError: another picture than that of the training, an unknown evaluator, an invalid scheduler, an incomplete
+            base model, or a concept for another one.
     """
     from pandas import DataFrame
 
@@ -68,6 +97,7 @@ def evaluate_concept(
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
+    check_picture(concept.metadata.picture_sha256, prepared_image, params)
     log.info("Adapter strengths: %s.", params.strength)
     backbone = open_base_model(base_model, device)
     evaluators = [load_evaluator(name, backbone.device) for name in params.evaluators]

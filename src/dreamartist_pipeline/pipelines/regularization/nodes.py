@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}|hub:.*")  # in sets of earlier versions: of the files, or the hub id
 _PROGRESS_DELAY_S = 2.0
+_PIXEL_BYTES = 3  # at most, in a PNG
 _COST_ABOVE_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def make_regularization_set(
         batch_size=params.sampler.batch_size,
         manifest=manifest,
         draw=functools.partial(_draw, base_model, regularization_prompts, params, device, side_px),
+        image_bytes=_PIXEL_BYTES * side_px**2,
         is_in=functools.partial(_is_same_set, files, manifest),
     )
 

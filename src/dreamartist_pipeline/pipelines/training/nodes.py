@@ -60,7 +60,8 @@ def check_training(
             a template without its slot, a caption with a trigger word or with invalid braces, trigger words that are
             cut off, LoRA groups whose layers clip_skip skips, an optimizer that is not available, an invalid scheduler
             of the preview, a noise schedule that does not suit the base model, a start concept that does not fit the
-            configured groups, an interrupted training with other settings, or a GPU with too little memory.
+            configured groups, an interrupted training with other settings, a GPU with too little memory, or a disk with
+            too little space.
     """
     from dreamartist_pipeline.backbones.base_model import files_for
     from dreamartist_pipeline.pipelines.training.plan import make_plan
@@ -168,18 +169,21 @@ def _train_on_rank(
         log_performance,
         preview_drawing,
     )
-    from dreamartist_pipeline.pipelines.training.resuming import checkpointing_of, pictures_identity, settings_identity
+    from dreamartist_pipeline.pipelines.training.resuming import (
+        checkpointing_of,
+        concept_identity,
+        pictures_identity,
+        settings_identity,
+    )
     from dreamartist_pipeline.pipelines.training.starting import apply_start
     from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
 
     is_first = rank() == 0
     tracker = tracker if is_first else NoTracker()
     images = regularization_images(regularization_set, params)
-    checkpointing = None
-    if kept:
-        identity = settings_identity(base_model, params, caption, device, start)
-        identity |= pictures_identity(prepared_image, prepared_mask, prepared_framing, images)
-        checkpointing = checkpointing_of(kept, identity, params, tracker)
+    identity = settings_identity(base_model, params, caption, device, start)
+    identity |= pictures_identity(prepared_image, prepared_mask, prepared_framing, images)
+    checkpointing = checkpointing_of(kept, identity, params, tracker) if kept else None
     backbone = open_base_model(base_model, device_of_rank(device, rank()))
     factor = lr_factor(params)
     new = start_concept(backbone, params, factor, derived_seed(params.seed, "initial"))
@@ -187,6 +191,7 @@ def _train_on_rank(
     groups = parameter_groups(new.stacks, new.words, params.words.lr * factor)
     check_plan(training_plan, groups, start_entry)
     metadata = concept_metadata(backbone, params, factor, start.sha256 if start else None)
+    metadata = metadata.model_copy(update=concept_identity(identity))
     memory = memory_plan(training_plan, params)
     if memory.checkpointing:
         new.backbone.checkpoint_gradients()

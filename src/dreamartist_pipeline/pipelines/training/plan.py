@@ -24,6 +24,7 @@ from dreamartist_pipeline.core.training import ParameterGroup, branch_table, lr_
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, ScheduleParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, template_prompts, training_prompts
+from dreamartist_pipeline.pipelines.training.disk import check_disk
 from dreamartist_pipeline.pipelines.training.memory import plan_memory, step_shape
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
 from dreamartist_pipeline.pipelines.training.starting import apply_start
@@ -73,7 +74,7 @@ def make_plan(
     num_processes = num_training_processes(params, device)
     shape = step_shape(planned, params, caption, side_px, num_processes)
     log.info("Trained parameters by branch:\n%s", branch_table(groups, taken_over))
-    return {
+    plan = {
         **read,
         "num_branches": params.num_branches,
         "num_steps": params.num_steps,
@@ -84,6 +85,8 @@ def make_plan(
         **start_entry,
         **plan_memory(files, base_model, params, device, shape, num_processes),
     }
+    check_disk(plan, params, base_model.image_px)
+    return plan
 
 
 def check_plan(plan: Mapping[str, Any], groups: Sequence[ParameterGroup], start_entry: Mapping[str, Any]) -> None:

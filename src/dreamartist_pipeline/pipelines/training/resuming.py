@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from dreamartist_pipeline.backbones.base_model import files_for
 from dreamartist_pipeline.backbones.concepts import library_versions
 from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT, Checkpoint, Checkpoints
+from dreamartist_pipeline.core.concept import to_json
 from dreamartist_pipeline.core.devices import pick_device
+from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.tracking import Tracker
@@ -26,8 +29,10 @@ from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
 
 _OPTIMIZERS = {"training.optimizer", "training.words.optimizer"}
+_MACHINE = ("device", "processes")  # of the entries about the device
 _START_ANEW = "set training.resume=never to start anew"
-_QUOTED_CHARACTERS = 60  # of a value in a message
+_QUOTED_CHARACTERS, _QUOTED_DIGITS = 60, 12  # of a value in a message, and of a SHA-256
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +106,26 @@ def pictures_identity(
     """
     return _as_json(
         {
-            "picture": _digest([("", image)]),
-            "mask": _digest([("", mask)]),
+            "picture": images_sha256([("", image)]),
+            "mask": images_sha256([("", mask)]),
             "framing": framing,
-            "regularization set": _digest(regularization),
+            "regularization set": images_sha256(regularization),
         }
     )
+
+
+def concept_identity(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a concept's metadata names of its picture, configuration and base model, on whatever machine.
+
+    Args:
+        identity: `settings_identity` and `pictures_identity`.
+    """
+    device = {name: value for name, value in identity["device"].items() if name not in _MACHINE}
+    named = {name: value for name, value in identity.items() if name != "versions"} | {"device": device}
+    return {
+        "identity_sha256": hashlib.sha256(to_json(named).encode()).hexdigest(),
+        "picture_sha256": identity["picture"],
+    }
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
@@ -185,13 +204,6 @@ def _items(value: Any) -> dict[str, Any] | None:
 
 def _quoted(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if _SHA256.fullmatch(text):
+        return text[:_QUOTED_DIGITS]
     return text if len(text) <= _QUOTED_CHARACTERS else f"{text[: _QUOTED_CHARACTERS - 1]}…"
-
-
-def _digest(images: Sequence[tuple[str, Image]]) -> str:
-    """Return 12 hex digits over captions and pixels."""
-    digest = hashlib.sha256()
-    for caption, image in images:
-        digest.update(json.dumps([caption, image.mode, image.size]).encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()[:12]
