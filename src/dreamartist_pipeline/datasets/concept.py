@@ -4,7 +4,9 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 """
 
 import json
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+
+log = logging.getLogger(__name__)
 
 
 class ConceptDataset(AbstractDataset["Concept", "Concept"]):
@@ -54,11 +58,26 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         return ConceptMetadata.read(texts, str(self._filepath))
 
     def save(self, data: "Concept") -> None:
-        """Write the file atomically."""
+        """Write the file atomically.
+
+        The last concept that is not doubtful stays beside a doubtful one, as `<name>.before<suffix>`.
+        """
         from dreamartist_pipeline.interop.concept_file import write_concept
 
+        before = self._filepath.with_suffix(f".before{self._filepath.suffix}")
+        if data.doubts and self._filepath.is_file():
+            self._keep_as(before)
         with written_whole(self._filepath) as temporary:
             temporary.write_bytes(write_concept(data))
+        if not data.doubts:
+            before.unlink(missing_ok=True)
+
+    def _keep_as(self, before: Path) -> None:
+        """Copy the concept, unless it is doubtful itself: then the one before is there."""
+        if not before.exists():
+            with written_whole(before) as temporary:
+                shutil.copyfile(self._filepath, temporary)
+        log.warning("The earlier concept is kept as %s, until a training has a result without doubts.", before)
 
     def preview(self) -> JSONPreview:
         """Show the metadata, and how many tensors and numbers each part has, without reading the tensors."""
