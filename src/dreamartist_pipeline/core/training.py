@@ -709,7 +709,7 @@ class _Course:
         """Go back to the newest good state; the steps after it are taken again."""
         state = self.good.states[-1]
         self._state.load_state_dict(state)
-        del self.history[state["step"] :]
+        self.history[:] = [row for row in self.history if row["step"] <= state["step"]]
         self.found = None
 
     def checkpoint(self, diverged_at: int | None = None) -> Checkpoint:
@@ -928,7 +928,7 @@ class _Steps:
     def null_loss(self) -> float:
         """Return the median loss of predicting zeros in the first steps, without the reconstruction loss."""
         losses = []
-        for step in range(WINDOW):
+        for step in range(min(WINDOW, max(1, self.params.num_steps))):
             batch = self._batches.draw(step)
             by_row = row_losses(torch.zeros_like(batch.latents), batch, self._model.objective, self.params.loss)
             losses.append((batch.row_weight * by_row).sum())
