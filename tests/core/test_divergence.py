@@ -39,7 +39,7 @@ def rows(losses: Sequence[float], **others: float) -> list[dict[str, float]]:
     return [{"step": step, "loss": loss, "loss_reference": loss} | others for step, loss in enumerate(losses, start=1)]
 
 
-BOUNDS = LossBounds(null_loss=1.0, regularization_weight=0.5)
+BOUNDS = LossBounds(null_losses=[1.0], regularization_weight=0.5)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -95,9 +95,11 @@ def test_a_result_is_doubtful_whose_losses_nearly_diverged() -> None:
     assert "3" in BOUNDS.doubts(rows([0.5] * 40 + [3.0] * 20 + [0.5] * 60))[0]
 
 
-def test_a_result_is_doubtful_that_predicts_worse_than_zeros() -> None:
-    assert BOUNDS.doubts(rows([1.5] * 30)) == []
-    assert "zeros, 1" in BOUNDS.doubts(rows([2.5] * 30))[0]
+@pytest.mark.parametrize(("first", "bound"), [(0.01, 0.5), (0.1, 0.5), (0.3, 0.9), (5.0, 2.0)])
+def test_a_result_is_doubtful_that_predicts_no_better_than_zeros(first: float, bound: float) -> None:
+    """The first step counts alone: the updates after it may be the bad ones."""
+    assert BOUNDS.doubts(rows([first] + [bound - 0.01] * 60)) == []
+    assert "zeros, 1" in BOUNDS.doubts(rows([first] + [bound + 0.01] * 60))[0]
 
 
 # --------------------------------------------------------------------------------------------- parameters
@@ -282,7 +284,8 @@ def halving_params(make_training_params: MakeParams, **changes: Any) -> Training
 def test_half_the_rates_go_on_from_the_last_good_state(make_training_params: MakeParams) -> None:
     seen: list[list[Halving]] = []
     records: list[int] = []
-    alarms = Alarms(on_halving=lambda halvings: seen.append(list(halvings)))
+    doubts: list[str] = []
+    alarms = Alarms(lambda halvings: seen.append(list(halvings)), doubts.extend)
     params = halving_params(make_training_params)
     history = fit(fragile(), make_data(), params, lambda record: records.append(record.step), alarms=alarms)
     assert len(seen) >= 2 and [len(halvings) for halvings in seen] == list(range(1, len(seen) + 1))
@@ -293,6 +296,7 @@ def test_half_the_rates_go_on_from_the_last_good_state(make_training_params: Mak
     for row in history:
         factor = 0.5 ** sum(halving.back_to < row["step"] for halving in seen[-1])
         assert row["lr/toy.0"] == factor * 1e-2
+    assert str(seen[-1][-1].diverged_at) in doubts[0]
     assert len(records) > NUM_STEPS  # repeated steps are reported again
 
 

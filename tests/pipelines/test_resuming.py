@@ -364,7 +364,8 @@ def test_a_diverged_training_is_kept_and_goes_on_by_two_ways(
     assert list(tracker.curve) == list(range(1, 23))  # no step twice
     assert tracker.tags["lr_halved_at_steps"] == str(DIVERGED_AT)
     assert tracker.tags["resumed_at_step"] == str(KEPT)
-    warnings = [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()]
+    assert str(DIVERGED_AT) in tracker.tags["training_doubts"] and halved.doubts
+    warnings = [record.getMessage() for record in caplog.records if "diverged at" in record.getMessage()]
     assert len(warnings) == 1 and "0.001 → 0.0005" in warnings[0]
     assert str(DIVERGED_AT) in warnings[0] and str(KEPT) in warnings[0]
 

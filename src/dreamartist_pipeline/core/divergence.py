@@ -28,6 +28,7 @@ SKIPPED_IN_A_ROW = 40
 MOST_HALVINGS = 5
 """Halvings of the learning rates in one training."""
 _FINAL_WINDOW, _DOUBTFUL_LOSS, _NEARLY = 50, 2.0, 0.5
+_LOWEST_DOUBTFUL_SHARE, _GROWTH_OF_SHARE = 0.5, 3.0
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,19 @@ class LossBounds:
     """Bounds of losses and gradient norms.
 
     Attributes:
-        null_loss: median loss of predicting zeros, without the reconstruction loss.
+        null_losses: of predicting zeros in the first steps, without the reconstruction loss.
         regularization_weight: of `loss_regularization`.
         skips: whether a gradient scaler skips steps with gradients that are not finite.
     """
 
-    null_loss: float
+    null_losses: Sequence[float]
     regularization_weight: float
     skips: bool = False
+
+    @property
+    def null_loss(self) -> float:
+        """The median loss of predicting zeros."""
+        return median(self.null_losses)
 
     def divergence(self, history: Sequence[_Row]) -> Divergence | None:
         """Judge the last step of a history."""
@@ -115,9 +121,18 @@ class LossBounds:
                 found.append(f"the median loss of {WINDOW} steps rose from {start:.3g} at first to {highest:.3g}")
         if len(history) >= WINDOW:
             last = median(map(self._denoising, history[-max(size, WINDOW) :]))
-            if last > _DOUBTFUL_LOSS * self.null_loss:
-                found.append(f"the last losses, {last:.3g}, are above that of predicting zeros, {self.null_loss:.3g}")
+            if last > self._doubtful_share(history[0]) * self.null_loss:
+                found.append(f"the last losses, {last:.3g}, are near or above that of zeros, {self.null_loss:.3g}")
         return found
+
+    def _doubtful_share(self, first: _Row) -> float:
+        """Return the share of the loss of zeros from which the last losses are doubtful.
+
+        It depends on the first step, which no update has changed: learning rates that are too high can spoil the next
+        ones, so that their median says nothing.
+        """
+        at_first = self._denoising(first) / self.null_losses[0] if self.null_losses[0] else 0.0
+        return min(max(_LOWEST_DOUBTFUL_SHARE, _GROWTH_OF_SHARE * at_first), _DOUBTFUL_LOSS)
 
 
 _NORM = "grad_norm/"

@@ -643,7 +643,7 @@ class _Course:
         self._check = _GradientCheck(model, self._params.num_steps)
         self._halvings: list[Halving] = []
         weight = self._params.loss.regularization_weight
-        self._losses = LossBounds(steps.null_loss(), weight, skips=self._state.scaler.is_enabled())
+        self._losses = LossBounds(steps.null_losses(), weight, skips=self._state.scaler.is_enabled())
         values = {group.name: flat for group, flat in zip(model.groups, self._state.parameters, strict=True)}
         self._values = StateBounds(values, [group.name for group in model.groups if group.kind == WORDS])
         if checkpointing and checkpointing.resumed:
@@ -724,7 +724,11 @@ class _Course:
 
     def doubts(self) -> list[str]:
         """Return what makes the result doubtful, after the last step."""
-        return [*self._losses.doubts(self.history), *self._values.doubts()] if self.history else []
+        if not self.history:
+            return []
+        steps = ", ".join(str(halving.diverged_at) for halving in self._halvings)
+        diverged = [f"the training diverged (step {steps}) before its rates were halved"] if steps else []
+        return [*diverged, *self._losses.doubts(self.history), *self._values.doubts()]
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self._state.load_state_dict(checkpoint["state"])
@@ -925,14 +929,15 @@ class _Steps:
                 target["betas"] = (beta1, *target["betas"][1:])
             self.rates[group.name] = rate_of(optimizer, target)
 
-    def null_loss(self) -> float:
-        """Return the median loss of predicting zeros in the first steps, without the reconstruction loss."""
+    def null_losses(self) -> list[float]:
+        """Return the losses of predicting zeros in the first steps, without the reconstruction loss."""
         losses = []
         for step in range(min(WINDOW, max(1, self.params.num_steps))):
             batch = self._batches.draw(step)
             by_row = row_losses(torch.zeros_like(batch.latents), batch, self._model.objective, self.params.loss)
             losses.append((batch.row_weight * by_row).sum())
-        return float(torch.stack(losses).median())
+        values: list[float] = torch.stack(losses).tolist()
+        return values
 
     def gradients(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the gradients of a step; return its loss `[]` and `StepRecord.parts`, all on the device.
