@@ -77,6 +77,9 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_strength_zero_of_both_branches_is_the_base_model": ("StrengthParams.positive",),
         "test_strengths_act_on_their_own_branch": ("StrengthParams.negative",),
     },
+    "core/test_divergence.py": {
+        "test_half_the_rates_go_on_from_the_last_good_state": ("training.on_divergence",),
+    },
     "core/test_images.py": {
         "test_keep_aspect_picks_the_nearest_size_of_at_most_the_area": (
             "ingestion.bucket.multiple_px",

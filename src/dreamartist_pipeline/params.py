@@ -520,6 +520,9 @@ class TrainingParams(Params):
     checkpoints: Annotated[str | None, RUN_ONLY, NODE_PATH] = None
     checkpoint_minutes: Annotated[NonNegativeFloat, RUN_ONLY] = 1.0  # between two saved states; 0 for every step
     max_minutes: Annotated[PositiveFloat | None, RUN_ONLY] = None  # of steps and previews; the same command continues
+    # What a training does that diverges: stop, or go on from its last good state with half the rates. RUN_ONLY: it
+    # decides whether such a training has a result, not which.
+    on_divergence: Annotated[Literal["stop", "halve_lr"], RUN_ONLY] = "stop"
     # Concept file with the initial adapters and words. RUN_ONLY, because the metadata has the hash of the file instead.
     start_from: Annotated[str | None, RUN_ONLY, PATH] = None
 

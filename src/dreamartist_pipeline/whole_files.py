@@ -116,6 +116,11 @@ def restored(folder: Path) -> Path:
     return folder
 
 
+def final_place(file: Path) -> Path:
+    """Return where a file is to be that may be in a folder STAGED until its set is published."""
+    return file.parent.parent / file.name if file.parent.name == STAGED else file
+
+
 def publish(files: Iterable[Path], journal: Path) -> None:
     """Put files of one set, which are in the folders STAGED beside their places, in their places.
 

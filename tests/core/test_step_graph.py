@@ -40,7 +40,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], Execution]] = {
     "dropout": ({"guidance_scale": "1.5-3.0"}, {"dropout": 0.5}, Execution()),
     "micro-batches": ({}, {"dropout": 0.5}, Execution(micro_batch=1)),
     "averages and previews": ({"ema_decay": 0.9, "preview": PreviewParams(every=2)}, {}, Execution()),
-    "float16": ({}, {"half_precision": True}, Execution()),
+    "float16": ({}, {"dtype": torch.float16}, Execution()),
 }
 
 
@@ -54,7 +54,7 @@ def test_a_training_from_a_graph_ends_in_the_same_bytes(
     results = []
     for as_graph in (False, True):
         model = make_model(dropout=of_model.get("dropout", 0.0))
-        model = dataclasses.replace(model, half_precision=of_model.get("half_precision", False))
+        model = dataclasses.replace(model, dtype=of_model.get("dtype", torch.float32))
         changed = dataclasses.replace(execution, as_graph=as_graph)
         history = fit(model, make_data(), params, on_preview=lambda step: None, execution=changed)
         results.append((trained_values(model), [{**row, "seconds": 0} for row in history]))

@@ -71,16 +71,16 @@ def decode(latents: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
-@pytest.mark.parametrize("half_precision", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_waits_for_nothing(
-    make_training_params: MakeParams, name: str, half_precision: bool, micro_batch: int | None
+    make_training_params: MakeParams, name: str, dtype: torch.dtype, micro_batch: int | None
 ) -> None:
     words = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "lr": 1.0, "optimizer": name}
     averages = {"ema_decay": 0.0 if name == "schedule_free" else 0.9}
     loss = LossParams(kind="huber", weighting="soft_min_snr", reconstruction_weight=0.1)
     params = make_training_params(optimizer=name, words=words, loss=loss, **EVERYTHING, **averages)
-    steps = new_steps(params, Execution(micro_batch), half_precision=half_precision)
+    steps = new_steps(params, Execution(micro_batch), dtype=dtype)
     loop = train(
         steps.state, params.num_steps, set_rates=steps.set_rates, gradients_of=steps.gradients, clip=steps.clip
     )

@@ -314,7 +314,7 @@ CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ema_decay": ({"ema_decay": 0.9}, {}),
     "prodigy": ({"optimizer": "prodigy", "lora_unet": [{"lr": 1.0, "rank": 1, "layers": ("image",)}]}, {}),
     "schedule_free": ({"words": SCHEDULE_FREE, "words_schedule": CONSTANT}, {}),
-    "float16": ({"ema_decay": 0.9}, {"half_precision": True}),
+    "float16": ({"ema_decay": 0.9}, {"dtype": torch.float16}),
     "dropout": ({"noise_offset": 0.1}, {"dropout": 0.5}),
 }
 
@@ -329,7 +329,7 @@ def test_a_continued_training_ends_in_the_same_bytes(
 
     def new_model() -> TrainableModel:
         toy = make_model(dropout=of_model.get("dropout", 0.0))
-        return dataclasses.replace(toy, half_precision=of_model.get("half_precision", False))
+        return dataclasses.replace(toy, dtype=of_model.get("dtype", torch.float32))
 
     whole, continued = new_model(), new_model()
     states, history = states_of_a_whole_training(whole, params)
@@ -373,7 +373,7 @@ def test_a_training_continued_from_a_checkpoint_has_the_bytes_and_the_history_of
 
     def new_model() -> TrainableModel:
         toy = make_model(dropout=of_model.get("dropout", 0.0))
-        return dataclasses.replace(toy, half_precision=of_model.get("half_precision", False))
+        return dataclasses.replace(toy, dtype=of_model.get("dtype", torch.float32))
 
     whole, continued, records = new_model(), new_model(), []
     saved, history = checkpoints_of(params, whole)

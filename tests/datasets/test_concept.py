@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,27 @@ def test_equal_concepts_give_equal_bytes_whatever_the_order_of_their_names(tmp_p
     dataset(tmp_path / "2").save(reversed_concept)
     files = [tmp_path / name / "new" / "concept.safetensors" for name in "12"]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_doubtful_concept_leaves_the_last_sound_one_beside_it(
+    tmp_path: Path, concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, before = (tmp_path / "new" / name for name in ("concept.safetensors", "concept.before.safetensors"))
+    doubtful = [
+        dataclasses.replace(concept, tensors={"words.positive.pt1": torch.full((6, 4), value)}, doubts=("loss",))
+        for value in (1.0, 2.0)
+    ]
+    dataset(tmp_path).save(doubtful[0])
+    assert not before.exists()  # there was none
+    dataset(tmp_path).save(concept)
+    sound = file.read_bytes()
+    for each in doubtful:
+        caplog.clear()
+        dataset(tmp_path).save(each)
+        assert before.read_bytes() == sound != file.read_bytes()
+        assert str(before) in caplog.text
+    dataset(tmp_path).save(concept)
+    assert file.read_bytes() == sound and not before.exists()
 
 
 def test_a_failed_save_leaves_the_earlier_concept_as_it_was(tmp_path: Path, concept: Concept) -> None:

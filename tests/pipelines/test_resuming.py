@@ -19,8 +19,9 @@ from PIL import Image
 from dreamartist_pipeline.backbones import base_model
 from dreamartist_pipeline.core.checkpoints import CONCEPT
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.divergence import Divergence, LossBounds
 from dreamartist_pipeline.core.image_set import images_sha256
-from dreamartist_pipeline.errors import InputError, StoppedEarly
+from dreamartist_pipeline.errors import InputError, StoppedEarly, TrainingError
 from dreamartist_pipeline.interop.concept_file import read_concept, write_concept
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
@@ -298,3 +299,107 @@ def test_a_concept_names_its_picture_and_its_whole_training(train: Train, alone:
     ):
         identities.add(train(None, **change)[0].metadata.identity_sha256)
     assert len(identities - {None}) == 6
+
+
+# --------------------------------------------------------------------------------------------- previews
+
+
+class DrawingRun(Run):
+    """A tracker that keeps the last file of every name."""
+
+    def __init__(self, run_id: str = "first", stop_in: int | None = None) -> None:
+        super().__init__(run_id, stop_in)
+        self.files: dict[str, Image.Image] = {}
+
+    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+        pass
+
+    def log_image_file(self, image: Image.Image, file: str) -> None:
+        self.files[file] = image
+
+
+def test_the_sheet_of_previews_of_a_continued_training_is_that_of_an_uninterrupted_one(
+    train: Train, tmp_path: Path
+) -> None:
+    preview = {"every": 1, "prompts": ["a {pt1}", "two {pt1}"], "sampler": {"num_inference_steps": 1}}
+    whole, stopped, continued = DrawingRun(), DrawingRun(stop_in=STOPPED_AFTER), DrawingRun("second")
+    train(None, whole, preview=preview)
+    with pytest.raises(StoppedEarly):
+        train(tmp_path, stopped, preview=preview)
+    train(tmp_path, continued, preview=preview)
+    name = "training/previews.png"
+    assert continued.files[name].tobytes() == whole.files[name].tobytes()
+    assert stopped.files[name].width < whole.files[name].width
+
+
+# --------------------------------------------------------------------------------------------- divergence
+
+DIVERGED_AT, KEPT = 21, 10
+FRAGILE = {
+    **{"num_steps": 22, "checkpoint_minutes": 60.0},
+    **{"schedule": {"kind": "constant"}, "words_schedule": {"kind": "constant"}},
+}
+
+
+@pytest.fixture
+def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trainings diverge in a step if a rate has not been lowered."""
+
+    def divergence(bounds: LossBounds, history: list[dict[str, float]]) -> Divergence | None:
+        is_high = history[-1]["step"] == DIVERGED_AT and history[-1]["lr/unet.0.positive"] >= 1e-3
+        return Divergence(DIVERGED_AT, "a finite loss", "nan") if is_high else None
+
+    monkeypatch.setattr(LossBounds, "divergence", divergence)
+
+
+@pytest.mark.usefixtures("fragile")
+def test_a_diverged_training_is_kept_and_goes_on_by_two_ways(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, _ = train(None, on_divergence="halve_lr", **FRAGILE)
+    folder = tmp_path / "kept"
+    with pytest.raises(TrainingError, check=says(got=f"step {DIVERGED_AT}", remedy=f"step {KEPT}, is kept")):
+        train(folder, **FRAGILE)
+    with pytest.raises(InputError, check=says(expected=f"diverged at step {DIVERGED_AT}")) as refused:
+        train(folder, **FRAGILE)  # the same command
+    for remedy in ("training.resume=force", "training.on_divergence=halve_lr", "training.resume=never"):
+        assert remedy in refused.value.remedy
+    lower = [{"lr": 1e-4, "rank": 2, "branch": "p", "layers": [r"re:.*\.attn.?$"]}]
+    lower += [{"lr": 4e-4, "rank": 1, "branch": "n", "layers": [r"re:.*\.attn.?$"]}]
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    forced, history = train(copy, resume="force", lora_unet=lower, **FRAGILE)
+    assert history["lr/unet.0.positive"].tolist() == [1e-3] * KEPT + [1e-4] * (22 - KEPT)
+    assert not forced.doubts
+
+    caplog.clear()
+    tracker = Run("second")
+    halved, history = train(folder, tracker, on_divergence="halve_lr", **FRAGILE)
+    assert write_concept(halved) == write_concept(alone)
+    assert history["step"].tolist() == list(range(1, 23))
+    assert history["lr/unet.0.positive"].tolist() == [1e-3] * KEPT + [5e-4] * (22 - KEPT)
+    assert list(tracker.curve) == list(range(1, 23))  # no step twice
+    assert tracker.tags["lr_halved_at_steps"] == str(DIVERGED_AT)
+    assert tracker.tags["resumed_at_step"] == str(KEPT)
+    assert str(DIVERGED_AT) in tracker.tags["training_doubts"] and halved.doubts
+    warnings = [record.getMessage() for record in caplog.records if "diverged at" in record.getMessage()]
+    assert len(warnings) == 1 and "0.001 → 0.0005" in warnings[0]
+    assert str(DIVERGED_AT) in warnings[0] and str(KEPT) in warnings[0]
+
+
+def test_words_with_an_absurd_rate_stop_the_training(train: Train, tmp_path: Path) -> None:
+    words = {"names": {"pt1": ("my-fox", "my-fox-neg")}, "lr": 1e9}
+    is_stop = says(expected="words.", got="after step ", remedy="up to 1e+09")
+    with pytest.raises(TrainingError, check=is_stop):
+        train(tmp_path, words=words, words_schedule={"kind": "constant"})
+    assert not list(tmp_path.glob("*"))  # no step is good: the corrected command is not refused
+
+
+def test_a_doubtful_result_is_named_once_and_tags_the_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(LossBounds, "doubts", lambda bounds, history: ["the loss rose"])
+    tracker = Run()
+    concept, _ = train(None, tracker)
+    assert concept.doubts == ("the loss rose",)
+    assert tracker.tags == {"training_doubts": "the loss rose"}
+    assert [record.levelname for record in caplog.records if "the loss rose" in record.getMessage()] == ["WARNING"]

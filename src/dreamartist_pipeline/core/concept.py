@@ -177,10 +177,12 @@ class Concept:
             `shared`); alpha is in the metadata, not multiplied in. Words `[n, D]` are named `words.<branch>.<slot>`;
             see `words_part` for further text encoders.
         metadata: of the concept.
+        doubts: what makes the result of a training doubtful; not stored. Such a concept does not replace another one.
     """
 
     tensors: dict[str, torch.Tensor] = field(repr=False)
     metadata: ConceptMetadata
+    doubts: tuple[str, ...] = ()
 
     @property
     def networks(self) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ class TrainingState:
         return [optimizer for optimizer in self.optimizers if isinstance(optimizer, AveragingOptimizer)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state as dicts and lists of tensors, numbers, booleans and None."""
+        """Return a copy of the state as dicts and lists of tensors on the CPU, numbers, booleans and None."""
         state: dict[str, Any] = _plain_copy(
             {
                 "step": self.step,
@@ -196,9 +196,9 @@ def _copy_into(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor
 
 
 def _plain_copy(value: Any) -> Any:
-    """Copy nested containers; tensors are cloned, and tuples become lists."""
+    """Copy nested containers; tensors are copied to the CPU, and tuples become lists."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _plain_copy(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

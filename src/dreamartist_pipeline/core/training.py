@@ -14,9 +14,8 @@ constant, and losses are read for several steps at a time.
 from __future__ import annotations
 
 import functools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -30,6 +29,17 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_a
 from dreamartist_pipeline.core.checkpoints import Checkpoint, Pauses, stop_requests
 from dreamartist_pipeline.core.concept import words_part
 from dreamartist_pipeline.core.diffusion import Objective
+from dreamartist_pipeline.core.divergence import (
+    MOST_HALVINGS,
+    WINDOW,
+    Divergence,
+    GoodStates,
+    Halving,
+    LossBounds,
+    StateBounds,
+    are_finite,
+    likely_causes,
+)
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers, rate_of
@@ -51,7 +61,6 @@ ADAPTERS, WORDS = "adapters", "words"
 _CHOICES_AHEAD = 64  # steps whose images and prompts are drawn and uploaded together
 _PROMPTS_AT_ONCE = 16  # rows of one call of the text encoder, where all prompts are encoded before the first step
 _READ_AFTER_S = 0.5  # losses of slow steps are read earlier than every `Execution.read_every` steps
-_DIVERGENCE_REMEDY = "lower the learning rates, or run the base model in float32"
 
 HistoryRow = dict[str, float]
 
@@ -121,7 +130,7 @@ class TrainableModel:
         objective: noising, target and loss weight of the base model.
         groups: all trainable parameters.
         num_branches: nb, 2 (negative, positive) or 1 (positive only).
-        half_precision: whether the base model is float16, so that the loss is scaled.
+        dtype: of the base model; with float16, the loss is scaled.
         decode: latents `[B, C, h, w]` -> images `[B, 3, H, W]`, differentiable; needed for the reconstruction loss.
         latent_adapters: adapters used in `denoise`; their dropout masks are drawn before every step.
         prompt_adapters: the same for `encode`.
@@ -133,7 +142,7 @@ class TrainableModel:
     objective: Objective
     groups: tuple[ParameterGroup, ...]
     num_branches: int
-    half_precision: bool = False
+    dtype: torch.dtype = torch.float32
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
     latent_adapters: tuple[AdapterStack, ...] = ()
     prompt_adapters: tuple[AdapterStack, ...] = ()
@@ -165,12 +174,28 @@ class Checkpointing:
         minutes: between two checkpoints; 0 for one after every step.
         max_minutes: from the first step on, after which the training stops; None for no limit.
         resumed: the checkpoint to continue from; None starts a new training.
+        discard: removes all checkpoints; called on rank 0 only, if a training diverges before any good step.
     """
 
     save: Callable[[Checkpoint], None]
     minutes: float
     max_minutes: float | None = None
     resumed: Checkpoint | None = None
+    discard: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """What `fit` reports besides its steps; the functions are called on every rank.
+
+    Attributes:
+        on_halving: takes all halvings of the learning rates so far, after each of them, and when a training with some
+            is continued.
+        on_doubts: takes what makes the result doubtful, after the last step, if anything does.
+    """
+
+    on_halving: Callable[[Sequence[Halving]], None] = lambda halvings: None
+    on_doubts: Callable[[Sequence[str]], None] = lambda doubts: None
 
 
 @dataclass(frozen=True)
@@ -538,7 +563,7 @@ def training_state(model: TrainableModel, params: TrainingParams) -> TrainingSta
         parameters,
         [optimizer for name, groups in by_optimizer.items() for optimizer in make_optimizers(name, groups)],
         Averages(parameters, normalized_ema(params.ema_decay)) if params.ema_decay else None,
-        torch.amp.GradScaler(parameters[0].device.type, enabled=model.half_precision),
+        torch.amp.GradScaler(parameters[0].device.type, enabled=model.dtype == torch.float16),
     )
 
 
@@ -551,6 +576,7 @@ def fit(
     state: TrainingState | None = None,
     execution: Execution = Execution(),
     checkpointing: Checkpointing | None = None,
+    alarms: Alarms = Alarms(),
 ) -> list[HistoryRow]:
     """Train the model's parameters in place and return one history row per step.
 
@@ -560,17 +586,20 @@ def fit(
         model: base model, adapters and words.
         data: images as latents, and prompts as tokens.
         params: of the training.
-        on_step: called once per step, in order, for several steps at a time, after their losses are read.
+        on_step: called once per step, in order, for several steps at a time, after their losses are read. With
+            `params.on_divergence` halve_lr, steps are repeated from that after a good state.
         on_preview: called with the number of finished steps: with 0 before the first step, every
             `params.preview.every` steps, and after the last; never if that is 0.
         state: from `training_state`, possibly loaded; None starts a new training.
         execution: how steps are computed.
         checkpointing: None saves nothing, and leaves SIGINT and SIGTERM alone. A training that continues from a
             checkpoint first calls `on_step` for the steps before it, and returns the history of all steps.
+        alarms: called for halved rates and a doubtful result.
 
     Raises:
-        TrainingError: a branch receives no gradient in the first step, or the loss or a parameter is not finite; raised
-            when the losses are read, up to `execution.read_every` steps later.
+        TrainingError: a branch receives no gradient in the first step, or the training diverges (`divergence`); raised
+            when the losses are read, up to `execution.read_every` steps later. The last good state is in the
+            checkpoint.
         StoppedEarly: SIGINT, SIGTERM or `max_minutes` stopped the training, after the same step on all ranks; its last
             step is in the checkpoint.
         InputError: a checkpoint whose parameters or optimizers differ.
@@ -578,45 +607,202 @@ def fit(
     Within a process group, every rank calls this with equal arguments, save the callbacks.
     """
     state = state or training_state(model, params)
-    history: list[HistoryRow] = []
-    check = _GradientCheck(model, params.num_steps)
-
-    def add(record: StepRecord) -> None:
-        if not math.isfinite(record.loss):
-            raise TrainingError(
-                expected="a finite loss", got=f"{record.loss} at step {record.step}", remedy=_DIVERGENCE_REMEDY
-            )
-        check(record)
-        history.append(record.row())
-        if on_step:
-            on_step(record)
-
-    if checkpointing and checkpointing.resumed:
-        state.load_state_dict(checkpointing.resumed["state"])
-        for row in _unpacked(checkpointing.resumed["history"]):
-            add(StepRecord.of_row(row))
-    with _interruptible(checkpointing, state, history, params.num_steps) as interruption:
-        for record in _records(_Steps(model, data, params, state, execution), on_preview, interruption):
-            add(record)
+    steps = _Steps(model, data, params, state, execution)
+    course = _Course(model, steps, on_step, checkpointing, alarms)
+    with _interruptible(checkpointing, course) as interruption:
+        _run(steps, course, on_preview, interruption)
+    if doubts := course.doubts():
+        alarms.on_doubts(doubts)
     state.keep_averages()
-    _check_finite(model.groups)
-    return history
+    return course.history
+
+
+class _Course:
+    """The steps so far, whether they diverge, and the way back to a good state; one per rank.
+
+    Attributes:
+        history: one row per step.
+        good: the good states.
+        found: a divergence from which the training has not gone back yet; later steps are ignored.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        steps: _Steps,
+        on_step: Callable[[StepRecord], None] | None,
+        checkpointing: Checkpointing | None,
+        alarms: Alarms,
+    ) -> None:
+        """Begin with the state of `steps`, or continue from the checkpoint."""
+        self.history: list[HistoryRow] = []
+        self.good = GoodStates(steps.params.num_steps)
+        self.found: Divergence | None = None
+        self._model, self._steps, self._state, self._params = model, steps, steps.state, steps.params
+        self._on_step, self._checkpointing, self._alarms = on_step, checkpointing, alarms
+        self._check = _GradientCheck(model, self._params.num_steps)
+        self._halvings: list[Halving] = []
+        weight = self._params.loss.regularization_weight
+        self._losses = LossBounds(steps.null_losses(), weight, skips=self._state.scaler.is_enabled())
+        values = {group.name: flat for group, flat in zip(model.groups, self._state.parameters, strict=True)}
+        self._values = StateBounds(values, [group.name for group in model.groups if group.kind == WORDS])
+        if checkpointing and checkpointing.resumed:
+            self._resume(checkpointing.resumed)
+        else:
+            self.good.keep(self._state.state_dict())
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps."""
+        return self._state.step
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the whole training."""
+        return self._params.num_steps
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left."""
+        return self.step == self.num_steps
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self._state.parameters[0].device
+
+    @property
+    def _halves(self) -> bool:
+        return self._params.on_divergence == "halve_lr"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no divergence is known, and the parameters are finite; read from the device."""
+        return self.found is None and all(are_finite(self._state.parameters))
+
+    def add(self, records: Iterable[StepRecord]) -> None:
+        """Add steps, up to the first that has diverged."""
+        for record in records:
+            if self.found:
+                return
+            self.history.append(record.row())
+            self.found = self._losses.divergence(self.history)
+            if not self.found:
+                self._report(record)
+
+    def settle(self, check_due: bool) -> bool:
+        """Return whether the training goes on from here; otherwise it has gone back to a good state.
+
+        Args:
+            check_due: whether the parameters are checked, and kept as a good state.
+
+        Raises:
+            TrainingError: the training has diverged and stops.
+        """
+        if check_due and not self.found:
+            averages = self._state.averages.values if self._state.averages else ()
+            self.found = self._values.divergence(self.step, averages)
+        if self.found:
+            self._recover(self.found)
+            return False
+        if check_due:
+            self.good.keep(self._state.state_dict())
+        return True
+
+    def go_back(self) -> None:
+        """Go back to the newest good state; the steps after it are taken again."""
+        state = self.good.states[-1]
+        self._state.load_state_dict(state)
+        self.history[:] = [row for row in self.history if row["step"] <= state["step"]]
+        self.found = None
+
+    def checkpoint(self, diverged_at: int | None = None) -> Checkpoint:
+        """Return everything from which the training continues; `diverged_at` marks one that stops by a divergence.
+
+        Without halve_lr, the good states are left out, which would make it three times as large: the state is one.
+        """
+        return {
+            "state": self._state.state_dict(),
+            "history": _packed(self.history),
+            "good_states": self.good.states if self._halves else [],
+            "halvings": [[halving.diverged_at, halving.back_to] for halving in self._halvings],
+            "diverged_at": diverged_at,
+        }
+
+    def doubts(self) -> list[str]:
+        """Return what makes the result doubtful, after the last step."""
+        if not self.history:
+            return []
+        steps = ", ".join(str(halving.diverged_at) for halving in self._halvings)
+        diverged = [f"the training diverged (step {steps}) before its rates were halved"] if steps else []
+        return [*diverged, *self._losses.doubts(self.history), *self._values.doubts()]
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self._state.load_state_dict(checkpoint["state"])
+        self.good.states = checkpoint["good_states"] or [checkpoint["state"]]
+        self._set_halvings([Halving(*steps) for steps in checkpoint["halvings"]])
+        self.history = _unpacked(checkpoint["history"])
+        for row in self.history:
+            self._report(StepRecord.of_row(row))
+
+    def _report(self, record: StepRecord) -> None:
+        self._check(record)
+        if self._on_step:
+            self._on_step(record)
+
+    def _recover(self, found: Divergence) -> None:
+        """Go back, and halve the learning rates or stop; the loss of the first step does not depend on them."""
+        self.good.forget_from(found.step)
+        self.go_back()
+        if not self._halves or found.step == 1 or len(self._halvings) == MOST_HALVINGS:
+            self._stop(found)
+        self._set_halvings([*self._halvings, Halving(found.step, self.step)])
+
+    def _set_halvings(self, halvings: list[Halving]) -> None:
+        self._halvings, self._steps.lr_factor = halvings, 0.5 ** len(halvings)
+        if halvings:
+            self._alarms.on_halving(halvings)
+
+    def _stop(self, found: Divergence) -> NoReturn:
+        """Keep the good state, and raise the error."""
+        if self._checkpointing and rank() == 0:
+            if self.step:
+                self._checkpointing.save(self.checkpoint(found.step))
+            else:
+                self._checkpointing.discard()
+        rates = {group.name: self._steps.lr_factor * group.lr for group in self._model.groups}
+        causes = likely_causes(found, rates, str(self._params.guidance_scale), self._model.dtype)
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        raise TrainingError(
+            expected=found.expected,
+            got=f"{found.got} after step {found.step} of {self._params.num_steps} (base model in {dtype})",
+            remedy=f"likely causes: {causes}. {self._ways_on()}",
+        )
+
+    def _ways_on(self) -> str:
+        """Return what is kept of a diverged training, and how to go on."""
+        if not (self._checkpointing and self.step):
+            return "No step is kept: the corrected command starts anew"
+        halve = "" if self._halvings else ", with training.on_divergence=halve_lr"
+        return (
+            f"The last good state, of step {self.step}, is kept. The same command would diverge again: continue with "
+            f"lower rates and training.resume=force{halve}, or start anew with training.resume=never"
+        )
 
 
 class _Interruption:
     """Saves checkpoints between two steps, and stops the training; one per rank."""
 
-    def __init__(
-        self,
-        checkpointing: Checkpointing,
-        pauses: Pauses,
-        state: TrainingState,
-        history: Sequence[HistoryRow],
-        num_steps: int,
-    ) -> None:
-        self._save, self._pauses, self._state, self._history = checkpointing.save, pauses, state, history
-        self._num_steps, self._device = num_steps, state.parameters[0].device
-        self._stops = False
+    def __init__(self, save: Callable[[Checkpoint], None], pauses: Pauses, course: _Course) -> None:
+        """Neither save nor stop yet.
+
+        Args:
+            save: of `Checkpointing`.
+            pauses: tells when.
+            course: of the training.
+        """
+        self._save, self._pauses, self._course = save, pauses, course
+        self.stops = False
 
     def is_due(self, can_wait: bool) -> bool:
         """Return whether `take` has to be called after this step, once its loss has been read.
@@ -626,21 +812,28 @@ class _Interruption:
         Args:
             can_wait: whether the ranks may agree on a stop after a later step; on a GPU, they wait for the device.
         """
-        if num_ranks() == 1 or not (can_wait and self._device.type == "cuda"):
-            self._stops = on_any_rank(self._pauses.stops(), self._device)
-        is_done = self._state.step == self._num_steps
-        return self._stops or (rank() == 0 and (is_done or self._pauses.checkpoint_is_due()))
+        device = self._course.device
+        if num_ranks() == 1 or not (can_wait and device.type == "cuda"):
+            self.stops = on_any_rank(self._pauses.stops(), device)
+        return self.stops or (rank() == 0 and (self._course.is_done or self._pauses.checkpoint_is_due()))
 
     def take(self) -> None:
         """Save a checkpoint, and stop the training by a signal, or if its minutes are over and a step is left.
 
+        Parameters that are not finite are not saved: the next step shows that the training diverges. If it stops
+        before, the newest good state is saved.
+
         Raises:
             StoppedEarly: the training stops.
         """
-        if rank() == 0:
-            self._save({"state": self._state.state_dict(), "history": _packed(self._history)})
+        course = self._course
+        is_finite = course.is_finite
+        if self.stops and not is_finite:
+            course.go_back()
+        if rank() == 0 and (self.stops or is_finite):
+            self._save(course.checkpoint())
         self._pauses.saved()
-        if self._stops and not (self._pauses.is_over and self._state.step == self._num_steps):
+        if self.stops and not (self._pauses.is_over and course.is_done):
             self.stop()
 
     def stop(self) -> NoReturn:
@@ -652,16 +845,14 @@ class _Interruption:
         is_over = self._pauses.is_over
         raise StoppedEarly(
             ("training.max_minutes is over. " if is_over else "")
-            + f"The training stops after step {self._state.step} of {self._num_steps}, which is kept; the same command "
-            "continues.",
+            + f"The training stops after step {self._course.step} of {self._course.num_steps}, which is kept; the same "
+            "command continues.",
             STOPPED_BY_BUDGET if is_over else STOPPED_BY_SIGNAL,
         )
 
 
 @contextmanager
-def _interruptible(
-    checkpointing: Checkpointing | None, state: TrainingState, history: Sequence[HistoryRow], num_steps: int
-) -> Iterator[_Interruption | None]:
+def _interruptible(checkpointing: Checkpointing | None, course: _Course) -> Iterator[_Interruption | None]:
     """Yield what saves and stops a training, for which SIGINT and SIGTERM wait for the end of a step."""
     if checkpointing is None:
         yield None
@@ -669,7 +860,7 @@ def _interruptible(
     with stop_requests() as stop_requested:
         max_minutes = checkpointing.max_minutes if rank() == 0 else None  # one clock decides
         pauses = Pauses(stop_requested, checkpointing.minutes, max_minutes)
-        interruption = _Interruption(checkpointing, pauses, state, history, num_steps)
+        interruption = _Interruption(checkpointing.save, pauses, course)
         yield interruption
         if stop_requested():  # after the last step
             interruption.stop()
@@ -687,21 +878,11 @@ def _unpacked(history: dict[str, Any]) -> list[HistoryRow]:
     return [row | {"step": int(row["step"])} for row in rows]
 
 
-def _check_finite(groups: Sequence[ParameterGroup]) -> None:
-    """Check the parameters after the last update, whose loss is never computed."""
-    for group in groups:
-        if not all(parameter.isfinite().all() for parameter in group.parameters):
-            raise TrainingError(
-                expected=f"finite values in {group.name} after the last step",
-                got="infinite values or NaN",
-                remedy=_DIVERGENCE_REMEDY,
-            )
-
-
 class _Steps:
     """The parts of a step that `trainer.train` calls.
 
     Attributes:
+        lr_factor: of all learning rates.
         rates: group -> learning rate of the current step; for Prodigy, times its current estimate, on the device.
         grad_norms: `<branch>/<kind>` -> gradient norm of the current step before clipping, on the device.
     """
@@ -722,6 +903,7 @@ class _Steps:
         clipped = self._indices(lambda group: group.kind if params.clip == "apart" else "")
         self._clipped_together = [([state.parameters[i] for i in members], members) for members in clipped.values()]
         self._encoded = _encode_all(model, self._batches.prompts) if model.has_constant_prompts else None
+        self.lr_factor = 1.0
         self.rates: dict[str, float | torch.Tensor] = {}
         self.grad_norms: dict[str, torch.Tensor] = {}
         self._measured = False
@@ -748,10 +930,20 @@ class _Steps:
         for parameter, group in zip(self.state.parameters, self._model.groups, strict=True):
             optimizer, target = by_parameter[id(parameter)]
             schedule = params.words_schedule if group.kind == WORDS else params.schedule
-            target["lr"] = group.lr * schedule_factor(schedule, step, num_steps)
+            target["lr"] = self.lr_factor * group.lr * schedule_factor(schedule, step, num_steps)
             if (beta1 := scheduled_beta1(schedule, step, num_steps)) is not None:
                 target["betas"] = (beta1, *target["betas"][1:])
             self.rates[group.name] = rate_of(optimizer, target)
+
+    def null_losses(self) -> list[float]:
+        """Return the losses of predicting zeros in the first steps, without the reconstruction loss."""
+        losses = []
+        for step in range(min(WINDOW, max(1, self.params.num_steps))):
+            batch = self._batches.draw(step)
+            by_row = row_losses(torch.zeros_like(batch.latents), batch, self._model.objective, self.params.loss)
+            losses.append((batch.row_weight * by_row).sum())
+        values: list[float] = torch.stack(losses).tolist()
+        return values
 
     def gradients(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the gradients of a step; return its loss `[]` and `StepRecord.parts`, all on the device.
@@ -924,35 +1116,41 @@ _OnDevice = tuple[FinishedStep[dict[str, torch.Tensor]], dict[str, float | torch
 """A finished step, its learning rates, and its gradient norms."""
 
 
-def _records(
-    steps: _Steps, on_preview: Callable[[int], None] | None, interruption: _Interruption | None
-) -> Iterator[StepRecord]:
+def _run(
+    steps: _Steps, course: _Course, on_preview: Callable[[int], None] | None, interruption: _Interruption | None
+) -> None:
+    """Run all steps, and between two of them what is due: reading, checks, previews, checkpoints.
+
+    Ranks may read losses at different times, but go back to a good state after the same step.
+    """
     params, state = steps.params, steps.state
     pending: list[_OnDevice] = []
     if on_preview and params.preview.every and state.step == 0:
         on_preview(0)
-    if interruption and state.step < params.num_steps and interruption.is_due(can_wait=False):
+    if interruption and not course.is_done and interruption.is_due(can_wait=False):
         interruption.take()
     started = time.perf_counter()
     for done in train(
         state, params.num_steps, set_rates=steps.set_rates, gradients_of=steps.gradients, clip=steps.clip
     ):
         pending.append((done, steps.rates, steps.grad_norms))
-        is_last = done.step == params.num_steps
-        preview_due = bool(params.preview.every) and (done.step % params.preview.every == 0 or is_last)
+        preview_due = bool(params.preview.every) and (done.step % params.preview.every == 0 or course.is_done)
+        check_due = course.good.is_due(done.step) or course.is_done
+        all_read = preview_due or check_due or done.step % steps.execution.read_every == 0
+        pause_due = interruption is not None and interruption.is_due(can_wait=not all_read)
         is_slow = time.perf_counter() - started > _READ_AFTER_S
-        pause_due = interruption is not None and interruption.is_due(
-            can_wait=done.step % steps.execution.read_every > 0
-        )
-        if preview_due or is_slow or pause_due or len(pending) >= steps.execution.read_every or is_last:
-            yield from _read(pending, started)
-            pending.clear()
-            if preview_due and on_preview:
-                with state.averaged():
-                    on_preview(done.step)
-            if interruption and pause_due:
-                interruption.take()
-            started = time.perf_counter()
+        if not (all_read or pause_due or is_slow):
+            continue
+        course.add(_read(pending, started))
+        pending.clear()
+        all_read = all_read or num_ranks() == 1 or (interruption is not None and interruption.stops)
+        is_good = course.settle(check_due) if all_read else True
+        if is_good and preview_due and on_preview:
+            with state.averaged():
+                on_preview(done.step)
+        if interruption and pause_due:
+            interruption.take()
+        started = time.perf_counter()
 
 
 def _read(pending: Sequence[_OnDevice], started: float) -> Iterator[StepRecord]:

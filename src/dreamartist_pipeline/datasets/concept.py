@@ -4,7 +4,9 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 """
 
 import json
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,12 @@ from kedro_datasets._typing import JSONPreview
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.decoding.safetensors_files import SafetensorsHeader, read_header
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.whole_files import written_whole
+from dreamartist_pipeline.whole_files import final_place, written_whole
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+
+log = logging.getLogger(__name__)
 
 
 class ConceptDataset(AbstractDataset["Concept", "Concept"]):
@@ -56,11 +60,20 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         return ConceptMetadata.read(header.metadata, str(self._filepath))
 
     def save(self, data: "Concept") -> None:
-        """Write the file atomically."""
+        """Write the file atomically.
+
+        The last concept that is not doubtful stays beside a doubtful one, as `<name>.before<suffix>`.
+        """
         from dreamartist_pipeline.interop.concept_file import write_concept
 
+        earlier = final_place(self._filepath)
+        before = earlier.with_suffix(f".before{earlier.suffix}")
+        if data.doubts and earlier.is_file():
+            _keep_as(earlier, before)
         with written_whole(self._filepath) as temporary:
             temporary.write_bytes(write_concept(data))
+        if not data.doubts:
+            before.unlink(missing_ok=True)
 
     def preview(self) -> JSONPreview:
         """Show the metadata, and how many tensors and numbers each part has, without reading the tensors.
@@ -107,3 +120,11 @@ def _parts(header: SafetensorsHeader) -> dict[str, Any]:
         counts["tensors"] += 1
         counts["numbers"] += math.prod(entry.shape)
     return dict(parts)
+
+
+def _keep_as(earlier: Path, before: Path) -> None:
+    """Copy the earlier concept, unless it is doubtful itself: then the one before is there."""
+    if not before.exists():
+        with written_whole(before) as temporary:
+            shutil.copyfile(earlier, temporary)
+    log.warning("The earlier concept is kept as %s, until a training has a result without doubts.", before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
@@ -118,7 +119,7 @@ def train_concept(
         InputError: a plan for other parameters, another base model or another start concept, an interrupted training
             with another configuration, or too little memory.
         StoppedEarly: the training was stopped; its state is in `params.checkpoints`.
-        TrainingError: a branch without gradient, or a loss or parameters that are not finite.
+        TrainingError: a branch without gradient, or a training that diverges; its last good state is kept.
     """
     from dreamartist_pipeline.core.devices import pick_device
     from dreamartist_pipeline.core.processes import run_on_processes
@@ -159,15 +160,16 @@ def _train_on_rank(
     from dreamartist_pipeline.core.devices import device_of_rank
     from dreamartist_pipeline.core.images import Framing
     from dreamartist_pipeline.core.processes import rank
-    from dreamartist_pipeline.core.training import Execution, derived_seed, fit, lr_factor, parameter_groups
+    from dreamartist_pipeline.core.training import Alarms, Execution, derived_seed, fit, lr_factor, parameter_groups
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
     from dreamartist_pipeline.pipelines.training.memory import memory_plan, out_of_memory_explained
     from dreamartist_pipeline.pipelines.training.plan import check_plan
     from dreamartist_pipeline.pipelines.training.reporting import (
+        DivergenceReport,
+        Previews,
         StepReport,
         history_table,
         log_performance,
-        preview_drawing,
     )
     from dreamartist_pipeline.pipelines.training.resuming import (
         checkpointing_of,
@@ -200,10 +202,14 @@ def _train_on_rank(
     execution = Execution(memory.micro_batch, as_graph=params.backend == "cudagraph")
     model, idle = trainable_model(new, groups), idle_modules(new, params)
     framing = Framing.of_values(prepared_framing) if prepared_framing else None
+    divergence = DivergenceReport([group.lr for group in groups], tracker)
+    alarms = Alarms(divergence.halved, divergence.doubted)
     with out_of_memory_explained(backbone.device, memory), StepReport(params.num_steps, tracker) as report:
         data = training_data(backbone, new.prompts, prepared_image, prepared_mask, images, params, caption, framing)
-        draw_preview = preview_drawing(new, params, tracker) if is_first else None
+        previews = Previews(new, params, tracker) if is_first else None
+        if previews and checkpointing:
+            checkpointing = previews.kept_in(checkpointing)
         with off_device(idle, backbone.device):
-            history = fit(model, data, params, report, draw_preview, None, execution, checkpointing)
+            history = fit(model, data, params, report, previews, None, execution, checkpointing, alarms)
     log_performance(history, backbone.device, tracker)
-    return new.snapshot(metadata), history_table(history)
+    return replace(new.snapshot(metadata), doubts=divergence.doubts), history_table(history)

@@ -19,6 +19,7 @@ from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT, Checkpoint, Checkpoints
 from dreamartist_pipeline.core.concept import to_json
 from dreamartist_pipeline.core.devices import pick_device
+from dreamartist_pipeline.core.divergence import MOST_HALVINGS
 from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.starting import Start
@@ -160,7 +161,13 @@ def checkpointing_of(kept: Kept, identity: dict[str, Any], params: TrainingParam
         tracker.set_tag("resumed_at_step", str(step))
         if latest["run_id"] is not None:
             tracker.set_tag("resumed_from", latest["run_id"])
-    return Checkpointing(save, params.checkpoint_minutes, params.max_minutes, latest)
+    return Checkpointing(
+        save,
+        params.checkpoint_minutes,
+        params.max_minutes,
+        latest,
+        discard=lambda: kept.checkpoints.discard(CONCEPT),
+    )
 
 
 def _check_changes(latest: Checkpoint, identity: dict[str, Any], params: TrainingParams) -> str:
@@ -180,7 +187,26 @@ def _check_changes(latest: Checkpoint, identity: dict[str, Any], params: Trainin
         )
     if _OPTIMIZERS & changes.keys():
         raise InputError(expected=f"{interrupted}: its optimizers", got=described, remedy=_START_ANEW)
+    if not changes:
+        _check_diverged(latest, params)
     return described
+
+
+def _check_diverged(latest: Checkpoint, params: TrainingParams) -> None:
+    """Check that a training that has diverged is not repeated with the same configuration.
+
+    Raises:
+        InputError: it would diverge again.
+    """
+    can_halve = params.on_divergence == "halve_lr" and len(latest["halvings"]) < MOST_HALVINGS
+    if latest["diverged_at"] is None or can_halve or params.resume == "force":
+        return
+    halve = "" if latest["halvings"] else ", or with training.on_divergence=halve_lr"
+    raise InputError(
+        expected=f"another configuration than that of the training that diverged at step {latest['diverged_at']}",
+        got=f"the same; its last good state, of step {latest['state']['step']}, is kept",
+        remedy=f"continue with lower rates and training.resume=force{halve}; or {_START_ANEW}",
+    )
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from dreamartist_pipeline.backbones.base_model import decode_with_gradients
@@ -25,7 +24,7 @@ def trainable_model(new: NewConcept, groups: tuple[ParameterGroup, ...]) -> Trai
         objective=new.backbone.objective,
         groups=groups,
         num_branches=new.num_branches,
-        half_precision=new.backbone.dtype == torch.float16,
+        dtype=new.backbone.dtype,
         decode=lambda latents: decode_with_gradients(new.backbone, latents),
         latent_adapters=tuple(adapters for network, adapters in new.stacks.items() if network not in encoders),
         prompt_adapters=tuple(adapters for network, adapters in new.stacks.items() if network in encoders),
