@@ -318,7 +318,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("errors", "whole_files", "checkpoint_files"),
+    ("errors", "whole_files", "checkpoint_files", "locks", "disk_space"),
     ("prompt_weights", "schedulers"),
     ("params",),
     ("early_checks",),
@@ -326,7 +326,7 @@ LAYERS = (  # from the lowest; each calls those below it
     ("backbones", "interop", "datasets"),
     ("embedded",),
     ("pipelines",),
-    ("hooks", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
+    ("hooks", "catalog", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
