@@ -764,6 +764,7 @@ def test_a_concept_is_evaluated_as_configured(
         sampler=SAMPLER,
         strength=strength,
         evaluators=(),
+        other_picture=True,
     )
     picture, concept = Image.new("RGB", (32, 32)), train(num_steps=0).concept
     evaluate_concept(str(tiny_base_model), concept, picture, params=params, device=CPU, tracker=Tracker())

@@ -318,15 +318,15 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("errors", "redaction", "whole_files", "checkpoint_files", "locks"),
-    ("prompt_weights", "schedulers"),
+    ("errors", "redaction", "whole_files", "checkpoint_files", "locks", "disk_space", "decoding"),
+    ("prompt_weights", "schedulers", "layer_selectors", "references", "yaml_texts"),
     ("params",),
     ("early_checks",),
     ("core",),
     ("backbones", "interop", "datasets"),
     ("embedded",),
     ("pipelines",),
-    ("hooks", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
+    ("hooks", "catalog", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
