@@ -1,7 +1,7 @@
 """Interrupt commands at random moments, and run them again: the same bytes, nothing stuck, nothing left over.
 
     python benchmarks/chaos.py                       # 300 interruptions, 60 of two runs at once
-    python benchmarks/chaos.py --interruptions 20 --pairs 5
+    python benchmarks/chaos.py --interruptions 20 --pairs 5 --workers 2
 
 A copy of the project with the tiniest model trains, evaluates, draws, exports and imports. Each command is interrupted
 by SIGKILL, SIGTERM or SIGINT (the last two once or twice) at a random moment, then run again; the files are compared
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ SIGNALS = {  # name -> what is sent, and how often of 12
     "SIGINT": ((signal.SIGINT,), 1),
     "SIGINT twice": ((signal.SIGINT, signal.SIGINT), 1),
 }
+_TRIALS = "trials.jsonl"
 PAIRS = ("one subject", "two subjects", "a new project")
 _NOT_COMPARED = ("manifest.json", ".lock")  # times and run ids; locks
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d[^/]*")  # a folder of images
@@ -361,33 +363,54 @@ def make_report(trials: Sequence[Trial]) -> Report:
     return Report("chaos", "Interrupted commands", describe_machine(torch.device("cpu")), rows, "interrupted", notes)
 
 
+def run_share(folder: Path, share: int, num_shares: int, wanted: Mapping[str, int]) -> None:
+    """Run every `num_shares`-th trial, until this share has its part of the wanted numbers.
+
+    Args:
+        folder: of this share, where its trials so far are.
+        share: from 0.
+        num_shares: of all trials.
+        wanted: "interruption" and "pair" -> their number in all shares.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    project, file = Project(folder), folder / _TRIALS
+    project.prepare()
+    for kind, run, commands in (("interruption", interruption, COMMANDS), ("pair", pair, PAIRS)):
+        done = [trial for trial in read_trials(file) if trial.command in commands]
+        number = max((trial.number + num_shares for trial in done), default=share)
+        part = wanted[kind] // num_shares + (share < wanted[kind] % num_shares)
+        while len(done) < part:
+            if (trial := run(project, number)) is not None:
+                done.append(trial)
+                with file.open("a") as opened:
+                    opened.write(json.dumps(asdict(trial)) + "\n")
+                print(f"{len(done)}/{part} {trial.command}, {trial.sent}: {'; '.join(trial.problems) or 'good'}")
+            number += num_shares
+
+
 def main() -> None:
     """Parse the options and run the trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interruptions", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=1, help="trials at a time, each in a project of its own")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "chaos", help="folder of the trials")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the report")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    project, file = Project(options.work), options.work / "trials.jsonl"
-    project.prepare()
-    trials = read_trials(file)
-    for wanted, run, kinds in (
-        (options.interruptions, interruption, COMMANDS),
-        (options.pairs, pair, PAIRS),
-    ):
-        done = [trial for trial in trials if trial.command in kinds]
-        number = max((trial.number for trial in done), default=-1) + 1
-        while len(done) < wanted:
-            if (trial := run(project, number)) is not None:
-                done.append(trial)
-                trials.append(trial)
-                with file.open("a") as opened:
-                    opened.write(json.dumps(asdict(trial)) + "\n")
-                print(f"{len(done)}/{wanted} {trial.command}, {trial.sent}: {'; '.join(trial.problems) or 'good'}")
-            number += 1
-    make_report(trials).write(options.output)
+    wanted = {"interruption": options.interruptions, "pair": options.pairs}
+    folders = [options.work / str(share) for share in range(options.workers)]
+    context = multiprocessing.get_context("spawn")
+    shares = [
+        context.Process(target=run_share, args=(folder, share, options.workers, wanted))
+        for share, folder in enumerate(folders)
+    ]
+    for process in shares:
+        process.start()
+    for process in shares:
+        process.join()
+    make_report([trial for folder in folders for trial in read_trials(folder / _TRIALS)]).write(options.output)
+    if any(process.exitcode for process in shares):
+        raise SystemExit("expected all trials; a worker has failed, see above")
 
 
 if __name__ == "__main__":
