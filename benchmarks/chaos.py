@@ -281,7 +281,7 @@ def interruption(project: Project, number: int) -> Trial | None:
     if sent != "SIGKILL" and "INFO" in stopped.stderr:  # before, Python itself is imported
         last = stopped.stderr.strip().splitlines()[-1]
         if "Traceback" in stopped.stderr or "the same command" not in last:
-            problems.append(f"{sent} is answered by: {last}")
+            problems.append(f"{sent} is answered by {stopped.returncode}: {stopped.stderr.strip()[-400:]}")
     try:
         again = project.run(command.arguments())
     except subprocess.TimeoutExpired:

@@ -63,7 +63,7 @@ def test_a_remembered_value_is_hidden_also_within_configurations(monkeypatch: py
     remember_secret("/secret/folder")
     assert redacted({"a": ["/secret/folder/x", 3], "b": ({"c": "/secret/folder"},)}) == {
         "a": ["***/x", 3],
-        "b": [{"c": "***"}],
+        "b": ({"c": "***"},),
     }
 
 

@@ -209,7 +209,7 @@ def test_the_sigmas_are_those_of_the_base_models_spacing(
 
 
 def test_a_prompt_that_would_lose_its_trigger_word_is_refused(tiny_base_model: Path, concept: Concept) -> None:
-    with pytest.raises(InputError, check=says(expected="the trigger words", got="my-fox")):
+    with pytest.raises(InputError, check=says(expected="the trigger words", got="tokens")):
         export(tiny_base_model, concept, formats=("embeddings",), prompt="cat " * 90 + "{pt1}")
 
 

@@ -163,7 +163,8 @@ def logo(color: str) -> Image.Image:
 
 def warnings_of(image: Image.Image, caplog: pytest.LogCaptureFixture, **changes: object) -> list[str]:
     prepare_reference(png(image), None, IngestionParams(**{"bucket": BUCKET} | changes))
-    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+    own = [record for record in caplog.records if record.name.startswith("dreamartist_pipeline.pipelines.ingestion")]
+    return [record.message for record in own if record.levelname == "WARNING"]
 
 
 def test_what_was_made_of_the_picture_is_logged_and_tagged(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,8 +21,9 @@ def test_the_estimate_grows_with_what_is_written(make_training_params: Callable[
     def needed(**changes: object) -> int:
         return needed_bytes(PLAN, make_training_params(preview={"every": 0}, **changes), 32)
 
-    assert needed(num_steps=0) == 3 * (1500 * 4 * 3) + 6 * 1500 * 4
-    assert needed(num_steps=0, ema_decay=0.9) == needed(num_steps=0) + 3 * 1500 * 4
+    assert needed(num_steps=0) == 3 * 2 * (1500 * 4 * 3) + 6 * 1500 * 4  # the state, and a good one
+    assert needed(num_steps=0, ema_decay=0.9) == needed(num_steps=0) + 3 * 2 * 1500 * 4
+    assert needed(num_steps=0, on_divergence="halve_lr") == needed(num_steps=0) + 3 * (1500 * 4 * 3)
     assert needed(num_steps=10) == needed(num_steps=0) + 3 * 10 * 1000
     preview = {"every": 5, "prompts": ["a {pt1}", "two {pt1}"]}
     with_previews = needed_bytes(PLAN, make_training_params(num_steps=10, preview=preview), 32)

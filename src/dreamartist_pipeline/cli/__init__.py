@@ -20,7 +20,7 @@ from kedro.validation.exceptions import ParameterValidationError
 from dreamartist_pipeline.cli.import_config import import_config
 from dreamartist_pipeline.cli.params import parse_params, with_params
 from dreamartist_pipeline.cli.selection import check_selection, check_words
-from dreamartist_pipeline.cli.stopping import stopped_by_signals
+from dreamartist_pipeline.cli.stopping import Stop, stopped_by_signals
 from dreamartist_pipeline.cli.verify import verify
 from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, TrainingError, input_error_in
 from dreamartist_pipeline.hooks.console import program, quoted
@@ -47,12 +47,12 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return run(*args, **kwargs)
             except StoppedEarly as stopped:
-                raise _end(str(stopped), stopped.exit_code) from None
+                raise _end(stop, str(stopped), stopped.exit_code) from None
             except KeyboardInterrupt:
-                raise _end(stop.message, STOPPED_BY_SIGNAL) from None
+                raise _end(stop, stop.message, STOPPED_BY_SIGNAL) from None
             except Exception as error:
                 if stop.name is not None:  # a library caught the interruption, and raised another error
-                    raise _end(stop.message, STOPPED_BY_SIGNAL) from None
+                    raise _end(stop, stop.message, STOPPED_BY_SIGNAL) from None
                 close_run("FAILED", reason_of(error))
                 if traceback or not isinstance(error, _READABLE):
                     raise
@@ -68,8 +68,9 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
     return reported
 
 
-def _end(message: str, exit_code: int) -> click.exceptions.Exit:
+def _end(stop: Stop, message: str, exit_code: int) -> click.exceptions.Exit:
     """Close the MLflow run of a command that was stopped, and say so; return what ends the command."""
+    stop.is_closing = True
     close_run("KILLED", message)
     click.echo(f"\n{message}", err=True)
     return click.exceptions.Exit(exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +12,7 @@ from types import FrameType
 import click
 
 _KEPT = "What has been finished is kept; the same command goes on from there."
+_UNWINDING_S = 5.0
 _CLOSING = "Stopping: the run is being closed."
 
 
@@ -18,11 +20,14 @@ class Stop:
     """Whether this process was asked to stop.
 
     Attributes:
-        name: of the first signal; None without one.
+        name: of the signal; None without one.
+        is_closing: whether the interruption has ended the run, which is being closed.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.is_closing = False
+        self._arrived_s: float | None = None
 
     @property
     def message(self) -> str:
@@ -30,10 +35,14 @@ class Stop:
         return f"Stopped by {self.name or 'an interruption'}. {_KEPT}"
 
     def interrupt(self, number: int, _frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt at the first signal; later ones do not disturb what is being closed."""
-        if self.name is not None:
+        """Raise KeyboardInterrupt at the first signal; later ones do not disturb what is being closed.
+
+        If the run still goes on after some seconds, a library has caught the interruption: the next one ends it.
+        """
+        if self._arrived_s is not None and (self.is_closing or time.monotonic() - self._arrived_s < _UNWINDING_S):
             click.echo(_CLOSING, err=True)
             return
+        self._arrived_s = time.monotonic()
         self.name = signal.Signals(number).name
         raise KeyboardInterrupt(self.message)
 

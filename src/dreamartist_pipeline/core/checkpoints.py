@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+_SAVING_SHARE = 0.05  # of the time, at most, is spent on checkpoints
+
 Checkpoint = dict[str, Any]
 CONCEPT = "concept"
 """Name of the checkpoints of a concept's training."""
@@ -56,9 +58,14 @@ class Pauses:
         """Return whether the last checkpoint is old enough."""
         return time.monotonic() - self._saved_s >= self._every_s
 
-    def saved(self) -> None:
-        """Count the minutes to the next checkpoint from now on."""
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save a checkpoint within, and count the minutes to the next from then on; large ones are rarer."""
+        started = time.monotonic()
+        yield
         self._saved_s = time.monotonic()
+        if self._every_s:
+            self._every_s = max(self._every_s, (self._saved_s - started) / _SAVING_SHARE)
 
 
 @contextmanager

@@ -719,12 +719,12 @@ class _Course:
     def checkpoint(self, diverged_at: int | None = None) -> Checkpoint:
         """Return everything from which the training continues; `diverged_at` marks one that stops by a divergence.
 
-        Without halve_lr, the good states are left out, which would make it three times as large: the state is one.
+        Without halve_lr, the older good state is enough: no result depends on it, and each is as large as the state.
         """
         return {
             "state": self._state.state_dict(),
             "history": _packed(self.history),
-            "good_states": self.good.states if self._halves else [],
+            "good_states": self.good.states if self._halves else self.good.states[:1],
             "halvings": [[halving.diverged_at, halving.back_to] for halving in self._halvings],
             "diverged_at": diverged_at,
         }
@@ -739,7 +739,7 @@ class _Course:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self._state.load_state_dict(checkpoint["state"])
-        self.good.states = checkpoint["good_states"] or [checkpoint["state"]]
+        self.good.states = checkpoint["good_states"]
         self._set_halvings([Halving(*steps) for steps in checkpoint["halvings"]])
         self.history = _unpacked(checkpoint["history"])
         for row in self.history:
@@ -830,9 +830,9 @@ class _Interruption:
         is_finite = course.is_finite
         if self.stops and not is_finite:
             course.go_back()
-        if rank() == 0 and (self.stops or is_finite):
-            self._save(course.checkpoint())
-        self._pauses.saved()
+        with self._pauses.saving():
+            if rank() == 0 and (self.stops or is_finite):
+                self._save(course.checkpoint())
         if self.stops and not (self._pauses.is_over and course.is_done):
             self.stop()
 

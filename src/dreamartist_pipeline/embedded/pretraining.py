@@ -218,9 +218,8 @@ def fit_stage(
             due = pauses.checkpoint_is_due() or stage.is_done or stopped
             if due and save_checkpoint and is_first:
                 checkpoint = stage.checkpoint()
-                with stage.state.averaged():
+                with pauses.saving(), stage.state.averaged():
                     save_checkpoint(checkpoint)
-                pauses.saved()
                 clock = time.monotonic()
             if stopped:
                 raise StoppedEarly(f"stopped after step {done.step}; the same command continues", STOPPED_BY_SIGNAL)

@@ -11,7 +11,6 @@ from dreamartist_pipeline.params import TrainingParams
 
 _VALUE_BYTES = 4  # float32
 _STATE_VALUES = 3  # per trained value in a checkpoint: itself, and two moments of the optimizer
-_GOOD_STATES = 2  # more in a checkpoint, with halve_lr
 _NUM_CHECKPOINTS = 3  # the last two, and the one that is being written
 _NUM_COPIES = 6  # of the concept: the old and the new one, the tracking store's, and an export in several formats
 _STEP_BYTES = 1000  # a row of the history, in the checkpoints and as text
@@ -38,7 +37,7 @@ def check_disk(plan: Mapping[str, Any], params: TrainingParams, side_px: int) ->
 def needed_bytes(plan: Mapping[str, Any], params: TrainingParams, side_px: int) -> int:
     """Return an estimate of the bytes; arguments are those of `check_disk`."""
     concept: int = _VALUE_BYTES * sum(group["num_parameters"] for group in plan["groups"])
-    num_states = 1 + _GOOD_STATES * (params.on_divergence == "halve_lr")
+    num_states = 2 + (params.on_divergence == "halve_lr")  # the state itself, and good ones
     state = num_states * concept * (_STATE_VALUES + (params.ema_decay > 0)) + _STEP_BYTES * params.num_steps
     num_previews = params.num_steps // params.preview.every + 1 if params.preview.every else 0
     previews = num_previews * len(params.preview.prompts) * _PIXEL_BYTES * side_px**2
