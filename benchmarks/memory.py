@@ -32,8 +32,9 @@ from dreamartist_pipeline.backbones.families.backbone import checkpoint_gradient
 from dreamartist_pipeline.core.adapters import AdapterStack, inject
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
+from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
-from dreamartist_pipeline.core.training import TrainableModel, parameter_groups
+from dreamartist_pipeline.core.training import TrainableModel
 from dreamartist_pipeline.params import ResolvedGroup
 from speed.random_models import CLIP_L, OPENCLIP_G, SD15_UNET, SDXL_UNET
 

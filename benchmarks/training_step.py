@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from dreamartist_pipeline.backbones.base_model import load_outline
-from dreamartist_pipeline.core.training import TrainingData
+from dreamartist_pipeline.core.batches import TrainingData
 from dreamartist_pipeline.params import TrainingParams
 from speed.ceilings import Ceilings, measure_ceilings, step_flops
 from speed.designs import (

@@ -21,19 +21,12 @@ from torch import nn
 
 from dreamartist_pipeline.backbones.concepts import NewConcept, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.core.batches import TrainingData
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, rows_of
 from dreamartist_pipeline.core.lora_factors import SHARED
+from dreamartist_pipeline.core.parameter_groups import ADAPTERS, parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
-from dreamartist_pipeline.core.training import (
-    ADAPTERS,
-    TrainableModel,
-    TrainingData,
-    fit,
-    lr_factor,
-    packed_factors,
-    parameter_groups,
-    training_state,
-)
+from dreamartist_pipeline.core.training import TrainableModel, fit, lr_factor, packed_factors, training_state
 from dreamartist_pipeline.params import ResolvedGroup, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
 from dreamartist_pipeline.pipelines.training.trainable import trainable_model

@@ -25,6 +25,7 @@ from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
+from dreamartist_pipeline.core.batches import Batch
 from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at, rows_of
 from dreamartist_pipeline.core.captions import fill_negative_prompt
 from dreamartist_pipeline.core.concept import Concept, words_part
@@ -33,7 +34,7 @@ from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
-from dreamartist_pipeline.core.training import Batch, TrainableModel, combined_prediction, row_losses
+from dreamartist_pipeline.core.training import TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop import concept_file

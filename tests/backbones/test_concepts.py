@@ -27,20 +27,17 @@ from dreamartist_pipeline.backbones.concepts import (
 )
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.adapters import LowRankUpdate
+from dreamartist_pipeline.core.batches import Batch, BatchSource, LatentImages, TrainingData
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
 from dreamartist_pipeline.core.training import (
-    Batch,
-    BatchSource,
     Execution,
-    LatentImages,
     StepRecord,
     TrainableModel,
-    TrainingData,
     combined_prediction,
     fit,
-    parameter_groups,
     row_losses,
 )
 from dreamartist_pipeline.datasets.concept import ConceptDataset

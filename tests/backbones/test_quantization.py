@@ -14,7 +14,8 @@ from dreamartist_pipeline.backbones.concepts import start_concept
 from dreamartist_pipeline.backbones.quantization import Int8Linear, quantize_linears, stored_bytes
 from dreamartist_pipeline.core import devices
 from dreamartist_pipeline.core.devices import check_device
-from dreamartist_pipeline.core.training import Execution, _Steps, fit, parameter_groups, training_state
+from dreamartist_pipeline.core.parameter_groups import parameter_groups
+from dreamartist_pipeline.core.training import Execution, _Steps, fit, training_state
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.regularization.nodes import describe_set

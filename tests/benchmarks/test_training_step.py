@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import training_step
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone, load_outline
 from dreamartist_pipeline.backbones.families import Backbone
-from dreamartist_pipeline.core.training import TrainingData
+from dreamartist_pipeline.core.batches import TrainingData
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from speed.ceilings import Ceilings, step_flops
 from speed.designs import (

@@ -15,14 +15,7 @@ from dreamartist_pipeline.core import training
 from dreamartist_pipeline.core.checkpoints import Checkpoint
 from dreamartist_pipeline.core.divergence import GoodStates, Halving, LossBounds, StateBounds
 from dreamartist_pipeline.core.processes import rank, run_on_processes
-from dreamartist_pipeline.core.training import (
-    Alarms,
-    Checkpointing,
-    Execution,
-    TrainableModel,
-    fit,
-    training_state,
-)
+from dreamartist_pipeline.core.training import Alarms, Checkpointing, Execution, TrainableModel, fit, training_state
 from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import TrainingParams
 from refusals import says

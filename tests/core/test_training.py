@@ -14,25 +14,20 @@ import torch
 from torch import nn
 
 from dreamartist_pipeline.core.adapters import inject
+from dreamartist_pipeline.core.batches import BatchSource, LatentImages, TrainingData, derived_seed
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
+from dreamartist_pipeline.core.parameter_groups import ParameterGroup, branch_table, parameter_groups
 from dreamartist_pipeline.core.processes import run_on_processes
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train, whole_batch
 from dreamartist_pipeline.core.training import (
-    BatchSource,
     Checkpointing,
     Execution,
-    LatentImages,
-    ParameterGroup,
     StepRecord,
     TrainableModel,
-    TrainingData,
-    branch_table,
-    derived_seed,
     fit,
-    parameter_groups,
     reconstruction_loss,
     training_state,
 )

@@ -12,8 +12,9 @@ import torch
 
 from dreamartist_pipeline.backbones.base_model import open_base_model
 from dreamartist_pipeline.backbones.concepts import start_concept
+from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.trainer import train
-from dreamartist_pipeline.core.training import Execution, _Steps, fit, parameter_groups, training_state
+from dreamartist_pipeline.core.training import Execution, _Steps, fit, training_state
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
 from dreamartist_pipeline.pipelines.training.memory import MemoryPlan, first_that_fits, possible_plans, step_shape

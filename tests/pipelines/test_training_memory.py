@@ -21,9 +21,11 @@ from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outli
 from dreamartist_pipeline.backbones.concepts import NewConcept, start_concept
 from dreamartist_pipeline.backbones.placement import off_device, on_device
 from dreamartist_pipeline.core import step_graph
+from dreamartist_pipeline.core.batches import TrainingData
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.trainer import train
-from dreamartist_pipeline.core.training import Execution, TrainingData, _Steps, fit, parameter_groups, training_state
+from dreamartist_pipeline.core.training import Execution, _Steps, fit, training_state
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, MemoryParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import memory, nodes

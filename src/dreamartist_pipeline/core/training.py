@@ -7,27 +7,26 @@ passed in as two callables, so this module is independent of diffusers.
 Several processes share the rows of a step: each draws the whole batch, computes its rows, and gets the sums of losses
 and gradients over all processes, so that all take the same optimizer step.
 
-A step does not wait for the device: what is drawn on the CPU is uploaded for many steps at once, numbers of prompts are
-constant, and losses are read for several steps at a time.
+A step does not wait for the device: `batches` uploads what is drawn for many steps at once, and losses are read for
+several steps at a time.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import nn
 
 from dreamartist_pipeline.core.adapters import AdapterStack
-from dreamartist_pipeline.core.branches import BRANCH_NAMES, combine, guidance_at, repeat, rows_of
+from dreamartist_pipeline.core.batches import Batch, BatchSource, TrainingData, step_generator
+from dreamartist_pipeline.core.branches import combine, guidance_at, repeat, rows_of
 from dreamartist_pipeline.core.checkpoints import Checkpoint, Pauses, stop_requests
-from dreamartist_pipeline.core.concept import words_part
 from dreamartist_pipeline.core.diffusion import Objective
 from dreamartist_pipeline.core.divergence import (
     MOST_HALVINGS,
@@ -40,14 +39,13 @@ from dreamartist_pipeline.core.divergence import (
     are_finite,
     likely_causes,
 )
-from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.losses import image_error, masked_huber, masked_mse
 from dreamartist_pipeline.core.optimizers import flatten, make_optimizers, rate_of
+from dreamartist_pipeline.core.parameter_groups import WORDS, ParameterGroup
 from dreamartist_pipeline.core.processes import num_ranks, on_any_rank, rank, rows_of_rank, sum_over_ranks
 from dreamartist_pipeline.core.prompt_tokens import (
     Conditioning,
     PromptTokens,
-    concatenate,
     detached_leaves,
     map_tensors,
 )
@@ -57,8 +55,6 @@ from dreamartist_pipeline.core.trainer import Averages, Backward, FinishedStep, 
 from dreamartist_pipeline.errors import STOPPED_BY_BUDGET, STOPPED_BY_SIGNAL, StoppedEarly, TrainingError
 from dreamartist_pipeline.params import LossParams, TrainingParams
 
-ADAPTERS, WORDS = "adapters", "words"
-_CHOICES_AHEAD = 64  # steps whose images and prompts are drawn and uploaded together
 _PROMPTS_AT_ONCE = 16  # rows of one call of the text encoder, where all prompts are encoded before the first step
 _READ_AFTER_S = 0.5  # losses of slow steps are read earlier than every `Execution.read_every` steps
 
@@ -66,57 +62,6 @@ HistoryRow = dict[str, float]
 
 
 # ------------------------------------------------------------------------------------------------- model and data
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters with a common learning rate: one LoRA group, or one trigger word.
-
-    Attributes:
-        name: as logged, e.g. `unet.0.positive` or `words.positive.pt1`.
-        kind: `adapters` or `words`; each kind has its own optimizer.
-        branch: `negative`, `positive` or `shared`.
-        lr: the peak learning rate, including `scale_lr`.
-        parameters: of the group.
-        num_layers: number of adapted layers; 0 for words.
-    """
-
-    name: str
-    kind: str
-    branch: str
-    lr: float
-    parameters: tuple[nn.Parameter, ...] = field(repr=False)
-    num_layers: int = 0
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of trainable scalars."""
-        return sum(parameter.numel() for parameter in self.parameters)
-
-
-def parameter_groups(
-    stacks: Mapping[str, AdapterStack], words: Mapping[str, WordEmbedding], words_lr: float
-) -> tuple[ParameterGroup, ...]:
-    """Return one group per LoRA group of every network, and one per word and text encoder.
-
-    Args:
-        stacks: network -> its adapters.
-        words: text encoder -> its trigger words.
-        words_lr: peak learning rate of the words, including `scale_lr`.
-    """
-    groups = []
-    for adapters in stacks.values():
-        parameters, num_layers = adapters.parameters_by_group(), adapters.num_layers_by_group()
-        groups += [
-            ParameterGroup(g.name, ADAPTERS, g.branch, g.lr, tuple(parameters[g.name]), num_layers[g.name])
-            for g in adapters.groups
-        ]
-    for encoder, embedding in words.items():
-        groups += [
-            ParameterGroup(f"{words_part(encoder)}.{word.key}", WORDS, BRANCH_NAMES[word.branch], words_lr, (vectors,))
-            for word, vectors in zip(embedding.vocabulary.words, embedding.vectors, strict=True)
-        ]
-    return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -198,215 +143,7 @@ class Alarms:
     on_doubts: Callable[[Sequence[str]], None] = lambda doubts: None
 
 
-@dataclass(frozen=True)
-class LatentImages:
-    """Images as the posterior of the autoencoder, with their prompts.
-
-    Attributes:
-        mean: `[N, C, h, w]` float32.
-        std: the same shape; a latent is `mean + std · noise`.
-        tokens: `[P, nb, L]`, one entry per prompt, branches in order.
-        paired: whether prompt i belongs to image i (N = P); otherwise images and prompts are drawn independently.
-        framing: `images.Framing.numbers` of each image, `[N, 6]`; None, in all images of a training: whole images.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    tokens: PromptTokens
-    paired: bool
-    framing: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The reference image and the regularization set.
-
-    Attributes:
-        reference: the reference image with the prompts of all templates.
-        regularization: the regularization set, if there is one.
-        mask: attention mask of the reference image at latent size, `[1, 1, h, w]`.
-        pixels: the reference image `[1, 3, H, W]` in [-1, 1]; needed for the reconstruction loss.
-    """
-
-    reference: LatentImages
-    regularization: LatentImages | None = None
-    mask: torch.Tensor | None = None
-    pixels: torch.Tensor | None = None
-
-
 # ------------------------------------------------------------------------------------------------- one step
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The random choices of one step: reference rows, followed by regularization rows.
-
-    Attributes:
-        latents: z₀, `[B, C, h, w]`.
-        noise: ε, `[B, C, h, w]`.
-        timesteps: `[B]`.
-        tokens: the distinct prompts, `[P, nb, L]`. P is the same in every step: the last prompt is repeated.
-        prompt_of_row: index into `tokens`, `[B]`.
-        row_weight: `[B]`; the loss of the step is Σ weight · row loss.
-        mask: attention mask `[B, 1, h, w]`, or None.
-        framing: of the images, `[B, 6]`, or None; see `LatentImages`.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    tokens: PromptTokens
-    prompt_of_row: torch.Tensor
-    row_weight: torch.Tensor
-    mask: torch.Tensor | None
-    framing: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        """B."""
-        return len(self.latents)
-
-    def __getitem__(self, rows: slice) -> Batch:
-        """Return a part of the rows, with the same `tokens`."""
-        return Batch(
-            self.latents[rows],
-            self.noise[rows],
-            self.timesteps[rows],
-            self.tokens,
-            self.prompt_of_row[rows],
-            self.row_weight[rows],
-            None if self.mask is None else self.mask[rows],
-            None if self.framing is None else self.framing[rows],
-        )
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """The images and prompts of several steps, as indices on the device.
-
-    Attributes:
-        first_step: of these.
-        images: one tensor `[steps, rows]` per source.
-        distinct: the distinct prompts, `[steps, P]`.
-        prompt_of_row: index into `distinct`, `[steps, B]`.
-    """
-
-    first_step: int
-    images: tuple[torch.Tensor, ...]
-    distinct: torch.Tensor
-    prompt_of_row: torch.Tensor
-
-
-class BatchSource:
-    """Draws batches. A batch is a function of the seed and the step."""
-
-    def __init__(self, data: TrainingData, params: TrainingParams, objective: Objective) -> None:
-        self._seed, self._objective = params.seed, objective
-        self._timesteps, self._noise_offset = params.timesteps, params.noise_offset
-        self._device = data.reference.mean.device
-        self._sources = [(data.reference, params.batch_size)]
-        if data.regularization and params.regularization_batch_size:
-            self._sources.append((data.regularization, params.regularization_batch_size))
-        self.prompts = concatenate([images.tokens for images, _ in self._sources])
-        self._num_distinct = sum(min(len(images.tokens), num_rows) for images, num_rows in self._sources)
-        self._choices: _Choices | None = None
-        totals = (1, params.loss.regularization_weight)
-        weights = [total / rows for (_, rows), total in zip(self._sources, totals, strict=False) for _ in range(rows)]
-        self._row_weight = torch.tensor(weights, device=self._device)
-        self._mask = None if data.mask is None else self._row_masks(data.mask)
-
-    def draw(self, step: int) -> Batch:
-        """Return the batch of a step, counted from 0."""
-        choices, index = self._choices_of(step)
-        mean, std, framing = self._rows(choices, index)
-        generator = step_generator(self._seed, "noises", step, self._device)
-        noises = torch.randn((2, *mean.shape), generator=generator, device=self._device)
-        timesteps = self._objective.sample_timesteps(self._timesteps, len(mean), generator)
-        return Batch(
-            latents=mean + std * noises[0],
-            noise=self._offset(noises[1], step),
-            timesteps=timesteps,
-            tokens=self.prompts[choices.distinct[index]],
-            prompt_of_row=choices.prompt_of_row[index],
-            row_weight=self._row_weight,
-            mask=self._mask,
-            framing=framing,
-        )
-
-    def with_all_prompts(self, batch: Batch, step: int) -> Batch:
-        """Return the batch of a step with all prompts as `tokens`, for conditioning that was computed before."""
-        choices, index = self._choices_of(step)
-        return replace(batch, tokens=self.prompts, prompt_of_row=choices.distinct[index][batch.prompt_of_row])
-
-    def _offset(self, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """Add `noise_offset · N(0, 1)` per row and channel, so that mean brightness is learned too (Guttenberg 2023).
-
-        The offsets have their own generator, so that the option changes no other random number.
-        """
-        if not self._noise_offset:
-            return noise
-        generator = step_generator(self._seed, "noise_offsets", step, self._device)
-        offsets = torch.randn((*noise.shape[:2], 1, 1), generator=generator, device=self._device)
-        return noise + self._noise_offset * offsets
-
-    def _choices_of(self, step: int) -> tuple[_Choices, int]:
-        """Return uploaded choices and the index of the step in them."""
-        first_step = step - step % _CHOICES_AHEAD
-        if self._choices is None or self._choices.first_step != first_step:
-            self._choices = self._draw_choices(first_step)
-        return self._choices, step - first_step
-
-    def _draw_choices(self, first_step: int) -> _Choices:
-        """Draw the images and prompts of the next steps on the CPU, so that they do not depend on the device."""
-        images: list[list[torch.Tensor]] = [[] for _ in self._sources]
-        distinct, prompt_of_row = [], []
-        for step in range(first_step, first_step + _CHOICES_AHEAD):
-            generator = step_generator(self._seed, "choices", step)
-            prompts, first_prompt = [], 0
-            for (source, num_rows), chosen in zip(self._sources, images, strict=True):
-                image, prompt = _pick(source, num_rows, generator)
-                chosen.append(image)
-                prompts.append(prompt + first_prompt)
-                first_prompt += len(source.tokens)
-            different, inverse = torch.unique(torch.cat(prompts), return_inverse=True)
-            distinct.append(torch.cat([different, different[-1:].expand(self._num_distinct - len(different))]))
-            prompt_of_row.append(inverse)
-        return _Choices(
-            first_step,
-            tuple(self._upload(chosen) for chosen in images),
-            self._upload(distinct),
-            self._upload(prompt_of_row),
-        )
-
-    def _upload(self, steps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Stack and copy to the device; from pinned memory, the copy does not wait for the device."""
-        stacked = torch.stack(list(steps))
-        if self._device.type == "cuda":
-            return stacked.pin_memory().to(self._device, non_blocking=True)
-        return stacked.to(self._device)
-
-    def _rows(self, choices: _Choices, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return mean and std `[B, C, h, w]` and the framing `[B, 6]` of the chosen images."""
-        chosen = [(source, image[index]) for (source, _), image in zip(self._sources, choices.images, strict=True)]
-        framings = [s.framing[image] for s, image in chosen if s.framing is not None]
-        return (
-            torch.cat([s.mean[image] for s, image in chosen]),
-            torch.cat([s.std[image] for s, image in chosen]),
-            torch.cat(framings) if framings else None,
-        )
-
-    def _row_masks(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return the masks of all rows, `[B, 1, h, w]`: `mask` for reference rows, ones for the others."""
-        num_reference = self._sources[0][1]
-        ones = torch.ones_like(mask).expand(len(self._row_weight) - num_reference, -1, -1, -1)
-        return torch.cat([mask.expand(num_reference, -1, -1, -1), ones])
-
-
-def _pick(images: LatentImages, num_rows: int, choices: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose an image and a prompt for every row: two index tensors `[num_rows]` on the CPU."""
-    prompt = torch.randint(len(images.tokens), (num_rows,), generator=choices)
-    if images.paired:
-        return prompt, prompt
-    return torch.randint(len(images.mean), (num_rows,), generator=choices), prompt
 
 
 def encode_prompts(model: TrainableModel, tokens: PromptTokens) -> Conditioning:
@@ -484,18 +221,6 @@ def reconstruction_loss(
 def lr_factor(params: TrainingParams) -> int:
     """Return the factor on every learning rate: the total batch size with `scale_lr`, otherwise 1."""
     return params.batch_size + params.regularization_batch_size if params.scale_lr else 1
-
-
-def derived_seed(seed: int, purpose: str, step: int | None = None) -> int:
-    """Return a 63-bit seed for one purpose (and one step), independent of the seeds of all others."""
-    spawn_key = () if step is None else (step,)
-    sequence = np.random.SeedSequence([seed, *purpose.encode()], spawn_key=spawn_key)
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
-
-
-def step_generator(seed: int, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator for one purpose in one step, so that no random state is kept between steps."""
-    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, step))
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -1167,26 +892,3 @@ def _read(pending: Sequence[_OnDevice], started: float) -> Iterator[StepRecord]:
         grad_norm = {name: next(remaining) for name in norms}
         lr = {name: next(remaining) if isinstance(rate, torch.Tensor) else rate for name, rate in rates.items()}
         yield StepRecord(done.step, loss, parts, lr, grad_norm, seconds)
-
-
-# ------------------------------------------------------------------------------------------------- the table
-
-
-def branch_table(groups: Sequence[ParameterGroup], taken_over: Mapping[str, int] | None = None) -> str:
-    """Return a text table of the parameter groups by branch: layers, LoRA parameters, word vectors, learning rates.
-
-    Args:
-        groups: all trainable parameters.
-        taken_over: group -> number of its layers or vectors that are initialised from a concept; None without one.
-    """
-    width = max(24, *(len(group.name) + 2 for group in groups))
-    head = f"{'branch':<10}{'group':<{width}}{'layers':>8}{'parameters':>12}{'vectors':>9}{'lr':>11}"
-    head += f"{'from start':>12}" if taken_over is not None else ""
-    lines = [head, "-" * len(head)]
-    for group in sorted(groups, key=lambda g: g.branch):
-        layers = str(group.num_layers) if group.kind == ADAPTERS else "-"
-        vectors = str(sum(len(p) for p in group.parameters)) if group.kind == WORDS else "-"
-        line = f"{group.branch:<10}{group.name:<{width}}{layers:>8}"
-        line += f"{group.num_parameters:>12,}{vectors:>9}{group.lr:>11.2e}"
-        lines.append(line + (f"{taken_over.get(group.name, 0):>12}" if taken_over is not None else ""))
-    return "\n".join(lines)

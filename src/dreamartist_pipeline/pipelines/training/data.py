@@ -11,12 +11,12 @@ from tqdm import tqdm
 from dreamartist_pipeline.backbones.base_model import encode_images
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.prompts import PromptEncoder
+from dreamartist_pipeline.core.batches import LatentImages, TrainingData, derived_seed
 from dreamartist_pipeline.core.branches import branches
 from dreamartist_pipeline.core.captions import branch_prompts, caption_variants
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.images import Framing, attention_mask, fit_to_size, framing, to_tensor
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
-from dreamartist_pipeline.core.training import LatentImages, TrainingData, derived_seed
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import TrainingParams
 

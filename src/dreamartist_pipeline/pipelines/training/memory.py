@@ -28,7 +28,8 @@ from dreamartist_pipeline.core.devices import (
     reset_peak_memory,
 )
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
-from dreamartist_pipeline.core.training import lr_factor, parameter_groups
+from dreamartist_pipeline.core.parameter_groups import parameter_groups
+from dreamartist_pipeline.core.training import lr_factor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, MemoryParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_prompts

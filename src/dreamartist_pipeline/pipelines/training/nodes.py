@@ -157,10 +157,12 @@ def _train_on_rank(
     from dreamartist_pipeline.backbones.base_model import open_base_model
     from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
     from dreamartist_pipeline.backbones.placement import off_device
+    from dreamartist_pipeline.core.batches import derived_seed
     from dreamartist_pipeline.core.devices import device_of_rank
     from dreamartist_pipeline.core.images import Framing
+    from dreamartist_pipeline.core.parameter_groups import parameter_groups
     from dreamartist_pipeline.core.processes import rank
-    from dreamartist_pipeline.core.training import Alarms, Execution, derived_seed, fit, lr_factor, parameter_groups
+    from dreamartist_pipeline.core.training import Alarms, Execution, fit, lr_factor
     from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
     from dreamartist_pipeline.pipelines.training.memory import memory_plan, out_of_memory_explained
     from dreamartist_pipeline.pipelines.training.plan import check_plan

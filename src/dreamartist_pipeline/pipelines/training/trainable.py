@@ -10,8 +10,9 @@ from torch import nn
 from dreamartist_pipeline.backbones.base_model import decode_with_gradients
 from dreamartist_pipeline.backbones.concepts import NewConcept
 from dreamartist_pipeline.backbones.placement import on_device
+from dreamartist_pipeline.core.parameter_groups import ParameterGroup
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
-from dreamartist_pipeline.core.training import ParameterGroup, TrainableModel
+from dreamartist_pipeline.core.training import TrainableModel
 from dreamartist_pipeline.params import TrainingParams
 
 
