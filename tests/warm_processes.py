@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,7 @@ def _run(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], 
     """Run a program in the forked process."""
     for descriptor, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
