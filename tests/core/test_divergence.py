@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -150,9 +151,13 @@ class Store:
     def discard(self) -> None:
         self.discarded += 1
 
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep a copy: the tensors change with the next step."""
+        self.saved.append(copy.deepcopy(checkpoint))
+
     def checkpointing(self, resumed: Checkpoint | None = None) -> Checkpointing:
         """Save every step of a training that is not resumed."""
-        return Checkpointing(self.saved.append, 60.0 if resumed else 0.0, resumed=resumed, discard=self.discard)
+        return Checkpointing(self.save, 60.0 if resumed else 0.0, resumed=resumed, discard=self.discard)
 
 
 def breaking(model: TrainableModel, params: TrainingParams, step: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import math
@@ -351,7 +352,7 @@ def checkpoints_of(
 
     if stop_at is not None:
         model = dataclasses.replace(model, denoise=stopping)
-    checkpointing = Checkpointing(saved.append, **{"minutes": 0.0, **options})
+    checkpointing = Checkpointing(lambda each: saved.append(copy.deepcopy(each)), **{"minutes": 0.0, **options})
     try:
         return saved, fit(model, make_data(), params, checkpointing=checkpointing)
     except StoppedEarly as stop:

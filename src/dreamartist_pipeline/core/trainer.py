@@ -148,16 +148,18 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state as dicts and lists of tensors on the CPU, numbers, booleans and None."""
-        state: dict[str, Any] = _plain_copy(
-            {
-                "step": self.step,
-                "parameters": self.parameters,
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "averages": self.averages.state_dict() if self.averages else {},
-                "scaler": self.scaler.state_dict(),
-            }
-        )
+        state: dict[str, Any] = _plain(self.to_save(), copy=True)
         return state
+
+    def to_save(self) -> dict[str, Any]:
+        """Return the state with the tensors of the training itself, to be saved before the next step."""
+        return {
+            "step": self.step,
+            "parameters": _plain(self.parameters),
+            "optimizers": _plain([optimizer.state_dict() for optimizer in self.optimizers]),
+            "averages": _plain(self.averages.state_dict()) if self.averages else {},
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a copy of the result of `state_dict`.
@@ -177,7 +179,7 @@ class TrainingState:
                 got=f"shapes {got}, averages={bool(state['averages'])} and optimizers of {saved_groups} groups",
                 remedy="resume with the configuration of the interrupted training",
             )
-        state = _plain_copy(state)
+        state = _plain(state, copy=True)
         _copy_into(self.parameters, state["parameters"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             decays = [group["weight_decay"] for group in optimizer.param_groups]
@@ -195,14 +197,14 @@ def _copy_into(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor
         parameter.data.copy_(value)
 
 
-def _plain_copy(value: Any) -> Any:
-    """Copy nested containers; tensors are copied to the CPU, and tuples become lists."""
+def _plain(value: Any, copy: bool = False) -> Any:
+    """Return nested containers with tensors on the CPU, copied if they are not there or if asked; lists for tuples."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: _plain_copy(item) for key, item in value.items()}
+        return {key: _plain(item, copy) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_copy(item) for item in value]
+        return [_plain(item, copy) for item in value]
     return value
 
 

@@ -115,7 +115,7 @@ class Checkpointing:
     """How a training is saved and continued.
 
     Attributes:
-        save: stores a checkpoint of `fit`; called on rank 0 only.
+        save: stores a checkpoint of `fit`, whose tensors change with the next step; called on rank 0 only.
         minutes: between two checkpoints; 0 for one after every step.
         max_minutes: from the first step on, after which the training stops; None for no limit.
         resumed: the checkpoint to continue from; None starts a new training.
@@ -442,12 +442,14 @@ class _Course:
         self.found = None
 
     def checkpoint(self, diverged_at: int | None = None) -> Checkpoint:
-        """Return everything from which the training continues; `diverged_at` marks one that stops by a divergence.
+        """Return everything from which the training continues, to be saved before the next step.
+
+        `diverged_at` marks a training that stops by a divergence.
 
         Without halve_lr, the older good state is enough: no result depends on it, and each is as large as the state.
         """
         return {
-            "state": self._state.state_dict(),
+            "state": self._state.to_save(),
             "history": _packed(self.history),
             "good_states": self.good.states if self._halves else self.good.states[:1],
             "halvings": [[halving.diverged_at, halving.back_to] for halving in self._halvings],
