@@ -17,7 +17,7 @@ from PIL import Image
 from project_copy import copy_project
 from warm_processes import run_warm
 
-NUM_STEPS, TIMEOUT_S = 40, 600
+NUM_STEPS, TIMEOUT_S = 16, 600
 GIVEN = {
     "image": "stripes.png",
     "base_model": "tiny",

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
@@ -152,7 +153,10 @@ class TagTracker(NoTracker):
 
 
 def noise(size: tuple[int, int]) -> Image.Image:
-    return Image.effect_noise(size, 100).convert("RGB")
+    """Return patches of random colours, which stay different when the picture is made smaller."""
+    width, height = size
+    colors = np.random.default_rng(0).integers(0, 256, (max(2, height // 10), max(2, width // 10), 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize(size, Image.Resampling.NEAREST)
 
 
 def logo(color: str) -> Image.Image:
