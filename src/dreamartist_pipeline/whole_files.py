@@ -55,6 +55,16 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _folder_beside(folder: Path) -> Iterator[Path]:
+    """Yield a new empty folder of this process beside another one."""
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent)
+        with _owned(folder, is_folder=True) as temporary, _explained(folder):
+            yield temporary
+
+
+@contextmanager
 def written_whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder beside `folder` that takes its place on success.
 
@@ -63,20 +73,17 @@ def written_whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the folder beside it is not writable.
     """
-    with _explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent)
-        with _owned(folder, is_folder=True) as temporary, _explained(folder):
-            yield temporary
-            _flush_all(temporary)
-            old = _old(folder)
-            with _alone_in(folder.parent):
-                _restore(folder)
-                if folder.exists():
-                    folder.replace(old)
-                temporary.replace(folder)
-            flushed(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+    with _folder_beside(folder) as temporary:
+        yield temporary
+        _flush_all(temporary)
+        old = _old(folder)
+        with _alone_in(folder.parent):
+            _restore(folder)
+            if folder.exists():
+                folder.replace(old)
+            temporary.replace(folder)
+        flushed(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_new_folder(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -89,17 +96,14 @@ def write_new_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         InputError: the disk is full, or the folder beside it is not writable.
     """
-    with _explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent)
-        with _owned(folder, is_folder=True) as temporary, _explained(folder):
-            write(temporary)
-            _flush_all(temporary)
-            with _alone_in(folder.parent):
-                numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-                target = next(path for path in itertools.chain([folder], numbered) if not path.exists())
-                temporary.replace(target)
-            flushed(folder.parent)
+    with _folder_beside(folder) as temporary:
+        write(temporary)
+        _flush_all(temporary)
+        with _alone_in(folder.parent):
+            numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+            target = next(path for path in itertools.chain([folder], numbered) if not path.exists())
+            temporary.replace(target)
+        flushed(folder.parent)
     return target
 
 
