@@ -338,7 +338,7 @@ CALLED_BACK = {  # what is handed down to be called
     "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
     "pipelines.regularization.nodes:_draw_batches": "core.processes",
     "pipelines.ingestion.nodes:prepare_reference": "core.tracking",
-    "pipelines.training.nodes:_train_on_rank": "core.processes",
+    "pipelines.training.rank_training:train_on_rank": "core.processes",
     "pipelines.training.nodes:compare_reconstruction": "core.tracking",
     "pipelines.training.reporting:StepReport.__call__": "core.training",
     "pipelines.training.reporting:Previews.__call__": "core.training",

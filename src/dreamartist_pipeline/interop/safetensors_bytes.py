@@ -23,7 +23,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
     # header (8 bytes, little-endian), header, tensors.
     header = json.dumps(_header(file), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)  # aligns the tensors
-    return len(header).to_bytes(8, "little") + header + tensor_bytes(file)
+    return b"".join((len(header).to_bytes(8, "little"), header, tensor_bytes(file)))
 
 
 def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
@@ -58,9 +58,9 @@ def read_metadata(file: bytes) -> dict[str, str]:
     return dict(header_of(file, "").metadata)
 
 
-def tensor_bytes(file: bytes) -> bytes:
-    """Return the tensors of a safetensors file, without header and metadata."""
-    return file[8 + int.from_bytes(file[:8], "little") :]
+def tensor_bytes(file: bytes) -> memoryview:
+    """Return the tensors of a safetensors file, without header and metadata and without a copy."""
+    return memoryview(file)[8 + int.from_bytes(file[:8], "little") :]
 
 
 def _header(file: bytes) -> dict[str, dict[str, str]]:
