@@ -29,6 +29,14 @@ TINY_SIZE = EmbeddedModelSize(
 _CORPUS = ("a red cat", "a blue dog", "a photo of a green bird", "background", "style", "fox", "the yellow house")
 
 
+_SLOW_FOLDERS = ("integration", "notebooks", "benchmarks", "tracking")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders with long tests first, so that no process of several is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in _SLOW_FOLDERS)  # stable
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     """Run tests in one thread: the models are tiny and the machine may be shared."""

@@ -71,7 +71,7 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
         if data.doubts and earlier.is_file():
             _keep_as(earlier, before)
         with written_whole(self._filepath) as temporary:
-            temporary.write_bytes(write_concept(data))
+            write_concept(data, temporary)
         if not data.doubts:
             before.unlink(missing_ok=True)
 
