@@ -104,6 +104,20 @@ def test_pickled_code_is_not_run(store: CheckpointStore, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_kill_while_they_are_discarded_leaves_the_latest(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch):
+    """The older one alone would be taken for that of an interrupted training."""
+    remove = Path.unlink
+
+    def remove_one(file: Path, missing_ok: bool = False) -> None:
+        remove(file, missing_ok)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", remove_one)
+    with pytest.raises(KeyboardInterrupt):
+        store.discard("a")
+    assert step_of(store) == 2
+
+
 def test_discarded_checkpoints_are_gone_with_their_folder(store: CheckpointStore):
     store.save("b", checkpoint(1))
     store.discard("a")

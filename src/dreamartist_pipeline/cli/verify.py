@@ -131,7 +131,7 @@ def _report_files(manifest: Manifest, project: Path) -> bool:
     run = manifest.made_by
     click.echo(f"{manifest.subject}: made {run.ended} by {quoted(['kedro', *run.arguments])}")
     found = findings(manifest, project)
-    width = max(len(each.dataset) for each in found) + 2
+    width = max((len(each.dataset) for each in found), default=0) + 2
     for each in found:
         color = None if each.state == _SAME else "yellow"
         click.secho(f"  {each.dataset:<{width}}{each.state:<9}{each.path}", fg=color)

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.redaction import redact
 from dreamartist_pipeline.tracking.outbox import Outbox, Record, described
 
@@ -124,7 +125,7 @@ class Delivery:
     def _keep(self, record: Record) -> None:
         try:
             self._outbox.append(record, self._about)
-        except OSError as error:
+        except (OSError, InputError) as error:
             if not self._lost:
                 log.warning("Cannot keep what MLflow does not take: %s. The run goes on.", error)
             self._lost += record.counted()

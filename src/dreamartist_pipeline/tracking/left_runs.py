@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.locks import Holder, LocalLock, LockHeldError
 from dreamartist_pipeline.redaction import without_credentials
 from dreamartist_pipeline.tracking.databases import database_file
@@ -84,7 +85,7 @@ class LeftRuns:
             if lock.take():
                 lock.describe(self._store)
                 self._lock = lock
-        except OSError as error:
+        except (OSError, InputError) as error:
             log.warning("If this run is killed, MLflow shows it as running: %s", error)
         expect_run({} if self._lock is None else {PROCESS_TAG: name}, self._begin)
 
