@@ -34,7 +34,7 @@ from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
-from dreamartist_pipeline.core.training import TrainableModel, combined_prediction, row_losses
+from dreamartist_pipeline.core.training_step import TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop import concept_file
@@ -273,7 +273,7 @@ def step_values(
 ) -> StepValues:
     """Compute combined prediction, loss and gradients of one step for given latents, noise and timesteps.
 
-    It calls the functions of the training loop (`core.training`).
+    It calls the functions of the training's steps (`core.training_step`).
 
     Args:
         backbone: the base model.

@@ -17,22 +17,21 @@ from torch import nn
 from dreamartist_pipeline.core.adapters import inject
 from dreamartist_pipeline.core.batches import BatchSource, LatentImages, TrainingData, derived_seed
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
+from dreamartist_pipeline.core.course import Checkpointing, StepRecord
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup, branch_table, parameter_groups
 from dreamartist_pipeline.core.processes import run_on_processes
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train, whole_batch
-from dreamartist_pipeline.core.training import (
-    Checkpointing,
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import (
     Execution,
-    StepRecord,
+    Steps,
     TrainableModel,
-    fit,
     reconstruction_loss,
     training_state,
 )
-from dreamartist_pipeline.core.training import _Steps as Steps
 from dreamartist_pipeline.errors import StoppedEarly, TrainingError
 from dreamartist_pipeline.params import LossParams, PreviewParams, ResolvedGroup, ScheduleParams, TrainingParams
 from refusals import says
