@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kedro_datasets.json import JSONDataset
 
 import small_run
 from dreamartist_pipeline.errors import InputError
@@ -51,6 +52,23 @@ def test_a_run_writes_its_files_and_nothing_else(tmp_path: Path) -> None:
     small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
     assert not strays(tmp_path)
+
+
+def test_datasets_are_told_when_their_files_are_in_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        JSONDataset,
+        "published",
+        lambda self: told.append((Path(self._filepath).name, json.loads(Path(self._filepath).read_text()))),
+        raising=False,
+    )
+    small_run.run(tmp_path, "a")
+    told.clear()
+    small_run.run(tmp_path, "b")
+    assert {Path(FILES[name]).name for name in CONCEPT_SET} <= {name for name, _ in told}
+    assert {text for _, text in told} == {"b"}
 
 
 @pytest.mark.parametrize("failing", ["train", "evaluate", "draw"])
