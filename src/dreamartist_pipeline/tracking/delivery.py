@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +162,8 @@ class Delivery:
         sent = send_all(records, self._send, deadline_s)
         with self._lock:
             added = list(self._outbox)[len(records) :]
-            self._outbox.replace([*sent.left, *added])
+            with suppress(OSError, InputError):  # all stay in it then, and arrive twice
+                self._outbox.replace([*sent.left, *added])
             self._away &= sent.waiting | {_lane(record) for record in added}
             if not self.missing():
                 log.info("MLflow answers again; nothing is missing.")
