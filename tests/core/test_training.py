@@ -314,6 +314,11 @@ CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def model_of(options: dict[str, Any]) -> TrainableModel:
+    toy = make_model(dropout=options.get("dropout", 0.0))
+    return dataclasses.replace(toy, dtype=options.get("dtype", torch.float32))
+
+
 @pytest.mark.parametrize("name", CONTINUED)
 @pytest.mark.parametrize("taken_after", [0, 1, 3, 6])
 def test_a_continued_training_ends_in_the_same_bytes(
@@ -321,12 +326,7 @@ def test_a_continued_training_ends_in_the_same_bytes(
 ) -> None:
     changes, of_model = CONTINUED[name]
     params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
-
-    def new_model() -> TrainableModel:
-        toy = make_model(dropout=of_model.get("dropout", 0.0))
-        return dataclasses.replace(toy, dtype=of_model.get("dtype", torch.float32))
-
-    whole, continued = new_model(), new_model()
+    whole, continued = model_of(of_model), model_of(of_model)
     states, history = states_of_a_whole_training(whole, params)
     state = training_state(continued, params)
     for parameter in state.parameters:
@@ -365,12 +365,7 @@ def test_a_training_continued_from_a_checkpoint_has_the_bytes_and_the_history_of
 ) -> None:
     changes, of_model = CONTINUED[name]
     params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
-
-    def new_model() -> TrainableModel:
-        toy = make_model(dropout=of_model.get("dropout", 0.0))
-        return dataclasses.replace(toy, dtype=of_model.get("dtype", torch.float32))
-
-    whole, continued, records = new_model(), new_model(), []
+    whole, continued, records = model_of(of_model), model_of(of_model), []
     saved, history = checkpoints_of(params, whole)
     assert [checkpoint["state"]["step"] for checkpoint in saved] == list(range(7))
     file = io.BytesIO()
