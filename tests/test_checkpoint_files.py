@@ -81,6 +81,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert torch.load(store.path / "a.before.pt", weights_only=True)["step"] == 1  # not the damaged one
 
 
+def test_a_file_of_torch_that_is_no_checkpoint_is_damaged(store: CheckpointStore, caplog: pytest.LogCaptureFixture):
+    torch.save([1, 2], store.path / "a.pt")
+    assert step_of(store) == 1
+    assert "a list in place of a dictionary" in caplog.text
+
+
 def test_a_save_that_ends_between_its_renames_loses_nothing(store: CheckpointStore, caplog: pytest.LogCaptureFixture):
     (store.path / "a.pt").replace(store.path / "a.before.pt")
     assert step_of(store) == 2

@@ -94,6 +94,8 @@ def _read(file: Path) -> dict[str, Any] | None:
                     raise zipfile.BadZipFile(f"{member} has another checksum")
             opened.seek(0)
             checkpoint: dict[str, Any] = torch.load(opened, map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint, dict):
+                raise ValueError(f"a {type(checkpoint).__name__} in place of a dictionary")
         except _DAMAGE as error:
             log.warning("The checkpoint %s is damaged and is not used (%s).", file, str(error).partition("\n")[0])
             return None
