@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +342,12 @@ def interrupted_in_a_library() -> None:
         raise ValueError("no such strategy") from error
 
 
+def swallowed() -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # as in a callback of the garbage collector
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(60)
+
+
 def stopped() -> None:
     raise StoppedEarly("stopped after step 3; the same command continues", 75)
 
@@ -371,6 +379,22 @@ def test_an_interrupted_run_is_recorded_as_killed_and_says_what_is_kept(
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == ended.data.tags["error"] and "the same command" in last_line
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_an_interruption_that_a_library_has_caught_is_raised_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.cli.stopping._UNWINDING_S", 0.05)
+    with pytest.raises(click.exceptions.Exit, match="130"):
+        _report(swallowed)(traceback=False)
+    assert "Stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_nothing_is_raised_again_after_a_run_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.cli.stopping._UNWINDING_S", 0.05)
+    with pytest.raises(click.exceptions.Exit):
+        _report(terminated)(traceback=False)
+    time.sleep(0.2)
 
 
 def test_a_training_that_was_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

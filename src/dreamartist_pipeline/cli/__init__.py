@@ -70,7 +70,7 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _end(stop: Stop, message: str, exit_code: int) -> click.exceptions.Exit:
     """Close the MLflow run of a command that was stopped, and say so; return what ends the command."""
-    stop.is_closing = True
+    stop.close()
     close_run("KILLED", message)
     click.echo(f"\n{message}", err=True)
     return click.exceptions.Exit(exit_code)
