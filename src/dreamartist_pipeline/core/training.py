@@ -55,6 +55,8 @@ from dreamartist_pipeline.core.trainer import Averages, Backward, FinishedStep, 
 from dreamartist_pipeline.errors import STOPPED_BY_BUDGET, STOPPED_BY_SIGNAL, StoppedEarly, TrainingError
 from dreamartist_pipeline.params import LossParams, TrainingParams
 
+CHECKPOINT_ENTRIES = ("state", "history", "good_states", "halvings", "diverged_at")
+"""What a checkpoint has; older versions of the project have saved fewer."""
 _PROMPTS_AT_ONCE = 16  # rows of one call of the text encoder, where all prompts are encoded before the first step
 _READ_AFTER_S = 0.5  # losses of slow steps are read earlier than every `Execution.read_every` steps
 
