@@ -16,8 +16,9 @@ import pytest
 
 import small_run
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders
+from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders, check_images_fit
 from dreamartist_pipeline.locks import LocalLock, LockHeldError
+from dreamartist_pipeline.params import GenerateParams
 from dreamartist_pipeline.whole_files import STAGED, publish
 from refusals import says
 from small_disks import mount_read_only, mount_small
@@ -196,3 +197,13 @@ def test_a_full_disk_is_found_before_the_run(tmp_path: Path) -> None:
     with mount_small(tmp_path / "08") as folder, pytest.raises(InputError, check=says(expected=str(folder))):
         small_run.run(tmp_path, "a")
     assert not texts(tmp_path)
+
+
+def test_images_that_will_not_fit_are_refused_before_they_are_drawn(tmp_path: Path) -> None:
+    params = GenerateParams(prompts=("a", "b"), images_per_prompt=50, width=64, height=128)
+    with mount_small(tmp_path / "07", "5m") as folder:
+        check = says(expected=f"{folder / 'fox'} for 100 images", remedy="generate.images_per_prompt")
+        with pytest.raises(InputError, check=check):
+            check_images_fit(folder / "fox", params)  # 3 × 100 × 3 × 64 × 128 bytes
+        check_images_fit(folder / "fox", params.model_copy(update={"images_per_prompt": 30}))
+        assert not list(folder.iterdir())

@@ -16,16 +16,20 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
-from dreamartist_pipeline.disk_space import check_free_space, existing_folder
+from dreamartist_pipeline.disk_space import PNG_PIXEL_BYTES, check_free_space, existing_folder
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.locks import LocalLock
+from dreamartist_pipeline.params import GenerateParams
 from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish, remove_leftovers
 
 _CONCEPT = "concept"
 _LOCK, _JOURNAL = ".lock", ".publishing.json"
 _OTHER_FOLDERS = "choose other folders in the catalog"
 _FREE_BYTES = 16 * 2**20  # the reports of a run, without its images and adapters
+_GENERATED = "generated_images"
+_NUM_COPIES = 3  # of each generated image: itself, in the sheet, and in the tracking store's copy of that
+_USUAL_SIDE_PX = 512  # where no size is given, which the base model decides
 
 
 class OutputHooks:
@@ -59,6 +63,8 @@ class OutputHooks:
         self._catalog, self._journal = catalog, None
         folders = output_folders(pipeline, catalog)
         check_folders(folders)
+        if _GENERATED in pipeline.all_outputs() and (images := path_of(catalog, _GENERATED)) is not None:
+            check_images_fit(images, catalog.load("params:generate"))
         concept = path_of(catalog, _CONCEPT)
         if concept is None or not any(self._subject in folder.parts for folder in folders):
             return
@@ -154,6 +160,18 @@ def check_folders(folders: Iterable[Path]) -> None:
                 remedy=f"make it writable, or {_OTHER_FOLDERS}",
             ) from error
         check_free_space(folder, _FREE_BYTES, "the reports of a run", _OTHER_FOLDERS)
+
+
+def check_images_fit(folder: Path, params: GenerateParams) -> None:
+    """Check that there is room for the images of `generate`, which are saved when all are drawn.
+
+    Raises:
+        InputError: there is less.
+    """
+    width, height = params.size_px or (_USUAL_SIDE_PX, _USUAL_SIDE_PX)
+    num_images = len(params.prompts) * params.images_per_prompt
+    needed = _NUM_COPIES * num_images * PNG_PIXEL_BYTES * width * height
+    check_free_space(folder, needed, f"{num_images:,} images", "lower generate.images_per_prompt or the size")
 
 
 def write_error(folder: Path) -> OSError | None:
