@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Pipeline, node
 
 import small_run
 from dreamartist_pipeline.errors import InputError
@@ -162,6 +165,20 @@ def test_a_second_run_of_the_subject_is_refused_at_once_and_named(tmp_path: Path
         process.kill()
     small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
+
+
+@pytest.mark.parametrize(("section", "protects"), [("pretrain", "base model"), ("judge", "judge")])
+def test_a_second_training_of_a_model_of_all_subjects_is_refused(tmp_path: Path, section: str, protects: str) -> None:
+    """Its parts would be mixed with those of the first."""
+    catalog = DataCatalog({f"params:{section}": MemoryDataset(SimpleNamespace(checkpoints=str(tmp_path)))})
+    pipeline = Pipeline([node(lambda params: params, f"params:{section}", "model", name="train")])
+    hooks = OutputHooks()
+    with LocalLock(tmp_path / ".lock", "").hold(), pytest.raises(LockHeldError, check=says(expected=protects)):
+        hooks.before_pipeline_run(pipeline, catalog)
+    hooks.before_pipeline_run(pipeline, catalog)
+    with pytest.raises(LockHeldError):
+        OutputHooks().before_pipeline_run(pipeline, catalog)
+    hooks.after_pipeline_run()
 
 
 # ------------------------------------------------------------------------------------------------- folders

@@ -25,6 +25,7 @@ from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish,
 
 _CONCEPT = "concept"
 _LOCK, _JOURNAL = ".lock", ".publishing.json"
+_OF_ALL_SUBJECTS = {"judge": "the training of the judge", "pretrain": "the pretraining of the base model"}
 _OTHER_FOLDERS = "choose other folders in the catalog"
 _FREE_BYTES = 16 * 2**20  # the reports of a run, without its images and adapters
 _GENERATED = "generated_images"
@@ -65,6 +66,7 @@ class OutputHooks:
         check_folders(folders)
         if _GENERATED in pipeline.all_outputs() and (images := path_of(catalog, _GENERATED)) is not None:
             check_images_fit(images, catalog.load("params:generate"))
+        self._lock_shared(pipeline, catalog)
         concept = path_of(catalog, _CONCEPT)
         if concept is None or not any(self._subject in folder.parts for folder in folders):
             return
@@ -79,6 +81,14 @@ class OutputHooks:
             remove_leftovers(folder)
             shutil.rmtree(folder / STAGED, ignore_errors=True)
         self._awaits_concept = _CONCEPT in pipeline.all_outputs() and catalog.exists(_CONCEPT)
+
+    def _lock_shared(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Lock the checkpoints of a model that belongs to no subject: a second run would mix its parts with them."""
+        for section, protects in _OF_ALL_SUBJECTS.items():
+            if f"params:{section}" in pipeline.inputs():
+                folder = Path(catalog.load(f"params:{section}").checkpoints)
+                self._run.enter_context(LocalLock(folder / _LOCK, protects).hold())
+                return  # that of the judge reads parameters of the pretraining
 
     @hook_impl
     def before_dataset_saved(self, dataset_name: str, node: Node) -> None:
