@@ -6,6 +6,8 @@ import contextlib
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,15 @@ from click.testing import CliRunner
 from kedro.io import DatasetError
 from omegaconf import OmegaConf
 
-from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
+from dreamartist_pipeline.cli import (
+    _report,
+    cli,
+    command_with,
+    parse_params,
+    readable_message,
+    run,
+    with_memory_explained,
+)
 from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.errors import InputError, StoppedEarly
@@ -432,6 +442,44 @@ def test_the_message_is_the_innermost_input_error() -> None:
 
 def test_the_message_of_another_error_is_its_own_text() -> None:
     assert readable_message(DatasetError("no such file")) == "no such file"
+
+
+def test_a_run_without_enough_memory_ends_with_what_to_do() -> None:
+    """In a process of its own, which may take 256 MiB more than it has."""
+    program = """
+import click, psutil, resource, torch
+from dreamartist_pipeline.cli import _report
+
+limit = psutil.Process().memory_info().vms + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+held = []
+run = _report(lambda: [held.append(torch.ones(2**24)) for _ in range(32)])
+click.Command("run", callback=lambda: run(traceback=False))()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "expected a run that fits into the memory; got" in done.stderr
+    assert "device.dtype=bfloat16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("full"), RuntimeError("can't start new thread"), OSError(12, "Cannot allocate memory")]
+)
+def test_exhausted_memory_is_recognised_within_other_errors(error: Exception) -> None:
+    outer = DatasetError("Failed while loading data")
+    outer.__cause__ = error
+    explained = with_memory_explained(outer)
+    assert isinstance(explained, InputError)
+    assert says(expected="the memory", got=str(error))(explained)
+
+
+def test_an_error_that_explains_itself_stays() -> None:
+    error = InputError("a training that fits", "more", "lower it")
+    error.__cause__ = MemoryError()
+    assert with_memory_explained(error) is error
+    other = DatasetError("no memory is needed for this one")
+    assert with_memory_explained(other) is other
 
 
 def test_the_command_keeps_kedros_options() -> None:

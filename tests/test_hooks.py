@@ -210,7 +210,7 @@ def test_only_kedro_run_opens_the_tracking_store_after_the_checks(
         before_pipeline_run=lambda *given: calls.append(given),
     )
     monkeypatch.setattr(MLflowHooks, "_register", lambda _, context: calls.append(context) or plugin)
-    monkeypatch.setattr(MLflowHooks, "_prepare_run", lambda _: calls.append("prepared"))
+    monkeypatch.setattr(MLflowHooks, "_prepare_run", lambda *_: calls.append("prepared"))
     hooks: Any = MLflowHooks()
     with click.Context(command) if command else contextlib.nullcontext():
         hooks.after_context_created("context")
