@@ -231,8 +231,9 @@ def importing(file: Path, **values: Any) -> ConfigurationHooks:
 
 
 def concept_of(*imported: tuple[str, str], value: float = 1.0) -> Concept:
-    metadata = CONCEPT.model_copy(update={"lora": {}, "imported_from": imported or None})
-    return Concept({"words.positive.pt1": torch.full((3, 4), value)}, metadata)
+    changes = {"lora": {}, "words": {"pt1": ("my-fox", "my-fox-neg")}, "imported_from": imported or None}
+    words = {"words.positive.pt1": torch.full((3, 4), value), "words.negative.pt1": torch.zeros(6, 4)}
+    return Concept(words, CONCEPT.model_copy(update=changes))
 
 
 def test_an_existing_concept_is_replaced_only_on_request(tmp_path: Path) -> None:

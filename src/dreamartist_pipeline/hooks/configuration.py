@@ -26,8 +26,6 @@ from dreamartist_pipeline.params import SECTIONS
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from dreamartist_pipeline.core.concept import Concept
-
 _MAX_SHOWN = 300  # characters of a value in a message
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SUBJECT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -45,7 +43,7 @@ class ConfigurationHooks:
 
     def __init__(self) -> None:
         self._subject, self._env = "NAME", ""
-        self._kept: Concept | None = None  # must not be replaced by another one
+        self._kept: Any = None  # a concept that must not be replaced by another one
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
@@ -163,7 +161,7 @@ def register_project_root(project_path: Path) -> None:
     OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
 
 
-def earlier_import(catalog: DataCatalog) -> Concept | None:
+def earlier_import(catalog: DataCatalog) -> Any:
     """Return the subject's concept if it was imported: the same import may go on; None without a concept.
 
     Raises:
@@ -173,7 +171,7 @@ def earlier_import(catalog: DataCatalog) -> Concept | None:
         return None
     path = path_of(catalog, "concept")
     try:
-        concept: Concept = catalog.load("concept")
+        concept = catalog.load("concept")
     except DatasetError:
         raise _replaces(f"{path}, which is damaged") from None
     if concept.metadata.imported_from is None:
