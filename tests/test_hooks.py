@@ -231,7 +231,11 @@ def importing(file: Path, **values: Any) -> ConfigurationHooks:
 
 
 def concept_of(*imported: tuple[str, str], value: float = 1.0) -> Concept:
-    changes = {"lora": {}, "words": {"pt1": ("my-fox", "my-fox-neg")}, "imported_from": imported or None}
+    changes = {
+        "lora": {"unet": (), "text_encoder": ()},
+        "words": {"pt1": ("my-fox", "my-fox-neg")},
+        "imported_from": imported or None,
+    }
     words = {"words.positive.pt1": torch.full((3, 4), value), "words.negative.pt1": torch.zeros(6, 4)}
     return Concept(words, CONCEPT.model_copy(update=changes))
 
