@@ -135,6 +135,7 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         f"08_reporting/{SUBJECT}/contact_sheet.png",
         f"08_reporting/{SUBJECT}/evaluation_metrics.json",
         f"08_reporting/{SUBJECT}/evaluation_table.csv",
+        f"08_reporting/{SUBJECT}/evaluation_measures.csv",
         f"07_model_output/{SUBJECT}/export/lora/{SUBJECT}-neg.safetensors",
         f"08_reporting/{SUBJECT}/export_report.json",
     ):
@@ -330,6 +331,7 @@ LAYERS = (  # from the lowest; each calls those below it
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
+    "backbones.evaluators:Evaluator.embed": "core.measures",
     "backbones.families.backbone:Backbone.denoise": "core.memory, core.training_step",
     "backbones.prompts:PromptEncoder.encode": "core.training_step",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
@@ -348,7 +350,7 @@ CALLED_BACK = {  # what is handed down to be called
     "tracking.tracker:MLflowTracker.log_image_file": "pipelines.training.reporting",
     "tracking.tracker:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
     "tracking.tracker:MLflowTracker.run_id": "pipelines.training.resuming",
-    "tracking.tracker:MLflowTracker.set_tag": "pipelines.ingestion.nodes",
+    "tracking.tracker:MLflowTracker.set_tag": "pipelines.evaluation.nodes, pipelines.ingestion.nodes",
 }
 
 
@@ -379,6 +381,7 @@ DATA = {  # kinds of datasets that load to data, never to something that reads o
     "ImageDataset",
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    "UserPicturesDataset",
     *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
     "JudgeDataset",
 }
