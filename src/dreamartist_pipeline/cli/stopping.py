@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class Stop:
             return
         self._arrived_s = time.monotonic()
         self.name = signal.Signals(number).name
-        self._again = threading.Timer(_UNWINDING_S, signal.raise_signal, [number])
+        self._again = threading.Timer(_UNWINDING_S, _signal_main_thread, [number])
         self._again.daemon = True
         self._again.start()
         raise KeyboardInterrupt(self.message)
@@ -55,6 +56,14 @@ class Stop:
         """Let nothing be raised any more, while the run is closed."""
         self.is_closing = True
         self._again.cancel()
+
+
+def _signal_main_thread(number: int) -> None:
+    """Send a signal to the main thread, which ends a call of the system there."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @contextmanager
