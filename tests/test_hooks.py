@@ -23,6 +23,7 @@ from PIL import Image
 
 from dreamartist_pipeline.cli import run
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.image import ReferenceImageDataset
 from dreamartist_pipeline.datasets.inputs import FileError
@@ -306,6 +307,8 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
     catalog["reference_image"] = changes.get("picture", picture.getvalue())
     catalog["attention_mask_image"] = MemoryDataset(changes.get("mask"))
     catalog["reference_caption"] = changes.get("caption", "white background")
+    catalog["evaluation_views"] = MemoryDataset({})
+    catalog["base_model"] = ModelLocation(str(folder / "model"))
     prompts = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["a red cat", "a blue dog"]}), prompts)
     catalog["prompt_database"] = MemoryDataset(pq.ParquetFile(prompts), copy_mode="assign")
