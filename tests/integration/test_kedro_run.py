@@ -356,7 +356,6 @@ LAYERS = (  # from the lowest; each calls those below it
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
-    "backbones.evaluators:Evaluator.embed": "core.measures",
     "backbones.families.backbone:Backbone.denoise": "core.memory, core.training_step",
     "backbones.prompts:PromptEncoder.encode": "core.training_step",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
