@@ -30,7 +30,7 @@ TINY_SIZE = EmbeddedModelSize(
 _CORPUS = ("a red cat", "a blue dog", "a photo of a green bird", "background", "style", "fox", "the yellow house")
 
 
-_SLOW_FOLDERS = ("integration", "notebooks", "benchmarks", "tracking")
+_SLOW_FOLDERS = ("integration", "notebooks", "benchmarks", "tracking", "pipelines", "backbones")
 
 
 def pytest_xdist_auto_num_workers() -> int:
