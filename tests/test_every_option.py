@@ -70,7 +70,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_base_model_draws_what_diffusers_draws": ("SamplerParams.num_inference_steps",),
     },
     "backbones/test_concepts.py": {
-        "test_what_bias_and_start_by_svd_have_learned_is_attached_as_it_was_trained": ("LoRAGroup.svd_init",),
+        "test_what_bias_and_start_by_svd_have_learned_is_attached_as_it_was_trained": (
+            "LoRAGroup.svd_init",
+            "LoRAGroup.orthogonal_init",
+        ),
         "test_every_bias_is_learned_and_acts": ("LoRAGroup.bias",),
         "test_a_half_precision_base_trains_float32_adapters": ("device.dtype",),
         "test_training_gives_no_gradient_to_ranks_that_no_row_used": ("LoRAGroup.timestep_min_rank",),

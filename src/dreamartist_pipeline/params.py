@@ -296,13 +296,16 @@ class LoRAGroup(Params):
         dropout: dropout probability of the rank activations.
         timestep_min_rank: like `rank`, UNet only. The active rank of a row decreases linearly with its timestep t, from
             the full rank at t = 0 to this rank at t = T − 1; the last ranks are dropped first (T-LoRA, Soboleva et al.
-            2025, without its orthogonal initialisation). None for all ranks at every t.
+            2025). None for all ranks at every t.
         bias: whether the update has a learned bias. As in the reference toolkit, it belongs to the up projection: it is
             scaled by alpha / rank, and has the learning rate and weight decay of the group. It starts at zero; in the
             toolkit (`hcpdiff.models.lora_layers`) it starts at random like that of nn.Linear, which changes the first
             outputs.
         svd_init: whether down and up start at the largest singular values of the weight, minus this initial product
             (PiSSA); see `core.adapters.PrincipalUpdate`.
+        orthogonal_init: `random` or `weight` for three factors up · diag(values) · down that start at singular vectors
+            and values of a random matrix (the smallest) or of the weight (the largest), minus this initial product:
+            T-LoRA's orthogonal initialisation; see `core.adapters.OrthogonalUpdate`. None for the start of LoRA.
     """
 
     lr: LearningRate
@@ -314,6 +317,7 @@ class LoRAGroup(Params):
     timestep_min_rank: int | float | None = None
     bias: bool = False
     svd_init: bool = False
+    orthogonal_init: Literal["random", "weight"] | None = None
 
     @field_validator("rank", "timestep_min_rank")
     @classmethod
@@ -328,6 +332,8 @@ class LoRAGroup(Params):
     def _check_options(self) -> LoRAGroup:
         if self.svd_init and self.timestep_min_rank is not None:
             raise ValueError("svd_init and timestep_min_rank exclude each other; leave out one of them")
+        if self.svd_init and self.orthogonal_init is not None:
+            raise ValueError("svd_init and orthogonal_init exclude each other; leave out one of them")
         return self
 
     @field_validator("layers")
@@ -579,8 +585,11 @@ class TrainingParams(Params):
         for network, groups in self.lora.items():
             if network.startswith("text_encoder") and any(group.timestep_min_rank is not None for group in groups):
                 raise ValueError(f"lora_{network}: timestep_min_rank requires a timestep, which a text encoder lacks")
-        if self.start_from and any(group.svd_init for group in self._groups):
-            raise ValueError("start_from cannot be combined with svd_init; leave out one of them")
+        options = {"svd_init": any(group.svd_init for group in self._groups)}
+        options["orthogonal_init"] = any(group.orthogonal_init is not None for group in self._groups)
+        if self.start_from and any(options.values()):
+            given = next(name for name, is_given in options.items() if is_given)
+            raise ValueError(f"start_from cannot be combined with {given}; leave out one of them")
         return self
 
     @model_validator(mode="after")
