@@ -23,6 +23,7 @@ from dreamartist_pipeline.hooks import (
     MLflowHooks,
     OutputHooks,
     RunRecordHooks,
+    StartingHooks,
     nearest,
 )
 from dreamartist_pipeline.hooks.logs import configure_logs
@@ -156,6 +157,18 @@ class ProjectConfigLoader(OmegaConfigLoader):
         found = {file for pattern in self.config_patterns[key] for file in self._fs.glob(f"{folder}/{pattern}")}
         return sorted(file for file in found if Path(file).suffix in _SUFFIXES and not self._is_hidden(file))
 
+    def of_run(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return `globals`, `parameters` and `catalog` of another run of this environment.
+
+        Args:
+            params: the parameters of its command, nested.
+        """
+        other = type(self)(self.conf_source, self.env, dict(params), **CONFIG_LOADER_ARGS)
+        try:
+            return {key: other[key] for key in ("globals", "parameters", "catalog")}
+        finally:
+            self._register_globals_resolver()  # the other loader has replaced it
+
     def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters of the base environment for these run settings, without any other changes."""
         given = {name: literal(value) for name, value in settings.items()}
@@ -194,6 +207,7 @@ HOOKS = (
     ConsoleHooks(),
     CheckpointHooks(),
     ManifestHooks(),
+    StartingHooks(),
 )
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {

@@ -1,0 +1,143 @@
+"""Commands in processes of their own: several at a time, failures, and what stops them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dreamartist_pipeline.starting_runs import LocalProcesses, RunCommand, run_all
+
+
+def command(folder: Path, name: str, code: str, **environment: str | None) -> RunCommand:
+    arguments = (sys.executable, "-c", code)
+    return RunCommand(name, arguments, folder, environment, folder / "logs" / f"{name}.log")
+
+
+def ends(commands: list[RunCommand], workers: int = 1) -> dict[str, str | None]:
+    """Run commands, and return the message of each."""
+    found: dict[str, str | None] = {}
+    run_all(commands, LocalProcesses(), workers, lambda command, message: found.update({command.name: message}))
+    return found
+
+
+def test_a_failed_command_is_reported_by_its_message_and_the_others_finish(tmp_path: Path) -> None:
+    error = "print('Error: expected a picture;\\ngot none\\n(--traceback shows where)'); raise SystemExit(1)"
+    found = ends(
+        [
+            command(tmp_path, "wrong", error),
+            command(tmp_path, "crash", "import os; print('last words', flush=True); os._exit(7)"),
+            command(tmp_path, "silent", "raise SystemExit(3)"),
+            command(tmp_path, "right", "open('made', 'w').write('x')"),
+        ]
+    )
+    log = tmp_path / "logs"
+    assert found == {
+        "wrong": f"expected a picture;\ngot none ({log / 'wrong.log'})",
+        "crash": f"exit status 7: last words ({log / 'crash.log'})",
+        "silent": f"exit status 3 ({log / 'silent.log'})",
+        "right": None,
+    }
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_command_has_its_own_environment_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GONE", "1")
+    code = "import os; print(os.environ['ADDED'], os.environ.get('GONE'), os.getcwd())"
+    assert ends([command(tmp_path, "one", code, ADDED="yes", GONE=None)]) == {"one": None}
+    assert (tmp_path / "logs/one.log").read_text().strip() == f"yes None {tmp_path}"
+
+
+class Counting:
+    """An executor that counts how many commands run at a time."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.order: list[str] = []
+        self.lock = threading.Lock()
+
+    def run(self, command: RunCommand) -> str | None:
+        with self.lock:
+            self.order.append(command.name)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.02)
+        with self.lock:
+            self.now -= 1
+        return None
+
+    def stop(self) -> None:
+        raise AssertionError("nothing was interrupted")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_commands_run_at_a_time_as_there_are_workers(tmp_path: Path, workers: int) -> None:
+    executor, names = Counting(), [f"run {index}" for index in range(6)]
+    ended: list[str] = []
+    commands = [command(tmp_path, name, "") for name in names]
+    run_all(commands, executor, workers, lambda one, message: ended.append(one.name))
+    assert executor.most == workers
+    assert sorted(ended) == names
+    assert workers > 1 or executor.order == names
+
+
+@pytest.fixture
+def interrupted() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, as in a program in the foreground."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+_WAITS = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGINT, lambda *_: (Path(sys.argv[1] + '.kept').touch(), sys.exit(130)))
+Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+
+
+def waiting(folder: Path, name: str) -> RunCommand:
+    return RunCommand(name, (sys.executable, "-c", _WAITS, name), folder, {}, folder / f"{name}.log")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT of another process")
+@pytest.mark.usefixtures("interrupted")
+def test_an_interruption_lets_running_commands_keep_their_work_and_starts_no_other(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        end_s = time.monotonic() + 60
+        while not (tmp_path / "a").exists() and time.monotonic() < end_s:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_all([waiting(tmp_path, "a"), waiting(tmp_path, "b")], LocalProcesses(), 1, lambda *_: None)
+    assert (tmp_path / "a.kept").exists()
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT of another process")
+@pytest.mark.usefixtures("interrupted")
+def test_a_command_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    code = _WAITS.replace("sys.exit(130)", "None").replace("time.sleep(60)", "[time.sleep(1) for _ in range(60)]")
+    stubborn = RunCommand("a", (sys.executable, "-c", code, "a"), tmp_path, {}, tmp_path / "a.log")
+
+    def interrupt() -> None:
+        while not (tmp_path / "a").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    start_s = time.monotonic()
+    with pytest.raises(BaseException) as raised:  # of the signal, or that it was killed
+        run_all([stubborn], LocalProcesses(stopping_s=0.2), 1, lambda *_: None)
+    assert not isinstance(raised.value, AssertionError)
+    assert time.monotonic() - start_s < 30
