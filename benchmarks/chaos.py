@@ -41,7 +41,8 @@ sys.path.insert(0, str(ROOT / "tests"))  # processes that need no imports; they 
 from project_copy import copy_project
 from warm_processes import WarmProgram, start_warm
 
-NUM_STEPS, STUCK_S, TRACKING = 12, 120, "data/09_tracking"
+NUM_STEPS, TRACKING = 12, "data/09_tracking"
+STUCK_S, ANSWERED_S = 120, 20
 COMMON = {"base_model": "tiny", "device": "cpu"}
 TRAINING = COMMON | {
     "image": "stripes.png",
@@ -261,6 +262,17 @@ def lost_steps(interrupted: str, again: str) -> int | None:
     return 0 if finished else max(0, max(shown) - (int(kept[1]) if kept else 0))
 
 
+def answer_problems(sent: str, stopped: subprocess.CompletedProcess[str], seconds: float) -> list[str]:
+    """Return what is wrong with the end of a command after a signal; it may have been nearly finished."""
+    if sent == "SIGKILL" or "INFO" not in stopped.stderr:  # before, Python itself is imported
+        return []
+    answer = stopped.stderr.strip()
+    says_so = stopped.returncode == 0 or "the same command" in answer.splitlines()[-1]
+    if "Traceback" in answer or not says_so or seconds > ANSWERED_S:
+        return [f"{sent} is answered by {stopped.returncode} after {seconds:.0f} s: {answer[-400:]}"]
+    return []
+
+
 def interruption(project: Project, number: int) -> Trial | None:
     """Run one trial; None if the command ended before the signal."""
     draw = random.Random(number)
@@ -273,15 +285,12 @@ def interruption(project: Project, number: int) -> Trial | None:
         if not interrupt(program, SIGNALS[sent][0], after_s):
             program.wait(STUCK_S)
             return None
+        sent_s = time.monotonic()
         try:
             stopped = program.wait(STUCK_S)
         except subprocess.TimeoutExpired:
             return Trial(number, command.name, sent, after_s, (f"runs on {STUCK_S} s after the signal",))
-    problems = []
-    if sent != "SIGKILL" and "INFO" in stopped.stderr:  # before, Python itself is imported
-        last = stopped.stderr.strip().splitlines()[-1]
-        if "Traceback" in stopped.stderr or "the same command" not in last:
-            problems.append(f"{sent} is answered by {stopped.returncode}: {stopped.stderr.strip()[-400:]}")
+    problems = answer_problems(sent, stopped, time.monotonic() - sent_s)
     try:
         again = project.run(command.arguments())
     except subprocess.TimeoutExpired:

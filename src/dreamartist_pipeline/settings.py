@@ -199,11 +199,12 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 DATA_CATALOG_CLASS = ProjectCatalog
 # Of hooks that are tried first, the last one here is called first: the configuration, the folders, MLflow.
+_RECORD = RunRecordHooks()
 HOOKS = (
-    MLflowHooks(),
+    MLflowHooks(_RECORD.check_continues),
     OutputHooks(),
     ConfigurationHooks(),
-    RunRecordHooks(),
+    _RECORD,
     ConsoleHooks(),
     CheckpointHooks(),
     ManifestHooks(),

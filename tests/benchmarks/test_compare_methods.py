@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+import compare_methods as bench
 from dreamartist_pipeline.cli.params import parse_params
-
-
-@pytest.fixture
-def bench() -> ModuleType:
-    return importlib.import_module("compare_methods")
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, status: int = 0) -> list[list[str]]:
@@ -34,9 +28,7 @@ def given(command: list[str]) -> dict[str, Any]:
     return parse_params(None, None, command[command.index("--params") + 1])  # type: ignore[arg-type]
 
 
-def test_options_become_parameters_of_the_comparison_and_of_every_run(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_become_parameters_of_the_comparison_and_of_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     made = calls(monkeypatch, status=3)
     options = ["--subjects", "owl", "fox", "--methods", "lora", "--workers", "2", "--params", "training.num_steps=5"]
     with pytest.raises(SystemExit) as ended:
@@ -49,16 +41,14 @@ def test_options_become_parameters_of_the_comparison_and_of_every_run(
     }
 
 
-def test_without_options_everything_is_compared(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_options_everything_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     made = calls(monkeypatch)
     with pytest.raises(SystemExit):
         bench.main([])
     assert "--params" not in made[0]
 
 
-def test_concepts_of_one_method_are_those_of_its_runs(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_concepts_of_one_method_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = calls(monkeypatch)
     monkeypatch.setattr(bench, "RUNS", tmp_path / "runs.json")
     bench.RUNS.write_text(json.dumps([{"subject": "fox-lora-0", "message": None}]))
