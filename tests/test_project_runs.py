@@ -215,6 +215,7 @@ def test_a_finished_run_becomes_a_child_of_the_new_parent(project: Path, monkeyp
         {"subject": "fox", "image": "it's.png", "mask": None},
         {"training": {"guidance_scale": "3.0", "words": {"lr": 1e-05, "names": {"pt1": ["a", "b"]}}}},
         {"generate": {"prompts": ["a {pt1}, x=1", 'say "no"'], "negative_prompt": "blurry, seed=3"}},
+        {"generate": {"negative_prompt": 'a "b", seed=3 \\', "prompts": ['"', "\\"]}},
         {"device": {"device": "cpu"}, "evaluation": {"text_image_model": None, "color_agreement": True}},
     ],
 )

@@ -146,7 +146,7 @@ class LocalProcesses:
     def run(self, command: RunCommand) -> str | None:
         """Execute one command in a session of its own: Ctrl-C in the terminal reaches it by `stop` only."""
         command.log.parent.mkdir(parents=True, exist_ok=True)
-        variables = {**os.environ, **command.environment}
+        variables: dict[str, str | None] = {**os.environ, **command.environment}
         with command.log.open("wb") as output:
             with self._lock:
                 if self._is_stopped:

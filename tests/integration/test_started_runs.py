@@ -26,7 +26,7 @@ COMPARED = {
     "reference": "lora",
     "subjects": ["dot", "gone"],
     "images": "pictures",
-    "workers": 2,
+    "workers": 1,
     "measures": {"fidelity": "similarity/concept.efficientnet-lite0", "controllability": "x", "drift": "y"},
     "columns": ["x"],
     "params": {

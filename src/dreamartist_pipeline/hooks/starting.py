@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -61,6 +62,7 @@ STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
 _CONCEPT = "concept"
 _OWN = ("compare", "tune")  # sections of pipelines that start runs
+_QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _LOGS = "data/09_tracking/run_logs"
 
 log = logging.getLogger(__name__)
@@ -101,11 +103,11 @@ def _options(context: KedroContext) -> tuple[str, ...]:
 
 
 class ProjectRuns:
-    """Starts runs of a project; those that have finished with the same results before are not run again.
+    """Starts runs of a project, except those that have finished before.
 
-    The results of a run depend on its pipelines, its settings and parameters as they are after all configuration
-    files, and the contents of its files: the hash of these is its key. A finished run has its key in the manifest
-    beside its concept.
+    The results of a run depend on its pipelines, on its settings and parameters as they are after all configuration
+    files, and on the contents of its files: the hash of these is its key. A run that has finished has its key in the
+    manifest beside its concept.
 
     Args:
         project: its folder.
@@ -192,7 +194,7 @@ class ProjectRuns:
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest(), concept.with_name(MANIFEST)
 
-    def _catalog(self, configuration: dict[str, Any], names: set[str]) -> ProjectCatalog:
+    def _catalog(self, configuration: dict[str, Any], names: set[str]) -> DataCatalog:
         """Return the catalog of a run with these datasets only."""
         absolute = _convert_paths_to_absolute_posix(self._project, configuration)
         return ProjectCatalog.from_config({name: absolute[name] for name in names & absolute.keys()})
@@ -200,7 +202,7 @@ class ProjectRuns:
     def _files(self, names: set[str], catalog: DataCatalog) -> dict[str, Any]:
         """Return dataset -> hash of its contents; of users' files that parameters name, of each of them."""
         stored = stored_files(names, catalog, self._project)
-        others = {name: catalog.load(name) for name in names - stored.keys() if catalog.exists(name)}
+        others = {name: catalog[name].load() for name in names - stored.keys() if catalog[name].exists()}
         by_path = {name: files for name, files in others.items() if isinstance(files, Mapping)}
         return {name: file.sha256 for name, file in stored.items()} | {
             name: {path: hashlib.sha256(read()).hexdigest() for path, read in files.items()}
@@ -256,7 +258,7 @@ def as_params(params: Mapping[str, Any]) -> str:
 def _as_text(name: str, value: Any) -> str:
     if name in RUN_SETTINGS and value is not None:
         return f"'{value}'"
-    return json.dumps(value, ensure_ascii=False)
+    return _QUOTE.sub(r"\1\\u0022", json.dumps(value, ensure_ascii=False))
 
 
 def literal_values(value: Any) -> Any:

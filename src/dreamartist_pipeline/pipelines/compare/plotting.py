@@ -19,6 +19,10 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
 _FRONT, _DOMINATED, _GROUND, _BASE = "#0072b2", "#5f5f5f", "#ffffff", "#d55e00"  # Okabe and Ito; grey
 _FONT = "Inter, Helvetica, Arial, sans-serif"
 _MARKER_PX = 21
+_AXIS: dict[str, Any] = {
+    **{"showline": True, "linecolor": "#1c1c22", "ticks": "outside"},
+    **{"gridcolor": "#e6e6ea", "zeroline": False},
+}
 _TITLE = "Means over subjects and seeds, with 95 % intervals; filled: no other method is better in both"
 
 
@@ -54,7 +58,7 @@ def plot_tradeoff(rows: Sequence[Row], x: str, y: str, front: Sequence[str], bet
     arrow = {"higher": "higher is better", "lower": "lower is better"}[better_x]
     figure.update_xaxes(title_text=f"{title_of(x)}; {arrow}", **_AXIS)
     figure.update_yaxes(title_text=f"{title_of(y)}; higher is better", **_AXIS)
-    return figure.update_layout(
+    figure.update_layout(
         template="plotly_white",
         font={"family": _FONT, "size": 13, "color": "#1c1c22"},
         width=980,
@@ -63,9 +67,7 @@ def plot_tradeoff(rows: Sequence[Row], x: str, y: str, front: Sequence[str], bet
         title={"text": _TITLE, "font": {"size": 14}},
         legend={"x": 1.01, "y": 1.0, "font": {"size": 12}, "itemsizing": "trace"},
     )
-
-
-_AXIS = {"showline": True, "linecolor": "#1c1c22", "ticks": "outside", "gridcolor": "#e6e6ea", "zeroline": False}
+    return figure
 
 
 def _add_point(figure: Figure, row: Row, metrics: tuple[str, str], label: str, color: str, filled: bool) -> None:

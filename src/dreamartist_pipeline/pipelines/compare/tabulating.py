@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 
-from torch import Tensor, nan, tensor
+import torch
 
 from dreamartist_pipeline.core.intervals import Estimate, bootstrap_grid
 from dreamartist_pipeline.core.measures import MEASURES, Measure
@@ -21,7 +21,7 @@ from dreamartist_pipeline.starting_runs import RunOutcome, RunResult
 CONCEPT, BASE, CEILING = "concept", "base", "ceiling"  # groups of an evaluation
 TITLES = {BASE: "base model, class word", CEILING: "autoencoder's reconstruction (ceiling)"}
 STEP_SECONDS, TRAINING_SECONDS = "seconds per step", "training, s"
-UNKNOWN = Estimate(nan, nan, nan)
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 _GROUP = re.compile(rf"(?<=[./]){CONCEPT}(?=\.|$)")
 _SAME = 1e-4  # of the base model's metrics in runs of several methods
@@ -107,14 +107,12 @@ class Comparison:
                     remedy=f"delete data/06_models/{subject}-*, and run the same command again",
                 )
 
-    def _grid(self, row: str, metric: str, subjects: Sequence[str]) -> Tensor:
+    def _grid(self, row: str, metric: str, subjects: Sequence[str]) -> torch.Tensor:
         """Return the values of a method, float64 `[subjects, seeds]`; NaN where a run has no such metric."""
-        return tensor(
-            [
-                [_value(self._by_labels[row, subject, seed], metric) for seed in self.params.seeds]
-                for subject in subjects
-            ]
-        ).double()
+        values = [
+            [_value(self._by_labels[row, subject, seed], metric) for seed in self.params.seeds] for subject in subjects
+        ]
+        return torch.tensor(values, dtype=torch.float64)
 
     def estimate(self, row: str, metric: str) -> Estimate:
         """Return the mean of a method, with its 95 % interval over subjects and seeds."""
@@ -130,7 +128,8 @@ class Comparison:
         name, measure = in_group(metric, group), measure_of(metric)
         if name != metric and not math.isnan((shared := self.estimate(next(iter(self.params.rows)), name)).mean):
             return shared
-        return Estimate(nan if measure is None else measure.by_definition.get(group, nan), nan, nan)
+        value = math.nan if measure is None else measure.by_definition.get(group, math.nan)
+        return Estimate(value, math.nan, math.nan)
 
 
 def in_group(metric: str, group: str) -> str:
@@ -140,13 +139,13 @@ def in_group(metric: str, group: str) -> str:
 
 def _value(result: RunResult, metric: str) -> float:
     if metric == STEP_SECONDS:
-        return median(result.step_seconds) if result.step_seconds else nan
+        return median(result.step_seconds) if result.step_seconds else math.nan
     if metric == TRAINING_SECONDS:
         return sum(result.step_seconds)
-    return result.metrics.get(metric, nan)
+    return result.metrics.get(metric, math.nan)
 
 
-def _estimate(values: Tensor) -> Estimate:
+def _estimate(values: torch.Tensor) -> Estimate:
     return UNKNOWN if bool(values.isnan().all()) else bootstrap_grid(values)
 
 
