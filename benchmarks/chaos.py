@@ -1,6 +1,6 @@
 """Interrupt commands at random moments, and run them again: the same bytes, nothing stuck, nothing left over.
 
-    python benchmarks/chaos.py                       # 300 interruptions, 60 of two runs at once
+    python benchmarks/chaos.py                       # 360 interruptions, 60 of two runs at once
     python benchmarks/chaos.py --interruptions 20 --pairs 5 --workers 2
 
 A copy of the project with the tiniest model trains, evaluates, draws, exports and imports. Each command is interrupted
@@ -53,12 +53,12 @@ TRAINING = COMMON | {
     "training.preview.every": 6,
     "training.checkpoint_minutes": 0,  # a state after every step: at most one step is lost
 }
-SIGNALS = {  # name -> what is sent, and how often of 12
-    "SIGKILL": ((signal.SIGKILL,), 8),
-    "SIGTERM": ((signal.SIGTERM,), 1),
-    "SIGTERM twice": ((signal.SIGTERM, signal.SIGTERM), 1),
-    "SIGINT": ((signal.SIGINT,), 1),
-    "SIGINT twice": ((signal.SIGINT, signal.SIGINT), 1),
+SIGNALS = {  # name -> what is sent, and how often of 20
+    "SIGKILL": ((signal.SIGKILL,), 12),
+    "SIGTERM": ((signal.SIGTERM,), 2),
+    "SIGTERM twice": ((signal.SIGTERM, signal.SIGTERM), 2),
+    "SIGINT": ((signal.SIGINT,), 2),
+    "SIGINT twice": ((signal.SIGINT, signal.SIGINT), 2),
 }
 _TRIALS = "trials.jsonl"
 PAIRS = ("one subject", "two subjects", "a new project")
@@ -400,7 +400,7 @@ def run_share(folder: Path, share: int, num_shares: int, wanted: Mapping[str, in
 def main() -> None:
     """Parse the options and run the trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interruptions", type=int, default=300)
+    parser.add_argument("--interruptions", type=int, default=360)
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1, help="trials at a time, each in a project of its own")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "chaos", help="folder of the trials")

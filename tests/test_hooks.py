@@ -23,6 +23,7 @@ from PIL import Image
 
 from dreamartist_pipeline.cli import run
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.image import ReferenceImageDataset
 from dreamartist_pipeline.datasets.inputs import FileError
@@ -231,7 +232,11 @@ def importing(file: Path, **values: Any) -> ConfigurationHooks:
 
 
 def concept_of(*imported: tuple[str, str], value: float = 1.0) -> Concept:
-    changes = {"lora": {}, "words": {"pt1": ("my-fox", "my-fox-neg")}, "imported_from": imported or None}
+    changes = {
+        "lora": {"unet": (), "text_encoder": ()},
+        "words": {"pt1": ("my-fox", "my-fox-neg")},
+        "imported_from": imported or None,
+    }
     words = {"words.positive.pt1": torch.full((3, 4), value), "words.negative.pt1": torch.zeros(6, 4)}
     return Concept(words, CONCEPT.model_copy(update=changes))
 
@@ -302,6 +307,8 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
     catalog["reference_image"] = changes.get("picture", picture.getvalue())
     catalog["attention_mask_image"] = MemoryDataset(changes.get("mask"))
     catalog["reference_caption"] = changes.get("caption", "white background")
+    catalog["evaluation_views"] = MemoryDataset({})
+    catalog["base_model"] = ModelLocation(str(folder / "model"))
     prompts = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["a red cat", "a blue dog"]}), prompts)
     catalog["prompt_database"] = MemoryDataset(pq.ParquetFile(prompts), copy_mode="assign")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +19,7 @@ from PIL import Image
 
 from dreamartist_pipeline import settings
 from dreamartist_pipeline.cli.params import parse_params
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, StoppedEarly
 from dreamartist_pipeline.hooks import ProjectRuns, StartingHooks, register_project_root, starting
 from dreamartist_pipeline.hooks.manifest import Manifest, RunManifest, StoredFile
 from dreamartist_pipeline.hooks.starting import as_params
@@ -49,7 +51,7 @@ class Trainings:
             arguments=(),
             ended="",
             mlflow_run=None,
-            outputs={"concept": concept},
+            outputs={"concept": concept, "reconstruction": StoredFile(path="removed.png", sha256="")},
             key=command.environment[RUN_KEY],
         )
         manifest = Manifest(subject=command.name, concept_sha256=sha256, runs={"train": run})
@@ -80,7 +82,7 @@ def project(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def request(subject: str = "fox-a", **params: Any) -> RunRequest:
     files = {"image": "fox.png", "base_model": "tiny", "prompt_database": "prompts.parquet"}
-    return RunRequest(subject, ("train", "evaluate"), {"subject": subject, **files, **params}, {"name": subject})
+    return RunRequest(subject, ("train", "evaluate"), {"subject": subject, **files, **params}, {"name": subject}, ("concept",))
 
 
 def start(
@@ -90,7 +92,7 @@ def start(
     executor = Trainings(project, failing)
     loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
     runs = ProjectRuns(project, loader, ("--env", "test"), given, lambda: executor)
-    return runs.start(requests, workers=2, threads=1), executor.commands
+    return runs.start(requests, workers=1, threads=1), executor.commands
 
 
 def started(project: Path, *requests: RunRequest, **options: Any) -> set[str]:
@@ -161,6 +163,43 @@ def test_a_run_whose_files_are_gone_or_damaged_is_repeated(project: Path, file: 
     assert started(project, request()) == {"fox-a"}
 
 
+def test_a_signal_stops_what_runs_and_the_same_command_continues(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+    monkeypatch.setattr(Trainings, "stop", lambda _: stopped.set())
+    run = Trainings.run
+
+    def interrupted(executor: Trainings, command: RunCommand) -> str | None:
+        if command.name == "fox-a":
+            return run(executor, command)
+        signal.raise_signal(signal.SIGTERM)  # the handler is called in the main thread
+        stopped.wait()
+        return "exit status -15"
+
+    wanted = [request(f"fox-{name}") for name in "abc"]
+    with monkeypatch.context() as patch, pytest.raises(StoppedEarly, match="after 1 of 3 runs") as ended:
+        patch.setattr(Trainings, "run", interrupted)
+        start(project, *wanted)
+    assert ended.value.exit_code == 130
+    assert started(project, *wanted) == {"fox-b", "fox-c"}
+
+
+def test_where_a_run_is_executed_does_not_matter_and_its_precision_does(project: Path) -> None:
+    start(project, request(device={"device": "cuda"}))
+    assert started(project, request(device={"device": "cpu"})) == set()
+    assert started(project, request(device={"dtype": "bfloat16"})) == {"fox-a"}
+
+
+def test_results_can_be_copied_to_another_machine(project: Path, tmp_path: Path) -> None:
+    wanted = request(evaluation={"views": ["tiny_views"]})
+    (project / "tiny_views").mkdir()
+    shutil.copy(project / "fox.png", project / "tiny_views")
+    start(project, wanted)
+    other = Path(shutil.copytree(project, tmp_path / "elsewhere/project"))
+    shutil.rmtree(project)
+    register_project_root(other)
+    assert started(other, wanted) == set()
+
+
 def test_invalid_parameters_are_refused_before_anything_is_started(project: Path) -> None:
     executor = Trainings(project)
     loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
@@ -203,10 +242,10 @@ def test_a_finished_run_becomes_a_child_of_the_new_parent(project: Path, monkeyp
     manifest = json.loads(file.read_text())
     manifest["runs"]["train"]["mlflow_run"] = "child"
     file.write_text(json.dumps(manifest))
-    adopted: list[tuple[str, str]] = []
+    adopted: list[tuple[Sequence[str], str]] = []
     monkeypatch.setattr(starting, "_adopt", lambda *ids: adopted.append(ids))
     start(project, request())
-    assert adopted == [("child", "parent")]
+    assert adopted == [(["child"], "parent")]
 
 
 @pytest.mark.parametrize(

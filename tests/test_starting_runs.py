@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,11 @@ def command(folder: Path, name: str, code: str, **environment: str | None) -> Ru
 def ends(commands: list[RunCommand], workers: int = 1) -> dict[str, str | None]:
     """Run commands, and return the message of each."""
     found: dict[str, str | None] = {}
-    run_all(commands, LocalProcesses(), workers, lambda command, message: found.update({command.name: message}))
+
+    def ended(command: RunCommand, message: str | None) -> None:
+        found[command.name] = message
+
+    run_all(commands, LocalProcesses(), workers, ended, lambda: False)
     return found
 
 
@@ -81,63 +83,61 @@ def test_as_many_commands_run_at_a_time_as_there_are_workers(tmp_path: Path, wor
     executor, names = Counting(), [f"run {index}" for index in range(6)]
     ended: list[str] = []
     commands = [command(tmp_path, name, "") for name in names]
-    run_all(commands, executor, workers, lambda one, message: ended.append(one.name))
+    run_all(commands, executor, workers, lambda one, message: ended.append(one.name), lambda: False)
     assert executor.most == workers
     assert sorted(ended) == names
     assert workers > 1 or executor.order == names
 
 
-@pytest.fixture
-def interrupted() -> Iterator[None]:
-    """Let SIGINT raise KeyboardInterrupt, as in a program in the foreground."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 _WAITS = """
 import signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, lambda *_: (Path(sys.argv[1] + '.kept').touch(), sys.exit(130)))
+signal.signal(signal.SIGTERM, lambda *_: (Path(sys.argv[1] + '.kept').touch(), sys.exit(130)))
 Path(sys.argv[1]).touch()
 time.sleep(60)
 """
 
 
-def waiting(folder: Path, name: str) -> RunCommand:
-    return RunCommand(name, (sys.executable, "-c", _WAITS, name), folder, {}, folder / f"{name}.log")
+def waiting(folder: Path, name: str, code: str = _WAITS) -> RunCommand:
+    return RunCommand(name, (sys.executable, "-c", code, name), folder, {}, folder / f"{name}.log")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGINT of another process")
-@pytest.mark.usefixtures("interrupted")
-def test_an_interruption_lets_running_commands_keep_their_work_and_starts_no_other(tmp_path: Path) -> None:
-    def interrupt() -> None:
-        end_s = time.monotonic() + 60
-        while not (tmp_path / "a").exists() and time.monotonic() < end_s:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+def stopped(folder: Path, commands: list[RunCommand], executor: LocalProcesses) -> list[str]:
+    """Run commands, one at a time, until the first one has made its file; return the names of those that have ended."""
+    ended: list[str] = []
+    has_begun = (folder / commands[0].name).exists
+    run_all(commands, executor, 1, lambda one, message: ended.append(one.name), has_begun)
+    return ended
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_all([waiting(tmp_path, "a"), waiting(tmp_path, "b")], LocalProcesses(), 1, lambda *_: None)
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process of Windows at once")
+def test_commands_that_are_stopped_keep_their_work_and_no_other_is_started(tmp_path: Path) -> None:
+    assert stopped(tmp_path, [waiting(tmp_path, "a"), waiting(tmp_path, "b")], LocalProcesses()) == []
     assert (tmp_path / "a.kept").exists()
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGINT of another process")
-@pytest.mark.usefixtures("interrupted")
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process of Windows at once")
 def test_a_command_that_does_not_end_is_killed(tmp_path: Path) -> None:
     code = _WAITS.replace("sys.exit(130)", "None").replace("time.sleep(60)", "[time.sleep(1) for _ in range(60)]")
-    stubborn = RunCommand("a", (sys.executable, "-c", code, "a"), tmp_path, {}, tmp_path / "a.log")
-
-    def interrupt() -> None:
-        while not (tmp_path / "a").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
     start_s = time.monotonic()
-    with pytest.raises(BaseException) as raised:  # of the signal, or that it was killed
-        run_all([stubborn], LocalProcesses(stopping_s=0.2), 1, lambda *_: None)
-    assert not isinstance(raised.value, AssertionError)
+    assert stopped(tmp_path, [waiting(tmp_path, "a", code)], LocalProcesses(stopping_s=0.2)) == []
     assert time.monotonic() - start_s < 30
+    assert (tmp_path / "a.kept").exists()
+
+
+def test_the_input_of_a_command_ends_with_the_process_that_has_started_it(tmp_path: Path) -> None:
+    child = "import os, sys; open('begun', 'w').close(); os.read(0, 1); open(os.environ[sys.argv[1]], 'w').close()"
+    command = f"RunCommand('a', (sys.executable, '-c', {child!r}, ENDS_WITH_INPUT), Path('.'), {{}})"
+    parent = (
+        "import sys, os, threading, time; from pathlib import Path; "
+        "from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT, LocalProcesses, RunCommand; "
+        f"threading.Thread(target=LocalProcesses().run, args=[{command}]).start()\n"
+        "while not os.path.exists('begun'): time.sleep(0.01)\n"
+        "os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", parent], cwd=tmp_path, check=True, timeout=60)
+    end_s = time.monotonic() + 60
+    while not (tmp_path / "1").exists() and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert (tmp_path / "1").exists()

@@ -627,10 +627,14 @@ class EvaluationParams(Params):
     negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
-    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID and dinov2:FOLDER_OR_HUB_ID.
+    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:… and dinov2:…, and auto for the image tower of the base
+    # model, if it has one.
     evaluators: Annotated[Texts, KIND_AND_PATH] = ("efficientnet-lite0",)
-    # For CLIPScore: "clip:FOLDER_OR_HUB_ID", None for none, or "auto" for the towers of the base model, if it has some.
-    text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None, KIND_AND_PATH] = "auto"
+    # For prompt agreement: "clip:FOLDER_OR_HUB_ID" or "siglip:…", None for none, or "auto" for the towers of the base
+    # model, if it has some.
+    text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|(clip|siglip):.+)$")] | None, KIND_AND_PATH] = (
+        "auto"
+    )
     # Whether a concept may be compared with another picture than that of its training.
     other_picture: bool = False
     # Whether colours named in prompts are compared with the pixels; None for the embedded base model only.
@@ -649,8 +653,10 @@ class EvaluationParams(Params):
     @classmethod
     def _check_evaluators(cls, evaluators: tuple[str, ...]) -> tuple[str, ...]:
         for name in evaluators:
-            if not re.fullmatch(r"efficientnet-lite0|(clip|dinov2):.+", name):
-                raise ValueError(f"an evaluator is efficientnet-lite0, clip:…, or dinov2:…, got {name!r}")
+            if not re.fullmatch(r"auto|efficientnet-lite0|(clip|siglip|dinov2):.+", name):
+                raise ValueError(
+                    f"an evaluator is efficientnet-lite0, clip:…, siglip:…, dinov2:… or auto, got {name!r}"
+                )
         return evaluators
 
 
@@ -724,6 +730,16 @@ class ExportParams(Params):
                 "exported, because ComfyUI has another formula for weights, and diffusers has none: remove the weights"
             )
         return prompt
+
+
+# ------------------------------------------------------------------------------------------------- registration
+
+
+class RegistrationParams(Params):
+    """Whether and how a concept becomes a version of a registered model in MLflow."""
+
+    enabled: bool = True
+    max_copied_mb: NonNegativeInt = 100  # larger base models are referred to by their path; 10^6 bytes
 
 
 # ------------------------------------------------------------------------------------------------- import
@@ -962,6 +978,7 @@ SECTIONS: dict[str, type[Params]] = {
     "evaluation": EvaluationParams,
     "generate": GenerateParams,
     "export": ExportParams,
+    "registration": RegistrationParams,
     "import": ImportParams,
     "compare": CompareParams,
     "tune": TuneParams,

@@ -14,6 +14,7 @@ from dreamartist_pipeline.pipelines import (
     judge,
     pretrain,
     prompts,
+    registration,
     regularization,
     training,
 )
@@ -31,12 +32,13 @@ def register_pipelines() -> dict[str, Pipeline]:
     }
     train = sum(stages.values(), Pipeline([]))
     evaluate = evaluation.create_pipeline(tracker)
-    exporting = export.create_pipeline()
+    exporting, register = export.create_pipeline(), registration.create_pipeline()
     return {
         **stages,
         "evaluation": evaluate,
         "evaluate": evaluate,
         "export": exporting,
+        "register": register,
         "generate": generate.create_pipeline(),
         "import": importing.create_pipeline(),
         "pretrain": pretrain.create_pipeline(tracker),
@@ -44,5 +46,5 @@ def register_pipelines() -> dict[str, Pipeline]:
         "compare": compare.create_pipeline(),
         "tune": compare.create_tuning_pipeline(),
         "train": train,
-        "__default__": train + evaluate + exporting,
+        "__default__": train + evaluate + exporting + register,
     }

@@ -6,11 +6,8 @@ What a run is, and whether it has been finished before, is known to a `RunStarte
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -24,13 +21,13 @@ RUN_KEY = "DREAMARTIST_RUN_KEY"
 """Environment variable of a started run: what its results depend on, as a hash. The manifest stores it."""
 PARENT_RUN = "DREAMARTIST_PARENT_RUN"
 """Environment variable of a started run: the id of its parent in MLflow."""
+ENDS_WITH_INPUT = "DREAMARTIST_ENDS_WITH_INPUT"
+"""Environment variable of a started run: its standard input ends when the process that has started it does."""
 
 _POLL_S = 0.5
 _STOPPING_S = 120.0  # a training ends after its step, and saves its state
 _END_OF_LOG = 20_000  # characters
 _ERROR = re.compile(r"^Error: (.*?)(?=^\(--traceback|\Z)", re.DOTALL | re.MULTILINE)
-
-log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------- what is run
@@ -45,12 +42,14 @@ class RunRequest:
         pipelines: that it runs.
         params: its run settings and sections, nested, as in `--params`.
         labels: what it is to those who have asked for it, such as its method.
+        results: datasets that are needed of it: a run that has finished before is repeated without them.
     """
 
     subject: str
     pipelines: tuple[str, ...]
     params: Mapping[str, Any] = field(hash=False)
     labels: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ class RunStarter(Protocol):
 
         Raises:
             InputError: invalid parameters of a run; nothing is started.
+            StoppedEarly: a signal; runs that have finished are kept.
         """
 
 
@@ -135,7 +135,14 @@ class Executor(Protocol):
 
 
 class LocalProcesses:
-    """Executes commands in processes of this machine."""
+    """Executes commands in processes of this machine, which end with this one.
+
+    They stay in its process group: Ctrl-C in a terminal, and a signal to the group, reach them as well. When this
+    process ends in any other way, their standard input does, too; see `cli.stopping`.
+
+    Args:
+        stopping_s: how long commands that are stopped may take before they are killed.
+    """
 
     def __init__(self, stopping_s: float = _STOPPING_S) -> None:
         self._stopping_s = stopping_s
@@ -144,9 +151,9 @@ class LocalProcesses:
         self._is_stopped = False
 
     def run(self, command: RunCommand) -> str | None:
-        """Execute one command in a session of its own: Ctrl-C in the terminal reaches it by `stop` only."""
+        """Execute one command; see `Executor.run`."""
         command.log.parent.mkdir(parents=True, exist_ok=True)
-        variables: dict[str, str | None] = {**os.environ, **command.environment}
+        variables = {**os.environ, **command.environment, ENDS_WITH_INPUT: "1"}
         with command.log.open("wb") as output:
             with self._lock:
                 if self._is_stopped:
@@ -155,36 +162,34 @@ class LocalProcesses:
                     command.arguments,
                     cwd=command.folder,
                     env={name: value for name, value in variables.items() if value is not None},
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
                 )
             status = process.wait()
         with self._lock:
             del self._running[command.name]
+        _close_input(process)
         return None if status == 0 else f"{_message_in(command.log, status)} ({command.log})"
 
     def stop(self) -> None:
-        """Interrupt all processes, wait until they have closed their runs, and kill those that do not."""
+        """Send SIGTERM to all processes, which background jobs do not ignore, and kill those that do not end."""
         with self._lock:
             self._is_stopped = True
             running = list(self._running.values())
-        try:
-            for process in running:
-                _send(process, signal.SIGINT if os.name != "nt" else signal.SIGTERM)
-            end_s = time.monotonic() + self._stopping_s
-            for process in running:
+        for process in running:
+            process.terminate()
+        end_s = time.monotonic() + self._stopping_s
+        for process in running:
+            try:
                 process.wait(max(0.0, end_s - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for process in running:
+            except subprocess.TimeoutExpired:
                 process.kill()
-            raise
 
 
-def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
+def _close_input(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _message_in(file: Path, status: int) -> str:
@@ -201,6 +206,7 @@ def run_all(
     executor: Executor,
     workers: int,
     ended: Callable[[RunCommand, str | None], None],
+    stop_requested: Callable[[], bool],
 ) -> None:
     """Execute commands, `workers` at a time, in their order; one that fails does not end the others.
 
@@ -208,21 +214,20 @@ def run_all(
         commands: with different names.
         executor: executes them.
         workers: at least 1.
-        ended: called in this thread with each command and its error, as it ends.
-
-    Raises:
-        KeyboardInterrupt: of a signal, after the running commands have kept what they have done.
+        ended: called in this thread with each command and its error, as it ends by itself.
+        stop_requested: asked twice a second; if so, the running commands are stopped, and no other one is started.
     """
     pool = ThreadPoolExecutor(workers)
     waiting: dict[Future[str | None], RunCommand] = {pool.submit(executor.run, one): one for one in commands}
     try:
-        while waiting:
+        while waiting and not stop_requested():
             done, _ = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             for future in done:
-                ended(waiting.pop(future), future.result())
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        executor.stop()
-        raise
+                error = future.result()
+                if error is None or not stop_requested():  # otherwise, the same signal may have ended it
+                    ended(waiting.pop(future), error)
     finally:
-        pool.shutdown(wait=True)
+        if waiting:
+            pool.shutdown(wait=False, cancel_futures=True)
+            executor.stop()
+        pool.shutdown()

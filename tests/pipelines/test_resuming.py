@@ -409,11 +409,11 @@ def test_a_doubtful_result_is_named_once_and_tags_the_run(
     assert [record.levelname for record in caplog.records if "the loss rose" in record.getMessage()] == ["WARNING"]
 
 
-@pytest.mark.parametrize("entry", [*CHECKPOINT_ENTRIES, "identity", "run_id"])
+@pytest.mark.parametrize("entry", [*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"])
 def test_a_checkpoint_of_another_version_is_refused_with_both_ways_on(
     make_training_params: MakeParams, tmp_path: Path, entry: str
 ) -> None:
-    entries = {*CHECKPOINT_ENTRIES, "identity", "run_id"} - {entry}
+    entries = {*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"} - {entry}
     CheckpointStore(tmp_path).save(CONCEPT, dict.fromkeys(entries))
     params = make_training_params(checkpoints=str(tmp_path))
     with pytest.raises(InputError, check=says(expected=str(tmp_path), got=entry, remedy="training.resume=never")):
@@ -427,4 +427,4 @@ def test_the_entries_of_a_checkpoint_are_those_that_are_read(train: Train, tmp_p
     interrupt(train, tmp_path)
     saved = CheckpointStore(tmp_path).load(CONCEPT)
     assert saved is not None
-    assert saved.keys() == {*CHECKPOINT_ENTRIES, "identity", "run_id"}
+    assert saved.keys() == {*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 import click
+
+from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT
 
 _KEPT = "What has been finished is kept; the same command goes on from there."
 _UNWINDING_S = 5.0
@@ -46,7 +50,7 @@ class Stop:
             return
         self._arrived_s = time.monotonic()
         self.name = signal.Signals(number).name
-        self._again = threading.Timer(_UNWINDING_S, signal.raise_signal, [number])
+        self._again = threading.Timer(_UNWINDING_S, _signal_main_thread, [number])
         self._again.daemon = True
         self._again.start()
         raise KeyboardInterrupt(self.message)
@@ -55,6 +59,20 @@ class Stop:
         """Let nothing be raised any more, while the run is closed."""
         self.is_closing = True
         self._again.cancel()
+
+
+def _signal_main_thread(number: int) -> None:
+    """Send a signal to the main thread, which ends a call of the system there."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def _signal_at_end_of_input() -> None:
+    """Send SIGTERM to the main thread once standard input ends: the process that has started this one has ended."""
+    os.read(0, 1)  # not by sys.stdin, whose lock would be held when the interpreter ends
+    _signal_main_thread(signal.SIGTERM)
 
 
 @contextmanager
@@ -69,6 +87,8 @@ def stopped_by_signals() -> Iterator[Stop]:
         yield stop
         return
     previous = {number: signal.signal(number, stop.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    if os.environ.pop(ENDS_WITH_INPUT, None) is not None:
+        threading.Thread(target=_signal_at_end_of_input, daemon=True).start()
     try:
         yield stop
     finally:

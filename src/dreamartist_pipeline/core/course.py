@@ -197,7 +197,7 @@ class Course:
         if self.found:
             self._recover(self.found)
             return False
-        if check_due:
+        if check_due and not self.is_done:  # at the end, a copy would only take memory
             self.good.keep(self._state.state_dict())
         return True
 

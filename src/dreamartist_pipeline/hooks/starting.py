@@ -23,11 +23,13 @@ from kedro.utils import find_kedro_project
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.catalog import ProjectCatalog
-from dreamartist_pipeline.errors import InputError, input_error_in
+from dreamartist_pipeline.core.checkpoints import stop_requests
+from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, input_error_in
 from dreamartist_pipeline.hooks.configuration import build_parameters
 from dreamartist_pipeline.hooks.manifest import (
     MANIFEST,
     RunManifest,
+    StoredFile,
     active_run_id,
     digest_of,
     read_manifest,
@@ -62,6 +64,7 @@ STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
 _CONCEPT = "concept"
 _OWN = ("compare", "tune")  # sections of pipelines that start runs
+_PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _LOGS = "data/09_tracking/run_logs"
 
@@ -106,8 +109,9 @@ class ProjectRuns:
     """Starts runs of a project, except those that have finished before.
 
     The results of a run depend on its pipelines, on its settings and parameters as they are after all configuration
-    files, and on the contents of its files: the hash of these is its key. A run that has finished has its key in the
-    manifest beside its concept.
+    files, and on the contents of its files: the hash of these is its key. Where the files are, on which device it runs
+    and how many runs there are at a time is not part of it, so that results can be copied to another machine. A run
+    that has finished has its key in the manifest beside its concept.
 
     Args:
         project: its folder.
@@ -134,23 +138,33 @@ class ProjectRuns:
         parent, digests = active_run_id(), functools.cache(digest_of)
         requests = [replace(one, params=with_given(one.params, self._given)) for one in requests]
         commands: dict[str, RunCommand] = {}
+        recorded: list[str] = []  # finished runs in MLflow
         for request in tqdm(requests, "checking earlier runs", unit="run", leave=False):
             key, manifest_file = self._identify(request, digests)
-            finished = self._finished(manifest_file, key, digests)
+            finished = self._finished(manifest_file, key, request.results, digests)
             if finished is None:
                 commands[request.subject] = self._command(request, key, parent, threads)
-            elif parent is not None and finished.mlflow_run is not None:
-                with optional(f"the finished run of {request.subject} among the children"):
-                    _adopt(finished.mlflow_run, parent)
+            elif finished.mlflow_run is not None:
+                recorded.append(finished.mlflow_run)
         if count := len(requests) - len(commands):
             log.info("%d of %d runs are finished already, with the same parameters and files.", count, len(requests))
+        if parent is not None:
+            with optional("finished runs among the children"):
+                _adopt(recorded, parent)
         errors = self._run(list(commands.values()), workers)
         return tuple(RunOutcome(one.subject, one.labels, errors.get(one.subject)) for one in requests)
 
     def _run(self, commands: Sequence[RunCommand], workers: int) -> dict[str, str]:
-        """Execute commands, and return the messages of those that failed."""
+        """Execute commands, and return the messages of those that failed.
+
+        Raises:
+            StoppedEarly: a signal.
+        """
         errors: dict[str, str] = {}
-        with tqdm(total=len(commands), desc="runs", unit="run", disable=not commands) as bar:
+        with (
+            stop_requests() as stop_requested,
+            tqdm(total=len(commands), desc="runs", unit="run", disable=not commands) as bar,
+        ):
 
             def ended(command: RunCommand, error: str | None) -> None:
                 bar.update()
@@ -159,8 +173,13 @@ class ProjectRuns:
                     bar.set_postfix(failed=len(errors))
                     log.warning("%s failed: %s", command.name, error)
 
-            if commands:
-                run_all(commands, self._executor(), workers, ended)
+            run_all(commands, self._executor(), workers, ended, stop_requested)
+            if stop_requested():
+                raise StoppedEarly(
+                    f"Stopped after {bar.n} of {len(commands)} runs, of which finished ones are kept; the same command "
+                    "continues.",
+                    STOPPED_BY_SIGNAL,
+                )
         return errors
 
     def _identify(self, request: RunRequest, digests: Callable[[Path], str]) -> tuple[str, Path]:
@@ -185,9 +204,9 @@ class ProjectRuns:
         content = {
             "pipelines": request.pipelines,
             "settings": {name: value for name, value in settings.items() if name not in PATH_SETTINGS},
-            "parameters": plain_sections(used),
+            "parameters": {name: value for name, value in flatten(plain_sections(used)).items() if name not in _PLACE},
             "files": self._files(names, catalog),
-            "models": {name: self._model(settings[name], digests) for name in MODEL_SETTINGS},
+            "models": self._models(settings, digests),
         }
         concept = path_of(catalog, _CONCEPT)
         assert concept is not None
@@ -200,13 +219,24 @@ class ProjectRuns:
         return ProjectCatalog.from_config({name: absolute[name] for name in names & absolute.keys()})
 
     def _files(self, names: set[str], catalog: DataCatalog) -> dict[str, Any]:
-        """Return dataset -> hash of its contents; of users' files that parameters name, of each of them."""
+        """Return dataset -> hash of its contents; of files that parameters name, the hash of each."""
         stored = stored_files(names, catalog, self._project)
         others = {name: catalog[name].load() for name in names - stored.keys() if catalog[name].exists()}
-        by_path = {name: files for name, files in others.items() if isinstance(files, Mapping)}
         return {name: file.sha256 for name, file in stored.items()} | {
-            name: {path: hashlib.sha256(read()).hexdigest() for path, read in files.items()}
-            for name, files in by_path.items()
+            name: [hashlib.sha256(read()).hexdigest() for read in files.values()]
+            for name, files in others.items()
+            if isinstance(files, Mapping)
+        }
+
+    def _models(self, settings: Mapping[str, Any], digests: Callable[[Path], str]) -> dict[str, str | None]:
+        """Return the hashes of the models that a run loads, also of those that evaluate the embedded base model."""
+        from dreamartist_pipeline.backbones.evaluators import own_towers
+        from dreamartist_pipeline.embedded.recognition import own_judge
+
+        base_model = str(self._project / Path(settings["base_model"]).expanduser())
+        own = {"towers": own_towers(base_model), "judge": own_judge(base_model)}
+        return {name: self._model(settings[name], digests) for name in MODEL_SETTINGS} | {
+            name: digests(path) for name, path in own.items() if path is not None
         }
 
     def _model(self, location: str | None, digests: Callable[[Path], str]) -> str | None:
@@ -214,17 +244,24 @@ class ProjectRuns:
         path = None if location is None else self._project / Path(location).expanduser()
         return digests(path) if path is not None and path.exists() else location
 
-    def _finished(self, manifest_file: Path, key: str, digests: Callable[[Path], str]) -> RunManifest | None:
-        """Return the finished run with this key, if its files are there and unchanged."""
+    def _finished(
+        self, manifest_file: Path, key: str, results: Sequence[str], digests: Callable[[Path], str]
+    ) -> RunManifest | None:
+        """Return the finished run with this key, if its results are there and unchanged."""
         try:
             manifest = read_manifest(manifest_file)
         except InputError:  # damaged: the run writes it again
             return None
         for run in () if manifest is None else manifest.runs.values():
-            files = {self._project / file.path: file.sha256 for file in run.outputs.values()}
-            if run.key == key and all(path.exists() and digests(path) == sha256 for path, sha256 in files.items()):
+            files = [run.outputs[name] for name in results if name in run.outputs]
+            is_complete = len(files) == len(results) and all(self._is_unchanged(file, digests) for file in files)
+            if run.key == key and is_complete:
                 return run
         return None
+
+    def _is_unchanged(self, file: StoredFile, digests: Callable[[Path], str]) -> bool:
+        path = self._project / file.path
+        return path.exists() and digests(path) == file.sha256
 
     def _command(self, request: RunRequest, key: str, parent: str | None, threads: int | None) -> RunCommand:
         program = ("kedro", "run") if find_kedro_project(self._project) else ("dreamartist_pipeline",)
@@ -268,8 +305,15 @@ def literal_values(value: Any) -> Any:
     return literal(value)
 
 
-def _adopt(run_id: str, parent: str) -> None:
-    """Make a finished run a child of `parent`."""
+def _adopt(run_ids: Sequence[str], parent: str) -> None:
+    """Make finished runs children of `parent`; those of another machine may not be in this store."""
     import mlflow
+    from mlflow.exceptions import MlflowException
 
-    mlflow.MlflowClient().set_tag(run_id, PARENT_TAG, parent)
+    client = mlflow.MlflowClient()
+    for run_id in run_ids:
+        try:
+            client.set_tag(run_id, PARENT_TAG, parent)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise

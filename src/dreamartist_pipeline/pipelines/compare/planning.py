@@ -13,6 +13,7 @@ from dreamartist_pipeline.yaml_texts import merge_mappings
 METHOD, SUBJECT, SEED, SETTING = "method", "subject", "seed", "setting"
 """Labels of the runs."""
 _PIPELINES = ("train", "evaluate")
+_RESULTS = ("evaluation_metrics", "training_history")  # which are in the tables
 
 
 def compared_runs(params: CompareParams) -> list[RunRequest]:
@@ -83,4 +84,4 @@ def _request(
         "training": {"seed": labels[SEED]},
     }
     values = merge_mappings(params.params, method.params if setting is None else setting)
-    return RunRequest(name, _PIPELINES, merge_mappings(values, own), labels)
+    return RunRequest(name, _PIPELINES, merge_mappings(values, own), labels, _RESULTS)

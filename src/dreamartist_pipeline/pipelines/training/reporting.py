@@ -29,7 +29,7 @@ from dreamartist_pipeline.pipelines.training.trainable import idle_modules
 
 _CURVE_POINTS = 200  # about as many points in live curves; each is a mean over steps
 _PREVIEW_KEY = "previews/by step"
-_PREVIEWS = "previews"  # key of the thumbnails in a checkpoint
+PREVIEWS = "previews"  # key of the thumbnails in a checkpoint
 _FILMSTRIP_COLUMNS = 12
 _GIB = 2**30
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
@@ -183,10 +183,10 @@ class Previews:
     def kept_in(self, checkpointing: Checkpointing) -> Checkpointing:
         """Continue the sheet of the resumed checkpoint, and return `checkpointing` with the thumbnails saved, too."""
         if checkpointing.resumed:
-            self._continue(checkpointing.resumed[_PREVIEWS], checkpointing.resumed["state"]["step"])
+            self._continue(checkpointing.resumed[PREVIEWS], checkpointing.resumed["state"]["step"])
 
         def save(checkpoint: Checkpoint) -> None:
-            checkpointing.save(checkpoint | {_PREVIEWS: self._kept()})
+            checkpointing.save(checkpoint | {PREVIEWS: self._kept()})
 
         return replace(checkpointing, save=save)
 

@@ -28,11 +28,12 @@ from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
+from dreamartist_pipeline.pipelines.training.reporting import PREVIEWS
 
 _OPTIMIZERS = {"training.optimizer", "training.words.optimizer"}
 _MACHINE = ("device", "processes")  # of the entries about the device
 _START_ANEW = "set training.resume=never to start anew"
-_ENTRIES = frozenset({*CHECKPOINT_ENTRIES, "identity", "run_id"})
+_ENTRIES = frozenset({*CHECKPOINT_ENTRIES, PREVIEWS, "identity", "run_id"})
 _QUOTED_CHARACTERS, _QUOTED_DIGITS = 60, 12  # of a value in a message, and of a SHA-256
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
