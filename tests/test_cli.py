@@ -286,7 +286,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"pipeline": "trian"}, {"expected": "__default__, evaluate", "got": "'trian'", "remedy": "'train'"}),
+        ({"pipeline": "trian"}, {"expected": "__default__, compare, evaluate", "got": "'trian'", "remedy": "'train'"}),
         ({"pipeline": ""}, {"expected": "train", "got": "''"}),
         ({"pipelines": ["train", "evaluat"]}, {"expected": "evaluate", "got": "'evaluat'", "remedy": "'evaluate'"}),
         ({"node_names": ["nosuch"]}, {"expected": "train_concept", "got": "'nosuch'"}),

@@ -126,18 +126,22 @@ def test_a_command_that_does_not_end_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "a.kept").exists()
 
 
+_STARTS = """
+import os, sys, threading, time
+from pathlib import Path
+from dreamartist_pipeline.starting_runs import LocalProcesses, RunCommand
+child = "import os; open('begun', 'w').close(); os.read(0, 1); open('ended', 'w').close()"
+command = RunCommand("a", (sys.executable, "-c", child), Path(sys.argv[1]), {})
+threading.Thread(target=LocalProcesses().run, args=[command]).start()
+while not Path(sys.argv[1], "begun").exists():
+    time.sleep(0.01)
+os._exit(0)
+"""
+
+
 def test_the_input_of_a_command_ends_with_the_process_that_has_started_it(tmp_path: Path) -> None:
-    child = "import os, sys; open('begun', 'w').close(); os.read(0, 1); open(os.environ[sys.argv[1]], 'w').close()"
-    command = f"RunCommand('a', (sys.executable, '-c', {child!r}, ENDS_WITH_INPUT), Path('.'), {{}})"
-    parent = (
-        "import sys, os, threading, time; from pathlib import Path; "
-        "from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT, LocalProcesses, RunCommand; "
-        f"threading.Thread(target=LocalProcesses().run, args=[{command}]).start()\n"
-        "while not os.path.exists('begun'): time.sleep(0.01)\n"
-        "os._exit(0)"
-    )
-    subprocess.run([sys.executable, "-c", parent], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", _STARTS, str(tmp_path)], check=True, timeout=60)
     end_s = time.monotonic() + 60
-    while not (tmp_path / "1").exists() and time.monotonic() < end_s:
+    while not (tmp_path / "ended").exists() and time.monotonic() < end_s:
         time.sleep(0.01)
-    assert (tmp_path / "1").exists()
+    assert (tmp_path / "ended").exists()

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -66,6 +66,7 @@ _CONCEPT = "concept"
 _OWN = ("compare", "tune")  # sections of pipelines that start runs
 _PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
+_BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
 _LOGS = "data/09_tracking/run_logs"
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ log = logging.getLogger(__name__)
 class Configurations(Protocol):
     """The project's configuration loader."""
 
-    def of_run(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return `globals`, `parameters` and `catalog` of another run of this environment."""
+    def of_run(self, params: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """Return `globals`, `parameters` and `catalog` of another run of this environment, without some sections."""
 
 
 class StartingHooks:
@@ -191,7 +192,7 @@ class ProjectRuns:
         params = literal_values(request.params)
         pipeline = sum((pipelines[name] for name in request.pipelines), Pipeline([]))
         try:
-            configuration = self._loader.of_run(params)
+            configuration = self._loader.of_run(params, _OWN)
             sections = build_parameters(configuration["parameters"])
         except Exception as error:
             if (cause := input_error_in(error)) is None:
@@ -204,7 +205,11 @@ class ProjectRuns:
         content = {
             "pipelines": request.pipelines,
             "settings": {name: value for name, value in settings.items() if name not in PATH_SETTINGS},
-            "parameters": {name: value for name, value in flatten(plain_sections(used)).items() if name not in _PLACE},
+            "parameters": {
+                name: value
+                for name, value in flatten(plain_sections(used, exclude_defaults=True)).items()
+                if name not in _PLACE
+            },
             "files": self._files(names, catalog),
             "models": self._models(settings, digests),
         }
@@ -229,14 +234,11 @@ class ProjectRuns:
         }
 
     def _models(self, settings: Mapping[str, Any], digests: Callable[[Path], str]) -> dict[str, str | None]:
-        """Return the hashes of the models that a run loads, also of those that evaluate the embedded base model."""
-        from dreamartist_pipeline.backbones.evaluators import own_towers
-        from dreamartist_pipeline.embedded.recognition import own_judge
-
-        base_model = str(self._project / Path(settings["base_model"]).expanduser())
-        own = {"towers": own_towers(base_model), "judge": own_judge(base_model)}
+        """Return the hashes of the models that a run loads."""
+        base_model = self._project / Path(settings["base_model"]).expanduser()
+        beside = {name: base_model.with_name(name) for name in _BESIDE_BASE_MODEL}
         return {name: self._model(settings[name], digests) for name in MODEL_SETTINGS} | {
-            name: digests(path) for name, path in own.items() if path is not None
+            name: digests(path) for name, path in beside.items() if path.exists()
         }
 
     def _model(self, location: str | None, digests: Callable[[Path], str]) -> str | None:

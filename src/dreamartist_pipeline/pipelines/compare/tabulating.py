@@ -24,7 +24,9 @@ STEP_SECONDS, TRAINING_SECONDS = "seconds per step", "training, s"
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 _GROUP = re.compile(rf"(?<=[./]){CONCEPT}(?=\.|$)")
-_SAME = 5e-3  # of the base model's metrics in runs of several methods; a GPU may choose other algorithms in each process
+_SAME = (
+    5e-3  # of the base model's metrics in runs of several methods; a GPU may choose other algorithms in each process
+)
 
 
 def measure_of(metric: str) -> Measure | None:
