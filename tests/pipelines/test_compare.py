@@ -185,6 +185,12 @@ def test_without_any_complete_subject_there_is_no_table() -> None:
         tabulate_methods(found, params())
 
 
+def test_one_method_alone_has_no_differences() -> None:
+    of = params(only=["pair"])
+    _, report, *_ = tabulate_methods(results(of, by_subject), of)
+    assert "1 method on 2 subjects" in report and "Difference" not in report
+
+
 def test_a_metric_that_no_run_has_is_refused() -> None:
     of = params(measures={"fidelity": "similarity/concept.other", "controllability": AGREEMENT, "drift": PRIOR})
     with pytest.raises(InputError, check=says(expected=FIDELITY, got="similarity/concept.other")):

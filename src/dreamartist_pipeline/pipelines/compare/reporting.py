@@ -51,15 +51,14 @@ def _sections(comparison: Comparison, rows: Sequence[Row], fronts: Mapping[str, 
     seeds = ", ".join(map(str, params.seeds))
     yield "# Comparison of methods"
     yield (
-        f"{len(params.rows)} methods on {_count(len(comparison.subjects), 'subject')} "
+        f"{_count(len(params.rows), 'method')} on {_count(len(comparison.subjects), 'subject')} "
         f"({', '.join(comparison.subjects)}), {_count(len(params.seeds), 'seed')} of the training ({seeds}). Means "
         "over subjects and seeds, with 95 % intervals of a bootstrap that resamples both independently."
     )
     metrics = [*params.columns, STEP_SECONDS, TRAINING_SECONDS]
     yield _table([(row.title, row.estimates) for row in rows], metrics, signed=False)
-    if any(row.differences for row in rows):
+    if others := [(row.title, row.differences) for row in rows if row.differences and row.name != params.reference]:
         yield f"Difference from {params.methods[params.reference].title}, of the same subjects and seeds:"
-        others = [(row.title, row.differences) for row in rows if row.differences and row.name != params.reference]
         yield _table(others, list(dict.fromkeys(params.measures.model_dump().values())), signed=True)
     for name, names in fronts.items():
         yield f"Not dominated in {name}: {'; '.join(params.methods[one].title for one in names)}."
