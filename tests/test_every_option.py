@@ -70,7 +70,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_base_model_draws_what_diffusers_draws": ("SamplerParams.num_inference_steps",),
     },
     "backbones/test_concepts.py": {
-        "test_what_bias_and_start_by_svd_have_learned_is_attached_as_it_was_trained": ("LoRAGroup.svd_init",),
+        "test_what_bias_and_start_by_svd_have_learned_is_attached_as_it_was_trained": (
+            "LoRAGroup.svd_init",
+            "LoRAGroup.orthogonal_init",
+        ),
         "test_every_bias_is_learned_and_acts": ("LoRAGroup.bias",),
         "test_a_half_precision_base_trains_float32_adapters": ("device.dtype",),
         "test_training_gives_no_gradient_to_ranks_that_no_row_used": ("LoRAGroup.timestep_min_rank",),
@@ -221,6 +224,33 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_hooks.py": {
         "test_an_existing_concept_is_replaced_only_on_request": ("import.replace",),
+    },
+    "pipelines/test_compare.py": {
+        "test_every_method_runs_on_every_subject_with_every_seed": (
+            "compare.methods.method",
+            "compare.subjects",
+            "compare.seeds",
+            "compare.images",
+        ),
+        "test_parameters_of_a_method_take_precedence_over_those_of_all_runs": (
+            "compare.methods.params",
+            "compare.params",
+        ),
+        "test_rows_can_be_left_out": ("compare.only",),
+        "test_workers_and_threads_reach_the_starter": ("compare.workers", "compare.threads"),
+        "test_the_table_has_means_over_subjects_and_seeds_and_paired_differences": ("compare.reference",),
+        "test_the_table_has_the_columns_that_are_asked_for": ("compare.columns",),
+        "test_plots_mark_the_front_and_show_intervals": (
+            "compare.methods.title",
+            "compare.measures.fidelity",
+            "compare.measures.controllability",
+            "compare.measures.drift",
+        ),
+        "test_every_setting_runs_on_the_subjects_of_the_tuning": ("tune.settings", "tune.subjects", "tune.seeds"),
+        "test_the_setting_with_the_highest_weighted_sum_is_chosen_unless_its_steps_are_slow_or_a_run_failed": (
+            "tune.objective",
+            "tune.max_step_cost",
+        ),
     },
     "pipelines/test_importing.py": {
         "test_a_step_of_the_toolkits_folder_can_be_named": ("import.step",),

@@ -112,6 +112,8 @@ def test_parameters_never_change_after_validation() -> None:
         ({"dropout": 1.0}, refuses("dropout", "less than 1")),
         ({"timestep_min_rank": 0}, refuses("timestep_min_rank", "got 0")),
         ({"timestep_min_rank": 1, "svd_init": True}, refuses("", "svd_init", "timestep_min_rank")),
+        ({"orthogonal_init": "random", "svd_init": True}, refuses("", "svd_init", "orthogonal_init")),
+        ({"orthogonal_init": "svd"}, refuses("orthogonal_init", "random")),
     ],
 )
 def test_a_lora_group_out_of_bounds_is_refused(change: dict[str, Any], check: Check) -> None:
@@ -362,9 +364,10 @@ def test_sizes_and_denoise_that_cannot_be_drawn_are_refused(change: dict[str, An
         GenerateParams(**{"prompts": ("a {pt1}",), **change})
 
 
-def test_start_from_cannot_be_combined_with_svd_init() -> None:
-    group = {"lr": 1e-3, "rank": 1, "layers": ["a"], "svd_init": True}
-    with pytest.raises(ValidationError, check=refuses("", "start_from", "svd_init")):
+@pytest.mark.parametrize(("option", "value"), [("svd_init", True), ("orthogonal_init", "weight")])
+def test_start_from_cannot_be_combined_with_another_start(option: str, value: object) -> None:
+    group = {"lr": 1e-3, "rank": 1, "layers": ["a"], option: value}
+    with pytest.raises(ValidationError, check=refuses("", "start_from", option)):
         TrainingParams(num_steps=1, guidance_scale="1", lora_unet=[group], start_from="concept.safetensors")
 
 

@@ -22,6 +22,7 @@ from dreamartist_pipeline.hooks.parameters import recorded_parameters, repeated_
 from dreamartist_pipeline.hooks.record import close_run
 from dreamartist_pipeline.hooks.story import run_that_made, with_sections
 from dreamartist_pipeline.params import GenerateParams, Params, PretrainParams, ResolvedGroup, TrainingParams
+from dreamartist_pipeline.starting_runs import PARENT_RUN
 from refusals import says
 from tracking_stores import tracking_uri
 
@@ -190,6 +191,19 @@ def test_a_run_that_uses_a_concept_is_a_child_of_the_run_that_made_it(experiment
     assert used.data.params == {**made.data.params, "generate.prompts": "['a cat']"}
     assert used.data.tags["method"] == used.data.params["method"] == "lora"
     assert "mlflow.parentRunId" not in made.data.tags
+
+
+def test_a_run_that_another_one_has_started_is_its_child_and_leaves_its_description_alone(
+    experiment: str, catalog: DataCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    starter = record(experiment, TRAIN, catalog)
+    before = mlflow.MlflowClient().get_run(starter.info.run_id).data.tags
+    monkeypatch.setenv(PARENT_RUN, starter.info.run_id)
+    started = record(experiment, TRAIN, catalog)
+    assert started.data.tags["mlflow.parentRunId"] == starter.info.run_id
+    assert mlflow.MlflowClient().get_run(starter.info.run_id).data.tags == before
 
 
 def test_a_failed_run_says_why(experiment: str) -> None:

@@ -31,6 +31,8 @@ METHODS = (
     "dreambooth-lora",
     "pivotal-tuning",
     "dreamartist",
+    "t-lora",
+    "dreamartist-plus-plus-t-lora",
 )
 
 
@@ -72,6 +74,15 @@ def test_a_method_trains_what_its_name_says(
     assert bool(preset.words.names) == has_words
     assert bool(preset.lora_unet) == bool(preset.lora_text_encoder) == has_lora
     assert bool(preset.regularization_batch_size) == regularized
+
+
+@pytest.mark.parametrize(("method", "num_branches"), [("t-lora", 1), ("dreamartist-plus-plus-t-lora", 2)])
+def test_t_lora_halves_orthogonal_ranks_of_the_unet(method: str, num_branches: int) -> None:
+    preset = training(method=method)
+    assert preset.num_branches == len(preset.lora_unet) == num_branches
+    assert {(group.rank, group.timestep_min_rank, group.orthogonal_init) for group in preset.lora_unet} == {
+        (8, 4, "random")
+    }
 
 
 def test_dreambooth_says_a_rare_word_before_the_class_word() -> None:

@@ -296,13 +296,16 @@ class LoRAGroup(Params):
         dropout: dropout probability of the rank activations.
         timestep_min_rank: like `rank`, UNet only. The active rank of a row decreases linearly with its timestep t, from
             the full rank at t = 0 to this rank at t = T − 1; the last ranks are dropped first (T-LoRA, Soboleva et al.
-            2025, without its orthogonal initialisation). None for all ranks at every t.
+            2025). None for all ranks at every t.
         bias: whether the update has a learned bias. As in the reference toolkit, it belongs to the up projection: it is
             scaled by alpha / rank, and has the learning rate and weight decay of the group. It starts at zero; in the
             toolkit (`hcpdiff.models.lora_layers`) it starts at random like that of nn.Linear, which changes the first
             outputs.
         svd_init: whether down and up start at the largest singular values of the weight, minus this initial product
             (PiSSA); see `core.adapters.PrincipalUpdate`.
+        orthogonal_init: `random` or `weight` for three factors up · diag(values) · down that start at singular vectors
+            and values of a random matrix (the smallest) or of the weight (the largest), minus this initial product:
+            T-LoRA's orthogonal initialisation; see `core.adapters.OrthogonalUpdate`. None for the start of LoRA.
     """
 
     lr: LearningRate
@@ -314,6 +317,7 @@ class LoRAGroup(Params):
     timestep_min_rank: int | float | None = None
     bias: bool = False
     svd_init: bool = False
+    orthogonal_init: Literal["random", "weight"] | None = None
 
     @field_validator("rank", "timestep_min_rank")
     @classmethod
@@ -328,6 +332,8 @@ class LoRAGroup(Params):
     def _check_options(self) -> LoRAGroup:
         if self.svd_init and self.timestep_min_rank is not None:
             raise ValueError("svd_init and timestep_min_rank exclude each other; leave out one of them")
+        if self.svd_init and self.orthogonal_init is not None:
+            raise ValueError("svd_init and orthogonal_init exclude each other; leave out one of them")
         return self
 
     @field_validator("layers")
@@ -579,8 +585,11 @@ class TrainingParams(Params):
         for network, groups in self.lora.items():
             if network.startswith("text_encoder") and any(group.timestep_min_rank is not None for group in groups):
                 raise ValueError(f"lora_{network}: timestep_min_rank requires a timestep, which a text encoder lacks")
-        if self.start_from and any(group.svd_init for group in self._groups):
-            raise ValueError("start_from cannot be combined with svd_init; leave out one of them")
+        options = {"svd_init": any(group.svd_init for group in self._groups)}
+        options["orthogonal_init"] = any(group.orthogonal_init is not None for group in self._groups)
+        if self.start_from and any(options.values()):
+            given = next(name for name, is_given in options.items() if is_given)
+            raise ValueError(f"start_from cannot be combined with {given}; leave out one of them")
         return self
 
     @model_validator(mode="after")
@@ -769,6 +778,90 @@ class ImportParams(Params):
         return self
 
 
+# ------------------------------------------------------------------------------------------------- comparison
+
+
+class ComparedMethod(Params):
+    """One row of a comparison.
+
+    Attributes:
+        title: of the row.
+        method: in parameters_training.yml; None for the row's own name.
+        params: further parameters of its runs, nested, such as {training: {num_steps: 500}}. A reference to another
+            value, `${...}`, has its value in the comparing run, not that of a subject.
+    """
+
+    title: str
+    method: str | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+MetricName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class ComparedMeasures(Params):
+    """The metrics of evaluation_metrics.json that the plots show; higher is better, except for drift."""
+
+    fidelity: MetricName
+    controllability: MetricName
+    drift: MetricName
+
+
+SubjectNames = Annotated[Texts, Field(min_length=1, max_length=10_000)]
+
+
+class CompareParams(Params):
+    """A comparison: every method on every subject with every seed, each in a run of its own."""
+
+    methods: Annotated[dict[str, ComparedMethod], Field(min_length=1)]  # name of the row -> method
+    only: Texts = ()  # names of the rows that are compared; () for all
+    reference: str  # name of the row that the others are subtracted from, by pairs
+    subjects: SubjectNames  # without reporting subjects, nothing is chosen on them
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)  # of the trainings
+    images: Annotated[str, PATH]  # folder with <subject>.png
+    params: dict[str, Any] = Field(default_factory=dict)  # of all runs; those of a method take precedence
+    workers: Annotated[int, Field(ge=1, le=1000)] = 1  # runs at a time
+    threads: Annotated[int, Field(ge=1, le=1000)] | None = None  # of each run (OMP_NUM_THREADS); None: its own choice
+    measures: ComparedMeasures
+    columns: Annotated[tuple[MetricName, ...], Field(min_length=1)]  # metrics in the table
+
+    @property
+    def rows(self) -> dict[str, ComparedMethod]:
+        """The methods that are compared."""
+        return {name: self.methods[name] for name in self.only} if self.only else self.methods
+
+    @model_validator(mode="after")
+    def _check_names(self) -> CompareParams:
+        for key, names in {"only": self.only, "reference": (self.reference,)}.items():
+            for name in names:
+                if name not in self.methods:
+                    raise ValueError(f"{key}: expected one of {', '.join(self.methods)}, got {name!r}")
+        for key, values in {"subjects": self.subjects, "seeds": self.seeds, "only": self.only}.items():
+            if len({*values}) < len(values):
+                raise ValueError(f"{key}: expected each one once, got {', '.join(map(str, values))}")
+        return self
+
+
+class TuneParams(Params):
+    """The tuning before a comparison: several settings of every method, and how one of them is chosen."""
+
+    settings: dict[str, Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]]  # row of the comparison -> params
+    subjects: SubjectNames
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
+    # Metric -> weight: the setting with the highest weighted sum of the means over subjects and seeds is chosen.
+    objective: Annotated[dict[MetricName, float], Field(min_length=1)]
+    # Largest duration of a step, as a multiple of that of the method's first setting; slower settings are not chosen.
+    max_step_cost: Annotated[float, Field(ge=1, le=1000)] = 1.25
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> TuneParams:
+        counts = {name: len(settings) for name, settings in self.settings.items()}
+        if len({*counts.values()}) > 1:
+            listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+            raise ValueError(f"settings: every method has the same number of them, got {listed}")
+        return self
+
+
 # ------------------------------------------------------------------------------------------------- pretraining
 
 
@@ -887,6 +980,8 @@ SECTIONS: dict[str, type[Params]] = {
     "export": ExportParams,
     "registration": RegistrationParams,
     "import": ImportParams,
+    "compare": CompareParams,
+    "tune": TuneParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kedro.pipeline import Pipeline
 
 from dreamartist_pipeline.pipelines import (
+    compare,
     evaluation,
     export,
     generate,
@@ -42,6 +43,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "import": importing.create_pipeline(),
         "pretrain": pretrain.create_pipeline(tracker),
         "judge": judge.create_pipeline(tracker),
+        "compare": compare.create_pipeline(),
+        "tune": compare.create_tuning_pipeline(),
         "train": train,
         "__default__": train + evaluate + exporting + register,
     }

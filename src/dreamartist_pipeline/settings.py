@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dreamartist_pipeline.hooks import (
     MLflowHooks,
     OutputHooks,
     RunRecordHooks,
+    StartingHooks,
     nearest,
 )
 from dreamartist_pipeline.hooks.logs import configure_logs
@@ -157,6 +158,36 @@ class ProjectConfigLoader(OmegaConfigLoader):
         found = {file for pattern in self.config_patterns[key] for file in self._fs.glob(f"{folder}/{pattern}")}
         return sorted(file for file in found if Path(file).suffix in _SUFFIXES and not self._is_hidden(file))
 
+    def of_run(self, params: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """Return `globals`, `parameters` and `catalog` of another run of this environment.
+
+        Args:
+            params: the parameters of its command, nested.
+            without: sections that it does not read; files of nothing else are left out, which saves time.
+        """
+        other = type(self)(self.conf_source, self.env, dict(params), **CONFIG_LOADER_ARGS)
+        other._checked = self._checked | {"globals", "parameters", "catalog"}  # the same files
+        other.config_patterns["parameters"] = [
+            file for file, sections in self._sections_in_files.items() if not sections or sections - {*without}
+        ]
+        try:
+            configuration = {key: other[key] for key in ("globals", "parameters")}
+            other["parameters"] = configuration["parameters"]  # read by the catalog
+            return configuration | {"catalog": other["catalog"]}
+        finally:
+            self._register_globals_resolver()  # the other loader has replaced it
+
+    @functools.cached_property
+    def _sections_in_files(self) -> dict[str, set[str]]:
+        """The files of parameters in both environments -> the sections that they define; none for other values."""
+        found: dict[str, set[str]] = {}
+        for env in (self.base_env, self.env or self.default_run_env):
+            folder = Path(self._get_conf_env_path(env)).as_posix()
+            for file in self._files("parameters", env):
+                sections = SECTIONS.keys() & _parsed(self._fs.cat_file(file), file).keys()
+                found.setdefault(file.removeprefix(f"{folder}/"), set()).update(sections)
+        return found
+
     def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters of the base environment for these run settings, without any other changes."""
         given = {name: literal(value) for name, value in settings.items()}
@@ -196,6 +227,7 @@ HOOKS = (
     ConsoleHooks(),
     CheckpointHooks(),
     ManifestHooks(),
+    StartingHooks(),
 )
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {

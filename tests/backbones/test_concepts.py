@@ -658,10 +658,10 @@ def predictions(concept: NewConcept | LoadedConcept) -> torch.Tensor:
         return concept.backbone.denoise(inputs, torch.full((2,), 300), concept.prompts.encode(tokens))
 
 
-OPTIONS = [{"bias": True}, {"svd_init": True}, {"bias": True, "svd_init": True}]
+OPTIONS = [{"bias": True}, {"svd_init": True}, {"bias": True, "svd_init": True}, {"orthogonal_init": "random"}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["bias", "svd_init", "both"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["bias", "svd_init", "both", "orthogonal"])
 def test_bias_and_start_by_svd_leave_the_first_prediction_bit_equal(
     backbone: Backbone, make_training_params: MakeParams, options: dict[str, object]
 ) -> None:
@@ -669,7 +669,7 @@ def test_bias_and_start_by_svd_leave_the_first_prediction_bit_equal(
     assert torch.equal(predictions(new), predictions(attach(backbone, None, FULL)))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["bias", "svd_init", "both"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["bias", "svd_init", "both", "orthogonal"])
 def test_what_bias_and_start_by_svd_have_learned_is_attached_as_it_was_trained(
     backbone: Backbone, make_training_params: MakeParams, options: dict[str, object]
 ) -> None:
@@ -702,3 +702,17 @@ def test_a_start_by_svd_trains_to_the_same_bytes_every_time(
     first, second = (train(backbone, params)[0] for _ in range(2))
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     assert all(group.svd_init for group in first.metadata.lora["unet"])
+
+
+def test_t_lora_trains_to_the_same_bytes_every_time_and_draws_as_it_was_trained(
+    backbone: Backbone, make_training_params: MakeParams
+) -> None:
+    groups = groups_with(orthogonal_init="random")
+    groups["lora_unet"] = [group | {"timestep_min_rank": 1} for group in groups["lora_unet"]]
+    first, second = (train(backbone, make_training_params(**groups, ema_decay=0.5))[0] for _ in range(2))
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+    assert {group.orthogonal_init for group in first.metadata.lora["unet"]} == {"random"}
+    as_trained = predictions(attach(backbone, first, FULL))
+    without = {"unet": tuple(g.model_copy(update={"timestep_min_rank": None}) for g in first.metadata.lora["unet"])}
+    metadata = first.metadata.model_copy(update={"lora": first.metadata.lora | without})
+    assert (predictions(attach(backbone, Concept(first.tensors, metadata), FULL)) - as_trained).abs().max() > 1e-5

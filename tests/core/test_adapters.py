@@ -15,6 +15,7 @@ from dreamartist_pipeline.core.adapters import (
     BranchLoRALayer,
     inject,
     load_adapters,
+    orthogonal_factors,
     principal_factors,
     rank_in,
     select_layers,
@@ -1067,3 +1068,136 @@ def test_a_start_by_svd_leaves_the_rank_by_timestep_of_another_group_alone() -> 
 def test_a_start_by_svd_of_more_ranks_than_the_weight_has_is_refused() -> None:
     with pytest.raises(InputError, check=says(expected="at most 4 for svd_init", got="5")):
         _adapted("linear", _layer_group(POSITIVE, svd_init=True, rank=5))
+
+
+# --------------------------------------------------------------------------------------------- orthogonal start
+
+
+SHAPES = [(6, 4), (4, 6), (6, 4, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("generator", [_generator(), None], ids=["random", "weight"])
+def test_the_ranks_of_an_orthogonal_start_are_orthonormal(
+    shape: tuple[int, ...], generator: torch.Generator | None
+) -> None:
+    start = orthogonal_factors(torch.randn(shape, generator=_generator(1)), 3, generator)
+    assert (start.down.shape, start.up.shape) == ((3, *shape[1:]), (shape[0], 3, *[1] * (len(shape) - 2)))
+    down, up = start.down.flatten(1), start.up.flatten(1)
+    torch.testing.assert_close(down @ down.mT, torch.eye(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(up.mT @ up, torch.eye(3), rtol=0, atol=1e-5)
+    assert start.values.tolist() == sorted(start.values.tolist(), reverse=True)
+
+
+def test_an_orthogonal_start_has_the_smallest_components_of_a_random_matrix_or_the_largest_of_the_weight() -> None:
+    weight = torch.tensor([[0.0, 9.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # singular values 9, 4, 1
+    of_weight = orthogonal_factors(weight, 2, None)
+    assert of_weight.values.tolist() == [9.0, 4.0]
+    assert (of_weight.up * of_weight.values @ of_weight.down).tolist() == [[0, 9, 0], [4, 0, 0], [0, 0, 0]]
+    drawn = torch.randn(3, 3, generator=_generator()) / 2
+    start = orthogonal_factors(weight, 2, _generator())
+    torch.testing.assert_close(start.values, torch.linalg.svdvals(drawn)[1:])
+    torch.testing.assert_close(start.down @ drawn.mT @ start.up, torch.diag(start.values))
+
+
+ORTHOGONAL = [
+    _layer_group(POSITIVE, rank=4, alpha=3.0, orthogonal_init="random", timestep_min_rank=1, bias=True),
+    _layer_group(NEGATIVE, rank=3, orthogonal_init="weight"),
+    _layer_group(rank=1),
+]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("level", [0.0, 0.4, 1.0])
+def test_an_orthogonal_start_leaves_the_outputs_bit_equal_at_every_timestep(kind: str, level: float) -> None:
+    _, stack = _adapted(kind, *ORTHOGONAL)
+    layer, x = stack.layers["layer"], _rows(kind)
+    stack.set_noise_levels(torch.full((len(x),), level))
+    assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize(("level", "num_active"), [(0.0, 4), (1 / 3, 3), (1.0, 1)])
+def test_the_ranks_of_a_timestep_are_taken_from_the_update_and_from_its_start(
+    kind: str, level: float, num_active: int
+) -> None:
+    """W x + scale · (B S M A − B₀ S₀ M A₀) x, merged by hand (Soboleva et al. 2025, eq. 7), and the gradients."""
+    _, stack = _adapted(kind, ORTHOGONAL[0])
+    layer, x = stack.layers["layer"], _rows(kind)
+    (update,) = layer.updates
+    start = [tensor.detach().clone() for tensor in (update.up, update.values, update.down)]
+    _randomize(stack)
+    stack.set_noise_levels(torch.full((len(x),), level))
+    learned = [tensor.detach().clone().requires_grad_() for tensor in (update.up, update.values, update.down)]
+    active = (torch.arange(4) < num_active).float()
+    up_values_down = [up.flatten(1) * values * active @ down.flatten(1) for up, values, down in (learned, start)]
+    weight = layer.base.weight + 3 / 4 * (up_values_down[0] - up_values_down[1]).view_as(layer.base.weight)
+    operate = F.linear if kind == "linear" else functools.partial(F.conv2d, padding=1)
+    expected = operate(split(x, 2)[POSITIVE], weight, layer.base.bias + 3 / 4 * update.bias.detach())
+    outputs = split(layer(x), 2)[POSITIVE]
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+    outputs.square().sum().backward()
+    expected.square().sum().backward()
+    for parameter, by_hand in zip((update.up, update.values, update.down), learned, strict=True):
+        torch.testing.assert_close(parameter.grad, by_hand.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_all_three_factors_are_trained_and_saved_as_a_plain_lora_with_its_ranks_by_timestep(kind: str) -> None:
+    model, stack = _adapted(kind, *ORTHOGONAL)
+    x = _rows(kind)
+    levels = torch.linspace(0, 1, len(x))
+    stack.set_noise_levels(levels)
+    (group,) = (parameters for name, parameters in stack.parameters_by_group().items() if name == ORTHOGONAL[0].name)
+    before = [parameter.detach().clone() for parameter in group]
+    optimizer = torch.optim.AdamW([p for group in stack.parameters_by_group().values() for p in group], lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        combine(stack.layers["layer"](x), torch.full((2,), 3.0), 2).square().mean().backward()
+        optimizer.step()
+    assert len(group) == 4 and not any(torch.equal(*pair) for pair in zip(before, group, strict=True))
+    trained, saved = stack.layers["layer"](x), stack.state_dict()
+    assert {name.rpartition(".")[2] for name in saved} == {"down", "up", "bias"}
+    assert saved["layer.0.positive.down"].shape[0] == 2 * 4
+    remove(stack, model)
+    again = load_adapters(model, saved, ORTHOGONAL, 2)
+    again.set_noise_levels(levels)
+    torch.testing.assert_close(again.layers["layer"](x), trained, rtol=0, atol=1e-5)
+    again.set_noise_levels(1 - levels)
+    assert not torch.allclose(again.layers["layer"](x), trained, rtol=0, atol=1e-3)
+    assert all(torch.equal(again.state_dict()[key], saved[key]) for key in saved)
+
+
+def test_a_saved_orthogonal_update_of_an_odd_rank_is_refused() -> None:
+    model, stack = _adapted("linear", ORTHOGONAL[1])
+    saved = stack.state_dict()
+    remove(stack, model)
+    name = "layer.0.negative"
+    odd = {f"{name}.down": saved[f"{name}.down"][:5], f"{name}.up": saved[f"{name}.up"][:, :5]}
+    with pytest.raises(InputError, check=says(expected="even rank in layer for orthogonal_init", got="5")):
+        load_adapters(model, odd, ORTHOGONAL[1:2], 2)
+
+
+def test_a_random_orthogonal_start_depends_on_the_seed_only_and_that_of_the_weight_on_nothing() -> None:
+    def saved(seed: int, group: ResolvedGroup) -> torch.Tensor:
+        model = nn.ModuleDict({"layer": nn.Linear(4, 6)})
+        model["layer"].weight.data = torch.arange(24.0).sin().view(6, 4)
+        return inject(model, [group], 2, _generator(seed)).layers["layer"].updates[0].down.detach()
+
+    drawn, of_weight = ORTHOGONAL[0].model_copy(update={"rank": 2}), ORTHOGONAL[1]
+    assert torch.equal(saved(0, drawn), saved(0, drawn))
+    assert not torch.allclose(saved(0, drawn), saved(1, drawn), atol=0.1)
+    assert torch.equal(saved(0, of_weight), saved(1, of_weight))
+
+
+def test_an_orthogonal_start_on_the_meta_device_has_shapes_only() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"layer": nn.Conv2d(4, 6, 3)})
+    update = inject(model, ORTHOGONAL[:1], 2, _generator()).layers["layer"].updates[0]
+    assert update.down.is_meta
+    assert (update.down.shape, update.values.shape, update.up.shape) == ((4, 4, 3, 3), (4,), (6, 4, 1, 1))
+
+
+def test_an_orthogonal_start_of_more_ranks_than_the_weight_has_is_refused() -> None:
+    with pytest.raises(InputError, check=says(expected="at most 4 for orthogonal_init", got="5")):
+        _adapted("linear", _layer_group(POSITIVE, orthogonal_init="random", rank=5))

@@ -220,6 +220,12 @@ def test_ranks_that_change_with_the_timestep_have_to_be_the_same() -> None:
         load_initial_values({"unet": stack(spec(rank=1, **changing))}, {}, concept(("a", 0, "positive")))
 
 
+def test_ranks_by_timestep_of_an_orthogonal_start_are_no_start() -> None:
+    start = concept(("a", 0, "positive"), group={"timestep_min_rank": 1, "orthogonal_init": "random"})
+    with pytest.raises(InputError, check=says(expected="plain LoRA", got="orthogonal_init with timestep_min_rank=1")):
+        load_initial_values({"unet": stack(spec(rank=2, timestep_min_rank=1))}, {}, start)
+
+
 @pytest.mark.parametrize("factors", [{"down": torch.zeros(1, 4)}, {"up": torch.zeros(3, 1)}])
 def test_factors_of_another_layer_are_refused(factors: dict[str, torch.Tensor]) -> None:
     start = concept(("a", 0, "positive"))

@@ -344,7 +344,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 # --------------------------------------------------------------------------------------------- layers
 
 LAYERS = (  # from the lowest; each calls those below it
-    ("errors", "redaction", "whole_files", "checkpoint_files", "locks", "disk_space", "decoding"),
+    ("errors", "redaction", "whole_files", "checkpoint_files", "locks", "disk_space", "starting_runs", "decoding"),
     ("prompt_weights", "schedulers", "layer_selectors", "references", "yaml_texts"),
     ("params",),
     ("early_checks",),

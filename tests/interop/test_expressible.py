@@ -45,7 +45,13 @@ def test_a_concept_that_cannot_be_exported_can_still_generate_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "formats"), [({}, ALL_FORMATS), ({"svd_init": True}, ALL_FORMATS), ({"bias": True}, ("peft", "toolkit"))]
+    ("option", "formats"),
+    [
+        ({}, ALL_FORMATS),
+        ({"svd_init": True}, ALL_FORMATS),
+        ({"orthogonal_init": "random"}, ALL_FORMATS),
+        ({"bias": True}, ("peft", "toolkit")),
+    ],
 )
 def test_what_can_be_exported_is_accepted(option: Any, formats: Any) -> None:
     check_expressible(groups(option), formats)

@@ -411,10 +411,11 @@ def test_a_plain_lora_goes_to_both_branches_and_is_equivalent_in_a1111(
     assert "a fox <lora:fox:0.8>" in unequal and "not equivalent" in unequal.lower()
 
 
+@pytest.mark.parametrize("start", [{"svd_init": True}, {"orthogonal_init": "random"}], ids=["svd", "orthogonal"])
 def test_a_concept_that_started_by_svd_exports_as_any_other(
-    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams
+    tiny_base_model: Path, backbone: Backbone, make_training_params: MakeParams, start: dict[str, object]
 ) -> None:
-    groups = [group | {"svd_init": True} for group in MIXED[:3]]
+    groups = [group | start for group in MIXED[:3]]
     kept, report = export(tiny_base_model, make_concept(backbone, make_training_params(lora_unet=groups)))
     assert report["files"]["lora/fox.safetensors"]["diffusers"]["takes_all_layers"]
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q.lora_down.weight"

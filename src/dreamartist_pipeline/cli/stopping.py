@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 import click
+
+from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT
 
 _KEPT = "What has been finished is kept; the same command goes on from there."
 _UNWINDING_S = 5.0
@@ -66,6 +69,12 @@ def _signal_main_thread(number: int) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
+def _signal_at_end_of_input() -> None:
+    """Send SIGTERM to the main thread once standard input ends: the process that has started this one has ended."""
+    os.read(0, 1)  # not by sys.stdin, whose lock would be held when the interpreter ends
+    _signal_main_thread(signal.SIGTERM)
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[Stop]:
     """Let SIGTERM (docker stop, Slurm, systemd) and SIGINT (Ctrl-C) end what runs within.
@@ -78,6 +87,8 @@ def stopped_by_signals() -> Iterator[Stop]:
         yield stop
         return
     previous = {number: signal.signal(number, stop.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    if os.environ.pop(ENDS_WITH_INPUT, None) is not None:
+        threading.Thread(target=_signal_at_end_of_input, daemon=True).start()
     try:
         yield stop
     finally:

@@ -26,7 +26,7 @@ from torch import nn
 from dreamartist_pipeline.core.branch_products import ConvGeometry, ConvProduct, LinearProduct, MergedLayer
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
 from dreamartist_pipeline.core.factor_packs import FactorLayout, PackedFactors, pack_factors, pack_flat
-from dreamartist_pipeline.core.lora_factors import SHARED, LoRAFactors, learned_updates
+from dreamartist_pipeline.core.lora_factors import SHARED, LearnedUpdate, LoRAFactors, learned_updates
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.layer_selectors import parse_selector
 from dreamartist_pipeline.params import ResolvedGroup
@@ -141,6 +141,11 @@ class LowRankUpdate(nn.Module):
         return self.rank
 
     @property
+    def num_gated(self) -> int:
+        """The number of ranks that timestep_min_rank counts: with orthogonal_init, two rows of down are one of them."""
+        return self.num_ranks // (2 if self.group.orthogonal_init else 1)
+
+    @property
     def scale(self) -> float:
         """The factor alpha / rank."""
         return self.group.alpha / self.rank
@@ -205,9 +210,14 @@ class PrincipalUpdate(LowRankUpdate):
         """Twice the rank."""
         return 2 * self.rank
 
+    def trained_down(self) -> torch.Tensor:
+        """Return down as the learned parameters are now, `[rank, in, ...]`."""
+        return self.down
+
     def effective_down(self) -> torch.Tensor:
         """Return [down; down − down₀]."""
-        return torch.cat([self.down, self.down - self.start_down])
+        down = self.trained_down()
+        return torch.cat([down, down - self.start_down])
 
     def effective_up(self) -> torch.Tensor:
         """Return [up − up₀, up₀]."""
@@ -220,6 +230,38 @@ class PrincipalUpdate(LowRankUpdate):
         return tensors if self.bias is None else tensors | {"bias": self.bias * factor}
 
 
+class OrthogonalUpdate(PrincipalUpdate):
+    """An update of three factors that start at singular vectors and values (Ortho-LoRA; Soboleva et al. 2025, eq. 5-7).
+
+    With orthonormal rows A₀ and columns B₀, all of A, S and B are learned, and M_t selects the ranks of a timestep:
+
+        ΔW_t ∝ B · S · M_t · A − B₀ · S₀ · M_t · A₀.
+
+    It is a `PrincipalUpdate` with up = B and down = S · A, so that it is exactly zero at initialisation for every t,
+    and is stored as a plain LoRA of twice the rank. Orthogonal ranks make M_t leave out what the others do not contain.
+
+    Deviations: the paper has no alpha, which is that of alpha = rank here; convolutions are flattened to matrices.
+
+    Attributes:
+        values: S, `[rank]`.
+    """
+
+    def __init__(
+        self, index: int, group: ResolvedGroup, start: OrthogonalFactors, bias: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(index, group, start.down, start.up, bias)
+        self.values = nn.Parameter(start.values.clone())
+        self.start_down = nn.Buffer(self.trained_down().detach(), persistent=False)
+
+    def trained_down(self) -> torch.Tensor:
+        """Return S · A."""
+        return self.values.view(-1, *[1] * (self.down.dim() - 1)) * self.down
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Return A, B, S and the bias."""
+        return super().learned() | {"values": self.values}
+
+
 def _new_update(
     layer: nn.Linear | nn.Conv2d,
     index: int,
@@ -229,26 +271,32 @@ def _new_update(
 ) -> LowRankUpdate:
     """Return a zero update: down initialised as in nn.Linear, on the CPU for all devices alike, and up = 0.
 
-    With svd_init, `principal` returns both factors instead.
+    With svd_init, `principal` returns both factors instead; with orthogonal_init, they are `orthogonal_factors`.
     """
     out_features = layer.weight.shape[0]
     rank = rank_in(group.rank, out_features)
     bias = torch.zeros(out_features) if group.bias else None
     if group.svd_init:
-        _check_svd_rank(layer, group, rank)
+        _check_svd_rank(layer, group, rank, "svd_init")
         return PrincipalUpdate(index, group, *principal(layer.weight, rank), bias)
+    if group.orthogonal_init is not None:
+        _check_svd_rank(layer, group, rank, "orthogonal_init")
+        is_random = group.orthogonal_init == "random"
+        return OrthogonalUpdate(
+            index, group, orthogonal_factors(layer.weight, rank, generator if is_random else None), bias
+        )
     down = torch.empty(rank, *layer.weight.shape[1:])
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     up = torch.zeros(out_features, rank, *[1] * (layer.weight.dim() - 2))
     return LowRankUpdate(index, group, down, up, bias)
 
 
-def _check_svd_rank(layer: nn.Linear | nn.Conv2d, group: ResolvedGroup, rank: int) -> None:
+def _check_svd_rank(layer: nn.Linear | nn.Conv2d, group: ResolvedGroup, rank: int, option: str) -> None:
     max_rank = min(layer.weight.shape[0], layer.weight[0].numel())
     if rank > max_rank:
         raise InputError(
             expected=(
-                f"a rank of at most {max_rank} for svd_init of {group.name} in a layer with weight "
+                f"a rank of at most {max_rank} for {option} of {group.name} in a layer with weight "
                 f"{tuple(layer.weight.shape)}"
             ),
             got=f"{rank}",
@@ -266,11 +314,62 @@ def principal_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, to
         weight: `[out, in]` or `[out, in, kh, kw]`; on the meta device, only shapes are computed.
         rank: at most the number of singular values.
     """
-    matrix = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    left, values, right = torch.linalg.svd(matrix if matrix.is_meta else matrix.cpu(), full_matrices=False)
+    left, values, right = _singular_vectors(_exact_matrix(weight))
     root = values[:rank].sqrt()
-    down, up = root[:, None] * right[:rank], left[:, :rank] * root  # [rank, in · kh · kw], [out, rank]
-    return down.reshape(rank, *weight.shape[1:]), up.reshape(*up.shape, *[1] * (weight.dim() - 2)).contiguous()
+    return _as_factors(weight, root[:, None] * right[:rank], left[:, :rank] * root)
+
+
+@dataclass(frozen=True)
+class OrthogonalFactors:
+    """The initial factors of Ortho-LoRA.
+
+    Attributes:
+        down: A₀, with orthonormal rows: `[rank, in]`, or `[rank, in, kh, kw]`.
+        values: S₀, singular values in descending order, `[rank]`.
+        up: B₀, with orthonormal columns: `[out, rank]`, or `[out, rank, 1, 1]`.
+    """
+
+    down: torch.Tensor
+    values: torch.Tensor
+    up: torch.Tensor
+
+
+def orthogonal_factors(weight: torch.Tensor, rank: int, generator: torch.Generator | None) -> OrthogonalFactors:
+    """Return singular vectors and values: of a random matrix the smallest, of the weight itself the largest.
+
+    The matrix has normal values of standard deviation 1 / rank, as in the code of the paper, which compares these and
+    recommends the smallest ones of a random matrix: large singular values overfit, and those at the end of a weight's
+    spectrum are almost zero.
+
+    Args:
+        weight: `[out, in]` or `[out, in, kh, kw]`; on the meta device, only shapes are computed.
+        rank: at most the number of singular values.
+        generator: CPU generator of the random matrix; None for the weight.
+    """
+    matrix = _exact_matrix(weight)
+    if generator is not None and not matrix.is_meta:
+        matrix = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype) / rank
+    left, values, right = _singular_vectors(matrix)
+    chosen = slice(rank) if generator is None else slice(len(values) - rank, None)
+    down, up = _as_factors(weight, right[chosen], left[:, chosen])
+    return OrthogonalFactors(down, values[chosen], up)
+
+
+def _exact_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight as a matrix `[out, in · kh · kw]`, in float32 at least."""
+    return weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _singular_vectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U `[out, m]`, S `[m]` and Vᵀ `[m, in]`, on the CPU unless the matrix is on the meta device."""
+    left, values, right = torch.linalg.svd(matrix if matrix.is_meta else matrix.cpu(), full_matrices=False)
+    return left, values, right
+
+
+def _as_factors(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices `[rank, in · kh · kw]` and `[out, rank]` in the shapes of down and up for this weight."""
+    shape = (*up.shape, *[1] * (weight.dim() - 2))
+    return down.reshape(len(down), *weight.shape[1:]).contiguous(), up.reshape(shape).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------- adapted layers
@@ -290,7 +389,8 @@ class BranchLoRALayer(nn.Module):
         merged: the merged weights of all forward passes within `AdapterStack.merged`; None outside.
         keep: 1 − dropout of each rank, `[num_branches, 1, R]`.
         noise_level: t / (T − 1) of each row, `[num_branches·B]`; see `AdapterStack.set_noise_levels`.
-        rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`.
+        rank_ranges: index of each rank in its update, lowest active rank, and full rank, `[3, num_branches, 1, R]`, as
+            timestep_min_rank counts them.
         positions: shape of the rank activations of a row, `(N / B,)` or `(h, w)`; see `AdapterStack.measuring`.
         mask: dropout mask of the rank activations; see `set_mask`.
     """
@@ -375,9 +475,9 @@ class BranchLoRALayer(nn.Module):
         """Register the buffers with one value per rank."""
         out_features = self.weight.shape[0]
         keep = self._per_rank(lambda branch, u: [1 - u.group.dropout] * u.num_ranks)
-        index = self._per_rank(lambda branch, u: range(u.num_ranks))
-        lowest = self._per_rank(lambda branch, u: [min_rank(u.group, out_features, u.num_ranks)] * u.num_ranks)
-        full = self._per_rank(lambda branch, u: [u.num_ranks] * u.num_ranks)
+        index = self._per_rank(lambda branch, u: [rank % u.num_gated for rank in range(u.num_ranks)])
+        lowest = self._per_rank(lambda branch, u: [min_rank(u.group, out_features, u.num_gated)] * u.num_ranks)
+        full = self._per_rank(lambda branch, u: [u.num_gated] * u.num_ranks)
         self.keep = nn.Buffer(keep[:, None, :], persistent=False)
         self.rank_ranges = nn.Buffer(torch.stack([index, lowest, full])[:, :, None], persistent=False)
 
@@ -715,8 +815,8 @@ class AdapterStack:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies of all tensors: "<layer>.<group index>.<branch>.<down|up|bias>" -> float32, on the CPU.
 
-        alpha is not multiplied in; it is part of the metadata. Groups with svd_init have twice their rank, see
-        `PrincipalUpdate`.
+        alpha is not multiplied in; it is part of the metadata. Groups with svd_init or orthogonal_init have twice
+        their rank, see `PrincipalUpdate`.
         """
         return {
             f"{layer}.{update.key}.{name}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -805,8 +905,8 @@ def inject(
         generator: CPU generator of the initial values.
 
     Raises:
-        InputError: a selector matches no layer, a convolution is grouped, or the rank with svd_init exceeds that of the
-            weight.
+        InputError: a selector matches no layer, a convolution is grouped, or the rank with svd_init or orthogonal_init
+            exceeds that of the weight.
     """
     planned: dict[str, list[LowRankUpdate]] = {}
     principal = functools.cache(principal_factors)  # shared by the groups of both branches
@@ -840,6 +940,7 @@ def load_adapters(
     for learned in learned_updates(tensors, groups):
         factors = learned.factors
         _check_shapes(learned.layer, _plain_layer(model, learned.layer), factors)
+        _check_halves(learned)
         down, up = factors.down.detach().clone(), factors.up.detach().clone()
         bias = None if factors.bias is None else factors.bias.detach().clone()
         planned.setdefault(learned.layer, []).append(LowRankUpdate(learned.index, learned.group, down, up, bias))
@@ -898,4 +999,18 @@ def _check_shapes(name: str, layer: nn.Linear | nn.Conv2d, factors: LoRAFactors)
             expected=f"adapters of shapes {down} and {up} for {name}",
             got=f"{tuple(factors.down.shape)} and {tuple(factors.up.shape)}",
             remedy="load a concept that was trained on this base model",
+        )
+
+
+def _check_halves(learned: LearnedUpdate) -> None:
+    """Check that the rows of an update with orthogonal_init are pairs.
+
+    Raises:
+        InputError: their number is odd.
+    """
+    if learned.group.orthogonal_init is not None and learned.factors.rank % 2:
+        raise InputError(
+            expected=f"an even rank in {learned.layer} for orthogonal_init of {learned.group.name}",
+            got=f"{learned.factors.rank}",
+            remedy="the file is damaged: train the concept again",
         )

@@ -184,6 +184,13 @@ def _check_timestep_rank(assignment: Assignment) -> None:
     if configured is None and all(update.group.timestep_min_rank is None for update in assignment.updates):
         return
     (first, *others), rank = assignment.updates, assignment.target.rank
+    if any(update.group.orthogonal_init is not None for update in assignment.updates):
+        raise InputError(
+            expected=f"a concept in {_OPTION} whose ranks by timestep are those of a plain LoRA",
+            got=f"orthogonal_init with timestep_min_rank={first.group.timestep_min_rank} for "
+            f"{assignment.network}.{assignment.layer}",
+            remedy="start from a concept without either of them",
+        )
     if others or (first.group.timestep_min_rank, first.factors.rank) != (configured, rank):
         stored = ", ".join(f"rank {u.factors.rank} with {u.group.timestep_min_rank}" for u in assignment.updates)
         raise InputError(

@@ -19,6 +19,7 @@ from dreamartist_pipeline.hooks.outputs import OutputHooks
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
 from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tags, run_name
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
+from dreamartist_pipeline.hooks.starting import ProjectRuns, StartingHooks
 
 __all__ = [
     "RUN_SETTINGS",
@@ -29,7 +30,9 @@ __all__ = [
     "MLflowHooks",
     "ManifestHooks",
     "OutputHooks",
+    "ProjectRuns",
     "RunRecordHooks",
+    "StartingHooks",
     "build_parameters",
     "check_image_has_subject",
     "check_names",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from dreamartist_pipeline.hooks.record import git_tags, sections_of
 from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.hooks.story import file_sha256
 from dreamartist_pipeline.redaction import redacted
+from dreamartist_pipeline.starting_runs import RUN_KEY
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class RunManifest(BaseModel):
         outputs: dataset -> file, when the run had ended.
         versions: package -> version; the commit of the project among them.
         machine: what can change the last bits: processor or GPU, threads, operating system.
+        key: of a run that another one has started; see `hooks.starting`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,6 +76,7 @@ class RunManifest(BaseModel):
     outputs: dict[str, StoredFile]
     versions: dict[str, str]
     machine: dict[str, str]
+    key: str | None = None
 
 
 class Manifest(BaseModel):
@@ -173,12 +177,13 @@ class ManifestHooks:
         return RunManifest(
             arguments=redacted(tuple(sys.argv[1:])),
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
-            mlflow_run=_active_run_id(),
+            mlflow_run=active_run_id(),
             configuration=redacted(self._settings) | plain_sections(sections),
             inputs=self._inputs,
             outputs=stored_files(pipeline.all_outputs(), catalog, self._project),
             versions=versions(self._project),
             machine=machine_class(device) if device is not None else {},
+            key=os.environ.get(RUN_KEY),
         )
 
 
@@ -215,7 +220,8 @@ def _readable(file: Path) -> Manifest | None:
         return None
 
 
-def _active_run_id() -> str | None:
+def active_run_id() -> str | None:
+    """Return the id of the active MLflow run; None without one."""
     import mlflow
 
     run = mlflow.active_run()

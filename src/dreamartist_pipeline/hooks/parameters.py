@@ -71,9 +71,12 @@ def repeated_parameters(
     return {name: value for name, value in of_training.items() if name.split(".")[0] not in sections} | dict(own)
 
 
-def plain_sections(sections: Mapping[str, BaseModel]) -> dict[str, Any]:
+def plain_sections(sections: Mapping[str, BaseModel], exclude_defaults: bool = False) -> dict[str, Any]:
     """Return the sections as JSON types, with references in place of values of the environment."""
-    return {name: redacted(section.model_dump(mode="json")) for name, section in sections.items()}
+    return {
+        name: redacted(section.model_dump(mode="json", exclude_defaults=exclude_defaults))
+        for name, section in sections.items()
+    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -40,12 +41,14 @@ from dreamartist_pipeline.hooks.story import (
 )
 from dreamartist_pipeline.params import SECTIONS
 from dreamartist_pipeline.redaction import redacted
+from dreamartist_pipeline.starting_runs import PARENT_RUN
 from dreamartist_pipeline.tracking.delivery import optional
 from dreamartist_pipeline.tracking.stores import delivery_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+PARENT_TAG = "mlflow.parentRunId"
 _TAG_LENGTH = 5000  # MLflow's limit for the value of a tag
 _TAGGED = ("subject", "method", "base_model", "vae")  # settings of a run
 _PARAMS_PER_REQUEST = 100  # MLflow's limit
@@ -81,6 +84,8 @@ class RunRecordHooks:
         if (run := mlflow.active_run()) is None:
             return
         _tag_command(run_params)
+        if (starter := os.environ.get(PARENT_RUN)) is not None:
+            mlflow.set_tag(PARENT_TAG, starter)
         experiment_id = run.info.experiment_id
         mlflow.MlflowClient().set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
         parameters, parent = self._parameters(pipeline, catalog, experiment_id)
@@ -162,7 +167,8 @@ class RunRecordHooks:
         client = mlflow.MlflowClient()
         run_id, tags = run.info.run_id, client.get_run(run.info.run_id).data.tags
         pictures = pictures_of(run_id, pipeline, catalog)
-        for described in filter(None, (run_id, tags.get("mlflow.parentRunId"))):
+        maker = None if PARENT_RUN in os.environ else tags.get(PARENT_TAG)
+        for described in filter(None, (run_id, maker)):
             with optional("the pictures in the description of the run that made the concept"):
                 note = client.get_run(described).data.tags.get("mlflow.note.content", "")
                 client.set_tag(described, "mlflow.note.content", with_sections(note, pictures).strip())
@@ -210,7 +216,7 @@ def _tell_parent(parent: Run | None) -> None:
     if parent is None:
         log.info("MLflow has no run that made this concept: this run is recorded by itself.")
         return
-    mlflow.set_tag("mlflow.parentRunId", parent.info.run_id)
+    mlflow.set_tag(PARENT_TAG, parent.info.run_id)
     log.info("Recorded in MLflow under the run that made this concept: %s.", parent.info.run_name)
 
 

@@ -30,14 +30,19 @@ RUN_SETTINGS = (
     "prompt_database",
 )
 MODEL_SETTINGS = ("base_model", "vae", "base_model_config")
-_PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", *MODEL_SETTINGS, "prompt_database")
+PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", *MODEL_SETTINGS, "prompt_database")
 _INTERPOLATION = re.compile(r"(?<!\\)\$\{")
 
 
 def settings_of(context: KedroContext) -> dict[str, Any]:
     """Return the run settings, each from `--params` or else from globals.yml."""
-    given = context.config_loader["globals"] | (context.config_loader.runtime_params or {})
-    return {name: plain(given.get(name)) for name in RUN_SETTINGS}
+    return settings_in(context.config_loader["globals"], context.config_loader.runtime_params or {})
+
+
+def settings_in(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run settings: those that are given, and otherwise the values of globals.yml."""
+    values = {**defaults, **given}
+    return {name: plain(values.get(name)) for name in RUN_SETTINGS}
 
 
 def literal(value: Any) -> Any:
@@ -91,7 +96,7 @@ def with_paths_in(
             return f"{kind}:{_in_project(folder / path, project)}" if path and (folder / path).is_dir() else value
         return value
 
-    changed = {name: moved(value, {PATH}) if name in _PATH_SETTINGS else value for name, value in values.items()}
+    changed = {name: moved(value, {PATH}) if name in PATH_SETTINGS else value for name, value in values.items()}
     for section in SECTIONS.keys() & values.keys():
         if isinstance(values[section], Mapping):
             fields = SECTIONS[section].model_fields

@@ -1,0 +1,321 @@
+"""Start runs of this project for a node: which have been finished before, with which command, under which parent."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from kedro.framework.context import KedroContext
+from kedro.framework.context.context import _convert_paths_to_absolute_posix
+from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from kedro.utils import find_kedro_project
+from tqdm.auto import tqdm
+
+from dreamartist_pipeline.catalog import ProjectCatalog
+from dreamartist_pipeline.core.checkpoints import stop_requests
+from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, input_error_in
+from dreamartist_pipeline.hooks.configuration import build_parameters
+from dreamartist_pipeline.hooks.manifest import (
+    MANIFEST,
+    RunManifest,
+    StoredFile,
+    active_run_id,
+    digest_of,
+    read_manifest,
+    stored_files,
+)
+from dreamartist_pipeline.hooks.parameters import flatten, plain_sections
+from dreamartist_pipeline.hooks.record import PARENT_TAG
+from dreamartist_pipeline.hooks.run import (
+    MODEL_SETTINGS,
+    PATH_SETTINGS,
+    RUN_SETTINGS,
+    literal,
+    path_of,
+    plain,
+    settings_in,
+)
+from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.starting_runs import (
+    PARENT_RUN,
+    RUN_KEY,
+    Executor,
+    LocalProcesses,
+    RunCommand,
+    RunOutcome,
+    RunRequest,
+    run_all,
+)
+from dreamartist_pipeline.tracking.delivery import optional
+from dreamartist_pipeline.yaml_texts import merge_mappings
+
+STARTER = "run_starter"
+"""Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
+_CONCEPT = "concept"
+_OWN = ("compare", "tune")  # sections of pipelines that start runs
+_PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
+_QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
+_BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
+_LOGS = "data/09_tracking/run_logs"
+
+log = logging.getLogger(__name__)
+
+
+class Configurations(Protocol):
+    """The project's configuration loader."""
+
+    def of_run(self, params: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """Return `globals`, `parameters` and `catalog` of another run of this environment, without some sections."""
+
+
+class StartingHooks:
+    """Put what starts runs of this environment into the catalog."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Store the project and its configuration."""
+        self._starter = ProjectRuns(
+            project=Path(context.project_path),
+            loader=cast("Configurations", context.config_loader),
+            options=_options(context),
+            given=context.config_loader.runtime_params or {},
+        )
+
+    @hook_impl
+    def after_catalog_created(self, catalog: DataCatalog) -> None:
+        """Store the starter, if the catalog has a place for it."""
+        if (dataset := catalog.get(STARTER)) is not None:
+            dataset.save(self._starter)
+
+
+def _options(context: KedroContext) -> tuple[str, ...]:
+    """Return the options by which another command has the same configuration."""
+    options = ("--env", context.env) if context.env else ()
+    conf_source = Path(context.config_loader.conf_source)
+    return options if conf_source == context.project_path / "conf" else (*options, "--conf-source", str(conf_source))
+
+
+class ProjectRuns:
+    """Starts runs of a project, except those that have finished before.
+
+    The results of a run depend on its pipelines, on its settings and parameters as they are after all configuration
+    files, and on the contents of its files: the hash of these is its key. Where the files are, on which device it runs
+    and how many runs there are at a time is not part of it, so that results can be copied to another machine. A run
+    that has finished has its key in the manifest beside its concept.
+
+    Args:
+        project: its folder.
+        loader: of the configuration.
+        options: of `kedro run`, for the same configuration.
+        given: parameters of the command that starts the runs: all runs have them, too. Sections replace values of a
+            request; run settings do not.
+        executor: makes what executes the commands.
+    """
+
+    def __init__(
+        self,
+        project: Path,
+        loader: Configurations,
+        options: Sequence[str] = (),
+        given: Mapping[str, Any] | None = None,
+        executor: Callable[[], Executor] = LocalProcesses,
+    ) -> None:
+        self._project, self._loader, self._options, self._executor = project, loader, tuple(options), executor
+        self._given = {name: value for name, value in plain(given or {}).items() if name not in _OWN}
+
+    def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
+        """Run what has not been finished before; see `starting_runs.RunStarter`."""
+        parent, digests = active_run_id(), functools.cache(digest_of)
+        requests = [replace(one, params=with_given(one.params, self._given)) for one in requests]
+        commands: dict[str, RunCommand] = {}
+        recorded: list[str] = []  # finished runs in MLflow
+        for request in tqdm(requests, "checking earlier runs", unit="run", leave=False):
+            key, manifest_file = self._identify(request, digests)
+            finished = self._finished(manifest_file, key, request.results, digests)
+            if finished is None:
+                commands[request.subject] = self._command(request, key, parent, threads)
+            elif finished.mlflow_run is not None:
+                recorded.append(finished.mlflow_run)
+        if count := len(requests) - len(commands):
+            log.info("%d of %d runs are finished already, with the same parameters and files.", count, len(requests))
+        if parent is not None:
+            with optional("finished runs among the children"):
+                _adopt(recorded, parent)
+        errors = self._run(list(commands.values()), workers)
+        return tuple(RunOutcome(one.subject, one.labels, errors.get(one.subject)) for one in requests)
+
+    def _run(self, commands: Sequence[RunCommand], workers: int) -> dict[str, str]:
+        """Execute commands, and return the messages of those that failed.
+
+        Raises:
+            StoppedEarly: a signal.
+        """
+        errors: dict[str, str] = {}
+        with (
+            stop_requests() as stop_requested,
+            tqdm(total=len(commands), desc="runs", unit="run", disable=not commands) as bar,
+        ):
+
+            def ended(command: RunCommand, error: str | None) -> None:
+                bar.update()
+                if error is not None:
+                    errors[command.name] = error
+                    bar.set_postfix(failed=len(errors))
+                    log.warning("%s failed: %s", command.name, error)
+
+            run_all(commands, self._executor(), workers, ended, stop_requested)
+            if stop_requested():
+                raise StoppedEarly(
+                    f"Stopped after {bar.n} of {len(commands)} runs, of which finished ones are kept; the same command "
+                    "continues.",
+                    STOPPED_BY_SIGNAL,
+                )
+        return errors
+
+    def _identify(self, request: RunRequest, digests: Callable[[Path], str]) -> tuple[str, Path]:
+        """Return the key of a run, and the file of its manifest.
+
+        Raises:
+            InputError: invalid parameters.
+        """
+        params = literal_values(request.params)
+        pipeline = sum((pipelines[name] for name in request.pipelines), Pipeline([]))
+        try:
+            configuration = self._loader.of_run(params, _OWN)
+            sections = build_parameters(configuration["parameters"])
+        except Exception as error:
+            if (cause := input_error_in(error)) is None:
+                raise
+            raise InputError(cause.expected, cause.got, cause.remedy, where=request.subject) from error
+        used = {name: sections[name] for name in SECTIONS if f"params:{name}" in pipeline.inputs()}
+        settings = settings_in(configuration["globals"], params)
+        catalog = self._catalog(configuration["catalog"], {*pipeline.inputs(), _CONCEPT})
+        names = {name for name in pipeline.inputs() if not name.startswith("params:") and name in catalog}
+        content = {
+            "pipelines": request.pipelines,
+            "settings": {name: value for name, value in settings.items() if name not in PATH_SETTINGS},
+            "parameters": {
+                name: value
+                for name, value in flatten(plain_sections(used, exclude_defaults=True)).items()
+                if name not in _PLACE
+            },
+            "files": self._files(names, catalog),
+            "models": self._models(settings, digests),
+        }
+        concept = path_of(catalog, _CONCEPT)
+        assert concept is not None
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest(), concept.with_name(MANIFEST)
+
+    def _catalog(self, configuration: dict[str, Any], names: set[str]) -> DataCatalog:
+        """Return the catalog of a run with these datasets only."""
+        absolute = _convert_paths_to_absolute_posix(self._project, configuration)
+        return ProjectCatalog.from_config({name: absolute[name] for name in names & absolute.keys()})
+
+    def _files(self, names: set[str], catalog: DataCatalog) -> dict[str, Any]:
+        """Return dataset -> hash of its contents; of files that parameters name, the hash of each."""
+        stored = stored_files(names, catalog, self._project)
+        others = {name: catalog[name].load() for name in names - stored.keys() if catalog[name].exists()}
+        return {name: file.sha256 for name, file in stored.items()} | {
+            name: [hashlib.sha256(read()).hexdigest() for read in files.values()]
+            for name, files in others.items()
+            if isinstance(files, Mapping)
+        }
+
+    def _models(self, settings: Mapping[str, Any], digests: Callable[[Path], str]) -> dict[str, str | None]:
+        """Return the hashes of the models that a run loads."""
+        base_model = self._project / Path(settings["base_model"]).expanduser()
+        beside = {name: base_model.with_name(name) for name in _BESIDE_BASE_MODEL}
+        return {name: self._model(settings[name], digests) for name in MODEL_SETTINGS} | {
+            name: digests(path) for name, path in beside.items() if path.exists()
+        }
+
+    def _model(self, location: str | None, digests: Callable[[Path], str]) -> str | None:
+        """Return the hash of a model on this disk; of another one, its name."""
+        path = None if location is None else self._project / Path(location).expanduser()
+        return digests(path) if path is not None and path.exists() else location
+
+    def _finished(
+        self, manifest_file: Path, key: str, results: Sequence[str], digests: Callable[[Path], str]
+    ) -> RunManifest | None:
+        """Return the finished run with this key, if its results are there and unchanged."""
+        try:
+            manifest = read_manifest(manifest_file)
+        except InputError:  # damaged: the run writes it again
+            return None
+        for run in () if manifest is None else manifest.runs.values():
+            files = [run.outputs[name] for name in results if name in run.outputs]
+            is_complete = len(files) == len(results) and all(self._is_unchanged(file, digests) for file in files)
+            if run.key == key and is_complete:
+                return run
+        return None
+
+    def _is_unchanged(self, file: StoredFile, digests: Callable[[Path], str]) -> bool:
+        path = self._project / file.path
+        return path.exists() and digests(path) == file.sha256
+
+    def _command(self, request: RunRequest, key: str, parent: str | None, threads: int | None) -> RunCommand:
+        program = ("kedro", "run") if find_kedro_project(self._project) else ("dreamartist_pipeline",)
+        arguments = ("--pipelines", ",".join(request.pipelines), *self._options, "--params", as_params(request.params))
+        return RunCommand(
+            name=request.subject,
+            arguments=(sys.executable, "-m", *program, *arguments),
+            folder=self._project,
+            environment={
+                RUN_KEY: key,
+                PARENT_RUN: parent,
+                "MLFLOW_RUN_ID": None,
+                **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
+            },
+            log=self._project / _LOGS / f"{request.subject}.log",
+        )
+
+
+def with_given(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a run with those of the command that starts it."""
+    settings = {name: value for name, value in given.items() if name in RUN_SETTINGS}
+    sections = {name: value for name, value in given.items() if name not in RUN_SETTINGS}
+    return merge_mappings({**settings, **params}, sections)
+
+
+def as_params(params: Mapping[str, Any]) -> str:
+    """Return nested parameters as the value of `--params`: run settings as texts in quotes, all others as JSON."""
+    return ",".join(f"{name}={_as_text(name, value)}" for name, value in flatten(params).items())
+
+
+def _as_text(name: str, value: Any) -> str:
+    if name in RUN_SETTINGS and value is not None:
+        return f"'{value}'"
+    return _QUOTE.sub(r"\1\\u0022", json.dumps(value, ensure_ascii=False))
+
+
+def literal_values(value: Any) -> Any:
+    """Return nested parameters with `${` escaped, as `kedro run` escapes those that it parses."""
+    if isinstance(value, Mapping):
+        return {name: literal_values(item) for name, item in value.items()}
+    return literal(value)
+
+
+def _adopt(run_ids: Sequence[str], parent: str) -> None:
+    """Make finished runs children of `parent`; those of another machine may not be in this store."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    for run_id in run_ids:
+        try:
+            client.set_tag(run_id, PARENT_TAG, parent)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise

@@ -1,0 +1,101 @@
+"""Start the runs of a comparison or of a tuning, and read them as tables and plots."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dreamartist_pipeline.params import CompareParams, TuneParams
+from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, RunStarter
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; these imports are slow
+    DataFrame = Figure = Any
+
+CONTROLLABILITY, DRIFT = "fidelity against controllability", "fidelity against prior drift"
+
+log = logging.getLogger(__name__)
+
+
+def run_methods(run_starter: RunStarter, params: CompareParams) -> tuple[RunOutcome, ...]:
+    """Train and evaluate every method on every subject with every seed.
+
+    Raises:
+        InputError: invalid parameters of a run; nothing is started.
+    """
+    from dreamartist_pipeline.pipelines.compare.planning import compared_runs
+
+    return run_starter.start(compared_runs(params), params.workers, params.threads)
+
+
+def tabulate_methods(
+    results: tuple[RunResult, ...], params: CompareParams
+) -> tuple[DataFrame, str, Figure, Figure, Figure, Figure]:
+    """Compare the methods on the subjects of which all runs have finished.
+
+    Returns:
+        The table, the report in markdown, and both plots, each for kedro-viz and as a page of its own.
+
+    Raises:
+        InputError: there is no such subject, or the runs do not have these metrics.
+    """
+    from pandas import DataFrame
+
+    from dreamartist_pipeline.pipelines.compare.plotting import plot_tradeoff
+    from dreamartist_pipeline.pipelines.compare.reporting import as_records, to_markdown
+    from dreamartist_pipeline.pipelines.compare.tabulating import Comparison, front, tabulate
+
+    comparison, of = Comparison(params, results), params.measures
+    comparison.check()
+    rows = tabulate(comparison)
+    fronts = {
+        CONTROLLABILITY: front(rows, [(of.controllability, 1), (of.fidelity, 1)]),
+        DRIFT: front(rows, [(of.drift, -1), (of.fidelity, 1)]),
+    }
+    controllability = plot_tradeoff(rows, of.controllability, of.fidelity, fronts[CONTROLLABILITY], "higher")
+    drift = plot_tradeoff(rows, of.drift, of.fidelity, fronts[DRIFT], "lower")
+    report = to_markdown(comparison, rows, fronts)
+    return DataFrame(as_records(rows, fronts)), report, controllability, controllability, drift, drift
+
+
+def report_failures(results: tuple[RunResult, ...], _report: object) -> None:
+    """End the run with an error if one of its runs has failed, after the others are in the report.
+
+    Raises:
+        InputError: the message lists them.
+    """
+    from dreamartist_pipeline.pipelines.compare.tabulating import failure
+
+    if failed := [one.outcome for one in results if one.outcome.message is not None]:
+        raise failure(failed, len(results))
+
+
+def run_settings(run_starter: RunStarter, params: CompareParams, tuning: TuneParams) -> tuple[RunOutcome, ...]:
+    """Train and evaluate every setting of every method on the subjects of the tuning.
+
+    Raises:
+        InputError: methods without settings, subjects that are compared later, or invalid parameters of a run; nothing
+            is started.
+    """
+    from dreamartist_pipeline.pipelines.compare.planning import tuning_runs
+
+    return run_starter.start(tuning_runs(params, tuning), params.workers, params.threads)
+
+
+def choose_settings(results: tuple[RunResult, ...], tuning: TuneParams) -> tuple[DataFrame, dict[str, Any]]:
+    """Choose the setting of every method with the highest objective, within the bound on the cost of a step.
+
+    Returns:
+        A table with one row per setting, and the chosen settings as parameters of an environment.
+    """
+    from pandas import DataFrame
+
+    from dreamartist_pipeline.pipelines.compare.choosing import as_records, choose, overlay, tried_settings
+
+    settings = tried_settings(results, tuning)
+    chosen = choose(settings, tuning)
+    for method, index in chosen.items():
+        log.info("%s: setting %d, %s", method, index, tuning.settings[method][index] or "its own values")
+    return DataFrame(as_records(settings, chosen, tuning)), overlay(chosen, tuning)

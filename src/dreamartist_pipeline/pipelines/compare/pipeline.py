@@ -1,0 +1,54 @@
+"""Wiring of the comparison of methods, and of the tuning before it."""
+
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node
+
+from dreamartist_pipeline.pipelines.compare.nodes import (
+    choose_settings,
+    report_failures,
+    run_methods,
+    run_settings,
+    tabulate_methods,
+)
+
+
+def create_pipeline() -> Pipeline:
+    """Methods × subjects × seeds → runs → a table, a report and two plots."""
+    return Pipeline(
+        [
+            node(run_methods, ["run_starter", "params:compare"], "compared_runs", name="run_methods"),
+            node(
+                tabulate_methods,
+                ["compared_runs", "params:compare"],
+                [
+                    "comparison_table",
+                    "comparison_report",
+                    "comparison_controllability",
+                    "comparison_controllability_page",
+                    "comparison_drift",
+                    "comparison_drift_page",
+                ],
+                name="tabulate_methods",
+            ),
+            node(report_failures, ["compared_runs", "comparison_report"], None, name="report_failures"),
+        ],
+        tags="compare",
+    )
+
+
+def create_tuning_pipeline() -> Pipeline:
+    """Methods × settings × subjects of the development → runs → one setting per method."""
+    return Pipeline(
+        [
+            node(run_settings, ["run_starter", "params:compare", "params:tune"], "tuning_runs", name="run_settings"),
+            node(
+                choose_settings,
+                ["tuning_runs", "params:tune"],
+                ["tuning_table", "tuned_methods"],
+                name="choose_settings",
+            ),
+            node(report_failures, ["tuning_runs", "tuning_table"], None, name="report_tuning_failures"),
+        ],
+        tags="tune",
+    )

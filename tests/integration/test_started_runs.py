@@ -1,0 +1,107 @@
+"""Runs that are started by another one, in processes of their own, with a tiny base model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from PIL import Image
+
+from dreamartist_pipeline import settings
+from dreamartist_pipeline.hooks import ProjectRuns, register_project_root, starting
+from dreamartist_pipeline.hooks.manifest import read_manifest
+from dreamartist_pipeline.params import CompareParams
+from dreamartist_pipeline.pipeline_registry import register_pipelines
+from dreamartist_pipeline.pipelines.compare.planning import compared_runs
+from dreamartist_pipeline.starting_runs import RUN_KEY, RunCommand, RunOutcome
+from project_copy import copy_project
+from warm_processes import run_warm
+
+_TIMEOUT_S = 600
+COMPARED = {
+    "methods": {"lora": {"title": "LoRA"}, "t-lora": {"title": "T-LoRA"}},
+    "reference": "lora",
+    "subjects": ["dot", "gone"],
+    "images": "pictures",
+    "workers": 1,
+    "measures": {"fidelity": "similarity/concept.efficientnet-lite0", "controllability": "x", "drift": "y"},
+    "columns": ["x"],
+    "params": {
+        "base_model": "tiny",
+        "prompt_database": "prompts.parquet",
+        "ingestion": {"bucket": {"side_px": 32, "multiple_px": 8}},
+        "training": {"preview": {"every": 0}},
+        "evaluation": {"branch_images": 0, "guidance_images": 0},
+    },
+}
+
+
+class WarmProcesses:
+    """An executor that does not import the large libraries anew for every run."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def run(self, command: RunCommand) -> str | None:
+        self.names.append(command.name)
+        variables: dict[str, Any] = {**os.environ, "KEDRO_ENV": "", **command.environment}
+        variables.pop("MLFLOW_TRACKING_URI", None)
+        environment = {name: value for name, value in variables.items() if value is not None}
+        result = run_warm(command.arguments[1:], command.folder, environment, _TIMEOUT_S)
+        return result.stderr.splitlines()[-2] if result.returncode else None
+
+    def stop(self) -> None:
+        raise AssertionError("nothing was interrupted")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
+    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (32, 32), "orange").save(folder / "pictures/dot.png")
+    return folder
+
+
+@pytest.fixture
+def parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(starting, "pipelines", register_pipelines())
+    monkeypatch.setattr(starting, "active_run_id", lambda: "0" * 32)
+    monkeypatch.setattr(starting, "_adopt", lambda *_: None)
+    register_project_root(project)
+    return "0" * 32
+
+
+def start(project: Path, **changes: Any) -> tuple[list[str], dict[str, RunOutcome]]:
+    """Start a comparison; return the names of the runs that were executed, and all outcomes."""
+    loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
+    executor = WarmProcesses()
+    runs = ProjectRuns(project, loader, ("--env", "test"), executor=lambda: executor)
+    params = CompareParams.model_validate(COMPARED | changes)
+    outcomes = runs.start(compared_runs(params), params.workers, 1)
+    return executor.names, {one.subject: one for one in outcomes}
+
+
+def test_two_methods_on_two_subjects_of_which_one_fails(project: Path, parent: str) -> None:
+    names, outcomes = start(project)
+    assert sorted(names) == ["dot-lora-0", "dot-t-lora-0", "gone-lora-0", "gone-t-lora-0"]
+    assert {name for name, one in outcomes.items() if one.message is None} == {"dot-lora-0", "dot-t-lora-0"}
+    assert "gone.png" in str(outcomes["gone-lora-0"].message)
+    assert (project / "data/08_reporting/dot-t-lora-0/evaluation_metrics.json").is_file()
+    manifest = read_manifest(project / "data/06_models/dot-lora-0/manifest.json")
+    assert manifest is not None
+    assert {len(run.key or "") for run in manifest.runs.values()} == {64} and RUN_KEY not in os.environ
+    client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
+    experiment = client.get_experiment_by_name("dreamartist")
+    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.data.tags["subject"] for run in children} >= {"dot-lora-0", "dot-t-lora-0"}
+
+    names, _ = start(project, subjects=["dot"])
+    assert names == []
+
+    methods = {"lora": {"title": "LoRA", "params": {"training": {"num_steps": 1}}}, "t-lora": {"title": "T-LoRA"}}
+    names, outcomes = start(project, subjects=["dot"], methods=methods)
+    assert names == ["dot-lora-0"]
+    assert {one.message for one in outcomes.values()} == {None}
