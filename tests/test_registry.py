@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def test_every_stage_and_every_chain_has_its_name() -> None:
     assert set(register_pipelines()) == {
-        *("ingestion", "prompts", "regularization", "training", "train", "evaluation", "evaluate"),
+        *("ingestion", "prompts", "regularization", "training", "train", "evaluation", "evaluate", "report"),
         *("export", "generate", "import", "pretrain", "judge", "__default__"),
     }
 
@@ -37,7 +37,7 @@ def test_everything_a_user_gives_is_checked_before_images_are_drawn(check: str) 
     assert names.index(check) < names.index("make_regularization_set")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "export", "generate", "import", "pretrain", "judge"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "report", "export", "generate", "import", "pretrain", "judge"])
 def test_every_dataset_of_a_pipeline_is_in_the_catalog(name: str) -> None:
     in_catalog: set[str] = set()
     for file in (PROJECT / "conf" / "base").glob("catalog*.yml"):

@@ -14,6 +14,7 @@ from dreamartist_pipeline.pipelines import (
     pretrain,
     prompts,
     regularization,
+    report,
     training,
 )
 from dreamartist_pipeline.tracking import MLflowTracker
@@ -29,11 +30,13 @@ def register_pipelines() -> dict[str, Pipeline]:
         "training": training.create_pipeline(tracker),
     }
     train = sum(stages.values(), Pipeline([]))
-    evaluate = evaluation.create_pipeline(tracker)
+    measuring, reporting = evaluation.create_pipeline(tracker), report.create_pipeline()
+    evaluate = measuring + reporting
     exporting = export.create_pipeline()
     return {
         **stages,
-        "evaluation": evaluate,
+        "evaluation": measuring,
+        "report": reporting,
         "evaluate": evaluate,
         "export": exporting,
         "generate": generate.create_pipeline(),

@@ -22,6 +22,7 @@ from dreamartist_pipeline.hooks import (
     ManifestHooks,
     MLflowHooks,
     OutputHooks,
+    ReportHooks,
     RunRecordHooks,
     nearest,
 )
@@ -185,15 +186,17 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 DATA_CATALOG_CLASS = ProjectCatalog
+_MANIFEST_HOOKS = ManifestHooks()
 # Of hooks that are tried first, the last one here is called first: the configuration, the folders, MLflow.
 HOOKS = (
     MLflowHooks(),
     OutputHooks(),
     ConfigurationHooks(),
+    ReportHooks(_MANIFEST_HOOKS),
     RunRecordHooks(),
     ConsoleHooks(),
     CheckpointHooks(),
-    ManifestHooks(),
+    _MANIFEST_HOOKS,
 )
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {

@@ -140,7 +140,7 @@ class RunRecordHooks:
         """Wait for asynchronous logging, and describe the run, and its parent, with their pictures."""
         import mlflow
 
-        _flush()
+        flush()
         if (run := mlflow.active_run()) is None:
             return
         client = mlflow.MlflowClient()
@@ -157,7 +157,7 @@ class RunRecordHooks:
         import mlflow
 
         if mlflow.active_run() is not None:
-            _flush()
+            flush()
             mlflow.set_tag("error", reason_of(error)[:_TAG_LENGTH])
 
 
@@ -234,7 +234,7 @@ def _log_reference(catalog: DataCatalog, subject: str) -> None:
     mlflow.log_input(dataset, context="training", tags={"sha256": sha256})
 
 
-def _flush() -> None:
+def flush() -> None:
     """Wait for asynchronous logging of metrics and of images, for a limited time."""
     import mlflow
 
@@ -265,7 +265,7 @@ def close_run(status: str, reason: str) -> None:
     import mlflow
 
     if mlflow.active_run() is not None:
-        _flush()
+        flush()
         mlflow.set_tag("error", reason[:_TAG_LENGTH])
         mlflow.end_run(status)
 

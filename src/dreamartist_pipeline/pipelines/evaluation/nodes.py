@@ -137,14 +137,15 @@ def evaluate_concept(
     ingestion: IngestionParams,
     device: DeviceParams,
     tracker: Tracker,
-) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame]:
+) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame, dict[str, bytes]]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
     What is not measured, and why, is logged, is in the table of measures, and is the run's tag `not_measured`.
 
     Returns:
         The contact sheet, flat metrics (see `measuring.measure`), the same in kedro-mlflow's format, a table with one
-        row per measured image, and the table of measures: concept, floor and ceilings, with intervals.
+        row per measured image, the table of measures: concept, floor and ceilings, with intervals; and the images,
+        reduced, as files.
 
     Raises:
         InputError: another picture than that of the training, an unknown evaluator, an invalid scheduler, an incomplete
@@ -153,6 +154,7 @@ def evaluate_concept(
     from pandas import DataFrame
 
     from dreamartist_pipeline.pipelines.evaluation.drawing import draw_images
+    from dreamartist_pipeline.pipelines.evaluation.kept import pictures_of
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
@@ -167,7 +169,7 @@ def evaluate_concept(
     sheet = draw_sheet(images, metrics, params, words, evaluators[0].label if evaluators else None)
     tracker.log_image(sheet, key="previews/contact sheet", step=0)
     history = {name: {"value": value, "step": 0} for name, value in metrics.items()}
-    return sheet, metrics, history, DataFrame(measured.rows), DataFrame(measured.table())
+    return sheet, metrics, history, DataFrame(measured.rows), DataFrame(measured.table()), pictures_of(images)
 
 
 def _report_not_measured(not_measured: str, tracker: Tracker) -> None:

@@ -29,6 +29,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "evaluation_scores",
                     "evaluation_table",
                     "evaluation_measures",
+                    "evaluation_pictures",
                 ],
                 name="evaluate_concept",
                 tags="evaluation",
