@@ -381,7 +381,7 @@ DATA = {  # kinds of datasets that load to data, never to something that reads o
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "HTMLDataset"),
     "ImageDataset",
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
-    *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    *("PageDataset", "ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
     "UserPicturesDataset",
     *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
     "JudgeDataset",
