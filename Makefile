@@ -53,7 +53,7 @@ generate: $(READY) ## generate images with the trained concept
 	$(BIN)/kedro run --pipeline generate $(ARGS)
 
 test: $(READY) ## run all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 proofs: $(READY) ## verify that a test fails when an option is ignored (minutes; ARGS="training.loss" for some)
 	$(BIN)/python tests/ignore_options.py $(ARGS)

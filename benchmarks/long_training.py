@@ -118,9 +118,10 @@ def train(model: Path, folder: Path, num_steps: int, stop_every: int | None) -> 
             continue
         break
     steps = history["step"].tolist()
+    write_concept(concept, folder / "concept.safetensors")
     result = {
         "notes": watch.notes,
-        "sha256": sha256(write_concept(concept)).hexdigest(),
+        "sha256": sha256((folder / "concept.safetensors").read_bytes()).hexdigest(),
         "losses": sha256(history.drop(columns="seconds").to_csv().encode()).hexdigest(),
         "steps are 1, 2, …": steps == list(range(1, num_steps + 1)),
     }
@@ -164,6 +165,8 @@ def main() -> None:
         processes[-1].start()
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("expected both trainings to finish; one has failed, see above")
     results = [json.loads((options.work / str(index) / "result.json").read_text()) for index in range(len(trainings))]
     rows = [
         row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,19 @@ TINY_SIZE = EmbeddedModelSize(
     max_tokens=24,
 )
 _CORPUS = ("a red cat", "a blue dog", "a photo of a green bird", "background", "style", "fox", "the yellow house")
+
+
+_SLOW_FOLDERS = ("integration", "notebooks", "benchmarks", "tracking", "pipelines", "backbones")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start one process more than there are cores: long tests wait for servers and for commands in other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders with long tests first, so that no process of several is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in _SLOW_FOLDERS)  # stable
 
 
 @pytest.fixture(autouse=True, scope="session")

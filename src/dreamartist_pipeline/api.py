@@ -7,7 +7,7 @@ be compared with other implementations.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_pr
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
+from dreamartist_pipeline.backbones.served import served_concept
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
 from dreamartist_pipeline.core.batches import Batch
@@ -34,7 +35,7 @@ from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
-from dreamartist_pipeline.core.training import TrainableModel, combined_prediction, row_losses
+from dreamartist_pipeline.core.training_step import TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop import concept_file
@@ -42,20 +43,24 @@ from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept,
 from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.params import (
     DeviceParams,
+    GenerateParams,
     GuidanceScale,
     LossParams,
     PositiveActsOn,
+    RegistrationParams,
     SamplerParams,
     StrengthParams,
 )
+from dreamartist_pipeline.serving.packaging import save_model
 
 _NUM_BRANCHES = 2
 _WORDS_ARGUMENT = "`words`"
-_CPU = DeviceParams(device="cpu")
+_CPU, _AUTO = DeviceParams(device="cpu"), DeviceParams()
 _FULL_STRENGTH = StrengthParams()
 _FIVE_DDIM_STEPS = SamplerParams(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
 _DEFAULT_SAMPLER = SamplerParams()
 _PLAIN_LOSS = LossParams(weighting="none")
+_MAX_COPIED_MB = RegistrationParams().max_copied_mb
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +148,39 @@ def draw_images(
         init=init_picture(image, mask, denoise, sampler.num_inference_steps),
     )
     return list(draw(backbone, concept, request).images)
+
+
+def save_mlflow_model(
+    folder: str | Path,
+    concept: Concept,
+    base_model: str | Path,
+    *,
+    vae: str | Path | None = None,
+    config: str | Path | None = None,
+    device: DeviceParams = _AUTO,
+    strength: StrengthParams | Literal["reference"] = _FULL_STRENGTH,
+    sampler: SamplerParams = _DEFAULT_SAMPLER,
+    max_copied_mb: int = _MAX_COPIED_MB,
+) -> None:
+    """Write an MLflow model, which `mlflow models predict` and `mlflow models serve` can call.
+
+    Args:
+        folder: of the model; it must not exist, or be empty.
+        concept: a concept for this base model.
+        base_model, vae, config: see `open_base_model`.
+        device: where the model runs; "auto" is the GPU of the machine that serves it, if it has one.
+        strength, sampler: defaults of the options of a call.
+        max_copied_mb: a base model in a folder up to this size is copied into the model.
+
+    Raises:
+        InputError: the folder is not empty, or there is no such base model.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(expected=f"an empty or new folder {target}", got="files in it", remedy="choose another")
+    location = ModelLocation(str(base_model), *(None if each is None else str(each) for each in (vae, config)))
+    defaults = GenerateParams(prompts="a {pt1}", sampler=sampler, strength=StrengthParams.model_validate(strength))
+    save_model(served_concept(concept, location, defaults, device, max_copied_mb), target)
 
 
 def read_toolkit_concept(
@@ -273,7 +311,7 @@ def step_values(
 ) -> StepValues:
     """Compute combined prediction, loss and gradients of one step for given latents, noise and timesteps.
 
-    It calls the functions of the training loop (`core.training`).
+    It calls the functions of the training's steps (`core.training_step`).
 
     Args:
         backbone: the base model.
@@ -291,12 +329,7 @@ def step_values(
         InputError: a reconstruction loss, which needs the image; tensors of the wrong shape; or a concept that does not
             fit the base model.
     """
-    if loss.reconstruction_weight:
-        raise InputError(
-            expected="a loss without reconstruction, which needs the image",
-            got=f"reconstruction_weight={loss.reconstruction_weight:g}",
-            remedy="set it to 0",
-        )
+    _check_loss(loss)
     _check_step(backbone, latents, noise, timesteps, mask, framing)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     model = TrainableModel(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.objective, (), _NUM_BRANCHES)
@@ -310,16 +343,17 @@ def step_values(
     with torch.enable_grad():  # also inside the caller's torch.no_grad()
         prediction = combined_prediction(model, batch, guidance)
         by_row = row_losses(prediction, batch, model.objective, loss)
-        gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
-    return StepValues(
-        prediction.detach(),
-        by_row.detach(),
-        by_row.mean().detach(),
-        {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
-        },
-    )
+        gradients = _gradients(by_row.mean(), learned)
+    return StepValues(prediction.detach(), by_row.detach(), by_row.mean().detach(), gradients)
+
+
+def _gradients(value: torch.Tensor, learned: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the gradients of a scalar by name; zeros for parameters that it does not depend on."""
+    gradients = torch.autograd.grad(value, list(learned.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
+    }
 
 
 def _guidance(guidance_scale: str | float) -> GuidanceScale:
@@ -358,6 +392,15 @@ def _check_latents(latents: torch.Tensor, backbone: Backbone) -> None:
         )
     if not latents.isfinite().all():
         raise InputError(expected="finite latents", got="infinite values or NaN", remedy="correct them")
+
+
+def _check_loss(loss: LossParams) -> None:
+    if loss.reconstruction_weight:
+        raise InputError(
+            expected="a loss without reconstruction, which needs the image",
+            got=f"reconstruction_weight={loss.reconstruction_weight:g}",
+            remedy="set it to 0",
+        )
 
 
 def _check_step(

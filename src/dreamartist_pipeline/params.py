@@ -723,6 +723,16 @@ class ExportParams(Params):
         return prompt
 
 
+# ------------------------------------------------------------------------------------------------- registration
+
+
+class RegistrationParams(Params):
+    """Whether and how a concept becomes a version of a registered model in MLflow."""
+
+    enabled: bool = True
+    max_copied_mb: NonNegativeInt = 100  # larger base models are referred to by their path; 10^6 bytes
+
+
 # ------------------------------------------------------------------------------------------------- import
 
 FilePair = Annotated[Texts, Field(min_length=1, max_length=2)]
@@ -875,6 +885,7 @@ SECTIONS: dict[str, type[Params]] = {
     "evaluation": EvaluationParams,
     "generate": GenerateParams,
     "export": ExportParams,
+    "registration": RegistrationParams,
     "import": ImportParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,

@@ -13,6 +13,7 @@ from dreamartist_pipeline.pipelines import (
     judge,
     pretrain,
     prompts,
+    registration,
     regularization,
     report,
     training,
@@ -32,17 +33,18 @@ def register_pipelines() -> dict[str, Pipeline]:
     train = sum(stages.values(), Pipeline([]))
     measuring, reporting = evaluation.create_pipeline(tracker), report.create_pipeline()
     evaluate = measuring + reporting
-    exporting = export.create_pipeline()
+    exporting, register = export.create_pipeline(), registration.create_pipeline()
     return {
         **stages,
         "evaluation": measuring,
         "report": reporting,
         "evaluate": evaluate,
         "export": exporting,
+        "register": register,
         "generate": generate.create_pipeline(),
         "import": importing.create_pipeline(),
         "pretrain": pretrain.create_pipeline(tracker),
         "judge": judge.create_pipeline(tracker),
         "train": train,
-        "__default__": train + evaluate + exporting,
+        "__default__": train + evaluate + exporting + register,
     }

@@ -44,6 +44,7 @@ configure_logs(None)  # before Kedro imports its plugins, whose warnings it hide
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with credentials; the summary has the address
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files that are copied in an instant
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # one request a second, however short the steps
 for _name, _limit in REQUEST_LIMITS.items():
     os.environ.setdefault(_name, _limit)
@@ -186,17 +187,17 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 DATA_CATALOG_CLASS = ProjectCatalog
-_MANIFEST_HOOKS = ManifestHooks()
 # Of hooks that are tried first, the last one here is called first: the configuration, the folders, MLflow.
+_RECORD, _MANIFESTS = RunRecordHooks(), ManifestHooks()
 HOOKS = (
-    MLflowHooks(),
+    MLflowHooks(_RECORD.check_continues),
     OutputHooks(),
     ConfigurationHooks(),
-    ReportHooks(_MANIFEST_HOOKS),
-    RunRecordHooks(),
+    ReportHooks(_MANIFESTS),
+    _RECORD,
     ConsoleHooks(),
     CheckpointHooks(),
-    _MANIFEST_HOOKS,
+    _MANIFESTS,
 )
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {

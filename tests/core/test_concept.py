@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from concept_bytes import concept_bytes
 from dreamartist_pipeline.core.concept import FORMAT, Concept, ConceptMetadata
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.interop.concept_file import read_concept, write_concept
+from dreamartist_pipeline.interop.concept_file import read_concept
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata, write_tensors
 from refusals import says
 
@@ -54,12 +55,12 @@ def test_an_imported_file_has_no_training_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["first", "with_options", "imported"])
 def test_what_an_old_file_holds_is_written_and_read_again_unchanged(name: str) -> None:
     concept = old_concept(name)
-    again = read_concept(write_concept(concept), name)
+    again = read_concept(concept_bytes(concept), name)
     assert again.metadata == concept.metadata
     assert all(torch.equal(again.tensors[key], tensor) for key, tensor in concept.tensors.items())
-    assert write_concept(again) == write_concept(concept)
+    assert concept_bytes(again) == concept_bytes(concept)
     kept = {key: text for key, text in read_metadata(old_file(name)).items() if not key.startswith("lora_")}
-    assert kept.items() <= read_metadata(write_concept(concept)).items()
+    assert kept.items() <= read_metadata(concept_bytes(concept)).items()
 
 
 def test_the_updates_of_an_old_file_have_alpha_over_the_rank_of_their_tensors() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from concept_bytes import concept_bytes
 from dreamartist_pipeline.api import open_base_model, read_toolkit_concept
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
@@ -25,7 +26,6 @@ from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset, folder_files
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
-from dreamartist_pipeline.interop.concept_file import write_concept
 from dreamartist_pipeline.interop.safetensors_bytes import write_tensors
 from dreamartist_pipeline.interop.word_files import read_embedding
 from dreamartist_pipeline.params import (
@@ -225,7 +225,7 @@ def test_a_concept_with_clip_skip_is_a_start(
 ) -> None:
     imported, _ = run(**PAIR, clip_skip=1)
     file = tmp_path / "concept.safetensors"
-    file.write_bytes(write_concept(imported))
+    file.write_bytes(concept_bytes(imported))
     params = make_training_params(clip_skip=1, start_from=str(file))
     plan = check_training(str(tiny_base_model), params, "", DeviceParams(device="cpu"), {str(file): file.read_bytes})
     assert plan["start"]["taken_over"]["text_encoder.0.positive"] == 6

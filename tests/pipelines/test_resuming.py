@@ -16,15 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
+from concept_bytes import concept_bytes
 from dreamartist_pipeline.backbones import base_model
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.course import CHECKPOINT_ENTRIES
 from dreamartist_pipeline.core.divergence import Divergence, LossBounds
 from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.errors import InputError, StoppedEarly, TrainingError
-from dreamartist_pipeline.interop.concept_file import read_concept, write_concept
+from dreamartist_pipeline.interop.concept_file import read_concept
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from dreamartist_pipeline.pipelines.training.resuming import load_kept
 from refusals import says
 
 MakeParams = Callable[..., TrainingParams]
@@ -113,7 +117,7 @@ def alone(train: Train) -> Alone:
     """Train without interruption."""
     tracker = Run()
     concept, history = train(None, tracker)
-    return Alone(write_concept(concept), history, tracker)
+    return Alone(concept_bytes(concept), history, tracker)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +137,7 @@ def kept(stopped: Path, tmp_path: Path) -> Path:
 def test_the_same_call_continues_to_the_same_bytes_history_and_curves(train: Train, alone: Alone, kept: Path) -> None:
     tracker = Run("second")
     concept, history = train(kept, tracker)
-    assert write_concept(concept) == alone.concept
+    assert concept_bytes(concept) == alone.concept
     pd.testing.assert_frame_equal(history.drop(columns="seconds"), alone.history.drop(columns="seconds"))
     assert tracker.curve == alone.tracker.curve
     assert list(tracker.curve) == [1, 2, 3, 4]
@@ -148,7 +152,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continues_to_the_same_
     newest.write_bytes(newest.read_bytes()[:1000])
     tracker = Run("second")
     concept, _ = train(kept, tracker)
-    assert write_concept(concept) == alone.concept
+    assert concept_bytes(concept) == alone.concept
     assert tracker.tags["resumed_at_step"] == str(STOPPED_AFTER - 1)
     assert str(newest) in caplog.text
 
@@ -157,7 +161,7 @@ def test_a_training_that_lost_only_its_end_is_not_repeated(train: Train, kept: P
     _, history = train(kept)  # nothing has removed its checkpoints
     tracker = Run("third")
     concept, again = train(kept, tracker)
-    assert write_concept(concept) == alone.concept
+    assert concept_bytes(concept) == alone.concept
     pd.testing.assert_frame_equal(again, history)
     assert tracker.tags["resumed_at_step"] == str(STEPS)
 
@@ -210,7 +214,7 @@ def test_another_base_model_is_refused_before_it_is_loaded(
 
 def test_options_that_do_not_change_the_result_may_change(train: Train, kept: Path, alone: Alone) -> None:
     concept, _ = train(kept, preview={"every": 4}, checkpoint_minutes=1.0, max_minutes=60.0)
-    assert write_concept(concept) == alone.concept
+    assert concept_bytes(concept) == alone.concept
 
 
 def test_the_minutes_of_a_training_end_it(train: Train, tmp_path: Path) -> None:
@@ -253,7 +257,7 @@ def test_the_weight_decay_is_that_of_the_configuration(train: Train, kept: Path)
         train(Path(shutil.copytree(kept, kept / name)), resume="force", weight_decay=decay)
         for name, decay in (("same", 1e-3), ("other", 0.5))
     )
-    assert write_concept(same) != write_concept(other)
+    assert concept_bytes(same) != concept_bytes(other)
     assert any(not torch.equal(tensor, other.tensors[name]) for name, tensor in same.tensors.items())
 
 
@@ -274,7 +278,7 @@ def test_every_optimizer_continues_to_the_same_bytes(train: Train, tmp_path: Pat
     concept, _ = train(None, **changes)
     interrupt(train, tmp_path, **changes)
     continued, _ = train(tmp_path, **changes)
-    assert write_concept(continued) == write_concept(concept)
+    assert concept_bytes(continued) == concept_bytes(concept)
 
 
 def test_two_processes_stop_after_the_same_step_and_continue_to_the_same_bytes(train: Train, tmp_path: Path) -> None:
@@ -282,7 +286,7 @@ def test_two_processes_stop_after_the_same_step_and_continue_to_the_same_bytes(t
     concept, _ = train(None, **shared)
     interrupt(train, tmp_path, **shared)
     continued, history = train(tmp_path, **shared)
-    assert write_concept(continued) == write_concept(concept)
+    assert concept_bytes(continued) == concept_bytes(concept)
     assert list(history["step"]) == [1, 2, 3, 4]
 
 
@@ -374,7 +378,7 @@ def test_a_diverged_training_is_kept_and_goes_on_by_two_ways(
     caplog.clear()
     tracker = Run("second")
     halved, history = train(folder, tracker, on_divergence="halve_lr", **FRAGILE)
-    assert write_concept(halved) == write_concept(alone)
+    assert concept_bytes(halved) == concept_bytes(alone)
     assert history["step"].tolist() == list(range(1, 23))
     assert history["lr/unet.0.positive"].tolist() == [1e-3] * KEPT + [5e-4] * (22 - KEPT)
     assert list(tracker.curve) == list(range(1, 23))  # no step twice
@@ -403,3 +407,24 @@ def test_a_doubtful_result_is_named_once_and_tags_the_run(
     assert concept.doubts == ("the loss rose",)
     assert tracker.tags == {"training_doubts": "the loss rose"}
     assert [record.levelname for record in caplog.records if "the loss rose" in record.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.parametrize("entry", [*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"])
+def test_a_checkpoint_of_another_version_is_refused_with_both_ways_on(
+    make_training_params: MakeParams, tmp_path: Path, entry: str
+) -> None:
+    entries = {*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"} - {entry}
+    CheckpointStore(tmp_path).save(CONCEPT, dict.fromkeys(entries))
+    params = make_training_params(checkpoints=str(tmp_path))
+    with pytest.raises(InputError, check=says(expected=str(tmp_path), got=entry, remedy="training.resume=never")):
+        load_kept(params)
+    kept = load_kept(params.model_copy(update={"resume": "never"}))
+    assert kept is not None
+    assert kept.latest is None
+
+
+def test_the_entries_of_a_checkpoint_are_those_that_are_read(train: Train, tmp_path: Path) -> None:
+    interrupt(train, tmp_path)
+    saved = CheckpointStore(tmp_path).load(CONCEPT)
+    assert saved is not None
+    assert saved.keys() == {*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"}

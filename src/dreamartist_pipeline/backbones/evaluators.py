@@ -28,7 +28,7 @@ from dreamartist_pipeline.core.metrics import clip_score, siglip_score
 from dreamartist_pipeline.core.model_location import HUB, HubId, ModelLocation
 from dreamartist_pipeline.decoding.json_text import read_json_object
 from dreamartist_pipeline.decoding.torch_files import load_torch
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, SiglipModel
@@ -249,6 +249,8 @@ def _processor(folder: Path, side_px: int, default: Normalization) -> Any:
             folder, backend="pil", size=size, do_center_crop=False, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of transformers, for whatever damage
+        if is_out_of_memory(error):
+            raise
         got = f"{file.name}, which transformers does not read ({type(error).__name__}: {error})"
         raise InputError(expected=expected, got=got, remedy=remedy) from error
 

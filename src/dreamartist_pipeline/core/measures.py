@@ -450,5 +450,5 @@ def recognized(
     The object is the class word, or, if the classifier does not know it, the one that it names for the reference.
     """
     named, *others = recognizer.objects_in([reference, *images])
-    wanted = class_word if class_word in recognizer.known else named[0]
-    return wanted, torch.tensor([float(wanted in objects) for objects in others])
+    target = class_word if class_word in recognizer.known else named[0]
+    return target, torch.tensor([float(target in objects) for objects in others])

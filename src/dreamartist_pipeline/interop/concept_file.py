@@ -1,9 +1,11 @@
-"""The concept file of this project, as bytes."""
+"""The concept file of this project."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
-from dreamartist_pipeline.interop.safetensors_bytes import header_of, read_tensors, write_tensors
+from dreamartist_pipeline.interop.safetensors_bytes import header_of, read_tensors, save_tensors
 
 
 def read_concept(file: bytes, name: str) -> Concept:
@@ -22,6 +24,6 @@ def read_concept(file: bytes, name: str) -> Concept:
     return concept
 
 
-def write_concept(concept: Concept) -> bytes:
-    """Return the file of a concept; equal concepts give equal bytes."""
-    return write_tensors(concept.tensors, concept.metadata.write())
+def write_concept(concept: Concept, file: Path) -> None:
+    """Write the file of a concept; equal concepts give equal bytes."""
+    save_tensors(concept.tensors, concept.metadata.write(), file)

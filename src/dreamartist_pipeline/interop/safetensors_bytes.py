@@ -1,10 +1,11 @@
-"""Safetensors files as bytes, written deterministically."""
+"""Safetensors files, written deterministically, and read from bytes."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreamartist_pipeline.decoding.safetensors_files import SafetensorsHeader, read_header
@@ -17,13 +18,27 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
     """Return a safetensors file; equal content gives equal bytes."""
     from safetensors.torch import save
 
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    file = save(contiguous, metadata=dict(metadata) or None)  # {} without tensors makes a broken header
-    # The library sorts tensors by type and name, but writes metadata in random order. The layout is the length of the
-    # header (8 bytes, little-endian), header, tensors.
-    header = json.dumps(_header(file), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)  # aligns the tensors
-    return b"".join((len(header).to_bytes(8, "little"), header, tensor_bytes(file)))
+    file = save(*_savable(tensors, metadata))
+    return b"".join((file[:_LENGTH_BYTES], _sorted(file[_LENGTH_BYTES : _header_end(file)]), tensor_bytes(file)))
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Write the file of `write_tensors` without a copy of the tensors in memory."""
+    from safetensors.torch import save_file
+
+    contiguous, written = _savable(tensors, metadata)
+    save_file(contiguous, path, written)
+    with path.open("rb+") as file:
+        header = file.read(_header_end(file.read(_LENGTH_BYTES)) - _LENGTH_BYTES)
+        file.seek(_LENGTH_BYTES)
+        file.write(_sorted(header))
+
+
+def _savable(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """Return what the library can write: {} without tensors would make a broken header."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata) or None
 
 
 def read_tensors(file: bytes, name: str) -> dict[str, torch.Tensor]:
@@ -60,10 +75,22 @@ def read_metadata(file: bytes) -> dict[str, str]:
 
 def tensor_bytes(file: bytes) -> memoryview:
     """Return the tensors of a safetensors file, without header and metadata and without a copy."""
-    return memoryview(file)[8 + int.from_bytes(file[:8], "little") :]
+    return memoryview(file)[_header_end(file) :]
 
 
-def _header(file: bytes) -> dict[str, dict[str, str]]:
-    length = int.from_bytes(file[:8], "little")
-    header: dict[str, dict[str, str]] = json.loads(file[8 : 8 + length])
-    return header
+# The layout is the length of the header (little-endian), the header padded with spaces, and the tensors.
+_LENGTH_BYTES = 8
+
+
+def _header_end(file: bytes) -> int:
+    """Return where the tensors start; the first bytes of the file are enough."""
+    return _LENGTH_BYTES + int.from_bytes(file[:_LENGTH_BYTES], "little")
+
+
+def _sorted(header: bytes) -> bytes:
+    """Return a header of the same length, sorted: the library writes metadata in random order."""
+    return (
+        json.dumps(json.loads(header), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        .encode()
+        .ljust(len(header))
+    )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.redaction import redact
 from dreamartist_pipeline.tracking.delivery import Delivery, Send, attempt, is_loud
+from dreamartist_pipeline.tracking.models import send_model
 from dreamartist_pipeline.tracking.outbox import Outbox, Record
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ else:
     AbstractStore = object  # the real one is imported with MLflow, which takes seconds
 
 PROCESS_TAG = "process"
-"""Tag of a run: the lock that its process holds, see `running.py`."""
+"""Tag of a run: the lock that its process holds, see `left_runs`."""
 
 _deliveries: dict[str, Delivery] = {}  # run id -> its delivery
 
@@ -145,6 +146,8 @@ def _sender(run_id: str, files: Any) -> Send:
     def send(record: Record) -> None:
         if record.kind == "file":
             files.send(record.content["file"], record.content["path"])
+        elif record.kind == "model":
+            send_model(run_id, record)
         else:
             store.send(run_id, record)
 

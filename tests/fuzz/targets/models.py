@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from kedro.io import DatasetError
 from safetensors.torch import load
 
+from concept_bytes import concept_bytes
 from conftest import build_tiny_base_model
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, start_concept
@@ -34,7 +35,6 @@ from dreamartist_pipeline.embedded.datasets import JudgeDataset
 from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import branch_adapter
-from dreamartist_pipeline.interop.concept_file import write_concept
 from dreamartist_pipeline.interop.file_facts import FileFacts
 from dreamartist_pipeline.interop.foreign_concept import read_toolkit_folder
 from dreamartist_pipeline.interop.foreign_lora import read_lora
@@ -280,7 +280,7 @@ def _is_json(file: Path) -> bool:
 
 
 def _concept_sample() -> Mapping[str, bytes]:
-    return {"concept.safetensors": write_concept(_concept())}
+    return {"concept.safetensors": concept_bytes(_concept())}
 
 
 def _read_judge(file: Path) -> object:

@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dreamartist_pipeline.backbones.holding.configurations import MAX_TOKENS
 from dreamartist_pipeline.decoding.json_text import MAX_BYTES, read_json_object
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 
 _FILE = "bpe_simple_vocab_16e6.txt.gz"  # of openai/CLIP; see NOTICE
 _END_OF_WORD, _START, _END = "</w>", "<|startoftext|>", "<|endoftext|>"
@@ -59,6 +59,8 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         if None in special or len(tokenizer("a b")["input_ids"]) < len("ab"):
             raise ValueError("no start, end or padding token")
     except Exception as error:  # of transformers and of its tokenizers, for whatever damage
+        if is_out_of_memory(error):
+            raise
         reason = f"files that transformers does not read ({type(error).__name__}: {error})"
         raise InputError(expected=expected, got=reason, remedy=remedy) from error
     return tokenizer

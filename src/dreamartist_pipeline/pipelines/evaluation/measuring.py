@@ -415,12 +415,12 @@ class _Task:
         """Add whether the classifier recognises the subject in each image."""
         images = self.images
         for group, drawings in self.groups.items():
-            wanted, values = measures.recognized(recognizer, drawings.flat(), images.reference, images.class_word)
+            target, values = measures.recognized(recognizer, drawings.flat(), images.reference, images.class_word)
             self.add(measures.RECOGNITION, group, recognizer.label, drawings, values)
             if group in self.rows:
                 self.add_column(self.rows[group], "recognized", values)
                 for row in self.rows[group]:
-                    row["recognized_as"] = wanted
+                    row["recognition_target"] = target
 
 
 def _rows(kind: str, group: str, drawings: Drawings) -> list[TableRow]:

@@ -17,19 +17,19 @@ from tqdm import tqdm
 from dreamartist_pipeline.backbones.concepts import NewConcept, generate
 from dreamartist_pipeline.backbones.placement import on_device
 from dreamartist_pipeline.core.checkpoints import Checkpoint
+from dreamartist_pipeline.core.course import Checkpointing, StepRecord
 from dreamartist_pipeline.core.devices import peak_memory_bytes
 from dreamartist_pipeline.core.divergence import Halving
 from dreamartist_pipeline.core.figures import CELL_PX, prompt_table
 from dreamartist_pipeline.core.images import image_grid
 from dreamartist_pipeline.core.tracking import Tracker
-from dreamartist_pipeline.core.training import Checkpointing, StepRecord
 from dreamartist_pipeline.params import TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt
 from dreamartist_pipeline.pipelines.training.trainable import idle_modules
 
 _CURVE_POINTS = 200  # about as many points in live curves; each is a mean over steps
 _PREVIEW_KEY = "previews/by step"
-_PREVIEWS = "previews"  # key of the thumbnails in a checkpoint
+PREVIEWS = "previews"  # key of the thumbnails in a checkpoint
 _FILMSTRIP_COLUMNS = 12
 _GIB = 2**30
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
@@ -183,10 +183,10 @@ class Previews:
     def kept_in(self, checkpointing: Checkpointing) -> Checkpointing:
         """Continue the sheet of the resumed checkpoint, and return `checkpointing` with the thumbnails saved, too."""
         if checkpointing.resumed:
-            self._continue(checkpointing.resumed[_PREVIEWS], checkpointing.resumed["state"]["step"])
+            self._continue(checkpointing.resumed[PREVIEWS], checkpointing.resumed["state"]["step"])
 
         def save(checkpoint: Checkpoint) -> None:
-            checkpointing.save(checkpoint | {_PREVIEWS: self._kept()})
+            checkpointing.save(checkpoint | {PREVIEWS: self._kept()})
 
         return replace(checkpointing, save=save)
 
