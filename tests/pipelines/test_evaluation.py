@@ -566,8 +566,9 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
         "params:ingestion",
         "params:device",
     }
-    tables = {"evaluation_table", "evaluation_measures"}
-    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", *tables}
+    tables = {"evaluation_table", "evaluation_measures", "strengths_table"}
+    sheets = {"contact_sheet", "strengths_sheet", "guidance_sheet", "attention_sheet"}
+    assert pipeline.outputs() == {*sheets, *tables, "evaluation_metrics", "evaluation_scores", "recommended_settings"}
 
 
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -262,6 +263,14 @@ class Concept:
         for network in self.networks:
             self.updates(network)
         self.trigger_words()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of names, shapes and values of all tensors; equal adapters and words give equal digits."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}\0{list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def words_part(encoder: str) -> str:

@@ -42,6 +42,7 @@ def generate_images(
     device: DeviceParams,
     init_image: bytes | None = None,
     init_mask: bytes | None = None,
+    recommended_settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Image], Image]:
     """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
 
@@ -52,7 +53,8 @@ def generate_images(
         The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
-        InputError: an invalid image or scheduler, or a concept that does not fit the base model.
+        InputError: an invalid image or scheduler, a concept that does not fit the base model, or no recommended
+            settings for `params.recommended`.
     """
     from tqdm import tqdm
 
@@ -60,7 +62,10 @@ def generate_images(
     from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
     from dreamartist_pipeline.core.figures import prompt_sheet
     from dreamartist_pipeline.core.init_picture import read_init_picture, tint_redrawn
+    from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
 
+    recommended = RecommendedSettings.read(recommended_settings, concept)
+    params = with_recommended(params, recommended, "generate")
     seeds = range(params.seed, params.seed + params.images_per_prompt)
     request = DrawingRequest(
         prompts=params.prompts,
