@@ -11,7 +11,9 @@ import pandas as pd
 from PIL import Image
 
 from dreamartist_pipeline.core.concept import ConceptMetadata
+from dreamartist_pipeline.core.strengths import RecommendedSettings
 from dreamartist_pipeline.interop.drawn_pictures import PictureEntry, write_pictures
+from dreamartist_pipeline.params import StrengthParams
 from dreamartist_pipeline.pipelines.report.contents import Sources, contents_of
 from dreamartist_pipeline.pipelines.report.page import render
 from dreamartist_pipeline.pipelines.training.figures import plot_history
@@ -30,6 +32,16 @@ METADATA = ConceptMetadata(
     class_word="fox",
     guidance_scale="3.0",
     picture_sha256="aa" * 32,
+)
+RECOMMENDED = RecommendedSettings(
+    strength=StrengthParams(positive=0.8, negative=0.5),
+    guidance_scale=3,
+    concept_sha256="",
+    reasons=(f"strengths: {HOSTILE}", "guidance scale: as configured"),
+    fidelity=0.7,
+    agreement=0.9,
+    copying=0.1,
+    num_images=4,
 )
 NAN = math.nan
 
@@ -72,6 +84,17 @@ def pictures(prompt: str = "a my-fox, blue background") -> dict[str, bytes]:
         for seed in (1, 2)
     ]
     return write_pictures([(one, Image.new("RGB", (32, 32), (9 * i, 60, 200))) for i, one in enumerate(entries)])
+
+
+def attention(prompt: str = "a my-fox, blue background") -> dict[str, bytes]:
+    """Return pictures of base model and concept with maps: one prompt, one seed."""
+    shown = [("base", ""), ("base", "positive: 0 to 5%"), ("concept", ""), ("concept", "positive: 0 to 20%")]
+    shown += [("concept", "negative: 0 to 3%")]
+    entries = [
+        PictureEntry(kind="attention", group=group, condition=condition, prompt=prompt, seed=1)
+        for group, condition in shown
+    ]
+    return write_pictures([(one, Image.new("RGB", (32, 32), (9 * i, 90, 20))) for i, one in enumerate(entries)])
 
 
 def measures() -> pd.DataFrame:
@@ -136,6 +159,10 @@ def sources(**changes: Any) -> Sources:
             curves=plot_history(history()),
             measures=measures(),
             pictures=pictures(),
+            strengths_sheet=Image.new("RGB", (760, 400), "white"),
+            guidance_sheet=Image.new("RGB", (760, 300), "white"),
+            recommended=RECOMMENDED,
+            attention=attention(),
             export={"files": {"lora/fox.safetensors": {"bytes": 12_345, "sha256": "00"}}},
         ),
         **changes,

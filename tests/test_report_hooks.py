@@ -13,7 +13,7 @@ from kedro.pipeline import Pipeline, node
 from dreamartist_pipeline.catalog import ProjectCatalog
 from dreamartist_pipeline.early_checks import optional_inputs
 from dreamartist_pipeline.hooks.manifest import MANIFEST, Manifest, ManifestHooks, RunManifest, StoredFile
-from dreamartist_pipeline.hooks.report import ReportHooks
+from dreamartist_pipeline.hooks.report import ReportHooks, _configuration
 from dreamartist_pipeline.hooks.story import file_sha256
 from dreamartist_pipeline.run_facts import RUN_FACTS
 
@@ -33,11 +33,14 @@ def project(tmp_path: Path) -> Path:
     for name in ("concept", "pictures", "curves"):
         (tmp_path / f"{name}.json").write_text(json.dumps(name))
     outputs = {name: _stored(tmp_path / f"{name}.json") for name in ("concept", "pictures", "curves")}
-    empty: dict[str, Any] = {"configuration": {}, "inputs": {}, "versions": {}, "machine": {}, "mlflow_run": None}
-    run = RunManifest(arguments=("run",), ended="2026-01-02", outputs=outputs, **empty)
-    manifest = Manifest(subject="fox", concept_sha256=outputs["concept"].sha256, runs={"train": run})
+    manifest = Manifest(subject="fox", concept_sha256=outputs["concept"].sha256, runs={"train": _run(outputs=outputs)})
     (tmp_path / MANIFEST).write_text(manifest.model_dump_json())
     return tmp_path
+
+
+def _run(**values: Any) -> RunManifest:
+    empty: dict[str, Any] = {"inputs": {}, "outputs": {}, "versions": {}, "machine": {}, "mlflow_run": None}
+    return RunManifest(**{"arguments": ("run",), "ended": "2026-01-02", "configuration": {}, **empty, **values})
 
 
 def _stored(file: Path) -> StoredFile:
@@ -93,5 +96,29 @@ def test_an_input_that_another_node_needs_is_left_to_the_checks(project: Path) -
     assert not provided(project, REPORT, needs).exists("pictures")
 
 
-def test_runs_without_a_report_are_left_alone(project: Path) -> None:
+def test_settings_are_those_of_the_training_and_of_the_latest_evaluation() -> None:
+    first = _run(configuration={"method": "lora", "evaluation": {"seed": 1}, "export": {"seed": 1}})
+    later = _run(configuration={"method": "tutorial", "evaluation": {"seed": 2}})
+    assert _configuration([first, later], first) == {
+        "method": "lora",
+        "evaluation": {"seed": 2},
+        "export": {"seed": 1},
+    }
+    assert _configuration([later], None) == later.configuration
+
+
+def test_other_nodes_can_do_without_inputs_too(project: Path) -> None:
+    @optional_inputs("curves")
+    def draw(concept: Any, curves: Any = None) -> Any:
+        return curves
+
+    generate = node(draw, ["concept", "curves"], "images", name="draw")
+    assert provided(project, generate).load("curves") == "curves"
+    (project / "curves.json").unlink()
+    catalog = provided(project, generate)
+    assert catalog.load("curves") is None
+    assert catalog.provided == {"curves"}
+
+
+def test_runs_without_optional_inputs_are_left_alone(project: Path) -> None:
     assert not provided(project, TRAIN).provided

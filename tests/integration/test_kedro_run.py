@@ -400,6 +400,7 @@ def test_calls_go_down_the_layers_but_for_named_callbacks(project: Path) -> None
 PICTURES = (
     *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
     *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
+    *("strengths_sheet", "guidance_sheet", "attention_sheet"),
 )
 DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "HTMLDataset"),

@@ -586,8 +586,11 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
         "params:ingestion",
         "params:device",
     }
-    tables = {"evaluation_table", "evaluation_measures", "evaluation_pictures"}
-    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", *tables}
+    tables = {"evaluation_table", "evaluation_measures", "strengths_table"}
+    sheets = {"contact_sheet", "strengths_sheet", "guidance_sheet", "attention_sheet"}
+    pictures = {"evaluation_pictures", "attention_pictures"}
+    metrics = {"evaluation_metrics", "evaluation_scores", "recommended_settings"}
+    assert pipeline.outputs() == {*sheets, *tables, *pictures, *metrics}
 
 
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:

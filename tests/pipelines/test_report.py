@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dreamartist_pipeline.interop.drawn_pictures import write_pictures
 from dreamartist_pipeline.pipelines.report.charts import Interval, IntervalRow, interval_chart
 from dreamartist_pipeline.pipelines.report.contents import contents_of
 from dreamartist_pipeline.pipelines.report.nodes import write_report
-from report_pages import HOSTILE, METADATA, REMEDIES, facts, page, pictures, sources
+from report_pages import HOSTILE, METADATA, REMEDIES, attention, facts, page, pictures, sources
 
 
 class Outline(HTMLParser):
@@ -46,6 +47,8 @@ def test_every_section_has_its_contents(whole: Outline) -> None:
         assert text in whole.text, text
     for text in ("without the negative adapter", "scale 2", "torch", "ff" * 32, "lora/fox.safetensors", "12 kB"):
         assert text in whole.text, text
+    for text in ("generate.recommended=true", "Guidance scale: as configured.", "concept, positive: 0 to 20%"):
+        assert text in whole.text, text
     assert whole.tags["svg"] == 4 + 3  # panels of the training, units of the measures
     assert "missing" not in [attributes.get("class") for attributes in whole.of("div")]
 
@@ -67,7 +70,8 @@ def test_texts_of_users_are_texts() -> None:
         files={HOSTILE: HOSTILE},
     )
     metadata = METADATA.model_copy(update={"class_word": HOSTILE, "words": {"pt1": (HOSTILE, HOSTILE)}})
-    text = page(facts=hostile, metadata=metadata, plan={"caption": HOSTILE}, pictures=pictures(HOSTILE))
+    drawn = {"pictures": pictures(HOSTILE), "attention": attention(HOSTILE)}
+    text = page(facts=hostile, metadata=metadata, plan={"caption": HOSTILE}, **drawn)
     outline = Outline(text)
     assert "script" not in outline.tags
     assert outline.text.count(HOSTILE) > 15
@@ -120,6 +124,8 @@ def test_equal_inputs_give_equal_pages() -> None:
     ("changes", "pipeline"),
     [
         ({"pictures": None, "measures": None}, "evaluate"),
+        ({"strengths_sheet": None, "recommended": None}, "evaluate"),
+        ({"attention": None}, "evaluate"),
         ({"curves": None}, "train"),
         ({"prepared_image": None, "reconstruction": None}, "train"),
         ({"export": None}, "export"),
@@ -134,7 +140,11 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(changes: dict[st
 
 def test_a_concept_alone_has_a_report() -> None:
     nothing = dict.fromkeys(
-        ("prepared_image", "reconstruction", "plan", "curves", "measures", "pictures", "export"), None
+        [
+            *("prepared_image", "reconstruction", "plan", "curves", "measures", "pictures", "export"),
+            *("strengths_sheet", "guidance_sheet", "recommended", "attention"),
+        ],
+        None,
     )
     outline = Outline(page(**nothing, facts=facts(previews=None, made="", configuration={}, changed={}, versions={})))
     assert "my-fox" in outline.text
@@ -160,6 +170,22 @@ def test_base_model_and_concept_stand_side_by_side_by_their_seeds() -> None:
     assert [[one.alt.split(":")[0] for one in cell] for cell in row.cells] == [
         ["base model, seed 1", "base model, seed 2"],
         ["concept, seed 1", "concept, seed 2"],
+    ]
+
+
+def test_what_the_evaluation_was_told_to_leave_out_is_not_missing() -> None:
+    outline = Outline(page(recommended=None, attention=write_pictures([])))
+    assert "missing" not in [attributes.get("class") for attributes in outline.of("div")]
+    for option in ("evaluation.sweep.images is 0", "evaluation.attention_images is 0"):
+        assert option in outline.text
+
+
+def test_maps_of_attention_stand_beside_their_pictures() -> None:
+    table = contents_of(sources()).attention
+    assert table is not None
+    assert list(table.columns[:3]) == ["base model", "base model, positive: 0 to 5%", "concept"]
+    assert [[one.alt for one in cell] for cell in table.rows[0].cells][-1] == [
+        "concept, negative: 0 to 3%, seed 1: a my-fox, blue background"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Hand the report pipeline what no file of the subject has: the runs, their settings, the next commands."""
+"""Provide what no file has: None for optional inputs that are missing, and for the report the runs of the concept."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from dreamartist_pipeline.tracking.delivery import optional
 
 _CONCEPT = "concept"
 _PICTURE, _REPORT = "reference_image", "report"
+_USES = ("evaluation", "generate", "export", "registration")  # sections of what is done with a finished concept
 
 
 class ReportHooks:
@@ -59,15 +60,17 @@ class ReportHooks:
     @hook_impl(tryfirst=True)  # before ConfigurationHooks refuses what is missing
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Provide what the pipeline reads."""
-        if RUN_FACTS not in pipeline.inputs() or not isinstance(catalog, ProjectCatalog):
+        if not isinstance(catalog, ProjectCatalog):
             return
-        concept = path_of(catalog, _CONCEPT)
-        manifest = None if concept is None or not concept.is_file() else manifest_of(concept)
-        replaces = _CONCEPT in pipeline.all_outputs()
-        for name in _optional_inputs(pipeline):
-            if replaces or not is_of_concept(name, manifest, catalog, self._project):
-                catalog.provide(name, lambda: None)
-        catalog.provide(RUN_FACTS, lambda: self._facts(run_params, pipeline, catalog))
+        if optional_names := _optional_inputs(pipeline):
+            concept = path_of(catalog, _CONCEPT)
+            manifest = None if concept is None or not concept.is_file() else manifest_of(concept)
+            replaces = _CONCEPT in pipeline.all_outputs()
+            for name in optional_names:
+                if replaces or not is_of_concept(name, manifest, self._project):
+                    catalog.provide(name, lambda: None)
+        if RUN_FACTS in pipeline.inputs():
+            catalog.provide(RUN_FACTS, lambda: self._facts(run_params, pipeline, catalog))
 
     def _facts(self, run_params: Mapping[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> RunFacts:
         """Return the facts; the concept exists when the report is written."""
@@ -79,7 +82,7 @@ class ReportHooks:
         manifest = None if replaces else manifest_of(concept)
         made_by = now if replaces else manifest.made_by if manifest else None
         runs = [*(manifest.by_time if manifest else ()), now]
-        configuration = _merged(run.configuration for run in [*runs, *([made_by] if made_by else [])])
+        configuration = _configuration(runs, made_by)
         return RunFacts(
             subject=str(self._settings["subject"]),
             made=made_by.ended if made_by else "",
@@ -111,12 +114,24 @@ def _optional_inputs(pipeline: Pipeline) -> set[str]:
     return (pipeline.inputs() - needed) & {name for name, _ in inputs}
 
 
-def is_of_concept(name: str, manifest: Manifest | None, catalog: DataCatalog, project: Path) -> bool:
+def is_of_concept(name: str, manifest: Manifest | None, project: Path) -> bool:
     """Return whether a dataset exists as a run of a concept has written it, by the concept's manifest."""
     files: dict[str, StoredFile] = {} if manifest is None else _merged(run.outputs for run in manifest.by_time)
     if name not in files or not (path := project / files[name].path).exists():
         return False
     return digest_of(path) == files[name].sha256
+
+
+def _configuration(runs: Iterable[RunManifest], made_by: RunManifest | None) -> dict[str, Any]:
+    """Return the settings and parameters that a concept was made with, and those that it was last used with.
+
+    Args:
+        runs: of the concept, in the order in which they ended.
+        made_by: the one that made the concept; None if that is not recorded.
+    """
+    latest = _merged(run.configuration for run in runs)
+    making = {} if made_by is None else made_by.configuration
+    return latest | {name: value for name, value in making.items() if name not in _USES or name not in latest}
 
 
 def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

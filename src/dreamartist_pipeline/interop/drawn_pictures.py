@@ -17,7 +17,7 @@ from dreamartist_pipeline.errors import InputError
 
 INDEX = "index.json"
 """Name of the file that lists the pictures."""
-Kind = Literal["subject", "prior", "branch", "guidance"]
+Kind = Literal["subject", "prior", "branch", "guidance", "attention"]
 
 _QUALITY = 88
 _NAME_DIGITS = 20
@@ -27,9 +27,10 @@ class PictureEntry(BaseModel):
     """How a picture was drawn.
 
     Attributes:
-        kind: what it is drawn for: prompts with the subject or without, the effect of a branch, the guidance scale.
+        kind: what it is drawn for: prompts with the subject or without, the effect of a branch, the guidance scale, or
+            maps of attention.
         group: "base" or "concept"; of the kind "branch", "with" or "without" the part.
-        condition: the part of the negative branch, or the guidance scale; "" for others.
+        condition: the part of the negative branch, the guidance scale, or the map over it; "" for others.
         prompt: filled.
         seed: of the picture.
     """

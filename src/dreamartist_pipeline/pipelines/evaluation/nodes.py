@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -195,3 +196,56 @@ def _load_models(base_model: ModelLocation, params: EvaluationParams, device: De
         "color_agreement": own_towers(base_model) is not None if color_agreement is None else color_agreement,
         "recognizer": None if params.recognition is False else load_recognizer(base_model),
     }
+
+
+def compare_strengths(
+    base_model: ModelLocation,
+    concept: Concept,
+    prepared_image: Image.Image,
+    params: EvaluationParams,
+    device: DeviceParams,
+    concept_steps: Mapping[int, Callable[[], Concept]] | None = None,
+) -> tuple[Image.Image, Image.Image, DataFrame, dict[str, Any]]:
+    """Draw the same prompts and seeds with several strengths, then guidance scales by step, and recommend values.
+
+    Returns:
+        A sheet of strengths, a sheet of guidance scales by step, a table with one row per setting, and the recommended
+        values, see `RecommendedSettings`; without `params.sweep.images`, sheets and a table that say so, and no values.
+
+    Raises:
+        InputError: see `evaluate_concept`.
+    """
+    from pandas import DataFrame
+
+    from dreamartist_pipeline.core.figures import note_sheet
+    from dreamartist_pipeline.pipelines.evaluation.setting_sheets import draw_comparison
+    from dreamartist_pipeline.pipelines.evaluation.strengths import compare, recommended_settings
+
+    if not params.sweep.images:
+        reason = "evaluation.sweep.images is 0"
+        note = note_sheet(f"No settings are compared: {reason}.")
+        return note, note, DataFrame({"left_out": [reason]}), {}
+    models = _load_models(base_model, params, device)
+    strengths, guidance = compare(base_model, concept, concept_steps or {}, prepared_image, params, device, models)
+    recommended = recommended_settings(concept, strengths, guidance)
+    log.info("Recommended: %s (%s).", recommended, "; ".join(recommended.reasons))
+    sheets = (draw_comparison("Strengths", strengths, params), draw_comparison("Guidance", guidance, params))
+    table = DataFrame([*strengths.table("strengths"), *guidance.table("guidance")])
+    return *sheets, table, recommended.model_dump(mode="json")
+
+
+def map_attention(
+    base_model: ModelLocation, concept: Concept, params: EvaluationParams, device: DeviceParams
+) -> tuple[Image.Image, dict[str, bytes]]:
+    """Draw pictures with the attention of class word and trigger words, per branch.
+
+    Returns:
+        A sheet, and its images, reduced, as files.
+
+    Raises:
+        InputError: see `evaluate_concept`.
+    """
+    from dreamartist_pipeline.pipelines.evaluation.attention import draw_attention
+
+    maps = draw_attention(base_model, concept, params, device)
+    return maps.sheet(), maps.files()

@@ -13,20 +13,23 @@ import pandas as pd
 from PIL import Image
 
 from dreamartist_pipeline.core import measures
+from dreamartist_pipeline.core.figures import CELL_PX
 from dreamartist_pipeline.interop.drawn_pictures import Kind, StoredPicture, as_webp, read_pictures
 from dreamartist_pipeline.pipelines.report.charts import Chart, Interval, IntervalRow, interval_chart, line_charts
 from dreamartist_pipeline.run_facts import RunFacts
 
 if TYPE_CHECKING:
     from dreamartist_pipeline.core.concept import ConceptMetadata
+    from dreamartist_pipeline.core.strengths import RecommendedSettings
 
-_SHEET_PX = 2400  # longer side of a sheet of previews
+_PICTURE_PX, _SHEET_PX = 2 * CELL_PX[1], 2400  # longer sides of single pictures and of sheets
 _UNSET = "–"
 _SAME_SEEDS = "A row per prompt; pictures at the same place in each column have the same seed."
 _ARROWS = {"higher": " ↑", "lower": " ↓"}
 _HEADLINES = (measures.RECOGNITION, measures.SIMILARITY, measures.CLIP_SCORE, measures.PRIOR_DRIFT)
 _SWEPT = ("effect/", "guidance/")  # measures of the section on branches
 _AXES = {"share": "share of pictures", "cosine": "cosine similarity", "score": "score"}
+_MODELS = {"base": "base model", "concept": "concept"}
 _PARTS = {"negative_adapter": "negative adapter", "negative_word": "negative word"}
 
 
@@ -42,6 +45,10 @@ class Sources:
     curves: Any = None
     measures: pd.DataFrame | None = None
     pictures: Mapping[str, bytes] | None = None
+    strengths_sheet: Image.Image | None = None
+    guidance_sheet: Image.Image | None = None
+    recommended: RecommendedSettings | None = None
+    attention: Mapping[str, bytes] | None = None
     export: Mapping[str, Any] | None = None
 
 
@@ -78,6 +85,23 @@ class PictureTable:
     caption: str
     columns: Sequence[str]
     rows: Sequence[PictureRow]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compared settings, and those that are recommended.
+
+    Attributes:
+        recommended: (name, value).
+        reasons: as sentences.
+        strengths: sheet of positive × negative strengths.
+        guidance: sheet of steps × guidance scales.
+    """
+
+    recommended: Sequence[tuple[str, str]]
+    reasons: Sequence[str]
+    strengths: Picture | None
+    guidance: Picture | None
 
 
 @dataclass(frozen=True)
@@ -137,9 +161,11 @@ class Contents:
     subject: PictureTable | None
     prior: PictureTable | None
     previews: Picture | None
+    comparison: Comparison | None
     branches: Sequence[PictureTable]
     guidance: PictureTable | None
     effects: Sequence[MeasureLine]
+    attention: PictureTable | None
     curves: Sequence[Chart]
     measure_charts: Sequence[Chart]
     measures: Sequence[MeasureLine]
@@ -181,10 +207,12 @@ def contents_of(sources: Sources) -> Contents:
         headlines=[_headline(row) for row in measured.headlines()],
         subject=_before_after(stored, "subject", "With the trigger word"),
         prior=_before_after(stored, "prior", "Without the trigger word"),
-        previews=_sheet(facts.previews),
+        previews=_previews(facts.previews),
+        comparison=None if sources.recommended is None else _comparison(sources, sources.recommended),
         branches=_branch_tables(stored),
         guidance=_guidance_table(stored),
         effects=[_line(row) for row in measured.swept()],
+        attention=_attention(sources.attention),
         curves=[] if sources.curves is None else line_charts(sources.curves, "curve"),
         measure_charts=_measure_charts(measured.plain()),
         measures=[_line(row) for row in measured.plain()],
@@ -201,6 +229,8 @@ def _missing(sources: Sources) -> list[Missing]:
     found = {
         "picture": (sources.prepared_image, "train"),
         "evaluation": (sources.measures if sources.pictures is not None else None, "evaluate"),
+        "strengths": (sources.strengths_sheet, "evaluate"),
+        "attention": (sources.attention, "evaluate"),
         "curves": (sources.curves, "train"),
         "previews": (sources.facts.previews, "train"),
         "export": (sources.export, "export"),
@@ -253,17 +283,34 @@ def _data_uri(webp: bytes) -> str:
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 
-def _picture(image: Image.Image | None, alt: str) -> Picture | None:
-    return None if image is None else Picture(_data_uri(as_webp(image, 2 * 256)), alt, *image.size)
+def _picture(image: Image.Image | None, alt: str, side_px: int = _PICTURE_PX) -> Picture | None:
+    return None if image is None else Picture(_data_uri(as_webp(image, side_px)), alt, *image.size)
 
 
-def _sheet(file: bytes | None) -> Picture | None:
-    """Return a sheet of previews, whose file is written by the training."""
+def _previews(file: bytes | None) -> Picture | None:
+    """Return the sheet of previews, whose file is written by the training."""
     if file is None:
         return None
     with Image.open(io.BytesIO(file)) as sheet:
         alt = "Previews during the training: a row per prompt, a column per step, same seeds"
-        return Picture(_data_uri(as_webp(sheet, _SHEET_PX)), alt, *sheet.size)
+        return _picture(sheet, alt, _SHEET_PX)
+
+
+def _comparison(sources: Sources, recommended: RecommendedSettings) -> Comparison:
+    values = {
+        "strength of the positive adapter": f"{recommended.strength.positive:g}",
+        "strength of the negative adapter": f"{recommended.strength.negative:g}",
+        "guidance scale": f"{recommended.guidance_scale:g}",
+        "pictures compared per setting": str(recommended.num_images),
+    }
+    strengths = "Pictures by strength: a row per strength of the positive adapter, a column per one of the negative"
+    guidance = "Pictures by guidance scale: a row per step of the training, a column per scale"
+    return Comparison(
+        recommended=list(values.items()),
+        reasons=[f"{reason[:1].upper()}{reason[1:]}." for reason in recommended.reasons],
+        strengths=_picture(sources.strengths_sheet, strengths, _SHEET_PX),
+        guidance=_picture(sources.guidance_sheet, guidance, _SHEET_PX),
+    )
 
 
 def _cells(pictures: Iterable[StoredPicture], what: str) -> list[Picture]:
@@ -289,15 +336,16 @@ def _before_after(stored: Sequence[StoredPicture], kind: Kind, title: str) -> Pi
         rows.setdefault((before.entry.prompt, after.entry.prompt), []).append((before, after))
     lines = [
         PictureRow(
-            after if after == before else f"{before} → {after}",
-            [
-                _cells((one for one, _ in pairs), "base model"),
-                _cells((one for _, one in pairs), "concept"),
-            ],
+            _change(before, after),
+            [_cells((one for one, _ in pairs), _MODELS["base"]), _cells((one for _, one in pairs), _MODELS["concept"])],
         )
         for (before, after), pairs in rows.items()
     ]
     return PictureTable(title, _SAME_SEEDS, ("base model", "with the concept"), lines) if lines else None
+
+
+def _change(before: str, after: str) -> str:
+    return after if after == before else f"{before} → {after}"
 
 
 def _branch_tables(stored: Sequence[StoredPicture]) -> list[PictureTable]:
@@ -338,6 +386,23 @@ def _table(
         for prompt in _prompts(pictures)
     ]
     return PictureTable(title, _SAME_SEEDS, list(columns.values()), rows)
+
+
+def _attention(files: Mapping[str, bytes] | None) -> PictureTable | None:
+    """Return pictures of base model and concept, each beside its maps: the images of a column have an order."""
+    columns: dict[str, list[StoredPicture]] = {}
+    for one in [] if files is None else read_pictures(files, "attention_pictures"):
+        model = _MODELS[one.entry.group]
+        columns.setdefault(", ".join(filter(None, [model, one.entry.condition])), []).append(one)
+    rows = [
+        PictureRow(
+            _change(row[0].entry.prompt, row[-1].entry.prompt),
+            [_cells([one], name) for name, one in zip(columns, row, strict=True)],
+        )
+        for row in zip(*columns.values(), strict=True)
+    ]
+    caption = "A row per prompt, from one seed. A map covers the picture to its left."
+    return PictureTable("Attention", caption, list(columns), rows) if rows else None
 
 
 # ------------------------------------------------------------------------------------------- measures

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 @optional_inputs(
     *("prepared_image", "reconstruction", "training_plan", "training_curves"),
-    *("evaluation_measures", "evaluation_pictures", "export_report"),
+    *("evaluation_measures", "evaluation_pictures", "strengths_sheet", "guidance_sheet", "recommended_settings"),
+    *("attention_pictures", "export_report"),
 )
 def write_report(
     concept: Concept,
@@ -36,6 +37,10 @@ def write_report(
     training_curves: Figure | None = None,
     evaluation_measures: DataFrame | None = None,
     evaluation_pictures: Mapping[str, bytes] | None = None,
+    strengths_sheet: Image | None = None,
+    guidance_sheet: Image | None = None,
+    recommended_settings: Mapping[str, Any] | None = None,
+    attention_pictures: Mapping[str, bytes] | None = None,
     export_report: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the page: what was asked, what was learned, measures, and files with the commands that use them.
@@ -43,8 +48,9 @@ def write_report(
     What is None is missing, and the page says which command makes it.
 
     Raises:
-        InputError: the folder of the evaluation's pictures is damaged.
+        InputError: a folder of pictures, or the file of recommended settings, is damaged.
     """
+    from dreamartist_pipeline.core.strengths import RecommendedSettings
     from dreamartist_pipeline.pipelines.report.contents import Sources, contents_of
     from dreamartist_pipeline.pipelines.report.page import render
 
@@ -57,6 +63,10 @@ def write_report(
         curves=training_curves,
         measures=evaluation_measures,
         pictures=evaluation_pictures,
+        strengths_sheet=strengths_sheet,
+        guidance_sheet=guidance_sheet,
+        recommended=RecommendedSettings.read(recommended_settings, concept),
+        attention=attention_pictures,
         export=export_report,
     )
     contents = contents_of(sources)
