@@ -109,6 +109,23 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "training.loss.reconstruction_weight",
         ),
     },
+    "pipelines/test_strengths.py": {
+        "test_strengths_are_all_pairs_with_the_configured_ones_among_them": (
+            "evaluation.sweep.positive",
+            "evaluation.sweep.negative",
+        ),
+        "test_guidance_scales_are_compared_at_given_strengths_for_every_step": ("evaluation.sweep.guidance_scales",),
+        "test_kept_steps_are_as_many_as_asked_for": ("evaluation.sweep.max_steps",),
+        "test_pictures_of_a_setting_are_those_of_generate_with_it": ("evaluation.sweep.num_prompts",),
+        "test_nothing_is_drawn_without_images": ("evaluation.sweep.images",),
+        "test_attention_is_shown_of_the_first_prompts_with_the_subject": ("evaluation.attention_images",),
+    },
+    "core/test_strengths.py": {
+        "test_the_bound_of_agreement_is_relative_to_the_base_model": (
+            "evaluation.sweep.agreement_loss",
+            "evaluation.sweep.max_copying",
+        ),
+    },
     "pipelines/test_evaluation.py": {
         "test_towers_beside_the_base_model_score_prompts_and_colours_are_read": (
             "evaluation.text_image_model",
@@ -138,6 +155,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "pipelines/test_export.py": {
         "test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options": ("export.sampler.scheduler_options",),
         "test_the_title_names_files_and_metadata": ("export.title",),
+        "test_recommended_settings_are_stated_and_used_on_request": ("export.recommended",),
         "test_only_the_chosen_formats_are_written": ("export.formats",),
         "test_what_is_read_back_is_the_concept_to_the_dtypes_precision": ("export.dtype",),
         "test_prompts_seed_sampler_and_strengths_reach_the_workflow": (
@@ -154,6 +172,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipelines/test_generate.py": {
         "test_picture_mask_and_denoise_shape_the_image": ("generate.denoise",),
+        "test_recommended_settings_are_used_on_request_only": ("generate.recommended",),
         "test_width_and_height_are_the_images": (
             "generate.width",
             "generate.height",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, ExitStack
 from io import FileIO
 from pathlib import Path
@@ -19,6 +20,28 @@ class ProjectCatalog(DataCatalog):
 
     Those datasets open their files through fsspec; the project's own ones call `written_whole` themselves.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._provided: dict[str, Callable[[], Any]] = {}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def provided(self) -> Set[str]:
+        """Names of the datasets whose values are not those of their files."""
+        return self._provided.keys()
+
+    def provide(self, name: str, value: Callable[[], Any]) -> None:
+        """Load what a function returns in place of a dataset from now on."""
+        self._provided[name] = value
+
+    def load(self, ds_name: str, version: str | None = None) -> Any:
+        """Load a dataset."""
+        return self._provided[ds_name]() if ds_name in self._provided else super().load(ds_name, version)
+
+    def exists(self, ds_name: str) -> bool:
+        """Return whether a dataset has something to load."""
+        found: bool = ds_name in self._provided or super().exists(ds_name)
+        return found
 
     def save(self, ds_name: str, data: Any) -> None:
         """Save data to a dataset."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from dreamartist_pipeline.params import LoRAGroup, TrainingParams
 
 _NAME = "early_check"
+_OPTIONAL = "optional_inputs"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -83,3 +84,22 @@ def early_checks_of(function: Callable[..., Any]) -> tuple[EarlyCheck, ...]:
     """Return the checks attached to the function of a node."""
     checks: tuple[EarlyCheck, ...] = getattr(function, _NAME, ())
     return checks
+
+
+def optional_inputs(*names: str) -> Callable[[_Function], _Function]:
+    """Return a decorator: the decorated node gets None for each of these datasets that is not there.
+
+    A dataset is not there either if it belongs to another concept than the run's; see `ReportHooks`.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        setattr(function, _OPTIONAL, frozenset(names))
+        return function
+
+    return decorate
+
+
+def optional_inputs_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the datasets that the function of a node can do without."""
+    names: frozenset[str] = getattr(function, _OPTIONAL, frozenset())
+    return names

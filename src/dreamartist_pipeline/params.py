@@ -616,6 +616,27 @@ class TrainingParams(Params):
 # ------------------------------------------------------------------------------------------- evaluation, generation
 
 
+SweepValues = Annotated[tuple[Annotated[float, Field(ge=0, le=100)], ...], Field(max_length=10)]
+
+
+class SweepParams(Params):
+    """Which strengths and guidance scales are compared after a training, to recommend some.
+
+    The same prompts and seeds are drawn with every combination of strengths, then with every guidance scale and every
+    step at the recommended strengths. The configured values are added to each list.
+    """
+
+    images: NonNegativeInt = 0  # per prompt, of the first seeds; 0: nothing is compared
+    num_prompts: PositiveInt = 4  # the first of evaluation.prompts
+    positive: SweepValues = (0.6, 0.8, 1.0, 1.2)
+    negative: SweepValues = (0.0, 0.5, 1.0)
+    guidance_scales: Annotated[tuple[Guidance, ...], Field(max_length=10)] = (2.0, 4.0, 8.0)
+    max_steps: Annotated[int, Field(ge=1, le=20)] = 4  # of the training, the concept's own among them
+    # The bounds of recommended values: the share of the base model's agreement that may be lost, and of copying.
+    agreement_loss: Fraction = 0.25
+    max_copying: Fraction = 0.5
+
+
 class EvaluationParams(Params):
     """Which images are generated and measured after training."""
 
@@ -648,6 +669,9 @@ class EvaluationParams(Params):
     # Images per prompt at each of these guidance scales; 0 for none.
     guidance_images: NonNegativeInt = 0
     guidance_scales: tuple[Guidance, ...] = ()
+    sweep: SweepParams = SweepParams()
+    # Pictures with maps of the trigger words' attention, one for each of the first prompts; 0 for none.
+    attention_images: NonNegativeInt = 0
 
     @field_validator("evaluators")
     @classmethod
@@ -673,6 +697,8 @@ class GenerateParams(Params):
     denoise: Annotated[float, Field(gt=0, le=1)] | None = None
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
+    # Whether strength and sampler.guidance_scale are those that the evaluation of this concept recommends.
+    recommended: bool = False
 
     @property
     def size_px(self) -> tuple[int, int] | None:
@@ -720,6 +746,8 @@ class ExportParams(Params):
     seed: Seed = 0
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
+    # Whether strength and sampler.guidance_scale are those that the evaluation of this concept recommends.
+    recommended: bool = False
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

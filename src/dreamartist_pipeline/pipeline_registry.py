@@ -16,6 +16,7 @@ from dreamartist_pipeline.pipelines import (
     prompts,
     registration,
     regularization,
+    report,
     training,
 )
 from dreamartist_pipeline.tracking import MLflowTracker
@@ -31,11 +32,13 @@ def register_pipelines() -> dict[str, Pipeline]:
         "training": training.create_pipeline(tracker),
     }
     train = sum(stages.values(), Pipeline([]))
-    evaluate = evaluation.create_pipeline(tracker)
+    measuring, reporting = evaluation.create_pipeline(tracker), report.create_pipeline()
+    evaluate = measuring + reporting
     exporting, register = export.create_pipeline(), registration.create_pipeline()
     return {
         **stages,
-        "evaluation": evaluate,
+        "evaluation": measuring,
+        "report": reporting,
         "evaluate": evaluate,
         "export": exporting,
         "register": register,

@@ -22,6 +22,7 @@ from dreamartist_pipeline.hooks import (
     ManifestHooks,
     MLflowHooks,
     OutputHooks,
+    ReportHooks,
     RunRecordHooks,
     StartingHooks,
     nearest,
@@ -218,15 +219,16 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 DATA_CATALOG_CLASS = ProjectCatalog
 # Of hooks that are tried first, the last one here is called first: the configuration, the folders, MLflow.
-_RECORD = RunRecordHooks()
+_RECORD, _MANIFESTS = RunRecordHooks(), ManifestHooks()
 HOOKS = (
     MLflowHooks(_RECORD.check_continues),
     OutputHooks(),
     ConfigurationHooks(),
+    ReportHooks(_MANIFESTS),
     _RECORD,
     ConsoleHooks(),
     CheckpointHooks(),
-    ManifestHooks(),
+    _MANIFESTS,
     StartingHooks(),
 )
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms

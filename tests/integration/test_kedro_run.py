@@ -135,6 +135,7 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         f"08_reporting/{SUBJECT}/contact_sheet.png",
         f"08_reporting/{SUBJECT}/evaluation_metrics.json",
         f"08_reporting/{SUBJECT}/evaluation_table.csv",
+        f"08_reporting/{SUBJECT}/report.html",
         f"08_reporting/{SUBJECT}/evaluation_measures.csv",
         f"07_model_output/{SUBJECT}/export/lora/{SUBJECT}-neg.safetensors",
         f"08_reporting/{SUBJECT}/export_report.json",
@@ -168,7 +169,7 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert run.data.tags["reference_image"] == "48 × 40 → middle 40 × 40 (83 %) → 32 × 32"
     assert "reconstruction/similarity" in run.data.metrics
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
-    assert {"concept", "configuration.yaml", "evaluation", "export", "training"} <= {
+    assert {"concept", "configuration.yaml", "evaluation", "export", "report", "training"} <= {
         file.path for file in client.list_artifacts(run.info.run_id)
     }
     assert {"training/previews.png", "training/training_curves.html"} <= {
@@ -345,7 +346,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 
 LAYERS = (  # from the lowest; each calls those below it
     ("errors", "redaction", "whole_files", "checkpoint_files", "locks", "disk_space", "starting_runs", "decoding"),
-    ("prompt_weights", "schedulers", "layer_selectors", "references", "yaml_texts"),
+    ("prompt_weights", "schedulers", "layer_selectors", "references", "yaml_texts", "run_facts"),
     ("params",),
     ("early_checks",),
     ("core",),
@@ -399,12 +400,13 @@ def test_calls_go_down_the_layers_but_for_named_callbacks(project: Path) -> None
 PICTURES = (
     *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
     *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
+    *("strengths_sheet", "guidance_sheet", "attention_sheet"),
 )
 DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "HTMLDataset"),
     "ImageDataset",
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
-    *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    *("PageDataset", "ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
     "UserPicturesDataset",
     *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
     *("JudgeDataset", "RegisteredModelDataset"),

@@ -176,7 +176,7 @@ def test_it_is_evaluated(run: Run) -> None:
         color_agreement=False,
     )
     ingestion = IngestionParams(bucket=BucketParams(side_px=64))
-    sheet, _, _, table, _ = evaluate_concept(
+    sheet, _, _, table, *_ = evaluate_concept(
         run.base_model,
         run.reloaded,
         run.reference,

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dreamartist_pipeline.core.measures import CLIP_SCORE
 from dreamartist_pipeline.datasets.user_files import UserPicturesDataset
 from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.interop.drawn_pictures import read_pictures
 from dreamartist_pipeline.params import (
     BucketParams,
     DeviceParams,
@@ -250,7 +252,7 @@ def _evaluate(
     base_model: Path, concept: Concept, params: EvaluationParams, device: DeviceParams = CPU
 ) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
     picture = _picture("white", "red")
-    sheet, metrics, _, table, _ = evaluate_concept(
+    sheet, metrics, _, table, _, _ = evaluate_concept(
         str(base_model),
         concept,
         picture,
@@ -295,7 +297,7 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
 ) -> None:
     tracker = RecordingTracker()
     reference = _picture("white", "orange")
-    sheet, metrics, scores, table, measured = evaluate_concept(
+    sheet, metrics, scores, table, measured, pictures = evaluate_concept(
         str(tiny_base_model),
         zero_step_concept,
         reference,
@@ -315,6 +317,13 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     assert table.groupby(["kind", "group"]).size().to_dict() == {
         ("subject", BASE): 4,
         ("subject", CONCEPT): 4,
+        ("prior", CONCEPT): 2,
+    }
+    stored = [one.entry for one in read_pictures(pictures, "evaluation_pictures")]
+    assert Counter((one.kind, one.group) for one in stored) == {
+        ("subject", BASE): 4,
+        ("subject", CONCEPT): 4,
+        ("prior", BASE): 2,
         ("prior", CONCEPT): 2,
     }
     assert isinstance(measured, pd.DataFrame)
@@ -479,7 +488,7 @@ def test_further_pictures_reach_the_measures(
     _picture("blue", "red").save(tmp_path / "view.png")
     params = _params(images_per_prompt=1, views=[str(tmp_path)])
     files = UserPicturesDataset(path=".", sources=list(params.views)).load()
-    _, metrics, _, _, _ = evaluate_concept(
+    _, metrics, *_ = evaluate_concept(
         str(tiny_base_model),
         zero_step_concept,
         _picture("white", "red"),
@@ -577,8 +586,11 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
         "params:ingestion",
         "params:device",
     }
-    tables = {"evaluation_table", "evaluation_measures"}
-    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", *tables}
+    tables = {"evaluation_table", "evaluation_measures", "strengths_table"}
+    sheets = {"contact_sheet", "strengths_sheet", "guidance_sheet", "attention_sheet"}
+    pictures = {"evaluation_pictures", "attention_pictures"}
+    metrics = {"evaluation_metrics", "evaluation_scores", "recommended_settings"}
+    assert pipeline.outputs() == {*sheets, *tables, *pictures, *metrics}
 
 
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:

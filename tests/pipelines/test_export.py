@@ -586,3 +586,37 @@ def test_the_script_draws_in_batches_from_the_seed_on(
 
 def test_the_pipeline_keeps_files_and_report() -> None:
     assert create_pipeline().outputs() == {"exported_files", "export_report"}
+
+
+# --------------------------------------------------------------------------------------------- recommended settings
+
+
+def test_recommended_settings_are_stated_and_used_on_request(tiny_base_model: Path, concept: Concept) -> None:
+    recommended = {
+        "strength": {"positive": 0.6, "negative": 0.25},
+        "guidance_scale": 2.0,
+        "concept_sha256": concept.sha256(),
+        "reasons": ["strengths: the highest fidelity", "guidance scale: as configured"],
+        "fidelity": 0.8,
+        "agreement": None,
+        "copying": None,
+        "num_images": 4,
+    }
+    for asked, strength, guidance in ((False, 0.8, 3.0), (True, 0.6, 2.0)):
+        params = ExportParams(title="fox", sampler=SAMPLER, strength=STRENGTH, recommended=asked)
+        written = write_files(str(tiny_base_model), concept, params, recommended)
+        check_files(str(tiny_base_model), concept, written, params, recommended)
+        workflow = json.loads(written["comfyui_workflow.json"])
+        assert workflow["positive_lora"]["inputs"]["strength_model"] == strength
+        assert workflow["sampler"]["inputs"]["cfg"] == guidance
+        text = written["README.txt"].decode()
+        assert "LoRA strength 0.6 positive, 0.25 negative; guidance scale (CFG) 2" in text
+        assert ("export.recommended=true" in text) is not asked
+        hint = read_metadata(written["lora/fox.safetensors"])["modelspec.usage_hint"]
+        assert "0.6 positive, 0.25 negative" in hint
+
+
+def test_recommended_settings_of_another_concept_are_not_stated(tiny_base_model: Path, concept: Concept) -> None:
+    written = write_files(str(tiny_base_model), concept, ExportParams(title="fox"))
+    assert "Recommended" not in written["README.txt"].decode()
+    assert "modelspec.usage_hint" not in read_metadata(written["lora/fox.safetensors"])

@@ -258,3 +258,27 @@ def test_progress_counts_the_images_of_each_batch(backbone: Backbone) -> None:
 
 def test_the_pipeline_gives_images_and_a_grid() -> None:
     assert create_pipeline().all_outputs() == {"generated_images", "generated_grid"}
+
+
+def test_recommended_settings_are_used_on_request_only(tiny_base_model: Path, concept: Concept) -> None:
+    params = GenerateParams(prompts=("a {pt1}",), images_per_prompt=1, sampler=SAMPLER)
+    strength = StrengthParams(positive=0.5, negative=0.25)
+    recommended = {
+        "strength": strength.model_dump(),
+        "guidance_scale": 2.0,
+        "concept_sha256": concept.sha256(),
+        "reasons": ["strengths: …"],
+        "fidelity": None,
+        "agreement": None,
+        "copying": None,
+        "num_images": 1,
+    }
+
+    def drawn(params: GenerateParams) -> bytes:
+        images, _ = generate_images(str(tiny_base_model), concept, params, CPU, recommended_settings=recommended)
+        return images["000_0"].tobytes()
+
+    usual, asked = drawn(params), drawn(params.model_copy(update={"recommended": True}))
+    sampler = SAMPLER.model_copy(update={"guidance_scale": 2.0})
+    assert asked == drawn(params.model_copy(update={"strength": strength, "sampler": sampler})) != usual
+    assert usual == generate_images(str(tiny_base_model), concept, params, CPU)[0]["000_0"].tobytes()

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.branches import POSITIVE
-from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init
+from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init, word_pattern
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import WordsParams
@@ -110,6 +110,30 @@ class PromptTokenizer:
         if len(inner) <= self.max_tokens - 2:
             return ""
         return _plain_text(prompt)[inner[self.max_tokens - 2].start :]
+
+    def positions(self, prompt: str, word: str) -> list[int]:
+        """Return where `tokenize` puts the tokens of a word, of all its occurrences, in ascending order.
+
+        Args:
+            prompt: with the word, as a whole word.
+            word: a trigger word or any other; case does not matter.
+
+        Raises:
+            InputError: the prompt does not have the word, the text encoder does not read all of it, or invalid braces.
+        """
+        spans = [match.span() for match in word_pattern([word]).finditer(_plain_text(prompt))] if word else []
+        found = [
+            index
+            for index, token in enumerate(self._inner_tokens(prompt), start=1)  # after the start token
+            if any(start <= token.start < end for start, end in spans)
+        ]
+        if not found or found[-1] > self.max_tokens - 2:
+            raise InputError(
+                expected=f"the word {word!r} within the first {self.max_tokens - 2} tokens of a prompt",
+                got=quoted(prompt),
+                remedy="name a word of the prompt, or shorten the prompt",
+            )
+        return found
 
     @property
     def _learned_ids(self) -> set[int]:
@@ -209,6 +233,15 @@ class PromptEncoder:
     def cut_off(self, prompt: str) -> str:
         """Return the end of a prompt that some text encoder does not read, the longest; "" where all read all."""
         return max((tokenizer.cut_off(prompt) for tokenizer in self._tokenizers.values()), key=len)
+
+    def positions(self, prompt: str, word: str) -> list[int]:
+        """Return the positions of a word in the text states, which those of all text encoders share.
+
+        Raises:
+            InputError: see `PromptTokenizer.positions`.
+        """
+        found = [tokenizer.positions(prompt, word) for tokenizer in self._tokenizers.values()]
+        return sorted(set().union(*found))
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Return `[N, L]` tokens on the backbone's device, concatenated over the text encoders."""

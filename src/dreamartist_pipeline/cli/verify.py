@@ -112,7 +112,7 @@ def _no_manifest(concept: Path, subject: str) -> InputError:
 def findings(manifest: Manifest, project: Path) -> list[Finding]:
     """Compare the files of a manifest with those on the disk; of a file that several runs wrote, the latest counts."""
     latest: dict[tuple[str, bool], Any] = {}
-    for run in sorted(manifest.runs.values(), key=lambda run: run.ended):
+    for run in manifest.by_time:
         latest |= {(name, True): file for name, file in run.inputs.items() if name != BASE_MODEL}
         latest |= {(name, False): file for name, file in run.outputs.items()}
     made = {name for name, is_input in latest if not is_input}

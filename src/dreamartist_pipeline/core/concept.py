@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -107,6 +108,11 @@ class ConceptMetadata(BaseModel):
                 got=reasons(error),
                 remedy="the file is damaged or of a later version: copy it again, or train the concept again",
             ) from error
+
+    @property
+    def group_branches(self) -> frozenset[str]:
+        """The branches of the LoRA groups: `negative`, `positive`, or `shared` for adapters of both."""
+        return frozenset(group.branch for groups in self.lora.values() for group in groups)
 
     def write(self) -> dict[str, str]:
         """Return key -> text as stored in a file, with sorted keys."""
@@ -270,6 +276,14 @@ class Concept:
         for network in self.networks:
             self.updates(network)
         self.trigger_words()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of names, shapes and values of all tensors; equal adapters and words give equal digits."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}\0{list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def words_part(encoder: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,9 +155,9 @@ def _check_section(section: SheetSection) -> None:
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def _cell_size(image: Image.Image) -> tuple[int, int]:
+def _cell_size(image: Image.Image, limits_px: tuple[int, int] = CELL_PX) -> tuple[int, int]:
     longer = max(image.size)
-    scale = min(max(longer, CELL_PX[0]), CELL_PX[1]) / longer
+    scale = min(max(longer, limits_px[0]), limits_px[1]) / longer
     return round(image.width * scale), round(image.height * scale)
 
 
@@ -295,3 +296,131 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont:
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType, so it has no scalable font; install it from its wheel")
     return font
+
+
+# ---------------------------------------------------------------------------------------------- compared settings
+
+_THUMB_PX = (96, 128)  # minimum and maximum of the longer side of an image in a cell of several
+_TEXT_LINE_PX = _SMALL_PX + 5
+_CELL_PAD, _MARK_PX = 8, 3
+_LEAST_SHEET_PX = 760  # so that title and lines are readable with few columns
+
+
+@dataclass(frozen=True)
+class SheetCell:
+    """What one setting gives.
+
+    Attributes:
+        images: the same number in every cell.
+        texts: short lines below them, such as measures; as many in every cell.
+        mark: such as "recommended"; a marked cell has a frame, and this text.
+    """
+
+    images: Row
+    texts: Sequence[str]
+    mark: str = ""
+
+
+def setting_sheet(
+    title: str,
+    lines: Sequence[str],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[SheetCell]],
+) -> Image.Image:
+    """Lay out settings in rows and columns, the images of each in a nearly square block.
+
+    Args:
+        title: of the sheet.
+        lines: of text below the title.
+        rows: a heading per row.
+        columns: a heading per column.
+        cells: one per row and column.
+
+    Raises:
+        ValueError: the cells do not match the headings, or have no images, or different numbers of them.
+    """
+    _check_cells(rows, columns, cells)
+    first = cells[0][0]
+    thumb = _cell_size(first.images[0], _THUMB_PX if len(first.images) > 1 else CELL_PX)
+    width, height = _setting_size(first, thumb)
+    left = _MARGIN + _LABEL_PX // 2
+    sheet_px = max(left + len(columns) * (width + _GAP) - _GAP + _MARGIN, _LEAST_SHEET_PX)
+    wrapped = [part for line in lines for part in wrap(line, _font(_SMALL_PX), sheet_px - 2 * _MARGIN)]
+    top = _MARGIN + _TITLE_PX + 14 + _TEXT_LINE_PX * len(wrapped) + 22 + _TEXT_LINE_PX
+    sheet = Image.new("RGB", (sheet_px, top + len(rows) * (height + _GAP) - _GAP + _MARGIN), _PAPER)
+    _draw_texts(sheet, title, wrapped)
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(columns):
+        draw.text((left + column * (width + _GAP), top - _TEXT_LINE_PX - 4), heading, fill=_INK, font=_font(_SMALL_PX))
+    for index, (heading, row) in enumerate(zip(rows, cells, strict=True)):
+        y = top + index * (height + _GAP)
+        _draw_row_heading(draw, heading, y, height)
+        for column, cell in enumerate(row):
+            _draw_cell(sheet, cell, (left + column * (width + _GAP), y), (width, height), thumb)
+    return sheet
+
+
+def _check_cells(rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[SheetCell]]) -> None:
+    counts = {len(cell.images) for row in cells for cell in row}
+    if len(cells) != len(rows) or {len(row) for row in cells} != {len(columns)} or len(counts) != 1 or not min(counts):
+        raise ValueError(
+            f"expected {len(rows)} rows of {len(columns)} cells with as many images each, got rows of "
+            f"{[len(row) for row in cells]} cells and {sorted(counts)} images"
+        )
+
+
+def _draw_texts(sheet: Image.Image, title: str, lines: Sequence[str]) -> None:
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 6), title, fill=_INK, font=_font(_TITLE_PX))
+    top = _MARGIN + _TITLE_PX + 14
+    for index, line in enumerate(lines):
+        draw.text((_MARGIN, top + _TEXT_LINE_PX * index), line, fill=_SOFT_INK, font=_font(_SMALL_PX))
+
+
+def _setting_size(cell: SheetCell, thumb: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) of a cell with its texts and mark."""
+    across = _columns_of(len(cell.images))
+    down = -(-len(cell.images) // across)
+    images_px = across * thumb[0] + (across - 1) * 2, down * thumb[1] + (down - 1) * 2
+    texts_px = _TEXT_LINE_PX * (len(cell.texts) + 1)  # and the mark
+    return max(images_px[0], 150) + 2 * _CELL_PAD, images_px[1] + texts_px + 2 * _CELL_PAD + 4
+
+
+def _columns_of(count: int) -> int:
+    return math.ceil(math.sqrt(count))
+
+
+def _draw_row_heading(draw: ImageDraw.ImageDraw, text: str, y: int, height: int) -> None:
+    wrapped = "\n".join(wrap(text, _font(_SMALL_PX), _LABEL_PX // 2 - 12))
+    draw.multiline_text((_MARGIN, y + height / 2), wrapped, fill=_INK, font=_font(_SMALL_PX), spacing=5, anchor="lm")
+
+
+def _draw_cell(
+    sheet: Image.Image, cell: SheetCell, corner: tuple[int, int], size: tuple[int, int], thumb: tuple[int, int]
+) -> None:
+    draw = ImageDraw.Draw(sheet)
+    x, y = corner
+    box = (x, y, x + size[0] - 1, y + size[1] - 1)
+    draw.rectangle(box, fill=_BLOCK, outline=_ACCENT if cell.mark else None, width=_MARK_PX)
+    across = _columns_of(len(cell.images))
+    for index, image in enumerate(cell.images):
+        place = (
+            x + _CELL_PAD + index % across * (thumb[0] + 2),
+            y + _CELL_PAD + index // across * (thumb[1] + 2),
+        )
+        sheet.paste(fit_cell(image, thumb), place)
+    top = y + size[1] - _CELL_PAD - _TEXT_LINE_PX * (len(cell.texts) + 1)
+    for line, text in enumerate(cell.texts):
+        draw.text((x + _CELL_PAD, top + _TEXT_LINE_PX * line), text, fill=_INK, font=_font(_SMALL_PX))
+    below = top + _TEXT_LINE_PX * len(cell.texts)
+    draw.text((x + _CELL_PAD, below), cell.mark, fill=_ACCENT, font=_font(_SMALL_PX))
+
+
+def note_sheet(text: str) -> Image.Image:
+    """Return a sheet that says why there is nothing else on it."""
+    lines = wrap(text, _font(_LABEL_TEXT_PX), _LEAST_SHEET_PX - 2 * _MARGIN)
+    sheet = Image.new("RGB", (_LEAST_SHEET_PX, 2 * _MARGIN + (_LABEL_TEXT_PX + 8) * len(lines)), _PAPER)
+    place = (_MARGIN, _MARGIN)
+    ImageDraw.Draw(sheet).multiline_text(place, "\n".join(lines), fill=_INK, font=_font(_LABEL_TEXT_PX), spacing=6)
+    return sheet

@@ -21,6 +21,7 @@ CROPS_PER_SIDE = 3
 _COLOR_BINS = 8  # per channel
 _HISTOGRAM_PX = 64  # larger pictures are scaled down
 _FRAME = 8  # 1 / width of the frame that is the background of a picture without an object mask
+_SMALLEST = 1e-6  # of what is divided by
 
 _SUBJECT_SIDE = re.compile(r"\{pt\d+\}[^,{}]*? on the (left|right)\b")
 
@@ -197,3 +198,22 @@ def image_distance(first: Image.Image, second: Image.Image) -> float:
     if first.size != second.size:
         raise ValueError(f"expected images of equal size, got {first.size} and {second.size}")
     return float((pixels(first) - pixels(second)).abs().mean())
+
+
+def copying_share(
+    crop_distances: torch.Tensor, leakages: torch.Tensor, base_crop_distance: float, base_leakage: float
+) -> torch.Tensor:
+    """Return how much each picture copies the reference: float32 `[N]`, 0 for the base model's mean, 1 for a copy.
+
+    The lesser of two shares: how much nearer than the base model's pictures it is to a crop of the reference, and how
+    much more its background is that of the reference. A faithful object alone is near to a crop, and a background alone
+    can be that of the reference; a copy is both.
+
+    Args:
+        crop_distances: of each picture to the nearest crop, `[N]`.
+        leakages: of the background of each picture, `[N]`.
+        base_crop_distance, base_leakage: the means of the base model's pictures.
+    """
+    nearness = 1 - crop_distances / max(base_crop_distance, _SMALLEST)
+    leakage = (leakages - base_leakage) / max(1 - base_leakage, _SMALLEST)
+    return torch.minimum(nearness, leakage).clamp(min=0)

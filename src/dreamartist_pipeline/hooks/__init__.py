@@ -18,6 +18,7 @@ from dreamartist_pipeline.hooks.opening import MLflowHooks
 from dreamartist_pipeline.hooks.outputs import OutputHooks
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
 from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tags, run_name
+from dreamartist_pipeline.hooks.report import ReportHooks
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
 from dreamartist_pipeline.hooks.starting import ProjectRuns, StartingHooks
 
@@ -31,6 +32,7 @@ __all__ = [
     "ManifestHooks",
     "OutputHooks",
     "ProjectRuns",
+    "ReportHooks",
     "RunRecordHooks",
     "StartingHooks",
     "build_parameters",

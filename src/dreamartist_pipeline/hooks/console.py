@@ -160,14 +160,14 @@ def next_lines(
     if "concept" not in pipeline.datasets() or not catalog.exists("concept"):
         return lines
     if "concept" in pipeline.all_outputs() and "evaluation_metrics" not in pipeline.all_outputs():
-        lines.append(("compare with base model", _evaluation(commands, pipeline, catalog, given)))
+        lines.append(("compare with base model", evaluation_command(commands, pipeline, catalog, given)))
     dataset: Any = catalog["concept"]
     slot = next(iter(dataset.load_metadata().words), "pt1")
     prompt = f"a {{{slot}}}, blue background"
     return [*lines, ("new images", commands.run("generate", given, **{"generate.prompts": prompt}))]
 
 
-def _evaluation(commands: Commands, pipeline: Pipeline, catalog: DataCatalog, given: Mapping[str, Any]) -> str:
+def evaluation_command(commands: Commands, pipeline: Pipeline, catalog: DataCatalog, given: Mapping[str, Any]) -> str:
     """Return the command that evaluates a concept; an imported one needs a picture to be compared with."""
     if "prepared_image" in pipeline.datasets() or catalog.exists("prepared_image"):
         return commands.run("evaluate", given)

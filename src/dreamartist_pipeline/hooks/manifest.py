@@ -101,6 +101,11 @@ class Manifest(BaseModel):
         """The run that made the concept."""
         return next(iter(self.runs.values()))
 
+    @property
+    def by_time(self) -> list[RunManifest]:
+        """The runs in the order in which they ended."""
+        return sorted(self.runs.values(), key=lambda run: run.ended)
+
 
 def read_manifest(file: Path) -> Manifest | None:
     """Return the manifest in a file; None if there is none.
@@ -143,7 +148,8 @@ class ManifestHooks:
         """Hash what the run reads, which may be changed or replaced while it runs."""
         self._inputs: dict[str, StoredFile] = {}
         if "concept" in pipeline.datasets():
-            self._inputs = stored_files(pipeline.inputs(), catalog, self._project)
+            provided = getattr(catalog, "provided", ())
+            self._inputs = stored_files(pipeline.inputs() - set(provided), catalog, self._project)
 
     @hook_impl(tryfirst=True)  # while the MLflow run is open
     def after_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
@@ -152,26 +158,26 @@ class ManifestHooks:
         if concept is None or not concept.is_file():
             return
         name, file = "+".join(run_params["pipeline_names"] or ["__default__"]), concept.with_name(MANIFEST)
-        run = self._run(pipeline, catalog)
-        makes_concept = "concept" in pipeline.all_outputs()
-        if makes_concept and BASE_MODEL in pipeline.inputs():
-            dataset: Any = catalog["concept"]
-            model = StoredFile(
-                path=str(self._settings[BASE_MODEL]), sha256=dataset.load_metadata().base_model_fingerprint
+        run = self.run_so_far(pipeline, catalog)
+        if "concept" in pipeline.all_outputs():
+            manifest = Manifest(
+                subject=str(self._settings["subject"]), concept_sha256=file_sha256(concept), runs={name: run}
             )
-            run = run.model_copy(update={"inputs": run.inputs | {BASE_MODEL: model}})
-        manifest = Manifest(
-            subject=str(self._settings["subject"]), concept_sha256=file_sha256(concept), runs={name: run}
-        )
-        if not makes_concept:
-            if (earlier := _readable(file)) is None or earlier.concept_sha256 != manifest.concept_sha256:
-                return  # the concept was made elsewhere, or before there were manifests
-            manifest = earlier.model_copy(update={"runs": earlier.runs | manifest.runs})
+        elif (earlier := manifest_of(concept)) is None:
+            return  # the concept was made elsewhere, or before there were manifests
+        else:
+            manifest = earlier.model_copy(update={"runs": earlier.runs | {name: run}})
         with written_whole(file) as temporary:
             temporary.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         _log(file)
 
-    def _run(self, pipeline: Pipeline, catalog: DataCatalog) -> RunManifest:
+    def run_so_far(self, pipeline: Pipeline, catalog: DataCatalog) -> RunManifest:
+        """Return what the present run has read and written so far."""
+        inputs = self._inputs
+        if "concept" in pipeline.all_outputs() and BASE_MODEL in pipeline.inputs():
+            dataset: Any = catalog["concept"]
+            fingerprint = dataset.load_metadata().base_model_fingerprint
+            inputs = inputs | {BASE_MODEL: StoredFile(path=str(self._settings[BASE_MODEL]), sha256=fingerprint)}
         sections = sections_of(pipeline, catalog)
         device = cast("DeviceParams | None", sections.get("device"))
         return RunManifest(
@@ -179,7 +185,7 @@ class ManifestHooks:
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             mlflow_run=active_run_id(),
             configuration=redacted(self._settings) | plain_sections(sections),
-            inputs=self._inputs,
+            inputs=inputs,
             outputs=stored_files(pipeline.all_outputs(), catalog, self._project),
             versions=versions(self._project),
             machine=machine_class(device) if device is not None else {},
@@ -213,11 +219,13 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _readable(file: Path) -> Manifest | None:
+def manifest_of(concept: Path) -> Manifest | None:
+    """Return the manifest beside a concept; None if there is none, or it is damaged, or that of another concept."""
     try:
-        return read_manifest(file)
+        manifest = read_manifest(concept.with_name(MANIFEST))
     except InputError:
         return None
+    return manifest if manifest is not None and manifest.concept_sha256 == file_sha256(concept) else None
 
 
 def active_run_id() -> str | None:

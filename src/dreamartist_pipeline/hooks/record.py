@@ -161,7 +161,7 @@ class RunRecordHooks:
         """Wait for asynchronous logging, and describe the run, and its parent, with their pictures."""
         import mlflow
 
-        _flush()
+        flush()
         if (run := mlflow.active_run()) is None:
             return
         client = mlflow.MlflowClient()
@@ -179,7 +179,7 @@ class RunRecordHooks:
         import mlflow
 
         if mlflow.active_run() is not None:
-            _flush()
+            flush()
             mlflow.set_tag("error", reason_of(error)[:_TAG_LENGTH])
 
 
@@ -256,7 +256,7 @@ def _log_reference(catalog: DataCatalog, subject: str) -> None:
     mlflow.log_input(dataset, context="training", tags={"sha256": sha256})
 
 
-def _flush() -> None:
+def flush() -> None:
     """Wait for asynchronous logging of metrics and of images, for a limited time."""
     import mlflow
 
@@ -287,7 +287,7 @@ def close_run(status: str, reason: str) -> None:
     import mlflow
 
     if mlflow.active_run() is not None:
-        _flush()
+        flush()
         mlflow.set_tag("error", reason[:_TAG_LENGTH])
         mlflow.end_run(status)
 

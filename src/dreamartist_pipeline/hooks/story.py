@@ -23,7 +23,8 @@ _PICTURES = {  # dataset -> heading in the description
     "contact_sheet": "Contact sheet",
     "generated_grid": "Images",
 }
-_PREVIEWS = "training/previews.png"
+PREVIEWS = "training/previews.png"
+"""Path of the sheet of previews in a run."""
 
 
 def file_sha256(file: Path) -> str:
@@ -51,8 +52,8 @@ def pictures_of(run_id: str, pipeline: Pipeline, catalog: DataCatalog) -> dict[s
         if name in pipeline.all_outputs() and (path := path_of(catalog, name)) is not None:
             dataset: Any = catalog[name]
             files[heading] = f"{dataset.artifact_path}/{path.name}"
-    if _PREVIEWS in logged_files(run_id):
-        files["Previews by step"] = _PREVIEWS
+    if PREVIEWS in logged_files(run_id):
+        files["Previews by step"] = PREVIEWS
     return {heading: f"![{heading}](get-artifact?path={file}&run_uuid={run_id})" for heading, file in files.items()}
 
 

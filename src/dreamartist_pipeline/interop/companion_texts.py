@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,9 +12,12 @@ from string import Template
 
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.sigmas import SigmaPath
+from dreamartist_pipeline.core.strengths import RecommendedSettings
 from dreamartist_pipeline.interop.comfyui import MANUAL_SIGMAS_SINCE, needs_manual_sigmas
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 from dreamartist_pipeline.schedulers import SCHEDULERS, ZERO_TERMINAL_SNR
+
+_WIDTH = 110  # of lines that are wrapped
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ExportSummary:
         branches_are_equal: whether both branches have the same adapter with the same strength.
         clip_skip: number of the text encoder's last layers that are skipped.
         names: of the base model's parts in files.
+        recommended: by the evaluation of the concept; None if it does not recommend any.
+        uses_recommended: whether the examples have the recommended values.
     """
 
     title: str
@@ -45,6 +51,8 @@ class ExportSummary:
     names: FileNames
     clip_skip: int = 0
     zero_terminal_snr: bool = False
+    recommended: RecommendedSettings | None = None
+    uses_recommended: bool = False
 
 
 def diffusers_script(summary: ExportSummary, seed: int, sampler: SamplerParams) -> str:
@@ -75,6 +83,7 @@ def readme(summary: ExportSummary) -> str:
     """Return the export's README: its files, and how each tool uses them."""
     sections = [
         _heading(summary),
+        _recommended(summary),
         _comfyui(summary),
         _diffusers(summary),
         _a1111(summary),
@@ -98,6 +107,25 @@ def _heading(summary: ExportSummary) -> str:
         *(f"  {file:<{width}}  {content}" for file, content in contents.items()),
     ]
     return "\n".join(lines).rstrip()
+
+
+def _recommended(summary: ExportSummary) -> str:
+    settings = summary.recommended
+    if settings is None:
+        return ""
+    others = (
+        "The examples below have those of export.strength and export.sampler; export.recommended=true writes these."
+    )
+    strength = settings.strength
+    texts = [
+        f"LoRA strength {strength.positive:g} positive, {strength.negative:g} negative; guidance scale (CFG) "
+        f"{settings.guidance_scale:g}",
+        *(f"{reason[:1].upper()}{reason[1:]}." for reason in settings.reasons),
+        "The examples below have these values." if summary.uses_recommended else others,
+    ]
+    wrapper = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
+    lines = [line for text in texts for line in wrapper.wrap(text)]
+    return "\n".join(["Recommended settings, from the evaluation after the training", *lines])
 
 
 def _comfyui(summary: ExportSummary) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +13,13 @@ from dreamartist_pipeline.backbones.base_model import open_base_model, reconstru
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, attach_base, generate
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core import measures
-from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names, without_weights
+from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, without_weights
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.devices import device_of_rank, num_processes
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.processes import spread
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams, StrengthParams
+from dreamartist_pipeline.core.strengths import Setting
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams, StrengthParams, SweepParams
 from dreamartist_pipeline.pipelines.evaluation.measuring import (
     BASE,
     CONCEPT,
@@ -27,11 +28,24 @@ from dreamartist_pipeline.pipelines.evaluation.measuring import (
     EvaluationImages,
     LeftOut,
 )
+from dreamartist_pipeline.pipelines.evaluation.prompt_words import (
+    names_negative_word,
+    negative_word_slots,
+    subject_words,
+    trigger_words,
+    with_negative_words,
+)
 
 NEGATIVE_ADAPTER, NEGATIVE_WORD = "negative_adapter", "negative_word"
 """Parts of the negative branch whose effect is measured."""
 
 _PROGRESS_DELAY_S = 2.0
+_MOST_ATTACHED = 4  # concepts with their strengths, each with a copy of its adapters
+
+ConceptReaders = Mapping[int, Callable[[], Concept]]
+"""Step of a training -> a function that reads its concept, in any process."""
+
+NO_STEPS: ConceptReaders = {}
 
 
 @dataclass(frozen=True)
@@ -43,12 +57,14 @@ class _Model:
         strength: of the concept's adapters.
         negative_prompt: filled.
         guidance_scale: of the sampler.
+        step: of the training, of a kept concept; None: the concept itself.
     """
 
     name: str
     strength: StrengthParams
     negative_prompt: str
     guidance_scale: float
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,23 +100,26 @@ class _Batch:
 
 
 class _Models:
-    """The base model, and the concept attached at every strength that is drawn with."""
+    """The base model, and the concepts attached at the strengths that were drawn with last."""
 
-    def __init__(self, backbone: Backbone, concept: Concept) -> None:
+    def __init__(self, backbone: Backbone, concept: Concept, steps: ConceptReaders = NO_STEPS) -> None:
         self.backbone = backbone
-        self._concept = concept
-        self._loaded: dict[StrengthParams | None, LoadedConcept] = {}
+        self._concept, self._steps = concept, steps
+        self._loaded: dict[tuple[int | None, StrengthParams | None], LoadedConcept] = {}
 
     def __getitem__(self, model: _Model) -> LoadedConcept:
-        """Return a model to generate images with; each is attached once."""
-        strength = None if model.name == BASE else model.strength
-        if strength not in self._loaded:
-            self._loaded[strength] = (
-                attach_base(self.backbone, self._concept)
-                if strength is None
-                else attach(self.backbone, self._concept, strength)
-            )
-        return self._loaded[strength]
+        """Return a model to generate images with."""
+        key = model.step, None if model.name == BASE else model.strength
+        if key not in self._loaded:
+            while len(self._loaded) >= _MOST_ATTACHED:
+                del self._loaded[next(iter(self._loaded))]
+            self._loaded[key] = self._attached(*key)
+        return self._loaded[key]
+
+    def _attached(self, step: int | None, strength: StrengthParams | None) -> LoadedConcept:
+        if strength is None:
+            return attach_base(self.backbone, self._concept)
+        return attach(self.backbone, self._concept if step is None else self._steps[step](), strength)
 
 
 def draw_images(
@@ -118,6 +137,9 @@ def draw_images(
     """
     models = _Models(open_base_model(base_model, device), concept)
     plan = _Plan.of(models, concept, params)
+    for part in plan.subject.values():  # the others draw what must not change
+        if part.words:
+            models[part.model].prompts.warn_without_word(part.prompts)
     drawn = _draw_parts(plan.parts(), base_model, concept, params, device)
     subject, prior = ({model: drawn[kind, model] for model in (BASE, CONCEPT)} for kind in ("subject", "prior"))
     images = EvaluationImages(
@@ -132,6 +154,42 @@ def draw_images(
         plan.left_out,
     )
     return images, plan.words
+
+
+def draw_settings(
+    settings: Sequence[Setting | None],
+    base_model: ModelLocation,
+    concept: Concept,
+    params: EvaluationParams,
+    device: DeviceParams,
+    steps: ConceptReaders = NO_STEPS,
+) -> dict[Setting | None, Drawings]:
+    """Draw the first prompts and seeds of an evaluation with every setting, on all processes.
+
+    Args:
+        settings: None for the base model with the class word.
+        base_model: its location.
+        concept: of the settings without a step.
+        params: of the evaluation; `sweep` has the numbers of prompts and seeds.
+        device: of the run.
+        steps: of the other settings.
+    """
+    plan = _Plan.of(_Models(open_base_model(base_model, device), concept), concept, params)
+    base, ours = (_first_rows(plan.subject[name], params.sweep) for name in (BASE, CONCEPT))
+    parts = {("settings", str(index)): _with_setting(ours, one) if one else base for index, one in enumerate(settings)}
+    drawn = _draw_parts(parts, base_model, concept, params, device, steps)
+    return dict(zip(settings, drawn.values(), strict=True))
+
+
+def _first_rows(part: _Part, sweep: SweepParams) -> _Part:
+    templates, prompts = part.templates[: sweep.num_prompts], part.prompts[: sweep.num_prompts]
+    seeds = [part.seeds[0] + index for index in range(sweep.images)]
+    return replace(part, templates=templates, prompts=prompts, seeds=seeds)
+
+
+def _with_setting(part: _Part, setting: Setting) -> _Part:
+    model = replace(part.model, strength=setting.strength, guidance_scale=setting.guidance_scale, step=setting.step)
+    return replace(part, model=model)
 
 
 # ------------------------------------------------------------------------------------------- what is drawn
@@ -164,18 +222,14 @@ class _Plan:
     def of(cls, models: _Models, concept: Concept, params: EvaluationParams) -> _Plan:
         """Plan the images of a concept."""
         negative_words = models[_model(CONCEPT, params)].negative_words
-        words = {slot: positive for slot, (positive, _) in concept.metadata.words.items()}
-        slots = [name for template in params.prompts for name in slot_names(template, words)]
-        class_words = dict.fromkeys(slots, params.class_word)
-        subject_words = dict.fromkeys(slots, concept.metadata.class_word or params.class_word) | words
+        class_words, concept_words = subject_words(concept, params)
         base, ours = (_model(name, params, each) for name, each in ((BASE, {}), (CONCEPT, negative_words)))
         subject = {
-            BASE: _filled(models, base, params.prompts, class_words, params),
-            CONCEPT: _filled(models, ours, params.prompts, subject_words, params),
+            BASE: _filled(base, params.prompts, class_words, params),
+            CONCEPT: _filled(ours, params.prompts, concept_words, params),
         }
-        prior = {each.name: _filled(models, each, params.prior_prompts, {}, params) for each in (base, ours)}
-        named = [slot for slot in slot_names(params.negative_prompt, words) if slot in words]
-        changed = _without_parts(ours, concept, params, negative_words, bool(named))
+        prior = {each.name: _filled(each, params.prior_prompts, {}, params) for each in (base, ours)}
+        changed = _without_parts(ours, concept, params, negative_words)
         scales = [scale for scale in params.guidance_scales if scale != ours.guidance_scale]
         return cls(
             subject,
@@ -185,8 +239,8 @@ class _Plan:
                 scale: _first_seeds(subject[CONCEPT], replace(ours, guidance_scale=scale), params.guidance_images)
                 for scale in (scales if params.guidance_images else ())
             },
-            bool(named),
-            words,
+            names_negative_word(concept, params),
+            trigger_words(concept),
             _left_out(concept, params, changed),
         )
 
@@ -206,13 +260,9 @@ def _model(name: str, params: EvaluationParams, negative_words: Mapping[str, str
     return _Model(name, params.strength, negative_prompt, params.sampler.guidance_scale)
 
 
-def _filled(
-    models: _Models, model: _Model, templates: Sequence[str], words: Mapping[str, str], params: EvaluationParams
-) -> _Part:
+def _filled(model: _Model, templates: Sequence[str], words: Mapping[str, str], params: EvaluationParams) -> _Part:
     """Fill the slots of templates with `words`."""
     prompts = [fill_template(template, {"class": params.class_word, **words}) for template in templates]
-    if words:  # the others draw what must not change
-        models[model].prompts.warn_without_word(prompts)
     seeds = [params.seed + i for i in range(params.images_per_prompt)]
     return _Part(model, templates, words, prompts, seeds)
 
@@ -223,7 +273,7 @@ def _first_seeds(part: _Part, model: _Model, count: int) -> _Part:
 
 
 def _without_parts(
-    ours: _Model, concept: Concept, params: EvaluationParams, words: Mapping[str, str], has_word: bool
+    ours: _Model, concept: Concept, params: EvaluationParams, words: Mapping[str, str]
 ) -> dict[str, _Model]:
     """Return part of the negative branch -> the concept without it; or with it, if `ours` is without it."""
     if not params.branch_images:
@@ -232,21 +282,16 @@ def _without_parts(
     if _has_negative_adapter(concept) and params.strength.negative:
         off = params.strength.model_copy(update={"negative": 0.0})
         changed[NEGATIVE_ADAPTER] = replace(ours, strength=off)
-    if slots := _negative_word_slots(concept):
-        if has_word:
+    if negative_word_slots(concept):
+        other = with_negative_words(concept, params, words)
+        if names_negative_word(concept, params):
             other = fill_negative_prompt(params.negative_prompt, dict.fromkeys(words, ""))
-        else:
-            other = ", ".join(filter(None, [ours.negative_prompt, *(words[slot] for slot in slots)]))
         changed[NEGATIVE_WORD] = replace(ours, negative_prompt=other)
     return changed
 
 
 def _has_negative_adapter(concept: Concept) -> bool:
-    return any(group.branch == "negative" for groups in concept.metadata.lora.values() for group in groups)
-
-
-def _negative_word_slots(concept: Concept) -> list[str]:
-    return [slot for slot, (positive, negative) in concept.metadata.words.items() if negative not in ("", positive)]
+    return "negative" in concept.metadata.group_branches
 
 
 def _left_out(concept: Concept, params: EvaluationParams, drawn: Mapping[str, _Model]) -> LeftOut:
@@ -278,12 +323,13 @@ def _draw_parts(
     concept: Concept,
     params: EvaluationParams,
     device: DeviceParams,
+    steps: ConceptReaders = NO_STEPS,
 ) -> dict[tuple[str, str], Drawings]:
     batches = [batch for part in parts.values() for batch in _batches(part, params)]
     images: list[Image.Image] = []
     num_images = sum(len(batch.rows) for batch in batches)
     with tqdm(total=num_images, desc="evaluation", unit="image", delay=_PROGRESS_DELAY_S) as bar:
-        for drawn in spread(_draw, batches, num_processes(device), base_model, concept, params, device):
+        for drawn in spread(_draw, batches, num_processes(device), base_model, concept, params, device, steps):
             images += drawn
             bar.update(len(drawn))
     remaining = iter(images)
@@ -304,9 +350,10 @@ def _draw(
     concept: Concept,
     params: EvaluationParams,
     device: DeviceParams,
+    steps: ConceptReaders,
 ) -> Iterator[list[Image.Image]]:
     """Draw the batches of one process."""
-    models = _Models(open_base_model(base_model, device_of_rank(device, rank)), concept)
+    models = _Models(open_base_model(base_model, device_of_rank(device, rank)), concept, steps)
     for batch in batches:
         loaded = models[batch.model]
         sampler = params.sampler.model_copy(update={"guidance_scale": batch.model.guidance_scale})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -137,14 +138,15 @@ def evaluate_concept(
     ingestion: IngestionParams,
     device: DeviceParams,
     tracker: Tracker,
-) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame]:
+) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame, dict[str, bytes]]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
     What is not measured, and why, is logged, is in the table of measures, and is the run's tag `not_measured`.
 
     Returns:
         The contact sheet, flat metrics (see `measuring.measure`), the same in kedro-mlflow's format, a table with one
-        row per measured image, and the table of measures: concept, floor and ceilings, with intervals.
+        row per measured image, the table of measures: concept, floor and ceilings, with intervals; and the images,
+        reduced, as files.
 
     Raises:
         InputError: another picture than that of the training, an unknown evaluator, an invalid scheduler, an incomplete
@@ -153,6 +155,7 @@ def evaluate_concept(
     from pandas import DataFrame
 
     from dreamartist_pipeline.pipelines.evaluation.drawing import draw_images
+    from dreamartist_pipeline.pipelines.evaluation.kept import pictures_of
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
@@ -167,7 +170,7 @@ def evaluate_concept(
     sheet = draw_sheet(images, metrics, params, words, evaluators[0].label if evaluators else None)
     tracker.log_image(sheet, key="previews/contact sheet", step=0)
     history = {name: {"value": value, "step": 0} for name, value in metrics.items()}
-    return sheet, metrics, history, DataFrame(measured.rows), DataFrame(measured.table())
+    return sheet, metrics, history, DataFrame(measured.rows), DataFrame(measured.table()), pictures_of(images)
 
 
 def _report_not_measured(not_measured: str, tracker: Tracker) -> None:
@@ -193,3 +196,56 @@ def _load_models(base_model: ModelLocation, params: EvaluationParams, device: De
         "color_agreement": own_towers(base_model) is not None if color_agreement is None else color_agreement,
         "recognizer": None if params.recognition is False else load_recognizer(base_model),
     }
+
+
+def compare_strengths(
+    base_model: ModelLocation,
+    concept: Concept,
+    prepared_image: Image.Image,
+    params: EvaluationParams,
+    device: DeviceParams,
+    concept_steps: Mapping[int, Callable[[], Concept]] | None = None,
+) -> tuple[Image.Image, Image.Image, DataFrame, dict[str, Any]]:
+    """Draw the same prompts and seeds with several strengths, then guidance scales by step, and recommend values.
+
+    Returns:
+        A sheet of strengths, a sheet of guidance scales by step, a table with one row per setting, and the recommended
+        values, see `RecommendedSettings`; without `params.sweep.images`, sheets and a table that say so, and no values.
+
+    Raises:
+        InputError: see `evaluate_concept`.
+    """
+    from pandas import DataFrame
+
+    from dreamartist_pipeline.core.figures import note_sheet
+    from dreamartist_pipeline.pipelines.evaluation.setting_sheets import draw_comparison
+    from dreamartist_pipeline.pipelines.evaluation.strengths import compare, recommended_settings
+
+    if not params.sweep.images:
+        reason = "evaluation.sweep.images is 0"
+        note = note_sheet(f"No settings are compared: {reason}.")
+        return note, note, DataFrame({"left_out": [reason]}), {}
+    models = _load_models(base_model, params, device)
+    strengths, guidance = compare(base_model, concept, concept_steps or {}, prepared_image, params, device, models)
+    recommended = recommended_settings(concept, strengths, guidance)
+    log.info("Recommended: %s (%s).", recommended, "; ".join(recommended.reasons))
+    sheets = (draw_comparison("Strengths", strengths, params), draw_comparison("Guidance", guidance, params))
+    table = DataFrame([*strengths.table("strengths"), *guidance.table("guidance")])
+    return *sheets, table, recommended.model_dump(mode="json")
+
+
+def map_attention(
+    base_model: ModelLocation, concept: Concept, params: EvaluationParams, device: DeviceParams
+) -> tuple[Image.Image, dict[str, bytes]]:
+    """Draw pictures with the attention of class word and trigger words, per branch.
+
+    Returns:
+        A sheet, and its images, reduced, as files.
+
+    Raises:
+        InputError: see `evaluate_concept`.
+    """
+    from dreamartist_pipeline.pipelines.evaluation.attention import draw_attention
+
+    maps = draw_attention(base_model, concept, params, device)
+    return maps.sheet(), maps.files()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
-from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
+from dreamartist_pipeline.pipelines.evaluation.nodes import compare_strengths, evaluate_concept, map_attention
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
-    """Create a contact sheet, metrics, and tables of all measures and all images, with and without the concept."""
+    """Measure images with and without the concept, compare strengths and guidance scales, and map attention."""
     return Pipeline(
         [
             node(
@@ -29,9 +29,35 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "evaluation_scores",
                     "evaluation_table",
                     "evaluation_measures",
+                    "evaluation_pictures",
                 ],
                 name="evaluate_concept",
                 tags="evaluation",
-            )
+            ),
+            node(
+                compare_strengths,
+                inputs={
+                    "base_model": "base_model",
+                    "concept": "concept",
+                    "prepared_image": "prepared_image",
+                    "params": "params:evaluation",
+                    "device": "params:device",
+                },
+                outputs=["strengths_sheet", "guidance_sheet", "strengths_table", "recommended_settings"],
+                name="compare_strengths",
+                tags="evaluation",
+            ),
+            node(
+                map_attention,
+                inputs={
+                    "base_model": "base_model",
+                    "concept": "concept",
+                    "params": "params:evaluation",
+                    "device": "params:device",
+                },
+                outputs=["attention_sheet", "attention_pictures"],
+                name="map_attention",
+                tags="evaluation",
+            ),
         ]
     )

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.model_location import ModelLocation
-from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early, optional_inputs
 from dreamartist_pipeline.params import DeviceParams, ExportParams
 
 if TYPE_CHECKING:
@@ -45,28 +45,43 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
 
 
 @checked_early("export", check_export)
-def write_files(base_model: ModelLocation, concept: Concept, params: ExportParams) -> dict[str, bytes]:
+@optional_inputs("recommended_settings")
+def write_files(
+    base_model: ModelLocation,
+    concept: Concept,
+    params: ExportParams,
+    recommended_settings: dict[str, Any] | None = None,
+) -> dict[str, bytes]:
     """Return name -> bytes of every file of the export.
 
     `lora/` contains kohya files, `diffusers/` peft files, `embeddings/` the trigger words, `toolkit/` the reference
     toolkit's files; the root contains a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: a concept that the formats cannot store, or a scheduler that ComfyUI does not have.
+        InputError: a concept that the formats cannot store, a scheduler that ComfyUI does not have, or no recommended
+            settings for `params.recommended`.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
+    from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
     from dreamartist_pipeline.interop.expressible import check_expressible
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
+    recommended = RecommendedSettings.read(recommended_settings, concept)
+    params = with_recommended(params, recommended, "export")
     check_expressible(concept.metadata.lora, params.formats)  # not checked early if this run imports the concept
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     source = read_source(concept, load_outline(BaseModelFiles(base_model)))
-    written = concept_files(source, params)
-    return written | companions(source, written, params)
+    written = concept_files(source, params, recommended)
+    return written | companions(source, written, params, recommended)
 
 
+@optional_inputs("recommended_settings")
 def check_files(
-    base_model: ModelLocation, concept: Concept, candidate: dict[str, bytes], params: ExportParams
+    base_model: ModelLocation,
+    concept: Concept,
+    candidate: dict[str, bytes],
+    params: ExportParams,
+    recommended_settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read every file back and compare it with the concept.
 
@@ -77,8 +92,11 @@ def check_files(
         InputError: a file that differs from the concept; the message names it.
     """
     from dreamartist_pipeline.backbones.base_model import open_base_model
+    from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
     from dreamartist_pipeline.pipelines.export.checking import verify_files
 
+    recommended = RecommendedSettings.read(recommended_settings, concept)
+    params = with_recommended(params, recommended, "export")
     backbone = open_base_model(base_model, _CPU_FLOAT32)
     report = verify_files(backbone, concept, candidate, params)
     for name, entry in report["files"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from dreamartist_pipeline.core.concept import Concept, ConceptMetadata, TriggerW
 from dreamartist_pipeline.core.embeddings import with_plain_words
 from dreamartist_pipeline.core.layout import FileNames
 from dreamartist_pipeline.core.sigmas import SigmaPath
+from dreamartist_pipeline.core.strengths import RecommendedSettings
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.branch_adapters import BranchAdapter, branch_adapter
 from dreamartist_pipeline.interop.comfyui import (
@@ -95,7 +96,9 @@ def _title(branch: str, params: ExportParams) -> str:
 # ------------------------------------------------------------------------------------------------- concept files
 
 
-def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes]:
+def concept_files(
+    source: ExportSource, params: ExportParams, recommended: RecommendedSettings | None = None
+) -> dict[str, bytes]:
     """Return the concept's files in the chosen formats.
 
     Raises:
@@ -103,14 +106,14 @@ def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes
     """
     dtype = getattr(torch, params.dtype)
     files = {
-        lora_name(branch, file_format, params): write(adapter, _facts(branch, source, params), dtype)
+        lora_name(branch, file_format, params): write(adapter, _facts(branch, source, params, recommended), dtype)
         for file_format, write in _WRITERS.items()
         if file_format in params.formats
         for branch, adapter in source.adapters.items()
     }
     if "embeddings" in params.formats:
         for word in source.words:
-            facts = _facts(word.branch, source, params)
+            facts = _facts(word.branch, source, params, recommended)
             files[f"embeddings/{word.name}.safetensors"] = write_embedding(word, facts, dtype)
     if "toolkit" in params.formats:
         written = write_toolkit(source.adapters, source.words, source.metadata.num_steps, source.names)
@@ -124,21 +127,30 @@ def concept_files(source: ExportSource, params: ExportParams) -> dict[str, bytes
     return files
 
 
-def _facts(branch: str, source: ExportSource, params: ExportParams) -> FileFacts:
+def _facts(
+    branch: str, source: ExportSource, params: ExportParams, recommended: RecommendedSettings | None
+) -> FileFacts:
     return FileFacts(
         title=_title(branch, params),
         trigger_phrase=", ".join(word.name for word in source.words if word.branch == branch),
         prediction_type=source.base_model.objective.prediction_type,
         names=source.names,
+        usage_hint="" if recommended is None else f"Recommended: {recommended}",
     )
 
 
 # ------------------------------------------------------------------------------------------------- companion files
 
 
-def companions(source: ExportSource, files: Mapping[str, bytes], params: ExportParams) -> dict[str, bytes]:
+def companions(
+    source: ExportSource,
+    files: Mapping[str, bytes],
+    params: ExportParams,
+    recommended: RecommendedSettings | None = None,
+) -> dict[str, bytes]:
     """Return README, workflow and script; the latter two only if the formats they use are exported."""
-    summary = describe(source, files, params)
+    described = describe(source, files, params)
+    summary = replace(described, recommended=recommended, uses_recommended=params.recommended)
     texts = {README: readme(summary)}
     if summary.has_script:
         texts[SCRIPT] = diffusers_script(summary, params.seed, params.sampler)

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.model_location import ModelLocation
-from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
+from dreamartist_pipeline.early_checks import PlannedConcept, checked_early, optional_inputs
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> No
 
 @checked_early("device", check_device)
 @checked_early("generate", check_generate)
+@optional_inputs("recommended_settings")
 def generate_images(
     base_model: ModelLocation,
     concept: Concept,
@@ -42,6 +43,7 @@ def generate_images(
     device: DeviceParams,
     init_image: bytes | None = None,
     init_mask: bytes | None = None,
+    recommended_settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Image], Image]:
     """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
 
@@ -52,7 +54,8 @@ def generate_images(
         The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
-        InputError: an invalid image or scheduler, or a concept that does not fit the base model.
+        InputError: an invalid image or scheduler, a concept that does not fit the base model, or no recommended
+            settings for `params.recommended`.
     """
     from tqdm import tqdm
 
@@ -60,7 +63,10 @@ def generate_images(
     from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw
     from dreamartist_pipeline.core.figures import prompt_sheet
     from dreamartist_pipeline.core.init_picture import read_init_picture, tint_redrawn
+    from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
 
+    recommended = RecommendedSettings.read(recommended_settings, concept)
+    params = with_recommended(params, recommended, "generate")
     seeds = range(params.seed, params.seed + params.images_per_prompt)
     request = DrawingRequest(
         prompts=params.prompts,
