@@ -117,6 +117,15 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "evaluation.class_word",
         ),
         "test_another_picture_than_that_of_the_training_is_refused": ("evaluation.other_picture",),
+        "test_images_without_a_part_of_the_negative_branch_are_drawn_from_the_first_seeds": (
+            "evaluation.branch_images",
+        ),
+        "test_images_at_other_guidance_scales_are_drawn_from_the_first_seeds": (
+            "evaluation.guidance_images",
+            "evaluation.guidance_scales",
+        ),
+        "test_further_pictures_reach_the_measures": ("evaluation.views",),
+        "test_recognition_without_a_judge_is_refused_if_it_is_asked_for": ("evaluation.recognition",),
         "test_a_missing_evaluator_is_refused_before_anything_is_drawn": ("evaluation.evaluators",),
     },
     "pipelines/test_export.py": {
@@ -345,6 +354,8 @@ class Tracker:
         self.steps.append(step)
 
     def log_image_file(self, image: Image.Image, file: str) -> None: ...
+
+    def set_tag(self, name: str, text: str) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -767,7 +778,17 @@ def test_a_concept_is_evaluated_as_configured(
         other_picture=True,
     )
     picture, concept = Image.new("RGB", (32, 32)), train(num_steps=0).concept
-    evaluate_concept(str(tiny_base_model), concept, picture, params=params, device=CPU, tracker=Tracker())
+    ingestion = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
+    evaluate_concept(
+        str(tiny_base_model),
+        concept,
+        picture,
+        {},
+        params=params,
+        ingestion=ingestion,
+        device=CPU,
+        tracker=Tracker(),
+    )
     expected = ([40, 41, 42], "blurry", SAMPLER)  # the base model and the concept, with and without the subject
     assert [(list(c["seeds"]), c["negative_prompt"], c["sampler"]) for c in drawings] == [expected] * 4
     assert set(strengths) == {strength}

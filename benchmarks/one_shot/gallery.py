@@ -55,11 +55,6 @@ def _painted(sprites: torch.Tensor, ground: tuple[int, int, int], size_px: int) 
     return pictures
 
 
-def luminance(image: Image.Image) -> Image.Image:
-    """Return the luminance (ITU-R 601) in all three RGB channels."""
-    return image.convert("L").convert("RGB")
-
-
 @dataclass(frozen=True)
 class Gallery:
     """Labelled drawings.
@@ -121,30 +116,3 @@ def recognize(pictures: torch.Tensor, gallery: Gallery, word: str) -> Recognitio
     nearness = nearness.scatter_reduce(1, owner.expand(len(pictures), -1), cosines, "amax")  # [M, objects]
     ranks = 1 + (nearness > nearness[:, [index_of[word]]]).sum(dim=1)
     return Recognition(tuple(ranks.tolist()), tuple(words[index] for index in nearness.argmax(dim=1).tolist()))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_mean(
-    values: Sequence[float], seed: int = 0, num_resamples: int = 10_000, confidence: float = 0.95
-) -> Estimate:
-    """Return the mean of `values` and its percentile bootstrap interval (Efron 1979).
-
-    Raises:
-        ValueError: there are no values.
-    """
-    if not values:
-        raise ValueError("expected at least one value; got none")
-    sample = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    means = sample[torch.randint(len(sample), (num_resamples, len(sample)), generator=generator)].mean(dim=1)
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = means.quantile(tails).tolist()
-    return Estimate(float(sample.mean()), low, high)

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from dreamartist_pipeline.backbones.evaluators import Evaluator
 from dreamartist_pipeline.core.images import to_images
+from dreamartist_pipeline.core.metrics import luminance
 from dreamartist_pipeline.embedded.scenes import compose
-from one_shot.gallery import Gallery, cut_out, cut_out_drawings, luminance, recognize
+from one_shot.gallery import Gallery, cut_out, cut_out_drawings, recognize
 from one_shot.prompts import GROUP_OF, Prompts
 from one_shot.world import World
 

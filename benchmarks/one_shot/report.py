@@ -9,7 +9,8 @@ import pandas as pd
 from PIL import Image
 
 from dreamartist_pipeline.core.images import image_grid
-from one_shot.gallery import bootstrap_mean, cut_out
+from dreamartist_pipeline.core.intervals import bootstrap_mean
+from one_shot.gallery import cut_out
 from one_shot.prompts import GROUP_OF, HARD, PLAIN, Prompts
 from one_shot.recognition import ALL, CLASS_WORD, CONCEPTS, FIXED, KNOWN, REAL, RECONSTRUCTED, Drawn
 

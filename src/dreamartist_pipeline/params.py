@@ -618,7 +618,7 @@ class EvaluationParams(Params):
     negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
-    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID and dinov2:FOLDER_OR_HUB_ID.
+    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID and dinov2:FOLDER_OR_HUB_ID.
     evaluators: Annotated[Texts, KIND_AND_PATH] = ("efficientnet-lite0",)
     # For CLIPScore: "clip:FOLDER_OR_HUB_ID", None for none, or "auto" for the towers of the base model, if it has some.
     text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None, KIND_AND_PATH] = "auto"
@@ -626,6 +626,15 @@ class EvaluationParams(Params):
     other_picture: bool = False
     # Whether colours named in prompts are compared with the pixels; None for the embedded base model only.
     color_agreement: bool | None = None
+    # Whether the judge names the object in each image; None: if there is one beside the base model.
+    recognition: bool | None = None
+    # Further pictures of the subject, which the training has not seen: files, or folders of pictures.
+    views: Annotated[Texts, PATH] = ()
+    # Images per prompt without the negative adapter, and as many with the negative word; 0 for none.
+    branch_images: NonNegativeInt = 0
+    # Images per prompt at each of these guidance scales; 0 for none.
+    guidance_images: NonNegativeInt = 0
+    guidance_scales: tuple[Guidance, ...] = ()
 
     @field_validator("evaluators")
     @classmethod

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dreamartist_pipeline.core.metrics import pixels
-from one_shot.gallery import GROUND, Gallery, bootstrap_mean, cut_out, cut_out_drawings, luminance, recognize
+from dreamartist_pipeline.core.metrics import luminance, pixels
+from one_shot.gallery import GROUND, Gallery, cut_out, cut_out_drawings, recognize
 
 
 def _direction(degrees: float) -> list[float]:
@@ -119,32 +119,3 @@ def test_every_drawing_in_a_picture_of_its_own_is_recognized_as_itself() -> None
 
 def _pixel_embedding(image: Image.Image) -> torch.Tensor:
     return torch.nn.functional.normalize((pixels(image.resize((16, 16))) - 0.5).flatten(), dim=0)
-
-
-def test_the_interval_of_equal_values_is_their_mean() -> None:
-    estimate = bootstrap_mean([0.25] * 6)
-    assert (estimate.mean, estimate.low, estimate.high) == (0.25, 0.25, 0.25)
-
-
-def test_the_interval_of_five_ones_and_five_zeros_is_that_of_ten_fair_coins() -> None:
-    """Resampled means are Binomial(10, 1/2) / 10: P(≤ 1) = 0.011 and P(≤ 2) = 0.055 put the 2.5 % quantile at 0.2."""
-    estimate = bootstrap_mean([1.0, 0.0] * 5)
-    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.5, 0.2, 0.8))
-
-
-def test_the_interval_narrows_with_less_confidence() -> None:
-    values = [0.1, 0.4, 0.35, 0.8, 0.6, 0.2]
-    wide, narrow = bootstrap_mean(values, seed=3), bootstrap_mean(values, seed=3, confidence=0.5)
-    assert wide.low < narrow.low < wide.mean < narrow.high < wide.high
-
-
-def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
-    values = [0.1, 0.4, 0.35, 0.8, 0.6, 0.2]
-    first, again, other = (bootstrap_mean(values, seed=seed, num_resamples=20) for seed in (3, 3, 4))
-    assert first == again
-    assert first != other
-
-
-def test_an_interval_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="none"):
-        bootstrap_mean([])

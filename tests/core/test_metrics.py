@@ -61,16 +61,59 @@ def test_clip_score_is_two_and_a_half_times_the_cosine_and_never_negative() -> N
     assert torch.allclose(metrics.clip_score(images, texts), torch.tensor([2.5, 1.5, 0.0]))
 
 
-def test_mean_pairwise_distance_of_orthogonal_and_equal_rows() -> None:
-    assert metrics.mean_pairwise_distance(torch.eye(3)) == pytest.approx(1.0)
-    assert metrics.mean_pairwise_distance(torch.ones(4, 2)) == pytest.approx(0.0, abs=1e-6)
-    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # pairs at distance 0, 1, 1
-    assert metrics.mean_pairwise_distance(rows) == pytest.approx(2 / 3)
+def test_distances_of_orthogonal_equal_and_opposite_rows() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]])
+    assert torch.allclose(metrics.embedding_distance(rows, rows[[0, 0, 0]]), torch.tensor([0.0, 1.0, 2.0]))
+    expected = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
+    assert torch.allclose(metrics.pairwise_distances(rows), expected, atol=1e-6)
+    assert torch.allclose(metrics.pairwise_distances(rows[None].repeat(2, 1, 1))[1], expected, atol=1e-6)
+    assert torch.allclose(metrics.nearest_distance(rows, rows[:2]), torch.tensor([0.0, 0.0, 1.0]), atol=1e-6)
 
 
-def test_mean_pairwise_distance_refuses_a_single_image() -> None:
-    with pytest.raises(ValueError, match="2 embeddings, got 1"):
-        metrics.mean_pairwise_distance(torch.ones(1, 2))
+def test_crops_are_the_whole_and_nine_of_each_smaller_size() -> None:
+    image = Image.new("RGB", (8, 4), "white")
+    image.putpixel((7, 3), (0, 0, 0))
+    found = metrics.crops(image)
+    assert [crop.size for crop in found] == [(8, 4)] + [(6, 3)] * 9 + [(4, 2)] * 9
+    assert found[0] is image
+    blackened = [index for index, crop in enumerate(found) if crop.getextrema()[0][0] == 0]
+    assert blackened == [0, 9, 18]  # the whole, and the last crop of each size: that of the lower right corner
+    assert found[18].getpixel((3, 1)) == (0, 0, 0)
+
+
+def test_the_background_is_what_is_not_the_object_or_else_a_frame() -> None:
+    mask = metrics.background_mask(_picture("teal", "orange"))
+    assert int(mask.sum()) == 64 * 64 - 32 * 32
+    assert not mask[16:48, 16:48].any()
+    frame = metrics.background_mask(Image.new("RGB", (32, 16), "white"))  # nothing differs from the border
+    assert int(frame.sum()) == 32 * 16 - (32 - 2 * 4) * (16 - 2 * 2)
+
+
+def test_histograms_of_backgrounds_have_in_common_what_both_show() -> None:
+    def common(first: Image.Image, second: Image.Image) -> float:
+        return metrics.histogram_intersection(*map(metrics.background_histogram, (first, second)))
+
+    blue, red = _picture("blue", "orange"), _picture("red", "orange")
+    assert common(blue, blue) == pytest.approx(1, abs=1e-5)
+    assert common(blue, _picture("blue", "green", box=(4, 4, 23, 23))) == pytest.approx(1, abs=1e-5)
+    assert common(blue, red) == pytest.approx(0, abs=1e-5)
+    noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    half = noise.copy()
+    half[:, :32] = COLORS["blue"]
+    assert common(Image.fromarray(half), blue) == pytest.approx(0.5, abs=0.03)
+    nearly = Image.new("RGB", (64, 64), tuple(value + 4 for value in COLORS["blue"]))
+    assert common(nearly, blue) > 0.6  # of three channels, each 4 / 32 of a bin away
+
+
+def test_a_histogram_sums_to_one_at_any_size_and_color() -> None:
+    for size, color in (((8, 8), "white"), ((700, 300), "black"), ((64, 64), (130, 1, 254))):
+        histogram = metrics.background_histogram(Image.new("RGB", size, color))
+        assert histogram.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_luminance_is_the_same_in_all_channels() -> None:
+    red = metrics.luminance(Image.new("RGB", (2, 2), (200, 0, 0)))
+    assert red.getpixel((0, 0)) == (60, 60, 60)  # 0.299 · 200
 
 
 def test_image_distance_is_zero_for_equal_and_one_for_black_against_white() -> None:

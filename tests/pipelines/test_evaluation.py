@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -14,19 +15,44 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.core import processes
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.image_set import images_sha256
+from dreamartist_pipeline.core.measures import CLIP_SCORE
+from dreamartist_pipeline.datasets.user_files import UserPicturesDataset
 from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
-from dreamartist_pipeline.pipelines.evaluation import create_pipeline
-from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages, measure
-from dreamartist_pipeline.pipelines.evaluation.nodes import check_evaluation, check_picture, evaluate_concept
+from dreamartist_pipeline.params import (
+    BucketParams,
+    DeviceParams,
+    EvaluationParams,
+    IngestionParams,
+    SamplerParams,
+    TrainingParams,
+)
+from dreamartist_pipeline.pipelines.evaluation import create_pipeline, drawing
+from dreamartist_pipeline.pipelines.evaluation.measuring import (
+    BASE,
+    CONCEPT,
+    Ablation,
+    Drawings,
+    EvaluationImages,
+    measure,
+)
+from dreamartist_pipeline.pipelines.evaluation.nodes import (
+    check_evaluation,
+    check_picture,
+    check_recognition,
+    check_views,
+    evaluate_concept,
+    prepare_views,
+)
 from dreamartist_pipeline.pipelines.evaluation.sheet import _sampling_line
 from refusals import says
 
 CPU = DeviceParams(device="cpu")
+INGESTION = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
 
 
 def _picture(background: str, inside: str) -> Image.Image:
@@ -49,8 +75,13 @@ class RecordingTracker:
     def __init__(self) -> None:
         self.images: dict[str, Image.Image] = {}
 
+        self.tags: dict[str, str] = {}
+
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         raise AssertionError("numbers are an output")
+
+    def set_tag(self, name: str, text: str) -> None:
+        self.tags[name] = text
 
     def log_image(self, image: Image.Image, key: str, step: int) -> None:
         self.images[key] = image
@@ -88,7 +119,7 @@ def test_agreement_is_the_share_of_images_that_follow_the_prompt(images: Evaluat
 
 def test_colours_are_read_where_asked_for_alone(images: EvaluationImages) -> None:
     measured = measure(images, [])
-    assert not [name for name in (*measured.metrics, *measured.rows[0]) if "agree" in name or "background" in name]
+    assert not [name for name in (*measured.metrics, *measured.rows[0]) if "agree" in name or "prompt/" in name]
 
 
 def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_for_the_subject(
@@ -97,13 +128,17 @@ def test_clip_scores_compare_images_with_prompts_in_which_the_class_word_stands_
     asked: list[list[str]] = []
 
     class OnePoint:
+        measure = CLIP_SCORE
+
         def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
             asked.append(list(texts))
             assert len(images) == len(texts)
-            return torch.tensor([0.25, 0.5, 0.75, 1.0])
+            return torch.tensor([0.25, 0.5, 0.75, 1.0][: len(images)])
 
     measured = measure(dataclasses.replace(images, class_word="fox"), [], OnePoint())
-    assert asked == [["a fox, blue background"] * 2 + ["a red fox, green background"] * 2] * 2
+    prompts = ["a fox, blue background", "a red fox, green background"]
+    assert asked == [[text for text in prompts for _ in range(2)]] * 2 + [prompts] * 2  # the reference with each
+    assert measured.metrics["prompt/clip_score.reference"] == 0.375
     assert measured.metrics["prompt/clip_score.base"] == measured.metrics["prompt/clip_score.concept"] == 0.625
     assert [row.get("clip_score") for row in measured.rows[:5]] == [0.25, 0.5, 0.75, 1.0, 0.25]
     assert "prompt/clip_score.base" not in measure(images, []).metrics
@@ -152,6 +187,49 @@ def test_what_nothing_asks_for_is_left_out(images: EvaluationImages) -> None:
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_floor_and_ceilings_are_beside_each_measure(images: EvaluationImages) -> None:
+    table = {(row["measure"], row["by"]): row for row in measure(images, [MeanColor()], color_agreement=True).table()}
+    row = table["similarity", "mean-color"]
+    assert row["concept_low"] <= row["concept"] <= row["concept_high"] <= 1
+    assert row["base_low"] <= row["base"] <= row["base_high"]
+    assert (row["reference"], row["ceiling"]) == pytest.approx((1, 1))
+    assert (table["variety/copying", "pixels"]["reference"], row["images"]) == (1, 4)
+    assert table["copying/crop_distance", "mean-color"]["reference"] == pytest.approx(0, abs=1e-6)
+    assert table["prior_drift", "pixels"]["base"] == 0
+    assert table["prompt/background", ""]["reference"] == 0  # white, for blue and green
+
+
+def test_what_is_not_measured_is_in_the_table_with_its_reason(images: EvaluationImages) -> None:
+    measured = measure(images, [])
+    reasons = {row["measure"]: row["left_out"] for row in measured.table() if row["left_out"]}
+    assert reasons == measured.left_out
+    assert {"similarity", "prompt/clip_score", "recognition", "similarity_unseen", "prompt/color"} <= reasons.keys()
+    assert "evaluation.evaluators" in reasons["similarity"]
+
+
+def test_an_effect_is_the_change_from_the_same_prompt_and_seed(images: EvaluationImages) -> None:
+    ours = images.subject[CONCEPT]
+    worse = dataclasses.replace(ours, images=[[_picture("blue", "blue")] * 2] * 2)
+    effects = {"negative_adapter": Ablation(ours, worse), "negative_word": Ablation(ours, ours)}
+    measured = measure(dataclasses.replace(images, branches=effects), [MeanColor()]).metrics
+    assert measured["effect/similarity.negative_adapter.mean-color"] > 0.1
+    assert measured["effect/distance.negative_adapter.pixels"] > 0.05
+    for name in ("distance", "similarity"):
+        assert measured[f"effect/{name}.negative_word.mean-color"] == pytest.approx(0, abs=1e-6)
+    assert measured["intervals/effect.similarity.negative_word.mean-color.high"] == pytest.approx(0, abs=1e-6)
+
+
+def test_guidance_scales_are_measured_one_by_one_beside_the_same_floor(images: EvaluationImages) -> None:
+    scales = {2.0: images.subject[CONCEPT].of_first_seeds(1), 7.5: images.subject[BASE].of_first_seeds(1)}
+    measured = measure(dataclasses.replace(images, guidance=scales), [MeanColor()])
+    values = [measured.metrics[f"guidance/similarity.{scale}.mean-color"] for scale in ("2", "7.5")]
+    assert values[0] != values[1]
+    rows = [row for row in measured.table() if row["measure"] == "guidance/similarity"]
+    assert [row["condition"] for row in rows] == ["2", "7.5"]
+    assert rows[0]["base"] == measured.metrics["similarity/base.mean-color"]
+    assert rows[0]["images"] == 2
+
+
 def _params(**changes: object) -> EvaluationParams:
     values = {
         "prompts": ("a {pt1}, blue background", "a {pt1} on the left and a cat on the right"),
@@ -167,8 +245,15 @@ def _evaluate(
     base_model: Path, concept: Concept, params: EvaluationParams, device: DeviceParams = CPU
 ) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
     picture = _picture("white", "red")
-    sheet, metrics, _, table = evaluate_concept(
-        str(base_model), concept, picture, params=params, device=device, tracker=RecordingTracker()
+    sheet, metrics, _, table, _ = evaluate_concept(
+        str(base_model),
+        concept,
+        picture,
+        {},
+        params=params,
+        ingestion=INGESTION,
+        device=device,
+        tracker=RecordingTracker(),
     )
     return sheet, metrics, table
 
@@ -205,8 +290,15 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
 ) -> None:
     tracker = RecordingTracker()
     reference = _picture("white", "orange")
-    sheet, metrics, scores, table = evaluate_concept(
-        str(tiny_base_model), zero_step_concept, reference, params=_params(), device=CPU, tracker=tracker
+    sheet, metrics, scores, table, measured = evaluate_concept(
+        str(tiny_base_model),
+        zero_step_concept,
+        reference,
+        {},
+        params=_params(),
+        ingestion=INGESTION,
+        device=CPU,
+        tracker=tracker,
     )
     assert isinstance(sheet, Image.Image)
     assert metrics == json.loads(json.dumps(metrics))
@@ -218,6 +310,7 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
         ("subject", CONCEPT): 4,
         ("prior", CONCEPT): 2,
     }
+    assert isinstance(measured, pd.DataFrame)
     assert table["prompt"].iloc[0] == "a fox, blue background"
     assert "a my-fox, blue background" in set(table["prompt"])
     assert {"similarity/concept.efficientnet-lite0", "prior_drift/efficientnet-lite0"} <= set(metrics)
@@ -274,6 +367,124 @@ def test_a_clip_model_named_for_the_score_is_used_with_any_base_model(
     assert 0 <= metrics["prompt/clip_score.concept"] <= 2.5
     with pytest.raises(InputError, check=says(expected="clip", got="/no/such/folder")):
         check_evaluation(_params(text_image_model="clip:/no/such/folder"), None)
+
+
+@dataclasses.dataclass
+class Call:
+    prompts: list[str]
+    seeds: list[int]
+    negative_prompt: str
+    guidance_scale: float
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Replace `generate` by a stub, and return the list of its calls."""
+    found: list[Call] = []
+
+    def record(backbone, loaded, prompts, negative_prompt, seeds, sampler):
+        found.append(Call(list(prompts), list(seeds), negative_prompt, sampler.guidance_scale))
+        return [Image.new("RGB", (32, 32), "gray")] * len(prompts)
+
+    monkeypatch.setattr("dreamartist_pipeline.pipelines.evaluation.drawing.generate", record)
+    return found
+
+
+def _changed(calls: list[Call], params: EvaluationParams) -> list[Call]:
+    """Return the calls for branches and guidance, which follow those for both models."""
+    usual = 2 * len([*params.prompts, *params.prior_prompts])
+    return calls[usual:]
+
+
+def test_images_without_a_part_of_the_negative_branch_are_drawn_from_the_first_seeds(
+    tiny_base_model: Path, zero_step_concept: Concept, calls: list[Call]
+) -> None:
+    one_each = SamplerParams(num_inference_steps=2, batch_size=2)
+    params = _params(evaluators=(), sampler=one_each, branch_images=1, negative_prompt="blurry")
+    _, metrics, _ = _evaluate(tiny_base_model, zero_step_concept, params)
+    adapter, word = _changed(calls, params)
+    assert (adapter.seeds, word.seeds) == ([1000] * 2, [1000] * 2)
+    assert (adapter.negative_prompt, word.negative_prompt) == ("blurry", "blurry, my-fox-neg")
+    assert metrics["effect/distance.negative_adapter.pixels"] == 0
+    calls.clear()
+    _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update={"negative_prompt": "blurry, {pt1}"}))
+    assert calls[2].negative_prompt == "blurry, my-fox-neg"  # of the concept's first images
+    assert _changed(calls, params)[1].negative_prompt == "blurry"
+    calls.clear()
+    _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update={"branch_images": 0}))
+    assert not _changed(calls, params)
+
+
+def test_images_at_other_guidance_scales_are_drawn_from_the_first_seeds(
+    tiny_base_model: Path, zero_step_concept: Concept, calls: list[Call]
+) -> None:
+    sampler = SamplerParams(num_inference_steps=2, batch_size=2, guidance_scale=4.0)
+    params = _params(evaluators=(), sampler=sampler, guidance_images=1, guidance_scales=(2.0, 4.0, 8.0))
+    _evaluate(tiny_base_model, zero_step_concept, params)
+    assert [(call.guidance_scale, call.seeds) for call in _changed(calls, params)] == [
+        (2.0, [1000] * 2),
+        (8.0, [1000] * 2),  # images at 4.0 are there already
+    ]
+    calls.clear()
+    _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update={"guidance_images": 0}))
+    assert not _changed(calls, params)
+
+
+def test_the_negative_adapter_is_off_where_its_effect_is_measured(
+    tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengths = []
+    monkeypatch.setattr(drawing, "attach", lambda *args: (strengths.append(args[2]), concepts.attach(*args))[1])
+    _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=(), branch_images=1))
+    assert {(one.positive, one.negative) for one in strengths} == {(1, 1), (1, 0)}
+
+
+def test_further_pictures_are_unseen_views_except_that_of_the_training(
+    tiny_base_model: Path, zero_step_concept: Concept, caplog: pytest.LogCaptureFixture
+) -> None:
+    def png(image: Image.Image) -> bytes:
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        return data.getvalue()
+
+    files = {"same.png": lambda: png(_picture("white", "red")), "other.png": lambda: png(_picture("blue", "red"))}
+    with caplog.at_level("INFO"):
+        views = prepare_views(files, _picture("white", "red"), INGESTION)
+    assert [view.getpixel((0, 0)) for view in views] == [COLORS["blue"]]
+    assert "same.png" in caplog.text
+    with pytest.raises(InputError, check=says(expected="bad.png of evaluation.views")):
+        check_views(INGESTION, None, {"bad.png": lambda: b"no picture"})
+
+
+def test_fidelity_to_unseen_views_is_measured_where_there_are_some(images: EvaluationImages) -> None:
+    assert "similarity_unseen/concept.mean-color" not in measure(images, [MeanColor()]).metrics
+    seen = measure(dataclasses.replace(images, views=[_picture("blue", "orange")]), [MeanColor()]).metrics
+    assert seen["similarity_unseen/concept.mean-color"] == pytest.approx(seen["similarity/concept.mean-color"])
+
+
+def test_further_pictures_reach_the_measures(
+    tiny_base_model: Path, zero_step_concept: Concept, calls: list[Call], tmp_path: Path
+) -> None:
+    _picture("blue", "red").save(tmp_path / "view.png")
+    params = _params(images_per_prompt=1, views=[str(tmp_path)])
+    files = UserPicturesDataset(path=".", sources=list(params.views)).load()
+    _, metrics, _, _, _ = evaluate_concept(
+        str(tiny_base_model),
+        zero_step_concept,
+        _picture("white", "red"),
+        files,
+        params=params,
+        ingestion=INGESTION,
+        device=CPU,
+        tracker=RecordingTracker(),
+    )
+    assert "similarity_unseen/concept.efficientnet-lite0" in metrics
+
+
+def test_recognition_without_a_judge_is_refused_if_it_is_asked_for(tiny_base_model: Path) -> None:
+    with pytest.raises(InputError, check=says(expected="evaluation.recognition", got="none")):
+        check_recognition(_params(recognition=True), None, str(tiny_base_model))
+    check_recognition(_params(), None, str(tiny_base_model))
 
 
 def test_a_concept_of_no_steps_leaves_the_base_model_exactly_alone(
@@ -350,17 +561,24 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
         "base_model",
         "concept",
         "prepared_image",
+        "evaluation_views",
         "params:evaluation",
+        "params:ingestion",
         "params:device",
     }
-    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", "evaluation_table"}
+    tables = {"evaluation_table", "evaluation_measures"}
+    assert pipeline.outputs() == {"contact_sheet", "evaluation_metrics", "evaluation_scores", *tables}
 
 
 def test_kedro_finds_the_parameter_models_in_the_nodes_hints() -> None:
     from kedro.validation.type_extractor import TypeExtractor
 
     types = TypeExtractor({"evaluation": create_pipeline(RecordingTracker())}).extract_types_from_pipelines()
-    assert types == {"evaluation": EvaluationParams, "device": DeviceParams}
+    assert types == {
+        "evaluation": EvaluationParams,
+        "ingestion": IngestionParams,
+        "device": DeviceParams,
+    }
 
 
 @pytest.mark.parametrize(("color", "trained_on"), [("orange", "orange"), ("blue", None)])

@@ -22,6 +22,7 @@ from dreamartist_pipeline.backbones.holding.configurations import check_config
 from dreamartist_pipeline.backbones.holding.folder import LonePart, has_vocabulary
 from dreamartist_pipeline.backbones.holding.hub import hub_folder
 from dreamartist_pipeline.backbones.holding.parts import make_outline, make_part, misfit
+from dreamartist_pipeline.core.measures import CLIP_SCORE, Measure
 from dreamartist_pipeline.core.metrics import clip_score
 from dreamartist_pipeline.core.model_location import HUB, HubId, ModelLocation
 from dreamartist_pipeline.decoding.json_text import read_json_object
@@ -93,6 +94,11 @@ class TextImageModel:
     def label(self) -> str:
         """The name without folders."""
         return self.images.label
+
+    @property
+    def measure(self) -> Measure:
+        """What its scores are."""
+        return CLIP_SCORE
 
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
         """Return the CLIPScore of each image with its text: float32 `[N]`."""

@@ -1,11 +1,12 @@
-"""Image metrics: similarity, prompt agreement, diversity, drift and copying.
+"""Arithmetic of the measures: parts of pictures, distances of pictures, and distances of embeddings `[N, D]`.
 
-All functions take images, or embeddings `[N, D]` of any network.
+measures.py says what they measure.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import numpy as np
 import torch
@@ -14,6 +15,12 @@ from PIL import Image
 OBJECT_TOLERANCE = 40 / 255  # largest channel difference of background pixels
 UNIFORM_SHARE = 0.6  # fraction of border pixels of one colour in a plain background
 REGION_MARGIN = 0.15  # margin around the object, as a fraction of its longer side
+
+CROP_SIDES = (1.0, 0.75, 0.5)  # of the crops of a picture, as fractions of its sides
+CROPS_PER_SIDE = 3
+_COLOR_BINS = 8  # per channel
+_HISTOGRAM_PX = 64  # larger pictures are scaled down
+_FRAME = 8  # 1 / width of the frame that is the background of a picture without an object mask
 
 _SUBJECT_SIDE = re.compile(r"\{pt\d+\}[^,{}]*? on the (left|right)\b")
 
@@ -83,7 +90,79 @@ def subject_part(image: Image.Image, prompt: str) -> Image.Image:
     return image.crop((left, 0, right, image.height))
 
 
+def luminance(image: Image.Image) -> Image.Image:
+    """Return the luminance (ITU-R 601) in all three RGB channels."""
+    return image.convert("L").convert("RGB")
+
+
+def crops(image: Image.Image) -> list[Image.Image]:
+    """Return the whole image, and 3 × 3 evenly spaced crops of each smaller size of `CROP_SIDES`."""
+    found = [image]
+    for side in CROP_SIDES[1:]:
+        width, height = (max(1, round(side * px)) for px in image.size)
+        steps = [index / (CROPS_PER_SIDE - 1) for index in range(CROPS_PER_SIDE)]
+        for down, right in product(steps, steps):
+            left, top = round(right * (image.width - width)), round(down * (image.height - height))
+            found.append(image.crop((left, top, left + width, top + height)))
+    return found
+
+
+def background_mask(image: Image.Image) -> torch.Tensor:
+    """Return where the background is: bool `[H, W]`.
+
+    All pixels outside `object_mask`; in a picture without a plain background, the outer eighth on each side.
+    """
+    mask = object_mask(image)
+    if not bool(mask.all()):
+        return ~mask
+    frame = torch.ones_like(mask)
+    down, right = (max(1, px // _FRAME) for px in mask.shape)
+    frame[down:-down, right:-right] = False
+    return frame
+
+
+def background_histogram(image: Image.Image) -> torch.Tensor:
+    """Return the share of each RGB colour in the background: float32 `[512]`, sum 1.
+
+    A pixel counts in the 8 nearest of 8 × 8 × 8 bins, by its distance to their centres, so that a small change of a
+    colour changes little.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((_HISTOGRAM_PX, _HISTOGRAM_PX), Image.Resampling.NEAREST)
+    place = (pixels(small)[background_mask(small)] * _COLOR_BINS - 0.5).clamp(0, _COLOR_BINS - 1)  # [N, 3]
+    lower = place.floor().clamp(max=_COLOR_BINS - 2)
+    histogram = torch.zeros(_COLOR_BINS**3)
+    for corner in product((0, 1), repeat=3):
+        above = torch.tensor(corner)
+        share = (1 - (place - lower - above).abs()).clamp(min=0).prod(dim=1)
+        red, green, blue = (lower + above).long().unbind(dim=1)
+        histogram.index_add_(0, (red * _COLOR_BINS + green) * _COLOR_BINS + blue, share)
+    return histogram / len(place)
+
+
 # ------------------------------------------------------------------------------------------- distances
+
+
+def histogram_intersection(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return what two histograms with sum 1 have in common: 0 to 1 (Swain & Ballard 1991)."""
+    return float(torch.minimum(first, second).sum())
+
+
+def embedding_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return 1 - cosine similarity of each row of `[N, D]` to the same row of another tensor: float32 `[N]` in 0..2."""
+    return (1 - torch.nn.functional.cosine_similarity(first.float(), second.float(), dim=1)).clamp(min=0)
+
+
+def nearest_distance(embeddings: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return 1 - cosine similarity of each row of `[N, D]` to the nearest row of `[K, D]`: float32 `[N]` in 0..2."""
+    rows, columns = (torch.nn.functional.normalize(part.float(), dim=1) for part in (embeddings, others))
+    return (1 - (rows @ columns.T).amax(dim=1)).clamp(min=0)
+
+
+def pairwise_distances(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return 1 - cosine similarity of all pairs of rows of `[..., N, D]`: float32 `[..., N, N]` in 0..2."""
+    rows = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+    return (1 - rows @ rows.transpose(-1, -2)).clamp(min=0)
 
 
 def similarity(embeddings: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -98,19 +177,6 @@ def clip_score(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     """
     cosine = torch.nn.functional.cosine_similarity(images.float(), texts.float(), dim=1)
     return 2.5 * cosine.clamp(min=0)
-
-
-def mean_pairwise_distance(embeddings: torch.Tensor) -> float:
-    """Return the mean of 1 - cosine similarity over all pairs of rows of `[N, D]`.
-
-    Raises:
-        ValueError: there are fewer than two rows.
-    """
-    if len(embeddings) < 2:
-        raise ValueError(f"expected at least 2 embeddings, got {len(embeddings)}")
-    rows = torch.nn.functional.normalize(embeddings.float(), dim=1)
-    first, second = torch.triu_indices(len(rows), len(rows), offset=1)
-    return float((1 - (rows[first] * rows[second]).sum(dim=1)).mean())
 
 
 def image_distance(first: Image.Image, second: Image.Image) -> float:

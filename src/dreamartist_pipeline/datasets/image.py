@@ -14,7 +14,7 @@ from kedro_datasets._typing import ImagePreview, TablePreview
 from kedro_datasets.partitions import PartitionedDataset
 
 from dreamartist_pipeline.core.image_set import CaptionedImages
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
+from dreamartist_pipeline.datasets.inputs import PICTURE_SUFFIXES, FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.whole_files import write_new_folder, written_whole
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ _PREVIEW_SIDE_PX = 512
 _MAX_PREVIEWED_PIXELS = 100_000_000
 _MAX_CAPTION_LINES, _MAX_CAPTION_WORDS = 5, 200  # a longer text is a licence, a story, a log
 _MAX_CAPTION_BYTES = 100_000
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif", ".avif")
 _PREVIEWED, _PREVIEW_COLUMNS, _PREVIEW_CELL_PX = 8, 4, 120
 
 
@@ -286,7 +285,7 @@ def _images_beside(file: Path) -> str:
     folder = file if file.is_dir() else file.parent
     if not folder.is_dir():
         return ""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICTURE_SUFFIXES)
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
     return f" (in {folder}: {', '.join(names[:12])}{', …' if len(names) > 12 else ''})" if names else ""
 
 

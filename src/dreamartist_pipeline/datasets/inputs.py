@@ -10,6 +10,8 @@ from kedro.io import AbstractDataset, DatasetError
 
 from dreamartist_pipeline.errors import InputError
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif", ".avif")
+
 _Loaded = TypeVar("_Loaded")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreamartist_pipeline.datasets.inputs import FileError, ReadOnlyDataset, place_of
+from dreamartist_pipeline.datasets.inputs import PICTURE_SUFFIXES, FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.interop.user_files import UserFiles
 
 MAX_BYTES = 2 * 2**30
@@ -66,6 +66,53 @@ class UserFolderDataset(ReadOnlyDataset[UserFiles]):
 
     def _describe(self) -> dict[str, Any]:
         return {"folder": self._folder and self._folder.as_posix()}
+
+
+class UserPicturesDataset(ReadOnlyDataset[UserFiles]):
+    """Picture files, and the pictures directly in folders, named in a parameter: path -> a function that reads it.
+
+    Args:
+        path: base folder of relative paths.
+        sources: paths of files and folders.
+    """
+
+    def __init__(self, *, path: str, sources: Any, metadata: dict[str, Any] | None = None) -> None:
+        self._root, self._sources = Path(path), tuple(_paths(sources))
+        self.metadata = metadata
+
+    def load(self) -> UserFiles:
+        """Return a reader for each picture.
+
+        Raises:
+            FileError: no such file or folder, or a folder without pictures.
+        """
+        found: dict[str, partial[bytes]] = {}
+        for source in self._sources:
+            place = resolved(source, self._root)
+            found |= _pictures_in(place) if place.is_dir() else {source: _reader(place)}
+        return found
+
+    def _exists(self) -> bool:
+        return all(resolved(source, self._root).exists() for source in self._sources)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"sources": self._sources}
+
+
+def _pictures_in(folder: Path) -> dict[str, partial[bytes]]:
+    """Return a reader for each picture directly in a folder, by its suffix.
+
+    Raises:
+        FileError: there is none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+    if not files:
+        raise FileError(
+            expected=f"pictures ({', '.join(PICTURE_SUFFIXES)}) in {folder}",
+            got="none",
+            remedy="correct the path, or name the files",
+        )
+    return {file.as_posix(): _reader(file) for file in files}
 
 
 def folder_files(folder: Path) -> UserFiles:

@@ -1,9 +1,10 @@
-"""The images of an evaluation: every prompt with the base model and with the concept."""
+"""The images of an evaluation: every prompt with the base model and with the concept, and with parts of it left out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -11,32 +12,55 @@ from tqdm import tqdm
 from dreamartist_pipeline.backbones.base_model import open_base_model, reconstruct
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, attach_base, generate
 from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.core import measures
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names, without_weights
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.devices import device_of_rank, num_processes
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.processes import spread
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams
-from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Drawings, EvaluationImages
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams, StrengthParams
+from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Ablation, Drawings, EvaluationImages
+
+NEGATIVE_ADAPTER, NEGATIVE_WORD = "negative_adapter", "negative_word"
+"""Parts of the negative branch whose effect is measured."""
 
 _PROGRESS_DELAY_S = 2.0
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The prompts of one model.
+class _Model:
+    """The conditions that images are drawn under.
 
     Attributes:
-        model: BASE or CONCEPT.
+        name: BASE or CONCEPT.
+        strength: of the concept's adapters.
+        negative_prompt: filled.
+        guidance_scale: of the sampler.
+    """
+
+    name: str
+    strength: StrengthParams
+    negative_prompt: str
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Prompts to draw with one model.
+
+    Attributes:
+        model: what they are drawn with.
         templates: prompts with unfilled slots.
         words: slot -> what fills it; none for prompts whose images must not change.
         prompts: the templates, filled.
+        seeds: of each prompt.
     """
 
-    model: str
+    model: _Model
     templates: Sequence[str]
     words: Mapping[str, str]
     prompts: Sequence[str]
+    seeds: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -44,32 +68,207 @@ class _Batch:
     """Images of one model that are generated together.
 
     Attributes:
-        model: BASE or CONCEPT.
+        model: what they are drawn with.
         rows: (prompt, seed) of each image.
     """
 
-    model: str
+    model: _Model
     rows: Sequence[tuple[str, int]]
 
 
+class _Models:
+    """The base model, and the concept attached at every strength that is drawn with."""
+
+    def __init__(self, backbone: Backbone, concept: Concept) -> None:
+        self.backbone = backbone
+        self._concept = concept
+        self._loaded: dict[StrengthParams | None, LoadedConcept] = {}
+
+    def __getitem__(self, model: _Model) -> LoadedConcept:
+        """Return a model to generate images with; each is attached once."""
+        strength = None if model.name == BASE else model.strength
+        if strength not in self._loaded:
+            self._loaded[strength] = (
+                attach_base(self.backbone, self._concept)
+                if strength is None
+                else attach(self.backbone, self._concept, strength)
+            )
+        return self._loaded[strength]
+
+
 def draw_images(
-    base_model: ModelLocation, concept: Concept, reference: Image.Image, params: EvaluationParams, device: DeviceParams
+    base_model: ModelLocation,
+    concept: Concept,
+    reference: Image.Image,
+    params: EvaluationParams,
+    device: DeviceParams,
+    views: Sequence[Image.Image] = (),
 ) -> tuple[EvaluationImages, dict[str, str]]:
     """Draw all prompts with the base model and with the concept, on all processes.
 
     Returns:
         The images, and the positive trigger word of each slot.
     """
-    backbone = open_base_model(base_model, device)
-    loaded = _load(backbone, concept, params)
-    words = {slot: positive for slot, (positive, _) in loaded[CONCEPT].trigger_words.items()}
-    slots = [name for template in params.prompts for name in slot_names(template, words)]
-    class_words = dict.fromkeys(slots, params.class_word)
-    subject_words = dict.fromkeys(slots, concept.metadata.class_word or params.class_word)
-    fillings = {BASE: class_words, CONCEPT: subject_words | words}
-    subject = [_filled(loaded, name, params.prompts, fillings[name], params) for name in loaded]
-    prior = [_filled(loaded, name, params.prior_prompts, {}, params) for name in loaded]
-    batches = [batch for part in (*subject, *prior) for batch in _batches(part, params)]
+    models = _Models(open_base_model(base_model, device), concept)
+    plan = _Plan.of(models, concept, params)
+    drawn = _draw_parts(plan.parts(), base_model, concept, params, device)
+    subject, prior = ({model: drawn[kind, model] for model in (BASE, CONCEPT)} for kind in ("subject", "prior"))
+    images = EvaluationImages(
+        reference,
+        reconstruct(models.backbone, reference),
+        subject,
+        prior,
+        params.class_word,
+        views,
+        {name: _ablation(name, drawn, plan) for name in plan.branches},
+        _by_guidance(drawn, plan, params),
+        plan.left_out,
+    )
+    return images, plan.words
+
+
+# ------------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is drawn.
+
+    Attributes:
+        subject: BASE or CONCEPT -> prompts with the subject's slot.
+        prior: the same -> prompts without it.
+        branches: part of the negative branch -> the concept's prompts with it, if the concept is drawn without it
+            otherwise, else without it.
+        guidance: guidance scale -> the concept's prompts; not for that of the sampler.
+        has_negative_word: whether the concept is drawn with its negative words in the negative prompt.
+        words: the positive trigger word of each slot.
+        left_out: measure -> why its images are not drawn.
+    """
+
+    subject: Mapping[str, _Part]
+    prior: Mapping[str, _Part]
+    branches: Mapping[str, _Part]
+    guidance: Mapping[float, _Part]
+    has_negative_word: bool
+    words: dict[str, str]
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def of(cls, models: _Models, concept: Concept, params: EvaluationParams) -> _Plan:
+        """Plan the images of a concept."""
+        negative_words = models[_model(CONCEPT, params)].negative_words
+        words = {slot: positive for slot, (positive, _) in concept.metadata.words.items()}
+        slots = [name for template in params.prompts for name in slot_names(template, words)]
+        class_words = dict.fromkeys(slots, params.class_word)
+        subject_words = dict.fromkeys(slots, concept.metadata.class_word or params.class_word) | words
+        base, ours = (_model(name, params, each) for name, each in ((BASE, {}), (CONCEPT, negative_words)))
+        subject = {
+            BASE: _filled(models, base, params.prompts, class_words, params),
+            CONCEPT: _filled(models, ours, params.prompts, subject_words, params),
+        }
+        prior = {each.name: _filled(models, each, params.prior_prompts, {}, params) for each in (base, ours)}
+        named = [slot for slot in slot_names(params.negative_prompt, words) if slot in words]
+        changed = _without_parts(ours, concept, params, negative_words, bool(named))
+        scales = [scale for scale in params.guidance_scales if scale != ours.guidance_scale]
+        return cls(
+            subject,
+            prior,
+            {name: _first_seeds(subject[CONCEPT], each, params.branch_images) for name, each in changed.items()},
+            {
+                scale: _first_seeds(subject[CONCEPT], replace(ours, guidance_scale=scale), params.guidance_images)
+                for scale in (scales if params.guidance_images else ())
+            },
+            bool(named),
+            words,
+            _left_out(concept, params, changed),
+        )
+
+    def parts(self) -> dict[tuple[str, str], _Part]:
+        """Return all parts by their kind and name, in the order in which they are drawn."""
+        kinds: dict[str, Mapping[Any, _Part]] = {
+            "subject": self.subject,
+            "prior": self.prior,
+            "branches": self.branches,
+            "guidance": self.guidance,
+        }
+        return {(kind, str(name)): part for kind, parts in kinds.items() for name, part in parts.items()}
+
+
+def _model(name: str, params: EvaluationParams, negative_words: Mapping[str, str] | None = None) -> _Model:
+    negative_prompt = fill_negative_prompt(params.negative_prompt, negative_words or {})
+    return _Model(name, params.strength, negative_prompt, params.sampler.guidance_scale)
+
+
+def _filled(
+    models: _Models, model: _Model, templates: Sequence[str], words: Mapping[str, str], params: EvaluationParams
+) -> _Part:
+    """Fill the slots of templates with `words`."""
+    prompts = [fill_template(template, {"class": params.class_word, **words}) for template in templates]
+    if words:  # the others draw what must not change
+        models[model].prompts.warn_without_word(prompts)
+    seeds = [params.seed + i for i in range(params.images_per_prompt)]
+    return _Part(model, templates, words, prompts, seeds)
+
+
+def _first_seeds(part: _Part, model: _Model, count: int) -> _Part:
+    """Return the first seeds of each prompt with another model."""
+    return replace(part, model=model, seeds=part.seeds[:count])
+
+
+def _without_parts(
+    ours: _Model, concept: Concept, params: EvaluationParams, words: Mapping[str, str], has_word: bool
+) -> dict[str, _Model]:
+    """Return part of the negative branch -> the concept without it; or with it, if `ours` is without it."""
+    if not params.branch_images:
+        return {}
+    changed = {}
+    if _has_negative_adapter(concept) and params.strength.negative:
+        off = params.strength.model_copy(update={"negative": 0.0})
+        changed[NEGATIVE_ADAPTER] = replace(ours, strength=off)
+    if slots := _negative_word_slots(concept):
+        if has_word:
+            other = fill_negative_prompt(params.negative_prompt, dict.fromkeys(words, ""))
+        else:
+            other = ", ".join(filter(None, [ours.negative_prompt, *(words[slot] for slot in slots)]))
+        changed[NEGATIVE_WORD] = replace(ours, negative_prompt=other)
+    return changed
+
+
+def _has_negative_adapter(concept: Concept) -> bool:
+    return any(group.branch == "negative" for groups in concept.metadata.lora.values() for group in groups)
+
+
+def _negative_word_slots(concept: Concept) -> list[str]:
+    return [slot for slot, (positive, negative) in concept.metadata.words.items() if negative not in ("", positive)]
+
+
+def _left_out(concept: Concept, params: EvaluationParams, branches: Mapping[str, _Model]) -> dict[str, str]:
+    """Return measure -> why its images are not drawn."""
+    left_out: dict[str, str] = {}
+    effects = (measures.EFFECT_DISTANCE, measures.EFFECT_SIMILARITY, measures.EFFECT_AGREEMENT)
+    if not params.branch_images:
+        left_out |= dict.fromkeys((one.name for one in effects), "evaluation.branch_images is 0")
+    elif not branches:
+        reason = "the concept has no negative adapter and no negative word"
+        left_out |= dict.fromkeys((one.name for one in effects), reason)
+    if not (params.guidance_images and params.guidance_scales):
+        sweeps = (measures.GUIDANCE_SIMILARITY, measures.GUIDANCE_AGREEMENT)
+        reason = "evaluation.guidance_images is 0, or evaluation.guidance_scales is empty"
+        left_out |= dict.fromkeys((one.name for one in sweeps), reason)
+    return left_out
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+
+def _draw_parts(
+    parts: Mapping[tuple[str, str], _Part],
+    base_model: ModelLocation,
+    concept: Concept,
+    params: EvaluationParams,
+    device: DeviceParams,
+) -> dict[tuple[str, str], Drawings]:
+    batches = [batch for part in parts.values() for batch in _batches(part, params)]
     images: list[Image.Image] = []
     num_images = sum(len(batch.rows) for batch in batches)
     with tqdm(total=num_images, desc="evaluation", unit="image", delay=_PROGRESS_DELAY_S) as bar:
@@ -77,38 +276,12 @@ def draw_images(
             images += drawn
             bar.update(len(drawn))
     remaining = iter(images)
-    subject_images, prior_images = (
-        {part.model: _drawings(part, params, remaining) for part in parts} for parts in (subject, prior)
-    )
-    reconstruction = reconstruct(backbone, reference)
-    return EvaluationImages(reference, reconstruction, subject_images, prior_images, params.class_word), words
-
-
-def _load(backbone: Backbone, concept: Concept, params: EvaluationParams) -> dict[str, LoadedConcept]:
-    return {BASE: attach_base(backbone, concept), CONCEPT: attach(backbone, concept, params.strength)}
-
-
-def _filled(
-    loaded: Mapping[str, LoadedConcept],
-    model: str,
-    templates: Sequence[str],
-    words: Mapping[str, str],
-    params: EvaluationParams,
-) -> _Part:
-    """Fill the slots of templates with `words`."""
-    prompts = [fill_template(template, {"class": params.class_word, **words}) for template in templates]
-    if words:  # the others draw what must not change
-        loaded[model].prompts.warn_without_word(prompts)
-    return _Part(model, templates, words, prompts)
-
-
-def _seeds(params: EvaluationParams) -> list[int]:
-    return [params.seed + i for i in range(params.images_per_prompt)]
+    return {key: _drawings(part, remaining) for key, part in parts.items()}
 
 
 def _batches(part: _Part, params: EvaluationParams) -> Iterator[_Batch]:
     """Yield the images of every prompt from every seed, in batches that depend on no number of processes."""
-    rows = [(prompt, seed) for prompt in part.prompts for seed in _seeds(params)]
+    rows = [(prompt, seed) for prompt in part.prompts for seed in part.seeds]
     for start in range(0, len(rows), params.sampler.batch_size):
         yield _Batch(part.model, rows[start : start + params.sampler.batch_size])
 
@@ -122,17 +295,34 @@ def _draw(
     device: DeviceParams,
 ) -> Iterator[list[Image.Image]]:
     """Draw the batches of one process."""
-    backbone = open_base_model(base_model, device_of_rank(device, rank))
-    loaded = _load(backbone, concept, params)
+    models = _Models(open_base_model(base_model, device_of_rank(device, rank)), concept)
     for batch in batches:
-        model = loaded[batch.model]
+        loaded = models[batch.model]
+        sampler = params.sampler.model_copy(update={"guidance_scale": batch.model.guidance_scale})
         prompts, seeds = [prompt for prompt, _ in batch.rows], [seed for _, seed in batch.rows]
-        negative_prompt = fill_negative_prompt(params.negative_prompt, model.negative_words)
-        yield generate(model.backbone, model, prompts, negative_prompt, seeds, params.sampler)
+        yield generate(loaded.backbone, loaded, prompts, batch.model.negative_prompt, seeds, sampler)
 
 
-def _drawings(part: _Part, params: EvaluationParams, images: Iterator[Image.Image]) -> Drawings:
+def _drawings(part: _Part, images: Iterator[Image.Image]) -> Drawings:
     """Take the images of a part from those of all; metrics use the templates without weights."""
-    seeds = _seeds(params)
-    rows = [[next(images) for _ in seeds] for _ in part.prompts]
-    return Drawings([without_weights(each, part.words) for each in part.templates], part.prompts, seeds, rows)
+    rows = [[next(images) for _ in part.seeds] for _ in part.prompts]
+    return Drawings([without_weights(each, part.words) for each in part.templates], part.prompts, part.seeds, rows)
+
+
+def _ablation(name: str, drawn: Mapping[tuple[str, str], Drawings], plan: _Plan) -> Ablation:
+    """Return the images with and without a part of the negative branch."""
+    changed = drawn["branches", name]
+    usual = drawn["subject", CONCEPT].of_first_seeds(len(changed.seeds))
+    adds = name == NEGATIVE_WORD and not plan.has_negative_word
+    return Ablation(changed, usual) if adds else Ablation(usual, changed)
+
+
+def _by_guidance(
+    drawn: Mapping[tuple[str, str], Drawings], plan: _Plan, params: EvaluationParams
+) -> dict[float, Drawings]:
+    """Return guidance scale -> the concept's images, in ascending order, that of the sampler included."""
+    if not (params.guidance_images and params.guidance_scales):
+        return {}
+    usual = drawn["subject", CONCEPT].of_first_seeds(params.guidance_images)
+    scales = {scale: drawn["guidance", str(scale)] for scale in plan.guidance}
+    return dict(sorted((scales | {params.sampler.guidance_scale: usual}).items()))

@@ -14,7 +14,8 @@ from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams
+from dreamartist_pipeline.interop.user_files import UserFiles
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams, IngestionParams
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -68,22 +69,82 @@ def check_picture(trained_on: str | None, prepared_image: Image.Image, params: E
         )
 
 
+def check_recognition(params: EvaluationParams, planned: PlannedConcept | None, base_model: ModelLocation) -> None:
+    """Check that there is a judge if recognition is asked for.
+
+    Raises:
+        InputError: there is none.
+    """
+    from dreamartist_pipeline.embedded.recognition import own_judge
+
+    if params.recognition and own_judge(base_model) is None:
+        raise InputError(
+            expected="a judge in judge/judge.safetensors beside the base model's folder, for evaluation.recognition",
+            got="none",
+            remedy="set evaluation.recognition to null",
+        )
+
+
+def check_views(params: IngestionParams, planned: PlannedConcept | None, evaluation_views: UserFiles) -> None:
+    """Check that further pictures of the subject are images of an accepted size.
+
+    Raises:
+        InputError: one is not.
+    """
+    from dreamartist_pipeline.core.images import open_image
+
+    for path, read in evaluation_views.items():
+        open_image(read(), _view_name(path), params.max_pixels)
+
+
+def _view_name(path: str) -> str:
+    return f"the picture {path} of evaluation.views"
+
+
+def prepare_views(files: UserFiles, prepared_image: Image.Image, params: IngestionParams) -> list[Image.Image]:
+    """Prepare further pictures of the subject like the reference image.
+
+    The picture of the training is left out, which is logged.
+
+    Raises:
+        InputError: an invalid image.
+    """
+    from dreamartist_pipeline.core import images
+
+    views = []
+    for path, read in files.items():
+        decoded = images.decode_image(read(), _view_name(path), params.max_pixels)
+        flat = images.flatten_alpha(decoded, params.background_color)
+        view = images.to_bucket(flat, params.bucket, params.fit, params.background_color)
+        if view.tobytes() == prepared_image.convert("RGB").tobytes():
+            log.info("%s is the picture of the training, and no unseen view: it is left out.", path)
+        else:
+            views.append(view)
+    return views
+
+
 @checked_early("device", check_device)
 @checked_early("evaluation", check_evaluation)
+@checked_early("evaluation", check_recognition, "base_model")
+@checked_early("ingestion", check_views, "evaluation_views")
 def evaluate_concept(
     base_model: ModelLocation,
     concept: Concept,
     prepared_image: Image.Image,
+    evaluation_views: UserFiles,
     *,
     params: EvaluationParams,
+    ingestion: IngestionParams,
     device: DeviceParams,
     tracker: Tracker,
-) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame]:
+) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
+    What is not measured, and why, is logged, is in the table of measures, and is the run's tag `not_measured`.
+
     Returns:
-        The contact sheet, flat metrics (see `measuring.measure`), the same in kedro-mlflow's format, and a table with
-        one row per measured image.
+        The contact sheet, flat metrics (see `measuring.measure`), the same in kedro-mlflow's format, a table with one
+        row per measured image, and the table of measures: concept, floor and ceilings, with intervals.
 
     Raises:
         InputError: another picture than that of the training, an unknown evaluator, an invalid scheduler, an incomplete
@@ -91,29 +152,41 @@ def evaluate_concept(
     """
     from pandas import DataFrame
 
-    from dreamartist_pipeline.backbones.base_model import open_base_model
-    from dreamartist_pipeline.backbones.evaluators import load_evaluator, load_text_image_model, own_towers
     from dreamartist_pipeline.pipelines.evaluation.drawing import draw_images
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
     log.info("Adapter strengths: %s.", params.strength)
-    backbone = open_base_model(base_model, device)
-    evaluators = [load_evaluator(name, backbone.device) for name in params.evaluators]
-    text_image = load_text_image_model(params.text_image_model, base_model, backbone.device)
-    if text_image is None:
-        log.info(
-            "No text-image score, because there is no CLIP model for %s; "
-            "set evaluation.text_image_model=clip:FOLDER_OR_HUB_ID.",
-            backbone.name,
-        )
-    color_agreement = params.color_agreement
-    if color_agreement is None:
-        color_agreement = own_towers(base_model) is not None
-    images, words = draw_images(base_model, concept, prepared_image, params, device)
-    measured = measure(images, evaluators, text_image, color_agreement)
-    sheet = draw_sheet(images, measured.metrics, params, words, evaluators[0].label if evaluators else None)
+    models = _load_models(base_model, params, device)
+    views = prepare_views(evaluation_views, prepared_image, ingestion)
+    images, words = draw_images(base_model, concept, prepared_image, params, device, views)
+    measured = measure(images, **models)
+    if measured.left_out:
+        text = "; ".join(f"{name} ({reason})" for name, reason in measured.left_out.items())
+        log.info("Not measured: %s.", text)
+        tracker.set_tag("not_measured", text)
+    metrics, evaluators = measured.metrics, models["embedders"]
+    sheet = draw_sheet(images, metrics, params, words, evaluators[0].label if evaluators else None)
     tracker.log_image(sheet, key="previews/contact sheet", step=0)
-    history = {name: {"value": value, "step": 0} for name, value in measured.metrics.items()}
-    return sheet, measured.metrics, history, DataFrame(measured.rows)
+    history = {name: {"value": value, "step": 0} for name, value in metrics.items()}
+    return sheet, metrics, history, DataFrame(measured.rows), DataFrame(measured.table())
+
+
+def _load_models(base_model: ModelLocation, params: EvaluationParams, device: DeviceParams) -> dict[str, Any]:
+    """Return the arguments of `measuring.measure` that are models.
+
+    Raises:
+        InputError: see `load_evaluator`.
+    """
+    from dreamartist_pipeline.backbones.base_model import open_base_model
+    from dreamartist_pipeline.backbones.evaluators import load_evaluator, load_text_image_model, own_towers
+    from dreamartist_pipeline.embedded.recognition import load_recognizer
+
+    target, color_agreement = open_base_model(base_model, device).device, params.color_agreement
+    return {
+        "embedders": [load_evaluator(name, target) for name in params.evaluators],
+        "text_image": load_text_image_model(params.text_image_model, base_model, target),
+        "color_agreement": own_towers(base_model) is not None if color_agreement is None else color_agreement,
+        "recognizer": None if params.recognition is False else load_recognizer(base_model),
+    }

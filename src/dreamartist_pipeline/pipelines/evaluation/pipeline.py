@@ -9,7 +9,7 @@ from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
-    """Create a contact sheet, metrics and a table of all images, with and without the concept."""
+    """Create a contact sheet, metrics, and tables of all measures and all images, with and without the concept."""
     return Pipeline(
         [
             node(
@@ -18,10 +18,18 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "base_model": "base_model",
                     "concept": "concept",
                     "prepared_image": "prepared_image",
+                    "evaluation_views": "evaluation_views",
                     "params": "params:evaluation",
+                    "ingestion": "params:ingestion",
                     "device": "params:device",
                 },
-                outputs=["contact_sheet", "evaluation_metrics", "evaluation_scores", "evaluation_table"],
+                outputs=[
+                    "contact_sheet",
+                    "evaluation_metrics",
+                    "evaluation_scores",
+                    "evaluation_table",
+                    "evaluation_measures",
+                ],
                 name="evaluate_concept",
                 tags="evaluation",
             )
