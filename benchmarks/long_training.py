@@ -165,6 +165,8 @@ def main() -> None:
         processes[-1].start()
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("expected both trainings to finish; one has failed, see above")
     results = [json.loads((options.work / str(index) / "result.json").read_text()) for index in range(len(trainings))]
     rows = [
         row

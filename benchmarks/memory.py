@@ -34,7 +34,7 @@ from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
-from dreamartist_pipeline.core.training import TrainableModel
+from dreamartist_pipeline.core.training_step import TrainableModel
 from dreamartist_pipeline.params import ResolvedGroup
 from speed.random_models import CLIP_L, OPENCLIP_G, SD15_UNET, SDXL_UNET
 
@@ -76,7 +76,7 @@ SDXL = Architecture(SDXL_UNET, [CLIP_L, OPENCLIP_G], 128, pooled_width=1280)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the table; see `core.training.Execution` for `micro_batch`."""
+    """One row of the table; see `core.training_step.Execution` for `micro_batch`."""
 
     name: str
     architecture: Architecture

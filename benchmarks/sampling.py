@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.training import lr_factor
+from dreamartist_pipeline.core.training_step import lr_factor
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 from speed.designs import randomize_updates
 from speed.report import Report, Row

@@ -81,6 +81,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert torch.load(store.path / "a.before.pt", weights_only=True)["step"] == 1  # not the damaged one
 
 
+def test_a_file_of_torch_that_is_no_checkpoint_is_damaged(store: CheckpointStore, caplog: pytest.LogCaptureFixture):
+    torch.save([1, 2], store.path / "a.pt")
+    assert step_of(store) == 1
+    assert "a list in place of a dictionary" in caplog.text
+
+
 def test_a_save_that_ends_between_its_renames_loses_nothing(store: CheckpointStore, caplog: pytest.LogCaptureFixture):
     (store.path / "a.pt").replace(store.path / "a.before.pt")
     assert step_of(store) == 2
@@ -102,6 +108,20 @@ def test_pickled_code_is_not_run(store: CheckpointStore, tmp_path: Path):
         torch.save(Malicious(), store.path / name)
     assert step_of(store) is None
     assert not (tmp_path / "run").exists()
+
+
+def test_a_kill_while_they_are_discarded_leaves_the_latest(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch):
+    """The older one alone would be taken for that of an interrupted training."""
+    remove = Path.unlink
+
+    def remove_one(file: Path, missing_ok: bool = False) -> None:
+        remove(file, missing_ok)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", remove_one)
+    with pytest.raises(KeyboardInterrupt):
+        store.discard("a")
+    assert step_of(store) == 2
 
 
 def test_discarded_checkpoints_are_gone_with_their_folder(store: CheckpointStore):

@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from kedro_datasets.json import JSONDataset
 
 import small_run
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders
 from dreamartist_pipeline.locks import LocalLock, LockHeldError
-from dreamartist_pipeline.whole_files import STAGED, publish
+from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish
 from refusals import says
 from small_disks import mount_read_only, mount_small
 from small_run import CONCEPT_SET, FILES
@@ -51,6 +52,23 @@ def test_a_run_writes_its_files_and_nothing_else(tmp_path: Path) -> None:
     small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
     assert not strays(tmp_path)
+
+
+def test_datasets_are_told_when_their_files_are_in_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        JSONDataset,
+        "published",
+        lambda self: told.append((Path(self._filepath).name, json.loads(Path(self._filepath).read_text()))),
+        raising=False,
+    )
+    small_run.run(tmp_path, "a")
+    told.clear()
+    small_run.run(tmp_path, "b")
+    assert {Path(FILES[name]).name for name in CONCEPT_SET} <= {name for name, _ in told}
+    assert {text for _, text in told} == {"b"}
 
 
 @pytest.mark.parametrize("failing", ["train", "evaluate", "draw"])
@@ -92,6 +110,7 @@ def test_runs_killed_at_random_moments_never_mix_sets(tmp_path: Path) -> None:
         with start(tmp_path, f"{number}") as process:
             time.sleep(chance.uniform(0.5, 1) * duration_s)
             process.send_signal(signal.SIGKILL)
+        finish_publishing(tmp_path / "06/fox/.publishing.json")  # so that the next line knows the text
         small_run.run(tmp_path, texts(tmp_path)["concept"], nodes=("evaluate",))  # fails for the picture of another run
         assert len({texts(tmp_path)[name] for name in CONCEPT_SET}) == 1
     small_run.run(tmp_path, "last")
@@ -151,6 +170,15 @@ def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, check=says(expected=".publishing.json", remedy="delete")):
         small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "a")
+
+
+def test_a_journal_of_files_in_a_removed_folder_is_finished(tmp_path: Path) -> None:
+    small_run.run(tmp_path, "a")
+    journal = tmp_path / "06/fox/.publishing.json"
+    journal.write_text(json.dumps(["../../removed/a.json"]))
+    small_run.run(tmp_path, "b")
+    assert texts(tmp_path) == dict.fromkeys(FILES, "b")
+    assert not journal.exists()
 
 
 def test_a_second_run_of_the_subject_is_refused_at_once_and_named(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from dreamartist_pipeline.core.branches import BRANCH_NAMES, rows_of
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.parameter_groups import ADAPTERS, parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
-from dreamartist_pipeline.core.training import TrainableModel, fit, lr_factor, packed_factors, training_state
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import TrainableModel, lr_factor, packed_factors, training_state
 from dreamartist_pipeline.params import ResolvedGroup, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
 from dreamartist_pipeline.pipelines.training.trainable import trainable_model

@@ -7,7 +7,7 @@ be compared with other implementations.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from dreamartist_pipeline.core.init_picture import init_picture
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
-from dreamartist_pipeline.core.training import TrainableModel, combined_prediction, row_losses
+from dreamartist_pipeline.core.training_step import TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.user_files import folder_files
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop import concept_file
@@ -273,7 +273,7 @@ def step_values(
 ) -> StepValues:
     """Compute combined prediction, loss and gradients of one step for given latents, noise and timesteps.
 
-    It calls the functions of the training loop (`core.training`).
+    It calls the functions of the training's steps (`core.training_step`).
 
     Args:
         backbone: the base model.
@@ -291,12 +291,7 @@ def step_values(
         InputError: a reconstruction loss, which needs the image; tensors of the wrong shape; or a concept that does not
             fit the base model.
     """
-    if loss.reconstruction_weight:
-        raise InputError(
-            expected="a loss without reconstruction, which needs the image",
-            got=f"reconstruction_weight={loss.reconstruction_weight:g}",
-            remedy="set it to 0",
-        )
+    _check_loss(loss)
     _check_step(backbone, latents, noise, timesteps, mask, framing)
     loaded = attach(backbone, concept, _FULL_STRENGTH)
     model = TrainableModel(loaded.backbone.denoise, loaded.prompts.encode, loaded.backbone.objective, (), _NUM_BRANCHES)
@@ -310,16 +305,17 @@ def step_values(
     with torch.enable_grad():  # also inside the caller's torch.no_grad()
         prediction = combined_prediction(model, batch, guidance)
         by_row = row_losses(prediction, batch, model.objective, loss)
-        gradients = torch.autograd.grad(by_row.mean(), list(learned.values()), allow_unused=True)
-    return StepValues(
-        prediction.detach(),
-        by_row.detach(),
-        by_row.mean().detach(),
-        {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
-        },
-    )
+        gradients = _gradients(by_row.mean(), learned)
+    return StepValues(prediction.detach(), by_row.detach(), by_row.mean().detach(), gradients)
+
+
+def _gradients(value: torch.Tensor, learned: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the gradients of a scalar by name; zeros for parameters that it does not depend on."""
+    gradients = torch.autograd.grad(value, list(learned.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(learned.items(), gradients, strict=True)
+    }
 
 
 def _guidance(guidance_scale: str | float) -> GuidanceScale:
@@ -358,6 +354,15 @@ def _check_latents(latents: torch.Tensor, backbone: Backbone) -> None:
         )
     if not latents.isfinite().all():
         raise InputError(expected="finite latents", got="infinite values or NaN", remedy="correct them")
+
+
+def _check_loss(loss: LossParams) -> None:
+    if loss.reconstruction_weight:
+        raise InputError(
+            expected="a loss without reconstruction, which needs the image",
+            got=f"reconstruction_weight={loss.reconstruction_weight:g}",
+            remedy="set it to 0",
+        )
 
 
 def _check_step(

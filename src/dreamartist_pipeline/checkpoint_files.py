@@ -45,11 +45,12 @@ class CheckpointStore:
         A damaged file is named in a warning, and the one before takes its place.
         """
         newest, before = self._files(name)
+        is_there = newest.exists()
         if (checkpoint := _read(newest)) is not None:
             return checkpoint
         if (checkpoint := _read(before)) is None:
-            return _read(newest)  # another process may have renamed it meanwhile
-        if newest.exists():
+            return None if is_there else _read(newest)  # another process may have renamed it meanwhile
+        if is_there:
             log.warning("The checkpoint before it is used.")
         with contextlib.suppress(FileNotFoundError):
             before.replace(newest)  # so that the next save keeps it
@@ -68,7 +69,7 @@ class CheckpointStore:
 
     def discard(self, name: str) -> None:
         """Remove the checkpoints of a training, and the folder if nothing else is in it."""
-        for file in self._files(name):
+        for file in reversed(self._files(name)):  # the older one alone would be continued
             file.unlink(missing_ok=True)
         remove_leftovers(self.path)
         if self.path.is_dir() and not any(self.path.iterdir()):
@@ -93,6 +94,8 @@ def _read(file: Path) -> dict[str, Any] | None:
                     raise zipfile.BadZipFile(f"{member} has another checksum")
             opened.seek(0)
             checkpoint: dict[str, Any] = torch.load(opened, map_location="cpu", weights_only=True)
+            if not isinstance(checkpoint, dict):
+                raise ValueError(f"a {type(checkpoint).__name__} in place of a dictionary")
         except _DAMAGE as error:
             log.warning("The checkpoint %s is damaged and is not used (%s).", file, str(error).partition("\n")[0])
             return None

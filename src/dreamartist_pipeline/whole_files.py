@@ -160,11 +160,12 @@ def finish_publishing(journal: Path) -> None:
     for file in files:
         with contextlib.suppress(FileNotFoundError):  # it is in its place already
             (file.parent / STAGED / file.name).replace(file)
-    for folder in {file.parent for file in files}:
+    for folder in {file.parent for file in files if file.parent.is_dir()}:  # someone may have removed one since
         flushed(folder)
         with contextlib.suppress(OSError):  # not empty, or gone
             (folder / STAGED).rmdir()
     journal.unlink()
+    flushed(journal.parent)  # after a power cut it would publish what a later run has staged
 
 
 def remove_leftovers(folder: Path) -> None:

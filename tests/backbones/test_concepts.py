@@ -30,16 +30,11 @@ from dreamartist_pipeline.core.adapters import LowRankUpdate
 from dreamartist_pipeline.core.batches import Batch, BatchSource, LatentImages, TrainingData
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE, branches
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.course import StepRecord
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, by_branch
-from dreamartist_pipeline.core.training import (
-    Execution,
-    StepRecord,
-    TrainableModel,
-    combined_prediction,
-    fit,
-    row_losses,
-)
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution, TrainableModel, combined_prediction, row_losses
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.concept_file import read_concept

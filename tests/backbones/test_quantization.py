@@ -15,7 +15,8 @@ from dreamartist_pipeline.backbones.quantization import Int8Linear, quantize_lin
 from dreamartist_pipeline.core import devices
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
-from dreamartist_pipeline.core.training import Execution, _Steps, fit, training_state
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution, Steps, training_state
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.regularization.nodes import describe_set
@@ -73,7 +74,7 @@ def test_a_base_model_opens_with_int8_weights(tiny_base_model: Path, make_traini
         images = [(caption, read()) for caption, read in REGULARIZATION]
         data = training_data(new.backbone, new.prompts, picture(), MASK, images, params, CAPTION)
         model = trainable_model(new, parameter_groups(new.stacks, new.words, 1e-3))
-        steps = _Steps(model, data, params, training_state(model, params), Execution())
+        steps = Steps(model, data, params, training_state(model, params), Execution())
         steps.gradients(0)
         gradients.append([parameter.grad.clone() for parameter in steps.state.parameters])  # type: ignore[union-attr]
         assert len(fit(model, data, params)) == 2

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import pytest
 
+import compare_methods as bench
 from markdown_tables import cells, numbers
-
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_methods.py"
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_methods", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_methods"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _load()
 
 
 def _results(similarities: tuple[float, float], agrees: list[bool | None], seconds: float = 10.0) -> object:

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+import score_base_model as bench
 from dreamartist_pipeline.embedded.datasets import JudgeDataset
 from dreamartist_pipeline.embedded.judge import Judge, JudgeVocabulary, Verdict, labels_of
 from dreamartist_pipeline.embedded.scenes import Scenes, Shown, unseen_tints
 from dreamartist_pipeline.embedded.sprites import SpriteSet
 from markdown_tables import cells
 
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "score_base_model.py"
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("score_base_model", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["score_base_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _load()
 VOCABULARY = JudgeVocabulary(("cat", "dog", "sun"), ("flat", "noto"))
 
 

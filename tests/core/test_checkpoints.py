@@ -45,6 +45,16 @@ def test_checkpoints_that_take_long_are_rarer(clock: Clock, minutes: float, next
     assert pauses.checkpoint_is_due()
 
 
+def test_one_slow_checkpoint_does_not_make_later_ones_rarer(clock: Clock) -> None:
+    pauses = Pauses(lambda: False, checkpoint_minutes=1.0)
+    with pauses.saving():
+        clock.seconds = 60.0
+    with pauses.saving():
+        clock.seconds += 1.0
+    clock.seconds += 60.0
+    assert pauses.checkpoint_is_due()
+
+
 def test_without_minutes_every_step_is_saved(clock: Clock) -> None:
     pauses = Pauses(lambda: False, checkpoint_minutes=0.0)
     with pauses.saving():

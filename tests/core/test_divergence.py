@@ -14,9 +14,11 @@ import torch
 from core.test_training import CONSTANT, CONTINUED, make_data, make_model, trained_values, without_time
 from dreamartist_pipeline.core import training
 from dreamartist_pipeline.core.checkpoints import Checkpoint
+from dreamartist_pipeline.core.course import Alarms, Checkpointing
 from dreamartist_pipeline.core.divergence import GoodStates, Halving, LossBounds, StateBounds
 from dreamartist_pipeline.core.processes import rank, run_on_processes
-from dreamartist_pipeline.core.training import Alarms, Checkpointing, Execution, TrainableModel, fit, training_state
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution, TrainableModel, training_state
 from dreamartist_pipeline.errors import TrainingError
 from dreamartist_pipeline.params import TrainingParams
 from refusals import says

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from core.test_training import make_model
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup
-from dreamartist_pipeline.core.training import TrainableModel
+from dreamartist_pipeline.core.training_step import TrainableModel
 
 META = torch.device("meta")
 SHAPE = StepShape(latents=(4, 8, 8), num_rows=5, num_prompts=2, num_tokens=3)

@@ -12,7 +12,8 @@ import torch
 from core.test_training import AT_ONCE, make_data, make_model, trained_values
 from dreamartist_pipeline.core import step_graph
 from dreamartist_pipeline.core.step_graph import check_backend
-from dreamartist_pipeline.core.training import Execution, fit
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PreviewParams, TrainingParams
 from refusals import says

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.test_training import make_data, make_model
 from dreamartist_pipeline.core.trainer import train
-from dreamartist_pipeline.core.training import Execution, training_state
-from dreamartist_pipeline.core.training import _Steps as Steps
+from dreamartist_pipeline.core.training_step import Execution, Steps, training_state
 from dreamartist_pipeline.params import LossParams, TrainingParams
 
 MakeParams = Callable[..., TrainingParams]

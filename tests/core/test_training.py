@@ -17,22 +17,21 @@ from torch import nn
 from dreamartist_pipeline.core.adapters import inject
 from dreamartist_pipeline.core.batches import BatchSource, LatentImages, TrainingData, derived_seed
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, NEGATIVE, POSITIVE
+from dreamartist_pipeline.core.course import Checkpointing, StepRecord
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup, branch_table, parameter_groups
 from dreamartist_pipeline.core.processes import run_on_processes
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train, whole_batch
-from dreamartist_pipeline.core.training import (
-    Checkpointing,
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import (
     Execution,
-    StepRecord,
+    Steps,
     TrainableModel,
-    fit,
     reconstruction_loss,
     training_state,
 )
-from dreamartist_pipeline.core.training import _Steps as Steps
 from dreamartist_pipeline.errors import StoppedEarly, TrainingError
 from dreamartist_pipeline.params import LossParams, PreviewParams, ResolvedGroup, ScheduleParams, TrainingParams
 from refusals import says
@@ -315,6 +314,11 @@ CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def model_of(options: dict[str, Any]) -> TrainableModel:
+    toy = make_model(dropout=options.get("dropout", 0.0))
+    return dataclasses.replace(toy, dtype=options.get("dtype", torch.float32))
+
+
 @pytest.mark.parametrize("name", CONTINUED)
 @pytest.mark.parametrize("taken_after", [0, 1, 3, 6])
 def test_a_continued_training_ends_in_the_same_bytes(
@@ -322,12 +326,7 @@ def test_a_continued_training_ends_in_the_same_bytes(
 ) -> None:
     changes, of_model = CONTINUED[name]
     params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
-
-    def new_model() -> TrainableModel:
-        toy = make_model(dropout=of_model.get("dropout", 0.0))
-        return dataclasses.replace(toy, dtype=of_model.get("dtype", torch.float32))
-
-    whole, continued = new_model(), new_model()
+    whole, continued = model_of(of_model), model_of(of_model)
     states, history = states_of_a_whole_training(whole, params)
     state = training_state(continued, params)
     for parameter in state.parameters:
@@ -366,12 +365,7 @@ def test_a_training_continued_from_a_checkpoint_has_the_bytes_and_the_history_of
 ) -> None:
     changes, of_model = CONTINUED[name]
     params = make_training_params(num_steps=6, lora_text_encoder=(), **changes)
-
-    def new_model() -> TrainableModel:
-        toy = make_model(dropout=of_model.get("dropout", 0.0))
-        return dataclasses.replace(toy, dtype=of_model.get("dtype", torch.float32))
-
-    whole, continued, records = new_model(), new_model(), []
+    whole, continued, records = model_of(of_model), model_of(of_model), []
     saved, history = checkpoints_of(params, whole)
     assert [checkpoint["state"]["step"] for checkpoint in saved] == list(range(7))
     file = io.BytesIO()

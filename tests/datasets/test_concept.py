@@ -15,6 +15,7 @@ from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.whole_files import STAGED, publish
 from refusals import says
 
 
@@ -72,6 +73,20 @@ def test_a_doubtful_concept_leaves_the_last_sound_one_beside_it(
         assert str(before) in caplog.text
     dataset(tmp_path).save(concept)
     assert file.read_bytes() == sound and not before.exists()
+
+
+def test_what_is_kept_beside_a_doubtful_concept_stays_until_a_sound_one_is_in_its_place(
+    tmp_path: Path, concept: Concept
+) -> None:
+    file, before = (tmp_path / "new" / name for name in ("concept.safetensors", "concept.before.safetensors"))
+    dataset(tmp_path).save(concept)
+    dataset(tmp_path).save(dataclasses.replace(concept, doubts=("loss",)))
+    staged = ConceptDataset(filepath=str(file.parent / STAGED / file.name))
+    staged.save(concept)
+    assert before.exists()  # a kill now leaves the doubtful concept
+    publish([file], tmp_path / "journal.json")
+    staged.published()
+    assert not before.exists()
 
 
 def test_a_failed_save_leaves_the_earlier_concept_as_it_was(tmp_path: Path, concept: Concept) -> None:

@@ -14,7 +14,8 @@ from dreamartist_pipeline.backbones.base_model import open_base_model
 from dreamartist_pipeline.backbones.concepts import start_concept
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.trainer import train
-from dreamartist_pipeline.core.training import Execution, _Steps, fit, training_state
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution, Steps, training_state
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
 from dreamartist_pipeline.pipelines.training.memory import MemoryPlan, first_that_fits, possible_plans, step_shape
@@ -37,7 +38,7 @@ def synchronization_is_an_error() -> Iterator[None]:
 
 def new_steps(
     folder: Path, params: TrainingParams, dtype: str = "float32", plan: MemoryPlan | None = None, as_graph: bool = False
-) -> _Steps:
+) -> Steps:
     plan = plan or MemoryPlan()
     new = start_concept(open_base_model(folder, DeviceParams(device="cuda", dtype=dtype)), params, 1, 0)
     if plan.checkpointing:
@@ -46,7 +47,7 @@ def new_steps(
     data = training_data(new.backbone, new.prompts, picture(), MASK, images, params, CAPTION)
     model = trainable_model(new, parameter_groups(new.stacks, new.words, params.words.lr))
     execution = Execution(plan.micro_batch, as_graph=as_graph)
-    return _Steps(model, data, params, training_state(model, params), execution)
+    return Steps(model, data, params, training_state(model, params), execution)
 
 
 @pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(checkpointing=True, micro_batch=1)], ids=str)

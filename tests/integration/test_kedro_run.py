@@ -330,8 +330,8 @@ LAYERS = (  # from the lowest; each calls those below it
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
-    "backbones.families.backbone:Backbone.denoise": "core.memory, core.training",
-    "backbones.prompts:PromptEncoder.encode": "core.training",
+    "backbones.families.backbone:Backbone.denoise": "core.memory, core.training_step",
+    "backbones.prompts:PromptEncoder.encode": "core.training_step",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
     "pipelines.evaluation.drawing:_draw": "core.processes",
@@ -340,9 +340,9 @@ CALLED_BACK = {  # what is handed down to be called
     "pipelines.ingestion.nodes:prepare_reference": "core.tracking",
     "pipelines.training.rank_training:train_on_rank": "core.processes",
     "pipelines.training.nodes:compare_reconstruction": "core.tracking",
-    "pipelines.training.reporting:StepReport.__call__": "core.training",
+    "pipelines.training.reporting:StepReport.__call__": "core.course",
     "pipelines.training.reporting:Previews.__call__": "core.training",
-    "pipelines.training.reporting:Previews.kept_in.<locals>.save": "core.training",
+    "pipelines.training.reporting:Previews.kept_in.<locals>.save": "core.course",
     "pipelines.training.nodes:train_concept": "core.tracking",
     "tracking.tracker:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
     "tracking.tracker:MLflowTracker.log_image_file": "pipelines.training.reporting",

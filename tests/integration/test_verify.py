@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreamartist_pipeline.hooks.manifest import MANIFEST, Manifest, read_manifest
+from dreamartist_pipeline.cli.verify import check_inside
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.hooks.manifest import MANIFEST, Manifest, RunManifest, StoredFile, read_manifest
 from project_copy import copy_project
+from refusals import says
 from warm_processes import run_warm
 
 TIMEOUT_S = 600
@@ -125,6 +128,24 @@ def test_training_again_gives_the_same_bytes_and_touches_nothing(project: Path) 
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert f"the same bytes: SHA-256 {manifest_of(project).concept_sha256}" in result.stdout
     assert {file: file.stat().st_mtime_ns for file in (project / "data").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("outside", ["concept", "history"])
+def test_nothing_is_trained_again_whose_outputs_are_outside_the_project(tmp_path: Path, outside: str) -> None:
+    """A copy of the project would have the same absolute path in its catalog, and replace the file."""
+    run = RunManifest(
+        arguments=("run",),
+        ended="2026-11-26T09:00:00+00:00",
+        mlflow_run=None,
+        configuration={},
+        inputs={},
+        outputs={"history": StoredFile(path="/elsewhere/history" if outside == "history" else "history", sha256="0")},
+        versions={},
+        machine={},
+    )
+    concept = Path("/elsewhere") if outside == "concept" else tmp_path / "concept.safetensors"
+    with pytest.raises(InputError, check=says(got="/elsewhere", remedy="--retrain")):
+        check_inside(run, concept, tmp_path)
 
 
 def test_training_again_with_another_configuration_names_what_differs(project: Path) -> None:

@@ -25,7 +25,8 @@ from dreamartist_pipeline.core.batches import TrainingData
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.trainer import train
-from dreamartist_pipeline.core.training import Execution, _Steps, fit, training_state
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution, Steps, training_state
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, MemoryParams, TrainingParams
 from dreamartist_pipeline.pipelines.training import memory, nodes
@@ -82,10 +83,10 @@ def new_training(folder: Path, params: TrainingParams, checkpointing: bool = Fal
     return new, training_data(new.backbone, new.prompts, picture(), MASK, images, params, CAPTION)
 
 
-def new_steps(folder: Path, params: TrainingParams, plan: MemoryPlan) -> _Steps:
+def new_steps(folder: Path, params: TrainingParams, plan: MemoryPlan) -> Steps:
     new, data = new_training(folder, params, plan.checkpointing)
     model = trainable_model(new, parameter_groups(new.stacks, new.words, params.words.lr))
-    return _Steps(model, data, params, training_state(model, params), Execution(plan.micro_batch))
+    return Steps(model, data, params, training_state(model, params), Execution(plan.micro_batch))
 
 
 def gradients(folder: Path, params: TrainingParams, plan: MemoryPlan) -> list[torch.Tensor]:
@@ -139,7 +140,7 @@ def test_checkpointing_runs_layers_twice_and_leaves_the_shared_base_model_alone(
     params = make_training_params()
     _, data = new_training(tiny_base_model, params)
     model = trainable_model(new, parameter_groups(new.stacks, new.words, params.words.lr))
-    steps = _Steps(model, data, params, training_state(model, params), Execution())
+    steps = Steps(model, data, params, training_state(model, params), Execution())
     steps.gradients(0)
     assert sorted(calls) == ["text", "text", "unet", "unet"]
 
@@ -275,7 +276,7 @@ def test_a_training_computes_its_steps_by_the_plan(
         seen.append((unet.is_gradient_checkpointing, given["execution"].micro_batch))
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr("dreamartist_pipeline.core.training.fit", recorded)
+    monkeypatch.setattr("dreamartist_pipeline.pipelines.training.rank_training.fit", recorded)
     results = [
         run(tiny_base_model, make_training_params(memory=given))[0]
         for given in ("auto", {"checkpointing": True}, {"micro_batch": 1}, {"limit_gib": 1e-4})
@@ -348,7 +349,7 @@ def test_a_training_that_runs_out_of_memory_ends_in_that_message(
     def exhausted(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("dreamartist_pipeline.core.training.combined_prediction", exhausted)
+    monkeypatch.setattr("dreamartist_pipeline.core.training_step.combined_prediction", exhausted)
     with pytest.raises(InputError, check=says(got="CUDA out of memory", remedy="training.memory")):
         run(tiny_base_model, make_training_params())
 

@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from dreamartist_pipeline.tracking import delivery
 from dreamartist_pipeline.tracking.delivery import Delivery, is_loud, optional, quiet, reason_of, send_all
 from dreamartist_pipeline.tracking.outbox import Outbox, Record
+from small_disks import mount_read_only, mount_small
 
 
 class RefusedError(Exception):
@@ -171,6 +174,19 @@ def test_a_run_goes_on_when_nothing_can_be_kept_either(
     sent.report()
     assert sent.missing() == {"tags": 2}
     assert "neither in MLflow nor kept" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("mount", [mount_read_only, partial(mount_small, size="4k")], ids=["read-only", "full"])
+def test_a_run_goes_on_when_the_outbox_has_no_place(
+    store: Store, tmp_path: Path, mount: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    store.failure = ConnectionError("away")
+    with mount(tmp_path / "outbox") as folder:
+        with suppress(OSError):
+            (folder / "other").write_bytes(bytes(2**16))
+        sent = Delivery(SimpleNamespace(), {}, Outbox(folder / "0123"), store)
+        sent.deliver(tag("a"))
+        assert sent.missing() == {"tags": 1}
 
 
 def test_the_end_does_not_wait_for_a_store_that_never_answers(kept: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:

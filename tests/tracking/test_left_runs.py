@@ -302,7 +302,7 @@ def killed_run(project: Project) -> str:
     import mlflow
 
     runs = project.runs()
-    runs.announce()
+    runs.announce(project.experiment_id)
     with mlflow.start_run(experiment_id=project.experiment_id, run_name="fox") as run:
         assert runs._lock is not None
         runs._lock.release()
@@ -323,6 +323,13 @@ def test_a_killed_run_is_closed_with_the_reason_at_the_next_start(local: Project
     assert run.info.status == "KILLED"
     assert "killed" in run.data.tags["error"]
     assert list((local.folder / "running").iterdir()) == []
+
+
+def test_a_killed_run_of_another_experiment_is_closed_too(local: Project) -> None:
+    run_id = killed_run(local)
+    revived(local, run_id)
+    local.runs().finish(local.client, local.client.create_experiment("other"))
+    assert local.client.get_run(run_id).info.status == "KILLED"
 
 
 def test_a_run_whose_process_lives_is_left_running(local: Project) -> None:

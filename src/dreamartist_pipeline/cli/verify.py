@@ -131,7 +131,7 @@ def _report_files(manifest: Manifest, project: Path) -> bool:
     run = manifest.made_by
     click.echo(f"{manifest.subject}: made {run.ended} by {quoted(['kedro', *run.arguments])}")
     found = findings(manifest, project)
-    width = max(len(each.dataset) for each in found) + 2
+    width = max((len(each.dataset) for each in found), default=0) + 2
     for each in found:
         color = None if each.state == _SAME else "yellow"
         click.secho(f"  {each.dataset:<{width}}{each.state:<9}{each.path}", fg=color)
@@ -167,6 +167,7 @@ def _print_changes(changed: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _report_retraining(manifest: Manifest, project: Path, concept: Path, env: str | None) -> bool:
     """Train again in a copy of the project and compare; return whether the concept has the same bytes."""
+    check_inside(manifest.made_by, concept, project)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         copy = Path(folder)
         _copy(project, copy, manifest.made_by)
@@ -194,6 +195,21 @@ def _report_retraining(manifest: Manifest, project: Path, concept: Path, env: st
             "than one that was not interrupted."
         )
     return False
+
+
+def check_inside(run: RunManifest, concept: Path, project: Path) -> None:
+    """Check that a training in a copy of the project would replace nothing outside the copy.
+
+    Raises:
+        InputError: an output is not in the project.
+    """
+    files = [concept, *(project / file.path for file in run.outputs.values())]
+    if outside := [file for file in files if not file.is_relative_to(project)]:
+        raise InputError(
+            expected=f"outputs inside the project {project}, of which --retrain makes a copy",
+            got=f"{outside[0]}",
+            remedy="leave out --retrain, and train another subject with the same settings yourself",
+        )
 
 
 def _differences(before: RunManifest, now: RunManifest) -> dict[str, tuple[Any, Any]]:

@@ -41,7 +41,8 @@ class Pauses:
     def __init__(
         self, stop_requested: Callable[[], bool], checkpoint_minutes: float, max_minutes: float | None = None
     ) -> None:
-        self._stop_requested, self._every_s = stop_requested, 60 * checkpoint_minutes
+        self._stop_requested, self._shortest_s = stop_requested, 60 * checkpoint_minutes
+        self._every_s = self._shortest_s
         self._saved_s = time.monotonic()
         self._end_s = None if max_minutes is None else self._saved_s + 60 * max_minutes
 
@@ -60,12 +61,12 @@ class Pauses:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Save a checkpoint within, and count the minutes to the next from then on; large ones are rarer."""
+        """Save a checkpoint within, and count the minutes to the next from then on; slow ones are rarer."""
         started = time.monotonic()
         yield
         self._saved_s = time.monotonic()
-        if self._every_s:
-            self._every_s = max(self._every_s, (self._saved_s - started) / _SAVING_SHARE)
+        if self._shortest_s:
+            self._every_s = max(self._shortest_s, (self._saved_s - started) / _SAVING_SHARE)
 
 
 @contextmanager

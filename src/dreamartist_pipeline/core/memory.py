@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from dreamartist_pipeline.core.branches import combine, repeat, rows_of
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, detached_leaves
-from dreamartist_pipeline.core.training import TrainableModel, encode_prompts
+from dreamartist_pipeline.core.training_step import TrainableModel, encode_prompts
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

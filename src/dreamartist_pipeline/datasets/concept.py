@@ -33,6 +33,7 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)
+        self._replaces_doubtful = False
         self.metadata = metadata
 
     def load(self) -> "Concept":
@@ -62,18 +63,27 @@ class ConceptDataset(AbstractDataset["Concept", "Concept"]):
     def save(self, data: "Concept") -> None:
         """Write the file atomically.
 
-        The last concept that is not doubtful stays beside a doubtful one, as `<name>.before<suffix>`.
+        The last concept that is not doubtful stays beside a doubtful one, as `<name>.before<suffix>`, until one without
+        doubts is in its place; see `published`.
         """
         from dreamartist_pipeline.interop.concept_file import write_concept
 
         earlier = final_place(self._filepath)
-        before = earlier.with_suffix(f".before{earlier.suffix}")
         if data.doubts and earlier.is_file():
-            _keep_as(earlier, before)
+            _keep_as(earlier, _before(earlier))
         with written_whole(self._filepath) as temporary:
             write_concept(data, temporary)
-        if not data.doubts:
-            before.unlink(missing_ok=True)
+        self._replaces_doubtful = not data.doubts
+        if self._filepath == earlier:
+            self.published()
+
+    def published(self) -> None:
+        """Remove what was kept beside a doubtful concept, once the last saved one, if without doubts, is in its place.
+
+        A file that is stored aside (`whole_files.STAGED`) gets there after its save.
+        """
+        if self._replaces_doubtful:
+            _before(final_place(self._filepath)).unlink(missing_ok=True)
 
     def preview(self) -> JSONPreview:
         """Show the metadata, and how many tensors and numbers each part has, without reading the tensors.
@@ -120,6 +130,10 @@ def _parts(header: SafetensorsHeader) -> dict[str, Any]:
         counts["tensors"] += 1
         counts["numbers"] += math.prod(entry.shape)
     return dict(parts)
+
+
+def _before(file: Path) -> Path:
+    return file.with_suffix(f".before{file.suffix}")
 
 
 def _keep_as(earlier: Path, before: Path) -> None:

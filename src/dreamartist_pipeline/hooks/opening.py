@@ -112,7 +112,7 @@ class MLflowHooks:
         self._runs.finish(client, experiment_id)
         if (run_id := tracking.run.id or os.environ.get("MLFLOW_RUN_ID")) and mlflow.active_run() is None:
             check_continued(client, run_id, experiment_id)
-        self._runs.announce()
+        self._runs.announce(experiment_id)
 
 
 def _export_credentials(context: KedroContext, configuration: dict[str, Any]) -> None:

@@ -94,8 +94,11 @@ class OutputHooks:
         if self._unsaved[node.name] or (self._awaits_concept and _CONCEPT not in node.outputs):
             return
         self._awaits_concept = False
+        published = tuple(self._final)
         publish(self._final.values(), self._journal)
         self._return_to_final()
+        for name in published:
+            getattr(self._catalog.get(name), "published", lambda: None)()
 
     @hook_impl(trylast=True)
     def after_pipeline_run(self) -> None:

@@ -11,11 +11,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.redaction import redact
 from dreamartist_pipeline.tracking.outbox import Outbox, Record, described
 
@@ -124,7 +125,7 @@ class Delivery:
     def _keep(self, record: Record) -> None:
         try:
             self._outbox.append(record, self._about)
-        except OSError as error:
+        except (OSError, InputError) as error:
             if not self._lost:
                 log.warning("Cannot keep what MLflow does not take: %s. The run goes on.", error)
             self._lost += record.counted()
@@ -161,7 +162,8 @@ class Delivery:
         sent = send_all(records, self._send, deadline_s)
         with self._lock:
             added = list(self._outbox)[len(records) :]
-            self._outbox.replace([*sent.left, *added])
+            with suppress(OSError, InputError):  # all stay in it then, and arrive twice
+                self._outbox.replace([*sent.left, *added])
             self._away &= sent.waiting | {_lane(record) for record in added}
             if not self.missing():
                 log.info("MLflow answers again; nothing is missing.")

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.locks import Holder, LocalLock, LockHeldError
 from dreamartist_pipeline.redaction import without_credentials
 from dreamartist_pipeline.tracking.databases import database_file
@@ -76,15 +77,18 @@ class LeftRuns:
                 with optional(f"closing the run of {lock.file}"):
                     self._close(client, experiment_id, lock)
 
-    def announce(self) -> None:
-        """Take the lock of the next run, and deliver its records, or keep them, from when it is opened."""
+    def announce(self, experiment_id: str | None = None) -> None:
+        """Take the lock of the next run, and deliver its records, or keep them, from when it is opened.
+
+        `experiment_id` is that of the run; None: that of the run which closes it after a kill.
+        """
         name = uuid.uuid4().hex[:12]
         lock = _RunLock(self._running / f"{name}.lock")
         try:
             if lock.take():
-                lock.describe(self._store)
+                lock.describe(self._store, experiment_id)
                 self._lock = lock
-        except OSError as error:
+        except (OSError, InputError) as error:
             log.warning("If this run is killed, MLflow shows it as running: %s", error)
         expect_run({} if self._lock is None else {PROCESS_TAG: name}, self._begin)
 
@@ -168,7 +172,8 @@ class LeftRuns:
                 lock.release()
 
     def _close(self, client: MlflowClient, experiment_id: str, lock: _RunLock) -> None:
-        runs = client.search_runs([experiment_id], f"tags.{PROCESS_TAG} = '{lock.file.stem}'", max_results=10)
+        experiments, name = [lock.experiment_id or experiment_id], lock.file.stem
+        runs = client.search_runs(experiments, f"tags.{PROCESS_TAG} = '{name}'", max_results=10)
         for run in (run for run in runs if run.info.status == "RUNNING"):
             client.set_tag(run.info.run_id, "error", f"killed: {lock.holder} ended without closing the run")
             client.set_terminated(run.info.run_id, "KILLED")
@@ -191,9 +196,10 @@ class _RunLock:
             return False
         return True
 
-    def describe(self, store: str) -> None:
-        """Write which store the run is in, who holds the lock, and the file's inode, which copies do not have."""
-        facts = {"store": store, "inode": self.file.stat().st_ino, "holder": str(Holder.this_process())}
+    def describe(self, store: str, experiment_id: str | None) -> None:
+        """Write where the run is, who holds the lock, and the file's inode, which copies do not have."""
+        inode, holder = self.file.stat().st_ino, str(Holder.this_process())
+        facts = {"store": store, "experiment_id": experiment_id, "inode": inode, "holder": holder}
         with written_whole(self._text) as file:
             file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
@@ -203,6 +209,11 @@ class _RunLock:
         if facts.get("store") != store:
             return False
         return is_local or facts.get("inode") == self.file.stat().st_ino
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The experiment of the run; None if it is not written down."""
+        return self._facts().get("experiment_id")
 
     @property
     def holder(self) -> str:

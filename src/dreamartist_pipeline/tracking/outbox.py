@@ -79,10 +79,10 @@ class Outbox:
         return about
 
     def append(self, record: Record, about: Mapping[str, Any]) -> None:
-        """Keep a record, and a copy of its file; it is on the disk when this returns.
+        """Keep a record, and a copy of its file; a kill from then on does not lose it.
 
         Raises:
-            OSError: it cannot be written, or all outboxes together would exceed MAX_BYTES.
+            OSError, InputError: it cannot be written, or all outboxes together would exceed MAX_BYTES.
         """
         if not (self.folder / _RUN).exists():
             with written_whole(self.folder / _RUN) as file:

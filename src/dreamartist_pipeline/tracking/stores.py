@@ -25,7 +25,7 @@ else:
     AbstractStore = object  # the real one is imported with MLflow, which takes seconds
 
 PROCESS_TAG = "process"
-"""Tag of a run: the lock that its process holds, see `running.py`."""
+"""Tag of a run: the lock that its process holds, see `left_runs`."""
 
 _deliveries: dict[str, Delivery] = {}  # run id -> its delivery
 

@@ -29,7 +29,7 @@ from dreamartist_pipeline.core.devices import (
 )
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
-from dreamartist_pipeline.core.training import lr_factor
+from dreamartist_pipeline.core.training_step import lr_factor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, MemoryParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_prompts

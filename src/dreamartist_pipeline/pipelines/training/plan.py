@@ -21,7 +21,7 @@ from dreamartist_pipeline.core.optimizers import check_optimizer
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup, branch_table, parameter_groups
 from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.step_graph import check_backend
-from dreamartist_pipeline.core.training import lr_factor
+from dreamartist_pipeline.core.training_step import lr_factor
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, ScheduleParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt, template_prompts, training_prompts

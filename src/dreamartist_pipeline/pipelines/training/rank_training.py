@@ -15,6 +15,7 @@ from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.placement import off_device
 from dreamartist_pipeline.core.batches import derived_seed
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.course import Alarms, Checkpointing, HistoryRow
 from dreamartist_pipeline.core.devices import device_of_rank
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.images import Framing
@@ -23,7 +24,8 @@ from dreamartist_pipeline.core.parameter_groups import ParameterGroup, parameter
 from dreamartist_pipeline.core.processes import rank
 from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.tracking import NoTracker, Tracker
-from dreamartist_pipeline.core.training import Alarms, Checkpointing, Execution, HistoryRow, fit, lr_factor
+from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training_step import Execution, lr_factor
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
 from dreamartist_pipeline.pipelines.training.memory import MemoryPlan, memory_plan, out_of_memory_explained

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from dreamartist_pipeline.backbones.concepts import NewConcept, generate
 from dreamartist_pipeline.backbones.placement import on_device
 from dreamartist_pipeline.core.checkpoints import Checkpoint
+from dreamartist_pipeline.core.course import Checkpointing, StepRecord
 from dreamartist_pipeline.core.devices import peak_memory_bytes
 from dreamartist_pipeline.core.divergence import Halving
 from dreamartist_pipeline.core.figures import CELL_PX, prompt_table
 from dreamartist_pipeline.core.images import image_grid
 from dreamartist_pipeline.core.tracking import Tracker
-from dreamartist_pipeline.core.training import Checkpointing, StepRecord
 from dreamartist_pipeline.params import TrainingParams
 from dreamartist_pipeline.pipelines.training.data import fill_prompt
 from dreamartist_pipeline.pipelines.training.trainable import idle_modules

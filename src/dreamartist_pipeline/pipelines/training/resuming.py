@@ -18,13 +18,13 @@ from dreamartist_pipeline.backbones.concepts import library_versions
 from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT, Checkpoint, Checkpoints
 from dreamartist_pipeline.core.concept import to_json
+from dreamartist_pipeline.core.course import Checkpointing
 from dreamartist_pipeline.core.devices import pick_device
 from dreamartist_pipeline.core.divergence import MOST_HALVINGS
 from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.tracking import Tracker
-from dreamartist_pipeline.core.training import Checkpointing
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes

@@ -12,7 +12,7 @@ from dreamartist_pipeline.backbones.concepts import NewConcept
 from dreamartist_pipeline.backbones.placement import on_device
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
-from dreamartist_pipeline.core.training import TrainableModel
+from dreamartist_pipeline.core.training_step import TrainableModel
 from dreamartist_pipeline.params import TrainingParams
 
 
