@@ -25,6 +25,7 @@ class PlannedConcept:
         groups: network -> its LoRA groups.
         slots: its slots with trigger words.
         needs_regularization: whether its training has rows of the regularization set.
+        identity_sha256: of its training, if it exists already and names it.
     """
 
     is_trained_here: bool
@@ -32,6 +33,7 @@ class PlannedConcept:
     groups: Mapping[str, Sequence[LoRAGroup]]
     slots: Collection[str]
     needs_regularization: bool = False
+    identity_sha256: str | None = None
 
     @classmethod
     def of_training(cls, params: TrainingParams) -> PlannedConcept:

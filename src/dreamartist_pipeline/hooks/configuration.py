@@ -128,7 +128,13 @@ def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept 
         return None
     dataset: Any = catalog["concept"]
     metadata = dataset.load_metadata()
-    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, tuple(metadata.words))
+    return PlannedConcept(
+        is_trained_here=False,
+        zero_terminal_snr=metadata.zero_terminal_snr,
+        groups=metadata.lora,
+        slots=tuple(metadata.words),
+        identity_sha256=metadata.identity_sha256,
+    )
 
 
 def run_early_check(early: EarlyCheck, catalog: DataCatalog, planned: PlannedConcept | None) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import images_sha256
+from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
@@ -125,6 +126,7 @@ def prepare_views(files: UserFiles, prepared_image: Image.Image, params: Ingesti
 
 @checked_early("device", check_device)
 @checked_early("evaluation", check_evaluation)
+@checked_early("evaluation", check_step, "concept_steps")
 @checked_early("evaluation", check_recognition, "base_model")
 @checked_early("ingestion", check_views, "evaluation_views")
 def evaluate_concept(
@@ -137,6 +139,7 @@ def evaluate_concept(
     ingestion: IngestionParams,
     device: DeviceParams,
     tracker: Tracker,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
@@ -147,8 +150,8 @@ def evaluate_concept(
         row per measured image, and the table of measures: concept, floor and ceilings, with intervals.
 
     Raises:
-        InputError: another picture than that of the training, an unknown evaluator, an invalid scheduler, an incomplete
-            base model, or a concept for another one.
+        InputError: another picture than that of the training, a step that is not kept, an unknown evaluator, an invalid
+            scheduler, an incomplete base model, or a concept for another one.
     """
     from pandas import DataFrame
 
@@ -156,6 +159,7 @@ def evaluate_concept(
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
+    concept = concept_at(concept, concept_steps, params.step, "evaluation.step")
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
     log.info("Adapter strengths: %s.", params.strength)
     models = _load_models(base_model, params, device)

@@ -22,6 +22,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "params": "params:evaluation",
                     "ingestion": "params:ingestion",
                     "device": "params:device",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=[
                     "contact_sheet",

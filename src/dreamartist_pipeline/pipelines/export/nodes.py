@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, ExportParams
@@ -45,19 +46,24 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
 
 
 @checked_early("export", check_export)
-def write_files(base_model: ModelLocation, concept: Concept, params: ExportParams) -> dict[str, bytes]:
+@checked_early("export", check_step, "concept_steps")
+def write_files(
+    base_model: ModelLocation, concept: Concept, params: ExportParams, concept_steps: KeptSteps | None = None
+) -> dict[str, bytes]:
     """Return name -> bytes of every file of the export.
 
     `lora/` contains kohya files, `diffusers/` peft files, `embeddings/` the trigger words, `toolkit/` the reference
     toolkit's files; the root contains a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: a concept that the formats cannot store, or a scheduler that ComfyUI does not have.
+        InputError: a step that is not kept, a concept that the formats cannot store, or a scheduler that ComfyUI does
+            not have.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.interop.expressible import check_expressible
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
+    concept = concept_at(concept, concept_steps, params.step, "export.step")
     check_expressible(concept.metadata.lora, params.formats)  # not checked early if this run imports the concept
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     source = read_source(concept, load_outline(BaseModelFiles(base_model)))
@@ -66,7 +72,11 @@ def write_files(base_model: ModelLocation, concept: Concept, params: ExportParam
 
 
 def check_files(
-    base_model: ModelLocation, concept: Concept, candidate: dict[str, bytes], params: ExportParams
+    base_model: ModelLocation,
+    concept: Concept,
+    candidate: dict[str, bytes],
+    params: ExportParams,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read every file back and compare it with the concept.
 
@@ -80,6 +90,7 @@ def check_files(
     from dreamartist_pipeline.pipelines.export.checking import verify_files
 
     backbone = open_base_model(base_model, _CPU_FLOAT32)
+    concept = concept_at(concept, concept_steps, params.step, "export.step")
     report = verify_files(backbone, concept, candidate, params)
     for name, entry in report["files"].items():
         if isinstance(difference := entry.get("difference"), str) and difference:

@@ -13,7 +13,12 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 write_files,
-                inputs={"base_model": "base_model", "concept": "concept", "params": "params:export"},
+                inputs={
+                    "base_model": "base_model",
+                    "concept": "concept",
+                    "params": "params:export",
+                    "concept_steps": "concept_steps",
+                },
                 outputs="export_candidate",
                 name="write_files",
                 tags="export",
@@ -25,6 +30,7 @@ def create_pipeline() -> Pipeline:
                     "concept": "concept",
                     "candidate": "export_candidate",
                     "params": "params:export",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=["exported_files", "export_report"],
                 name="check_files",

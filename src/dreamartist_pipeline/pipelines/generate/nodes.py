@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
@@ -35,6 +36,7 @@ def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> No
 
 @checked_early("device", check_device)
 @checked_early("generate", check_generate)
+@checked_early("generate", check_step, "concept_steps")
 def generate_images(
     base_model: ModelLocation,
     concept: Concept,
@@ -42,6 +44,7 @@ def generate_images(
     device: DeviceParams,
     init_image: bytes | None = None,
     init_mask: bytes | None = None,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[dict[str, Image], Image]:
     """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
 
@@ -52,7 +55,8 @@ def generate_images(
         The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
-        InputError: an invalid image or scheduler, or a concept that does not fit the base model.
+        InputError: an invalid image or scheduler, a step that is not kept, or a concept that does not fit the base
+            model.
     """
     from tqdm import tqdm
 
@@ -61,6 +65,7 @@ def generate_images(
     from dreamartist_pipeline.core.figures import prompt_sheet
     from dreamartist_pipeline.core.init_picture import read_init_picture, tint_redrawn
 
+    concept = concept_at(concept, concept_steps, params.step, "generate.step")
     seeds = range(params.seed, params.seed + params.images_per_prompt)
     request = DrawingRequest(
         prompts=params.prompts,

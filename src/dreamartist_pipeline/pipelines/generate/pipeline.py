@@ -20,6 +20,7 @@ def create_pipeline() -> Pipeline:
                     "device": "params:device",
                     "init_image": "init_image",
                     "init_mask": "init_mask",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=["generated_images", "generated_grid"],
                 name="generate_images",

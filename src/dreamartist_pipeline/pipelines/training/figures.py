@@ -16,7 +16,7 @@ _GUIDANCE_COLOR = "#2a9d8f"
 _BRANCH_COLORS = {"positive": "#3457d5", "negative": "#e0662b", "shared": "#8a8a94"}
 _DASHES = {"text_encoder": "dash", "words": "dot"}
 _SMOOTHING_SHARE = 1 / 20  # window of the running mean, as a share of all steps
-_FONT = "Inter, Helvetica, Arial, sans-serif"
+FONT = "Inter, Helvetica, Arial, sans-serif"
 
 
 def plot_history(history: DataFrame) -> Figure:
@@ -94,7 +94,7 @@ def _styled(figure: Figure) -> Figure:
     legend = {"xanchor": "right", "yanchor": "top", "bgcolor": "rgba(255,255,255,0.7)", "font": {"size": 11}}
     figure.update_layout(
         template="plotly_white",
-        font={"family": _FONT, "size": 13},
+        font={"family": FONT, "size": 13},
         height=720,
         margin={"l": 60, "r": 30, "t": 50, "b": 50},
         hovermode="x unified",
