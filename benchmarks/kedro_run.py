@@ -164,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device.dtype": options.dtype,
         "training.num_steps": options.steps,
         "training.preview.every": options.steps // 2,
-        "training.scoring.every": 0,  # the bare loop does not score
         **({"method": options.method} if options.method else {}),
     }
     facts = describe_machine(settings.backbone.device) | settings.facts() | {"steps": options.steps}

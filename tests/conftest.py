@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,12 @@ TINY_SIZE = EmbeddedModelSize(
 _CORPUS = ("a red cat", "a blue dog", "a photo of a green bird", "background", "style", "fox", "the yellow house")
 
 
-_SLOW_FOLDERS = ("integration", "notebooks", "benchmarks", "tracking")
+_SLOW_FOLDERS = ("integration", "notebooks", "benchmarks", "tracking", "pipelines", "backbones")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start one process more than there are cores: long tests wait for servers and for commands in other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

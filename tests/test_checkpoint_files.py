@@ -99,6 +99,18 @@ def test_without_a_whole_checkpoint_there_is_none(store: CheckpointStore):
     assert step_of(store) is None
 
 
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_taken_for_a_damaged_one(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
+        patch.setattr(torch, "load", load)
+        store.load("a")
+    assert step_of(store) == 2
+
+
 def test_pickled_code_is_not_run(store: CheckpointStore, tmp_path: Path):
     class Malicious:
         def __reduce__(self) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,15 @@ from click.testing import CliRunner
 from kedro.io import DatasetError
 from omegaconf import OmegaConf
 
-from dreamartist_pipeline.cli import _report, cli, command_with, parse_params, readable_message, run
+from dreamartist_pipeline.cli import (
+    _report,
+    cli,
+    command_with,
+    parse_params,
+    readable_message,
+    run,
+    with_memory_explained,
+)
 from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.errors import InputError, StoppedEarly
@@ -344,6 +356,12 @@ def interrupted_in_a_library() -> None:
         raise ValueError("no such strategy") from error
 
 
+def swallowed() -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # as in a callback of the garbage collector
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(60)
+
+
 def stopped() -> None:
     raise StoppedEarly("stopped after step 3; the same command continues", 75)
 
@@ -375,6 +393,22 @@ def test_an_interrupted_run_is_recorded_as_killed_and_says_what_is_kept(
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert last_line == ended.data.tags["error"] and "the same command" in last_line
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_an_interruption_that_a_library_has_caught_is_raised_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.cli.stopping._UNWINDING_S", 0.05)
+    with pytest.raises(click.exceptions.Exit, match="130"):
+        _report(swallowed)(traceback=False)
+    assert "Stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_nothing_is_raised_again_after_a_run_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreamartist_pipeline.cli.stopping._UNWINDING_S", 0.05)
+    with pytest.raises(click.exceptions.Exit):
+        _report(terminated)(traceback=False)
+    time.sleep(0.2)
 
 
 def test_a_training_that_was_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +446,44 @@ def test_the_message_is_the_innermost_input_error() -> None:
 
 def test_the_message_of_another_error_is_its_own_text() -> None:
     assert readable_message(DatasetError("no such file")) == "no such file"
+
+
+def test_a_run_without_enough_memory_ends_with_what_to_do() -> None:
+    """In a process of its own, which may take 256 MiB more than it has."""
+    program = """
+import click, psutil, resource, torch
+from dreamartist_pipeline.cli import _report
+
+limit = psutil.Process().memory_info().vms + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+held = []
+run = _report(lambda: [held.append(torch.ones(2**24)) for _ in range(32)])
+click.Command("run", callback=lambda: run(traceback=False))()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "expected a run that fits into the memory; got" in done.stderr
+    assert "device.dtype=bfloat16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("full"), RuntimeError("can't start new thread"), OSError(12, "Cannot allocate memory")]
+)
+def test_exhausted_memory_is_recognised_within_other_errors(error: Exception) -> None:
+    outer = DatasetError("Failed while loading data")
+    outer.__cause__ = error
+    explained = with_memory_explained(outer)
+    assert isinstance(explained, InputError)
+    assert says(expected="the memory", got=str(error))(explained)
+
+
+def test_an_error_that_explains_itself_stays() -> None:
+    error = InputError("a training that fits", "more", "lower it")
+    error.__cause__ = MemoryError()
+    assert with_memory_explained(error) is error
+    other = DatasetError("no memory is needed for this one")
+    assert with_memory_explained(other) is other
 
 
 def test_the_command_keeps_kedros_options() -> None:

@@ -136,6 +136,10 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_recognition_without_a_judge_is_refused_if_it_is_asked_for": ("evaluation.recognition",),
         "test_a_missing_evaluator_is_refused_before_anything_is_drawn": ("evaluation.evaluators",),
     },
+    "pipelines/test_registration.py": {
+        "test_nothing_is_registered_if_it_is_off": ("registration.enabled",),
+        "test_a_base_model_above_the_limit_is_referred_to": ("registration.max_copied_mb",),
+    },
     "pipelines/test_export.py": {
         "test_the_script_draws_with_a_scheduler_of_diffusers_and_its_options": ("export.sampler.scheduler_options",),
         "test_the_title_names_files_and_metadata": ("export.title",),
@@ -207,7 +211,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_minutes_of_a_training_end_it": ("training.max_minutes",),
     },
     "pipelines/test_scoring.py": {
-        "test_choose_last_takes_the_last_step_and_scores_nevertheless": ("training.choose",),
+        "test_choose_last_takes_the_last_step_and_scores_if_asked": ("training.choose",),
         "test_patience_stops_a_training": ("training.scoring.patience",),
         "test_prompts_seeds_and_sampler_are_those_of_the_images": (
             "training.scoring.prompts",

@@ -16,12 +16,14 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from kedro.io import DataCatalog, DatasetError, MemoryDataset
 from kedro.pipeline import Pipeline, node
 from PIL import Image
 
 from dreamartist_pipeline.cli import run
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
+from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.image import ReferenceImageDataset
 from dreamartist_pipeline.datasets.inputs import FileError
@@ -61,6 +63,11 @@ from refusals import says
 from tracking_stores import tracking_uri
 
 LORA = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
+SCORED = {
+    "choose": "best",
+    "num_steps": 400,
+    "scoring": {"every": 100, "prompts": ["a cat"], "prior_prompts": ["a dog"]},
+}
 
 
 def training(**changes: Any) -> dict[str, Any]:
@@ -209,7 +216,7 @@ def test_only_kedro_run_opens_the_tracking_store_after_the_checks(
         before_pipeline_run=lambda *given: calls.append(given),
     )
     monkeypatch.setattr(MLflowHooks, "_register", lambda _, context: calls.append(context) or plugin)
-    monkeypatch.setattr(MLflowHooks, "_prepare_run", lambda _: calls.append("prepared"))
+    monkeypatch.setattr(MLflowHooks, "_prepare_run", lambda *_: calls.append("prepared"))
     hooks: Any = MLflowHooks()
     with click.Context(command) if command else contextlib.nullcontext():
         hooks.after_context_created("context")
@@ -218,20 +225,48 @@ def test_only_kedro_run_opens_the_tracking_store_after_the_checks(
     assert calls == ["context", "prepared", *([] if opened else ["catalog", ({}, "pipeline", "catalog")])]
 
 
+def importing(file: Path, **values: Any) -> ConfigurationHooks:
+    """Return the hooks after the checks before an import."""
+    catalog = DataCatalog({"concept": ConceptDataset(filepath=str(file))})
+    catalog["params:import"] = ImportParams(**values)
+    hooks = ConfigurationHooks()
+    hooks.before_pipeline_run(
+        Pipeline([node(lambda params: params, "params:import", "concept", name="import_concept")]), catalog
+    )
+    return hooks
+
+
+def concept_of(*imported: tuple[str, str], value: float = 1.0) -> Concept:
+    changes = {
+        "lora": {"unet": (), "text_encoder": ()},
+        "words": {"pt1": ("my-fox", "my-fox-neg")},
+        "imported_from": imported or None,
+    }
+    words = {"words.positive.pt1": torch.full((3, 4), value), "words.negative.pt1": torch.zeros(6, 4)}
+    return Concept(words, CONCEPT.model_copy(update=changes))
+
+
 def test_an_existing_concept_is_replaced_only_on_request(tmp_path: Path) -> None:
     file = tmp_path / "concept.safetensors"
-    pipeline = Pipeline([node(lambda params: params, "params:import", "concept", name="import_concept")])
-
-    def before_run(**values: Any) -> None:
-        catalog = DataCatalog({"concept": ConceptDataset(filepath=str(file))})
-        catalog["params:import"] = ImportParams(**values)
-        ConfigurationHooks().before_pipeline_run(pipeline, catalog)
-
-    before_run()
+    importing(file)
     file.touch()
     with pytest.raises(InputError, check=says(got=f"{file}", remedy="import.replace=true")):
-        before_run()
-    before_run(replace=True)
+        importing(file)
+    importing(file, replace=True)
+    ConceptDataset(filepath=str(file)).save(concept_of())
+    with pytest.raises(InputError, check=says(got=f"{file}", remedy="import.replace=true")):
+        importing(file)
+
+
+def test_an_import_that_was_killed_at_its_end_can_be_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "concept.safetensors"
+    concept = concept_of(("a.safetensors", "0" * 64))
+    ConceptDataset(filepath=str(file)).save(concept)
+    importing(file).before_dataset_saved("concept", concept)
+    for other in (concept_of(("a.safetensors", "1" * 64)), concept_of(("a.safetensors", "0" * 64), value=2.0)):
+        with pytest.raises(InputError, check=says(got="a.safetensors", remedy="import.replace=true")):
+            importing(file).before_dataset_saved("concept", other)
+        importing(file, replace=True).before_dataset_saved("concept", other)
 
 
 BeforeRun = Callable[..., None]
@@ -277,6 +312,9 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
     catalog["reference_image"] = changes.get("picture", picture.getvalue())
     catalog["attention_mask_image"] = MemoryDataset(changes.get("mask"))
     catalog["reference_caption"] = changes.get("caption", "white background")
+    catalog["evaluation_views"] = MemoryDataset({})
+    catalog["concept_steps"] = MemoryDataset({80: None})
+    catalog["base_model"] = ModelLocation(str(folder / "model"))
     prompts = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["a red cat", "a blue dog"]}), prompts)
     catalog["prompt_database"] = MemoryDataset(pq.ParquetFile(prompts), copy_mode="assign")
@@ -298,6 +336,23 @@ def test_what_a_run_trains_is_checked_against_its_export(names: str, before_run:
 @pytest.mark.parametrize("names", ["train", "export", "import,export"])
 def test_a_training_that_the_run_does_not_export_is_not_checked(names: str, before_run: BeforeRun) -> None:
     before_run(names, training={"lora_unet": [LORA | {"timestep_min_rank": 1}]})
+
+
+@pytest.mark.parametrize(
+    ("names", "section", "training", "known"),
+    [
+        ("generate", "generate", {}, "80"),
+        ("evaluate", "evaluation", {}, "80"),
+        ("export", "export", {}, "80"),
+        ("train,evaluate", "evaluation", {}, "none"),
+        ("__default__", "export", SCORED, "100, 200, 300, 400"),
+    ],
+)
+def test_a_step_that_is_not_kept_or_will_not_be_scored_is_refused(
+    names: str, section: str, training: dict[str, Any], known: str, before_run: BeforeRun
+) -> None:
+    with pytest.raises(InputError, check=says(where=section, expected=f"({known})", got="81")):
+        before_run(names, **{section: {"step": 81}}, training=training)
 
 
 HEUN = {"scheduler": "HeunDiscreteScheduler"}

@@ -11,14 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Pipeline, node
 from kedro_datasets.json import JSONDataset
 
 import small_run
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders
+from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders, check_images_fit
 from dreamartist_pipeline.locks import LocalLock, LockHeldError
+from dreamartist_pipeline.params import GenerateParams
 from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish
 from refusals import says
 from small_disks import mount_read_only, mount_small
@@ -191,6 +195,20 @@ def test_a_second_run_of_the_subject_is_refused_at_once_and_named(tmp_path: Path
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
 
 
+@pytest.mark.parametrize(("section", "protects"), [("pretrain", "base model"), ("judge", "judge")])
+def test_a_second_training_of_a_model_of_all_subjects_is_refused(tmp_path: Path, section: str, protects: str) -> None:
+    """Its parts would be mixed with those of the first."""
+    catalog = DataCatalog({f"params:{section}": MemoryDataset(SimpleNamespace(checkpoints=str(tmp_path)))})
+    pipeline = Pipeline([node(lambda params: params, f"params:{section}", "model", name="train")])
+    hooks = OutputHooks()
+    with LocalLock(tmp_path / ".lock", "").hold(), pytest.raises(LockHeldError, check=says(expected=protects)):
+        hooks.before_pipeline_run(pipeline, catalog)
+    hooks.before_pipeline_run(pipeline, catalog)
+    with pytest.raises(LockHeldError):
+        OutputHooks().before_pipeline_run(pipeline, catalog)
+    hooks.after_pipeline_run()
+
+
 # ------------------------------------------------------------------------------------------------- folders
 
 
@@ -224,3 +242,13 @@ def test_a_full_disk_is_found_before_the_run(tmp_path: Path) -> None:
     with mount_small(tmp_path / "08") as folder, pytest.raises(InputError, check=says(expected=str(folder))):
         small_run.run(tmp_path, "a")
     assert not texts(tmp_path)
+
+
+def test_images_that_will_not_fit_are_refused_before_they_are_drawn(tmp_path: Path) -> None:
+    params = GenerateParams(prompts=("a", "b"), images_per_prompt=50, width=64, height=128)
+    with mount_small(tmp_path / "07", "5m") as folder:
+        check = says(expected=f"{folder / 'fox'} for 100 images", remedy="generate.images_per_prompt")
+        with pytest.raises(InputError, check=check):
+            check_images_fit(folder / "fox", params)  # 3 × 100 × 3 × 64 × 128 bytes
+        check_images_fit(folder / "fox", params.model_copy(update={"images_per_prompt": 30}))
+        assert not list(folder.iterdir())

@@ -18,16 +18,16 @@ PROJECT = Path(__file__).resolve().parents[1]
 def test_every_stage_and_every_chain_has_its_name() -> None:
     assert set(register_pipelines()) == {
         *("ingestion", "prompts", "regularization", "training", "train", "evaluation", "evaluate"),
-        *("export", "generate", "import", "pretrain", "judge", "__default__"),
+        *("export", "register", "generate", "import", "pretrain", "judge", "__default__"),
     }
 
 
-def test_train_is_the_four_stages_and_the_default_evaluates_and_exports_as_well() -> None:
+def test_train_is_the_four_stages_and_the_default_evaluates_exports_and_registers_as_well() -> None:
     pipelines = register_pipelines()
     stages = [pipelines[name] for name in ("ingestion", "prompts", "regularization", "training")]
     assert set(pipelines["train"].nodes) == {node for stage in stages for node in stage.nodes}
     assert set(pipelines["__default__"].nodes) == {
-        node for name in ("train", "evaluate", "export") for node in pipelines[name].nodes
+        node for name in ("train", "evaluate", "export", "register") for node in pipelines[name].nodes
     }
 
 
@@ -37,7 +37,7 @@ def test_everything_a_user_gives_is_checked_before_images_are_drawn(check: str) 
     assert names.index(check) < names.index("make_regularization_set")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "export", "generate", "import", "pretrain", "judge"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "export", "register", "generate", "import", "pretrain", "judge"])
 def test_every_dataset_of_a_pipeline_is_in_the_catalog(name: str) -> None:
     in_catalog: set[str] = set()
     for file in (PROJECT / "conf" / "base").glob("catalog*.yml"):

@@ -17,10 +17,12 @@ from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.image import CaptionDataset, ReferenceImageDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import RunRecordHooks
+from dreamartist_pipeline.hooks.opening import continued_run
 from dreamartist_pipeline.hooks.parameters import recorded_parameters, repeated_parameters
 from dreamartist_pipeline.hooks.record import close_run
 from dreamartist_pipeline.hooks.story import run_that_made, with_sections
 from dreamartist_pipeline.params import GenerateParams, Params, PretrainParams, ResolvedGroup, TrainingParams
+from refusals import says
 from tracking_stores import tracking_uri
 
 GROUP = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
@@ -150,15 +152,20 @@ TRAIN = Pipeline(
 GENERATE = Pipeline([node(lambda concept, params: concept, ["concept", "params:generate"], "images", name="draw")])
 
 
-def record(experiment: str, pipeline: Pipeline, catalog: DataCatalog, **changes: Any) -> Any:
-    """Run the hooks of a pipeline, as Kedro and kedro-mlflow do, and return the finished run."""
-    import mlflow
-
+def hooks_with(**changes: Any) -> RunRecordHooks:
     hooks = RunRecordHooks()
     hooks._settings = SETTINGS | changes
     hooks._loader = FixedPresets(
         training=training().model_dump(mode="json"), generate={"prompts": ["a {pt1}"], "seed": 0}
     )
+    return hooks
+
+
+def record(experiment: str, pipeline: Pipeline, catalog: DataCatalog, **changes: Any) -> Any:
+    """Run the hooks of a pipeline, as Kedro and kedro-mlflow do, and return the finished run."""
+    import mlflow
+
+    hooks = hooks_with(**changes)
     run_params = {
         "pipeline_names": ["train" if pipeline is TRAIN else "generate"],
         "runtime_params": {"training": {"num_steps": 10}} if pipeline is TRAIN else {},
@@ -255,6 +262,27 @@ def test_the_whole_configuration_is_one_file_and_no_tag_has_an_address(experimen
     assert not [tag for tag, value in run.data.tags.items() if " at 0x" in value]
     kind = mlflow.get_experiment(experiment).tags["mlflow.experimentKind"]
     assert kind == "custom_model_development"  # MLflow opens the view of training runs
+
+
+def test_a_run_with_other_parameters_is_not_continued_and_stays_as_it_is(experiment: str, catalog: DataCatalog) -> None:
+    import mlflow
+
+    run = record(experiment, TRAIN, catalog)
+    hooks_with().check_continues(run, TRAIN, catalog)
+    with pytest.raises(InputError, check=says(expected=run.info.run_id, got="base_model=other for tiny")):
+        hooks_with(base_model="other").check_continues(run, TRAIN, catalog)
+    assert mlflow.MlflowClient().get_run(run.info.run_id).to_dictionary() == run.to_dictionary()
+
+
+def test_only_a_run_of_the_experiment_is_continued(experiment: str, catalog: DataCatalog) -> None:
+    import mlflow
+
+    client, run_id = mlflow.MlflowClient(), record(experiment, TRAIN, catalog).info.run_id
+    assert continued_run(client, run_id, experiment).info.run_id == run_id
+    with pytest.raises(InputError, check=says(expected="MLFLOW_RUN_ID=nosuch", remedy="unset MLFLOW_RUN_ID")):
+        continued_run(client, "nosuch", experiment)
+    with pytest.raises(InputError, check=says(expected=run_id, got=f"the experiment {experiment}")):
+        continued_run(client, run_id, "0")
 
 
 def test_parameters_are_not_logged_again_by_kedro_mlflow() -> None:

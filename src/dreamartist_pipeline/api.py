@@ -23,6 +23,7 @@ from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_pr
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
+from dreamartist_pipeline.backbones.served import served_concept
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
 from dreamartist_pipeline.core.batches import Batch
@@ -42,20 +43,24 @@ from dreamartist_pipeline.interop.foreign_concept import Imported, make_concept,
 from dreamartist_pipeline.interop.toolkit_config import SLOT
 from dreamartist_pipeline.params import (
     DeviceParams,
+    GenerateParams,
     GuidanceScale,
     LossParams,
     PositiveActsOn,
+    RegistrationParams,
     SamplerParams,
     StrengthParams,
 )
+from dreamartist_pipeline.serving.packaging import save_model
 
 _NUM_BRANCHES = 2
 _WORDS_ARGUMENT = "`words`"
-_CPU = DeviceParams(device="cpu")
+_CPU, _AUTO = DeviceParams(device="cpu"), DeviceParams()
 _FULL_STRENGTH = StrengthParams()
 _FIVE_DDIM_STEPS = SamplerParams(scheduler="ddim", num_inference_steps=5, guidance_scale=3.0)
 _DEFAULT_SAMPLER = SamplerParams()
 _PLAIN_LOSS = LossParams(weighting="none")
+_MAX_COPIED_MB = RegistrationParams().max_copied_mb
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +148,39 @@ def draw_images(
         init=init_picture(image, mask, denoise, sampler.num_inference_steps),
     )
     return list(draw(backbone, concept, request).images)
+
+
+def save_mlflow_model(
+    folder: str | Path,
+    concept: Concept,
+    base_model: str | Path,
+    *,
+    vae: str | Path | None = None,
+    config: str | Path | None = None,
+    device: DeviceParams = _AUTO,
+    strength: StrengthParams | Literal["reference"] = _FULL_STRENGTH,
+    sampler: SamplerParams = _DEFAULT_SAMPLER,
+    max_copied_mb: int = _MAX_COPIED_MB,
+) -> None:
+    """Write an MLflow model, which `mlflow models predict` and `mlflow models serve` can call.
+
+    Args:
+        folder: of the model; it must not exist, or be empty.
+        concept: a concept for this base model.
+        base_model, vae, config: see `open_base_model`.
+        device: where the model runs; "auto" is the GPU of the machine that serves it, if it has one.
+        strength, sampler: defaults of the options of a call.
+        max_copied_mb: a base model in a folder up to this size is copied into the model.
+
+    Raises:
+        InputError: the folder is not empty, or there is no such base model.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(expected=f"an empty or new folder {target}", got="files in it", remedy="choose another")
+    location = ModelLocation(str(base_model), *(None if each is None else str(each) for each in (vae, config)))
+    defaults = GenerateParams(prompts="a {pt1}", sampler=sampler, strength=StrengthParams.model_validate(strength))
+    save_model(served_concept(concept, location, defaults, device, max_copied_mb), target)
 
 
 def read_toolkit_concept(

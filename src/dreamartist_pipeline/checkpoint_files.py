@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreamartist_pipeline.errors import is_out_of_memory
 from dreamartist_pipeline.whole_files import flushed, remove_leftovers, written_whole
 
 _DAMAGE = (  # what zipfile and torch raise for damaged files
@@ -97,6 +98,8 @@ def _read(file: Path) -> dict[str, Any] | None:
             if not isinstance(checkpoint, dict):
                 raise ValueError(f"a {type(checkpoint).__name__} in place of a dictionary")
         except _DAMAGE as error:
+            if is_out_of_memory(error):  # the file is not to be replaced by an earlier state
+                raise
             log.warning("The checkpoint %s is damaged and is not used (%s).", file, str(error).partition("\n")[0])
             return None
     return checkpoint

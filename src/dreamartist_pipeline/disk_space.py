@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dreamartist_pipeline.errors import InputError
 
+PNG_PIXEL_BYTES = 3
+"""Of an RGB image, at most."""
 _MIB = 2**20
 
 

@@ -25,7 +25,7 @@ class PlannedConcept:
         groups: network -> its LoRA groups.
         slots: its slots with trigger words.
         needs_regularization: whether its training has rows of the regularization set.
-        identity_sha256: of its training, if it exists already and names it.
+        scored_steps: of its training, if the run trains it.
     """
 
     is_trained_here: bool
@@ -33,10 +33,10 @@ class PlannedConcept:
     groups: Mapping[str, Sequence[LoRAGroup]]
     slots: Collection[str]
     needs_regularization: bool = False
-    identity_sha256: str | None = None
+    scored_steps: Collection[int] = ()
 
     @classmethod
-    def of_training(cls, params: TrainingParams) -> PlannedConcept:
+    def of_training(cls, params: TrainingParams, scored_steps: Collection[int]) -> PlannedConcept:
         """Return the properties of a concept to be trained."""
         return cls(
             is_trained_here=True,
@@ -44,6 +44,7 @@ class PlannedConcept:
             groups=params.lora,
             slots=tuple(params.words.names),
             needs_regularization=bool(params.regularization_batch_size),
+            scored_steps=scored_steps,
         )
 
 

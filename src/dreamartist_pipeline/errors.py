@@ -56,3 +56,24 @@ def input_error_in(error: BaseException) -> InputError | None:
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__ or cause.__context__
     return cause
+
+
+_NO_MEMORY = (  # of torch on the CPU, the operating system, C++, and a thread whose stack has no room
+    *("can't allocate memory", "Cannot allocate memory", "bad allocation", "bad_alloc"),
+    *("can't start new thread", "failed to map segment"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the machine or of the device is exhausted."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True  # torch's class, by its name: importing torch takes memory
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def out_of_memory_in(error: BaseException) -> BaseException | None:
+    """Return the error that says that memory is exhausted in the chain of causes, if any."""
+    cause: BaseException | None = error
+    while cause is not None and not is_out_of_memory(cause):
+        cause = cause.__cause__ or cause.__context__
+    return cause

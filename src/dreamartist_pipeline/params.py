@@ -60,15 +60,12 @@ def _check_device_name(name: str) -> str:
 
 
 def _check_evaluator(name: str) -> str:
-    if not re.fullmatch(r"efficientnet-lite0|(clip|dinov2):.+", name):
-        raise ValueError(f"an evaluator is efficientnet-lite0, clip:…, or dinov2:…, got {name!r}")
+    if not re.fullmatch(r"auto|efficientnet-lite0|(clip|siglip|dinov2):.+", name):
+        raise ValueError(f"an evaluator is efficientnet-lite0, clip:…, siglip:…, dinov2:… or auto, got {name!r}")
     return name
 
 
-def _check_evaluator_or_auto(name: str) -> str:
-    return name if name == "auto" else _check_evaluator(name)
-
-
+TextImageModelName = Annotated[str, Field(pattern="^(auto|(clip|siglip):.+)$")]
 Texts = Annotated[tuple[str, ...], _ONE_OR_SEVERAL]
 """Texts, or a single text, as in `--params generate.prompts=a red fox`."""
 Plain = Annotated[str, Field(pattern=r"^[^{}]*$")]
@@ -455,8 +452,9 @@ class ScoringParams(Params):
     """How a training is scored at intervals, so that a step can be chosen; without prompts it is not scored.
 
     Attributes:
-        every: steps between two scorings; auto: so many that they cost a bounded share of the training, see
-            `core.choosing.scored_steps`; 0: none. The last step is scored, too.
+        every: steps between two scorings; the last step is scored, too. 0: none. auto: so many that they cost a bounded
+            share of a training that needs scores (`TrainingParams.needs_scores`), and none for others; see
+            `core.choosing.scored_steps`.
         prompts: with '{pt1}' for the subject, for fidelity, agreement and copying.
         prior_prompts: without it, for the drift from the base model.
         images_per_prompt: of `prompts`; of a prior prompt there is one.
@@ -464,7 +462,7 @@ class ScoringParams(Params):
         sampler: few steps are enough to compare.
         validation_rows: of the reference image, and as many of the regularization set, on noise and timesteps that the
             training does not draw.
-        evaluator: as in `evaluation.evaluators`; auto: the towers of the embedded base model, else efficientnet-lite0.
+        evaluator: as in `evaluation.evaluators`; efficientnet-lite0 in place of auto for a base model without towers.
         text_image_model: measures agreement, as in `evaluation`; None: agreement is not measured.
         agreement_loss: of the base model's agreement, the share that a chosen step may lose.
         max_drift: of a chosen step; 1: prior images are as far from the base model's as those are from each other.
@@ -479,8 +477,8 @@ class ScoringParams(Params):
     seed: Seed = 500
     sampler: SamplerParams = SamplerParams(num_inference_steps=6)
     validation_rows: Annotated[int, Field(ge=1, le=10_000)] = 8
-    evaluator: Annotated[Annotated[str, AfterValidator(_check_evaluator_or_auto)], KIND_AND_PATH] = "auto"
-    text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None, KIND_AND_PATH] = "auto"
+    evaluator: Annotated[Annotated[str, AfterValidator(_check_evaluator)], KIND_AND_PATH] = "auto"
+    text_image_model: Annotated[TextImageModelName | None, KIND_AND_PATH] = "auto"
     agreement_loss: Fraction = 0.25
     max_drift: PositiveFloat = 0.5
     max_copying: PositiveFloat = 0.5
@@ -561,7 +559,7 @@ class TrainingParams(Params):
     noise_offset: NonNegativeFloat = 0.0  # standard deviation of an offset of the noise per row and channel
     zero_terminal_snr: bool = False  # in training and generation; v-prediction only
     loss: LossParams = LossParams()
-    choose: Literal["best", "last"] = "best"  # the step that becomes the concept, see `core.choosing`
+    choose: Literal["best", "last"] = "last"  # the step that becomes the concept, see `core.choosing`
     scoring: ScoringParams = ScoringParams()
     preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
     memory: Annotated[MemoryParams, RUN_ONLY] = MemoryParams()
@@ -604,9 +602,14 @@ class TrainingParams(Params):
     def result_values(self) -> dict[str, Any]:
         """Return all parameters that can change the concept, as JSON types."""
         run_only = {name for name, field in type(self).model_fields.items() if RUN_ONLY in field.metadata}
-        if self.choose == "last" and self.scoring.patience is None:
+        if not self.needs_scores:
             run_only.add("scoring")
         return self.model_dump(mode="json", exclude=run_only)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the concept depends on scores."""
+        return self.choose == "best" or self.scoring.patience is not None
 
     @property
     def num_branches(self) -> int:
@@ -637,6 +640,12 @@ class TrainingParams(Params):
                 raise ValueError(f"lora_{network}: timestep_min_rank requires a timestep, which a text encoder lacks")
         if self.start_from and any(group.svd_init for group in self._groups):
             raise ValueError("start_from cannot be combined with svd_init; leave out one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_scoring(self) -> TrainingParams:
+        if self.needs_scores and not (self.scoring.prompts and self.scoring.every):
+            raise ValueError("choose=best and scoring.patience require scoring.prompts, and scoring.every other than 0")
         return self
 
     @model_validator(mode="after")
@@ -678,10 +687,12 @@ class EvaluationParams(Params):
     negative_prompt: Prompt = ""
     sampler: SamplerParams = SamplerParams()
     strength: StrengthParams = StrengthParams()
-    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID and dinov2:FOLDER_OR_HUB_ID.
+    # Any of efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:… and dinov2:…, and auto for the image tower of the base
+    # model, if it has one.
     evaluators: Annotated[Texts, KIND_AND_PATH] = ("efficientnet-lite0",)
-    # For CLIPScore: "clip:FOLDER_OR_HUB_ID", None for none, or "auto" for the towers of the base model, if it has some.
-    text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|clip:.+)$")] | None, KIND_AND_PATH] = "auto"
+    # For prompt agreement: "clip:FOLDER_OR_HUB_ID" or "siglip:…", None for none, or "auto" for the towers of the base
+    # model, if it has some.
+    text_image_model: Annotated[TextImageModelName | None, KIND_AND_PATH] = "auto"
     # Whether a concept may be compared with another picture than that of its training.
     other_picture: bool = False
     # Whether colours named in prompts are compared with the pixels; None for the embedded base model only.
@@ -774,6 +785,16 @@ class ExportParams(Params):
                 "exported, because ComfyUI has another formula for weights, and diffusers has none: remove the weights"
             )
         return prompt
+
+
+# ------------------------------------------------------------------------------------------------- registration
+
+
+class RegistrationParams(Params):
+    """Whether and how a concept becomes a version of a registered model in MLflow."""
+
+    enabled: bool = True
+    max_copied_mb: NonNegativeInt = 100  # larger base models are referred to by their path; 10^6 bytes
 
 
 # ------------------------------------------------------------------------------------------------- import
@@ -928,6 +949,7 @@ SECTIONS: dict[str, type[Params]] = {
     "evaluation": EvaluationParams,
     "generate": GenerateParams,
     "export": ExportParams,
+    "registration": RegistrationParams,
     "import": ImportParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,

@@ -13,6 +13,7 @@ from dreamartist_pipeline.pipelines import (
     judge,
     pretrain,
     prompts,
+    registration,
     regularization,
     training,
 )
@@ -30,16 +31,17 @@ def register_pipelines() -> dict[str, Pipeline]:
     }
     train = sum(stages.values(), Pipeline([]))
     evaluate = evaluation.create_pipeline(tracker)
-    exporting = export.create_pipeline()
+    exporting, register = export.create_pipeline(), registration.create_pipeline()
     return {
         **stages,
         "evaluation": evaluate,
         "evaluate": evaluate,
         "export": exporting,
+        "register": register,
         "generate": generate.create_pipeline(),
         "import": importing.create_pipeline(),
         "pretrain": pretrain.create_pipeline(tracker),
         "judge": judge.create_pipeline(tracker),
         "train": train,
-        "__default__": train + evaluate + exporting,
+        "__default__": train + evaluate + exporting + register,
     }

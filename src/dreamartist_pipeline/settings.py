@@ -43,6 +43,7 @@ configure_logs(None)  # before Kedro imports its plugins, whose warnings it hide
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with credentials; the summary has the address
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for files that are copied in an instant
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # one request a second, however short the steps
 for _name, _limit in REQUEST_LIMITS.items():
     os.environ.setdefault(_name, _limit)
@@ -186,11 +187,12 @@ def parameter(parameters: Mapping[str, Any], path: str) -> Any:
 CONFIG_LOADER_CLASS = ProjectConfigLoader
 DATA_CATALOG_CLASS = ProjectCatalog
 # Of hooks that are tried first, the last one here is called first: the configuration, the folders, MLflow.
+_RECORD = RunRecordHooks()
 HOOKS = (
-    MLflowHooks(),
+    MLflowHooks(_RECORD.check_continues),
     OutputHooks(),
     ConfigurationHooks(),
-    RunRecordHooks(),
+    _RECORD,
     ConsoleHooks(),
     CheckpointHooks(),
     ManifestHooks(),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
 
 from dreamartist_pipeline.backbones.evaluators import (
     Evaluator,
     load_evaluator,
+    load_evaluators,
     load_text_image_model,
     own_towers,
 )
@@ -95,9 +100,63 @@ def test_dinov2_is_loaded_from_a_folder(dinov2_folder: Path) -> None:
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SigLIP with a tokenizer of four words."""
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 2}
+    texts = {**tower, "vocab_size": 5, "max_position_embeddings": 6, "pad_token_id": 1}
+    config = SiglipConfig(text_config=texts, vision_config={**tower, "image_size": 32, "patch_size": 16})
+    folder = tmp_path_factory.mktemp("models") / "tiny-siglip"
+    SiglipModel(config).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2, "fox": 3, "cat": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_siglip_is_loaded_from_a_folder(siglip_folder: Path) -> None:
+    evaluator = load_evaluator(f"siglip:{siglip_folder}")
+    embeddings = evaluator.embed([_ball("red"), _ladder()])
+    assert (evaluator.label, embeddings.shape) == ("siglip-tiny-siglip", (2, 32))
+    prepared = evaluator._prepare([Image.new("RGB", (8, 8), "white")])
+    assert (prepared.shape, float(prepared.min())) == ((1, 3, 32, 32), 1.0)
+
+
+def test_siglip_scores_as_transformers_does(siglip_folder: Path, tmp_path: Path) -> None:
+    model = load_text_image_model(f"siglip:{siglip_folder}", str(tmp_path))
+    assert model is not None
+    assert model.measure.name == "prompt/siglip_score"
+    images, network = [_ball("red"), _ladder()], SiglipModel.from_pretrained(siglip_folder)
+    ids = torch.tensor([[2, 3, 1, 1, 1, 1], [2, 4, 2, 4, 2, 4]])  # padded, truncated
+    with torch.inference_mode():
+        logits = network(input_ids=ids, pixel_values=model.images._prepare(images)).logits_per_image
+    expected = torch.sigmoid(logits.diagonal())
+    torch.testing.assert_close(model.score(images, ["a fox", "a cat a cat a cat a cat"]), expected)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(siglip_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(siglip_folder, tmp_path / "siglip"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["dog"] = 5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, check=says(expected="5 tokens", got="6")):
+        load_text_image_model(f"siglip:{folder}", str(tmp_path))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, check=says(expected="tokenizer.json")):
+        load_text_image_model(f"siglip:{folder}", str(tmp_path))
+
+
+def test_auto_is_the_image_tower_of_a_base_model_that_has_one(tmp_path: Path) -> None:
+    own = load_evaluators(["auto", "efficientnet-lite0"], str(PROJECT / "data/01_raw/base_model"))
+    assert [one.label for one in own] == ["clip-towers", "efficientnet-lite0"]
+    assert [one.label for one in load_evaluators(["auto", "efficientnet-lite0"], str(tmp_path))] == [
+        "efficientnet-lite0"
+    ]
+
+
 @pytest.mark.parametrize("name", ["vgg16", "clip", "dinov2:", "efficientnet-lite0:x"])
 def test_an_unknown_name_lists_what_exists(name: str) -> None:
-    listing = "efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID"
+    listing = "efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, auto"
     with pytest.raises(InputError, check=says(expected=listing, got=f"'{name}'")):
         load_evaluator(name)
 

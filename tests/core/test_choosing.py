@@ -30,7 +30,8 @@ SCORING = {"prompts": ["a {pt1}, blue background"] * 4, "prior_prompts": ["a cat
 def params(num_steps: int = 400, every: int | str = "auto", **changes: Any) -> TrainingParams:
     scoring = SCORING | {"every": every} | changes.pop("scoring", {})
     return TrainingParams(
-        **{"num_steps": num_steps, "words": {"names": {"pt1": ("a-b", "a-b-neg")}}, "scoring": scoring, **changes}
+        **{"num_steps": num_steps, "words": {"names": {"pt1": ("a-b", "a-b-neg")}}, "scoring": scoring},
+        **{"choose": "best", **changes},
     )
 
 
@@ -64,14 +65,28 @@ def test_scoring_stays_within_its_budget_at_every_scored_step(num_steps: int, ch
     assert len({after - before for before, after in itertools.pairwise(steps)}) <= 1
 
 
-def test_the_default_training_is_scored_every_40_steps() -> None:
+def test_a_training_of_400_steps_is_scored_every_40_steps() -> None:
     assert scored_steps(params()) == (80, 120, 160, 200, 240, 280, 320, 360, 400)
 
 
 def test_a_training_too_short_for_two_scores_or_without_prompts_has_none() -> None:
     assert scored_steps(params(5)) == scored_steps(params(100)) == scored_steps(params(0)) == ()
-    assert scored_steps(params(scoring={"prompts": [], "prior_prompts": []})) == ()
-    assert scored_steps(params(every=0)) == ()
+    assert scored_steps(params(every=4, scoring={"prompts": [], "prior_prompts": []}, choose="last")) == ()
+    assert scored_steps(params(every=0, choose="last")) == ()
+
+
+def test_only_a_training_whose_concept_depends_on_scores_is_scored_unless_asked_for() -> None:
+    assert scored_steps(params(choose="last")) == ()
+    assert scored_steps(params(choose="last", every=200)) == (200, 400)
+    assert scored_steps(params(choose="last", scoring={"patience": 2})) == scored_steps(params())
+
+
+@pytest.mark.parametrize("needs", [{"choose": "best"}, {"choose": "last", "patience": 2}])
+@pytest.mark.parametrize("missing", [{"every": 0}, {"prompts": [], "prior_prompts": []}])
+def test_a_choice_without_scores_is_refused(needs: dict[str, Any], missing: dict[str, Any]) -> None:
+    choose, patience = needs["choose"], needs.get("patience")
+    with pytest.raises(ValueError, match=r"scoring.prompts.*scoring.every"):
+        params(choose=choose, scoring={"patience": patience, **missing})
 
 
 def test_a_given_interval_is_taken_with_the_last_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from dreamartist_pipeline.core.concept import Concept, ConceptMetadata
@@ -27,7 +29,7 @@ def concept(identity: str | None, step: int | None = None) -> Concept:
     return Concept({}, metadata)
 
 
-KEPT = KeptSteps("a", {step: lambda step=step: concept("a", step) for step in (80, 120)})
+KEPT = {step: functools.partial(concept, "a", step) for step in (80, 120)}
 
 
 def test_a_step_is_read_and_none_is_the_concept_itself() -> None:
@@ -42,19 +44,20 @@ def test_a_step_that_is_not_kept_is_refused_with_those_that_are() -> None:
     assert "80, 120" in refused.value.expected
 
 
-@pytest.mark.parametrize("kept", [None, KeptSteps(), KeptSteps("b", KEPT.read)])
-def test_steps_of_no_training_or_of_another_one_are_refused(kept: KeptSteps | None) -> None:
+@pytest.mark.parametrize("kept", [{}, {80: functools.partial(concept, "b", 80)}])
+def test_steps_of_no_training_or_of_another_one_are_refused(kept: KeptSteps) -> None:
     with pytest.raises(InputError, check=says(expected="export.step", remedy="export.step")):
         concept_at(concept("a"), kept, 80, "export.step")
 
 
-def test_a_step_is_checked_before_the_run_unless_the_run_trains_the_concept() -> None:
-    existing = PlannedConcept(False, False, {}, (), identity_sha256="a")
-    trained = PlannedConcept(True, False, {}, ())
-    missing = GenerateParams(prompts=("a",), step=300)
-    for planned in (trained, None):
-        check_step(missing, planned, KeptSteps())
-    check_step(GenerateParams(prompts=("a",), step=80), existing, KEPT)
-    check_step(GenerateParams(prompts=("a",)), existing, KeptSteps())
-    with pytest.raises(InputError, check=says(expected="80, 120", got="300")):
-        check_step(missing, existing, KEPT)
+def test_a_step_is_checked_before_the_run_also_of_a_training_in_it() -> None:
+    existing = PlannedConcept(False, False, {}, ())
+    trained = PlannedConcept(True, False, {}, (), scored_steps=(80, 120))
+    kept, missing, none = (GenerateParams(prompts=("a",), step=step) for step in (80, 300, None))
+    check_step(missing, None, {})  # nothing is known of an imported concept
+    check_step(none, existing, {})
+    check_step(kept, existing, KEPT)
+    check_step(kept, trained, {})
+    for planned, steps in ((existing, KEPT), (trained, {})):
+        with pytest.raises(InputError, check=says(expected="80, 120", got="300")):
+            check_step(missing, planned, steps)

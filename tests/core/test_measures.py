@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from dreamartist_pipeline.core import measures
-from dreamartist_pipeline.core.measures import MEASURES, PictureEmbeddings, SubjectMeasures, metric_key
+from dreamartist_pipeline.core.measures import MEASURES, Measure, PictureEmbeddings, SubjectMeasures, metric_key
 from dreamartist_pipeline.embedded.colors import COLORS
 
 SIDE_PX = 32
@@ -42,6 +43,8 @@ def test_the_object_on_another_ground_is_as_faithful_as_the_reference_and_the_wh
     pictures = against_orange.embed([picture("white", "orange"), picture("blue", "orange", left_px=2)])
     values = against_orange.fidelity(pictures)
     assert values["similarity"].tolist() == pytest.approx([1, 1], abs=1e-6)
+    pictures_alone = [picture("white", "orange"), picture("blue", "orange", left_px=2)]
+    assert against_orange.object_similarity(pictures_alone).tolist() == values["similarity"].tolist()
     assert values["similarity_whole"][0].item() == pytest.approx(1, abs=1e-6)
     assert values["similarity_whole"][1].item() < 0.95
     assert values["similarity_colorless"].tolist() == pytest.approx([1, 1], abs=1e-6)
@@ -97,6 +100,11 @@ def test_drift_is_the_distance_of_pairs() -> None:
     assert moved > 0.1
 
 
+def test_pictures_are_compared_with_prompts_of_the_class_word() -> None:
+    templates = ["a {pt1}, blue background", "a cat"]
+    assert measures.prompt_texts(templates, "fox") == ["a fox, blue background", "a cat"]
+
+
 class OneName:
     """A classifier that names the colour of the middle."""
 
@@ -130,3 +138,15 @@ def test_every_measure_is_defined_once_and_completely() -> None:
     for measure in MEASURES:
         assert all((measure.formula, measure.unit, measure.source, measure.needs, measure.caveat)), measure.name
         assert measure.bounds[0] < measure.bounds[1]
+
+
+def test_the_documented_table_is_that_of_the_definitions() -> None:
+    def row(measure: Measure) -> str:
+        low, high = (f"{bound:g}" for bound in measure.bounds)
+        facts = (measure.title, measure.formula, measure.better, f"{measure.unit}, {low} to {high}")
+        cells = (f"`{measure.name}`", *facts, measure.source, measure.needs, measure.caveat)
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "measures.md").read_text(encoding="utf-8")
+    missing = [row(measure) for measure in MEASURES if row(measure) not in page]
+    assert not missing, f"expected these rows in docs/measures.md: {missing}"

@@ -61,6 +61,12 @@ def test_clip_score_is_two_and_a_half_times_the_cosine_and_never_negative() -> N
     assert torch.allclose(metrics.clip_score(images, texts), torch.tensor([2.5, 1.5, 0.0]))
 
 
+def test_siglip_score_is_the_probability_of_a_match() -> None:
+    images, texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    values = metrics.siglip_score(images, texts, scale=2.0, bias=-2.0)
+    assert torch.allclose(values, torch.tensor([0.5, 1 / (1 + 2.718281828**2)]))
+
+
 def test_distances_of_orthogonal_equal_and_opposite_rows() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]])
     assert torch.allclose(metrics.embedding_distance(rows, rows[[0, 0, 0]]), torch.tensor([0.0, 1.0, 2.0]))

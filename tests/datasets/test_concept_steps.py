@@ -11,7 +11,6 @@ from kedro_datasets._typing import TablePreview
 
 from core.test_kept_steps import concept
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.kept_steps import KeptSteps
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.concept_steps import ConceptStepsDataset
 from dreamartist_pipeline.errors import InputError
@@ -32,8 +31,8 @@ def test_steps_are_read_one_by_one_and_each_is_a_concept_file(tmp_path: Path) ->
     dataset = ConceptStepsDataset(filepath=str(tmp_path / "fox" / "steps"))
     dataset.save(steps(120, 80))
     loaded = dataset.load()
-    assert loaded.identity_sha256 == "a" and list(loaded.read) == [80, 120]
-    assert loaded.read[80]().tensors["unet.a.0.positive.up"].item() == 80
+    assert list(loaded) == [80, 120]
+    assert loaded[80]().tensors["unet.a.0.positive.up"].item() == 80
     file = tmp_path / "fox" / "steps" / "120.safetensors"
     assert ConceptDataset(filepath=str(file)).load().metadata.step == 120
 
@@ -44,18 +43,21 @@ def test_a_save_removes_the_steps_of_an_earlier_training(tmp_path: Path) -> None
     dataset.save(steps(40))
     assert [file.name for file in (tmp_path / "steps").iterdir()] == ["40.safetensors"]
     dataset.save({})
-    assert dataset.load() == KeptSteps()
+    assert dataset.load() == {}
 
 
 def test_without_a_folder_there_are_no_steps(tmp_path: Path) -> None:
     dataset = ConceptStepsDataset(filepath=str(tmp_path / "steps"))
-    assert dataset.exists() and dataset.load() == KeptSteps()
+    assert dataset.exists() and dataset.load() == {}
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "80.safetensors").write_bytes(b"0")
+    (tmp_path / "readme.txt").touch()
+    loaded = ConceptStepsDataset(filepath=str(tmp_path)).load()
+    assert list(loaded) == [80]
     with pytest.raises(InputError):
-        ConceptStepsDataset(filepath=str(tmp_path)).load()
+        loaded[80]()
 
 
 def test_the_preview_lists_steps_and_sizes(tmp_path: Path) -> None:

@@ -8,7 +8,12 @@ import pytest
 from kedro.io import DatasetError
 
 from dreamartist_pipeline.datasets.inputs import FileError
-from dreamartist_pipeline.datasets.user_files import UserFilesDataset, UserFolderDataset, folder_files
+from dreamartist_pipeline.datasets.user_files import (
+    UserFilesDataset,
+    UserFolderDataset,
+    UserPicturesDataset,
+    folder_files,
+)
 from refusals import says
 
 
@@ -46,7 +51,8 @@ def test_a_missing_folder_is_refused_with_its_path(tmp_path: Path) -> None:
 
 
 def test_no_path_gives_no_files(tmp_path: Path) -> None:
-    for dataset in (UserFilesDataset(path="/", files=None), UserFolderDataset(path="/", folder=None)):
+    pictures = UserPicturesDataset(path="/", sources=[])
+    for dataset in (UserFilesDataset(path="/", files=None), UserFolderDataset(path="/", folder=None), pictures):
         assert dataset.exists()
         assert dataset.load() == {}
 
@@ -61,6 +67,31 @@ def test_a_folder_gives_its_files_or_those_of_its_checkpoints(tmp_path: Path) ->
 
 
 def test_files_of_users_are_never_written() -> None:
-    for dataset in (UserFilesDataset(path="/", files=None), UserFolderDataset(path="/", folder=None)):
+    pictures = UserPicturesDataset(path="/", sources=[])
+    for dataset in (UserFilesDataset(path="/", files=None), UserFolderDataset(path="/", folder=None), pictures):
         with pytest.raises(DatasetError, match="read-only"):
             dataset.save({})  # type: ignore[arg-type]
+
+
+def test_pictures_are_files_and_those_directly_in_folders(tmp_path: Path) -> None:
+    (tmp_path / "more" / "deeper.png").mkdir(parents=True)
+    for name in ("cat", "more/b.JPG", "more/a.png", "more/a.txt"):
+        (tmp_path / name).write_text(name)
+    dataset = UserPicturesDataset(path=str(tmp_path), sources=["cat", "more"])
+    assert dataset.exists()
+    more = tmp_path / "more"
+    assert [(path, read()) for path, read in dataset.load().items()] == [
+        ("cat", b"cat"),
+        (f"{more}/a.png", b"more/a.png"),
+        (f"{more}/b.JPG", b"more/b.JPG"),
+    ]
+
+
+def test_a_missing_picture_and_a_folder_without_pictures_are_refused(tmp_path: Path) -> None:
+    missing = UserPicturesDataset(path=str(tmp_path), sources="cat.png")
+    assert not missing.exists()
+    with pytest.raises(FileError, check=says(expected="cat.png", got="none")):
+        missing.load()
+    (tmp_path / "note.txt").write_text("no picture")
+    with pytest.raises(FileError, check=says(expected=str(tmp_path), got="none")):
+        UserPicturesDataset(path="/", sources=str(tmp_path)).load()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from project_copy import copy_project
-from warm_processes import run_warm
+from warm_processes import run_warm, start_warm
 
 NUM_STEPS, TIMEOUT_S = 16, 600
 GIVEN = {
@@ -58,18 +58,15 @@ def run(project: Path, subject: str, **others: str) -> subprocess.CompletedProce
 
 def stop(project: Path, subject: str, number: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Start the run, and send it a signal as soon as it has saved a checkpoint."""
-    arguments = [sys.executable, *command(subject)]
-    with subprocess.Popen(
-        arguments, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with tempfile.TemporaryDirectory() as outputs:
+        program = start_warm(command(subject), project, environment(), Path(outputs))
         end_s = time.monotonic() + TIMEOUT_S
-        while process.poll() is None and time.monotonic() < end_s:
+        while program.process.is_alive() and time.monotonic() < end_s:
             if (checkpoints(project, subject) / "concept.pt").exists():
-                process.send_signal(number)
+                os.kill(program.process.pid or 0, number)
                 break
             time.sleep(0.02)
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+        return program.wait(TIMEOUT_S)
 
 
 def checkpoints(project: Path, subject: str) -> Path:

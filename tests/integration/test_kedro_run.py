@@ -135,14 +135,14 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         f"08_reporting/{SUBJECT}/training_history.csv",
         f"08_reporting/{SUBJECT}/training_curves.json",
         f"08_reporting/{SUBJECT}/training_scores.csv",
-        f"08_reporting/{SUBJECT}/training_choice.json",
-        f"08_reporting/{SUBJECT}/training_choice.html",
         f"08_reporting/{SUBJECT}/reconstruction.png",
         f"08_reporting/{SUBJECT}/contact_sheet.png",
         f"08_reporting/{SUBJECT}/evaluation_metrics.json",
         f"08_reporting/{SUBJECT}/evaluation_table.csv",
+        f"08_reporting/{SUBJECT}/evaluation_measures.csv",
         f"07_model_output/{SUBJECT}/export/lora/{SUBJECT}-neg.safetensors",
         f"08_reporting/{SUBJECT}/export_report.json",
+        f"07_model_output/{SUBJECT}/mlflow/last/MLmodel",
     ):
         assert (data / file).is_file(), file
     made = json.loads((data / "05_model_input" / SUBJECT / "regularization_set.json").read_text())
@@ -183,6 +183,30 @@ def test_the_run_is_recorded_with_its_name_parameters_curves_and_files(project: 
     assert not [tag for tag, value in run.data.tags.items() if " at 0x" in value]
 
 
+@pytest.mark.usefixtures("trained")
+def test_mlflow_models_predict_draws_with_the_registered_concept(project: Path) -> None:
+    import mlflow
+    from PIL import Image
+
+    store = f"sqlite:///{project}/data/09_tracking/mlflow.db"
+    version = mlflow.MlflowClient(store).get_model_version_by_alias(SUBJECT, "last")
+    assert version.run_id == last_run(project).info.run_id
+    example = f"data/07_model_output/{SUBJECT}/mlflow/last/serving_input_example.json"
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
+    variables = {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(project / "src")}
+    subprocess.run(
+        [*command, "-m", f"models:/{SUBJECT}@last", "-i", example, "-o", "images.json"],
+        cwd=project,
+        env=os.environ | variables,
+        check=True,
+        timeout=_TIMEOUT_S,
+    )
+    (row,) = json.loads((project / "images.json").read_text())["predictions"]
+    assert row["prompt"] == f"a my-{SUBJECT}, blue background"
+    image = Image.open(io.BytesIO(base64.b64decode(row["image"])))
+    assert (image.format, image.size) == ("PNG", (32, 32))
+
+
 @pytest.mark.parametrize(("overlay", "name"), [("sdxl", "sdxl"), ("sd21", "sd2-v")])
 def test_an_overlay_trains_on_a_folder_of_its_family(
     project: Path, tiny_model: Callable[[str], Path], overlay: str, name: str
@@ -221,7 +245,7 @@ def test_the_closing_summary_lists_files_and_commands(
 
 def run_folders(project: Path) -> set[Path]:
     output = project / "data" / "07_model_output" / SUBJECT
-    return {path for path in output.iterdir() if path.is_dir() and path.name != "export"}
+    return {path for path in output.iterdir() if path.is_dir() and path.name not in ("export", "mlflow")}
 
 
 @pytest.mark.usefixtures("trained")
@@ -341,7 +365,7 @@ LAYERS = (  # from the lowest; each calls those below it
     ("backbones", "interop", "datasets"),
     ("embedded",),
     ("pipelines",),
-    ("hooks", "catalog", "settings", "tracking", "pipeline_registry", "cli", "__main__"),
+    ("hooks", "catalog", "settings", "tracking", "serving", "pipeline_registry", "cli", "__main__"),
 )
 CALLED_BACK = {  # what is handed down to be called
     "backbones.concepts:_draw_batch.<locals>.<lambda>": "core.sampling",
@@ -366,7 +390,9 @@ CALLED_BACK = {  # what is handed down to be called
         "pipelines.training.reconstruction, pipelines.training.reporting, pipelines.training.scoring"
     ),
     "tracking.tracker:MLflowTracker.run_id": "pipelines.training.resuming",
-    "tracking.tracker:MLflowTracker.set_tag": "pipelines.ingestion.nodes, pipelines.training.scoring",
+    "tracking.tracker:MLflowTracker.set_tag": (
+        "pipelines.evaluation.nodes, pipelines.ingestion.nodes, pipelines.training.scoring"
+    ),
 }
 
 
@@ -397,8 +423,9 @@ DATA = {  # kinds of datasets that load to data, never to something that reads o
     "ImageDataset",
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    "UserPicturesDataset",
     *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
-    "JudgeDataset",
+    *("JudgeDataset", "RegisteredModelDataset"),
 }
 _SAVE_JSON = """
 import json, sys, fsspec

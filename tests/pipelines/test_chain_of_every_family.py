@@ -33,6 +33,7 @@ from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDa
 from dreamartist_pipeline.interop.foreign_lora import read_lora
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata
 from dreamartist_pipeline.params import (
+    BucketParams,
     DeviceParams,
     EvaluationParams,
     ExportParams,
@@ -174,8 +175,16 @@ def test_it_is_evaluated(run: Run) -> None:
         text_image_model=None,
         color_agreement=False,
     )
-    sheet, _, _, table = evaluate_concept(
-        run.base_model, run.reloaded, run.reference, params=params, device=CPU, tracker=Mock()
+    ingestion = IngestionParams(bucket=BucketParams(side_px=64))
+    sheet, _, _, table, _ = evaluate_concept(
+        run.base_model,
+        run.reloaded,
+        run.reference,
+        {},
+        params=params,
+        ingestion=ingestion,
+        device=CPU,
+        tracker=Mock(),
     )
     assert sheet.size[0] > 64 and len(table)
 

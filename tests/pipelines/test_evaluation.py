@@ -29,6 +29,7 @@ from dreamartist_pipeline.params import (
     EvaluationParams,
     IngestionParams,
     SamplerParams,
+    StrengthParams,
     TrainingParams,
 )
 from dreamartist_pipeline.pipelines.evaluation import create_pipeline, drawing
@@ -201,10 +202,14 @@ def test_floor_and_ceilings_are_beside_each_measure(images: EvaluationImages) ->
 
 def test_what_is_not_measured_is_in_the_table_with_its_reason(images: EvaluationImages) -> None:
     measured = measure(images, [])
-    reasons = {row["measure"]: row["left_out"] for row in measured.table() if row["left_out"]}
+    rows = [row for row in measured.table() if row["left_out"]]
+    reasons = {(row["measure"], row["condition"]): row["left_out"] for row in rows}
     assert reasons == measured.left_out
-    assert {"similarity", "prompt/clip_score", "recognition", "similarity_unseen", "prompt/color"} <= reasons.keys()
-    assert "evaluation.evaluators" in reasons["similarity"]
+    names = {name for name, _ in reasons}
+    assert {"similarity", "prompt/clip_score", "recognition", "similarity_unseen", "prompt/color"} <= names
+    assert "evaluation.evaluators" in reasons["similarity", ""]
+    assert all(math.isnan(row["concept"]) and not row["images"] for row in rows)
+    assert "prompt/clip_score, effect/agreement, guidance/agreement (" in measured.not_measured()
 
 
 def test_an_effect_is_the_change_from_the_same_prompt_and_seed(images: EvaluationImages) -> None:
@@ -304,6 +309,8 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
     assert metrics == json.loads(json.dumps(metrics))
     assert scores == {name: {"value": value, "step": 0} for name, value in metrics.items()}
     assert tracker.images == {"previews/contact sheet": sheet}
+    assert "evaluation.text_image_model" in tracker.tags["not_measured"]
+    assert "effect/distance.negative_word" in tracker.tags["not_measured"]  # branch_images is 0
     assert isinstance(table, pd.DataFrame)
     assert table.groupby(["kind", "group"]).size().to_dict() == {
         ("subject", BASE): 4,
@@ -410,6 +417,10 @@ def test_images_without_a_part_of_the_negative_branch_are_drawn_from_the_first_s
     _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update={"negative_prompt": "blurry, {pt1}"}))
     assert calls[2].negative_prompt == "blurry, my-fox-neg"  # of the concept's first images
     assert _changed(calls, params)[1].negative_prompt == "blurry"
+    calls.clear()
+    weak = {"strength": StrengthParams(negative=0.0)}
+    _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update=weak))
+    assert [call.negative_prompt for call in _changed(calls, params)] == ["blurry, my-fox-neg"]
     calls.clear()
     _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update={"branch_images": 0}))
     assert not _changed(calls, params)

@@ -18,14 +18,17 @@ from PIL import Image
 
 from concept_bytes import concept_bytes
 from dreamartist_pipeline.backbones import base_model
+from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.course import CHECKPOINT_ENTRIES
 from dreamartist_pipeline.core.divergence import Divergence, LossBounds
 from dreamartist_pipeline.core.image_set import images_sha256
 from dreamartist_pipeline.errors import InputError, StoppedEarly, TrainingError
 from dreamartist_pipeline.interop.concept_file import read_concept
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from dreamartist_pipeline.pipelines.training.resuming import load_kept
 from refusals import says
 
 MakeParams = Callable[..., TrainingParams]
@@ -404,3 +407,24 @@ def test_a_doubtful_result_is_named_once_and_tags_the_run(
     assert concept.doubts == ("the loss rose",)
     assert tracker.tags == {"training_doubts": "the loss rose"}
     assert [record.levelname for record in caplog.records if "the loss rose" in record.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.parametrize("entry", [*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"])
+def test_a_checkpoint_of_another_version_is_refused_with_both_ways_on(
+    make_training_params: MakeParams, tmp_path: Path, entry: str
+) -> None:
+    entries = {*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"} - {entry}
+    CheckpointStore(tmp_path).save(CONCEPT, dict.fromkeys(entries))
+    params = make_training_params(checkpoints=str(tmp_path))
+    with pytest.raises(InputError, check=says(expected=str(tmp_path), got=entry, remedy="training.resume=never")):
+        load_kept(params)
+    kept = load_kept(params.model_copy(update={"resume": "never"}))
+    assert kept is not None
+    assert kept.latest is None
+
+
+def test_the_entries_of_a_checkpoint_are_those_that_are_read(train: Train, tmp_path: Path) -> None:
+    interrupt(train, tmp_path)
+    saved = CheckpointStore(tmp_path).load(CONCEPT)
+    assert saved is not None
+    assert saved.keys() == {*CHECKPOINT_ENTRIES, "previews", "identity", "run_id"}

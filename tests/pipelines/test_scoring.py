@@ -20,7 +20,6 @@ from concept_bytes import concept_bytes
 from dreamartist_pipeline.core.choosing import Bounds, Score
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.divergence import Divergence, LossBounds
-from dreamartist_pipeline.core.kept_steps import KeptSteps
 from dreamartist_pipeline.core.measures import CLIP_SCORE
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import NoTracker
@@ -56,6 +55,7 @@ SCORED = {
     "max_drift": 1e6,
     "max_copying": 1e6,
 }
+UNSCORED: dict[str, Any] = {"choose": "last", "scoring": {"every": "auto"}}
 LOSSES = ["loss_reference", "loss_regularization"]
 
 
@@ -127,7 +127,8 @@ def train(tiny_base_model: Path, make_training_params: MakeParams, judges: Judge
         tracker, device = tracker or Tracker(), changes.pop("device", CPU)
         scored = SCORED | changes.pop("scoring", {})
         lr = {"words": {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3), "lr": 0.1}}
-        params = make_training_params(**{"num_steps": 6, "scoring": scored, "checkpoint_minutes": 0.0, **lr, **changes})
+        usual = {"num_steps": 6, "choose": "best", "scoring": scored, "checkpoint_minutes": 0.0, **lr}
+        params = make_training_params(**{**usual, **changes})
         image = Image.new("RGB", (32, 32), "orange")
         image.paste("purple", (8, 0, 16, 32))
         results = train_concept(
@@ -162,7 +163,7 @@ def fidelity_of(monkeypatch: pytest.MonkeyPatch, **by_step: float) -> None:
 def test_the_best_step_is_the_concept_and_the_last_is_kept(
     train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = train(scoring={"every": 0})
+    plain = train(**UNSCORED)
     fidelity_of(monkeypatch, step_2=0.5, step_4=0.75, step_6=0.625)
     with caplog.at_level(logging.INFO):
         best = train()
@@ -178,16 +179,26 @@ def test_the_best_step_is_the_concept_and_the_last_is_kept(
     assert len(best.history) == 6
 
 
-def test_choose_last_takes_the_last_step_and_scores_nevertheless(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = train(scoring={"every": 0})
+def test_choose_last_takes_the_last_step_and_scores_if_asked(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train(**UNSCORED)
     fidelity_of(monkeypatch, step_2=0.5, step_4=0.75, step_6=0.625)
     last = train(choose="last")
     assert last.concept.metadata.step == 6 and last.scores["chosen"].tolist() == [False, False, True]
     assert all(torch.equal(tensor, last.concept.tensors[name]) for name, tensor in plain.concept.tensors.items())
 
 
-def test_a_training_without_scores_is_as_before(train: Train) -> None:
-    plain = train(scoring={"every": "auto"})  # too short
+def test_scoring_changes_no_step_of_the_training(train: Train) -> None:
+    group = {"lr": 1e-3, "rank": 2, "layers": (r"re:.*\.attn.?$",), "dropout": 0.5}
+    drops = {"lora_unet": [group | {"branch": "p"}, group | {"branch": "n"}], "ema_decay": 0.5}
+    plain, scored = train(**UNSCORED, **drops), train(scoring={"every": 1}, **drops)
+    for name in plain.history.columns.drop("seconds"):
+        assert plain.history[name].equals(scored.history[name])
+    assert all(torch.equal(tensor, scored.kept[6].tensors[name]) for name, tensor in plain.concept.tensors.items())
+
+
+@pytest.mark.parametrize("changes", [UNSCORED, {"scoring": {"every": "auto"}}])  # too short for a choice
+def test_a_training_without_scores_has_no_steps(train: Train, changes: dict[str, Any]) -> None:
+    plain = train(**changes)
     assert plain.kept == {} and len(plain.scores) == 0 and plain.tracker.scores == {}
     assert plain.concept.metadata.step is None and plain.concept.metadata.chosen is None
 
@@ -222,13 +233,11 @@ def test_equal_trainings_have_equal_scores_also_when_interrupted(train: Train, t
     same(whole, train(checkpoints=str(tmp_path)))
 
 
-def test_two_processes_choose_together(train: Train, tmp_path: Path) -> None:
-    shared = {"device": CPU.model_copy(update={"processes": 2})}
-    whole = train(**shared)
-    assert whole.tracker.scores.keys() == {2, 4, 6}
-    with pytest.raises(StoppedEarly):
-        train(Tracker(stop_at=4), checkpoints=str(tmp_path), **shared)
-    same(whole, train(checkpoints=str(tmp_path), **shared))
+def test_two_processes_score_and_choose_once(train: Train) -> None:
+    trained = train(device=CPU.model_copy(update={"processes": 2}))
+    assert trained.tracker.scores.keys() == {2, 4, 6} == trained.kept.keys()
+    chosen = trained.kept[trained.concept.metadata.step or 0]
+    assert all(torch.equal(tensor, chosen.tensors[name]) for name, tensor in trained.concept.tensors.items())
 
 
 def test_a_training_that_goes_back_forgets_the_later_scores(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +246,14 @@ def test_a_training_that_goes_back_forgets_the_later_scores(train: Train, monkey
         return Divergence(25, "a finite loss", "nan") if is_high else None
 
     constant = {"schedule": {"kind": "constant"}, "words_schedule": {"kind": "constant"}}
-    halved = {"num_steps": 26, "on_divergence": "halve_lr", "scoring": {"every": 6}, **constant}
+    halved = {"num_steps": 26, "on_divergence": "halve_lr", "scoring": {"every": 8}, **constant}
     with monkeypatch.context() as patched:
         patched.setattr(LossBounds, "divergence", divergence)
         trained = train(**halved)
     plain = train(**halved)
-    assert trained.scores["step"].tolist() == [6, 12, 18, 24, 26] == list(trained.kept)
+    assert trained.scores["step"].tolist() == [8, 16, 24, 26] == list(trained.kept)
     assert trained.scores[LOSSES].iloc[0].equals(plain.scores[LOSSES].iloc[0])  # before the state it went back to
-    assert not trained.scores[LOSSES].iloc[3].equals(plain.scores[LOSSES].iloc[3])
+    assert not trained.scores[LOSSES].iloc[2].equals(plain.scores[LOSSES].iloc[2])
 
 
 def test_few_concepts_are_kept_of_a_long_training(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,8 +269,7 @@ def test_few_concepts_are_kept_of_a_long_training(train: Train, monkeypatch: pyt
 
 def test_images_are_drawn_from_a_kept_step(train: Train, tiny_base_model: Path) -> None:
     trained = train(scoring={"every": 3})
-    identity = trained.concept.metadata.identity_sha256
-    kept = KeptSteps(identity, {step: lambda step=step: trained.kept[step] for step in trained.kept})
+    kept = {step: functools.partial(trained.kept.__getitem__, step) for step in trained.kept}
 
     def drawn(concept: Concept, **changes: Any) -> bytes:
         params = GenerateParams(prompts=["a {pt1}"], images_per_prompt=1, sampler=SAMPLER, **changes)
@@ -275,7 +283,7 @@ def test_images_are_drawn_from_a_kept_step(train: Train, tiny_base_model: Path) 
 
 def test_evaluation_and_export_take_a_kept_step(train: Train, tiny_base_model: Path) -> None:
     trained = train(scoring={"every": 3})
-    kept = KeptSteps(trained.concept.metadata.identity_sha256, {3: lambda: trained.kept[3]})
+    kept = {3: lambda: trained.kept[3]}
     base_model, device, tracker = ModelLocation(str(tiny_base_model)), CPU, NoTracker()
     export = ExportParams(title="fox", step=3)
     files = write_files(base_model, trained.concept, export, kept)
@@ -336,9 +344,9 @@ def test_copying_is_0_for_the_base_model_and_for_an_object_alone_and_1_for_copie
 
 def test_agreement_is_the_share_of_backgrounds_or_the_score_of_a_model_or_unmeasured() -> None:
     tower, texts = PixelTower(), BrightnessScorer()
-    templates, images = ["a {pt1}, blue background", "a {pt1}, red background"], squares("blue", "blue")
+    templates, images = ["a {pt1}, black background", "a {pt1}, red background"], squares("black", "black")
     assert Judges(tower, texts, reads_colors=True).agreement(templates, images, "fox") == 0.5  # type: ignore[arg-type]
-    assert Judges(tower, texts, reads_colors=True).agreement(["a {pt1}"] * 2, images, "fox") == pytest.approx(29 / 255)  # type: ignore[arg-type]
+    assert Judges(tower, texts, reads_colors=True).agreement(["a {pt1}"] * 2, images, "fox") == pytest.approx(0)  # type: ignore[arg-type]
     assert Judges(tower, None, reads_colors=False).agreement(templates, images, "fox") is None  # type: ignore[arg-type]
 
 
@@ -351,7 +359,7 @@ def test_a_base_model_without_towers_is_judged_by_efficientnet_and_says_that_agr
 
 
 def test_named_models_judge_in_place_of_the_usual_ones(tiny_base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "load_evaluator", lambda name, device: name)
+    monkeypatch.setattr(scoring, "load_evaluators", lambda names, model, device: names)
     monkeypatch.setattr(scoring, "load_text_image_model", lambda name, model, device: name)
     named = ScoringParams(evaluator="dinov2:/models/dino", text_image_model="clip:/models/clip")
     loaded = Judges.load(str(tiny_base_model), named, torch.device("cpu"))  # type: ignore[arg-type]
@@ -376,9 +384,9 @@ def test_prompts_seeds_and_sampler_are_those_of_the_images(
 def test_validation_draws_nothing_of_the_training_and_is_the_same_at_every_step(train: Train) -> None:
     frozen = {"words": {"names": {"pt1": ("my-fox", "my-fox-neg")}, "num_vectors": (2, 3), "lr": 1e-12}}
     groups = {name: [] for name in ("lora_unet", "lora_text_encoder")}
-    losses = train(choose="last", **frozen, **groups).scores[LOSSES]
+    losses = train(**frozen, **groups).scores[LOSSES]
     assert losses["loss_reference"].nunique() == losses["loss_regularization"].nunique() == 1
-    more = train(choose="last", scoring={"validation_rows": 3}, **frozen, **groups).scores[LOSSES]
+    more = train(scoring={"validation_rows": 3}, **frozen, **groups).scores[LOSSES]
     assert more["loss_reference"][0] != losses["loss_reference"][0]
 
 

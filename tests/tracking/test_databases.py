@@ -15,6 +15,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.tracking import databases
 from dreamartist_pipeline.tracking.databases import check_database, database_file, follow_location, open_database
 from refusals import says
+from tracking_stores import tracking_uri
 
 LOCATION = "data/09_tracking/artifacts"
 
@@ -26,9 +27,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     project = tmp_path_factory.mktemp("project")
     file = project / "data/09_tracking/mlflow.db"
-    client = mlflow.MlflowClient(f"sqlite:///{file}")
-    number = client.create_experiment("dreamartist", artifact_location=(project / LOCATION).as_uri())
-    client.set_terminated(client.create_run(number).info.run_id)
+    with tracking_uri(f"sqlite:///{file}"):
+        client = mlflow.MlflowClient()
+        number = client.create_experiment("dreamartist", artifact_location=(project / LOCATION).as_uri())
+        run = client.create_run(number)
+        client.set_terminated(run.info.run_id)
+        model = client.create_logged_model(number, "fox", source_run_id=run.info.run_id)
+        client.create_registered_model("fox")
+        client.create_model_version("fox", f"models:/{model.model_id}", await_creation_for=0)
     return project
 
 
@@ -173,6 +179,17 @@ def test_a_copied_project_has_its_files_in_its_own_folder(made: Path, project: P
     assert experiment == location
     assert run.startswith(f"{location}/")
     assert location_of(made)[0] == (made / LOCATION).as_uri()
+
+
+def test_the_models_of_a_copied_project_are_in_its_own_folder(project: Path) -> None:
+    import mlflow
+
+    uri, location = f"sqlite:///{project}/data/09_tracking/mlflow.db", (project / LOCATION).as_uri()
+    follow_location(uri, "dreamartist", location, project)
+    client = mlflow.MlflowClient(uri)
+    (model,) = client.search_logged_models([client.get_experiment_by_name("dreamartist").experiment_id])
+    assert model.artifact_location.startswith(f"{location}/")
+    assert client.get_model_version_download_uri("fox", "1").startswith(f"{location}/")
 
 
 def test_another_place_that_a_user_has_chosen_stays(project: Path) -> None:

@@ -99,3 +99,17 @@ def test_a_full_disk_leaves_no_part_of_a_line(kept: Outbox, monkeypatch: pytest.
 def test_counts_are_described_in_words() -> None:
     assert described({"metrics": 12, "files": 1, "status": 1}) == "12 metrics, 1 file, the status"
     assert described({}) == "nothing"
+
+
+def test_a_model_is_kept_with_a_copy_of_its_folder(kept: Outbox, tmp_path: Path) -> None:
+    (tmp_path / "last" / "artifacts").mkdir(parents=True)
+    (tmp_path / "last" / "artifacts" / "a.txt").write_text("a")
+    kept.append(Record("model", {"folder": str(tmp_path / "last"), "name": "fox"}), ABOUT)
+    kept.append(metric(1), ABOUT)
+    (tmp_path / "last" / "artifacts" / "a.txt").write_text("of a later run")
+    model, _ = list(kept)
+    assert (Path(model.content["folder"]) / "artifacts" / "a.txt").read_text() == "a"
+    assert kept.counts() == {"models": 1, "metrics": 1}
+    kept.replace([model])
+    assert list(kept) == [model]
+    assert (Path(model.content["folder"]) / "artifacts" / "a.txt").read_text() == "a"

@@ -112,7 +112,7 @@ class BaseModelFiles:
         if self.location.path.startswith(HUB):
             return self.location.path
         digest = hashlib.sha256()
-        for name, file in self._files():
+        for name, file in self.files():
             digest.update(f"{name}\n{file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
@@ -121,10 +121,11 @@ class BaseModelFiles:
 
     def state(self) -> tuple[tuple[str, int, int], ...]:
         """Return (name, size, modification time) of all files."""
-        states = ((name, file.stat()) for name, file in self._files())
+        states = ((name, file.stat()) for name, file in self.files())
         return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
-    def _files(self) -> list[tuple[str, Path]]:
+    def files(self) -> list[tuple[str, Path]]:
+        """Return (name, path) of every file that the model is read from; in a folder, names are relative to it."""
         return sorted(self.parts().files(self.family().parts()))
 
 

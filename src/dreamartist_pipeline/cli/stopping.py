@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class Stop:
         self.name: str | None = None
         self.is_closing = False
         self._arrived_s: float | None = None
+        self._again = threading.Timer(0, lambda: None)
 
     @property
     def message(self) -> str:
@@ -37,14 +39,31 @@ class Stop:
     def interrupt(self, number: int, _frame: FrameType | None) -> None:
         """Raise KeyboardInterrupt at the first signal; later ones do not disturb what is being closed.
 
-        If the run still goes on after some seconds, a library has caught the interruption: the next one ends it.
+        If the run still goes on after some seconds, a library has caught the interruption, as while modules are
+        imported or garbage is collected: it is raised again.
         """
         if self._arrived_s is not None and (self.is_closing or time.monotonic() - self._arrived_s < _UNWINDING_S):
             click.echo(_CLOSING, err=True)
             return
         self._arrived_s = time.monotonic()
         self.name = signal.Signals(number).name
+        self._again = threading.Timer(_UNWINDING_S, _signal_main_thread, [number])
+        self._again.daemon = True
+        self._again.start()
         raise KeyboardInterrupt(self.message)
+
+    def close(self) -> None:
+        """Let nothing be raised any more, while the run is closed."""
+        self.is_closing = True
+        self._again.cancel()
+
+
+def _signal_main_thread(number: int) -> None:
+    """Send a signal to the main thread, which ends a call of the system there."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @contextmanager
@@ -62,5 +81,6 @@ def stopped_by_signals() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        stop.close()
         for number, handler in previous.items():
             signal.signal(number, handler)

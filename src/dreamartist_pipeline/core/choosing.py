@@ -59,15 +59,18 @@ class ScoringCost:
 def scored_steps(params: TrainingParams) -> tuple[int, ...]:
     """Return the steps after which a training is scored; the last is one of them, if there are any.
 
-    With `every: auto`, the interval is the shortest with which scoring costs at most `BUDGET` of all passes up to every
-    scored step, the base model's images included. The first interval is longer. A training too short for two scored
-    steps is not scored: there is nothing to choose.
+    With `every: auto`, a training whose concept does not depend on scores has none. For others, the interval is the
+    shortest with which scoring costs at most `BUDGET` of all passes up to every scored step, the base model's images
+    included. The first interval is longer. A training too short for two scored steps is not scored: there is nothing to
+    choose.
     """
     every, last = params.scoring.every, params.num_steps
     if not params.scoring.prompts or not last or every == 0:
         return ()
     if every != "auto":
         return (*range(every, last, every), last)
+    if not params.needs_scores:
+        return ()
     cost = ScoringCost.of(params)
     first = math.ceil((cost.base + cost.scoring) / (BUDGET * cost.step))
     interval = math.ceil(cost.scoring / (BUDGET * cost.step))

@@ -188,6 +188,14 @@ class Concept:
     metadata: ConceptMetadata
     doubts: tuple[str, ...] = ()
 
+    def is_stored_like(self, other: Concept) -> bool:
+        """Return whether both have the same file."""
+        return (
+            self.metadata.write() == other.metadata.write()
+            and self.tensors.keys() == other.tensors.keys()
+            and all(tensor.equal(other.tensors[name]) for name, tensor in self.tensors.items())
+        )
+
     @property
     def networks(self) -> tuple[str, ...]:
         """The networks of the base model, adapted or not."""

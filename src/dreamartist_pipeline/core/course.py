@@ -26,6 +26,8 @@ from dreamartist_pipeline.core.training_step import Steps, TrainableModel
 from dreamartist_pipeline.errors import STOPPED_BY_BUDGET, STOPPED_BY_SIGNAL, StoppedEarly, TrainingError
 
 HistoryRow = dict[str, float]
+CHECKPOINT_ENTRIES = ("state", "history", "good_states", "halvings", "diverged_at")
+"""What a checkpoint has; older versions of the project have saved fewer."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Course:
         if self.found:
             self._recover(self.found)
             return False
-        if check_due:
+        if check_due and not self.is_done:  # at the end, a copy would only take memory
             self.good.keep(self._state.state_dict())
         return True
 

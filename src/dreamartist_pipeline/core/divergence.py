@@ -202,8 +202,9 @@ class StateBounds:
 
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    """Return whether all values of each tensor are finite, read from the device at once."""
-    flags: list[bool] = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).tolist()
+    """Return whether all values of each tensor are finite, read from the device at once, without temporary tensors."""
+    bounds = torch.stack([torch.stack(tensor.detach().aminmax()) for tensor in tensors])  # NaN if any value is NaN
+    flags: list[bool] = bounds.isfinite().all(dim=1).tolist()
     return flags
 
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 from PIL import Image
 
+from dreamartist_pipeline.core.captions import fill_template, slot_names
 from dreamartist_pipeline.core.intervals import Statistic
 from dreamartist_pipeline.core.metrics import (
     background_histogram,
@@ -57,7 +58,7 @@ class Measure:
     needs: str
     caveat: str
     statistic: Statistic = "mean"
-    by_definition: Mapping[str, float] = field(default_factory=dict)
+    by_definition: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 SIMILARITY = Measure(
@@ -339,6 +340,17 @@ class Recognizer(Protocol):
 # ------------------------------------------------------------------------------------------- single pictures
 
 
+def cut_out_objects(images: Sequence[Image.Image], templates: Sequence[str] = ()) -> list[Image.Image]:
+    """Return the object of each picture, cut out on white.
+
+    Args:
+        images: the pictures.
+        templates: the prompt of each, with its '{pt1}' slot: the side that it names for the subject is looked at alone.
+    """
+    parts = zip(images, templates or [""] * len(images), strict=True)
+    return [object_region(subject_part(image, template)) for image, template in parts]
+
+
 @dataclass(frozen=True)
 class PictureEmbeddings:
     """Embeddings of pictures by one image tower, each float32 `[N, D]`.
@@ -360,10 +372,9 @@ class PictureEmbeddings:
         Args:
             embedder: the image tower.
             images: the pictures.
-            templates: the prompt of each, with its '{pt1}' slot: a side that it names for the subject is cut out.
+            templates: see `cut_out_objects`.
         """
-        parts = [subject_part(image, one) for image, one in zip(images, templates or [""] * len(images), strict=True)]
-        objects = [object_region(part) for part in parts]
+        objects = cut_out_objects(images, templates)
         whole, alone, colorless = embedder.embed([*images, *objects, *map(luminance, objects)]).chunk(3)
         return cls(whole, alone, colorless)
 
@@ -387,7 +398,7 @@ class SubjectMeasures:
     @classmethod
     def of(cls, embedder: Embedder, reference: Image.Image, unseen: Sequence[Image.Image] = ()) -> SubjectMeasures:
         """Embed the reference once, and further views of the subject."""
-        views = embedder.embed([object_region(view) for view in unseen]) if unseen else None
+        views = embedder.embed(cut_out_objects(unseen)) if unseen else None
         return cls(embedder, PictureEmbeddings.of(embedder, [reference]), embedder.embed(crops(reference)), views)
 
     def embed(self, images: Sequence[Image.Image], templates: Sequence[str] = ()) -> PictureEmbeddings:
@@ -406,9 +417,18 @@ class SubjectMeasures:
             values[SIMILARITY_UNSEEN.name] = torch.stack(to_views).mean(dim=0)
         return values
 
+    def object_similarity(self, images: Sequence[Image.Image], templates: Sequence[str] = ()) -> torch.Tensor:
+        """Return `similarity` of each picture, with one embedding each: float32 `[N]`."""
+        return similarity(self.embedder.embed(cut_out_objects(images, templates)), self.reference.object[0])
+
     def crop_distance(self, pictures: PictureEmbeddings) -> torch.Tensor:
         """Return the distance of each picture to the nearest crop of the reference: float32 `[N]`."""
         return nearest_distance(pictures.whole, self.crops)
+
+
+def prompt_texts(templates: Sequence[str], class_word: str) -> list[str]:
+    """Return the texts that pictures are compared with: their prompts, the class word in place of the trigger word."""
+    return [fill_template(template, dict.fromkeys(slot_names(template), class_word)) for template in templates]
 
 
 def background_leakage(images: Sequence[Image.Image], reference: Image.Image) -> torch.Tensor:
@@ -430,5 +450,5 @@ def recognized(
     The object is the class word, or, if the classifier does not know it, the one that it names for the reference.
     """
     named, *others = recognizer.objects_in([reference, *images])
-    wanted = class_word if class_word in recognizer.known else named[0]
-    return wanted, torch.tensor([float(wanted in objects) for objects in others])
+    target = class_word if class_word in recognizer.known else named[0]
+    return target, torch.tensor([float(target in objects) for objects in others])

@@ -179,6 +179,15 @@ def clip_score(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return 2.5 * cosine.clamp(min=0)
 
 
+def siglip_score(images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float) -> torch.Tensor:
+    """Return the probability that each image `[N, D]` and its text `[N, D]` match: float32 `[N]`.
+
+    sigmoid(scale · cos + bias) (Zhai et al. 2023, algorithm 1).
+    """
+    cosine = torch.nn.functional.cosine_similarity(images.float(), texts.float(), dim=1)
+    return torch.sigmoid(scale * cosine + bias)
+
+
 def image_distance(first: Image.Image, second: Image.Image) -> float:
     """Return the mean absolute difference of two images of equal size: 0 (equal) to 1 (black and white).
 

@@ -122,7 +122,7 @@ def _run(
     """
     params, state = steps.params, steps.state
     pending: list[_OnDevice] = []
-    if on_any_rank(scoring.is_over, course.device):
+    if scoring.steps and on_any_rank(scoring.is_over, course.device):
         return
     if on_preview and params.preview.every and state.step == 0:
         on_preview(0)

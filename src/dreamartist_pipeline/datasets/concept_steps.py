@@ -5,7 +5,6 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +36,8 @@ class ConceptStepsDataset(AbstractDataset[Mapping[int, "Concept"], KeptSteps]):
         self.metadata = metadata
 
     def load(self) -> KeptSteps:
-        """Return what reads the concepts.
-
-        Raises:
-            FileError, InputError: see `ConceptDataset`; the first file is damaged.
-        """
-        files = {step: ConceptDataset(filepath=str(file)) for step, file in self._files().items()}
-        if not files:
-            return KeptSteps()
-        identity = next(iter(files.values())).load_metadata().identity_sha256
-        return KeptSteps(identity, {step: partial(dataset.load) for step, dataset in files.items()})
+        """Return what reads the concepts; it raises what `ConceptDataset` does."""
+        return {step: ConceptDataset(filepath=str(file)).load for step, file in self._files().items()}
 
     def save(self, data: Mapping[int, "Concept"]) -> None:
         """Replace the folder by these concepts."""

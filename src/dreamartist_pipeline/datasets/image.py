@@ -19,6 +19,7 @@ from dreamartist_pipeline.whole_files import write_new_folder, written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 _PREVIEW_SIDE_PX = 512
 _MAX_PREVIEWED_PIXELS = 100_000_000
@@ -250,16 +251,28 @@ KEPT_TEXTS = ("parameters", "dreamartist")
 
 def save_image(image: "Image", file: Path, **save_args: Any) -> None:
     """Write an image atomically, a PNG with the texts of `KEPT_TEXTS`."""
+    texts = _kept_texts(image)
+    if texts.chunks and file.suffix.lower() == ".png":
+        save_args = {"pnginfo": texts, **save_args}
+    with written_whole(file) as temporary:
+        image.save(temporary, **save_args)
+
+
+def png_bytes(image: "Image") -> bytes:
+    """Return an image as a PNG with the texts of `KEPT_TEXTS`."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", pnginfo=_kept_texts(image))
+    return stream.getvalue()
+
+
+def _kept_texts(image: "Image") -> "PngInfo":
     from PIL.PngImagePlugin import PngInfo
 
     texts = PngInfo()
     for key in KEPT_TEXTS:
         if key in image.info:
             texts.add_itxt(key, image.info[key])
-    if texts.chunks and file.suffix.lower() == ".png":
-        save_args = {"pnginfo": texts, **save_args}
-    with written_whole(file) as temporary:
-        image.save(temporary, **save_args)
+    return texts
 
 
 def grid_preview(captioned: CaptionedImages) -> ImagePreview:

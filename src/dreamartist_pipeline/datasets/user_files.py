@@ -146,7 +146,7 @@ def _read(file: Path) -> bytes:
         raise FileError(
             expected=f"a file of at most {MAX_BYTES / 2**30:g} GiB at {file}",
             got=f"{size / 2**30:.1f} GiB",
-            remedy="give a LoRA or an embedding, not a whole model; save one that is so large in half precision",
+            remedy="give a picture, a LoRA or an embedding, not a whole model; save so large a LoRA in half precision",
         )
     return file.read_bytes()
 

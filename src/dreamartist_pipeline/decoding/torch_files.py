@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from dreamartist_pipeline.decoding.pickle_outline import CALLBACK, PickleOutline, RefusedPickleError
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 
 _ZIP = b"PK\x03\x04"
 _MAX_PICKLE_BYTES = 64 * 2**20  # of names and shapes, without the numbers: published checkpoints have less than 1 MB
@@ -51,6 +51,8 @@ def load_torch(source: bytes | Path, name: str, holds: str) -> object:
     except RefusedPickleError as error:
         raise _refusal(name, holds, str(error), error.runs_code) from error
     except Exception as error:  # on arbitrary bytes the unpickler raises anything: KeyError, IndexError, …
+        if is_out_of_memory(error):
+            raise
         raise _refusal(name, holds, f"a damaged or unknown file ({type(error).__name__})") from error
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, get_args
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
-from kedro.io import DataCatalog
+from kedro.io import DataCatalog, DatasetError
 from kedro.pipeline import Pipeline
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from dreamartist_pipeline.core.choosing import scored_steps
 from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
 from dreamartist_pipeline.errors import InputError, input_error_in
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
@@ -43,6 +44,7 @@ class ConfigurationHooks:
 
     def __init__(self) -> None:
         self._subject, self._env = "NAME", ""
+        self._kept: Any = None  # a concept that must not be replaced by another one
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow opens its database
     def after_context_created(self, context: KedroContext) -> None:
@@ -76,8 +78,8 @@ class ConfigurationHooks:
             InputError: a missing input, a damaged concept, an import that would replace a concept, or a node's early
                 check.
         """
-        if "params:import" in pipeline.inputs() and not catalog.load("params:import").replace:
-            check_replaces_nothing(catalog)
+        replaces_none = "params:import" in pipeline.inputs() and not catalog.load("params:import").replace
+        self._kept = earlier_import(catalog) if replaces_none else None
         checks = dict.fromkeys(check for node in pipeline.nodes for check in early_checks_of(node.func))
         for check in checks:
             if check.section == "device":  # without the GPU of --env sd15, no file helps
@@ -89,6 +91,17 @@ class ConfigurationHooks:
         for check in checks:
             if check.section != "device":
                 run_early_check(check, catalog, planned)
+
+    @hook_impl(tryfirst=True)  # before OutputHooks stores it aside
+    def before_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Let an import that was killed after its concept was written write the same one again.
+
+        Raises:
+            InputError: it is another concept.
+        """
+        if dataset_name == "concept" and self._kept is not None and not data.is_stored_like(self._kept):
+            files = ", ".join(name for name, _ in self._kept.metadata.imported_from or ())
+            raise _replaces(f"another one, imported from {files}")
 
 
 def refuse_missing(name: str, catalog: DataCatalog, subject: str, env: str) -> None:
@@ -123,18 +136,13 @@ def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept 
         InputError: the metadata of the existing concept are damaged.
     """
     if any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes):
-        return PlannedConcept.of_training(catalog.load("params:training"))
+        training = catalog.load("params:training")
+        return PlannedConcept.of_training(training, scored_steps(training))
     if "concept" not in pipeline.inputs():
         return None
     dataset: Any = catalog["concept"]
     metadata = dataset.load_metadata()
-    return PlannedConcept(
-        is_trained_here=False,
-        zero_terminal_snr=metadata.zero_terminal_snr,
-        groups=metadata.lora,
-        slots=tuple(metadata.words),
-        identity_sha256=metadata.identity_sha256,
-    )
+    return PlannedConcept(False, metadata.zero_terminal_snr, metadata.lora, tuple(metadata.words))
 
 
 def run_early_check(early: EarlyCheck, catalog: DataCatalog, planned: PlannedConcept | None) -> None:
@@ -155,18 +163,30 @@ def register_project_root(project_path: Path) -> None:
     OmegaConf.register_new_resolver("project_root", project_path.as_posix, replace=True)
 
 
-def check_replaces_nothing(catalog: DataCatalog) -> None:
-    """Refuse an import over an existing concept.
+def earlier_import(catalog: DataCatalog) -> Any:
+    """Return the subject's concept if it was imported: the same import may go on; None without a concept.
 
     Raises:
-        InputError: the concept exists.
+        InputError: the subject has a concept that was trained, or one that is damaged.
     """
-    if catalog.exists("concept"):
-        raise InputError(
-            expected="a subject without a concept",
-            got=f"{path_of(catalog, 'concept')}",
-            remedy="choose another name (subject=NAME), or replace it (import.replace=true)",
-        )
+    if not catalog.exists("concept"):
+        return None
+    path = path_of(catalog, "concept")
+    try:
+        concept = catalog.load("concept")
+    except DatasetError:
+        raise _replaces(f"{path}, which is damaged") from None
+    if concept.metadata.imported_from is None:
+        raise _replaces(f"{path}")
+    return concept
+
+
+def _replaces(got: str) -> InputError:
+    return InputError(
+        expected="a subject without a concept, or with the one of the same import",
+        got=got,
+        remedy="choose another name (subject=NAME), or replace it (import.replace=true)",
+    )
 
 
 def check_names(names: Collection[str], origin: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,14 @@ class MLflowHooks:
     """Register kedro-mlflow's hooks: in `kedro run` after the checks, in sessions and other commands at once.
 
     Kedro would register them itself; settings.py disables that.
+
+    Args:
+        check_continues: whether a run, of MLFLOW_RUN_ID, can be continued by a pipeline with its catalog; it raises
+            an InputError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_continues: Callable[[Any, Pipeline, DataCatalog], None] | None = None) -> None:
+        self._check_continues = check_continues
         self._waiting: KedroContext | None = None
         self._runs: LeftRuns
         self._configuration: Any
@@ -53,7 +59,7 @@ class MLflowHooks:
         """Open the tracking store, finish what earlier runs have left there, and open the run."""
         plugin = None if self._waiting is None else self._register(self._waiting)
         self._waiting = None
-        self._prepare_run()
+        self._prepare_run(pipeline, catalog)
         if plugin is not None:
             plugin.after_catalog_created(catalog, {}, {}, {}, "", {})
             _open_run(plugin, run_params, pipeline, catalog)
@@ -99,11 +105,11 @@ class MLflowHooks:
         self._runs, self._configuration = LeftRuns(folder, uri), mlflow_hook.mlflow_config
         return mlflow_hook
 
-    def _prepare_run(self) -> None:
-        """Finish earlier runs, and check the run that is to be continued, if any.
+    def _prepare_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Finish earlier runs, and check the run that is to be continued, if any; it is not changed by that.
 
         Raises:
-            InputError: there is no such run in the experiment.
+            InputError: there is no such run in the experiment, or it has other parameters.
         """
         import mlflow
 
@@ -111,7 +117,9 @@ class MLflowHooks:
         experiment_id = tracking.experiment._experiment.experiment_id
         self._runs.finish(client, experiment_id)
         if (run_id := tracking.run.id or os.environ.get("MLFLOW_RUN_ID")) and mlflow.active_run() is None:
-            check_continued(client, run_id, experiment_id)
+            run = continued_run(client, run_id, experiment_id)
+            if self._check_continues is not None:
+                self._check_continues(run, pipeline, catalog)
         self._runs.announce(experiment_id)
 
 
@@ -180,21 +188,22 @@ def refused(error: Exception) -> InputError:
     )
 
 
-def check_continued(client: Any, run_id: str, experiment_id: str) -> None:
-    """Check that a run exists in this experiment, so that it can be continued.
+def continued_run(client: Any, run_id: str, experiment_id: str) -> Any:
+    """Return the run of this experiment that is to be continued.
 
     Raises:
-        InputError: it does not.
+        InputError: there is none.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        info = client.get_run(run_id).info
+        run = client.get_run(run_id)
     except MlflowException as error:
         got = reason_of(error)
     else:
+        info = run.info
         if info.experiment_id == experiment_id and info.lifecycle_stage == "active":
-            return
+            return run
         got = f"a run of the experiment {info.experiment_id} ({info.lifecycle_stage})"
     raise InputError(
         expected=f"MLFLOW_RUN_ID={run_id} to be a run of the experiment {experiment_id}",

@@ -16,16 +16,21 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
-from dreamartist_pipeline.disk_space import check_free_space, existing_folder
+from dreamartist_pipeline.disk_space import PNG_PIXEL_BYTES, check_free_space, existing_folder
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.locks import LocalLock
+from dreamartist_pipeline.params import GenerateParams
 from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish, remove_leftovers
 
 _CONCEPT = "concept"
 _LOCK, _JOURNAL = ".lock", ".publishing.json"
+_OF_ALL_SUBJECTS = {"judge": "the training of the judge", "pretrain": "the pretraining of the base model"}
 _OTHER_FOLDERS = "choose other folders in the catalog"
 _FREE_BYTES = 16 * 2**20  # the reports of a run, without its images and adapters
+_GENERATED = "generated_images"
+_NUM_COPIES = 3  # of each generated image: itself, in the sheet, and in the tracking store's copy of that
+_USUAL_SIDE_PX = 512  # where no size is given, which the base model decides
 
 
 class OutputHooks:
@@ -59,6 +64,9 @@ class OutputHooks:
         self._catalog, self._journal = catalog, None
         folders = output_folders(pipeline, catalog)
         check_folders(folders)
+        if _GENERATED in pipeline.all_outputs() and (images := path_of(catalog, _GENERATED)) is not None:
+            check_images_fit(images, catalog.load("params:generate"))
+        self._lock_shared(pipeline, catalog)
         concept = path_of(catalog, _CONCEPT)
         if concept is None or not any(self._subject in folder.parts for folder in folders):
             return
@@ -73,6 +81,14 @@ class OutputHooks:
             remove_leftovers(folder)
             shutil.rmtree(folder / STAGED, ignore_errors=True)
         self._awaits_concept = _CONCEPT in pipeline.all_outputs() and catalog.exists(_CONCEPT)
+
+    def _lock_shared(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Lock the checkpoints of a model that belongs to no subject: a second run would mix its parts with them."""
+        for section, protects in _OF_ALL_SUBJECTS.items():
+            if f"params:{section}" in pipeline.inputs():
+                folder = Path(catalog.load(f"params:{section}").checkpoints)
+                self._run.enter_context(LocalLock(folder / _LOCK, protects).hold())
+                return  # that of the judge reads parameters of the pretraining
 
     @hook_impl
     def before_dataset_saved(self, dataset_name: str, node: Node) -> None:
@@ -157,6 +173,18 @@ def check_folders(folders: Iterable[Path]) -> None:
                 remedy=f"make it writable, or {_OTHER_FOLDERS}",
             ) from error
         check_free_space(folder, _FREE_BYTES, "the reports of a run", _OTHER_FOLDERS)
+
+
+def check_images_fit(folder: Path, params: GenerateParams) -> None:
+    """Check that there is room for the images of `generate`, which are saved when all are drawn.
+
+    Raises:
+        InputError: there is less.
+    """
+    width, height = params.size_px or (_USUAL_SIDE_PX, _USUAL_SIDE_PX)
+    num_images = len(params.prompts) * params.images_per_prompt
+    needed = _NUM_COPIES * num_images * PNG_PIXEL_BYTES * width * height
+    check_free_space(folder, needed, f"{num_images:,} images", "lower generate.images_per_prompt or the size")
 
 
 def write_error(folder: Path) -> OSError | None:

@@ -83,31 +83,47 @@ class RunRecordHooks:
         _tag_command(run_params)
         experiment_id = run.info.experiment_id
         mlflow.MlflowClient().set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
-        sections = sections_of(pipeline, catalog)
-        parameters = self._parameters(sections)
-        if (concept := used_concept(pipeline, catalog)) is not None:
-            parent = None
-            with optional("the run that made this concept"):
-                parent = run_that_made(mlflow.MlflowClient(), experiment_id, concept)
-            dataset: Any = catalog["concept"]
-            inherited = parent.data.params if parent else concept_parameters(dataset.load_metadata())
-            parameters = repeated_parameters(inherited, parameters, sections)
+        parameters, parent = self._parameters(pipeline, catalog, experiment_id)
+        if used_concept(pipeline, catalog) is not None:
             _tell_parent(parent)
-        check_same_parameters(run, parameters)
         _log_parameters(parameters)
         if "reference_image" in pipeline.inputs():
             _log_reference(catalog, str(self._settings["subject"]))
         if "reference_caption" in pipeline.inputs() and (caption := catalog.load("reference_caption")):
             mlflow.log_param("caption", caption[:_CAPTION_LENGTH])
-        mlflow.log_dict(redacted(self._settings | plain_sections(sections)), "configuration.yaml")
+        sections = plain_sections(sections_of(pipeline, catalog))
+        mlflow.log_dict(redacted(self._settings | sections), "configuration.yaml")
         self._name(run_params, parameters.get("method"))
 
-    def _parameters(self, sections: Mapping[str, BaseModel]) -> dict[str, str]:
+    def check_continues(self, run: Run, pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Check that this command can continue a run, before anything of that run changes.
+
+        Raises:
+            InputError: it has other values of the parameters of this command, of which MLflow keeps the first.
+        """
+        parameters, _ = self._parameters(pipeline, catalog, run.info.experiment_id)
+        check_same_parameters(run, parameters)
+
+    def _parameters(
+        self, pipeline: Pipeline, catalog: DataCatalog, experiment_id: str
+    ) -> tuple[dict[str, str], Run | None]:
+        """Return the parameters to record, and the run that made the concept of this one, if it is known."""
+        import mlflow
+
+        sections = sections_of(pipeline, catalog)
         given = {name: value for name, value in self._settings.items() if value is not None}
         presets = self._loader.presets(given)
-        return recorded_parameters(
+        own = recorded_parameters(
             self._settings, sections, build_parameters({name: presets[name] for name in sections})
         )
+        if (concept := used_concept(pipeline, catalog)) is None:
+            return own, None
+        parent = None
+        with optional("the run that made this concept"):
+            parent = run_that_made(mlflow.MlflowClient(), experiment_id, concept)
+        dataset: Any = catalog["concept"]
+        inherited = parent.data.params if parent else concept_parameters(dataset.load_metadata())
+        return repeated_parameters(inherited, own, sections), parent
 
     def _name(self, run_params: Mapping[str, Any], method: str | None) -> None:
         """Name the run, and tag it with its settings."""

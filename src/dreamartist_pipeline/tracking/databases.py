@@ -137,8 +137,8 @@ def _holds_runs(file: Path) -> bool:
 def follow_location(tracking_uri: str, experiment_name: str, location: str, project: Path) -> None:
     """Let the experiment of a moved or copied project have its files in the project's own folder.
 
-    MLflow keeps absolute paths, of the experiment and of each run, and its API cannot change them. They are changed
-    in its tables, through its own models, for a location that is the same one relative to another folder.
+    MLflow keeps absolute paths, of the experiment, its runs and its models, and its API cannot change them. They are
+    changed in its tables, through its own classes, for a location that is the same one relative to another folder.
 
     Args:
         tracking_uri: of a database.
@@ -147,7 +147,8 @@ def follow_location(tracking_uri: str, experiment_name: str, location: str, proj
         project: root of the project.
     """
     from mlflow import MlflowClient
-    from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
+    from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
+    from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlLoggedModel, SqlRun
 
     client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name(experiment_name)
@@ -161,7 +162,12 @@ def follow_location(tracking_uri: str, experiment_name: str, location: str, proj
     store: Any = client._tracking_client.store
     with store.ManagedSessionMaker(read_only=False) as session:
         session.query(SqlExperiment).filter_by(experiment_id=number).update({"artifact_location": location})
-        for run in session.query(SqlRun).filter_by(experiment_id=number):
-            if run.artifact_uri.startswith(earlier):
-                run.artifact_uri = location + run.artifact_uri.removeprefix(earlier)
+        for rows, column in (
+            (session.query(SqlRun).filter_by(experiment_id=number), "artifact_uri"),
+            (session.query(SqlLoggedModel).filter_by(experiment_id=number), "artifact_location"),
+            (session.query(SqlModelVersion), "storage_location"),
+        ):
+            for row in rows:
+                if (place := getattr(row, column) or "").startswith(earlier):
+                    setattr(row, column, location + place.removeprefix(earlier))
     log.info("The files of MLflow's runs are now in %s; they were in %s.", location, earlier)

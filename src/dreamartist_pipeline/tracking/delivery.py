@@ -27,6 +27,7 @@ CLOSING_S = 30.0
 """How long the end of a run waits for MLflow; a request that is under way by then may take its own time limit more."""
 _REFUSALS = {  # MLflow's codes for what no later try can change
     *("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"),
+    *("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"),  # of a server without registered models
 }
 
 _CAUSES = {
@@ -75,7 +76,7 @@ class Delivery:
     def deliver(self, record: Record) -> None:
         """Send a record, or keep it. It never raises: the run goes on without MLflow."""
         with self._lock:
-            if _lane(record) in self._away or self._is_late():
+            if _lanes(record) & self._away or self._is_late():
                 self._keep(record)
                 return
         if (failure := attempt(self._send, record)) is not None:
@@ -198,7 +199,7 @@ def send_all(records: Collection[Record], send: Send, deadline_s: float) -> Sent
     for record in records:
         if time.monotonic() > deadline_s:
             sent.waiting.add(_lane(record))
-        if _lane(record) in sent.waiting:
+        if _lanes(record) & sent.waiting:
             sent.left.append(record)
         elif (failure := attempt(send, record)) is not None:
             sent.left.append(record)
@@ -261,6 +262,11 @@ def reason_of(error: BaseException) -> str:
     return line if len(line) <= _REASON_CHARACTERS else f"{line[: _REASON_CHARACTERS - 1]}…"
 
 
-def _lane(record: Record) -> str:
+def _lanes(record: Record) -> set[str]:
     """Return what takes a record: the store, or where the server has its files. One can fail without the other."""
-    return "files" if record.kind == "file" else "store"
+    return {"store", "files"} if record.kind == "model" else {_lane(record)}
+
+
+def _lane(record: Record) -> str:
+    """Return which of them is taken to fail with a record: of a model, most is files."""
+    return "files" if record.kind in ("file", "model") else "store"

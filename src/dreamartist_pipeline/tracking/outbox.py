@@ -23,7 +23,8 @@ MAX_BYTES = 2**30
 """The limit for all outboxes of a project together."""
 _RUN, _RECORDS, _FILES = "run.json", "records.jsonl", "files"
 
-Kind = Literal["batch", "tag", "status", "inputs", "experiment_tag", "file"]
+Kind = Literal["batch", "tag", "status", "inputs", "experiment_tag", "file", "model"]
+_COPIED = {"file": "file", "model": "folder"}  # kind -> the entry of its content that names what is copied
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Record:
 
     Attributes:
         kind: which call of the store delivers it.
-        content: its arguments, as JSON types. Of a file: `file`, a local path, and `path`, its folder in the run.
+        content: its arguments, as JSON types. Of a file: `file`, a local path, and `path`, its folder in the run. Of a
+            model: see `models.model_record`.
     """
 
     kind: Kind
@@ -42,8 +44,8 @@ class Record:
         """Return how many metrics, parameters, tags, files and others it has."""
         if self.kind == "batch":
             return Counter({name: len(self.content[name]) for name in ("metrics", "parameters", "tags")})
-        names = {"tag": "tags", "file": "files", "inputs": "inputs", "experiment_tag": "tags", "status": "status"}
-        return Counter({names[self.kind]: 1})
+        names = {"tag": "tags", "inputs": "inputs", "experiment_tag": "tags", "status": "status"}
+        return Counter({names.get(self.kind, f"{self.kind}s"): 1})
 
 
 def described(counts: Mapping[str, int]) -> str:
@@ -79,7 +81,7 @@ class Outbox:
         return about
 
     def append(self, record: Record, about: Mapping[str, Any]) -> None:
-        """Keep a record, and a copy of its file; a kill from then on does not lose it.
+        """Keep a record, and a copy of its file or folder; a kill from then on does not lose it.
 
         Raises:
             OSError, InputError: it cannot be written, or all outboxes together would exceed MAX_BYTES.
@@ -87,8 +89,9 @@ class Outbox:
         if not (self.folder / _RUN).exists():
             with written_whole(self.folder / _RUN) as file:
                 file.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        if record.kind == "file":
-            record = Record("file", {**record.content, "file": self._copied(Path(record.content["file"]))})
+        if (entry := _COPIED.get(record.kind)) is not None:
+            copy = self._copied(Path(record.content[entry]))
+            record = Record(record.kind, {**record.content, entry: copy})
         line = (json.dumps({"kind": record.kind, **record.content}) + "\n").encode()
         self._reserve(len(line))
         _append(self.folder / _RECORDS, line)
@@ -108,7 +111,7 @@ class Outbox:
             return
         with written_whole(self.folder / _RECORDS) as file:
             file.write_bytes(b"".join(self._written(record) for record in records))
-        kept = {Path(record.content["file"]).parent.name for record in records if record.kind == "file"}
+        kept = {Path(record.content[_COPIED[record.kind]]).parent.name for record in records if record.kind in _COPIED}
         for copy in (self.folder / _FILES).glob("*"):
             if copy.name not in kept:
                 shutil.rmtree(copy, ignore_errors=True)
@@ -120,28 +123,27 @@ class Outbox:
     def _read(self, line: bytes) -> Record:
         content = json.loads(line)
         kind = content.pop("kind")
-        if kind == "file":
-            content["file"] = str(self.folder / _FILES / content["file"])
+        if (entry := _COPIED.get(kind)) is not None:
+            content[entry] = str(self.folder / _FILES / content[entry])
         return Record(kind, content)
 
     def _written(self, record: Record) -> bytes:
         content = dict(record.content)
-        if record.kind == "file":
-            content["file"] = Path(content["file"]).relative_to(self.folder / _FILES).as_posix()
+        if (entry := _COPIED.get(record.kind)) is not None:
+            content[entry] = Path(content[entry]).relative_to(self.folder / _FILES).as_posix()
         return (json.dumps({"kind": record.kind, **content}) + "\n").encode()
 
-    def _copied(self, file: Path) -> str:
-        """Copy a file into a sub-folder of its own, and return its path below `files`."""
-        self._reserve(file.stat().st_size)
+    def _copied(self, path: Path) -> str:
+        """Copy a file or folder into a sub-folder of its own, and return its path below `files`."""
+        self._reserve(_num_bytes(path))
         number = 1 + max((int(folder.name) for folder in (self.folder / _FILES).glob("*")), default=0)
-        copy = self.folder / _FILES / str(number) / file.name
+        copy = self.folder / _FILES / str(number) / path.name
         copy.parent.mkdir(parents=True)
-        try:
-            shutil.copyfile(file, copy)
-        except OSError:
-            copy.unlink(missing_ok=True)
-            os.link(file, copy)  # takes no space, where the disk is full
-        return f"{number}/{file.name}"
+        if path.is_dir():
+            shutil.copytree(path, copy, copy_function=_copy)
+        else:
+            _copy(path, copy)
+        return f"{number}/{path.name}"
 
     def _reserve(self, num_bytes: int) -> None:
         """Count bytes that are to be written.
@@ -150,11 +152,25 @@ class Outbox:
             OSError: there would be too many.
         """
         if self._num_bytes is None:
-            files = (file for file in self.folder.parent.rglob("*") if file.is_file())
-            self._num_bytes = sum(file.stat().st_size for file in files)
+            self._num_bytes = _num_bytes(self.folder.parent)
         if self._num_bytes + num_bytes > MAX_BYTES:
             raise OSError(f"more than {MAX_BYTES / 2**30:.0f} GiB in {self.folder.parent}")
         self._num_bytes += num_bytes
+
+
+def _num_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _copy(file: str | Path, copy: str | Path) -> None:
+    """Copy a file, or link it where the disk is full: that takes no space."""
+    try:
+        shutil.copyfile(file, copy)
+    except OSError:
+        Path(copy).unlink(missing_ok=True)
+        os.link(file, copy)
 
 
 def _append(file: Path, line: bytes) -> None:

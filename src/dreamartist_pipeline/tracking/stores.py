@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.redaction import redact
 from dreamartist_pipeline.tracking.delivery import Delivery, Send, attempt, is_loud
+from dreamartist_pipeline.tracking.models import send_model
 from dreamartist_pipeline.tracking.outbox import Outbox, Record
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def _sender(run_id: str, files: Any) -> Send:
     def send(record: Record) -> None:
         if record.kind == "file":
             files.send(record.content["file"], record.content["path"])
+        elif record.kind == "model":
+            send_model(run_id, record)
         else:
             store.send(run_id, record)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dreamartist_pipeline.backbones.holding.configurations import MAX_TOKENS
 from dreamartist_pipeline.decoding.json_text import MAX_BYTES, read_json_object
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 
 _FILE = "bpe_simple_vocab_16e6.txt.gz"  # of openai/CLIP; see NOTICE
 _END_OF_WORD, _START, _END = "</w>", "<|startoftext|>", "<|endoftext|>"
@@ -57,8 +59,38 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         if None in special or len(tokenizer("a b")["input_ids"]) < len("ab"):
             raise ValueError("no start, end or padding token")
     except Exception as error:  # of transformers and of its tokenizers, for whatever damage
+        if is_out_of_memory(error):
+            raise
         reason = f"files that transformers does not read ({type(error).__name__}: {error})"
         raise InputError(expected=expected, got=reason, remedy=remedy) from error
+    return tokenizer
+
+
+def read_token_file(folder: Path, num_tokens: int, length: int, pad_id: int) -> Tokenizer:
+    """Return the tokenizer in the tokenizer.json of another model, such as SigLIP.
+
+    Args:
+        folder: of the model.
+        num_tokens: of the model's vocabulary.
+        length: of all token sequences; shorter ones are padded, longer ones truncated.
+        pad_id: of the padding.
+
+    Raises:
+        InputError: there is no such file, it is damaged or too large, or it has more tokens than the model.
+    """
+    expected, remedy = f"a tokenizer.json of at most {num_tokens:,} tokens in {folder}", "download the model again"
+    file = folder / "tokenizer.json"
+    content = read_json_object(file, expected, file.name, remedy)
+    try:
+        if any(not 0 <= int(token["id"]) < num_tokens for token in content.get("added_tokens") or []):
+            raise ValueError("an added token of a higher id")
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        if tokenizer.get_vocab_size() > num_tokens:
+            raise ValueError(f"{tokenizer.get_vocab_size():,} tokens")
+    except Exception as error:  # of tokenizers, for whatever damage
+        raise InputError(expected=expected, got=f"{type(error).__name__}: {error}", remedy=remedy) from error
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=pad_id)
     return tokenizer
 
 

@@ -84,7 +84,7 @@ class _TowerConfig(_Config):
 
 
 class _TowersConfig(_Config):
-    """What decides how large the two towers of CLIP are."""
+    """What decides how large the two towers of CLIP or SigLIP are."""
 
     text_config: _TowerConfig = _TowerConfig()
     vision_config: _TowerConfig = _TowerConfig()
@@ -119,6 +119,7 @@ _TYPES: Mapping[str, type[_Config]] = {
     "text_encoder": _TowerConfig,
     "dinov2": _TowerConfig,
     "clip": _TowersConfig,
+    "siglip": _TowersConfig,
     "scheduler": _SchedulerConfig,
     "tokenizer": _TokenizerConfig,
 }

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from transformers.initialization import no_init_weights
 
 from dreamartist_pipeline.backbones.holding.configurations import num_blocks
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 
 _SHOWN = 3  # tensors named in an error
 _NOT_LEARNED = re.compile(r"(^|\.)position_ids$")  # a buffer that newer versions do not save
@@ -163,6 +163,8 @@ def make_part(make: Callable[[dict[str, Any]], Any], config: dict[str, Any], wha
     try:
         return make(config)
     except Exception as error:  # an invalid option fails where it is first used, with any error
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             expected=f"a valid configuration for {what}",
             got=f"one that its library rejects ({type(error).__name__}: {error})",

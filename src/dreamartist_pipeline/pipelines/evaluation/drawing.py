@@ -19,7 +19,14 @@ from dreamartist_pipeline.core.devices import device_of_rank, num_processes
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.processes import spread
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, StrengthParams
-from dreamartist_pipeline.pipelines.evaluation.measuring import BASE, CONCEPT, Ablation, Drawings, EvaluationImages
+from dreamartist_pipeline.pipelines.evaluation.measuring import (
+    BASE,
+    CONCEPT,
+    Ablation,
+    Drawings,
+    EvaluationImages,
+    LeftOut,
+)
 
 NEGATIVE_ADAPTER, NEGATIVE_WORD = "negative_adapter", "negative_word"
 """Parts of the negative branch whose effect is measured."""
@@ -142,7 +149,7 @@ class _Plan:
         guidance: guidance scale -> the concept's prompts; not for that of the sampler.
         has_negative_word: whether the concept is drawn with its negative words in the negative prompt.
         words: the positive trigger word of each slot.
-        left_out: measure -> why its images are not drawn.
+        left_out: (measure, condition) whose images are not drawn -> why.
     """
 
     subject: Mapping[str, _Part]
@@ -151,7 +158,7 @@ class _Plan:
     guidance: Mapping[float, _Part]
     has_negative_word: bool
     words: dict[str, str]
-    left_out: Mapping[str, str]
+    left_out: LeftOut
 
     @classmethod
     def of(cls, models: _Models, concept: Concept, params: EvaluationParams) -> _Plan:
@@ -242,20 +249,24 @@ def _negative_word_slots(concept: Concept) -> list[str]:
     return [slot for slot, (positive, negative) in concept.metadata.words.items() if negative not in ("", positive)]
 
 
-def _left_out(concept: Concept, params: EvaluationParams, branches: Mapping[str, _Model]) -> dict[str, str]:
-    """Return measure -> why its images are not drawn."""
-    left_out: dict[str, str] = {}
+def _left_out(concept: Concept, params: EvaluationParams, drawn: Mapping[str, _Model]) -> LeftOut:
+    """Return why the images of parts of the negative branch, and of guidance scales, are not drawn."""
     effects = (measures.EFFECT_DISTANCE, measures.EFFECT_SIMILARITY, measures.EFFECT_AGREEMENT)
-    if not params.branch_images:
-        left_out |= dict.fromkeys((one.name for one in effects), "evaluation.branch_images is 0")
-    elif not branches:
-        reason = "the concept has no negative adapter and no negative word"
-        left_out |= dict.fromkeys((one.name for one in effects), reason)
+    sweeps = (measures.GUIDANCE_SIMILARITY, measures.GUIDANCE_AGREEMENT)
+    lacks = {
+        NEGATIVE_ADAPTER: "evaluation.strength.negative is 0"
+        if _has_negative_adapter(concept)
+        else "the concept has no negative adapter",
+        NEGATIVE_WORD: "the concept has no negative word",
+    }
+    left_out: dict[tuple[str, str], str] = {}
+    for part in lacks.keys() - drawn.keys():
+        reason = lacks[part] if params.branch_images else "evaluation.branch_images is 0"
+        left_out |= {(one.name, part): reason for one in effects}
     if not (params.guidance_images and params.guidance_scales):
-        sweeps = (measures.GUIDANCE_SIMILARITY, measures.GUIDANCE_AGREEMENT)
         reason = "evaluation.guidance_images is 0, or evaluation.guidance_scales is empty"
-        left_out |= dict.fromkeys((one.name for one in sweeps), reason)
-    return left_out
+        left_out |= {(one.name, ""): reason for one in sweeps}
+    return dict(sorted(left_out.items()))
 
 
 # ------------------------------------------------------------------------------------------- drawing

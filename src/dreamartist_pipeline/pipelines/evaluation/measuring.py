@@ -11,11 +11,9 @@ from PIL import Image
 from torch import Tensor, tensor
 
 from dreamartist_pipeline.core import measures
-from dreamartist_pipeline.core.captions import fill_template, slot_names
 from dreamartist_pipeline.core.intervals import Estimate, bootstrap_grid, bootstrap_pairs
 from dreamartist_pipeline.core.measures import Embedder, Measure, Recognizer, SubjectMeasures, TextImageScorer
 from dreamartist_pipeline.core.metrics import (
-    embedding_distance,
     image_distance,
     pairwise_distances,
     similarity,
@@ -27,8 +25,8 @@ BASE, CONCEPT = "base", "concept"
 REFERENCE, CEILING = "reference", "ceiling"  # the reference itself, and its reconstruction by the autoencoder
 PIXELS = "pixels"
 TableRow = dict[str, Any]
-
-_FIDELITY = measures.SIMILARITY.name
+LeftOut = Mapping[tuple[str, str], str]
+"""(measure, condition) -> why it is not measured; the condition is that of `Result`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class EvaluationImages:
         views: further pictures of the subject, which the training has not seen.
         branches: what the negative branch has -> the concept's images with and without it.
         guidance: guidance scale -> the concept's images.
-        left_out: what is not drawn -> why.
+        left_out: (measure, condition) whose images are not drawn -> why.
     """
 
     reference: Image.Image
@@ -107,7 +105,7 @@ class EvaluationImages:
     views: Sequence[Image.Image] = ()
     branches: Mapping[str, Ablation] = field(default_factory=dict)
     guidance: Mapping[float, Drawings] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,13 @@ class Measurements:
     Attributes:
         rows: one per image.
         results: one per measure, group and model; without those that no prompt asks for.
-        left_out: measure or its title -> why it is not measured.
+        left_out: what is not measured, and why.
         spreads: metrics of the standard deviation of similarity over the images.
     """
 
     rows: list[TableRow]
     results: list[Result]
-    left_out: dict[str, str]
+    left_out: LeftOut
     spreads: dict[str, float]
 
     @property
@@ -162,6 +160,13 @@ class Measurements:
                 if math.isfinite(value := getattr(result.estimate, end)):
                     values[f"intervals/{result.key.replace('/', '.')}.{end}"] = value
         return values
+
+    def not_measured(self) -> str:
+        """Return what is not measured in one line, by reason; "" if everything is."""
+        names: dict[str, list[str]] = {}
+        for key, reason in self.left_out.items():
+            names.setdefault(reason, []).append(".".join(filter(None, key)))
+        return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in names.items())
 
     def table(self) -> list[TableRow]:
         """Return a row per measure and model: concept and floor with their intervals, ceilings, and definition."""
@@ -178,7 +183,7 @@ class Measurements:
             for usual in _USUAL.get(name, ()):  # floor and ceilings of a sweep are those of what is swept
                 if condition and (beside := rows.get((usual, "", by))):
                     row |= {column: beside[column] for column in _BESIDE}
-        left_out = [_empty_row(name, "", "") | {"left_out": reason} for name, reason in self.left_out.items()]
+        left_out = [_empty_row(*key, "") | {"left_out": reason} for key, reason in self.left_out.items()]
         return sorted([*rows.values(), *left_out], key=lambda row: list(_NAMED).index(row["measure"]))
 
 
@@ -245,27 +250,31 @@ def _missing(
     text_image: TextImageScorer | None,
     color_agreement: bool,
     recognizer: Recognizer | None,
-) -> dict[str, str]:
-    """Return measure -> why it is left out, for those that lack a model, pictures or seeds."""
-    missing: dict[str, str] = {}
+) -> dict[tuple[str, str], str]:
+    """Return why measures are left out that lack a model, pictures or seeds."""
+    missing: dict[Measure, str] = {}
     if not embedders:
-        no_tower = "no image tower; set evaluation.evaluators"
-        of_tower = (measures.SIMILARITY, measures.SIMILARITY_WHOLE, measures.SIMILARITY_COLORLESS)
-        missing |= {one.name: no_tower for one in (*of_tower, measures.DIVERSITY, measures.CROP_DISTANCE)}
+        missing |= dict.fromkeys(_OF_TOWER, "no image tower; set evaluation.evaluators")
     elif len(images.subject[CONCEPT].seeds) < 2:
-        missing[measures.DIVERSITY.name] = "one image per prompt; raise evaluation.images_per_prompt"
+        missing[measures.DIVERSITY] = "one image per prompt; raise evaluation.images_per_prompt"
     if not images.views:
-        missing[measures.SIMILARITY_UNSEEN.name] = "no further pictures of the subject; set evaluation.views"
+        missing[measures.SIMILARITY_UNSEEN] = "no further pictures of the subject; set evaluation.views"
     if text_image is None:
-        missing[measures.CLIP_SCORE.name] = (
-            "no model with a text tower; set evaluation.text_image_model=clip:FOLDER_OR_HUB_ID"
-        )
+        reason = "no model with a text tower; set evaluation.text_image_model to clip: or siglip:FOLDER_OR_HUB_ID"
+        missing |= dict.fromkeys(_OF_TEXT_TOWER, reason)
     if not color_agreement:
-        no_colors = "the colour words are those of the embedded base model (evaluation.color_agreement)"
-        missing |= dict.fromkeys((measures.BACKGROUND.name, measures.COLOR.name), no_colors)
+        reason = "the colour words are those of the embedded base model; see evaluation.color_agreement"
+        missing |= dict.fromkeys((measures.BACKGROUND, measures.COLOR), reason)
     if recognizer is None:
-        missing[measures.RECOGNITION.name] = "no judge beside the base model (evaluation.recognition)"
-    return missing
+        missing[measures.RECOGNITION] = "no judge beside the base model, or evaluation.recognition is false"
+    return {(one.name, ""): reason for one, reason in missing.items()}
+
+
+_OF_TOWER = (
+    *(measures.SIMILARITY, measures.SIMILARITY_WHOLE, measures.SIMILARITY_COLORLESS, measures.DIVERSITY),
+    *(measures.CROP_DISTANCE, measures.EFFECT_SIMILARITY, measures.GUIDANCE_SIMILARITY),
+)
+_OF_TEXT_TOWER = (measures.CLIP_SCORE, measures.EFFECT_AGREEMENT, measures.GUIDANCE_AGREEMENT)
 
 
 class _Task:
@@ -330,18 +339,17 @@ class _Task:
     def _measure_conditions(self, against: SubjectMeasures) -> None:
         """Add what each part of the negative branch, and the guidance scale, changes in the concept's images."""
         label = against.embedder.label
+
+        def fidelity(drawings: Drawings) -> Tensor:
+            return against.object_similarity(drawings.flat(), drawings.flat_templates())
+
         for part, ablation in self.images.branches.items():
-            present, absent = (
-                against.embed(one.flat(), one.flat_templates()) for one in (ablation.present, ablation.absent)
-            )
-            distance = embedding_distance(present.whole, absent.whole)
-            gain = against.fidelity(present)[_FIDELITY] - against.fidelity(absent)[_FIDELITY]
-            self.add(measures.EFFECT_DISTANCE, CONCEPT, label, ablation.present, distance, part)
-            self.add(measures.EFFECT_SIMILARITY, CONCEPT, label, ablation.present, gain, part)
+            present, absent = ablation.present, ablation.absent
+            distance = measures.drift(against.embedder, absent.flat(), present.flat())
+            self.add(measures.EFFECT_DISTANCE, CONCEPT, label, present, distance, part)
+            self.add(measures.EFFECT_SIMILARITY, CONCEPT, label, present, fidelity(present) - fidelity(absent), part)
         for scale, drawings in self.images.guidance.items():
-            pictures = against.embed(drawings.flat(), drawings.flat_templates())
-            values = against.fidelity(pictures)[_FIDELITY]
-            self.add(measures.GUIDANCE_SIMILARITY, CONCEPT, label, drawings, values, f"{scale:g}")
+            self.add(measures.GUIDANCE_SIMILARITY, CONCEPT, label, drawings, fidelity(drawings), f"{scale:g}")
 
     def measure_pixels(self) -> None:
         """Add copying, leakage of the background, drift and effects of the branches by pixels."""
@@ -370,7 +378,8 @@ class _Task:
         """
 
         def scores(drawings: Drawings) -> Tensor:
-            return scorer.score(drawings.flat(), [self._text(one) for one in drawings.flat_templates()])
+            texts = measures.prompt_texts(drawings.flat_templates(), self.images.class_word)
+            return scorer.score(drawings.flat(), texts)
 
         for group, drawings in self.groups.items():
             shown = drawings if group in self.rows else self._for_every_prompt(drawings)
@@ -383,9 +392,6 @@ class _Task:
             self.add(measures.EFFECT_AGREEMENT, CONCEPT, "", ablation.present, gain, part)
         for scale, drawings in self.images.guidance.items():
             self.add(measures.GUIDANCE_AGREEMENT, CONCEPT, "", drawings, scores(drawings), f"{scale:g}")
-
-    def _text(self, template: str) -> str:
-        return fill_template(template, dict.fromkeys(slot_names(template), self.images.class_word))
 
     def _for_every_prompt(self, drawings: Drawings) -> Drawings:
         """Return one picture as if it were drawn from each prompt."""
@@ -409,12 +415,12 @@ class _Task:
         """Add whether the classifier recognises the subject in each image."""
         images = self.images
         for group, drawings in self.groups.items():
-            wanted, values = measures.recognized(recognizer, drawings.flat(), images.reference, images.class_word)
+            target, values = measures.recognized(recognizer, drawings.flat(), images.reference, images.class_word)
             self.add(measures.RECOGNITION, group, recognizer.label, drawings, values)
             if group in self.rows:
                 self.add_column(self.rows[group], "recognized", values)
                 for row in self.rows[group]:
-                    row["recognized_as"] = wanted
+                    row["recognition_target"] = target
 
 
 def _rows(kind: str, group: str, drawings: Drawings) -> list[TableRow]:

@@ -36,13 +36,13 @@ def check_evaluation(params: EvaluationParams, planned: PlannedConcept | None) -
     Raises:
         InputError: an unknown slot, a missing evaluator or an unsuitable scheduler.
     """
-    from dreamartist_pipeline.backbones.evaluators import check_evaluator
+    from dreamartist_pipeline.backbones.evaluators import OWN, check_evaluator
     from dreamartist_pipeline.backbones.schedulers import check_sampler
 
     check_slots(params.prompts, () if planned is None else planned.slots)
-    text_image = () if params.text_image_model in (None, "auto") else (params.text_image_model,)
-    for name in (*params.evaluators, *text_image):
-        check_evaluator(name)
+    for name in (*params.evaluators, params.text_image_model):
+        if name not in (None, OWN):
+            check_evaluator(name)
     check_sampler(params.sampler, planned is not None and planned.zero_terminal_snr)
 
 
@@ -159,22 +159,25 @@ def evaluate_concept(
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
-    concept = concept_at(concept, concept_steps, params.step, "evaluation.step")
+    concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
     log.info("Adapter strengths: %s.", params.strength)
     models = _load_models(base_model, params, device)
     views = prepare_views(evaluation_views, prepared_image, ingestion)
     images, words = draw_images(base_model, concept, prepared_image, params, device, views)
     measured = measure(images, **models)
-    if measured.left_out:
-        text = "; ".join(f"{name} ({reason})" for name, reason in measured.left_out.items())
-        log.info("Not measured: %s.", text)
-        tracker.set_tag("not_measured", text)
+    _report_not_measured(measured.not_measured(), tracker)
     metrics, evaluators = measured.metrics, models["embedders"]
     sheet = draw_sheet(images, metrics, params, words, evaluators[0].label if evaluators else None)
     tracker.log_image(sheet, key="previews/contact sheet", step=0)
     history = {name: {"value": value, "step": 0} for name, value in metrics.items()}
     return sheet, metrics, history, DataFrame(measured.rows), DataFrame(measured.table())
+
+
+def _report_not_measured(not_measured: str, tracker: Tracker) -> None:
+    if not_measured:
+        log.info("Not measured: %s.", not_measured)
+        tracker.set_tag("not_measured", not_measured)
 
 
 def _load_models(base_model: ModelLocation, params: EvaluationParams, device: DeviceParams) -> dict[str, Any]:
@@ -184,12 +187,12 @@ def _load_models(base_model: ModelLocation, params: EvaluationParams, device: De
         InputError: see `load_evaluator`.
     """
     from dreamartist_pipeline.backbones.base_model import open_base_model
-    from dreamartist_pipeline.backbones.evaluators import load_evaluator, load_text_image_model, own_towers
+    from dreamartist_pipeline.backbones.evaluators import load_evaluators, load_text_image_model, own_towers
     from dreamartist_pipeline.embedded.recognition import load_recognizer
 
     target, color_agreement = open_base_model(base_model, device).device, params.color_agreement
     return {
-        "embedders": [load_evaluator(name, target) for name in params.evaluators],
+        "embedders": load_evaluators(params.evaluators, base_model, target),
         "text_image": load_text_image_model(params.text_image_model, base_model, target),
         "color_agreement": own_towers(base_model) is not None if color_agreement is None else color_agreement,
         "recognizer": None if params.recognition is False else load_recognizer(base_model),

@@ -63,7 +63,7 @@ def write_files(
     from dreamartist_pipeline.interop.expressible import check_expressible
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
-    concept = concept_at(concept, concept_steps, params.step, "export.step")
+    concept = concept_at(concept, concept_steps or {}, params.step, "export.step")
     check_expressible(concept.metadata.lora, params.formats)  # not checked early if this run imports the concept
     log.info("Adapter strengths in the workflow and the script: %s.", params.strength)
     source = read_source(concept, load_outline(BaseModelFiles(base_model)))
@@ -90,7 +90,7 @@ def check_files(
     from dreamartist_pipeline.pipelines.export.checking import verify_files
 
     backbone = open_base_model(base_model, _CPU_FLOAT32)
-    concept = concept_at(concept, concept_steps, params.step, "export.step")
+    concept = concept_at(concept, concept_steps or {}, params.step, "export.step")
     report = verify_files(backbone, concept, candidate, params)
     for name, entry in report["files"].items():
         if isinstance(difference := entry.get("difference"), str) and difference:

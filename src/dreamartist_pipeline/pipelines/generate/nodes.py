@@ -65,7 +65,7 @@ def generate_images(
     from dreamartist_pipeline.core.figures import prompt_sheet
     from dreamartist_pipeline.core.init_picture import read_init_picture, tint_redrawn
 
-    concept = concept_at(concept, concept_steps, params.step, "generate.step")
+    concept = concept_at(concept, concept_steps or {}, params.step, "generate.step")
     seeds = range(params.seed, params.seed + params.images_per_prompt)
     request = DrawingRequest(
         prompts=params.prompts,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import ImagesToDraw
 from dreamartist_pipeline.core.model_location import ModelLocation
+from dreamartist_pipeline.disk_space import PNG_PIXEL_BYTES
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
 from dreamartist_pipeline.params import DeviceParams, IngestionParams, RegularizationParams, StrengthParams
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _OLD_FINGERPRINT = re.compile(r"[0-9a-f]{16}|hub:.*")  # in sets of earlier versions: of the files, or the hub id
 _PROGRESS_DELAY_S = 2.0
-_PIXEL_BYTES = 3  # at most, in a PNG
 _COST_ABOVE_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def make_regularization_set(
         batch_size=params.sampler.batch_size,
         manifest=manifest,
         draw=functools.partial(_draw, base_model, regularization_prompts, params, device, side_px),
-        image_bytes=_PIXEL_BYTES * side_px**2,
+        image_bytes=PNG_PIXEL_BYTES * side_px**2,
         is_in=functools.partial(_is_same_set, files, manifest),
     )
 

@@ -30,7 +30,7 @@ from dreamartist_pipeline.core.devices import (
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.training_step import lr_factor
-from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.errors import InputError, is_out_of_memory
 from dreamartist_pipeline.params import DeviceParams, MemoryParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_prompts
 from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
@@ -39,7 +39,6 @@ _GIB = 2**30
 _OPTIMIZER_VALUES = 4  # float32 per trained value: itself, its gradient, two moments
 _ALLOCATOR_SHARE = 0.1  # of the counted memory: fragments and work space of kernels
 _MATRIX_SIDE, _USABLE_SHARE = 1024, 0.4  # of a matrix product's speed: reached by whole steps, seen on a CPU
-_CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 log = logging.getLogger(__name__)
 
@@ -321,11 +320,6 @@ def out_of_memory_explained(device: torch.device, plan: MemoryPlan) -> Iterator[
             got=f"more, with {plan} ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             remedy=f"{remedy(plan)}; earlier results are unchanged, and the regularization set is kept",
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory is exhausted; on the CPU, torch has no class for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_OUT_OF_MEMORY in str(error)
 
 
 def remedy(plan: MemoryPlan) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
-from dreamartist_pipeline.pipelines.training.choice_figure import draw_choice
 from dreamartist_pipeline.pipelines.training.figures import draw_curves
 from dreamartist_pipeline.pipelines.training.nodes import check_training, compare_reconstruction, train_concept
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
-    """Check the training and the autoencoder's reconstruction, train the concept, plot the curves and the choice."""
+    """Check the training and the autoencoder's reconstruction, train the concept, plot the curves."""
     nodes = [
         node(
             check_training,
@@ -51,15 +50,9 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
         ),
         node(
             draw_curves,
-            inputs="training_history",
+            inputs=["training_history", "training_scores"],
             outputs=["training_curves", "training_curves_page"],
             name="draw_curves",
-        ),
-        node(
-            draw_choice,
-            inputs="training_scores",
-            outputs=["training_choice", "training_choice_page"],
-            name="draw_choice",
         ),
     ]
     return Pipeline(nodes, tags="training")

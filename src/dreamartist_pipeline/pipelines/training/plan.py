@@ -130,6 +130,8 @@ def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -
         check_sampler(params.preview.sampler, params.zero_terminal_snr)
     if scored_steps(params):
         _check_scoring(params)
+    elif params.needs_scores:
+        log.info("The last step becomes the concept: %d steps are too few to score some.", params.num_steps)
 
 
 def _check_scoring(params: TrainingParams) -> None:

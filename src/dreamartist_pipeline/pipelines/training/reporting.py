@@ -29,7 +29,7 @@ from dreamartist_pipeline.pipelines.training.trainable import idle_modules
 
 _CURVE_POINTS = 200  # about as many points in live curves; each is a mean over steps
 _PREVIEW_KEY = "previews/by step"
-_PREVIEWS = "previews"  # key of the thumbnails in a checkpoint
+PREVIEWS = "previews"  # key of the thumbnails in a checkpoint
 _FILMSTRIP_COLUMNS = 12
 _GIB = 2**30
 _COLUMNS = ("step", "loss", "loss_reference", "guidance_scale", "seconds")
@@ -147,7 +147,7 @@ def log_performance(history: Sequence[Mapping[str, float]], device: torch.device
 
 
 def log_scoring_time(seconds: float, history: Sequence[Mapping[str, float]], tracker: Tracker) -> None:
-    """Log how long this run has scored, and its share in the steps of the whole training; nothing without steps."""
+    """Log how long a training was scored, and the share of that in the time of its steps; nothing without steps."""
     if history:
         share = seconds / sum(row["seconds"] for row in history)
         log.info("Scoring took %.0f s, %.0f %% of the time of all steps.", seconds, 100 * share)
@@ -191,10 +191,10 @@ class Previews:
     def kept_in(self, checkpointing: Checkpointing) -> Checkpointing:
         """Continue the sheet of the resumed checkpoint, and return `checkpointing` with the thumbnails saved, too."""
         if checkpointing.resumed:
-            self._continue(checkpointing.resumed[_PREVIEWS], checkpointing.resumed["state"]["step"])
+            self._continue(checkpointing.resumed[PREVIEWS], checkpointing.resumed["state"]["step"])
 
         def save(checkpoint: Checkpoint) -> None:
-            checkpointing.save(checkpoint | {_PREVIEWS: self._kept()})
+            checkpointing.save(checkpoint | {PREVIEWS: self._kept()})
 
         return replace(checkpointing, save=save)
 

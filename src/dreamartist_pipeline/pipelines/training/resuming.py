@@ -18,7 +18,7 @@ from dreamartist_pipeline.backbones.concepts import library_versions
 from dreamartist_pipeline.checkpoint_files import CheckpointStore
 from dreamartist_pipeline.core.checkpoints import CONCEPT, Checkpoint, Checkpoints
 from dreamartist_pipeline.core.concept import to_json
-from dreamartist_pipeline.core.course import Checkpointing
+from dreamartist_pipeline.core.course import CHECKPOINT_ENTRIES, Checkpointing
 from dreamartist_pipeline.core.devices import pick_device
 from dreamartist_pipeline.core.divergence import MOST_HALVINGS
 from dreamartist_pipeline.core.image_set import images_sha256
@@ -28,10 +28,12 @@ from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.ranks import num_training_processes
+from dreamartist_pipeline.pipelines.training.reporting import PREVIEWS
 
 _OPTIMIZERS = {"training.optimizer", "training.words.optimizer"}
 _MACHINE = ("device", "processes")  # of the entries about the device
 _START_ANEW = "set training.resume=never to start anew"
+_ENTRIES = frozenset({*CHECKPOINT_ENTRIES, PREVIEWS, "identity", "run_id"})
 _QUOTED_CHARACTERS, _QUOTED_DIGITS = 60, 12  # of a value in a message, and of a SHA-256
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -52,13 +54,24 @@ class Kept:
 
 
 def load_kept(params: TrainingParams) -> Kept | None:
-    """Return the checkpoints, after removing them with `training.resume=never`; None if none are kept."""
+    """Return the checkpoints, after removing them with `training.resume=never`; None if none are kept.
+
+    Raises:
+        InputError: the latest is of another version of the project.
+    """
     if params.checkpoints is None:
         return None
     checkpoints = CheckpointStore(Path(params.checkpoints))
     if params.resume == "never":
         checkpoints.discard(CONCEPT)
-    return Kept(checkpoints, checkpoints.load(CONCEPT))
+    latest = checkpoints.load(CONCEPT)
+    if latest is not None and (missing := _ENTRIES - latest.keys()):
+        raise InputError(
+            expected=f"a checkpoint of this version of the project in {params.checkpoints}",
+            got=f"one without {', '.join(sorted(missing))}",
+            remedy=f"{_START_ANEW}, or continue with the version that has saved it",
+        )
+    return Kept(checkpoints, latest)
 
 
 def check_continues(

@@ -19,6 +19,7 @@ from dreamartist_pipeline.backbones.evaluators import (
     Evaluator,
     TextImageModel,
     load_evaluator,
+    load_evaluators,
     load_text_image_model,
     own_towers,
 )
@@ -39,7 +40,14 @@ from dreamartist_pipeline.core.choosing import (
 )
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.course import Checkpointing
-from dreamartist_pipeline.core.measures import SIMILARITY, PictureEmbeddings, SubjectMeasures, background_leakage, drift
+from dreamartist_pipeline.core.measures import (
+    SIMILARITY,
+    PictureEmbeddings,
+    SubjectMeasures,
+    background_leakage,
+    drift,
+    prompt_texts,
+)
 from dreamartist_pipeline.core.metrics import pairwise_distances
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
@@ -80,15 +88,12 @@ class Judges:
         Raises:
             InputError: see `load_evaluator`.
         """
-        texts = load_text_image_model(params.text_image_model, base_model, device)
-        has_towers = own_towers(base_model) is not None
-        if params.evaluator != "auto":
-            images = load_evaluator(params.evaluator, device)
-        elif has_towers and texts is not None and params.text_image_model == "auto":
-            images = texts.images
-        else:
-            images = load_evaluator("efficientnet-lite0", device)
-        return cls(images, texts, has_towers)
+        named = load_evaluators([params.evaluator], base_model, device)
+        return cls(
+            images=named[0] if named else load_evaluator("efficientnet-lite0", device),
+            texts=load_text_image_model(params.text_image_model, base_model, device),
+            reads_colors=own_towers(base_model) is not None,
+        )
 
     def agreement(self, templates: Sequence[str], images: Sequence[Image], class_word: str) -> float | None:
         """Return how well images fit their prompts: the share with the asked background, or the mean CLIPScore."""
@@ -101,7 +106,7 @@ class Judges:
                 return sum(agree) / len(agree)
         if self.texts is None:
             return None
-        texts = [branch_prompts(template, {}, class_word)[1] for template in templates]
+        texts = prompt_texts(templates, class_word)
         return float(self.texts.score(images, texts).mean())
 
 
@@ -262,7 +267,7 @@ class Scorer:
         self._bounds = Bounds.of(params.scoring, measures.floor.get("agreement"))
         self._scores: list[Score] = []
         self._kept: dict[int, Tensors] = {}
-        self.seconds = 0.0  # of this process, also of the base model's images
+        self.seconds = 0.0  # also of the base model's images, and before an interruption
 
     @property
     def is_over(self) -> bool:
@@ -327,6 +332,7 @@ class Scorer:
         """Take over scores of the same settings; those of a diverged training may be of later steps."""
         if saved is None or saved["settings"] != self._settings():
             return
+        self.seconds += saved["seconds"]
         self._scores = [Score(**score) for score in saved["scores"]]
         self._kept = {step: dict(tensors) for step, tensors in saved["kept"].items()}
         self._forget_from(last_step + 1)
@@ -338,6 +344,7 @@ class Scorer:
             "settings": self._settings(),
             "scores": [dataclasses.asdict(score) for score in self._scores],
             "kept": self._kept,
+            "seconds": self.seconds,
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -396,8 +403,6 @@ def chosen_concept(
         tracker: its run is tagged with the step.
     """
     if scored is None:
-        if params.scoring.prompts and params.num_steps and params.scoring.every:
-            log.info("The last step is the concept: %d steps are too few to score some.", params.num_steps)
         return trained, {}
     choice, metadata = scored.choice, trained.metadata
     level = logging.INFO if choice.is_within_bounds else logging.WARNING

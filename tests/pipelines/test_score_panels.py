@@ -1,4 +1,4 @@
-"""The figure of the scores: a panel per score, the bounds and the chosen step."""
+"""The panels of the scores: one for each, the bounds and the chosen step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 from pandas import DataFrame
 
 from dreamartist_pipeline.core.choosing import Bounds, Score, rows_of_scores
-from dreamartist_pipeline.pipelines.training.choice_figure import draw_choice, plot_choice
+from dreamartist_pipeline.pipelines.training.figures import draw_curves, plot_history
 from dreamartist_pipeline.pipelines.training.scoring import scores_table
 
-LOSSES = ("reference image", "regularization set")
+HISTORY = DataFrame({"step": [1, 2], "loss_reference": [0.5, 0.4], "guidance_scale": [3.0, 3.0]})
+LOSSES = {"reference image", "regularization set"}
+SCORES = {"fidelity", "agreement", "drift", "copying", "chosen"}
 
 
 def table(agreement: float | None = 0.9, loss_regularization: float | None = 0.2) -> DataFrame:
@@ -27,14 +29,15 @@ def lines(figure: Any) -> dict[str, list[float]]:
 
 
 def test_every_score_has_a_curve_and_the_chosen_step_a_star() -> None:
-    drawn = lines(plot_choice(table()))
-    assert drawn.keys() == {"fidelity", "agreement", "drift", "copying", *LOSSES, "chosen"}
+    drawn, plain = lines(plot_history(HISTORY, table())), lines(plot_history(HISTORY))
+    assert drawn.keys() - plain.keys() == SCORES | LOSSES
     assert drawn["chosen"] == [0.08]
-    assert lines(plot_choice(table(None, None))).keys() == drawn.keys() - {"agreement", LOSSES[1]}
+    unmeasured = lines(plot_history(HISTORY, table(None, None)))
+    assert drawn.keys() - unmeasured.keys() == {"agreement", "regularization set"}
 
 
 def test_bounds_are_shaded_and_steps_beyond_them_crossed() -> None:
-    figure = plot_choice(table())
+    figure = plot_history(HISTORY, table())
     shaded = sorted((shape.y0, shape.y1) for shape in figure.layout.shapes if shape.type == "rect")
     assert [low for low, _ in shaded] == [0.0, 0.4, 0.5] and shaded[0][1] == 0.6
     assert shaded[1][1] > 0.7  # above the highest value, too
@@ -44,7 +47,6 @@ def test_bounds_are_shaded_and_steps_beyond_them_crossed() -> None:
     assert "step 80" in texts and "0.40" in texts
 
 
-def test_a_training_without_scores_has_a_figure_that_says_so() -> None:
-    figure, again = draw_choice(scores_table(None))
-    assert not figure.data and "not scored" in " ".join(each.text for each in figure.layout.annotations)
-    assert again is figure
+def test_a_training_without_scores_has_the_figure_of_its_history() -> None:
+    figure, again = draw_curves(HISTORY, scores_table(None))
+    assert again is figure and figure == plot_history(HISTORY)

@@ -1,0 +1,61 @@
+"""Collect what an MLflow model of a concept needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dreamartist_pipeline.core.model_location import ModelLocation
+from dreamartist_pipeline.params import DeviceParams, GenerateParams, RegistrationParams
+
+if TYPE_CHECKING:
+    from dreamartist_pipeline.backbones.served import ServedConcept
+    from dreamartist_pipeline.core.concept import Concept
+else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing torch is slow
+    Concept = ServedConcept = Any
+
+LAST = "last"
+"""Alias of the concept with which a training ended."""
+
+
+def serve_concept(
+    base_model: ModelLocation,
+    concept: Concept,
+    params: RegistrationParams,
+    defaults: GenerateParams,
+    device: DeviceParams,
+) -> tuple[ServedConcept, ...]:
+    """Return the concepts to be registered, each with its aliases, base model and defaults; none if that is off."""
+    if not params.enabled:
+        return ()
+    from dreamartist_pipeline.backbones.served import served_concept
+
+    return tuple(
+        served_concept(each, base_model, defaults, device, params.max_copied_mb, aliases)
+        for aliases, each in with_aliases({LAST: concept})
+    )
+
+
+def with_aliases(concepts: Mapping[str, Concept]) -> list[tuple[tuple[str, ...], Concept]]:
+    """Return each different concept with its aliases, the first of those that have the same tensors.
+
+    Args:
+        concepts: alias -> concept, of one training.
+    """
+    different: list[tuple[tuple[str, ...], Concept]] = []
+    for alias, concept in concepts.items():
+        for index, (aliases, other) in enumerate(different):
+            if _are_equal(concept, other):
+                different[index] = (*aliases, alias), other
+                break
+        else:
+            different.append(((alias,), concept))
+    return different
+
+
+def _are_equal(concept: Concept, other: Concept) -> bool:
+    import torch
+
+    return concept.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor, other.tensors[name]) for name, tensor in concept.tensors.items()
+    )
