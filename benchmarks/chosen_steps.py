@@ -90,25 +90,34 @@ def train_if_needed(training: Training, logs: Path) -> None:
     Raises:
         SystemExit: the run failed.
     """
-    record, log = logs / f"{training.name}.done", logs / f"{training.name}.log"
+    record = logs / f"{training.name}.done"
     if record.is_file() and record.read_text(encoding="utf-8") == training.params():
         return
-    command = [sys.executable, "-m", "kedro", "run", "--pipeline", "train", "--params", training.params()]
+    run_pipelines("train", training, logs / f"{training.name}.log")
+    record.write_text(training.params(), encoding="utf-8")
+
+
+def run_pipelines(pipelines: str, training: Training, log: Path) -> None:
+    """Run pipelines with the parameters of a training.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    command = [sys.executable, "-m", "kedro", "run", "--pipelines", pipelines, "--params", training.params()]
     env = ("--env", "test") if training.tiny else ()
     with log.open("w", encoding="utf-8") as file:
         outcome = subprocess.run([*command, *env], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
     if outcome.returncode:
         raise SystemExit(f"{training.name}: the run failed with exit status {outcome.returncode}; see {log}")
-    record.write_text(training.params(), encoding="utf-8")
 
 
 def train_all(trainings: Sequence[Training], logs: Path, workers: int) -> None:
-    """Train `workers` at a time; the first one alone, because it draws the common regularization set."""
+    """Draw the regularization set, which all have in common, then train `workers` at a time."""
     logs.mkdir(parents=True, exist_ok=True)
-    train_if_needed(trainings[0], logs)
+    run_pipelines("ingestion,prompts,regularization", trainings[0], logs / "regularization.log")
     with ThreadPoolExecutor(workers) as pool:
-        done = pool.map(lambda training: train_if_needed(training, logs), trainings[1:])
-        for _ in tqdm(done, "trainings", len(trainings), initial=1):
+        done = pool.map(lambda training: train_if_needed(training, logs), trainings)
+        for _ in tqdm(done, "trainings", len(trainings)):
             pass
 
 
