@@ -19,7 +19,7 @@ MOST_KEPT = 20
 MOST_KEPT_BYTES = 500_000_000
 """Kept concepts of one training. The chosen and the last are kept in any case."""
 
-_BACKWARD = 2  # forward passes that cost as much as a backward pass
+_BACKWARD = 1  # forward passes that cost as much as a backward pass: the weights are frozen
 _DRAWING_BRANCHES = 2
 _ROUND_ABOVE, _ROUND_TO = 10, 10  # intervals, so that the numbers of scored steps are round
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,11 +47,17 @@ def add_panel(figure: Figure, scores: DataFrame, name: str, row: int, col: int) 
         _add_score(figure, scores, name, place)
     chosen = scores[scores["chosen"].astype(bool)].iloc[0]
     label = f"chosen: step {chosen['step']:.0f}" if name == "fidelity" else ""
-    line = {"color": _CHOSEN, "width": 2, "dash": "dash"}
-    figure.add_vline(chosen["step"], line=line, annotation_text=label, annotation_font_color=_CHOSEN, **place)
+    line, corner = {"color": _CHOSEN, "width": 2, "dash": "dash"}, _inner_corner(chosen["step"], scores["step"])
+    text = {"annotation_text": label, "annotation_font_color": _CHOSEN, "annotation_position": corner}
+    figure.add_vline(chosen["step"], line=line, **text, **place)
     if name == "fidelity":
         star = {"color": _CHOSEN, "size": 17, "symbol": "star"}
         _add_points(figure, [chosen["step"]], [chosen[name]], "chosen", place, mode="markers", marker=star)
+
+
+def _inner_corner(step: int, steps: Sequence[int]) -> str:
+    """Return where the label of a step is within the panel."""
+    return "top left" if 2 * step > min(steps) + max(steps) else "top right"
 
 
 def _add_points(figure: Figure, x: Any, y: Any, name: str, place: dict[str, int], **look: Any) -> None:
