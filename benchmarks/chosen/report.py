@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -155,11 +156,12 @@ def figure(judged: Sequence[Judged]) -> Any:
     """Plot the judged fidelity of every kept step, a panel per subject, with chosen and best step."""
     from plotly.subplots import make_subplots
 
-    rows = -(-len(judged) // _COLUMNS)
+    columns = min(_COLUMNS, len(judged))
+    rows = math.ceil(len(judged) / columns)
     titles = [one.subject for one in judged]
-    drawn = make_subplots(rows=rows, cols=_COLUMNS, subplot_titles=titles, horizontal_spacing=0.05)
+    drawn = make_subplots(rows=rows, cols=columns, subplot_titles=titles, horizontal_spacing=0.05)
     for index, one in enumerate(judged):
-        place = {"row": 1 + index // _COLUMNS, "col": 1 + index % _COLUMNS}
+        place = {"row": 1 + index // columns, "col": 1 + index % columns}
         for tower, color in _COLORS.items():
             steps = list(one.halves)
             fidelity = [one.value(step, tower, "fidelity") for step in steps]
