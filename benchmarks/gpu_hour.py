@@ -70,8 +70,9 @@ def make_parts(device: str, models: Path, tiny: bool, rounds: int = 5) -> list[P
     dtype = "float32" if tiny else "bfloat16"
     on = ("--device", device)
     size = ("--rounds", "1", "--steps", "2") if tiny else ("--rounds", str(rounds))
+    few = size if tiny else ("--rounds", "2", "--steps", "5")
     whole = ("--rounds", "1", "--steps", "12") if tiny else ("--rounds", "2", "--steps", "400")
-    small = ("--tiny",) if tiny else ()
+    small, compiled = (("--tiny",), ()) if tiny else ((), ("--compile",))
     sd15 = (*on, "--dtype", dtype, "--env", "sd15", "--base-model", str(models / "sd15"))
     sdxl = (*on, "--dtype", dtype, "--env", "sdxl", "--base-model", str(models / "sdxl"))
     embedded = (*on, *(("--base-model", str(models / "sd15")) if tiny else ()))
@@ -81,12 +82,13 @@ def make_parts(device: str, models: Path, tiny: bool, rounds: int = 5) -> list[P
         _script("random_models", "full_size.py", ("--write", str(models), "--dtype", dtype, *small), 180),
         _script("step_sd15", "training_step.py", (*sd15, *size), 180),
         _script("step_sd15_one_row", "training_step.py", (*sd15, *size, "--rows", "1", "0"), 90),
+        _script("step_sd15_compiled", "training_step.py", (*sd15, *size, "--designs", "ours", *compiled), 240),
         _script("sampling_sd15", "sampling.py", (*sd15, *size), 90),
         _script("kedro_run", "kedro_run.py", (*embedded, *whole), 300),
         _script("step_embedded", "training_step.py", (*embedded, *size), 60),
         _script("unet_attention_sd15", "training_step.py", (*sd15, *size, *unet), 90),
         _script("step_sdxl_one_row", "training_step.py", (*sdxl, *size, "--rows", "1", "0"), 150),
-        _script("step_sdxl", "training_step.py", (*sdxl, *(size if tiny else ("--rounds", "2", "--steps", "10"))), 240),
+        _script("step_sdxl", "training_step.py", (*sdxl, "--designs", "ours", *few), 180),
         _script("full_size", "full_size.py", (*on, "--dtype", dtype, *small), 300),
     ]
 

@@ -6,7 +6,8 @@
 
 `--part step` is a whole step: batch, text encoder, UNet, loss, backward, clipping, optimizer. `--part unet` is forward
 and backward of the UNet alone. All designs have the same adapters, batches and optimizer. Their gradients are compared
-first; if they differ, the benchmark stops. On a GPU the report has the model FLOPs utilization (MFU) too.
+first; if they differ, the benchmark stops. On a GPU the report has the model FLOPs utilization (MFU) too, and this
+project and the frozen networks as CUDA graphs (`training.backend: cudagraph`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections.abc import Callable, Sequence
 
 from dreamartist_pipeline.backbones.base_model import load_outline
 from dreamartist_pipeline.core.batches import TrainingData
+from dreamartist_pipeline.core.step_graph import record
 from dreamartist_pipeline.params import TrainingParams
 from speed.ceilings import Ceilings, measure_ceilings, step_flops
 from speed.designs import (
+    COMPILED,
     FROZEN,
     OURS,
-    PEFT,
     Design,
+    Pass,
     build_designs,
     check_agreement,
     make_data,
@@ -37,13 +40,23 @@ from speed.settings import Settings, add_options, attention_only, read_settings
 from speed.timing import Spread, alternate, clock_for, describe_machine, peak_gib, timed
 
 UNET_ONLY = "frozen UNet, forward and backward only"
+GRAPHED = ", one CUDA graph"
+_GRAPHED_DESIGNS = (OURS, COMPILED, FROZEN)  # PEFT and hooks change Python state in every pass
 _ATTENTION_RANK = 4
 
 
-def measure(settings: Settings, part: str, num_rounds: int, steps_per_round: int) -> dict[str, list[float]]:
+def measure(
+    settings: Settings,
+    part: str,
+    num_rounds: int,
+    steps_per_round: int,
+    with_others: bool = True,
+    with_compiled: bool = False,
+) -> dict[str, list[float]]:
     """Check that the designs agree, and return the seconds of a step, or of the UNet's part of it, by design."""
     backbone, params = settings.backbone, settings.params
-    designs, data = build_designs(backbone, params), make_data(backbone, params, settings.side_px)
+    designs = build_designs(backbone, params, with_others, with_compiled)
+    data = make_data(backbone, params, settings.side_px)
     if part == "unet":
         cases = _passes(designs, data, settings)
     else:
@@ -63,7 +76,17 @@ def _steps(
     return {
         UNET_ONLY: timed(lambda: run_pass(frozen, inputs), clock),
         **{design.name: step_seconds(design, data, params, clock) for design in designs},
+        **{
+            design.name + GRAPHED: step_seconds(design, data, params, clock, as_graph=True)
+            for design in _graphed(designs, settings)
+        },
     }
+
+
+def _graphed(designs: Sequence[Design], settings: Settings) -> list[Design]:
+    """Return the designs that are timed as a CUDA graph too: none on a CPU."""
+    on_gpu = settings.backbone.device.type == "cuda"
+    return [design for design in designs if design.name in _GRAPHED_DESIGNS] if on_gpu else []
 
 
 def _passes(designs: Sequence[Design], data: TrainingData, settings: Settings) -> dict[str, Callable[[], float]]:
@@ -72,7 +95,28 @@ def _passes(designs: Sequence[Design], data: TrainingData, settings: Settings) -
     print(f"The designs with adapters agree in {num_gradients} gradients.")
     clock = clock_for(settings.backbone.device)
     names = {design.name: UNET_ONLY if design.name == FROZEN else design.name for design in designs}
-    return {names[design.name]: timed(lambda design=design: run_pass(design, inputs), clock) for design in designs}
+    passes = {names[design.name]: _pass_of(design, inputs) for design in designs}
+    graphs = {
+        names[design.name] + GRAPHED: _recorded(_pass_of(design, inputs)) for design in _graphed(designs, settings)
+    }
+    return {name: timed(run, clock) for name, run in (passes | graphs).items()}
+
+
+def _pass_of(design: Design, inputs: Pass) -> Callable[[], None]:
+    return lambda: run_pass(design, inputs)
+
+
+def _recorded(run: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that records a CUDA graph at its first call, and replays it."""
+    replay: Callable[[], None] | None = None
+
+    def call() -> None:
+        nonlocal replay
+        if replay is None:
+            _, replay = record(run)
+        replay()
+
+    return call
 
 
 def make_rows(
@@ -112,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ceilings = measure_ceilings(device) if on_gpu or options.ceilings else None
     flops = _flops(settings, options.part) if ceilings else None
     per_round = options.steps or (30 if on_gpu else 4)
-    seconds = measure(settings, options.part, options.rounds, per_round)
+    with_others = options.designs == "all"
+    seconds = measure(settings, options.part, options.rounds, per_round, with_others, options.compile)
     if ceilings and flops:
         facts |= ceilings.facts() | {"model TFLOP": f"{flops / 1e12:.3g}"}
     if (peak := peak_gib(device)) is not None:
@@ -121,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = make_rows(seconds, num_rows, flops, ceilings)
     title = f"One training step, {options.part}, {options.layers} layers, {settings.backbone.name}"
     ratio = next(row for row in rows if row.label == OURS).values["× frozen UNet"]
-    peft = next(row for row in rows if row.label == PEFT).values["× this project"]
-    notes = [f"This project: {ratio:.2f} × the frozen UNet's forward and backward; PEFT: {peft:.2f} × this project."]
+    notes = [f"This project: {ratio:.2f} × the frozen UNet's forward and backward."]
     name = f"training_step_{options.part}_{options.layers}_{settings.backbone.name}"
     Report(name, title, facts, rows, "ms", notes).write(options.output)
 
@@ -142,6 +186,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--part", default="step", choices=("step", "unet"))
     parser.add_argument("--layers", default="method", choices=("method", "attention"), help="attention: rank 4")
+    parser.add_argument("--designs", default="all", choices=("all", "ours"), help="ours: without PEFT and hooks")
+    parser.add_argument("--compile", action="store_true", help="also this project with a compiled denoiser")
     parser.add_argument("--steps", type=int, help="per round; default: 30 on a GPU, 4 on a CPU")
     parser.add_argument("--ceilings", action="store_true", help="also on a CPU: measure the ceilings, report the MFU")
     return parser.parse_args(arguments)

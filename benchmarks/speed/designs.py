@@ -6,11 +6,12 @@ optimizer. They differ in how the adapters are applied in the UNet and the text 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
+import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +24,29 @@ from dreamartist_pipeline.backbones.concepts import NewConcept, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.batches import TrainingData
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, rows_of
+from dreamartist_pipeline.core.course import StepRecord
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.parameter_groups import ADAPTERS, parameter_groups
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens
 from dreamartist_pipeline.core.training import fit
-from dreamartist_pipeline.core.training_step import TrainableModel, lr_factor, packed_factors, training_state
+from dreamartist_pipeline.core.training_step import (
+    Execution,
+    TrainableModel,
+    lr_factor,
+    packed_factors,
+    training_state,
+)
 from dreamartist_pipeline.params import ResolvedGroup, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
 from dreamartist_pipeline.pipelines.training.trainable import trainable_model
 
 OURS = "this project"
+COMPILED = "this project, compiled"
 PEFT = "PEFT, two passes"
 PEFT_HALF = "PEFT, two passes, bfloat16 adapters"
 HOOK = "hook that adds to a slice of the batch"
 FROZEN = "frozen networks, trigger words only"
-_TOLERANCE = {  # relative, of a single gradient and of all together; a GPU may compute float32 in TensorFloat-32
+_TOLERANCE = {  # relative, of a single gradient and of all together
     torch.float32: (5e-3, 1e-3),
     torch.bfloat16: (0.25, 0.05),
     torch.float16: (0.05, 0.01),
@@ -105,8 +114,16 @@ def our_design(backbone: Backbone, params: TrainingParams) -> Design:
     return Design(OURS, trainable_model(new, parameter_groups(new.stacks, new.words, _words_lr(params))))
 
 
-def build_designs(backbone: Backbone, params: TrainingParams) -> list[Design]:
+def build_designs(
+    backbone: Backbone, params: TrainingParams, with_others: bool = True, with_compiled: bool = False
+) -> list[Design]:
     """Return all designs over copies of the base model that share its weights.
+
+    Args:
+        backbone: the base model.
+        params: of the training.
+        with_others: whether PEFT and hooks are among them.
+        with_compiled: whether this project with a compiled denoiser is (`training.backend: compile`).
 
     Raises:
         SystemExit: a training that the other designs cannot express.
@@ -116,8 +133,10 @@ def build_designs(backbone: Backbone, params: TrainingParams) -> list[Design]:
     updates = randomize_updates(ours)
     groups = parameter_groups(ours.stacks, ours.words, _words_lr(params))
     designs = [Design(OURS, trainable_model(ours, groups))]
-    others = {PEFT: _two_passes, HOOK: _slice_hooks}
-    if backbone.dtype == torch.bfloat16:
+    if with_compiled:
+        designs.append(_compiled_design(backbone, params))
+    others = {PEFT: _two_passes, HOOK: _slice_hooks} if with_others else {}
+    if with_others and backbone.dtype == torch.bfloat16:
         others[PEFT_HALF] = functools.partial(_two_passes, dtype=torch.bfloat16)
     for name, make in others.items():
         new = _without_adapters(backbone, params, ours)
@@ -132,6 +151,13 @@ def build_designs(backbone: Backbone, params: TrainingParams) -> list[Design]:
     frozen = _without_adapters(backbone, params, ours)
     words = parameter_groups({}, frozen.words, _words_lr(params))
     return [*designs, Design(FROZEN, trainable_model(frozen, words))]
+
+
+def _compiled_design(backbone: Backbone, params: TrainingParams) -> Design:
+    new = start_concept(backbone, params, lr_factor(params), _SEED)
+    randomize_updates(new)
+    new.backbone.compile_denoiser()
+    return Design(COMPILED, trainable_model(new, parameter_groups(new.stacks, new.words, _words_lr(params))))
 
 
 def _words_lr(params: TrainingParams) -> float:
@@ -336,16 +362,40 @@ def make_data(backbone: Backbone, params: TrainingParams, side_px: int) -> Train
 
 
 def step_seconds(
-    design: Design, data: TrainingData, params: TrainingParams, clock: Callable[[], float]
+    design: Design, data: TrainingData, params: TrainingParams, clock: Callable[[], float], as_graph: bool = False
 ) -> Callable[[], float]:
-    """Return a function that trains `params.num_steps` steps and returns the mean seconds of a step."""
-    state = training_state(design.model, params)
+    """Return a function that trains and returns the mean seconds of `params.num_steps` steps.
+
+    On a GPU, as many steps run before them, in which libraries choose algorithms and the CUDA graph is recorded.
+
+    Args:
+        design: to train.
+        data: of the training.
+        params: of the training.
+        clock: in seconds, see `clock_for`.
+        as_graph: whether the passes of a step are one CUDA graph.
+    """
+    num_before = params.num_steps if data.reference.mean.device.type == "cuda" else 0
+    num_run = num_before + params.num_steps
+    # The last twentieth of a training: no good state is copied in it (`core.divergence.GoodStates`).
+    whole = params.model_copy(update={"num_steps": 20 * num_run})
+    first_step = whole.num_steps - num_run
+    execution = Execution(as_graph=as_graph, read_every=params.num_steps)
 
     def run() -> float:
-        state.step = 0
-        begun = clock()
-        fit(design.model, data, params, state=state)
-        return (clock() - begun) / params.num_steps
+        state = training_state(design.model, params)
+        state.step = first_step
+        times = {first_step: clock()}
+
+        def on_step(record: StepRecord) -> None:  # after the device has finished the step
+            if record.step in (first_step + num_before, whole.num_steps):
+                times[record.step] = clock()
+
+        fit(design.model, data, whole, on_step, state=state, execution=execution)
+        if as_graph:  # its memory is apart from that of other designs, and kept until the graph is deleted
+            gc.collect()
+            torch.cuda.empty_cache()
+        return (times[whole.num_steps] - times[first_step + num_before]) / params.num_steps
 
     return run
 
@@ -416,8 +466,11 @@ def check_agreement(designs: Sequence[Design], dtype: torch.dtype, run: Callable
     adapted = [design for design in designs if design.is_adapted]
     gradients = []
     for design in adapted:
-        run(design)
-        gradients.append({name: copy.deepcopy(gradient) for name, gradient in design.gradients().items()})
+        with _without_tensor_float():
+            run(design)
+        gradients.append(
+            {name: None if gradient is None else gradient.clone() for name, gradient in design.gradients().items()}
+        )
     for design, other in zip(adapted[1:], gradients[1:], strict=True):
         if wrong := _differences(gradients[0], other, _TOLERANCE[dtype]):
             raise SystemExit(
@@ -425,6 +478,20 @@ def check_agreement(designs: Sequence[Design], dtype: torch.dtype, run: Callable
                 f"got {len(wrong)} differences: {', '.join(wrong[:4])}"
             )
     return len(gradients[0])
+
+
+@contextmanager
+def _without_tensor_float() -> Iterator[None]:
+    """Compute float32 products of a GPU in float32: TensorFloat-32 rounds differently for each number of rows."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def _differences(

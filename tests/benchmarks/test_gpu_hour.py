@@ -69,6 +69,7 @@ def test_the_limits_leave_the_first_parts_their_whole_time() -> None:
     assert sum(part.limit_s for part in parts[:6]) <= gpu_hour.TOTAL_S
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts run in this process; those of whole commands have tests of their own, with the same arguments."""
     calls: list[str] = []

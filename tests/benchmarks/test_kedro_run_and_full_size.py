@@ -101,6 +101,7 @@ def warm_project(tmp_path: Path, tiny_base_model: Path, monkeypatch: pytest.Monk
     return project
 
 
+@pytest.mark.slow
 def test_kedro_run_is_timed_by_its_curve_in_mlflow(warm_project: Path, tmp_path: Path) -> None:
     arguments = ("--env", "test", "--base-model", str(warm_project / "tiny"))
 
@@ -113,6 +114,7 @@ def test_kedro_run_is_timed_by_its_curve_in_mlflow(warm_project: Path, tmp_path:
     assert bare["% of the bare loop"] == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_the_parts_of_full_size_run_on_a_tiny_model(warm_project: Path, tmp_path: Path, model: str) -> None:
     arguments = ("--models", model, "--tiny", "--dtype", "float32")
