@@ -419,8 +419,8 @@ PICTURES = (
     *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
 )
 DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
-    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "HTMLDataset"),
-    "ImageDataset",
+    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "ConceptStepsDataset", "CSVDataset", "FileFolderDataset"),
+    *("HTMLDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
     "UserPicturesDataset",
