@@ -103,7 +103,7 @@ def train(model: Path, folder: Path, num_steps: int, stop_every: int | None) -> 
     plan = check_training(str(model), params, _CAPTION, _CPU)
     while True:
         try:
-            concept, history = train_concept(
+            concept, history, *_ = train_concept(
                 base_model=str(model),
                 prepared_image=picture,
                 prepared_mask=Image.new("L", (32, 32), 127),

@@ -202,7 +202,8 @@ def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
             r"image=cat.jpg,mask=/m.png,base_model=hub:a/b,prompt_database=../p.parquet,init_image=C:\x.png",
             r"vae=v.safetensors,base_model_config=D:\sdxl",
             "import.positive=[a.pt, ~/b.pt],import.words.pt1=w.pt,training.start_from=../../../c.safetensors",
-            "evaluation.evaluators=[clip:clip, dinov2:facebook/dinov2, efficientnet-lite0],subject=cat",
+            "evaluation.evaluators=[clip:clip, dinov2:facebook/dinov2, efficientnet-lite0],subject=cat,"
+            "training.scoring.evaluator=clip:clip",
         )
     )
     monkeypatch.chdir(tmp_path)
@@ -217,7 +218,10 @@ def test_relative_paths_are_those_of_the_working_directory_inside_the_project(
         "vae": "photos/new/v.safetensors",
         "base_model_config": r"D:\sdxl",
         "import": {"positive": ["photos/new/a.pt", "~/b.pt"], "words": {"pt1": "photos/new/w.pt"}},
-        "training": {"start_from": str(tmp_path.parent / "c.safetensors")},
+        "training": {
+            "start_from": str(tmp_path.parent / "c.safetensors"),
+            "scoring": {"evaluator": "clip:photos/new/clip"},
+        },
         "evaluation": {"evaluators": ["clip:photos/new/clip", "dinov2:facebook/dinov2", "efficientnet-lite0"]},
         "subject": "cat",
     }

@@ -80,6 +80,14 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         "test_strength_zero_of_both_branches_is_the_base_model": ("StrengthParams.positive",),
         "test_strengths_act_on_their_own_branch": ("StrengthParams.negative",),
     },
+    "core/test_choosing.py": {
+        "test_a_given_interval_is_taken_with_the_last_step": ("training.scoring.every",),
+        "test_bounds_of_agreement_are_relative_to_the_base_model": (
+            "training.scoring.agreement_loss",
+            "training.scoring.max_drift",
+            "training.scoring.max_copying",
+        ),
+    },
     "core/test_divergence.py": {
         "test_half_the_rates_go_on_from_the_last_good_state": ("training.on_divergence",),
     },
@@ -223,6 +231,26 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "training.checkpoint_minutes",
         ),
         "test_the_minutes_of_a_training_end_it": ("training.max_minutes",),
+    },
+    "pipelines/test_scoring.py": {
+        "test_choose_last_takes_the_last_step_and_scores_if_asked": ("training.choose",),
+        "test_patience_stops_a_training": ("training.scoring.patience",),
+        "test_prompts_seeds_and_sampler_are_those_of_the_images": (
+            "training.scoring.prompts",
+            "training.scoring.prior_prompts",
+            "training.scoring.images_per_prompt",
+            "training.scoring.seed",
+            "training.scoring.sampler",
+        ),
+        "test_named_models_judge_in_place_of_the_usual_ones": (
+            "training.scoring.evaluator",
+            "training.scoring.text_image_model",
+        ),
+        "test_validation_draws_nothing_of_the_training_and_is_the_same_at_every_step": (
+            "training.scoring.validation_rows",
+        ),
+        "test_images_are_drawn_from_a_kept_step": ("generate.step",),
+        "test_evaluation_and_export_take_a_kept_step": ("evaluation.step", "export.step"),
     },
     "pipelines/test_training.py": {
         "test_before_the_first_step_a_concept_predicts_as_the_one_it_starts_from": ("training.start_from",),
@@ -487,7 +515,7 @@ def run_training(model: Path, params: TrainingParams, color: str = "blue") -> Ru
     params = params.model_copy(update={"checkpoints": None})
     tracker, image = Tracker(), Image.new("RGB", (32, 32), "orange")
     image.paste("purple", (8, 0, 16, 32))
-    concept, history = train_concept(
+    concept, history, *_ = train_concept(
         base_model=str(model),
         prepared_image=image,
         prepared_mask=Image.new("L", (32, 32), 127),

@@ -63,6 +63,11 @@ from refusals import says
 from tracking_stores import tracking_uri
 
 LORA = {"lr": 1e-3, "rank": 4, "layers": ["re:.*attn"]}
+SCORED = {
+    "choose": "best",
+    "num_steps": 400,
+    "scoring": {"every": 100, "prompts": ["a cat"], "prior_prompts": ["a dog"]},
+}
 
 
 def training(**changes: Any) -> dict[str, Any]:
@@ -308,6 +313,7 @@ def check_run(folder: Path, monkeypatch: pytest.MonkeyPatch, names: str, **chang
     catalog["attention_mask_image"] = MemoryDataset(changes.get("mask"))
     catalog["reference_caption"] = changes.get("caption", "white background")
     catalog["evaluation_views"] = MemoryDataset({})
+    catalog["concept_steps"] = MemoryDataset({80: None})
     catalog["base_model"] = ModelLocation(str(folder / "model"))
     prompts = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["a red cat", "a blue dog"]}), prompts)
@@ -330,6 +336,23 @@ def test_what_a_run_trains_is_checked_against_its_export(names: str, before_run:
 @pytest.mark.parametrize("names", ["train", "export", "import,export"])
 def test_a_training_that_the_run_does_not_export_is_not_checked(names: str, before_run: BeforeRun) -> None:
     before_run(names, training={"lora_unet": [LORA | {"timestep_min_rank": 1}]})
+
+
+@pytest.mark.parametrize(
+    ("names", "section", "training", "known"),
+    [
+        ("generate", "generate", {}, "80"),
+        ("evaluate", "evaluation", {}, "80"),
+        ("export", "export", {}, "80"),
+        ("train,evaluate", "evaluation", {}, "none"),
+        ("__default__", "export", SCORED, "100, 200, 300, 400"),
+    ],
+)
+def test_a_step_that_is_not_kept_or_will_not_be_scored_is_refused(
+    names: str, section: str, training: dict[str, Any], known: str, before_run: BeforeRun
+) -> None:
+    with pytest.raises(InputError, check=says(where=section, expected=f"({known})", got="81")):
+        before_run(names, **{section: {"step": 81}}, training=training)
 
 
 HEUN = {"scheduler": "HeunDiscreteScheduler"}

@@ -412,11 +412,14 @@ def test_options_that_do_not_change_the_concept_are_no_result_values() -> None:
     preview = {"every": 5, "prompts": ["a {pt1}"], "seed": 3}
     others = {"memory": {"micro_batch": 1}, "backend": "compile"}
     others |= {"resume": "never", "checkpoints": "states", "checkpoint_minutes": 5.0, "max_minutes": 60.0}
-    others |= {"on_divergence": "halve_lr"}
+    scoring = {"every": 4, "prompts": ["a {pt1}"], "prior_prompts": ["a cat"]}
+    others |= {"on_divergence": "halve_lr", "scoring": scoring}
     assert training(preview=preview, start_from="start.safetensors", **others).result_values() == plain.result_values()
     assert training(seed=1).result_values() != plain.result_values()
     run_only = {"preview", "start_from", *others}
     assert plain.result_values().keys() == TrainingParams.model_fields.keys() - run_only
+    for needed in ({"choose": "best", "scoring": scoring}, {"scoring": scoring | {"patience": 2}}):
+        assert training(**needed).result_values()["scoring"]["every"] == 4
 
 
 def test_memory_is_auto_or_values() -> None:

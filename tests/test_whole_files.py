@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -14,7 +16,15 @@ from pathlib import Path
 import pytest
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.whole_files import remove_leftovers, restored, written_whole, written_whole_folder
+from dreamartist_pipeline.whole_files import (
+    STAGED,
+    finish_publishing,
+    publish,
+    remove_leftovers,
+    restored,
+    written_whole,
+    written_whole_folder,
+)
 from refusals import says
 from small_disks import mount_read_only, mount_small
 
@@ -219,3 +229,33 @@ def test_a_read_only_folder_is_named(read_only_folder: Path) -> None:
     ):
         pass
     assert os.listdir(read_only_folder) == ["a.txt"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("num_renamed", range(5))
+def test_a_folder_is_published_with_its_set_also_after_a_kill_between_the_renames(
+    tmp_path: Path, num_renamed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is renamed first, then the concept, the earlier folder aside, and the new one."""
+    journal, concept, steps = tmp_path / "journal", tmp_path / "concept", tmp_path / "steps"
+    for folder, text in ((tmp_path, "old"), (tmp_path / STAGED, "new")):
+        (folder / "steps").mkdir(parents=True)
+        (folder / "steps" / text).write_text(text)
+        (folder / "concept").write_text(text)
+    replace, counter = Path.replace, itertools.count()
+
+    def killed(self: Path, target: Path) -> Path:
+        if next(counter) == num_renamed:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            publish([concept, steps], journal)
+    assert journal.exists() == (num_renamed in (1, 2, 3))
+    finish_publishing(journal)
+    expected = "old" if num_renamed == 0 else "new"
+    assert concept.read_text() == expected
+    assert [file.name for file in steps.iterdir()] == [expected]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != STAGED) == ["concept", "steps"]
+    assert (tmp_path / STAGED).exists() == (num_renamed == 0)

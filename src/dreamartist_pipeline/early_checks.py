@@ -26,6 +26,7 @@ class PlannedConcept:
         groups: network -> its LoRA groups.
         slots: its slots with trigger words.
         needs_regularization: whether its training has rows of the regularization set.
+        scored_steps: of its training, if the run trains it.
     """
 
     is_trained_here: bool
@@ -33,9 +34,10 @@ class PlannedConcept:
     groups: Mapping[str, Sequence[LoRAGroup]]
     slots: Collection[str]
     needs_regularization: bool = False
+    scored_steps: Collection[int] = ()
 
     @classmethod
-    def of_training(cls, params: TrainingParams) -> PlannedConcept:
+    def of_training(cls, params: TrainingParams, scored_steps: Collection[int]) -> PlannedConcept:
         """Return the properties of a concept to be trained."""
         return cls(
             is_trained_here=True,
@@ -43,6 +45,7 @@ class PlannedConcept:
             groups=params.lora,
             slots=tuple(params.words.names),
             needs_regularization=bool(params.regularization_batch_size),
+            scored_steps=scored_steps,
         )
 
 

@@ -59,6 +59,13 @@ def _check_device_name(name: str) -> str:
     return name
 
 
+def _check_evaluator(name: str) -> str:
+    if not re.fullmatch(r"auto|efficientnet-lite0|(clip|siglip|dinov2):.+", name):
+        raise ValueError(f"an evaluator is efficientnet-lite0, clip:…, siglip:…, dinov2:… or auto, got {name!r}")
+    return name
+
+
+TextImageModelName = Annotated[str, Field(pattern="^(auto|(clip|siglip):.+)$")]
 Texts = Annotated[tuple[str, ...], _ONE_OR_SEVERAL]
 """Texts, or a single text, as in `--params generate.prompts=a red fox`."""
 Plain = Annotated[str, Field(pattern=r"^[^{}]*$")]
@@ -447,6 +454,49 @@ class PreviewParams(Params):
     seed: Seed = 0
 
 
+class ScoringParams(Params):
+    """How a training is scored at intervals, so that a step can be chosen; without prompts it is not scored.
+
+    Attributes:
+        every: steps between two scorings; the last step is scored, too. 0: none. auto: so many that they cost a bounded
+            share of a training that needs scores (`TrainingParams.needs_scores`), and none for others; see
+            `core.choosing.scored_steps`.
+        prompts: with '{pt1}' for the subject, for fidelity, agreement and copying.
+        prior_prompts: without it, for the drift from the base model.
+        images_per_prompt: of `prompts`; of a prior prompt there is one.
+        seed: of the first image of each prompt.
+        sampler: few steps are enough to compare.
+        validation_rows: of the reference image, and as many of the regularization set, on noise and timesteps that the
+            training does not draw.
+        evaluator: as in `evaluation.evaluators`; efficientnet-lite0 in place of auto for a base model without towers.
+        text_image_model: measures agreement, as in `evaluation`; None: agreement is not measured.
+        agreement_loss: of the base model's agreement, the share that a chosen step may lose.
+        max_drift: of a chosen step; 1: prior images are as far from the base model's as those are from each other.
+        max_copying: of a chosen step; 0: as little as the base model's images, 1: images are copies of the reference.
+        patience: scorings in a row without a better one, after which the training stops; None: it does not.
+    """
+
+    every: NonNegativeInt | Literal["auto"] = "auto"
+    prompts: Prompts = ()
+    prior_prompts: Prompts = ()
+    images_per_prompt: ImagesPerPrompt = 2
+    seed: Seed = 500
+    sampler: SamplerParams = SamplerParams(num_inference_steps=6)
+    validation_rows: Annotated[int, Field(ge=1, le=10_000)] = 8
+    evaluator: Annotated[Annotated[str, AfterValidator(_check_evaluator)], KIND_AND_PATH] = "auto"
+    text_image_model: Annotated[TextImageModelName | None, KIND_AND_PATH] = "auto"
+    agreement_loss: Fraction = 0.25
+    max_drift: PositiveFloat = 0.5
+    max_copying: PositiveFloat = 0.5
+    patience: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> ScoringParams:
+        if bool(self.prompts) != bool(self.prior_prompts):
+            raise ValueError("give both prompts and prior_prompts, or neither for a training without scoring")
+        return self
+
+
 class MemoryParams(Params):
     """How a step is made to fit into memory; `auto`, or nothing, for a decision before the training.
 
@@ -515,6 +565,8 @@ class TrainingParams(Params):
     noise_offset: NonNegativeFloat = 0.0  # standard deviation of an offset of the noise per row and channel
     zero_terminal_snr: bool = False  # in training and generation; v-prediction only
     loss: LossParams = LossParams()
+    choose: Literal["best", "last"] = "last"  # the step that becomes the concept, see `core.choosing`
+    scoring: ScoringParams = ScoringParams()
     preview: Annotated[PreviewParams, RUN_ONLY] = PreviewParams()
     memory: Annotated[MemoryParams, RUN_ONLY] = MemoryParams()
     # eager: one kernel after the other; cudagraph: all kernels of a step by one call; compile: torch.compile
@@ -556,7 +608,14 @@ class TrainingParams(Params):
     def result_values(self) -> dict[str, Any]:
         """Return all parameters that can change the concept, as JSON types."""
         run_only = {name for name, field in type(self).model_fields.items() if RUN_ONLY in field.metadata}
+        if not self.needs_scores:
+            run_only.add("scoring")
         return self.model_dump(mode="json", exclude=run_only)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the concept depends on scores."""
+        return self.choose == "best" or self.scoring.patience is not None
 
     @property
     def num_branches(self) -> int:
@@ -593,6 +652,12 @@ class TrainingParams(Params):
         return self
 
     @model_validator(mode="after")
+    def _check_scoring(self) -> TrainingParams:
+        if self.needs_scores and not (self.scoring.prompts and self.scoring.every):
+            raise ValueError("choose=best and scoring.patience require scoring.prompts, and scoring.every other than 0")
+        return self
+
+    @model_validator(mode="after")
     def _check_optimizers(self) -> TrainingParams:
         rates = [group.lr for group in self._groups]
         if rates:
@@ -614,6 +679,9 @@ class TrainingParams(Params):
 
 
 # ------------------------------------------------------------------------------------------- evaluation, generation
+
+KeptStep = PositiveInt | None
+"""A scored step of the training, whose concept is used; None for the step that the training has chosen."""
 
 
 SweepValues = Annotated[tuple[Annotated[float, Field(ge=0, le=100)], ...], Field(max_length=10)]
@@ -640,6 +708,7 @@ class SweepParams(Params):
 class EvaluationParams(Params):
     """Which images are generated and measured after training."""
 
+    step: KeptStep = None
     prompts: Annotated[Prompts, Field(min_length=1)]  # with '{pt1}' for the subject
     prior_prompts: Annotated[Prompts, Field(min_length=1)]  # without it, for prior preservation
     class_word: Plain = ""
@@ -653,9 +722,7 @@ class EvaluationParams(Params):
     evaluators: Annotated[Texts, KIND_AND_PATH] = ("efficientnet-lite0",)
     # For prompt agreement: "clip:FOLDER_OR_HUB_ID" or "siglip:…", None for none, or "auto" for the towers of the base
     # model, if it has some.
-    text_image_model: Annotated[Annotated[str, Field(pattern="^(auto|(clip|siglip):.+)$")] | None, KIND_AND_PATH] = (
-        "auto"
-    )
+    text_image_model: Annotated[TextImageModelName | None, KIND_AND_PATH] = "auto"
     # Whether a concept may be compared with another picture than that of its training.
     other_picture: bool = False
     # Whether colours named in prompts are compared with the pixels; None for the embedded base model only.
@@ -676,17 +743,13 @@ class EvaluationParams(Params):
     @field_validator("evaluators")
     @classmethod
     def _check_evaluators(cls, evaluators: tuple[str, ...]) -> tuple[str, ...]:
-        for name in evaluators:
-            if not re.fullmatch(r"auto|efficientnet-lite0|(clip|siglip|dinov2):.+", name):
-                raise ValueError(
-                    f"an evaluator is efficientnet-lite0, clip:…, siglip:…, dinov2:… or auto, got {name!r}"
-                )
-        return evaluators
+        return tuple(map(_check_evaluator, evaluators))
 
 
 class GenerateParams(Params):
     """Which images the generate pipeline creates."""
 
+    step: KeptStep = None
     prompts: Annotated[Prompts, Field(min_length=1)]
     negative_prompt: Prompt = ""
     images_per_prompt: ImagesPerPrompt = 4
@@ -733,6 +796,7 @@ def check_denoise(denoise: float, num_inference_steps: int) -> None:
 class ExportParams(Params):
     """Which files for other tools are written, and the settings of the exported workflow and script."""
 
+    step: KeptStep = None
     title: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # name of the LoRA files
     formats: Annotated[tuple[Literal["kohya", "peft", "toolkit", "embeddings"], ...], Field(min_length=1)] = (
         "kohya",

@@ -76,14 +76,19 @@ def written_whole_folder(folder: Path) -> Iterator[Path]:
     with _folder_beside(folder) as temporary:
         yield temporary
         _flush_all(temporary)
-        old = _old(folder)
-        with _alone_in(folder.parent):
-            _restore(folder)
-            if folder.exists():
-                folder.replace(old)
-            temporary.replace(folder)
-        flushed(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _take_place(temporary, folder)
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """Rename a folder to another one, which is removed."""
+    old = _old(folder)
+    with _alone_in(folder.parent):
+        _restore(folder)
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+    flushed(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_new_folder(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -126,12 +131,12 @@ def final_place(file: Path) -> Path:
 
 
 def publish(files: Iterable[Path], journal: Path) -> None:
-    """Put files of one set, which are in the folders STAGED beside their places, in their places.
+    """Put files and folders of one set, which are in the folders STAGED beside their places, in their places.
 
     After a kill in between, `finish_publishing` puts the rest there.
 
     Args:
-        files: their places.
+        files: their places, also of folders.
         journal: a file that says so meanwhile.
     """
     names = [Path(os.path.relpath(file, journal.parent)).as_posix() for file in files]
@@ -158,8 +163,11 @@ def finish_publishing(journal: Path) -> None:
             remedy=f"delete it, and run again what wrote the files in {journal.parent}",
         ) from error
     for file in files:
-        with contextlib.suppress(FileNotFoundError):  # it is in its place already
-            (file.parent / STAGED / file.name).replace(file)
+        staged = file.parent / STAGED / file.name
+        if staged.is_dir():
+            _take_place(staged, file)
+        elif staged.exists():  # otherwise it is in its place already
+            staged.replace(file)
     for folder in {file.parent for file in files if file.parent.is_dir()}:  # someone may have removed one since
         flushed(folder)
         with contextlib.suppress(OSError):  # not empty, or gone

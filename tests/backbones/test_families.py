@@ -64,7 +64,7 @@ def test_a_new_family_trains_draws_saves_reloads_and_exports(
     picture, mask, tracker = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 127), Mock()
 
     plan = check_training(toy, params, "", CPU)
-    concept, history = train_concept(toy, picture, mask, [], plan, params, "", CPU, tracker)
+    concept, history, *_ = train_concept(toy, picture, mask, [], plan, params, "", CPU, tracker)
 
     trained = {group["name"] for group in plan["groups"]}
     networks, words = ("transformer.{}", "text_encoder.{}", "text_encoder_2.{}"), ("words", "words_text_encoder_2")

@@ -21,10 +21,10 @@ from dreamartist_pipeline.core.course import Checkpointing, StepRecord
 from dreamartist_pipeline.core.diffusion import NoiseSchedule
 from dreamartist_pipeline.core.embeddings import Vocabulary, WordEmbedding
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup, branch_table, parameter_groups
-from dreamartist_pipeline.core.processes import run_on_processes
+from dreamartist_pipeline.core.processes import rank, run_on_processes
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens
 from dreamartist_pipeline.core.trainer import train, whole_batch
-from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training import Scoring, fit
 from dreamartist_pipeline.core.training_step import (
     Execution,
     Steps,
@@ -737,3 +737,43 @@ def test_a_negative_branch_that_only_ever_meets_a_scale_of_one_is_refused(make_t
     params = make_training_params(guidance_scale="1.0-3.0", timesteps=(0.0, 0.05))  # timestep 0 alone
     with pytest.raises(TrainingError, check=says(expected="negative/adapters")):
         fit(make_model(), make_data(), params)
+
+
+# --------------------------------------------------------------------------------------------- scores
+
+
+def test_a_training_is_scored_between_steps_and_changed_by_none(make_training_params: MakeParams) -> None:
+    params = make_training_params(num_steps=5, ema_decay=0.9)
+    plain, scored, seen = make_model(), make_model(), {}
+
+    def score(step: int) -> bool:
+        seen[step] = trained_values(scored)
+        return False
+
+    fit(plain, make_data(), params)
+    history = fit(scored, make_data(), params, scoring=Scoring((2, 5), score))
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5] and list(seen) == [2, 5]
+    assert all(map(torch.equal, trained_values(scored), trained_values(plain)))
+    assert all(map(torch.equal, seen[5], trained_values(plain)))  # the averages, as at the end
+
+
+def test_scores_stop_a_training_and_its_checkpoint_stays_stopped(make_training_params: MakeParams) -> None:
+    params, saved = make_training_params(num_steps=6), []
+    checkpointing = Checkpointing(lambda each: saved.append(copy.deepcopy(each)), 60.0)
+    stopped, again = make_model(), make_model()
+    scoring = Scoring((2, 4, 6), lambda step: step == 4)
+    history = fit(stopped, make_data(), params, checkpointing=checkpointing, scoring=scoring)
+    assert len(history) == 4 and [each["state"]["step"] for each in saved] == [4]
+    resumed = Checkpointing(lambda each: None, 60.0, resumed=saved[-1])
+    over = dataclasses.replace(scoring, score=pytest.fail, is_over=True)
+    assert len(fit(again, make_data(), params, checkpointing=resumed, scoring=over)) == 4
+    assert all(map(torch.equal, trained_values(again), trained_values(stopped)))
+
+
+def _stopped_by_the_first_rank(params: TrainingParams) -> int:
+    scoring = Scoring((2, 4), lambda step: rank() == 0 and step == 2)
+    return len(fit(make_model(), make_data(), params, scoring=scoring))
+
+
+def test_all_ranks_stop_after_the_same_step(make_training_params: MakeParams) -> None:
+    assert run_on_processes(_stopped_by_the_first_rank, 2, make_training_params(num_steps=4)) == 2

@@ -116,7 +116,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> 
 def trained(project: Path) -> subprocess.CompletedProcess[str]:
     """Train, evaluate and export once (the default pipeline), for all tests that look at the results and the calls."""
     (project / "watched_run.py").write_text(_WATCHED_RUN)
-    result = run_python(project, "watched_run.py", "--env", "test", "--params", settings(project))
+    every_step = {"training.scoring.every": "1"}
+    result = run_python(project, "watched_run.py", "--env", "test", "--params", settings(project, **every_step))
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -128,9 +129,12 @@ def test_training_evaluation_and_export_leave_every_result_in_the_subjects_folde
         f"02_intermediate/{SUBJECT}/prepared_image.png",
         f"02_intermediate/{SUBJECT}/prepared_mask.png",
         f"06_models/{SUBJECT}/concept.safetensors",
+        f"06_models/{SUBJECT}/steps/1.safetensors",
+        f"06_models/{SUBJECT}/steps/2.safetensors",
         f"06_models/{SUBJECT}/training_plan.json",
         f"08_reporting/{SUBJECT}/training_history.csv",
         f"08_reporting/{SUBJECT}/training_curves.json",
+        f"08_reporting/{SUBJECT}/training_scores.csv",
         f"08_reporting/{SUBJECT}/reconstruction.png",
         f"08_reporting/{SUBJECT}/contact_sheet.png",
         f"08_reporting/{SUBJECT}/evaluation_metrics.json",
@@ -273,6 +277,15 @@ def test_the_printed_command_draws_new_images(trained: subprocess.CompletedProce
 
 
 @pytest.mark.usefixtures("trained")
+def test_a_kept_step_is_drawn_and_another_one_is_refused_with_those_that_are_kept(project: Path) -> None:
+    result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **{"generate.step": "1"}))
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **{"generate.step": "7"}))
+    assert result.returncode == 1
+    assert "1, 2" in result.stderr and "step" in result.stderr
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) -> None:
     from PIL import Image
 
@@ -369,13 +382,18 @@ CALLED_BACK = {  # what is handed down to be called
     "pipelines.training.nodes:compare_reconstruction": "core.tracking",
     "pipelines.training.reporting:StepReport.__call__": "core.course",
     "pipelines.training.reporting:Previews.__call__": "core.training",
-    "pipelines.training.reporting:Previews.kept_in.<locals>.save": "core.course",
+    "pipelines.training.scoring:Scorer.__call__": "core.training",
+    "pipelines.training.scoring:Scorer.kept_in.<locals>.save": "core.course",
     "pipelines.training.nodes:train_concept": "core.tracking",
     "tracking.tracker:MLflowTracker.log_image": "pipelines.evaluation.nodes, pipelines.training.reporting",
     "tracking.tracker:MLflowTracker.log_image_file": "pipelines.training.reporting",
-    "tracking.tracker:MLflowTracker.log_metrics": "pipelines.training.reconstruction, pipelines.training.reporting",
+    "tracking.tracker:MLflowTracker.log_metrics": (
+        "pipelines.training.reconstruction, pipelines.training.reporting, pipelines.training.scoring"
+    ),
     "tracking.tracker:MLflowTracker.run_id": "pipelines.training.resuming",
-    "tracking.tracker:MLflowTracker.set_tag": "pipelines.evaluation.nodes, pipelines.ingestion.nodes",
+    "tracking.tracker:MLflowTracker.set_tag": (
+        "pipelines.evaluation.nodes, pipelines.ingestion.nodes, pipelines.training.scoring"
+    ),
 }
 
 
@@ -403,8 +421,8 @@ PICTURES = (
     *("strengths_sheet", "guidance_sheet", "attention_sheet"),
 )
 DATA = {  # kinds of datasets that load to data, never to something that reads or writes elsewhere
-    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "CSVDataset", "FileFolderDataset", "HTMLDataset"),
-    "ImageDataset",
+    *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "ConceptStepsDataset", "CSVDataset", "FileFolderDataset"),
+    *("HTMLDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
     *("PageDataset", "ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
     "UserPicturesDataset",

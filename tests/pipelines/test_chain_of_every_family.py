@@ -129,7 +129,7 @@ def run(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_p
     regularization = RegularizationParams(sampler=SAMPLER)
     sets.save(make_regularization_set(base_model, ["a red cat", "a blue dog"], regularization, ingestion, CPU))
     plan = check_training(base_model, params, "", CPU)
-    concept, history = train_concept(
+    concept, history, *_ = train_concept(
         base_model, image, mask, sets.load(), plan, params, "", CPU, Mock(), prepared_framing=framing
     )
     assert history["loss"].notna().all()

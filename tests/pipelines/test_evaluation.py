@@ -580,6 +580,7 @@ def test_the_pipeline_reads_and_writes_the_named_data() -> None:
     assert pipeline.inputs() == {
         "base_model",
         "concept",
+        "concept_steps",
         "prepared_image",
         "evaluation_views",
         "params:evaluation",

@@ -93,7 +93,7 @@ def train(tiny_base_model: Path, make_training_params: MakeParams) -> Train:
             training_plan=check_training(*settings),
             params=params,
             tracker=tracker or Run(),
-        )
+        )[:2]
 
     return run
 

@@ -88,7 +88,7 @@ def train(
         device=changes.pop("device", CPU),
         tracker=tracker or RecordingTracker(),
         **changes,
-    )
+    )[:2]
 
 
 # --------------------------------------------------------------------------------------------- processes

@@ -25,6 +25,8 @@ def test_the_estimate_grows_with_what_is_written(make_training_params: Callable[
     assert needed(num_steps=0, ema_decay=0.9) == needed(num_steps=0) + 3 * 2 * 1500 * 4
     assert needed(num_steps=0, on_divergence="halve_lr") == needed(num_steps=0) + 3 * (1500 * 4 * 3)
     assert needed(num_steps=10) == needed(num_steps=0) + 3 * 10 * 1000
+    scoring = {"every": 3, "prompts": ["a {pt1}"], "prior_prompts": ["a cat"]}
+    assert needed(num_steps=10, scoring=scoring) == needed(num_steps=10) + (3 + 2) * 4 * 1500 * 4  # steps 3, 6, 9, 10
     preview = {"every": 5, "prompts": ["a {pt1}", "two {pt1}"]}
     with_previews = needed_bytes(PLAN, make_training_params(num_steps=10, preview=preview), 32)
     assert with_previews == needed(num_steps=10) + 3 * 2 * 3 * 32 * 32  # steps 0, 5 and 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from dreamartist_pipeline.pipelines.training.figures import draw_curves, plot_history
+from dreamartist_pipeline.pipelines.training.figures import plot_history
 from dreamartist_pipeline.pipelines.training.reporting import curve_name
 
 
@@ -72,11 +72,6 @@ def test_every_loss_has_a_curve_and_a_colour_of_its_own() -> None:
     losses = {trace.name: trace.line.color for trace in figure.data if trace.yaxis == "y" and trace.name}
     assert losses.keys() == {"reference", "regularization", "reconstruction"}
     assert len(set(losses.values())) == 3
-
-
-def test_the_page_shows_the_same_figure_as_kedro_viz() -> None:
-    figure, page = draw_curves(_history(3))
-    assert page is figure
 
 
 @pytest.mark.parametrize(

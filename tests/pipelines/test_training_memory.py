@@ -262,7 +262,7 @@ def run(folder: Path, params: TrainingParams, **changes: Any) -> tuple[Concept, 
         caption=CAPTION,
         device=CPU,
         tracker=Tracker(),
-    )
+    )[:2]
 
 
 def test_a_training_computes_its_steps_by_the_plan(

@@ -60,6 +60,10 @@ class NewConcept:
 
     def snapshot(self, metadata: ConceptMetadata) -> Concept:
         """Return a copy of the current adapters and words."""
+        return Concept(self.tensors(), metadata)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the current adapters and words, as in `Concept.tensors`."""
         tensors = {
             f"{network}.{name}": tensor
             for network, adapters in self.stacks.items()
@@ -67,7 +71,7 @@ class NewConcept:
         }
         for encoder, words in self.words.items():
             tensors |= {f"{words_part(encoder)}.{key}": tensor for key, tensor in words.tensors().items()}
-        return Concept(dict(sorted(tensors.items())), metadata)
+        return dict(sorted(tensors.items()))
 
     @contextmanager
     def drawing(self, trigger_words: dict[str, tuple[str, str]]) -> Iterator[LoadedConcept]:

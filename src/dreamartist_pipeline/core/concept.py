@@ -24,7 +24,7 @@ _FIRST_ENCODER = "text_encoder"
 _GROUPS = "lora_"  # followed by the network
 _PLAIN = (  # stored as plain text; all other values are JSON
     *("base_model", "base_model_fingerprint", "base_model_family", "prediction_type", "guidance_scale", "class_word"),
-    *("config_sha256", "start_sha256", "identity_sha256", "picture_sha256"),
+    *("config_sha256", "start_sha256", "identity_sha256", "picture_sha256", "chosen"),
 )
 _OLD_NAME = re.compile(r"(?P<network>\w+)\[(?P<index>\d+)\]")  # of a group in the first files, unet[0]
 
@@ -54,6 +54,8 @@ class ConceptMetadata(BaseModel):
         identity_sha256: of options, caption, base model and pictures of the training.
         picture_sha256: of the prepared picture, see `image_set.images_sha256`.
         imported_from: (name, SHA-256) of the imported files.
+        step: of the training, after which the concept had these values; None: after the last, or unknown.
+        chosen: why this step was chosen; None for a step that was not, and without scores.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -80,6 +82,13 @@ class ConceptMetadata(BaseModel):
     identity_sha256: str | None = None
     picture_sha256: str | None = None
     imported_from: tuple[tuple[str, str], ...] | None = None
+    step: NonNegativeInt | None = None
+    chosen: str | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the concept had these values."""
+        return self.num_steps if self.step is None else self.step
 
     @classmethod
     def read(cls, fields: Mapping[str, str], origin: str) -> ConceptMetadata:

@@ -10,7 +10,8 @@ several steps at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,13 +25,31 @@ from dreamartist_pipeline.core.course import (
     StepRecord,
     interruptible,
 )
-from dreamartist_pipeline.core.processes import num_ranks
+from dreamartist_pipeline.core.processes import num_ranks, on_any_rank
 from dreamartist_pipeline.core.trainer import FinishedStep, TrainingState, train
 from dreamartist_pipeline.core.training_step import Execution, Steps, TrainableModel, training_state
 from dreamartist_pipeline.params import TrainingParams
 
 _READ_AFTER_S = 0.5  # losses of slow steps are read earlier than every `Execution.read_every` steps
 _IN_ONE_PASS, _NO_ALARMS = Execution(), Alarms()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a training is scored between two steps.
+
+    Attributes:
+        steps: after which it is scored, if its parameters are finite; the same on all ranks.
+        score: takes the number of finished steps, and returns whether the training is to stop; called on every rank.
+        is_over: whether scores before the resumed checkpoint have stopped the training.
+    """
+
+    steps: Collection[int]
+    score: Callable[[int], bool] = lambda step: False
+    is_over: bool = False
+
+
+_NO_SCORING = Scoring(())
 
 
 def fit(
@@ -43,10 +62,12 @@ def fit(
     execution: Execution = _IN_ONE_PASS,
     checkpointing: Checkpointing | None = None,
     alarms: Alarms = _NO_ALARMS,
+    scoring: Scoring = _NO_SCORING,
 ) -> list[HistoryRow]:
     """Train the model's parameters in place and return one history row per step.
 
-    With averages (`ema_decay`, schedule_free), the parameters hold the averages during `on_preview` and at the end.
+    With averages (`ema_decay`, schedule_free), the parameters hold the averages during `on_preview`, `scoring.score`
+    and at the end.
 
     Args:
         model: base model, adapters and words.
@@ -61,6 +82,7 @@ def fit(
         checkpointing: None saves nothing, and leaves SIGINT and SIGTERM alone. A training that continues from a
             checkpoint first calls `on_step` for the steps before it, and returns the history of all steps.
         alarms: called for halved rates and a doubtful result.
+        scoring: may stop the training before its last step.
 
     Raises:
         TrainingError: a branch receives no gradient in the first step, or the training diverges (`divergence`); raised
@@ -76,7 +98,7 @@ def fit(
     steps = Steps(model, data, params, state, execution)
     course = Course(model, steps, on_step, checkpointing, alarms)
     with interruptible(checkpointing, course) as interruption:
-        _run(steps, course, on_preview, interruption)
+        _run(steps, course, on_preview, interruption, scoring)
     if doubts := course.doubts():
         alarms.on_doubts(doubts)
     state.keep_averages()
@@ -88,14 +110,20 @@ _OnDevice = tuple[FinishedStep[dict[str, torch.Tensor]], dict[str, float | torch
 
 
 def _run(
-    steps: Steps, course: Course, on_preview: Callable[[int], None] | None, interruption: Interruption | None
+    steps: Steps,
+    course: Course,
+    on_preview: Callable[[int], None] | None,
+    interruption: Interruption | None,
+    scoring: Scoring,
 ) -> None:
-    """Run all steps, and between two of them what is due: reading, checks, previews, checkpoints.
+    """Run all steps, and between two of them what is due: reading, checks, previews, scores, checkpoints.
 
     Ranks may read losses at different times, but go back to a good state after the same step.
     """
     params, state = steps.params, steps.state
     pending: list[_OnDevice] = []
+    if scoring.steps and on_any_rank(scoring.is_over, course.device):
+        return
     if on_preview and params.preview.every and state.step == 0:
         on_preview(0)
     if interruption and not course.is_done and interruption.is_due(can_wait=False):
@@ -107,7 +135,8 @@ def _run(
         pending.append((done, steps.rates, steps.grad_norms))
         preview_due = bool(params.preview.every) and (done.step % params.preview.every == 0 or course.is_done)
         check_due = course.good.is_due(done.step) or course.is_done
-        all_read = preview_due or check_due or done.step % steps.execution.read_every == 0
+        scoring_due = done.step in scoring.steps
+        all_read = preview_due or scoring_due or check_due or done.step % steps.execution.read_every == 0
         pause_due = interruption is not None and interruption.is_due(can_wait=not all_read)
         is_slow = time.perf_counter() - started > _READ_AFTER_S
         if not (all_read or pause_due or is_slow):
@@ -119,9 +148,18 @@ def _run(
         if is_good and preview_due and on_preview:
             with state.averaged():
                 on_preview(done.step)
-        if interruption and pause_due:
+        is_over = is_good and scoring_due and course.is_finite and _is_over_by(scoring, state, course.device)
+        if interruption and (pause_due or is_over):
             interruption.take()
+        if is_over:
+            return
         started = time.perf_counter()
+
+
+def _is_over_by(scoring: Scoring, state: TrainingState, device: torch.device) -> bool:
+    """Score the current state, and return whether the training stops on all ranks."""
+    with state.averaged():
+        return on_any_rank(scoring.score(state.step), device)
 
 
 def _read(pending: Sequence[_OnDevice], started: float) -> Iterator[StepRecord]:

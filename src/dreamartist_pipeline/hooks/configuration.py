@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from dreamartist_pipeline.core.choosing import scored_steps
 from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
 from dreamartist_pipeline.errors import InputError, input_error_in
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
@@ -135,7 +136,8 @@ def planned_concept(pipeline: Pipeline, catalog: DataCatalog) -> PlannedConcept 
         InputError: the metadata of the existing concept are damaged.
     """
     if any("concept" in node.outputs and "params:training" in node.inputs for node in pipeline.nodes):
-        return PlannedConcept.of_training(catalog.load("params:training"))
+        training = catalog.load("params:training")
+        return PlannedConcept.of_training(training, scored_steps(training))
     if "concept" not in pipeline.inputs():
         return None
     dataset: Any = catalog["concept"]

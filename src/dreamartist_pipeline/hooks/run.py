@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from kedro.framework.context import KedroContext
 from kedro.io import DataCatalog
+from pydantic import BaseModel
 
 from dreamartist_pipeline.core.model_location import HUB
 from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, SECTIONS
@@ -83,28 +85,40 @@ def with_paths_in(
         folder: absolute.
         project: absolute; None for absolute paths only.
     """
-
-    def moved(value: Any, kinds: Set[Any]) -> Any:
-        if isinstance(value, Mapping):
-            return {name: moved(item, kinds) for name, item in value.items()}
-        if isinstance(value, list):
-            return [moved(item, kinds) for item in value]
-        if isinstance(value, str) and {PATH, NODE_PATH} & kinds and not is_absolute(value):
-            return _in_project(folder / value, project)
-        if isinstance(value, str) and KIND_AND_PATH in kinds:
-            kind, _, path = value.partition(":")
-            return f"{kind}:{_in_project(folder / path, project)}" if path and (folder / path).is_dir() else value
-        return value
-
-    changed = {name: moved(value, {PATH}) if name in PATH_SETTINGS else value for name, value in values.items()}
+    move = functools.partial(_moved, folder=folder, project=project)
+    changed = {name: move(value, {PATH}) if name in PATH_SETTINGS else value for name, value in values.items()}
     for section in SECTIONS.keys() & values.keys():
         if isinstance(values[section], Mapping):
-            fields = SECTIONS[section].model_fields
-            changed[section] = {
-                name: moved(value, {*fields[name].metadata}) if name in fields else value
-                for name, value in values[section].items()
-            }
+            changed[section] = _moved_in(values[section], SECTIONS[section], move)
     return changed
+
+
+def _moved_in(
+    values: Mapping[str, Any], model: type[BaseModel], move: Callable[[Any, Set[Any]], Any]
+) -> dict[str, Any]:
+    """Return the values of a model, and of models in it, with their paths moved."""
+    changed = dict(values)
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(values.get(name), Mapping):
+            changed[name] = _moved_in(values[name], inner, move)
+        elif name in values:
+            changed[name] = move(values[name], {*field.metadata})
+    return changed
+
+
+def _moved(value: Any, kinds: Set[Any], *, folder: Path, project: Path | None) -> Any:
+    """Return a value, possibly nested, with its relative paths taken from a folder, if it is of a kind with paths."""
+    if isinstance(value, Mapping):
+        return {name: _moved(item, kinds, folder=folder, project=project) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, kinds, folder=folder, project=project) for item in value]
+    if isinstance(value, str) and {PATH, NODE_PATH} & kinds and not is_absolute(value):
+        return _in_project(folder / value, project)
+    if isinstance(value, str) and KIND_AND_PATH in kinds:
+        kind, _, path = value.partition(":")
+        return f"{kind}:{_in_project(folder / path, project)}" if path and (folder / path).is_dir() else value
+    return value
 
 
 def is_absolute(path: str) -> bool:

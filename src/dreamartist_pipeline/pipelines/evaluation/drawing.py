@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from dreamartist_pipeline.core import measures
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, without_weights
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.devices import device_of_rank, num_processes
+from dreamartist_pipeline.core.kept_steps import KeptSteps
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.processes import spread
 from dreamartist_pipeline.core.strengths import Setting
@@ -42,10 +43,7 @@ NEGATIVE_ADAPTER, NEGATIVE_WORD = "negative_adapter", "negative_word"
 _PROGRESS_DELAY_S = 2.0
 _MOST_ATTACHED = 4  # concepts with their strengths, each with a copy of its adapters
 
-ConceptReaders = Mapping[int, Callable[[], Concept]]
-"""Step of a training -> a function that reads its concept, in any process."""
-
-NO_STEPS: ConceptReaders = {}
+NO_STEPS: KeptSteps = {}
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class _Batch:
 class _Models:
     """The base model, and the concepts attached at the strengths that were drawn with last."""
 
-    def __init__(self, backbone: Backbone, concept: Concept, steps: ConceptReaders = NO_STEPS) -> None:
+    def __init__(self, backbone: Backbone, concept: Concept, steps: KeptSteps = NO_STEPS) -> None:
         self.backbone = backbone
         self._concept, self._steps = concept, steps
         self._loaded: dict[tuple[int | None, StrengthParams | None], LoadedConcept] = {}
@@ -162,7 +160,7 @@ def draw_settings(
     concept: Concept,
     params: EvaluationParams,
     device: DeviceParams,
-    steps: ConceptReaders = NO_STEPS,
+    steps: KeptSteps = NO_STEPS,
 ) -> dict[Setting | None, Drawings]:
     """Draw the first prompts and seeds of an evaluation with every setting, on all processes.
 
@@ -323,7 +321,7 @@ def _draw_parts(
     concept: Concept,
     params: EvaluationParams,
     device: DeviceParams,
-    steps: ConceptReaders = NO_STEPS,
+    steps: KeptSteps = NO_STEPS,
 ) -> dict[tuple[str, str], Drawings]:
     batches = [batch for part in parts.values() for batch in _batches(part, params)]
     images: list[Image.Image] = []
@@ -350,7 +348,7 @@ def _draw(
     concept: Concept,
     params: EvaluationParams,
     device: DeviceParams,
-    steps: ConceptReaders,
+    steps: KeptSteps,
 ) -> Iterator[list[Image.Image]]:
     """Draw the batches of one process."""
     models = _Models(open_base_model(base_model, device_of_rank(device, rank)), concept, steps)

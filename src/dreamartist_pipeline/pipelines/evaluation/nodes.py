@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -11,6 +10,7 @@ from PIL import Image
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
 from dreamartist_pipeline.core.image_set import images_sha256
+from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at, of_its_training
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
@@ -126,6 +126,7 @@ def prepare_views(files: UserFiles, prepared_image: Image.Image, params: Ingesti
 
 @checked_early("device", check_device)
 @checked_early("evaluation", check_evaluation)
+@checked_early("evaluation", check_step, "concept_steps")
 @checked_early("evaluation", check_recognition, "base_model")
 @checked_early("ingestion", check_views, "evaluation_views")
 def evaluate_concept(
@@ -138,6 +139,7 @@ def evaluate_concept(
     ingestion: IngestionParams,
     device: DeviceParams,
     tracker: Tracker,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame, dict[str, bytes]]:
     """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
 
@@ -149,8 +151,8 @@ def evaluate_concept(
         reduced, as files.
 
     Raises:
-        InputError: another picture than that of the training, an unknown evaluator, an invalid scheduler, an incomplete
-            base model, or a concept for another one.
+        InputError: another picture than that of the training, a step that is not kept, an unknown evaluator, an invalid
+            scheduler, an incomplete base model, or a concept for another one.
     """
     from pandas import DataFrame
 
@@ -159,6 +161,7 @@ def evaluate_concept(
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
     from dreamartist_pipeline.pipelines.evaluation.sheet import draw_sheet
 
+    concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
     log.info("Adapter strengths: %s.", params.strength)
     models = _load_models(base_model, params, device)
@@ -204,7 +207,7 @@ def compare_strengths(
     prepared_image: Image.Image,
     params: EvaluationParams,
     device: DeviceParams,
-    concept_steps: Mapping[int, Callable[[], Concept]] | None = None,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[Image.Image, Image.Image, DataFrame, dict[str, Any]]:
     """Draw the same prompts and seeds with several strengths, then guidance scales by step, and recommend values.
 
@@ -225,8 +228,10 @@ def compare_strengths(
         reason = "evaluation.sweep.images is 0"
         note = note_sheet(f"No settings are compared: {reason}.")
         return note, note, DataFrame({"left_out": [reason]}), {}
+    concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
+    kept = of_its_training(concept, concept_steps or {})
     models = _load_models(base_model, params, device)
-    strengths, guidance = compare(base_model, concept, concept_steps or {}, prepared_image, params, device, models)
+    strengths, guidance = compare(base_model, concept, kept, prepared_image, params, device, models)
     recommended = recommended_settings(concept, strengths, guidance)
     log.info("Recommended: %s (%s).", recommended, "; ".join(recommended.reasons))
     sheets = (draw_comparison("Strengths", strengths, params), draw_comparison("Guidance", guidance, params))
@@ -235,7 +240,11 @@ def compare_strengths(
 
 
 def map_attention(
-    base_model: ModelLocation, concept: Concept, params: EvaluationParams, device: DeviceParams
+    base_model: ModelLocation,
+    concept: Concept,
+    params: EvaluationParams,
+    device: DeviceParams,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[Image.Image, dict[str, bytes]]:
     """Draw pictures with the attention of class word and trigger words, per branch.
 
@@ -247,5 +256,6 @@ def map_attention(
     """
     from dreamartist_pipeline.pipelines.evaluation.attention import draw_attention
 
+    concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
     maps = draw_attention(base_model, concept, params, device)
     return maps.sheet(), maps.files()

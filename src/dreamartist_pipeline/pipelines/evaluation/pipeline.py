@@ -22,6 +22,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "params": "params:evaluation",
                     "ingestion": "params:ingestion",
                     "device": "params:device",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=[
                     "contact_sheet",
@@ -42,6 +43,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "prepared_image": "prepared_image",
                     "params": "params:evaluation",
                     "device": "params:device",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=["strengths_sheet", "guidance_sheet", "strengths_table", "recommended_settings"],
                 name="compare_strengths",
@@ -54,6 +56,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "concept": "concept",
                     "params": "params:evaluation",
                     "device": "params:device",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=["attention_sheet", "attention_pictures"],
                 name="map_attention",

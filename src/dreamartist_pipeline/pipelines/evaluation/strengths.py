@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.kept_steps import KeptSteps
 from dreamartist_pipeline.core.lora_factors import SHARED
 from dreamartist_pipeline.core.measures import (
     SIMILARITY,
@@ -33,7 +34,7 @@ from dreamartist_pipeline.core.strengths import (
 )
 from dreamartist_pipeline.embedded import colors
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams
-from dreamartist_pipeline.pipelines.evaluation.drawing import ConceptReaders, draw_settings
+from dreamartist_pipeline.pipelines.evaluation.drawing import draw_settings
 from dreamartist_pipeline.pipelines.evaluation.measuring import Drawings, TableRow
 
 DrawSettings = Callable[[Sequence[Setting | None]], dict[Setting | None, Drawings]]
@@ -280,7 +281,7 @@ def recommended_settings(concept: Concept, strengths: Comparison, guidance: Comp
 def compare(
     base_model: ModelLocation,
     concept: Concept,
-    steps: ConceptReaders,
+    steps: KeptSteps,
     reference: Image.Image,
     params: EvaluationParams,
     device: DeviceParams,
@@ -297,7 +298,7 @@ def compare(
         device: of the run.
         models: the arguments of `measuring.measure` that are models; the first image tower measures fidelity.
     """
-    own_step = concept.metadata.num_steps
+    own_step = concept.metadata.last_step
     shown = shown_steps(list(steps), own_step, params.sweep.max_steps)
     embedder = next(iter(models["embedders"]), None)
 

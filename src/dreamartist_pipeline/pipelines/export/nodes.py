@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early, optional_inputs
 from dreamartist_pipeline.params import DeviceParams, ExportParams
@@ -45,11 +46,13 @@ def check_export(params: ExportParams, planned: PlannedConcept | None) -> None:
 
 
 @checked_early("export", check_export)
+@checked_early("export", check_step, "concept_steps")
 @optional_inputs("recommended_settings")
 def write_files(
     base_model: ModelLocation,
     concept: Concept,
     params: ExportParams,
+    concept_steps: KeptSteps | None = None,
     recommended_settings: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """Return name -> bytes of every file of the export.
@@ -58,14 +61,15 @@ def write_files(
     toolkit's files; the root contains a ComfyUI workflow, a script for diffusers and a README.
 
     Raises:
-        InputError: a concept that the formats cannot store, a scheduler that ComfyUI does not have, or no recommended
-            settings for `params.recommended`.
+        InputError: a step that is not kept, a concept that the formats cannot store, a scheduler that ComfyUI does not
+            have, or no recommended settings for `params.recommended`.
     """
     from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
     from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
     from dreamartist_pipeline.interop.expressible import check_expressible
     from dreamartist_pipeline.pipelines.export.writing import companions, concept_files, read_source
 
+    concept = concept_at(concept, concept_steps or {}, params.step, "export.step")
     recommended = RecommendedSettings.read(recommended_settings, concept)
     params = with_recommended(params, recommended, "export")
     check_expressible(concept.metadata.lora, params.formats)  # not checked early if this run imports the concept
@@ -81,6 +85,7 @@ def check_files(
     concept: Concept,
     candidate: dict[str, bytes],
     params: ExportParams,
+    concept_steps: KeptSteps | None = None,
     recommended_settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read every file back and compare it with the concept.
@@ -95,6 +100,7 @@ def check_files(
     from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
     from dreamartist_pipeline.pipelines.export.checking import verify_files
 
+    concept = concept_at(concept, concept_steps or {}, params.step, "export.step")
     recommended = RecommendedSettings.read(recommended_settings, concept)
     params = with_recommended(params, recommended, "export")
     backbone = open_base_model(base_model, _CPU_FLOAT32)

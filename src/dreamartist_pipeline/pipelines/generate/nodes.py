@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early, optional_inputs
 from dreamartist_pipeline.params import DeviceParams, GenerateParams
@@ -35,6 +36,7 @@ def check_generate(params: GenerateParams, planned: PlannedConcept | None) -> No
 
 @checked_early("device", check_device)
 @checked_early("generate", check_generate)
+@checked_early("generate", check_step, "concept_steps")
 @optional_inputs("recommended_settings")
 def generate_images(
     base_model: ModelLocation,
@@ -43,6 +45,7 @@ def generate_images(
     device: DeviceParams,
     init_image: bytes | None = None,
     init_mask: bytes | None = None,
+    concept_steps: KeptSteps | None = None,
     recommended_settings: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Image], Image]:
     """Draw `images_per_prompt` images of every prompt; image i of each prompt has the seed `params.seed` + i.
@@ -54,8 +57,8 @@ def generate_images(
         The images, named `<prompt number>_<seed>`, their settings in `info`, and a sheet with one row per prompt.
 
     Raises:
-        InputError: an invalid image or scheduler, a concept that does not fit the base model, or no recommended
-            settings for `params.recommended`.
+        InputError: an invalid image or scheduler, a step that is not kept, a concept that does not fit the base model,
+            or no recommended settings for `params.recommended`.
     """
     from tqdm import tqdm
 
@@ -65,6 +68,7 @@ def generate_images(
     from dreamartist_pipeline.core.init_picture import read_init_picture, tint_redrawn
     from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
 
+    concept = concept_at(concept, concept_steps or {}, params.step, "generate.step")
     recommended = RecommendedSettings.read(recommended_settings, concept)
     params = with_recommended(params, recommended, "generate")
     seeds = range(params.seed, params.seed + params.images_per_prompt)

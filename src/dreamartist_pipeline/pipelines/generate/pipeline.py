@@ -21,6 +21,7 @@ def create_pipeline() -> Pipeline:
                     "init_image": "init_image",
                     "init_mask": "init_mask",
                     "recommended_settings": "recommended_settings",
+                    "concept_steps": "concept_steps",
                 },
                 outputs=["generated_images", "generated_grid"],
                 name="generate_images",

@@ -1,9 +1,12 @@
-"""The training history as a figure."""
+"""The history and the scores of a training as a figure."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
+
+from dreamartist_pipeline.pipelines.training.score_panels import add_panel, titles_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -19,29 +22,38 @@ _SMOOTHING_SHARE = 1 / 20  # window of the running mean, as a share of all steps
 _FONT = "Inter, Helvetica, Arial, sans-serif"
 
 
-def plot_history(history: DataFrame) -> Figure:
-    """Plot a training history in four panels: loss, learning rates, gradient norms, guidance scale.
+def plot_history(history: DataFrame, scores: DataFrame | None = None) -> Figure:
+    """Plot a training: loss, learning rates, gradient norms, guidance scale, and a panel for each of its scores.
 
     Args:
         history: one row per step, or none; columns `step`, `loss_reference`, `guidance_scale`, and optionally
             `loss_regularization`, `loss_reconstruction`, `lr/<group>` and `grad_norm/<branch>/<kind>`.
+        scores: of `choosing.rows_of_scores`; one row per scored step, or none.
     """
     from plotly.subplots import make_subplots
 
-    titles = ("loss", "learning rate", "gradient norm before clipping", "guidance scale")
-    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.14)
+    scored = {} if scores is None else titles_of(scores)
+    titles = ("loss", "learning rate", "gradient norm before clipping", "guidance scale", *scored.values())
+    rows = math.ceil(len(titles) / 2)
+    specs: list[list[dict[str, int] | None]] = [[{}, {}] for _ in range(rows)]
+    if len(titles) % 2:
+        specs[-1] = [{"colspan": 2}, None]
+    spacing = {"horizontal_spacing": 0.08, "vertical_spacing": 0.28 / rows}
+    figure = make_subplots(rows=rows, cols=2, specs=specs, subplot_titles=titles, **spacing)
     _add_losses(figure, history)
     _add_lines(figure, history, "lr/", "legend2", row=1, col=2)
     _add_lines(figure, history, "grad_norm/", "legend3", row=2, col=1)
     guidance, line = history["guidance_scale"], {"color": _GUIDANCE_COLOR, "width": 2}
     figure.add_scatter(x=history["step"], y=guidance, line=line, name="mean over rows", showlegend=False, row=2, col=2)
     figure.update_yaxes(rangemode="tozero", row=2, col=2)
-    return _styled(figure)
+    for index, name in enumerate(scored):
+        add_panel(figure, scores, name, row=3 + index // 2, col=1 + index % 2)
+    return _styled(figure, rows)
 
 
-def draw_curves(history: DataFrame) -> tuple[Figure, Figure]:
-    """Return the figure of a training history twice, for kedro-viz and for a page of its own."""
-    figure = plot_history(history)
+def draw_curves(history: DataFrame, scores: DataFrame) -> tuple[Figure, Figure]:
+    """Return the figure of a training twice, for kedro-viz and for a page of its own."""
+    figure = plot_history(history, scores)
     return figure, figure
 
 
@@ -90,17 +102,17 @@ def _line(label: str) -> dict[str, Any]:
     return {"color": color, "width": 2, "dash": dash}
 
 
-def _styled(figure: Figure) -> Figure:
+def _styled(figure: Figure, num_rows: int) -> Figure:
     legend = {"xanchor": "right", "yanchor": "top", "bgcolor": "rgba(255,255,255,0.7)", "font": {"size": 11}}
     figure.update_layout(
         template="plotly_white",
         font={"family": _FONT, "size": 13},
-        height=720,
+        height=360 * num_rows,
         margin={"l": 60, "r": 30, "t": 50, "b": 50},
         hovermode="x unified",
         legend={"x": 0.46, "y": 1.0, **legend},
         legend2={"x": 1.0, "y": 1.0, **legend},
-        legend3={"x": 0.46, "y": 0.43, **legend},
+        legend3={"x": 0.46, "y": figure.layout.yaxis3.domain[1], **legend},
     )
-    figure.update_xaxes(title_text="step", row=2)
+    figure.update_xaxes(title_text="step", row=num_rows)
     return figure

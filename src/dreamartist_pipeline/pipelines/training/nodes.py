@@ -103,14 +103,15 @@ def train_concept(
     tracker: Tracker,
     start_files: UserFiles | None = None,
     prepared_framing: dict[str, tuple[int, int]] | None = None,
-) -> tuple[Concept, DataFrame]:
+) -> tuple[Concept, DataFrame, DataFrame, dict[int, Concept]]:
     """Train both branches on the prepared image, from new values or from those of a concept, on all processes.
 
     `prepared_framing` is that of `prepare_reference`; None: the prepared image is a whole picture. An interrupted
     training is continued from `params.checkpoints`.
 
     Returns:
-        The concept, and the history: one row per step.
+        The concept of the chosen step; the history, one row per step; the scores, one row per scored step; and step ->
+        concept of the scored steps that are kept.
 
     Raises:
         InputError: a plan for other parameters, another base model or another start concept, an interrupted training

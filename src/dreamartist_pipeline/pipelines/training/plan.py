@@ -9,12 +9,14 @@ from typing import Any
 
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_outline
 from dreamartist_pipeline.backbones.concepts import NewConcept, skipped_layers, start_concept
+from dreamartist_pipeline.backbones.evaluators import check_evaluator
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.known_models import clip_skip_hint
 from dreamartist_pipeline.backbones.prompts import check_trigger_word
 from dreamartist_pipeline.backbones.schedulers import check_sampler
 from dreamartist_pipeline.core.branches import BRANCH_NAMES, branches
 from dreamartist_pipeline.core.captions import check_slots, slot_names
+from dreamartist_pipeline.core.choosing import scored_steps
 from dreamartist_pipeline.core.devices import pick_device, pick_dtype
 from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.core.optimizers import check_optimizer
@@ -126,6 +128,24 @@ def _check_options(params: TrainingParams, caption: str, device: DeviceParams) -
     if params.preview.every:
         check_slots(params.preview.prompts, params.words.names)
         check_sampler(params.preview.sampler, params.zero_terminal_snr)
+    if scored_steps(params):
+        _check_scoring(params)
+    elif params.needs_scores:
+        log.info("The last step becomes the concept: %d steps are too few to score some.", params.num_steps)
+
+
+def _check_scoring(params: TrainingParams) -> None:
+    """Check what a training is scored with, and log when."""
+    scoring = params.scoring
+    check_slots(scoring.prompts, params.words.names)
+    check_sampler(scoring.sampler, params.zero_terminal_snr)
+    for name in (scoring.evaluator, scoring.text_image_model):
+        if name not in (None, "auto"):
+            check_evaluator(name)
+    steps = ", ".join(map(str, scored_steps(params)))
+    log.info(
+        "The training is scored after the steps %s.", textwrap.shorten(steps, _QUOTED_CHARACTERS, placeholder=" …")
+    )
 
 
 def _check_clip_skip(base_model: Backbone, params: TrainingParams) -> None:
@@ -209,6 +229,8 @@ def _check_prompts(planned: NewConcept, params: TrainingParams, caption: str) ->
             planned.prompts.check_fits(pair[branch])
     if params.preview.every:
         planned.prompts.warn_without_word([fill_prompt(prompt, params) for prompt in params.preview.prompts])
+    if scored_steps(params):
+        planned.prompts.warn_without_word([fill_prompt(prompt, params) for prompt in params.scoring.prompts])
 
 
 def _check_caption(caption: str, vocabulary: Vocabulary) -> None:

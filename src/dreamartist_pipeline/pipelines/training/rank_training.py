@@ -14,6 +14,7 @@ from dreamartist_pipeline.backbones.concepts import NewConcept, concept_metadata
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.placement import off_device
 from dreamartist_pipeline.core.batches import derived_seed
+from dreamartist_pipeline.core.choosing import scored_steps
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.course import Alarms, Checkpointing, HistoryRow
 from dreamartist_pipeline.core.devices import device_of_rank
@@ -24,8 +25,9 @@ from dreamartist_pipeline.core.parameter_groups import ParameterGroup, parameter
 from dreamartist_pipeline.core.processes import rank
 from dreamartist_pipeline.core.starting import Start
 from dreamartist_pipeline.core.tracking import NoTracker, Tracker
-from dreamartist_pipeline.core.training import fit
+from dreamartist_pipeline.core.training import Scoring, fit
 from dreamartist_pipeline.core.training_step import Execution, lr_factor
+from dreamartist_pipeline.core.validation import Validation
 from dreamartist_pipeline.params import DeviceParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import regularization_images, training_data
 from dreamartist_pipeline.pipelines.training.memory import MemoryPlan, memory_plan, out_of_memory_explained
@@ -36,6 +38,7 @@ from dreamartist_pipeline.pipelines.training.reporting import (
     StepReport,
     history_table,
     log_performance,
+    log_scoring_time,
 )
 from dreamartist_pipeline.pipelines.training.resuming import (
     Kept,
@@ -44,6 +47,7 @@ from dreamartist_pipeline.pipelines.training.resuming import (
     pictures_identity,
     settings_identity,
 )
+from dreamartist_pipeline.pipelines.training.scoring import Scorer, chosen_concept, make_scorer, scores_table
 from dreamartist_pipeline.pipelines.training.starting import apply_start
 from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trainable_model
 
@@ -81,11 +85,11 @@ class Inputs:
     tracker: Tracker
 
 
-def train_on_rank(inputs: Inputs) -> tuple[Concept, DataFrame]:
-    """Train on this process; rank 0 alone draws previews, logs and saves.
+def train_on_rank(inputs: Inputs) -> tuple[Concept, DataFrame, DataFrame, dict[int, Concept]]:
+    """Train on this process; rank 0 alone draws previews, scores, chooses, logs and saves.
 
     Returns:
-        The concept, and the history: one row per step.
+        The results of `train_concept`; on other ranks, the concept of the last step.
 
     Raises:
         InputError, StoppedEarly, TrainingError: see `train_concept`.
@@ -98,11 +102,17 @@ def train_on_rank(inputs: Inputs) -> tuple[Concept, DataFrame]:
     backbone = open_base_model(inputs.base_model, device_of_rank(inputs.device, rank()))
     new, groups = _new_concept(inputs, backbone)
     divergence = DivergenceReport([group.lr for group in groups], tracker)
-    history = _fit(inputs, images, new, groups, checkpointing, Alarms(divergence.halved, divergence.doubted), tracker)
+    alarms = Alarms(divergence.halved, divergence.doubted)
+    history, scorer = _fit(inputs, images, backbone, new, groups, checkpointing, alarms, tracker)
     log_performance(history, backbone.device, tracker)
     metadata = concept_metadata(backbone, params, lr_factor(params), inputs.start.sha256 if inputs.start else None)
     metadata = metadata.model_copy(update=concept_identity(identity))
-    return replace(new.snapshot(metadata), doubts=divergence.doubts), history_table(history)
+    trained = replace(new.snapshot(metadata), doubts=divergence.doubts)
+    if scorer:
+        log_scoring_time(scorer.seconds, history, tracker)
+    scored = scorer.result() if scorer else None
+    concept, kept = chosen_concept(trained, scored, params, tracker)
+    return concept, history_table(history), scores_table(scored), kept
 
 
 def _identity(inputs: Inputs, images: list[tuple[str, Image]]) -> dict[str, Any]:
@@ -133,13 +143,14 @@ def _execution(new: NewConcept, memory: MemoryPlan, params: TrainingParams) -> E
 def _fit(
     inputs: Inputs,
     images: list[tuple[str, Image]],
+    backbone: Backbone,
     new: NewConcept,
     groups: tuple[ParameterGroup, ...],
     checkpointing: Checkpointing | None,
     alarms: Alarms,
     tracker: Tracker,
-) -> list[HistoryRow]:
-    """Train the new concept in place, and return its history."""
+) -> tuple[list[HistoryRow], Scorer | None]:
+    """Train the new concept in place, and return its history, and on rank 0 what has scored it, if it was scored."""
     params, device = inputs.params, new.backbone.device
     memory = memory_plan(inputs.plan, params)
     execution = _execution(new, memory, params)
@@ -151,7 +162,14 @@ def _fit(
             *(params, inputs.caption, framing),
         )
         previews = Previews(new, params, tracker) if rank() == 0 else None
-        if previews and checkpointing:
-            checkpointing = previews.kept_in(checkpointing)
+        steps, scorer = scored_steps(params), None
+        if steps and rank() == 0:
+            validation = Validation(model, data, params, memory.micro_batch)
+            scorer = make_scorer(new, backbone, inputs.base_model, inputs.prepared_image, params, validation, tracker)
+        for drawing in (previews, scorer):
+            if drawing and checkpointing:
+                checkpointing = drawing.kept_in(checkpointing)
+        scoring = Scoring(steps, scorer, scorer.is_over) if scorer else Scoring(steps)
         with off_device(idle_modules(new, params), device):
-            return fit(model, data, params, report, previews, None, execution, checkpointing, alarms)
+            history = fit(model, data, params, report, previews, None, execution, checkpointing, alarms, scoring)
+    return history, scorer

@@ -146,6 +146,14 @@ def log_performance(history: Sequence[Mapping[str, float]], device: torch.device
     tracker.log_metrics(metrics, step=len(history))
 
 
+def log_scoring_time(seconds: float, history: Sequence[Mapping[str, float]], tracker: Tracker) -> None:
+    """Log how long a training was scored, and the share of that in the time of its steps; nothing without steps."""
+    if history:
+        share = seconds / sum(row["seconds"] for row in history)
+        log.info("Scoring took %.0f s, %.0f %% of the time of all steps.", seconds, 100 * share)
+        tracker.log_metrics({"training/scoring_share": share}, step=len(history))
+
+
 class Previews:
     """Draws the preview prompts with the current concept, always from the same seeds.
 
