@@ -14,7 +14,7 @@ from dreamartist_pipeline.backbones.served import served_concept
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, RegistrationParams, TrainingParams
-from dreamartist_pipeline.pipelines.registration.nodes import serve_concept, with_aliases
+from dreamartist_pipeline.pipelines.registration.nodes import concepts_of, serve_concept, with_aliases
 
 CPU = DeviceParams(device="cpu")
 DEFAULTS = GenerateParams(prompts="a {pt1}", seed=7)
@@ -53,6 +53,26 @@ def test_a_base_model_with_another_autoencoder_is_referred_to_by_absolute_paths(
     served = served_concept(concept, location, DEFAULTS, CPU, 100)
     assert served.copied == {}
     assert served.base_model == ModelLocation(str(tiny_base_model), vae=str(tiny_base_model / "vae"))
+
+
+def test_a_chosen_concept_is_the_best_beside_that_of_the_last_step(concept: Concept) -> None:
+    chosen = at_step(concept, 2, chosen="it has the highest fidelity")
+    last = at_step(concept, 4)
+    assert concepts_of(concept, {4: lambda: last}) == {"last": concept}
+    assert concepts_of(chosen, {2: lambda: chosen, 4: lambda: last}) == {"best": chosen, "last": last}
+    assert concepts_of(chosen, {}) == {"best": chosen}
+    assert concepts_of(at_step(concept, 4, chosen="it is the last"), {}).keys() == {"best", "last"}
+
+
+def test_kept_steps_of_another_training_are_not_registered(concept: Concept) -> None:
+    other = at_step(concept, 4, identity_sha256="of another training")
+    assert concepts_of(at_step(concept, 2, chosen="best"), {4: lambda: other}).keys() == {"best"}
+
+
+def at_step(concept: Concept, step: int, **changed: str) -> Concept:
+    """Return the concept as that of a step of a training of four steps."""
+    facts = {"num_steps": 4, "step": step, "identity_sha256": "of the training", **changed}
+    return dataclasses.replace(concept, metadata=concept.metadata.model_copy(update=facts))
 
 
 def test_aliases_of_one_concept_stand_together(concept: Concept) -> None:

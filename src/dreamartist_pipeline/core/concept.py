@@ -55,7 +55,7 @@ class ConceptMetadata(BaseModel):
         picture_sha256: of the prepared picture, see `image_set.images_sha256`.
         imported_from: (name, SHA-256) of the imported files.
         step: of the training, after which the concept had these values; None: after the last, or unknown.
-        chosen: why this step was chosen; None for a step that was not, and without scores.
+        chosen: why this step was chosen by its scores; None for a step that was not.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)

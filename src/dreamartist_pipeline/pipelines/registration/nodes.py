@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.core.kept_steps import KeptSteps, of_its_training
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, RegistrationParams
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 else:  # Kedro evaluates a node's annotations when it registers the pipelines; importing torch is slow
     Concept = ServedConcept = Any
 
-LAST = "last"
-"""Alias of the concept with which a training ended."""
+BEST, LAST = "best", "last"
+"""Aliases of the concept that was chosen by its scores (`training.choose: best`), and of that of the last step."""
 
 
 def serve_concept(
@@ -24,6 +25,7 @@ def serve_concept(
     params: RegistrationParams,
     defaults: GenerateParams,
     device: DeviceParams,
+    concept_steps: KeptSteps | None = None,
 ) -> tuple[ServedConcept, ...]:
     """Return the concepts to be registered, each with its aliases, base model and defaults; none if that is off."""
     if not params.enabled:
@@ -32,8 +34,19 @@ def serve_concept(
 
     return tuple(
         served_concept(each, base_model, defaults, device, params.max_copied_mb, aliases)
-        for aliases, each in with_aliases({LAST: concept})
+        for aliases, each in with_aliases(concepts_of(concept, concept_steps or {}))
     )
+
+
+def concepts_of(concept: Concept, kept: KeptSteps) -> dict[str, Concept]:
+    """Return alias -> concept of a training: the chosen one, if there is one, and the last, if it is kept."""
+    if concept.metadata.chosen is None:
+        return {LAST: concept}
+    num_steps = concept.metadata.num_steps
+    last = of_its_training(concept, kept).get(num_steps)
+    if concept.metadata.last_step == num_steps:
+        return {BEST: concept, LAST: concept}
+    return {BEST: concept} | ({LAST: last()} if last else {})
 
 
 def with_aliases(concepts: Mapping[str, Concept]) -> list[tuple[tuple[str, ...], Concept]]:

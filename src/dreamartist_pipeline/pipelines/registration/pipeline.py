@@ -19,6 +19,7 @@ def create_pipeline() -> Pipeline:
                     "params": "params:registration",
                     "defaults": "params:generate",
                     "device": "params:device",
+                    "concept_steps": "concept_steps",
                 },
                 outputs="registered_model",
                 name="serve_concept",

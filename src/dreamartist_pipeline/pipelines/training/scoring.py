@@ -409,7 +409,8 @@ def chosen_concept(
     log.log(level, "Step %d of %d is the concept: %s.", choice.step, params.num_steps, choice.reason)
     tracker.set_tag("chosen_step", f"{choice.step}: {choice.reason}")
     kept = {step: Concept(tensors, metadata.model_copy(update={"step": step})) for step, tensors in scored.kept.items()}
-    of_concept = metadata.model_copy(update={"step": choice.step, "chosen": choice.reason})
+    reason = choice.reason if params.choose == "best" else None
+    of_concept = metadata.model_copy(update={"step": choice.step, "chosen": reason})
     return replace(trained, tensors=scored.kept[choice.step], metadata=of_concept), kept
 
 
