@@ -26,11 +26,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreamartist_pipeline.api import (
     draw_images,
+    draw_with_attention,
+    nearest_tokens,
     open_base_model,
     read_concept,
     read_toolkit_concept,
     sample_latents,
     step_values,
+    token_vectors,
 )
 from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
 from dreamartist_pipeline.backbones.families import Backbone
@@ -508,6 +511,52 @@ def test_a_single_prompt_is_drawn_from_two_seeds_and_a_concept_matters(backbone:
     assert base[0].info["parameters"].startswith("a red cat\nSteps: 2")
 
 
+def test_pictures_with_attention_are_those_without_and_have_maps_of_the_trigger_words(
+    backbone: Backbone, concept: Concept
+) -> None:
+    arguments: Any = (backbone, concept, "a {pt1}, the background", "{pt1}", [3, 4])
+    options: Any = {"sampler": FAST, "strength": "reference", "size_px": (40, 24)}
+    mapped = draw_with_attention(*arguments, **options)
+    assert [one.image.tobytes() for one in mapped] == [one.tobytes() for one in draw_images(*arguments, **options)]
+    assert {branch: list(maps) for branch, maps in mapped[0].maps.items()} == {
+        "positive": ["my-fox"],
+        "negative": ["my-fox-neg"],
+    }
+    assert mapped[0].share("positive").shape == (24, 40)
+    assert mapped[0].share("negative").equal(mapped[0].maps["negative"]["my-fox-neg"])
+
+
+def test_attention_of_named_words_is_added_up_also_of_the_base_model(backbone: Backbone) -> None:
+    words = {"positive": ["red", "cat"]}
+    (mapped,) = draw_with_attention(backbone, None, "a red cat", seeds=[0], sampler=FAST, words=words)
+    maps = mapped.maps["positive"]
+    assert mapped.share("positive").equal(maps["red"] + maps["cat"])
+    with pytest.raises(InputError, check=says(expected="'dog'", got="a red cat")):
+        draw_with_attention(backbone, None, "a red cat", seeds=[0], sampler=FAST, words={"positive": ["dog"]})
+
+
+def test_the_token_nearest_to_a_tokens_vector_is_itself(backbone: Backbone) -> None:
+    vectors = token_vectors(backbone, "cat red")
+    near = nearest_tokens(backbone, 3 * vectors, count=2)
+    assert [found[0].text.rstrip("…") for found in near] == [
+        token.removesuffix("</w>") for token in backbone.tokenizer.tokenize("cat red")
+    ]
+    for vector, (first, second) in zip(vectors, near, strict=True):
+        assert first.vector.equal(vector)
+        assert first.similarity == pytest.approx(1)
+        assert second.similarity < 1
+        assert second.similarity == pytest.approx(float(torch.cosine_similarity(second.vector, vector, dim=0)))
+
+
+def test_special_tokens_are_no_neighbours_and_parts_of_words_are_marked(backbone: Backbone) -> None:
+    tokenizer, table = backbone.tokenizer, backbone.text_encoder.get_input_embeddings().weight
+    (near,) = nearest_tokens(backbone, table[tokenizer.eos_token_id][None], count=len(table))
+    assert len(near) == len(table) - len(set(tokenizer.all_special_ids))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(table))))
+    ends = sum(token.endswith("</w>") for token in tokens)
+    assert sum(not found.text.endswith("…") for found in near) == ends
+
+
 def test_a_scheduler_that_cannot_be_set_up_is_refused(backbone: Backbone) -> None:
     with pytest.raises(InputError, check=says(expected="scheduler_options", got="'nonsense'")):
         draw_images(backbone, None, "a", sampler=SamplerParams(scheduler_options={"nonsense": 1}))
@@ -554,6 +603,8 @@ def test_the_documented_pictures_are_drawn(
         (32, 32),
     ]
     assert made["redrawn"][0].tobytes() != made["varied"][0].tobytes()
+    assert made["share"].shape == (32, 32)
+    assert len(made["near"]) == 5
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "KDPM2AncestralDiscreteScheduler"])

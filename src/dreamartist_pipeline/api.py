@@ -17,18 +17,22 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
+from dreamartist_pipeline.backbones.attention_maps import BranchWords, MappedPicture, draw_with_maps
 from dreamartist_pipeline.backbones.base_model import files_for, load_backbone
 from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach
-from dreamartist_pipeline.backbones.drawing import DrawingRequest, draw, fill_prompt
+from dreamartist_pipeline.backbones.drawing import DrawingRequest, attach_and_fill, draw, fill_prompt
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.backbones.layouts import layout_of
 from dreamartist_pipeline.backbones.schedulers import check_sampler, draws_noise, make_scheduler
 from dreamartist_pipeline.backbones.served import served_concept
+from dreamartist_pipeline.backbones.token_vectors import NearToken
+from dreamartist_pipeline.backbones.token_vectors import nearest_tokens as tokens_near
+from dreamartist_pipeline.backbones.token_vectors import token_vectors as vectors_of
 from dreamartist_pipeline.core import sampling
 from dreamartist_pipeline.core.adapters import BranchLoRALayer
 from dreamartist_pipeline.core.batches import Batch
 from dreamartist_pipeline.core.branches import NEGATIVE, guidance_at, rows_of
-from dreamartist_pipeline.core.captions import fill_negative_prompt
+from dreamartist_pipeline.core.captions import fill_negative_prompt, slot_names
 from dreamartist_pipeline.core.concept import Concept, words_part
 from dreamartist_pipeline.core.embeddings import WordEmbedding
 from dreamartist_pipeline.core.init_picture import init_picture
@@ -148,6 +152,71 @@ def draw_images(
         init=init_picture(image, mask, denoise, sampler.num_inference_steps),
     )
     return list(draw(backbone, concept, request).images)
+
+
+def draw_with_attention(
+    backbone: Backbone,
+    concept: Concept | None,
+    prompt: str,
+    negative_prompt: str = "",
+    seeds: Sequence[int] = (0, 1),
+    *,
+    words: BranchWords | None = None,
+    strength: StrengthParams | Literal["reference"] = _FULL_STRENGTH,
+    sampler: SamplerParams = _DEFAULT_SAMPLER,
+    size_px: tuple[int, int] | None = None,
+) -> list[MappedPicture]:
+    """Draw a prompt with every seed, and map where each branch attends to its words.
+
+    The images equal those of `draw_images`, pixel for pixel, without `info`.
+
+    Args:
+        backbone, concept, prompt, negative_prompt, seeds, strength, sampler, size_px: see `draw_images`.
+        words: "positive" or "negative" -> words of that prompt; None: the trigger words that its slots are filled with.
+
+    Returns:
+        One picture per seed; `picture.share("positive")` is the share of each pixel's attention that the words get.
+
+    Raises:
+        InputError: as `draw_images`, or a word that the prompt does not have.
+    """
+    check_sampler(sampler, concept is not None and concept.metadata.zero_terminal_snr)
+    request = DrawingRequest(
+        (prompt,), negative_prompt, tuple(seeds), sampler, StrengthParams.model_validate(strength), size_px
+    )
+    loaded, filled = attach_and_fill(backbone, concept, request)
+    pairs = loaded.trigger_words
+    if words is None:
+        words = {
+            "positive": [pairs[slot][0] for slot in slot_names(prompt, pairs) if slot in pairs],
+            "negative": [loaded.negative_words[slot] for slot in slot_names(negative_prompt, pairs) if slot in pairs],
+        }
+    prompts = [*filled.prompts] * len(seeds)
+    return draw_with_maps(backbone, loaded, prompts, filled.negative_prompt, seeds, sampler, words, size_px=size_px)
+
+
+def token_vectors(backbone: Backbone, text: str, encoder: str = "text_encoder") -> torch.Tensor:
+    """Return the vectors of a text's tokens in a text encoder of the base model, float32 `[k, D]`, on the CPU."""
+    embedding = backbone.networks[encoder].get_input_embeddings()
+    return vectors_of(backbone.tokenizers[encoder], embedding, text).float().cpu()
+
+
+def nearest_tokens(
+    backbone: Backbone, vectors: torch.Tensor, count: int = 5, encoder: str = "text_encoder"
+) -> list[list[NearToken]]:
+    """Return the base model's tokens that are nearest to vectors, by cosine similarity, the nearest first.
+
+    Args:
+        backbone: the base model.
+        vectors: `[n, D]`, such as those of `Concept.trigger_words()`.
+        count: of tokens per vector.
+        encoder: text encoder of the vectors.
+
+    Returns:
+        A list per vector.
+    """
+    embedding = backbone.networks[encoder].get_input_embeddings()
+    return tokens_near(backbone.tokenizers[encoder], embedding, vectors, count)
 
 
 def save_mlflow_model(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFont
 
 from dreamartist_pipeline.core.figures import (
@@ -10,6 +12,7 @@ from dreamartist_pipeline.core.figures import (
     SheetSection,
     contact_sheet,
     fit_cell,
+    overlay,
     prompt_sheet,
     prompt_table,
     wrap,
@@ -155,3 +158,10 @@ def test_a_prompt_table_has_a_column_per_heading() -> None:
     assert _places(table, "red")[0] + 144 + 8 == _places(table, "blue")[0]
     with pytest.raises(ValueError, match="1 rows of 2 images"):
         prompt_table(["a fox"], ["step 0", "step 5"], [[_plain("red")]])
+
+
+def test_a_map_is_dark_where_it_is_low_and_bright_where_it_is_high() -> None:
+    shares = torch.linspace(0, 1, 32).repeat(32, 1)
+    shown = np.asarray(overlay(Image.new("RGB", (32, 32), "gray"), shares).convert("L")).astype(int)
+    assert (np.diff(shown[0]) >= 0).all()
+    assert shown[0, -1] - shown[0, 0] > 80

@@ -17,12 +17,13 @@ import pytest
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from PIL import Image
 
 from project_copy import PROJECT, copy_project
 
-FIRST, SECOND = "01_first_concept.ipynb", "02_compare_runs.ipynb"
+FIRST, SECOND, THIRD = "01_first_concept.ipynb", "02_compare_runs.ipynb", "03_inside_the_branches.ipynb"
 PNG, PLOTLY, HTML, MARKDOWN = "image/png", "application/vnd.plotly.v1+json", "text/html", "text/markdown"
 NUM_STEPS, SEEDS = 3, [0, 1]
 SIMILARITY = "similarity/concept.efficientnet-lite0"
@@ -34,17 +35,14 @@ def read(name: str) -> NotebookNode:
     return nbformat.read(PROJECT / "notebooks" / name, as_version=4)
 
 
-def execute(project: Path, name: str, result: str = "None", **settings: Any) -> NotebookNode:
-    """Run a notebook's code in a kernel of this Python.
+def prepare(project: Path, name: str, result: str = "None", **settings: Any) -> NotebookNode:
+    """Return the code of a notebook, to run in a copy of the project.
 
     Args:
         project: a copy of the project.
         name: the notebook's file.
         result: an expression; its value as JSON is the text of the last cell.
         settings: values in place of those in the cell that is tagged `parameters`.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed.
     """
     notebook = nbformat.read(project / "notebooks" / name, as_version=4)
     parameters, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -52,6 +50,15 @@ def execute(project: Path, name: str, result: str = "None", **settings: Any) -> 
     given = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
     own = [nbformat.v4.new_code_cell(code) for code in (given, f"import json\nprint(json.dumps({result}))")]
     notebook.cells = [parameters, own[0], *others, own[1]]
+    return notebook
+
+
+def run(project: Path, notebook: NotebookNode) -> None:
+    """Run a notebook in a kernel of this Python; its cells get their outputs, also if one fails.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
     kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # no kernel of another Python
     client = NotebookClient(
         notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}}
@@ -59,6 +66,12 @@ def execute(project: Path, name: str, result: str = "None", **settings: Any) -> 
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "src"), "IPYTHONDIR": str(project / "ipython")}
     not_ours = ("KEDRO_ENV", "MLFLOW_TRACKING_URI")  # the copy has its own
     client.execute(env={name: value for name, value in os.environ.items() if name not in not_ours} | ours)
+
+
+def execute(project: Path, name: str, result: str = "None", **settings: Any) -> NotebookNode:
+    """Return a notebook after running it; for the arguments see `prepare`."""
+    notebook = prepare(project, name, result, **settings)
+    run(project, notebook)
     return notebook
 
 
@@ -224,3 +237,42 @@ def test_the_second_notebook_compares_trainings_with_evaluations_in_the_same_and
     assert [trace["name"] for trace in results["data"]] == names[:2]
     _, child = pictures(notebook)
     assert same(child, sheet)
+
+
+# ------------------------------------------------------------------------------------------- inside the branches
+
+
+@pytest.mark.usefixtures("first")
+def test_the_third_notebook_says_what_to_do_without_a_concept(project: Path) -> None:
+    notebook = prepare(project, THIRD, SUBJECT="owl")
+    with pytest.raises(CellExecutionError, match="the message above"):
+        run(project, notebook)
+    (hint,) = shown(notebook, MARKDOWN)
+    assert "kedro run --pipelines train,evaluate --params subject=owl" in hint
+    assert "There are: fox" in hint
+
+
+@pytest.mark.usefixtures("first")
+def test_the_third_notebook_shows_adapters_strengths_attention_layers_and_words(project: Path) -> None:
+    found = (
+        "{'pictures': [len({i.tobytes() for row in rows for i in row}) for rows in (by_adapter, by_strength)], "
+        "'columns': [name.partition(':')[0] for name in columns], 'changes': sorted(adapters['change'])[:1], "
+        "'known': list(known)[0], 'distances': distances.tolist(), 'learned': list(learned)}"
+    )
+    few = {"SEEDS": [0, 1], "STRENGTHS": [0.0, 1.0], "NUM_STEPS": 2}
+    notebook = execute(project, THIRD, result=found, BASE_MODEL="tiny", **few)
+    assert len(pictures(notebook)) == 3
+    result = json.loads(printed(notebook.cells[-1]))
+    assert result["pictures"] == [5 * 2, 2 * 2]
+    assert result["columns"] == ["picture", "positive", "negative"]
+    assert result["changes"][0] > 0
+    assert result["known"] == "fox"
+    assert result["distances"][0][0] == pytest.approx(0, abs=1e-6)
+    assert [len(row) for row in result["distances"]] == [1 + len(result["learned"])] * len(result["distances"])
+    assert result["learned"] == [*(f"my-fox {n}" for n in (1, 2, 3)), *(f"my-fox-neg {n}" for n in range(1, 7))]
+    *maps, distances = shown(notebook, PLOTLY)
+    titles = {figure["layout"]["title"]["text"] for figure in maps}
+    assert titles == {
+        f"{network}, {b} adapter" for network in ("unet", "text_encoder") for b in ("positive", "negative")
+    }
+    assert "fox" in distances["layout"]["title"]["text"]

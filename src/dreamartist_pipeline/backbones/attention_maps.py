@@ -53,6 +53,10 @@ class MappedPicture:
     image: Image.Image
     maps: Mapping[str, Mapping[str, torch.Tensor]] = field(repr=False)
 
+    def share(self, branch: str) -> torch.Tensor:
+        """Return the share of a pixel's attention that all words of a branch get together, `[H, W]`."""
+        return torch.stack(list(self.maps[branch].values())).sum(dim=0)
+
 
 def draw_with_maps(
     backbone: Backbone,

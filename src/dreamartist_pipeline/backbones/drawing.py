@@ -76,18 +76,12 @@ def draw(
         InputError: the concept does not fit the base model, an invalid size or scheduler, an unknown slot, a truncated
             trigger word, or settings that are not JSON.
     """
-    loaded = attach(backbone, concept, request.strength)
-    class_word = "" if concept is None else concept.metadata.class_word
-    check_slots(request.prompts, loaded.trigger_words)
-    prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
-    request = replace(request, negative_prompt=fill_negative_prompt(request.negative_prompt, loaded.negative_words))
-    loaded.prompts.check_not_cut([*prompts, request.negative_prompt])
-    loaded.prompts.warn_without_word(prompts)
+    loaded, request = attach_and_fill(backbone, concept, request)
     side_px = backbone.image_px
     default_px = (side_px, side_px) if request.init is None else picture_size(request.init, side_px)
     size_px = request.size_px or default_px
     init = None if request.init is None else fit_picture(request.init, size_px)
-    rows = [(prompt, seed) for prompt in prompts for seed in request.seeds]
+    rows = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
     infos = _image_infos(rows, backbone, concept, request, size_px)  # fails before an image is generated
     images = generate(
         backbone,
@@ -102,7 +96,25 @@ def draw(
     )
     for image, info in zip(images, infos, strict=True):
         image.info.update(info)
-    return Drawn(prompts, tuple(images), init)
+    return Drawn(tuple(request.prompts), tuple(images), init)
+
+
+def attach_and_fill(
+    backbone: Backbone, concept: Concept | None, request: DrawingRequest
+) -> tuple[LoadedConcept, DrawingRequest]:
+    """Return the concept on the base model, and the request with the slots of all its prompts filled.
+
+    Raises:
+        InputError: the concept does not fit the base model, an unknown slot, or a truncated trigger word.
+    """
+    loaded = attach(backbone, concept, request.strength)
+    class_word = "" if concept is None else concept.metadata.class_word
+    check_slots(request.prompts, loaded.trigger_words)
+    prompts = tuple(fill_prompt(prompt, loaded, class_word) for prompt in request.prompts)
+    negative_prompt = fill_negative_prompt(request.negative_prompt, loaded.negative_words)
+    loaded.prompts.check_not_cut([*prompts, negative_prompt])
+    loaded.prompts.warn_without_word(prompts)
+    return loaded, replace(request, prompts=prompts, negative_prompt=negative_prompt)
 
 
 def fill_prompt(prompt: str, loaded: LoadedConcept, class_word: str, branch: int = POSITIVE) -> str:

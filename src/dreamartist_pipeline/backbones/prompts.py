@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from dreamartist_pipeline.backbones.families import Backbone
+from dreamartist_pipeline.backbones.token_vectors import token_vectors
 from dreamartist_pipeline.core.branches import POSITIVE
 from dreamartist_pipeline.core.embeddings import Vocabulary, Word, initial_vectors, parse_init, word_pattern
 from dreamartist_pipeline.core.prompt_tokens import Conditioning, PromptTokens, side_by_side
@@ -295,11 +296,9 @@ def initial_word_vectors(
     initial = []
     for word in vocabulary.words:
         init = parse_init(words.init_text[0] if word.key.startswith("positive") else words.init_text[1])
-        token_vectors = None
+        of_text = None
         if init.text is not None:
-            ids = tokenizer(init.text, add_special_tokens=False).input_ids
-            weight = embedding.weight.detach()
-            token_vectors = weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
-            token_vectors = torch.zeros(token_vectors.shape) if weight.is_meta else token_vectors
-        initial.append(initial_vectors(init, word.num_vectors, token_vectors, embedding.embedding_dim, generator))
+            of_text = token_vectors(tokenizer, embedding, init.text)
+            of_text = torch.zeros(of_text.shape) if of_text.is_meta else of_text
+        initial.append(initial_vectors(init, word.num_vectors, of_text, embedding.embedding_dim, generator))
     return initial

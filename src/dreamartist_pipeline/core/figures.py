@@ -1,4 +1,4 @@
-"""Image sheets: contact sheets of an evaluation, and grids of prompts × seeds."""
+"""Image sheets: contact sheets of an evaluation, grids of prompts × seeds, and maps over pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL_PX = (144, 256)  # minimum and maximum of an image's longer side on a sheet
@@ -23,6 +25,9 @@ _BLOCK_GAP = 24
 _LABEL_PX = 250
 _HEADING_PX, _LABEL_TEXT_PX, _SMALL_PX, _TITLE_PX = 20, 17, 14, 34
 _BLOCK_HEAD_PX = 62  # heading of a block and seeds of its columns
+_COLOR_SCALE = "Viridis"  # of plotly; its lightness grows evenly, with and without colour vision
+_NUM_COLORS = 256
+_OPACITY = 0.7  # of the map over the picture
 
 Row = Sequence[Image.Image]
 
@@ -424,3 +429,27 @@ def note_sheet(text: str) -> Image.Image:
     place = (_MARGIN, _MARGIN)
     ImageDraw.Draw(sheet).multiline_text(place, "\n".join(lines), fill=_INK, font=_font(_LABEL_TEXT_PX), spacing=6)
     return sheet
+
+
+# ---------------------------------------------------------------------------------------------- maps
+
+
+def overlay(image: Image.Image, shares: torch.Tensor) -> Image.Image:
+    """Return the luminance of a picture under a colour-coded map.
+
+    Args:
+        image: the picture.
+        shares: 0 to 1, `[H, W]` of the picture.
+    """
+    index = (shares.clamp(0, 1) * (_NUM_COLORS - 1)).round().to(torch.uint8).numpy()
+    colored = Image.fromarray(_colors()[index])
+    return Image.blend(image.convert("L").convert("RGB"), colored, _OPACITY)
+
+
+def _colors() -> np.ndarray:
+    """Return the colours from 0 to 1, uint8 `[256, 3]`."""
+    from plotly.colors import sample_colorscale
+
+    points = [index / (_NUM_COLORS - 1) for index in range(_NUM_COLORS)]
+    colors = sample_colorscale(_COLOR_SCALE, points, colortype="tuple")
+    return (np.array(colors) * 255).round().astype(np.uint8)

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image
 
 from dreamartist_pipeline.backbones.attention_maps import BranchWords, MappedPicture, draw_with_maps
@@ -16,7 +14,7 @@ from dreamartist_pipeline.backbones.concepts import LoadedConcept, attach, attac
 from dreamartist_pipeline.core.branches import BRANCH_NAMES
 from dreamartist_pipeline.core.captions import fill_negative_prompt, fill_template, slot_names
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.figures import note_sheet, prompt_table
+from dreamartist_pipeline.core.figures import note_sheet, overlay, prompt_table
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.interop.drawn_pictures import PictureEntry, write_pictures
@@ -28,9 +26,6 @@ from dreamartist_pipeline.pipelines.evaluation.prompt_words import (
     with_negative_words,
 )
 
-_COLOR_SCALE = "Viridis"  # of plotly; its lightness grows evenly, with and without colour vision
-_NUM_COLORS = 256
-_OPACITY = 0.7  # of the map over the picture
 _HEADINGS = {BASE: "base model", CONCEPT: "concept"}
 
 log = logging.getLogger(__name__)
@@ -146,9 +141,9 @@ def _columns(subject: _Subject, templates: Sequence[str], params: EvaluationPara
     columns = [AttentionColumn(subject.group, "", prompts, [picture.image for picture in drawn])]
     for branch in reversed(BRANCH_NAMES):
         if all(branch in picture.maps for picture in drawn):
-            sums = [torch.stack(list(picture.maps[branch].values())).sum(dim=0) for picture in drawn]
-            highest = max(float(one.max()) for one in sums)
-            images = [overlay(picture.image, one / highest) for picture, one in zip(drawn, sums, strict=True)]
+            shares = [picture.share(branch) for picture in drawn]
+            highest = max(float(share.max()) for share in shares)
+            images = [overlay(picture.image, share / highest) for picture, share in zip(drawn, shares, strict=True)]
             columns.append(AttentionColumn(subject.group, f"{branch}: 0 to {highest:.0%}", prompts, images))
     return columns
 
@@ -193,24 +188,3 @@ def _draw(template: str, subject: _Subject, params: EvaluationParams) -> MappedP
     batch = ([prompt], subject.negative_prompt, [params.seed], params.sampler)
     (picture,) = draw_with_maps(loaded.backbone, loaded, *batch, words)
     return picture
-
-
-def overlay(image: Image.Image, shares: torch.Tensor) -> Image.Image:
-    """Return the luminance of a picture under a colour-coded map.
-
-    Args:
-        image: the picture.
-        shares: 0 to 1, `[H, W]` of the picture.
-    """
-    index = (shares.clamp(0, 1) * (_NUM_COLORS - 1)).round().to(torch.uint8).numpy()
-    colored = Image.fromarray(_colors()[index])
-    return Image.blend(image.convert("L").convert("RGB"), colored, _OPACITY)
-
-
-def _colors() -> np.ndarray:
-    """Return the colours from 0 to 1, uint8 `[256, 3]`."""
-    from plotly.colors import sample_colorscale
-
-    points = [index / (_NUM_COLORS - 1) for index in range(_NUM_COLORS)]
-    colors = sample_colorscale(_COLOR_SCALE, points, colortype="tuple")
-    return (np.array(colors) * 255).round().astype(np.uint8)
