@@ -242,6 +242,13 @@ def test_parameters_of_the_starting_command_are_those_of_every_run(project: Path
     assert "compare" not in params
 
 
+def test_parameters_of_the_starting_command_must_not_make_different_runs_equal(project: Path) -> None:
+    wanted = [request(f"fox-{seed}", training={"seed": seed, "num_steps": 9}) for seed in (0, 1)]
+    assert started(project, *wanted, given={"training": {"num_steps": 3}}) == {"fox-0", "fox-1"}
+    with pytest.raises(InputError, check=says(got="training.seed=3", remedy="training.seed")):
+        start(project, *wanted, given={"training": {"seed": 3}})
+
+
 def test_a_finished_run_becomes_a_child_of_the_new_parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(project, request())
     file = project / "data/06_models/fox-a/manifest.json"
