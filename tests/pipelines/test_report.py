@@ -189,6 +189,15 @@ def test_maps_of_attention_stand_beside_their_pictures() -> None:
     ]
 
 
+def test_the_steps_of_concept_and_evaluation_are_said() -> None:
+    metadata = METADATA.model_copy(update={"step": 40, "chosen": "it has the highest fidelity"})
+    configuration = {**facts().configuration, "evaluation.step": 20}
+    asked = dict(contents_of(sources(metadata=metadata, facts=facts(configuration=configuration))).asked)
+    assert asked["step of the concept"] == "40: it has the highest fidelity"
+    assert asked["step of the evaluation"] == "20"
+    assert not {"step of the concept", "step of the evaluation"} & dict(contents_of(sources()).asked).keys()
+
+
 def test_the_node_writes_the_page_of_what_it_is_given() -> None:
     from types import SimpleNamespace
 
