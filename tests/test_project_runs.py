@@ -213,6 +213,8 @@ def test_invalid_parameters_are_refused_before_anything_is_started(project: Path
     for wrong, text in ({"training": {"num_stepz": 1}}, "num_stepz"), ({"method": "nosuch"}, "nosuch"):
         with pytest.raises(InputError, check=says(where="fox-b", got=text)):
             runs.start([request("fox-a"), request("fox-b", **wrong)], 1, None)
+    with pytest.raises(InputError, check=says(where="a fox/b", got="a fox/b")):
+        runs.start([request("fox-a"), request("a fox/b")], 1, None)
     assert not executor.commands
 
 

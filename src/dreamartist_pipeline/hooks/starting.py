@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from dreamartist_pipeline.catalog import ProjectCatalog
 from dreamartist_pipeline.core.checkpoints import stop_requests
 from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, input_error_in
-from dreamartist_pipeline.hooks.configuration import build_parameters
+from dreamartist_pipeline.hooks.configuration import build_parameters, check_subject
 from dreamartist_pipeline.hooks.manifest import (
     MANIFEST,
     RunManifest,
@@ -192,6 +192,7 @@ class ProjectRuns:
         params = literal_values(request.params)
         pipeline = sum((pipelines[name] for name in request.pipelines), Pipeline([]))
         try:
+            check_subject(request.subject)
             configuration = self._loader.of_run(params, _OWN)
             sections = build_parameters(configuration["parameters"])
         except Exception as error:
