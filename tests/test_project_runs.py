@@ -213,6 +213,8 @@ def test_invalid_parameters_are_refused_before_anything_is_started(project: Path
     for wrong, text in ({"training": {"num_stepz": 1}}, "num_stepz"), ({"method": "nosuch"}, "nosuch"):
         with pytest.raises(InputError, check=says(where="fox-b", got=text)):
             runs.start([request("fox-a"), request("fox-b", **wrong)], 1, None)
+    with pytest.raises(InputError, check=says(where="a fox/b", got="a fox/b")):
+        runs.start([request("fox-a"), request("a fox/b")], 1, None)
     assert not executor.commands
 
 
@@ -240,6 +242,13 @@ def test_parameters_of_the_starting_command_are_those_of_every_run(project: Path
     params = parse_params(None, None, command.arguments[-1])  # type: ignore[arg-type]
     assert (params["subject"], params["vae"], params["training"]) == ("fox-a", "v", {"seed": 5, "num_steps": 3})
     assert "compare" not in params
+
+
+def test_parameters_of_the_starting_command_must_not_make_different_runs_equal(project: Path) -> None:
+    wanted = [request(f"fox-{seed}", training={"seed": seed, "num_steps": 9}) for seed in (0, 1)]
+    assert started(project, *wanted, given={"training": {"num_steps": 3}}) == {"fox-0", "fox-1"}
+    with pytest.raises(InputError, check=says(got="training.seed=3", remedy="training.seed")):
+        start(project, *wanted, given={"training": {"seed": 3}})
 
 
 def test_a_finished_run_becomes_a_child_of_the_new_parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,8 @@ def _stored(file: Path) -> StoredFile:
 
 def provided(project: Path, *nodes: Any) -> ProjectCatalog:
     """Return the catalog of a run of these nodes, as its runner finds it."""
-    files = {name: str(project / f"{name}.json") for name in ("concept", "pictures", "curves")}
+    names = ("concept", "pictures", "curves", "recommended_settings")
+    files = {name: str(project / f"{name}.json") for name in names}
     catalog = ProjectCatalog({RUN_FACTS: MemoryDataset()})
     for name, file in files.items():
         catalog[name] = ProjectCatalog.from_config({name: {"type": "json.JSONDataset", "filepath": file}})[name]
@@ -118,6 +119,19 @@ def test_other_nodes_can_do_without_inputs_too(project: Path) -> None:
     catalog = provided(project, generate)
     assert catalog.load("curves") is None
     assert catalog.provided == {"curves"}
+
+
+def test_recommended_settings_name_their_concept_and_need_no_manifest(project: Path) -> None:
+    @optional_inputs("recommended_settings")
+    def draw(concept: Any, recommended_settings: Any = None) -> Any:
+        return recommended_settings
+
+    generate = node(draw, ["concept", "recommended_settings"], "images", name="draw")
+    (project / MANIFEST).unlink()  # of a concept that was copied here, and evaluated
+    assert provided(project, generate).load("recommended_settings") is None
+    (project / "recommended_settings.json").write_text('{"concept_sha256": "00"}')
+    assert provided(project, generate).load("recommended_settings") == {"concept_sha256": "00"}
+    assert provided(project, TRAIN, generate).load("recommended_settings") is None
 
 
 def test_runs_without_optional_inputs_are_left_alone(project: Path) -> None:

@@ -344,6 +344,15 @@ def test_the_chosen_settings_are_parameters_of_an_environment() -> None:
     assert json.loads(lora["params"].iloc[1]) == {"training": {"num_steps": 9}}
 
 
+def test_a_tuning_without_any_score_replaces_no_earlier_choice() -> None:
+    of = tuning(objective={FIDELITY: 1.0, "recognition/concept.judge": 0.5})
+    with pytest.raises(InputError, check=says(expected="tune.objective", got="recognition/concept.judge")):
+        choose_settings(tuned(of, VALUES), of)
+    failed = [RunResult(RunOutcome(one.outcome.subject, one.outcome.labels, "diverged")) for one in tuned(of, VALUES)]
+    with pytest.raises(InputError, check=says(got="tune-cup-lora-0-0: diverged")):
+        choose_settings(tuple(failed), of)
+
+
 def test_the_projects_tuning_has_six_settings_of_every_method_on_three_subjects_of_the_development() -> None:
     of, tune = (
         yaml.safe_load((PROJECT / f"conf/base/parameters_{name}.yml").read_text())[name] for name in ("compare", "tune")

@@ -591,21 +591,25 @@ def test_the_pipeline_keeps_files_and_report() -> None:
 # --------------------------------------------------------------------------------------------- recommended settings
 
 
-def test_recommended_settings_are_stated_and_used_on_request(tiny_base_model: Path, concept: Concept) -> None:
-    recommended = {
+def recommended_for(concept_sha256: str) -> dict[str, Any]:
+    return {
         "strength": {"positive": 0.6, "negative": 0.25},
         "guidance_scale": 2.0,
-        "concept_sha256": concept.sha256(),
+        "concept_sha256": concept_sha256,
         "reasons": ["strengths: the highest fidelity", "guidance scale: as configured"],
         "fidelity": 0.8,
         "agreement": None,
         "copying": None,
         "num_images": 4,
     }
+
+
+def test_recommended_settings_are_stated_and_used_on_request(tiny_base_model: Path, concept: Concept) -> None:
+    recommended = recommended_for(concept.sha256())
     for asked, strength, guidance in ((False, 0.8, 3.0), (True, 0.6, 2.0)):
         params = ExportParams(title="fox", sampler=SAMPLER, strength=STRENGTH, recommended=asked)
-        written = write_files(str(tiny_base_model), concept, params, recommended)
-        check_files(str(tiny_base_model), concept, written, params, recommended)
+        written = write_files(str(tiny_base_model), concept, params, recommended_settings=recommended)
+        check_files(str(tiny_base_model), concept, written, params, recommended_settings=recommended)
         workflow = json.loads(written["comfyui_workflow.json"])
         assert workflow["positive_lora"]["inputs"]["strength_model"] == strength
         assert workflow["sampler"]["inputs"]["cfg"] == guidance
@@ -617,6 +621,7 @@ def test_recommended_settings_are_stated_and_used_on_request(tiny_base_model: Pa
 
 
 def test_recommended_settings_of_another_concept_are_not_stated(tiny_base_model: Path, concept: Concept) -> None:
-    written = write_files(str(tiny_base_model), concept, ExportParams(title="fox"))
+    params, recommended = ExportParams(title="fox"), recommended_for("of another concept")
+    written = write_files(str(tiny_base_model), concept, params, recommended_settings=recommended)
     assert "Recommended" not in written["README.txt"].decode()
     assert "modelspec.usage_hint" not in read_metadata(written["lora/fox.safetensors"])

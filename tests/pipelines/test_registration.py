@@ -64,6 +64,12 @@ def test_a_chosen_concept_is_the_best_beside_that_of_the_last_step(concept: Conc
     assert concepts_of(at_step(concept, 4, chosen="it is the last"), {}).keys() == {"best", "last"}
 
 
+def test_the_last_concept_is_that_of_the_step_at_which_patience_has_stopped_the_training(concept: Concept) -> None:
+    first, second = (at_step(concept, step, chosen="it has the highest fidelity") for step in (1, 2))
+    assert concepts_of(first, {1: lambda: first, 2: lambda: second}) == {"best": first, "last": second}
+    assert concepts_of(second, {1: lambda: first, 2: lambda: second}) == {"best": second, "last": second}
+
+
 def test_kept_steps_of_another_training_are_not_registered(concept: Concept) -> None:
     other = at_step(concept, 4, identity_sha256="of another training")
     assert concepts_of(at_step(concept, 2, chosen="best"), {4: lambda: other}).keys() == {"best"}

@@ -8,12 +8,15 @@ from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
+from pandas import DataFrame
 
+from dreamartist_pipeline.core.choosing import Bounds, Score, rows_of_scores
 from dreamartist_pipeline.interop.drawn_pictures import write_pictures
-from dreamartist_pipeline.pipelines.report.charts import Interval, IntervalRow, interval_chart
+from dreamartist_pipeline.pipelines.report.charts import Interval, IntervalRow, interval_chart, line_charts
 from dreamartist_pipeline.pipelines.report.contents import contents_of
 from dreamartist_pipeline.pipelines.report.nodes import write_report
-from report_pages import HOSTILE, METADATA, REMEDIES, attention, facts, page, pictures, sources
+from dreamartist_pipeline.pipelines.training.figures import plot_history
+from report_pages import HOSTILE, METADATA, REMEDIES, attention, facts, history, page, pictures, sources
 
 
 class Outline(HTMLParser):
@@ -116,6 +119,21 @@ def _rules(text: str) -> tuple[str, str]:
     return style, "".join(dark)
 
 
+def test_panels_of_scores_show_bounds_the_base_model_and_the_chosen_step() -> None:
+    scores = [Score(step, fidelity, 0.9, 0.1, 0.2, 0.3) for step, fidelity in ((20, 0.5), (60, 0.7))]
+    rows = rows_of_scores(scores, Bounds(0.5, 0.5, 0.1), {"fidelity": 0.3}, chosen=60)
+    charts = {
+        chart.description.split(" over")[0]: chart
+        for chart in line_charts(plot_history(history(), DataFrame(rows)), "c")
+    }
+    fidelity, agreement = charts["fidelity of scored steps (×: beyond a bound)"], charts["agreement with prompts"]
+    chosen, base_model, beyond, values = "#d55e00", "#6d6d78", "#cc79a7", "#0072b2"
+    assert fidelity.colors == {values, chosen, base_model}
+    assert agreement.colors == {values, chosen, beyond}
+    assert "over 60 steps" in fidelity.description
+    assert "over 30 steps" in charts["loss"].description
+
+
 def test_equal_inputs_give_equal_pages() -> None:
     assert page() == page()
 
@@ -187,6 +205,15 @@ def test_maps_of_attention_stand_beside_their_pictures() -> None:
     assert [[one.alt for one in cell] for cell in table.rows[0].cells][-1] == [
         "concept, negative: 0 to 3%, seed 1: a my-fox, blue background"
     ]
+
+
+def test_the_steps_of_concept_and_evaluation_are_said() -> None:
+    metadata = METADATA.model_copy(update={"step": 40, "chosen": "it has the highest fidelity"})
+    configuration = {**facts().configuration, "evaluation.step": 20}
+    asked = dict(contents_of(sources(metadata=metadata, facts=facts(configuration=configuration))).asked)
+    assert asked["step of the concept"] == "40: it has the highest fidelity"
+    assert asked["step of the evaluation"] == "20"
+    assert not {"step of the concept", "step of the evaluation"} & dict(contents_of(sources()).asked).keys()
 
 
 def test_the_node_writes_the_page_of_what_it_is_given() -> None:

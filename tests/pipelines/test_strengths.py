@@ -259,6 +259,13 @@ def test_prompts_without_the_subject_as_a_word_have_no_map(tiny_base_model: Path
     assert drawn("a cat").height < 200
 
 
+def test_a_negative_word_beyond_the_end_of_what_is_read_has_no_map(tiny_base_model: Path, concept: Concept) -> None:
+    long = params(prompts=("a {pt1}",), negative_prompt=", ".join(["blurry"] * 100))
+    _, files = map_attention(str(tiny_base_model), concept, long, CPU)
+    shown = [stored.entry.condition.partition(":")[0] for stored in read_pictures(files, "attention_pictures")]
+    assert shown == ["", "positive", "", "positive"]
+
+
 def test_kept_steps_are_as_many_as_asked_for(tiny_base_model: Path, concept: Concept) -> None:
     read = dict.fromkeys((100, 200, 300), lambda: concept)
     for most in (1, 2, 3):

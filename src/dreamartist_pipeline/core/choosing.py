@@ -111,6 +111,11 @@ class Score:
         return {name: value for name, value in named.items() if name != "step" and value is not None}
 
 
+def least_agreement(base_agreement: float | None, loss: float) -> float | None:
+    """Return the bound on agreement: that of the base model, less a share of it; None if that is not measured."""
+    return None if base_agreement is None else (1 - loss) * base_agreement
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What a chosen step has to keep.
@@ -128,8 +133,7 @@ class Bounds:
     @classmethod
     def of(cls, params: ScoringParams, base_agreement: float | None) -> Bounds:
         """Return the bounds, relative to the base model's agreement."""
-        agreement = None if base_agreement is None else (1 - params.agreement_loss) * base_agreement
-        return cls(agreement, params.max_drift, params.max_copying)
+        return cls(least_agreement(base_agreement, params.agreement_loss), params.max_drift, params.max_copying)
 
     def passed(self, score: Score) -> tuple[str, ...]:
         """Return the names of the bounds that a score has passed."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dreamartist_pipeline.core.choosing import least_agreement
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.decoding.json_text import reasons
 from dreamartist_pipeline.errors import InputError
@@ -87,8 +88,7 @@ class SettingBounds:
     @classmethod
     def of(cls, params: SweepParams, base_agreement: float | None) -> SettingBounds:
         """Return the bounds, relative to the agreement of the base model with the class word."""
-        agreement = None if base_agreement is None else (1 - params.agreement_loss) * base_agreement
-        return cls(agreement, params.max_copying)
+        return cls(least_agreement(base_agreement, params.agreement_loss), params.max_copying)
 
     def keeps(self, measures: SettingMeasures) -> bool:
         """Return whether the measures are within the bounds."""

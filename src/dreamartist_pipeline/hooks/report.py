@@ -36,6 +36,8 @@ from dreamartist_pipeline.tracking.delivery import optional
 
 _CONCEPT = "concept"
 _PICTURE, _REPORT = "reference_image", "report"
+_NAMES_ITS_CONCEPT = frozenset({"recommended_settings"})
+"""Datasets that are read without a manifest, too: their readers leave out those of another concept."""
 _USES = ("evaluation", "generate", "export", "registration")  # sections of what is done with a finished concept
 
 
@@ -67,7 +69,8 @@ class ReportHooks:
             manifest = None if concept is None or not concept.is_file() else manifest_of(concept)
             replaces = _CONCEPT in pipeline.all_outputs()
             for name in optional_names:
-                if replaces or not is_of_concept(name, manifest, self._project):
+                is_named = manifest is None and name in _NAMES_ITS_CONCEPT and catalog.exists(name)
+                if replaces or not (is_named or is_of_concept(name, manifest, self._project)):
                     catalog.provide(name, lambda: None)
         if RUN_FACTS in pipeline.inputs():
             catalog.provide(RUN_FACTS, lambda: self._facts(run_params, pipeline, catalog))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from dreamartist_pipeline.catalog import ProjectCatalog
 from dreamartist_pipeline.core.checkpoints import stop_requests
 from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, input_error_in
-from dreamartist_pipeline.hooks.configuration import build_parameters
+from dreamartist_pipeline.hooks.configuration import build_parameters, check_subject
 from dreamartist_pipeline.hooks.manifest import (
     MANIFEST,
     RunManifest,
@@ -137,7 +137,7 @@ class ProjectRuns:
     def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
         """Run what has not been finished before; see `starting_runs.RunStarter`."""
         parent, digests = active_run_id(), functools.cache(digest_of)
-        requests = [replace(one, params=with_given(one.params, self._given)) for one in requests]
+        requests = _all_with_given(requests, self._given)
         commands: dict[str, RunCommand] = {}
         recorded: list[str] = []  # finished runs in MLflow
         for request in tqdm(requests, "checking earlier runs", unit="run", leave=False):
@@ -192,6 +192,7 @@ class ProjectRuns:
         params = literal_values(request.params)
         pipeline = sum((pipelines[name] for name in request.pipelines), Pipeline([]))
         try:
+            check_subject(request.subject)
             configuration = self._loader.of_run(params, _OWN)
             sections = build_parameters(configuration["parameters"])
         except Exception as error:
@@ -280,6 +281,29 @@ class ProjectRuns:
             },
             log=self._project / _LOGS / f"{request.subject}.log",
         )
+
+
+def _all_with_given(requests: Sequence[RunRequest], given: Mapping[str, Any]) -> list[RunRequest]:
+    """Return runs with the parameters of the command that starts them; see `with_given`.
+
+    Raises:
+        InputError: these make equal runs of different ones, which would count as several.
+    """
+    changed = [replace(one, params=with_given(one.params, given)) for one in requests]
+    if _num_different(changed) < _num_different(requests):
+        wanted = {item for one in requests for item in flatten(one.params)}
+        raise InputError(
+            expected="parameters of the command that leave different runs different",
+            got=", ".join(f"{name}={value}" for name, value in flatten(given).items() if name in wanted),
+            remedy="leave out what the runs differ in, such as training.seed, and change the comparison or the tuning",
+        )
+    return changed
+
+
+def _num_different(requests: Sequence[RunRequest]) -> int:
+    """Return how many runs there are that differ in more than their subjects."""
+    contents = ({name: value for name, value in one.params.items() if name != "subject"} for one in requests)
+    return len({json.dumps(content, sort_keys=True) for content in contents})
 
 
 def with_given(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class RegisteredModelDataset(AbstractDataset["tuple[ServedConcept, ...]", "dict[
             "base_model": metadata.base_model,
             "base_model_fingerprint": served.fingerprint,
             "num_steps": str(metadata.num_steps),
+            "step": "" if metadata.step is None else str(metadata.step),
         }
         return model_record(folder, self._name, served.aliases, hashlib.sha256(concept).hexdigest(), facts)
 

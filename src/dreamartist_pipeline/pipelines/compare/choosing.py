@@ -11,6 +11,7 @@ from typing import Any
 
 from dreamartist_pipeline.params import TuneParams
 from dreamartist_pipeline.pipelines.compare.planning import METHOD, SETTING
+from dreamartist_pipeline.pipelines.compare.tabulating import check_metrics, failure
 from dreamartist_pipeline.starting_runs import RunResult
 
 
@@ -29,6 +30,18 @@ class Tried:
     index: int
     means: dict[str, float]
     step_seconds: float
+
+
+def check_objective(results: Sequence[RunResult], tuning: TuneParams) -> None:
+    """Check that there is something to choose from, before earlier choices are replaced.
+
+    Raises:
+        InputError: all runs failed, or none has a metric of the objective.
+    """
+    failed = [one.outcome for one in results if one.outcome.message is not None]
+    if len(failed) == len(results):
+        raise failure(failed, len(results))
+    check_metrics(tuning.objective, results, "tune.objective")
 
 
 def tried_settings(results: Sequence[RunResult], tuning: TuneParams) -> list[Tried]:

@@ -89,11 +89,21 @@ def choose_settings(results: tuple[RunResult, ...], tuning: TuneParams) -> tuple
 
     Returns:
         A table with one row per setting, and the chosen settings as parameters of an environment.
+
+    Raises:
+        InputError: all runs failed, or none has a metric of the objective.
     """
     from pandas import DataFrame
 
-    from dreamartist_pipeline.pipelines.compare.choosing import as_records, choose, overlay, tried_settings
+    from dreamartist_pipeline.pipelines.compare.choosing import (
+        as_records,
+        check_objective,
+        choose,
+        overlay,
+        tried_settings,
+    )
 
+    check_objective(results, tuning)
     settings = tried_settings(results, tuning)
     chosen = choose(settings, tuning)
     for method, index in chosen.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -85,14 +85,7 @@ class Comparison:
         """
         if not self.subjects:
             raise failure(self.failed, len(self.results))
-        for metric in self.params.measures.model_dump().values():
-            if not any(metric in one.metrics for one in self.results):
-                known = sorted({name for one in self.results for name in one.metrics if "interval" not in name})
-                raise InputError(
-                    expected=f"a metric of these runs in compare.measures, out of {', '.join(known)}",
-                    got=metric,
-                    remedy="correct it",
-                )
+        check_metrics(self.params.measures.model_dump().values(), self.results, "compare.measures")
         self._check_same_base()
 
     def _check_same_base(self) -> None:
@@ -149,6 +142,27 @@ def _value(result: RunResult, metric: str) -> float:
 
 def _estimate(values: torch.Tensor) -> Estimate:
     return UNKNOWN if bool(values.isnan().all()) else bootstrap_grid(values)
+
+
+def check_metrics(metrics: Iterable[str], results: Sequence[RunResult], option: str) -> None:
+    """Check that runs have metrics; those of one run may be missing.
+
+    Args:
+        metrics: their names.
+        results: of all runs.
+        option: that names the metrics.
+
+    Raises:
+        InputError: no run has one of them.
+    """
+    known = {name for one in results for name in one.metrics}
+    if missing := [metric for metric in metrics if metric not in known]:
+        listed = ", ".join(sorted(name for name in known if "interval" not in name))
+        raise InputError(
+            expected=f"a metric of these runs in {option}, out of {listed}",
+            got=", ".join(missing),
+            remedy="correct it",
+        )
 
 
 def failure(failed: Sequence[RunOutcome], num_runs: int) -> InputError:

@@ -156,28 +156,33 @@ def _subjects(
     loaded = attach(backbone, concept, params.strength)
     of_base, of_concept = subject_words(concept, params)
     words = loaded.negative_words
+    negative_prompt = with_negative_words(concept, params, words)
     return [
         _Subject(BASE, attach_base(backbone, concept), of_base, fill_negative_prompt(params.negative_prompt, {})),
         _Subject(
             CONCEPT,
             loaded,
             of_concept,
-            with_negative_words(concept, params, words),
-            [words[slot] for slot in negative_word_slots(concept)],
+            negative_prompt,
+            [words[slot] for slot in negative_word_slots(concept) if _is_read(loaded, negative_prompt, words[slot])],
         ),
     ]
 
 
+def _is_read(loaded: LoadedConcept, prompt: str, word: str) -> bool:
+    """Return whether the text encoders read a word of a prompt, whose end they may cut off; log if not."""
+    try:
+        loaded.prompts.positions(prompt, word)
+    except InputError as error:
+        log.info("No map of attention for the word %r in the prompt %r: %s", word, prompt, error)
+        return False
+    return True
+
+
 def _has_words(template: str, subject: _Subject, params: EvaluationParams) -> bool:
     """Return whether a prompt has its words as separate words; log if not."""
-    words = subject.mapped_words(template)
-    try:
-        for word in words["positive"]:
-            subject.loaded.prompts.positions(subject.prompt(template, params.class_word), word)
-    except InputError as error:
-        log.info("No map of attention for the prompt %r: %s", template, error)
-        return False
-    return bool(words["positive"])
+    words, prompt = subject.mapped_words(template)["positive"], subject.prompt(template, params.class_word)
+    return bool(words) and all(_is_read(subject.loaded, prompt, word) for word in words)
 
 
 def _draw(template: str, subject: _Subject, params: EvaluationParams) -> MappedPicture:

@@ -20,7 +20,6 @@ from dreamartist_pipeline.core.measures import (
     SubjectMeasures,
     TextImageScorer,
     background_leakage,
-    prompt_texts,
 )
 from dreamartist_pipeline.core.metrics import copying_share
 from dreamartist_pipeline.core.model_location import ModelLocation
@@ -32,7 +31,7 @@ from dreamartist_pipeline.core.strengths import (
     SettingMeasures,
     recommend,
 )
-from dreamartist_pipeline.embedded import colors
+from dreamartist_pipeline.embedded.agreement import prompt_agreement
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams
 from dreamartist_pipeline.pipelines.evaluation.drawing import draw_settings
 from dreamartist_pipeline.pipelines.evaluation.measuring import Drawings, TableRow
@@ -107,15 +106,8 @@ class SettingJudge:
         return _Values(fidelity, self._against.crop_distance(pictures), leakage, agreement)
 
     def _agreement(self, templates: Sequence[str], images: Sequence[Image.Image]) -> float | None:
-        """Return the share of pictures with the background that the prompt names, or the mean text-image score."""
-        if self._reads_colors:
-            pairs = zip(templates, images, strict=True)
-            asked = [(words, image) for one, image in pairs if (words := colors.asked_backgrounds(one))]
-            if asked:
-                return sum(colors.background_color(image) in words for words, image in asked) / len(asked)
-        if self._text_image is None:
-            return None
-        return float(self._text_image.score(images, prompt_texts(templates, self._class_word)).mean())
+        """Return how well pictures fit their prompts; see `prompt_agreement`."""
+        return prompt_agreement(templates, images, self._class_word, self._text_image, self._reads_colors)
 
 
 # ------------------------------------------------------------------------------------------------- comparing

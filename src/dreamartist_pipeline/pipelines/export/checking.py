@@ -269,7 +269,7 @@ def _check_toolkit(files: Mapping[str, bytes], reference: _Reference) -> dict[st
         got = dict.fromkeys(word.vectors, words.get(word.name, torch.empty(0)))  # of the only text encoder
         entries[name] = _check_words(got, word.vectors, name, "float32")
     for branch, adapter in reference.source.adapters.items():
-        suffix = f"{'-neg' if branch == 'negative' else ''}-{reference.concept.metadata.num_steps}.safetensors"
+        suffix = f"{'-neg' if branch == 'negative' else ''}-{reference.concept.metadata.last_step}.safetensors"
         names = [f"{_TOOLKIT}{network}{suffix}" for network in adapter.networks]
         read = adapters.get(branch, BranchAdapter({}))
         compared = _compare_updates(adapter, read, " and ".join(names), UPDATE_LIMITS["float32"])

@@ -116,7 +116,7 @@ def concept_files(
             facts = _facts(word.branch, source, params, recommended)
             files[f"embeddings/{word.name}.safetensors"] = write_embedding(word, facts, dtype)
     if "toolkit" in params.formats:
-        written = write_toolkit(source.adapters, source.words, source.metadata.num_steps, source.names)
+        written = write_toolkit(source.adapters, source.words, source.metadata.last_step, source.names)
         files |= {f"toolkit/{name}": file for name, file in written.items()}
     if not files:
         raise InputError(

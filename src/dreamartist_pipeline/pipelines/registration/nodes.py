@@ -42,11 +42,11 @@ def concepts_of(concept: Concept, kept: KeptSteps) -> dict[str, Concept]:
     """Return alias -> concept of a training: the chosen one, if there is one, and the last, if it is kept."""
     if concept.metadata.chosen is None:
         return {LAST: concept}
-    num_steps = concept.metadata.num_steps
-    last = of_its_training(concept, kept).get(num_steps)
-    if concept.metadata.last_step == num_steps:
+    steps = of_its_training(concept, kept)
+    last = max(steps, default=concept.metadata.num_steps)  # earlier than that, if patience has stopped the training
+    if concept.metadata.last_step == last:
         return {BEST: concept, LAST: concept}
-    return {BEST: concept} | ({LAST: last()} if last else {})
+    return {BEST: concept} | ({LAST: steps[last]()} if steps else {})
 
 
 def with_aliases(concepts: Mapping[str, Concept]) -> list[tuple[tuple[str, ...], Concept]]:

@@ -96,10 +96,10 @@ class IntervalRow:
 
 
 def line_charts(figure: Any, name: str) -> list[Chart]:
-    """Draw the panels of a Plotly figure, one chart per panel.
+    """Draw the panels of a Plotly figure, one chart per panel; notes beside lines are left out.
 
     Args:
-        figure: of scatter traces, in subplots with titles.
+        figure: of scatter traces, lines across panels and shaded ranges of values, in subplots with titles.
         name: prefix of the ids of the charts.
     """
     axes = sorted({trace.yaxis or "y" for trace in figure.data}, key=_axis_number)
@@ -107,6 +107,7 @@ def line_charts(figure: Any, name: str) -> list[Chart]:
     return [
         _line_chart(
             [trace for trace in figure.data if (trace.yaxis or "y") == axis],
+            [shape for shape in figure.layout.shapes if shape.yref.split()[0] == axis],
             titles[index] if index < len(titles) else "",
             figure.layout[f"yaxis{axis[1:]}"],
             f"{name}-{index}",
@@ -119,10 +120,12 @@ def _axis_number(axis: str) -> int:
     return int(axis[1:] or 1)
 
 
-def _line_chart(traces: Sequence[Any], title: str, scale: Any, name: str) -> Chart:
-    """Draw traces; `scale` is the y axis of Plotly's layout."""
+def _line_chart(traces: Sequence[Any], shapes: Sequence[Any], title: str, scale: Any, name: str) -> Chart:
+    """Draw traces and shapes; `scale` is the y axis of Plotly's layout."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(*_PANEL_INCHES)
+        for shape in shapes:
+            _draw_shape(axes, shape)
         for trace in traces:
             _draw_line(axes, trace)
         axes.set_title(title)
@@ -131,31 +134,57 @@ def _line_chart(traces: Sequence[Any], title: str, scale: Any, name: str) -> Cha
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        elif scale.range:
+            axes.set_ylim(*scale.range)
         if scale.rangemode == "tozero":
             axes.set_ylim(bottom=0)
         names = [trace.name for trace in traces if trace.showlegend is not False and trace.name]
         if names:
             figure.legend(fontsize=7.5, loc="outside lower left", ncols=3, columnspacing=1.2)
-        steps = max((len(trace.x) for trace in traces), default=0)
+        steps = max((round(max(trace.x)) for trace in traces if len(trace.x)), default=0)
         description = f"{title} over {steps} steps" + (f": {', '.join(names)}" if names else "")
         return _chart(figure, name, description)
 
 
 _DASHES = {"dash": "--", "dot": ":", "dashdot": "-."}
+_MARKERS = {"x": "x", "star": "*"}
+
+
+def _draw_shape(axes: Axes, shape: Any) -> None:
+    """Draw a shaded range of values, or a line across the panel at one step or at one value."""
+    if shape.type == "rect":
+        axes.axhspan(shape.y0, shape.y1, facecolor=to_hex(shape.fillcolor), alpha=shape.opacity)
+        return
+    dash = _DASHES.get(shape.line.dash or "", "-")
+    look: Any = {"color": to_hex(shape.line.color), "linestyle": dash, "linewidth": 1.2}
+    if shape.yref.endswith("domain"):
+        axes.axvline(shape.x0, **look)
+    else:
+        axes.axhline(shape.y0, **look)
 
 
 def _draw_line(axes: Axes, trace: Any) -> None:
-    values = np.asarray(trace.y, dtype=float)
+    steps, values = np.asarray(trace.x, dtype=float), np.asarray(trace.y, dtype=float)
+    color = to_hex(trace.line.color or trace.marker.color or _CONCEPT)
+    if "markers" in (trace.mode or ""):
+        _draw_markers(axes, trace.marker.symbol, steps, values, color)
     axes.plot(
-        np.asarray(trace.x, dtype=float),
+        steps,
         values,
-        color=to_hex(trace.line.color or _CONCEPT),
+        color=color,
         linestyle=_DASHES.get(trace.line.dash or "", "-"),
         linewidth=0.7 * (trace.line.width or 2),
         alpha=trace.opacity or 1,
-        marker="o" if len(values) == 1 else "",
+        marker="o" if len(values) == 1 and "markers" not in (trace.mode or "") else "",
         label="_" if trace.showlegend is False else trace.name,
     )
+
+
+def _draw_markers(axes: Axes, symbols: Any, steps: np.ndarray, values: np.ndarray, color: str) -> None:
+    """Draw Plotly's symbols: one per point, or one for all."""
+    each = [symbols] * len(values) if symbols is None or isinstance(symbols, str) else symbols
+    for step, value, symbol in zip(steps, values, each, strict=True):
+        axes.plot([step], [value], linestyle="", marker=_MARKERS.get(symbol, "o"), color=color, label="_")
 
 
 def interval_chart(rows: Sequence[IntervalRow], axis: str, name: str, as_percent: bool = False) -> Chart:

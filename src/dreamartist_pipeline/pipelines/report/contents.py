@@ -252,6 +252,8 @@ def _asked(sources: Sources) -> list[tuple[str, str]]:
         "method": configuration.get("method"),
         "base model": metadata.base_model,
         "steps": metadata.num_steps or None,
+        "step of the concept": metadata.step if metadata.chosen is None else f"{metadata.step}: {metadata.chosen}",
+        "step of the evaluation": configuration.get("evaluation.step"),
         "guidance scale of the training": metadata.guidance_scale,
         "seed": metadata.seed,
         "imported from": ", ".join(name for name, _ in metadata.imported_from or ()),

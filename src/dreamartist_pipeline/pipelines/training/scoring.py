@@ -46,13 +46,12 @@ from dreamartist_pipeline.core.measures import (
     SubjectMeasures,
     background_leakage,
     drift,
-    prompt_texts,
 )
-from dreamartist_pipeline.core.metrics import pairwise_distances
+from dreamartist_pipeline.core.metrics import copying_share, pairwise_distances
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
 from dreamartist_pipeline.core.validation import Validation
-from dreamartist_pipeline.embedded import colors
+from dreamartist_pipeline.embedded.agreement import prompt_agreement
 from dreamartist_pipeline.params import ScoringParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.trainable import idle_modules
 
@@ -96,18 +95,8 @@ class Judges:
         )
 
     def agreement(self, templates: Sequence[str], images: Sequence[Image], class_word: str) -> float | None:
-        """Return how well images fit their prompts: the share with the asked background, or the mean CLIPScore."""
-        if self.reads_colors:
-            asked = [
-                (colors.asked_backgrounds(template), image) for template, image in zip(templates, images, strict=True)
-            ]
-            agree = [colors.background_color(image) in words for words, image in asked if words]
-            if agree:
-                return sum(agree) / len(agree)
-        if self.texts is None:
-            return None
-        texts = prompt_texts(templates, class_word)
-        return float(self.texts.score(images, texts).mean())
+        """Return how well images fit their prompts; see `prompt_agreement`."""
+        return prompt_agreement(templates, images, class_word, self.texts, self.reads_colors)
 
 
 class ImageMeasures:
@@ -170,15 +159,9 @@ class ImageMeasures:
         return self._judges.agreement(self._templates, images, self._class_word)
 
     def _copying(self, images: Sequence[Image], pictures: PictureEmbeddings) -> float:
-        """Return the mean over images of the lesser of two shares, each 0 for the base model's images and 1 for copies.
-
-        A faithful object alone is near to a crop of the reference, and a background alone can be like its own; a copy
-        is both.
-        """
-        nearness = 1 - self._subject.crop_distance(pictures) / max(_SMALLEST, self._base_distance)
-        leakage = background_leakage(images, self._reference) - self._base_leakage
-        share = torch.minimum(nearness, leakage / max(_SMALLEST, 1 - self._base_leakage))
-        return float(share.clamp(min=0).mean())
+        """Return the mean over images of `metrics.copying_share`."""
+        distances, leakage = self._subject.crop_distance(pictures), background_leakage(images, self._reference)
+        return float(copying_share(distances, leakage, self._base_distance, self._base_leakage).mean())
 
 
 def _mean_off_diagonal(distances: torch.Tensor) -> float:
