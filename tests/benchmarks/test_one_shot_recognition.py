@@ -106,7 +106,7 @@ def test_a_world_without_rendered_sprites_is_refused_before_anything_is_trained(
 
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     monkeypatch.setattr(bench, "ROOT", tmp_path)
-    monkeypatch.setattr(bench, "run_all", train)
+    monkeypatch.setattr(bench, "concepts", train)
     judge = str(ROOT / "data/01_raw/judge/judge.safetensors")
     options = ["--subjects", "fox", "--images", str(IMAGES), "--judge", judge]
     with pytest.raises(SystemExit, match="sprites.safetensors.*--no-recognition"):
