@@ -406,6 +406,26 @@ def test_an_interruption_that_a_library_has_caught_is_raised_again(
     assert "Stopped by SIGTERM" in capsys.readouterr().err
 
 
+def test_an_interruption_that_python_ignores_is_raised_again_at_once_and_not_reported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted_in_a_destructor() -> None:
+        collected = Collected()
+        del collected
+        time.sleep(20)
+
+    begun = time.monotonic()
+    with pytest.raises(click.exceptions.Exit, match="130"):
+        _report(interrupted_in_a_destructor)(traceback=False)
+    assert time.monotonic() - begun < 4
+    shown = capsys.readouterr().err
+    assert "Stopped by SIGINT" in shown and "Exception ignored" not in shown
+
+
 def test_nothing_is_raised_again_after_a_run_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreamartist_pipeline.cli.stopping._UNWINDING_S", 0.05)
     with pytest.raises(click.exceptions.Exit):

@@ -17,6 +17,7 @@ from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT
 
 _KEPT = "What has been finished is kept; the same command goes on from there."
 _UNWINDING_S = 5.0
+_AT_ONCE_S = 0.1
 _CLOSING = "Stopping: the run is being closed."
 
 
@@ -50,10 +51,27 @@ class Stop:
             return
         self._arrived_s = time.monotonic()
         self.name = signal.Signals(number).name
-        self._again = threading.Timer(_UNWINDING_S, _signal_main_thread, [number])
+        self._raise_again(number, _UNWINDING_S)
+        raise KeyboardInterrupt(self.message)
+
+    def _raise_again(self, number: int, after_s: float) -> None:
+        self._again.cancel()
+        self._again = threading.Timer(after_s, _signal_main_thread, [number])
         self._again.daemon = True
         self._again.start()
-        raise KeyboardInterrupt(self.message)
+
+    def lost(self, lost: sys.UnraisableHookArgs) -> bool:
+        """Raise the interruption again at once if it is what was raised where Python ignores it, as in a destructor.
+
+        Returns:
+            Whether it is: there is nothing to be read then.
+        """
+        if self.name is None or not issubclass(lost.exc_type, KeyboardInterrupt):
+            return False
+        if not self.is_closing:
+            self._arrived_s = None
+            self._raise_again(signal.Signals[self.name], _AT_ONCE_S)
+        return True
 
     def close(self) -> None:
         """Let nothing be raised any more, while the run is closed."""
@@ -87,11 +105,14 @@ def stopped_by_signals() -> Iterator[Stop]:
         yield stop
         return
     previous = {number: signal.signal(number, stop.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    report_ignored = sys.unraisablehook
+    sys.unraisablehook = lambda ignored: None if stop.lost(ignored) else report_ignored(ignored)
     if os.environ.pop(ENDS_WITH_INPUT, None) is not None:
         threading.Thread(target=_signal_at_end_of_input, daemon=True).start()
     try:
         yield stop
     finally:
         stop.close()
+        sys.unraisablehook = report_ignored
         for number, handler in previous.items():
             signal.signal(number, handler)
