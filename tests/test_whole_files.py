@@ -142,18 +142,22 @@ def test_four_processes_save_at_once_fifty_times(tmp_path: Path, kind: str) -> N
 
 
 def test_the_file_of_a_writer_that_only_waits_is_kept(tmp_path: Path) -> None:
+    def is_kept(process: subprocess.Popen[str]) -> bool:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.005)
+        partial = list(tmp_path.glob(".*.partial.txt"))
+        remove_leftovers(tmp_path)
+        kept = bool(partial) and list(tmp_path.glob(".*.partial.txt")) == partial
+        process.send_signal(signal.SIGCONT)
+        return kept
+
     with start_writer(tmp_path / "a.txt", "file") as process:
         assert process.stdout is not None and process.stdout.readline()
-        for _ in range(200):  # until it is stopped within a write
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(0.005)
-            if partial := list(tmp_path.glob(".*.partial.txt")):
-                break
-            process.send_signal(signal.SIGCONT)
-            time.sleep(0.001)
-        remove_leftovers(tmp_path)
-        assert partial and list(tmp_path.glob(".*.partial.txt")) == partial
-        process.kill()
+        try:  # until it is stopped within a write; a file that it has not locked yet is removed, and made again
+            assert any(is_kept(process) for _ in range(200))
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 # ------------------------------------------------------------------------------------------------- folders
