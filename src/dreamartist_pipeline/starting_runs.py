@@ -35,7 +35,7 @@ _ERROR = re.compile(r"^Error: (.*?)(?=^\(--traceback|\Z)", re.DOTALL | re.MULTIL
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run that is wanted.
+    """A run to start, unless it has finished before.
 
     Attributes:
         subject: names its folders.

@@ -291,10 +291,10 @@ def _all_with_given(requests: Sequence[RunRequest], given: Mapping[str, Any]) ->
     """
     changed = [replace(one, params=with_given(one.params, given)) for one in requests]
     if _num_different(changed) < _num_different(requests):
-        wanted = {item for one in requests for item in flatten(one.params)}
+        own = {name for one in requests for name in flatten(one.params)}
         raise InputError(
             expected="parameters of the command that leave different runs different",
-            got=", ".join(f"{name}={value}" for name, value in flatten(given).items() if name in wanted),
+            got=", ".join(f"{name}={value}" for name, value in flatten(given).items() if name in own),
             remedy="leave out what the runs differ in, such as training.seed, and change the comparison or the tuning",
         )
     return changed
