@@ -33,6 +33,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nine more processes, for evaluations by the server
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [*command, *stores], stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True

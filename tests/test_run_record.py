@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ def test_a_run_of_a_concept_repeats_the_parameters_of_its_training_but_not_those
 class FixedPresets(dict[str, Any]):
     """A configuration loader that has these sections as presets."""
 
-    def presets(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(self)
+    def presets(self, _: Mapping[str, Any], sections: Collection[str]) -> dict[str, Any]:
+        return {name: self[name] for name in sections}
 
 
 @pytest.fixture(scope="module")

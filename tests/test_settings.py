@@ -255,7 +255,7 @@ def test_the_catalog_names_the_files_that_parameters_name() -> None:
 
 def test_presets_are_those_of_the_base_environment_for_the_settings_of_the_run() -> None:
     loader = config_loader("sd15", subject="cat", training={"num_steps": 3})
-    preset = loader.presets({"subject": "cat", "method": "lora"})["training"]
+    preset = loader.presets({"subject": "cat", "method": "lora"}, ["training"])["training"]
     assert (preset["num_steps"], preset["guidance_scale"], preset["class_word"]) == (400, "1.0", "cat")
     assert loader["parameters"]["training"]["num_steps"] == 3
     assert loader["catalog"]["base_model"]["path"].startswith("hub:")  # globals are those of the environment again

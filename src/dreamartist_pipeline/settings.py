@@ -141,8 +141,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
         merged: dict[str, Any] = {}
         for env in dict.fromkeys((self.base_env, self.env or self.default_run_env)):
             for file in self._files(key, env):
-                values = _parsed(self._fs.cat_file(file), file)
-                merged = merge_mappings(merged, values)
+                merged = merge_mappings(merged, _parsed(self._fs.cat_file(file), file))
         try:
             resolved(merged, max_values=_MAX_VALUES)
         except RecursionError as error:
@@ -168,15 +167,17 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """
         other = type(self)(self.conf_source, self.env, dict(params), **CONFIG_LOADER_ARGS)
         other._checked = self._checked | {"globals", "parameters", "catalog"}  # the same files
-        other.config_patterns["parameters"] = [
-            file for file, sections in self._sections_in_files.items() if not sections or sections - {*without}
-        ]
+        other.config_patterns["parameters"] = self._files_with(SECTIONS.keys() - without)
         try:
             configuration = {key: other[key] for key in ("globals", "parameters")}
             other["parameters"] = configuration["parameters"]  # read by the catalog
             return configuration | {"catalog": other["catalog"]}
         finally:
             self._register_globals_resolver()  # the other loader has replaced it
+
+    def _files_with(self, sections: Collection[str]) -> list[str]:
+        """Return the files of parameters that define one of these sections, or none but other values."""
+        return [file for file, own in self._sections_in_files.items() if not own or not own.isdisjoint(sections)]
 
     @functools.cached_property
     def _sections_in_files(self) -> dict[str, set[str]]:
@@ -189,15 +190,18 @@ class ProjectConfigLoader(OmegaConfigLoader):
                 found.setdefault(file.removeprefix(f"{folder}/"), set()).update(sections)
         return found
 
-    def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of the base environment for these run settings, without any other changes."""
+    def presets(self, settings: Mapping[str, Any], sections: Collection[str]) -> dict[str, Any]:
+        """Return sections of the base environment's parameters for these run settings, without any other changes."""
         given = {name: literal(value) for name, value in settings.items()}
-        parameters = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)["parameters"]
+        base = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)
+        base.config_patterns["parameters"] = self._files_with(sections)  # which saves time
+        parameters = base["parameters"]
         self._register_globals_resolver()  # the other loader has replaced it
-        return {name: parameters[name] for name in SECTIONS if name in parameters}
+        return {name: parameters[name] for name in sections}
 
 
-def _parsed(data: bytes, file: str) -> dict[str, Any]:
+@functools.lru_cache(maxsize=100)  # a run reads each several times
+def _parsed(data: bytes, file: str) -> Mapping[str, Any]:
     """Return the values of a file; an empty one has none.
 
     Raises:

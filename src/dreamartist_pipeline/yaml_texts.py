@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf._yaml import get_yaml_loader
 
 from dreamartist_pipeline.errors import InputError
 
@@ -15,7 +15,7 @@ MAX_CHARACTERS = 200_000  # of a file; the toolkit's, and those of conf/, have a
 _MAX_DEPTH = 50
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
 _SHOWN = 60  # characters of a wrong value in an error
-_REFERENCE_MARK = "\ue000{"  # in place of `${`, which OmegaConf would parse; a character for private use
+_VALUES = (str, int, float, type(None))  # besides lists and mappings
 
 
 def parse_mapping(text: str, what: str) -> dict[str, Any]:
@@ -36,26 +36,24 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
         )
     try:
         check_events(text, what)
-        values = OmegaConf.to_container(OmegaConf.create(text.replace("${", _REFERENCE_MARK)), resolve=False)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=get_yaml_loader())  # OmegaConf's own, as safe as PyYAML's SafeLoader
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:  # of `!!int x`
         raise InputError(
             expected=f"a YAML file as {what}", got=f"a syntax error: {error}", remedy="correct the file"
         ) from error
-    except OmegaConfBaseException as error:
-        raise InputError(expected=what, got=str(error).splitlines()[0], remedy="correct the file") from error
-    except AssertionError:  # what OmegaConf makes of a single number
-        values = None
     if not isinstance(values, dict):
         raise InputError(
             expected=f"a YAML mapping as {what}",
             got="a list" if isinstance(values, list) else f"a single value, {text.strip()[:_SHOWN]!r}",
             remedy="give another file, or correct it",
         )
-    mapping: dict[str, Any] = _with_text_keys(values)
+    mapping: dict[str, Any] = _with_text_keys(values, what)
     return mapping
 
 
-def merge_mappings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_mappings(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping over another; mappings in both are merged, all other values replaced."""
     both = {
         name: merge_mappings(base[name], value)
@@ -63,7 +61,7 @@ def merge_mappings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
         else value
         for name, value in over.items()
     }
-    return base | both
+    return {**base, **both}
 
 
 def too_deep(what: str) -> InputError:
@@ -98,18 +96,22 @@ def check_events(text: str, what: str) -> None:
             )
 
 
-def _with_text_keys(value: Any) -> Any:
-    """Return nested values with all keys as text, and with references in place of their mark.
+def _with_text_keys(value: Any, what: str) -> Any:
+    """Return nested values with all keys as text.
 
     Raises:
-        InputError: a text is no valid Unicode.
+        InputError: a text is no valid Unicode, or a value of another kind than those of JSON.
     """
     if isinstance(value, dict):
-        return {str(_with_text_keys(name)): _with_text_keys(item) for name, item in value.items()}
+        return {str(_with_text_keys(name, what)): _with_text_keys(item, what) for name, item in value.items()}
     if isinstance(value, list):
-        return [_with_text_keys(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if re.search("[\ud800-\udfff]", value):
+        return [_with_text_keys(item, what) for item in value]
+    if not isinstance(value, _VALUES):
+        raise InputError(
+            expected=f"texts, numbers, lists and mappings in {what}",
+            got=f"a {type(value).__name__}, {str(value)[:_SHOWN]!r}",
+            remedy="correct the file",
+        )
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise InputError(expected="valid Unicode", got=f"{value[:_SHOWN]!r}", remedy="correct the file")
-    return value.replace(_REFERENCE_MARK, "${")
+    return value

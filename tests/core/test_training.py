@@ -378,7 +378,7 @@ def test_a_training_continued_from_a_checkpoint_has_the_bytes_and_the_history_of
     assert [without_time(row) for row in again] == [without_time(row) for row in history]
     assert [list(row) for row in again] == [list(row) for row in history]
     assert again[:num_done] == history[:num_done]
-    assert [record.row() for record in records] == again  # the steps before the checkpoint, too
+    assert [record.row() for record in records] == list(again)  # the steps before the checkpoint, too
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 6])

@@ -34,7 +34,7 @@ COMPARED = {
         "prompt_database": "prompts.parquet",
         "ingestion": {"bucket": {"side_px": 32, "multiple_px": 8}},
         "training": {"preview": {"every": 0}},
-        "evaluation": {"branch_images": 0, "guidance_images": 0},
+        "evaluation": {"branch_images": 0, "guidance_images": 0, "attention_images": 0, "sweep": {"images": 0}},
     },
 }
 
@@ -100,8 +100,3 @@ def test_two_methods_on_two_subjects_of_which_one_fails(project: Path, parent: s
 
     names, _ = start(project, subjects=["dot"])
     assert names == []
-
-    methods = {"lora": {"title": "LoRA", "params": {"training": {"num_steps": 1}}}, "t-lora": {"title": "T-LoRA"}}
-    names, outcomes = start(project, subjects=["dot"], methods=methods)
-    assert names == ["dot-lora-0"]
-    assert {one.message for one in outcomes.values()} == {None}

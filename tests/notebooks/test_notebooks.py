@@ -65,7 +65,8 @@ def run(project: Path, notebook: NotebookNode) -> None:
     )
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "src"), "IPYTHONDIR": str(project / "ipython")}
     not_ours = ("KEDRO_ENV", "MLFLOW_TRACKING_URI")  # the copy has its own
-    client.execute(env={name: value for name, value in os.environ.items() if name not in not_ours} | ours)
+    given = {name: value for name, value in os.environ.items() if name not in not_ours}
+    client.execute(cleanup_kc=True, env=given | ours)  # without it, a kernel that is given stays
 
 
 def execute(project: Path, name: str, result: str = "None", **settings: Any) -> NotebookNode:

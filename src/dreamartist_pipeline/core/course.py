@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -20,12 +20,12 @@ from dreamartist_pipeline.core.divergence import (
     are_finite,
     likely_causes,
 )
+from dreamartist_pipeline.core.history import History, HistoryRow
 from dreamartist_pipeline.core.parameter_groups import WORDS
 from dreamartist_pipeline.core.processes import num_ranks, on_any_rank, rank
 from dreamartist_pipeline.core.training_step import Steps, TrainableModel
 from dreamartist_pipeline.errors import STOPPED_BY_BUDGET, STOPPED_BY_SIGNAL, StoppedEarly, TrainingError
 
-HistoryRow = dict[str, float]
 CHECKPOINT_ENTRIES = ("state", "history", "good_states", "halvings", "diverged_at")
 """What a checkpoint has; older versions of the project have saved fewer."""
 
@@ -127,7 +127,7 @@ class Course:
         alarms: Alarms,
     ) -> None:
         """Begin with the state of `steps`, or continue from the checkpoint."""
-        self.history: list[HistoryRow] = []
+        self.history = History()
         self.good = GoodStates(steps.params.num_steps)
         self.found: Divergence | None = None
         self._model, self._steps, self._state, self._params = model, steps, steps.state, steps.params
@@ -205,7 +205,7 @@ class Course:
         """Go back to the newest good state; the steps after it are taken again."""
         state = self.good.states[-1]
         self._state.load_state_dict(state)
-        self.history[:] = [row for row in self.history if row["step"] <= state["step"]]
+        self.history.cut(state["step"])
         self.found = None
 
     def checkpoint(self, diverged_at: int | None = None) -> Checkpoint:
@@ -217,7 +217,7 @@ class Course:
         """
         return {
             "state": self._state.to_save(),
-            "history": _packed(self.history),
+            "history": self.history.to_save(),
             "good_states": self.good.states if self._halves else self.good.states[:1],
             "halvings": [[halving.diverged_at, halving.back_to] for halving in self._halvings],
             "diverged_at": diverged_at,
@@ -235,7 +235,7 @@ class Course:
         self._state.load_state_dict(checkpoint["state"])
         self.good.states = checkpoint["good_states"]
         self._set_halvings([Halving(*steps) for steps in checkpoint["halvings"]])
-        self.history = _unpacked(checkpoint["history"])
+        self.history = History.of_saved(checkpoint["history"])
         for row in self.history:
             self._report(StepRecord.of_row(row))
 
@@ -309,18 +309,6 @@ class _GradientCheck:
                     remedy="check that every template has a slot and that the base model is trained",
                 )
         self._is_done = True
-
-
-def _packed(history: Sequence[HistoryRow]) -> dict[str, Any]:
-    """Return rows with equal columns as one float64 tensor `[rows, columns]`, a tenth of their size in a file."""
-    columns = list(history[0]) if history else []
-    values = [[row[column] for column in columns] for row in history]
-    return {"columns": columns, "values": torch.tensor(values, dtype=torch.float64)}
-
-
-def _unpacked(history: dict[str, Any]) -> list[HistoryRow]:
-    rows = [dict(zip(history["columns"], values, strict=True)) for values in history["values"].tolist()]
-    return [row | {"step": int(row["step"])} for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------- interruptions

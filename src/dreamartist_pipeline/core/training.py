@@ -20,11 +20,11 @@ from dreamartist_pipeline.core.course import (
     Alarms,
     Checkpointing,
     Course,
-    HistoryRow,
     Interruption,
     StepRecord,
     interruptible,
 )
+from dreamartist_pipeline.core.history import History
 from dreamartist_pipeline.core.processes import num_ranks, on_any_rank
 from dreamartist_pipeline.core.trainer import FinishedStep, TrainingState, train
 from dreamartist_pipeline.core.training_step import Execution, Steps, TrainableModel, training_state
@@ -63,7 +63,7 @@ def fit(
     checkpointing: Checkpointing | None = None,
     alarms: Alarms = _NO_ALARMS,
     scoring: Scoring = _NO_SCORING,
-) -> list[HistoryRow]:
+) -> History:
     """Train the model's parameters in place and return one history row per step.
 
     With averages (`ema_decay`, schedule_free), the parameters hold the averages during `on_preview`, `scoring.score`

@@ -63,8 +63,8 @@ log = logging.getLogger(__name__)
 class Presets(Protocol):
     """The project's configuration loader."""
 
-    def presets(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of the base environment for these run settings."""
+    def presets(self, settings: Mapping[str, Any], sections: Collection[str]) -> dict[str, Any]:
+        """Return sections of the base environment's parameters for these run settings."""
 
 
 class RunRecordHooks:
@@ -117,10 +117,8 @@ class RunRecordHooks:
 
         sections = sections_of(pipeline, catalog)
         given = {name: value for name, value in self._settings.items() if value is not None}
-        presets = self._loader.presets(given)
-        own = recorded_parameters(
-            self._settings, sections, build_parameters({name: presets[name] for name in sections})
-        )
+        presets = build_parameters(self._loader.presets(given, sections))
+        own = recorded_parameters(self._settings, sections, presets)
         if (concept := used_concept(pipeline, catalog)) is None:
             return own, None
         parent = None

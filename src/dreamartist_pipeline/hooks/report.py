@@ -30,6 +30,7 @@ from dreamartist_pipeline.hooks.parameters import flatten, number_lists, plain_s
 from dreamartist_pipeline.hooks.record import Presets, flush
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of
 from dreamartist_pipeline.hooks.story import PREVIEWS, file_sha256, run_that_made
+from dreamartist_pipeline.params import SECTIONS
 from dreamartist_pipeline.redaction import redact
 from dreamartist_pipeline.run_facts import RUN_FACTS, RunFacts
 from dreamartist_pipeline.tracking.delivery import optional
@@ -104,9 +105,8 @@ class ReportHooks:
     def _changed(self, configuration: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return dotted name -> (default, value) of all parameters of the runs that differ from conf/base."""
         given = {name: configuration[name] for name in RUN_SETTINGS if configuration.get(name) is not None}
-        presets = self._loader.presets(given)
-        used = {name: configuration[name] for name in presets if name in configuration}
-        defaults = plain_sections(build_parameters({name: presets[name] for name in used}))
+        used = {name: values for name, values in configuration.items() if name in SECTIONS}
+        defaults = plain_sections(build_parameters(self._loader.presets(given, used)))
         return changes(number_lists(defaults), number_lists(used))
 
 

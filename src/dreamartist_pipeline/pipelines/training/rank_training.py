@@ -16,8 +16,9 @@ from dreamartist_pipeline.backbones.placement import off_device
 from dreamartist_pipeline.core.batches import derived_seed
 from dreamartist_pipeline.core.choosing import scored_steps
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.course import Alarms, Checkpointing, HistoryRow
+from dreamartist_pipeline.core.course import Alarms, Checkpointing
 from dreamartist_pipeline.core.devices import device_of_rank
+from dreamartist_pipeline.core.history import History
 from dreamartist_pipeline.core.image_set import CaptionedImages
 from dreamartist_pipeline.core.images import Framing
 from dreamartist_pipeline.core.model_location import ModelLocation
@@ -149,7 +150,7 @@ def _fit(
     checkpointing: Checkpointing | None,
     alarms: Alarms,
     tracker: Tracker,
-) -> tuple[list[HistoryRow], Scorer | None]:
+) -> tuple[History, Scorer | None]:
     """Train the new concept in place, and return its history, and on rank 0 what has scored it, if it was scored."""
     params, device = inputs.params, new.backbone.device
     memory = memory_plan(inputs.plan, params)
