@@ -66,8 +66,9 @@ class Trainings:
 def source(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
     folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
     Image.new("RGB", (32, 32), "orange").save(folder / "fox.png")
-    for file in folder.glob("conf/*/catalog_*.yml"):  # of other pipelines: they take time to read
-        file.unlink()
+    for pattern in ("catalog_*", "parameters_pretrain*", "parameters_judge*"):  # not of these runs: they take time
+        for file in folder.glob(f"conf/*/{pattern}.yml"):
+            file.unlink()
     return folder
 
 

@@ -71,10 +71,15 @@ class WarmProgram:
             self.process.kill()
             self.process.join()
             raise subprocess.TimeoutExpired(self.arguments, timeout_s)
-        stdout, stderr = (
-            file.read_text(encoding="utf-8", errors="replace") if file.exists() else "" for file in self.outputs
-        )
-        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, stdout, stderr)
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *map(_text_of, self.outputs))
+
+    def read(self) -> str:
+        """Return all that it has written so far, first to stdout, then to stderr."""
+        return "".join(map(_text_of, self.outputs))
+
+
+def _text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 
 def start_warm(arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], outputs: Path) -> WarmProgram:
@@ -105,7 +110,7 @@ def _run(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path.insert(0, str(folder))
+    sys.path[:0] = [str(folder), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
     if arguments[0] == "-m":
         sys.argv[1:] = arguments[2:]

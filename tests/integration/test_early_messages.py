@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from warm_processes import run_warm
+
 _RUN = """
 import sys
 from kedro.framework.cli.cli import main
@@ -93,8 +95,11 @@ def test_a_run_logs_alike_in_a_sub_folder(bare_project: Path) -> None:
     picture = bare_project / "cat.png"
     Image.effect_noise((64, 64), 50).save(picture)
     picture.write_bytes(picture.read_bytes()[:-999])  # damaged, which is found when it is decoded
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = ("-m", "kedro", "run", "--pipeline", "ingestion", "--params")
     at_root, below = (
-        kedro_run(folder, "--pipeline", "ingestion", "--params", f"subject=cat,image={image}")
+        run_warm((*command, f"subject=cat,image={image}"), folder, environment, timeout_s=240)
         for folder, image in ((bare_project, "cat.png"), (bare_project / "notebooks", "../cat.png"))
     )
     assert at_root.returncode == below.returncode == 1

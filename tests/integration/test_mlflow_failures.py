@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from PIL import Image
 
 from mlflow_servers import Gate, free_port, mlflow_server
 from project_copy import copy_project
+from warm_processes import WarmProgram, start_warm
 
 _PARAMS = "subject=button,image=button.png,base_model=tiny,prompt_database=prompts.parquet,"
 _PARAMS += "ingestion.bucket.side_px=32,ingestion.bucket.multiple_px=8"
@@ -35,23 +34,22 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
         opened.set("closed")
 
 
-def start(project: Path, uri: str, pipelines: str) -> subprocess.Popen[str]:
+def start(project: Path, uri: str, pipelines: str, outputs: Path) -> WarmProgram:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": "", "MLFLOW_TRACKING_URI": uri}
-    command = [sys.executable, "-m", "kedro", "run", "--env", "test", "--pipelines", pipelines, "--params", _PARAMS]
-    return subprocess.Popen(
-        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    arguments = ("-m", "kedro", "run", "--env", "test", "--pipelines", pipelines, "--params", _PARAMS)
+    return start_warm(arguments, project, environment, outputs)
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=_TIMEOUT_S)
+def finished(program: WarmProgram) -> tuple[int, str]:
+    result = program.wait(_TIMEOUT_S)
+    output = result.stdout + result.stderr
     assert "pa55word" not in output
-    return process.returncode, output
+    return result.returncode, output
 
 
-def test_a_server_that_is_away_ends_the_run_before_any_work(project: Path) -> None:
+def test_a_server_that_is_away_ends_the_run_before_any_work(project: Path, tmp_path: Path) -> None:
     port = free_port()
-    code, output = finished(start(project, f"http://user:pa55word@127.0.0.1:{port}", "ingestion"))
+    code, output = finished(start(project, f"http://user:pa55word@127.0.0.1:{port}", "ingestion", tmp_path))
     assert code == 1
     (message,) = [line for line in output.splitlines() if line.startswith("Error: ")]
     assert f"http://127.0.0.1:{port}" in message and "MLFLOW_TRACKING_URI" in message
@@ -59,24 +57,23 @@ def test_a_server_that_is_away_ends_the_run_before_any_work(project: Path) -> No
     assert not (project / "data/02_intermediate").exists()
 
 
-def test_a_training_outlives_its_server_and_the_next_run_delivers_the_rest(project: Path, gate: Gate) -> None:
+def test_a_training_outlives_its_server_and_the_next_run_delivers_the_rest(
+    project: Path, gate: Gate, tmp_path: Path
+) -> None:
     import mlflow
 
-    process = start(project, gate.uri, "train")
-    assert process.stdout is not None
-    watchdog = threading.Timer(_TIMEOUT_S, process.kill)
-    watchdog.start()
-    for line in process.stdout:
-        if "train_concept" in line:
+    program = start(project, gate.uri, "train", tmp_path)
+    while program.process.is_alive():
+        if "train_concept" in program.read():
             gate.set("closed")
             break
-    code, output = finished(process)
-    watchdog.cancel()
+        time.sleep(0.02)
+    code, output = finished(program)
     assert code == 0, output[-3000:]
     (kept,) = (project / "data/09_tracking/outbox").iterdir()
     assert str(kept) in output and "Traceback" not in output
     gate.set("open")
-    code, output = finished(start(project, gate.uri, "ingestion"))
+    code, output = finished(start(project, gate.uri, "ingestion", tmp_path))
     assert code == 0, output[-3000:]
     assert not kept.exists()
     client = mlflow.MlflowClient(gate.uri)

@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
+from warm_processes import run_warm
+
 _PACKAGE = """
 import sys
 from kedro.framework.cli import project
@@ -43,10 +45,7 @@ def packaged_run(package: Path, folder: Path, *arguments: str, **variables: str)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package / "installed"), **variables}
     environment |= {"KEDRO_DISABLE_TELEMETRY": "1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "dreamartist_pipeline", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    return run_warm(("-m", "dreamartist_pipeline", *arguments), folder, environment, timeout_s=240)
 
 
 def test_a_packaged_project_trains_and_prints_commands_that_work(
