@@ -37,6 +37,7 @@ from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_d
 
 _SUFFIXES = (".yml", ".yaml", ".json")
 _MAX_VALUES = 100_000  # of one key such as `parameters`; conf/ has a few thousand
+_APART = frozenset({"compare", "judge", "tune"})  # sections that nothing else refers to
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
@@ -158,26 +159,29 @@ class ProjectConfigLoader(OmegaConfigLoader):
         found = {file for pattern in self.config_patterns[key] for file in self._fs.glob(f"{folder}/{pattern}")}
         return sorted(file for file in found if Path(file).suffix in _SUFFIXES and not self._is_hidden(file))
 
-    def of_run(self, params: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    def of_run(self, params: Mapping[str, Any], sections: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return `globals`, `parameters` and `catalog` of another run of this environment.
 
         Args:
             params: the parameters of its command, nested.
-            without: sections that it does not read; files of nothing else are left out, which saves time.
+            sections: that it reads.
         """
         other = type(self)(self.conf_source, self.env, dict(params), **CONFIG_LOADER_ARGS)
         other._checked = self._checked | {"globals", "parameters", "catalog"}  # the same files
-        other.config_patterns["parameters"] = self._files_with(SECTIONS.keys() - without)
+        other.config_patterns["parameters"] = self._files_with(sections)
         try:
             configuration = {key: other[key] for key in ("globals", "parameters")}
+            for name in _APART - set(sections):  # which an overlay may have in a file with others
+                configuration["parameters"].pop(name, None)
             other["parameters"] = configuration["parameters"]  # read by the catalog
             return configuration | {"catalog": other["catalog"]}
         finally:
             self._register_globals_resolver()  # the other loader has replaced it
 
     def _files_with(self, sections: Collection[str]) -> list[str]:
-        """Return the files of parameters that define one of these sections, or none but other values."""
-        return [file for file, own in self._sections_in_files.items() if not own or not own.isdisjoint(sections)]
+        """Return the files of parameters, without those of other sections that stand apart, which saves time."""
+        apart = _APART - set(sections)
+        return [file for file, own in self._sections_in_files.items() if not own or own - apart]
 
     @functools.cached_property
     def _sections_in_files(self) -> dict[str, set[str]]:
@@ -194,7 +198,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """Return sections of the base environment's parameters for these run settings, without any other changes."""
         given = {name: literal(value) for name, value in settings.items()}
         base = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)
-        base.config_patterns["parameters"] = self._files_with(sections)  # which saves time
+        base.config_patterns["parameters"] = self._files_with(sections)
         parameters = base["parameters"]
         self._register_globals_resolver()  # the other loader has replaced it
         return {name: parameters[name] for name in sections}

@@ -75,8 +75,8 @@ log = logging.getLogger(__name__)
 class Configurations(Protocol):
     """The project's configuration loader."""
 
-    def of_run(self, params: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-        """Return `globals`, `parameters` and `catalog` of another run of this environment, without some sections."""
+    def of_run(self, params: Mapping[str, Any], sections: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Return `globals`, `parameters` and `catalog` of another run of this environment, which reads sections."""
 
 
 class StartingHooks:
@@ -191,16 +191,16 @@ class ProjectRuns:
         """
         params = literal_values(request.params)
         pipeline = sum((pipelines[name] for name in request.pipelines), Pipeline([]))
+        read = [name for name in SECTIONS if f"params:{name}" in pipeline.inputs()]
         try:
             check_subject(request.subject)
-            configuration = self._loader.of_run(params, _OWN)
+            configuration = self._loader.of_run(params, read)
             sections = build_parameters(configuration["parameters"])
         except Exception as error:
             if (cause := input_error_in(error)) is None:
                 raise
             raise InputError(cause.expected, cause.got, cause.remedy, where=request.subject) from error
-        used = {name: sections[name] for name in SECTIONS if f"params:{name}" in pipeline.inputs()}
-        settings = settings_in(configuration["globals"], params)
+        used, settings = {name: sections[name] for name in read}, settings_in(configuration["globals"], params)
         catalog = self._catalog(configuration["catalog"], {*pipeline.inputs(), _CONCEPT})
         names = {name for name in pipeline.inputs() if not name.startswith("params:") and name in catalog}
         content = {
