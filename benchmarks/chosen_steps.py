@@ -34,12 +34,7 @@ from speed.report import FOLDER, ROOT
 from speed.timing import describe_machine
 
 SUBJECTS = tuple(name for name in GROUPS["reporting"] if name != HELD_OUT_STYLE)
-_TINY = {  # training of two steps, drawn and judged in the smallest size; with the environment `test`
-    "training.scoring.every": 1,
-    "training.scoring.images_per_prompt": 1,
-    "training.scoring.validation_rows": 1,
-    "training.scoring.sampler.num_inference_steps": 2,
-}
+_TINY = {"training.scoring.every": 1}  # with the environment `test`: two steps, and everything in the smallest size
 
 
 @dataclasses.dataclass(frozen=True)
