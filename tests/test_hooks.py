@@ -46,7 +46,8 @@ from dreamartist_pipeline.hooks import (
     run_name,
     written_files,
 )
-from dreamartist_pipeline.hooks.run import literal, plain
+from dreamartist_pipeline.hooks import run as run_hooks
+from dreamartist_pipeline.hooks.run import literal, pipelines_of, plain
 from dreamartist_pipeline.params import (
     DeviceParams,
     EvaluationParams,
@@ -746,3 +747,12 @@ def test_an_unknown_key_above_others_is_named_without_suggestions_from_elsewhere
     training = {"num_steps": 1, "capti": [{"kind": "tag_shuffle", "nosuch": {"a": 1}}]}
     with pytest.raises(InputError, check=says(got="training.capti")):
         build_parameters({"training": training})
+
+
+@pytest.mark.parametrize("names", [["register", "train", "evaluate"], ["evaluate", "register", "train"]])
+def test_the_pipelines_of_a_run_are_named_in_the_order_of_their_work(
+    monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    monkeypatch.setattr(run_hooks, "pipelines", register_pipelines())
+    assert pipelines_of({"pipeline_names": names}) == ["train", "evaluate", "register"]
+    assert pipelines_of({"pipeline_names": None}) == ["__default__"]

@@ -23,7 +23,7 @@ from dreamartist_pipeline.tracking import MLflowTracker
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Return the pipelines of `kedro run --pipeline NAME`."""
+    """Return the pipelines of `kedro run --pipeline NAME`, in the order in which they are run one after the other."""
     tracker = MLflowTracker()
     stages = {
         "ingestion": ingestion.create_pipeline(tracker),
@@ -37,6 +37,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     exporting, register = export.create_pipeline(), registration.create_pipeline()
     return {
         **stages,
+        "train": train,
         "evaluation": measuring,
         "report": reporting,
         "evaluate": evaluate,
@@ -48,6 +49,5 @@ def register_pipelines() -> dict[str, Pipeline]:
         "judge": judge.create_pipeline(tracker),
         "compare": compare.create_pipeline(),
         "tune": compare.create_tuning_pipeline(),
-        "train": train,
         "__default__": train + evaluate + exporting + register,
     }

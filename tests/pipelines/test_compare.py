@@ -24,6 +24,7 @@ from dreamartist_pipeline.pipelines.compare.nodes import (
     run_methods,
     run_settings,
     tabulate_methods,
+    tabulate_settings,
 )
 from dreamartist_pipeline.pipelines.compare.tabulating import Row, front, measure_of, title_of
 from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult
@@ -333,8 +334,9 @@ def test_the_setting_with_the_highest_weighted_sum_is_chosen_unless_its_steps_ar
 
 def test_the_chosen_settings_are_parameters_of_an_environment() -> None:
     of = tuning()
-    table, overlay = choose_settings(tuned(of, VALUES), of)
-    assert overlay == {
+    results = tuned(of, VALUES | {("pair", 2): (0.1, 1.0, 2.0)})
+    table = tabulate_settings(results, of)
+    assert choose_settings(results, of, table) == {
         "compare": {"methods": {"lora": {"params": {"training": {"batch_size": 2}}}, "pair": {"params": {}}}}
     }
     lora = table[table["method"] == "lora"]
@@ -344,13 +346,33 @@ def test_the_chosen_settings_are_parameters_of_an_environment() -> None:
     assert json.loads(lora["params"].iloc[1]) == {"training": {"num_steps": 9}}
 
 
-def test_a_tuning_without_any_score_replaces_no_earlier_choice() -> None:
+def test_the_cost_of_a_step_is_that_of_the_fastest_run() -> None:
+    of = tuning()
+    slow = [
+        RunResult(one.outcome, one.metrics, tuple(9 * s for s in one.step_seconds))
+        if one.outcome.labels["subject"] == "cup"
+        else one
+        for one in tuned(of, VALUES)
+    ]
+    assert [one.step_seconds for one in tried_settings(slow, of)] == [1.0, 1.2, 1.0, 2.0, 3.0, 18.0]
+
+
+def test_a_tuning_of_which_a_run_failed_is_tabulated_and_replaces_no_earlier_choice() -> None:
+    of = tuning()
+    results = tuned(of, VALUES)
+    table = tabulate_settings(results, of)
+    assert table["score"].isna().tolist() == [False] * 5 + [True]
+    with pytest.raises(InputError, check=says(expected="all 12 runs", got="tune-jug-pair-2-0: diverged")):
+        choose_settings(results, of, table)
+
+
+def test_a_tuning_without_any_score_is_refused() -> None:
     of = tuning(objective={FIDELITY: 1.0, "recognition/concept.judge": 0.5})
     with pytest.raises(InputError, check=says(expected="tune.objective", got="recognition/concept.judge")):
-        choose_settings(tuned(of, VALUES), of)
+        tabulate_settings(tuned(of, VALUES), of)
     failed = [RunResult(RunOutcome(one.outcome.subject, one.outcome.labels, "diverged")) for one in tuned(of, VALUES)]
     with pytest.raises(InputError, check=says(got="tune-cup-lora-0-0: diverged")):
-        choose_settings(tuple(failed), of)
+        tabulate_settings(tuple(failed), of)
 
 
 def test_the_projects_tuning_has_six_settings_of_every_method_on_three_subjects_of_the_development() -> None:

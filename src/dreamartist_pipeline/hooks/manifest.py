@@ -21,7 +21,7 @@ from dreamartist_pipeline.core.devices import machine_class
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.parameters import plain_sections
 from dreamartist_pipeline.hooks.record import git_tags, sections_of
-from dreamartist_pipeline.hooks.run import path_of, settings_of
+from dreamartist_pipeline.hooks.run import path_of, pipelines_of, settings_of
 from dreamartist_pipeline.hooks.story import file_sha256
 from dreamartist_pipeline.redaction import redacted
 from dreamartist_pipeline.starting_runs import RUN_KEY
@@ -157,7 +157,7 @@ class ManifestHooks:
         concept = path_of(catalog, "concept") if "concept" in pipeline.datasets() else None
         if concept is None or not concept.is_file():
             return
-        name, file = "+".join(run_params["pipeline_names"] or ["__default__"]), concept.with_name(MANIFEST)
+        name, file = "+".join(pipelines_of(run_params)), concept.with_name(MANIFEST)
         run = self.run_so_far(pipeline, catalog)
         if "concept" in pipeline.all_outputs():
             manifest = Manifest(

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -30,7 +30,7 @@ from dreamartist_pipeline.hooks.parameters import (
     recorded_parameters,
     repeated_parameters,
 )
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, plain, settings_of
+from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, pipelines_of, plain, settings_of
 from dreamartist_pipeline.hooks.story import (
     CONCEPT_TAG,
     file_sha256,
@@ -134,7 +134,7 @@ class RunRecordHooks:
 
         run_id = mlflow.active_run().info.run_id
         settings = redacted(self._settings) | {"method": method}
-        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, _pipelines(run_params), run_params))
+        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, pipelines_of(run_params), run_params))
         mlflow.set_tags({name: settings[name] for name in _TAGGED if settings.get(name) is not None})
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow logs all of them; the node still gets them
@@ -191,15 +191,11 @@ def _tag_command(run_params: Mapping[str, Any]) -> None:
         {
             **{name: _OBJECT.sub(r"\1", value) for name, value in with_address.items()},
             **({"runtime_params": str(given)[:_TAG_LENGTH]} if given else {}),
-            "pipeline": "+".join(_pipelines(run_params)),
+            "pipeline": "+".join(pipelines_of(run_params)),
             "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_TAG_LENGTH],
             **git_tags(Path(run_params["project_path"])),
         }
     )
-
-
-def _pipelines(run_params: Mapping[str, Any]) -> Sequence[str]:
-    return run_params["pipeline_names"] or ["__default__"]
 
 
 def sections_of(pipeline: Pipeline, catalog: DataCatalog) -> dict[str, BaseModel]:

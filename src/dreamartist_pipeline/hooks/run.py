@@ -10,6 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from kedro.framework.context import KedroContext
+from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from pydantic import BaseModel
 
@@ -45,6 +46,12 @@ def settings_in(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     """Return the run settings: those that are given, and otherwise the values of globals.yml."""
     values = {**defaults, **given}
     return {name: plain(values.get(name)) for name in RUN_SETTINGS}
+
+
+def pipelines_of(run_params: Mapping[str, Any]) -> list[str]:
+    """Return the names of a run's pipelines in the order of the registry: Kedro shuffles them."""
+    names, order = run_params["pipeline_names"] or ["__default__"], list(pipelines)
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def literal(value: Any) -> Any:

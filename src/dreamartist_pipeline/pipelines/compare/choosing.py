@@ -23,7 +23,7 @@ class Tried:
         method: name of its row in the comparison.
         index: of the setting.
         means: metric of the objective -> mean over the runs; NaN if one of them has failed, or has no such metric.
-        step_seconds: median over the runs.
+        step_seconds: median over the steps of the fastest run, because other programs only slow down; NaN without one.
     """
 
     method: str
@@ -33,7 +33,7 @@ class Tried:
 
 
 def check_objective(results: Sequence[RunResult], tuning: TuneParams) -> None:
-    """Check that there is something to choose from, before earlier choices are replaced.
+    """Check that there is something to choose from.
 
     Raises:
         InputError: all runs failed, or none has a metric of the objective.
@@ -54,7 +54,7 @@ def tried_settings(results: Sequence[RunResult], tuning: TuneParams) -> list[Tri
             method,
             index,
             {metric: fmean(one.metrics.get(metric, math.nan) for one in of_setting) for metric in tuning.objective},
-            median([step for one in of_setting for step in one.step_seconds] or [math.nan]),
+            min((median(one.step_seconds) for one in of_setting if one.step_seconds), default=math.nan),
         )
         for (method, index), of_setting in runs.items()
     ]

@@ -84,28 +84,39 @@ def run_settings(run_starter: RunStarter, params: CompareParams, tuning: TunePar
     return run_starter.start(tuning_runs(params, tuning), params.workers, params.threads)
 
 
-def choose_settings(results: tuple[RunResult, ...], tuning: TuneParams) -> tuple[DataFrame, dict[str, Any]]:
-    """Choose the setting of every method with the highest objective, within the bound on the cost of a step.
-
-    Returns:
-        A table with one row per setting, and the chosen settings as parameters of an environment.
+def tabulate_settings(results: tuple[RunResult, ...], tuning: TuneParams) -> DataFrame:
+    """Return a table with one row per setting.
 
     Raises:
         InputError: all runs failed, or none has a metric of the objective.
     """
     from pandas import DataFrame
 
-    from dreamartist_pipeline.pipelines.compare.choosing import (
-        as_records,
-        check_objective,
-        choose,
-        overlay,
-        tried_settings,
-    )
+    from dreamartist_pipeline.pipelines.compare.choosing import as_records, check_objective, choose, tried_settings
 
     check_objective(results, tuning)
     settings = tried_settings(results, tuning)
-    chosen = choose(settings, tuning)
+    return DataFrame(as_records(settings, choose(settings, tuning), tuning))
+
+
+def choose_settings(results: tuple[RunResult, ...], tuning: TuneParams, table: object) -> dict[str, Any]:
+    """Choose the setting of every method with the highest objective, within the bound on the cost of a step.
+
+    Args:
+        results: of the tuning.
+        tuning: its parameters.
+        table: of all settings, which is stored before.
+
+    Returns:
+        The chosen settings as parameters of an environment.
+
+    Raises:
+        InputError: a run failed: the methods would not have had the same budget, and an earlier choice stays.
+    """
+    from dreamartist_pipeline.pipelines.compare.choosing import choose, overlay, tried_settings
+
+    report_failures(results, table)
+    chosen = choose(tried_settings(results, tuning), tuning)
     for method, index in chosen.items():
         log.info("%s: setting %d, %s", method, index, tuning.settings[method][index] or "its own values")
-    return DataFrame(as_records(settings, chosen, tuning)), overlay(chosen, tuning)
+    return overlay(chosen, tuning)

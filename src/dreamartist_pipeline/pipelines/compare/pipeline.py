@@ -10,6 +10,7 @@ from dreamartist_pipeline.pipelines.compare.nodes import (
     run_methods,
     run_settings,
     tabulate_methods,
+    tabulate_settings,
 )
 
 
@@ -42,13 +43,13 @@ def create_tuning_pipeline() -> Pipeline:
     return Pipeline(
         [
             node(run_settings, ["run_starter", "params:compare", "params:tune"], "tuning_runs", name="run_settings"),
+            node(tabulate_settings, ["tuning_runs", "params:tune"], "tuning_table", name="tabulate_settings"),
             node(
                 choose_settings,
-                ["tuning_runs", "params:tune"],
-                ["tuning_table", "tuned_methods"],
+                ["tuning_runs", "params:tune", "tuning_table"],
+                "tuned_methods",
                 name="choose_settings",
             ),
-            node(report_failures, ["tuning_runs", "tuning_table"], None, name="report_tuning_failures"),
         ],
         tags="tune",
     )
