@@ -27,11 +27,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    """Run `mlflow server` with a database and files in a folder, and yield its port."""
-    port = free_port()
+def mlflow_server(folder: Path, store: str | None = None) -> Iterator[int]:
+    """Run `mlflow server` with files and, unless a store is named, a database in a folder, and yield its port."""
+    port, store = free_port(), store or f"sqlite:///{folder}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    stores = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "files")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nine more processes, for evaluations by the server
     with (folder / "log.txt").open("wb") as log:
@@ -39,20 +39,25 @@ def mlflow_server(folder: Path) -> Iterator[int]:
             [*command, *stores], stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
         )
     try:
-        _wait_for(port, process)
+        wait_for(f"http://127.0.0.1:{port}/health", process)
         yield port
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        RuntimeError: it has ended, or not answered for two minutes.
+    """
     until_s = time.monotonic() + 120  # it takes seconds; the machine may be shared
     while time.monotonic() < until_s and process.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
             return
         time.sleep(0.2)
-    raise RuntimeError("mlflow server has not started")
+    raise RuntimeError(f"expected an answer of {url}, got none")
 
 
 class Gate:

@@ -16,7 +16,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 """Path of the browser, or None."""
 AXE = os.environ.get("AXE_CORE")
 """Path of axe.min.js of the npm package axe-core, or None."""
-_TIMEOUT_S = 120
+_TIMEOUT_S, _LOADING_MS = 120, 120_000  # the latter by the clock of the page, which runs ahead
 _DARK = "--blink-settings=preferredColorScheme=0"
 
 
@@ -28,6 +28,13 @@ def screenshot(page: Path, image: Path, width: int, height: int, dark: bool = Fa
         f"--window-size={max(width, 500)},{height}",
         *([_DARK] if dark else []),
     )
+
+
+def visited(url: str, image: Path, width: int = 1500, height: int = 1000) -> str:
+    """Open a page of a server, save what its window shows, and return its elements as HTML."""
+    options = (f"--virtual-time-budget={_LOADING_MS}", f"--window-size={width},{height}")
+    _chromium(url, *options, f"--screenshot={image}")
+    return _chromium(url, *options, "--dump-dom")
 
 
 def printed(page: Path, pdf: Path) -> None:
