@@ -13,8 +13,11 @@ from dreamartist_pipeline.backbones.concepts import concept_metadata, start_conc
 from dreamartist_pipeline.backbones.served import served_concept
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.model_location import ModelLocation
-from dreamartist_pipeline.params import DeviceParams, GenerateParams, RegistrationParams, TrainingParams
+from dreamartist_pipeline.core.strengths import RecommendedSettings
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.params import DeviceParams, GenerateParams, RegistrationParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.registration.nodes import concepts_of, serve_concept, with_aliases
+from refusals import says
 
 CPU = DeviceParams(device="cpu")
 DEFAULTS = GenerateParams(prompts="a {pt1}", seed=7)
@@ -31,6 +34,31 @@ def test_the_last_concept_is_registered_with_its_base_model(concept: Concept, ti
     assert (served.aliases, served.concept, served.defaults, served.device) == (("last",), concept, DEFAULTS, CPU)
     assert served.fingerprint == BaseModelFiles(tiny_base_model).fingerprint()
     assert {"model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"} <= served.copied.keys()
+
+
+def test_the_concept_that_was_measured_has_the_recommended_settings_and_another_step_the_configured_ones(
+    concept: Concept, tiny_base_model: Path
+) -> None:
+    chosen, last = at_step(concept, 2, chosen="it has the highest fidelity"), at_step(concept, 4)
+    last = dataclasses.replace(last, tensors={name: tensor + 1 for name, tensor in last.tensors.items()})
+    settings = RecommendedSettings(
+        strength=StrengthParams(positive=0.75, negative=0.5),
+        guidance_scale=6.0,
+        concept_sha256=chosen.sha256(),
+        reasons=("measured",),
+        fidelity=0.5,
+        agreement=None,
+        copying=None,
+        num_images=4,
+    ).model_dump(mode="json")
+    wanted = DEFAULTS.model_copy(update={"recommended": True})
+    given = ModelLocation(str(tiny_base_model)), chosen, RegistrationParams(), wanted, CPU, {4: lambda: last}
+    best, other = serve_concept(*given, settings)
+    assert (best.aliases, other.aliases) == (("best",), ("last",))
+    assert (best.defaults.strength.negative, best.defaults.sampler.guidance_scale) == (0.5, 6.0)
+    assert other.defaults == wanted
+    with pytest.raises(InputError, check=says(expected="generate.recommended")):
+        serve_concept(*given)
 
 
 def test_nothing_is_registered_if_it_is_off(concept: Concept, tiny_base_model: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.kept_steps import KeptSteps, of_its_training
 from dreamartist_pipeline.core.model_location import ModelLocation
+from dreamartist_pipeline.early_checks import optional_inputs
 from dreamartist_pipeline.params import DeviceParams, GenerateParams, RegistrationParams
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ BEST, LAST = "best", "last"
 """Aliases of the concept that was chosen by its scores (`training.choose: best`), and of that of the last step."""
 
 
+@optional_inputs("recommended_settings")
 def serve_concept(
     base_model: ModelLocation,
     concept: Concept,
@@ -26,14 +28,23 @@ def serve_concept(
     defaults: GenerateParams,
     device: DeviceParams,
     concept_steps: KeptSteps | None = None,
+    recommended_settings: dict[str, Any] | None = None,
 ) -> tuple[ServedConcept, ...]:
-    """Return the concepts to be registered, each with its aliases, base model and defaults; none if that is off."""
+    """Return the concepts to be registered, each with its aliases, base model and defaults; none if that is off.
+
+    Recommended settings are those of the concept itself: another step of its training has the configured ones.
+
+    Raises:
+        InputError: no recommended settings for `defaults.recommended`.
+    """
     if not params.enabled:
         return ()
     from dreamartist_pipeline.backbones.served import served_concept
+    from dreamartist_pipeline.core.strengths import RecommendedSettings, with_recommended
 
+    own = with_recommended(defaults, RecommendedSettings.read(recommended_settings, concept), "generate")
     return tuple(
-        served_concept(each, base_model, defaults, device, params.max_copied_mb, aliases)
+        served_concept(each, base_model, own if each is concept else defaults, device, params.max_copied_mb, aliases)
         for aliases, each in with_aliases(concepts_of(concept, concept_steps or {}))
     )
 

@@ -20,6 +20,7 @@ def create_pipeline() -> Pipeline:
                     "defaults": "params:generate",
                     "device": "params:device",
                     "concept_steps": "concept_steps",
+                    "recommended_settings": "recommended_settings",
                 },
                 outputs="registered_model",
                 name="serve_concept",
