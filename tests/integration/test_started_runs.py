@@ -22,7 +22,7 @@ from warm_processes import run_warm
 
 _TIMEOUT_S = 600
 COMPARED = {
-    "methods": {"lora": {"title": "LoRA"}, "t-lora": {"title": "T-LoRA"}},
+    "methods": {"lora": {"title": "LoRA"}},
     "reference": "lora",
     "subjects": ["dot", "gone"],
     "images": "pictures",
@@ -84,19 +84,19 @@ def start(project: Path, **changes: Any) -> tuple[list[str], dict[str, RunOutcom
     return executor.names, {one.subject: one for one in outcomes}
 
 
-def test_two_methods_on_two_subjects_of_which_one_fails(project: Path, parent: str) -> None:
+def test_a_method_on_two_subjects_of_which_one_fails(project: Path, parent: str) -> None:
     names, outcomes = start(project)
-    assert sorted(names) == ["dot-lora-0", "dot-t-lora-0", "gone-lora-0", "gone-t-lora-0"]
-    assert {name for name, one in outcomes.items() if one.message is None} == {"dot-lora-0", "dot-t-lora-0"}
+    assert sorted(names) == ["dot-lora-0", "gone-lora-0"]
+    assert {name for name, one in outcomes.items() if one.message is None} == {"dot-lora-0"}
     assert "gone.png" in str(outcomes["gone-lora-0"].message)
-    assert (project / "data/08_reporting/dot-t-lora-0/evaluation_metrics.json").is_file()
+    assert (project / "data/08_reporting/dot-lora-0/evaluation_metrics.json").is_file()
     manifest = read_manifest(project / "data/06_models/dot-lora-0/manifest.json")
     assert manifest is not None
     assert {len(run.key or "") for run in manifest.runs.values()} == {64} and RUN_KEY not in os.environ
     client = mlflow.MlflowClient(f"sqlite:///{project}/data/09_tracking/mlflow.db")
     experiment = client.get_experiment_by_name("dreamartist")
     children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert {run.data.tags["subject"] for run in children} >= {"dot-lora-0", "dot-t-lora-0"}
+    assert {run.data.tags["subject"] for run in children} >= {"dot-lora-0"}
 
     names, _ = start(project, subjects=["dot"])
     assert names == []
