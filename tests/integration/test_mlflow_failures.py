@@ -63,7 +63,8 @@ def test_a_training_outlives_its_server_and_the_next_run_delivers_the_rest(
     import mlflow
 
     program = start(project, gate.uri, "train", tmp_path)
-    while program.process.is_alive():
+    end_s = time.monotonic() + _TIMEOUT_S
+    while program.process.is_alive() and time.monotonic() < end_s:
         if "train_concept" in program.read():
             gate.set("closed")
             break

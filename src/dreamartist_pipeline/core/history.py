@@ -14,7 +14,7 @@ HistoryRow = dict[str, float]
 class History(Sequence[HistoryRow]):
     """Rows with equal columns, one of which is `step`, an integer; the others are floats.
 
-    A row takes 8 bytes a column: of a hundred thousand steps, dictionaries would take a hundred megabytes.
+    A row takes 8 bytes a column, a fraction of what a dictionary takes.
     """
 
     def __init__(self) -> None:
