@@ -35,7 +35,6 @@ from dreamartist_pipeline.backbones.base_model import open_base_model
 from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.devices import pick_device
-from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import build_parameters, register_project_root
 from dreamartist_pipeline.params import (
@@ -52,12 +51,12 @@ from dreamartist_pipeline.params import (
     TrainingParams,
 )
 from dreamartist_pipeline.pipelines.evaluation import drawing
-from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
 from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
 from dreamartist_pipeline.pipelines.training import reporting
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from image_sets import evaluate, set_dataset
 from refusals import says
 
 TESTS = Path(__file__).resolve().parent
@@ -828,7 +827,7 @@ def test_the_regularization_set_is_drawn_as_configured(
 ) -> None:
     params = RegularizationParams(sampler=SAMPLER, negative_prompt="blurry")
     ingestion = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
-    sets = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path))
+    sets = set_dataset(tmp_path / "fox.json", tmp_path)
     sets.save(make_regularization_set(str(tiny_base_model), ["a cat"] * 6, params, ingestion, CPU))
     assert [(call["negative_prompt"], call["sampler"]) for call in drawings] == [("blurry", SAMPLER)] * 2
     assert [len(call["prompts"]) for call in drawings] == [5, 1]
@@ -860,11 +859,10 @@ def test_a_concept_is_evaluated_as_configured(
     )
     picture, concept = Image.new("RGB", (32, 32)), train(num_steps=0).concept
     ingestion = IngestionParams(bucket=BucketParams(side_px=32, multiple_px=8))
-    evaluate_concept(
+    evaluate(
         str(tiny_base_model),
         concept,
         picture,
-        {},
         params=params,
         ingestion=ingestion,
         device=CPU,

@@ -14,12 +14,12 @@ from dreamartist_pipeline.backbones.concepts import start_concept
 from dreamartist_pipeline.backbones.quantization import Int8Linear, quantize_linears, stored_bytes
 from dreamartist_pipeline.core import devices
 from dreamartist_pipeline.core.devices import check_device
+from dreamartist_pipeline.core.image_set import describe_images
 from dreamartist_pipeline.core.parameter_groups import parameter_groups
 from dreamartist_pipeline.core.training import fit
 from dreamartist_pipeline.core.training_step import Execution, Steps, training_state
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, TrainingParams
-from dreamartist_pipeline.pipelines.regularization.nodes import describe_set
+from dreamartist_pipeline.params import DeviceParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.training.data import training_data
 from dreamartist_pipeline.pipelines.training.memory import MemoryPlan, estimate_memory, step_shape
 from dreamartist_pipeline.pipelines.training.trainable import trainable_model
@@ -38,10 +38,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
 
 
 def test_a_regularization_set_of_quantized_weights_is_another(make_training_params: MakeParams) -> None:
-    from dreamartist_pipeline.params import RegularizationParams
-
-    params = RegularizationParams.model_validate({"sampler": {}})
-    keys = [describe_set("beef", ["a cat"], params, device)["key"] for device in (PLAIN, INT8)]
+    keys = [describe_images("beef", ["a cat"], "", SamplerParams(), 0, device)["key"] for device in (PLAIN, INT8)]
     assert keys[0] != keys[1]
 
 

@@ -271,7 +271,7 @@ def test_the_printed_command_draws_new_images(trained: subprocess.CompletedProce
     before = run_folders(project)
     (line,) = [line for line in trained.stdout.splitlines() if "--pipeline generate" in line]
     program, *arguments = shlex.split(line.strip().removeprefix("new images"))
-    assert Path(program).name == "kedro" and os.access(program, os.X_OK)
+    assert Path(program).name == "kedro" and shutil.which(program)
     result = run_python(project, "-m", "kedro", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder,) = run_folders(project) - before
@@ -377,8 +377,9 @@ CALLED_BACK = {  # what is handed down to be called
     "backbones.prompts:PromptEncoder.encode": "core.training_step",
     "backbones.schedulers:check_sampler.<locals>.<lambda>": "core.sampling",
     "pipelines.evaluation.nodes:evaluate_concept": "core.tracking",
+    "pipelines.evaluation.base_images:_draw": "datasets.image_set",
     "pipelines.evaluation.drawing:_draw": "core.processes",
-    "pipelines.regularization.nodes:_draw": "datasets.regularization_set",
+    "pipelines.regularization.nodes:_draw": "datasets.image_set",
     "pipelines.regularization.nodes:_draw_batches": "core.processes",
     "pipelines.ingestion.nodes:prepare_reference": "core.tracking",
     "pipelines.training.rank_training:train_on_rank": "core.processes",
@@ -419,7 +420,7 @@ def test_calls_go_down_the_layers_but_for_named_callbacks(project: Path) -> None
 # --------------------------------------------------------------------------------------------- kedro-viz
 
 PICTURES = (
-    *("reference_image", "prepared_image", "prepared_mask", "regularization_set"),
+    *("reference_image", "prepared_image", "prepared_mask", "regularization_set", "base_images"),
     *("reconstruction", "contact_sheet", "generated_images", "generated_grid"),
     *("strengths_sheet", "guidance_sheet", "attention_sheet"),
 )
@@ -427,7 +428,7 @@ DATA = {  # kinds of datasets that load to data, never to something that reads o
     *("BaseModelDataset", "CaptionDataset", "ConceptDataset", "ConceptStepsDataset", "CSVDataset", "FileFolderDataset"),
     *("HTMLDataset", "ImageDataset"),
     *("ImageRunsDataset", "JSONDataset", "MemoryDataset", "OptionalImageDataset", "PromptDatabaseDataset"),
-    *("PageDataset", "ReferenceImageDataset", "RegularizationSetDataset", "UserFilesDataset", "UserFolderDataset"),
+    *("PageDataset", "ReferenceImageDataset", "ImageSetDataset", "UserFilesDataset", "UserFolderDataset"),
     "UserPicturesDataset",
     *("MetricsHistoryDataset", "SpritePackagesDataset", "SpriteSetDataset", "StartDataset", "PretrainedFolderDataset"),
     *("JudgeDataset", "RegisteredModelDataset"),

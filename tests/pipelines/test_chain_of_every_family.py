@@ -29,7 +29,6 @@ from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.sampling import image_generators, initial_noise
 from dreamartist_pipeline.datasets.concept import ConceptDataset
 from dreamartist_pipeline.datasets.file_folder import FileFolderDataset
-from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.interop.foreign_lora import read_lora
 from dreamartist_pipeline.interop.safetensors_bytes import read_metadata
 from dreamartist_pipeline.params import (
@@ -43,13 +42,13 @@ from dreamartist_pipeline.params import (
     RegularizationParams,
     TrainingParams,
 )
-from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.importing.nodes import import_concept
 from dreamartist_pipeline.pipelines.ingestion.nodes import prepare_reference
 from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
+from image_sets import evaluate, set_dataset
 from tiny_models import BUILDERS
 from tool_names import a1111_names, comfyui_names, kohya_names, original_unet
 
@@ -125,7 +124,7 @@ def run(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_p
     picture.paste("purple", (30, 20, 60, 70))
     ingestion = IngestionParams(bucket={"side_px": 64, "multiple_px": 8})
     image, mask, framing = prepare_reference(as_png(picture), None, ingestion)
-    sets = RegularizationSetDataset(filepath=str(folder / "set.json"), path=str(folder / "sets"))
+    sets = set_dataset(folder / "set.json", folder / "sets")
     regularization = RegularizationParams(sampler=SAMPLER)
     sets.save(make_regularization_set(base_model, ["a red cat", "a blue dog"], regularization, ingestion, CPU))
     plan = check_training(base_model, params, "", CPU)
@@ -176,11 +175,10 @@ def test_it_is_evaluated(run: Run) -> None:
         color_agreement=False,
     )
     ingestion = IngestionParams(bucket=BucketParams(side_px=64))
-    sheet, _, _, table, *_ = evaluate_concept(
+    sheet, _, _, table, *_ = evaluate(
         run.base_model,
         run.reloaded,
         run.reference,
-        {},
         params=params,
         ingestion=ingestion,
         device=CPU,

@@ -48,10 +48,12 @@ from dreamartist_pipeline.pipelines.evaluation.nodes import (
     check_picture,
     check_recognition,
     check_views,
+    draw_base_images,
     evaluate_concept,
     prepare_views,
 )
 from dreamartist_pipeline.pipelines.evaluation.sheet import _sampling_line
+from image_sets import drawn, evaluate
 from refusals import says
 
 CPU = DeviceParams(device="cpu")
@@ -252,11 +254,10 @@ def _evaluate(
     base_model: Path, concept: Concept, params: EvaluationParams, device: DeviceParams = CPU
 ) -> tuple[Image.Image, dict[str, float], pd.DataFrame]:
     picture = _picture("white", "red")
-    sheet, metrics, _, table, _, _ = evaluate_concept(
+    sheet, metrics, _, table, _, _ = evaluate(
         str(base_model),
         concept,
         picture,
-        {},
         params=params,
         ingestion=INGESTION,
         device=device,
@@ -297,11 +298,10 @@ def test_the_node_returns_sheet_metrics_and_table_and_tracks_the_sheet(
 ) -> None:
     tracker = RecordingTracker()
     reference = _picture("white", "orange")
-    sheet, metrics, scores, table, measured, pictures = evaluate_concept(
+    sheet, metrics, scores, table, measured, pictures = evaluate(
         str(tiny_base_model),
         zero_step_concept,
         reference,
-        {},
         params=_params(),
         ingestion=INGESTION,
         device=CPU,
@@ -424,7 +424,7 @@ def test_images_without_a_part_of_the_negative_branch_are_drawn_from_the_first_s
     assert metrics["effect/distance.negative_adapter.pixels"] == 0
     calls.clear()
     _evaluate(tiny_base_model, zero_step_concept, params.model_copy(update={"negative_prompt": "blurry, {pt1}"}))
-    assert calls[2].negative_prompt == "blurry, my-fox-neg"  # of the concept's first images
+    assert calls[3].negative_prompt == "blurry, my-fox-neg"  # of the concept's first images
     assert _changed(calls, params)[1].negative_prompt == "blurry"
     calls.clear()
     weak = {"strength": StrengthParams(negative=0.0)}
@@ -488,7 +488,7 @@ def test_further_pictures_reach_the_measures(
     _picture("blue", "red").save(tmp_path / "view.png")
     params = _params(images_per_prompt=1, views=[str(tmp_path)])
     files = UserPicturesDataset(path=".", sources=list(params.views)).load()
-    _, metrics, *_ = evaluate_concept(
+    _, metrics, *_ = evaluate(
         str(tiny_base_model),
         zero_step_concept,
         _picture("white", "red"),
@@ -570,9 +570,12 @@ def test_strengths_by_name_are_logged_and_written_on_the_sheet(
 def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    params, picture = _params(evaluators=("clip:/no/such/folder",)), _picture("white", "red")
+    of_base = drawn(draw_base_images(str(tiny_base_model), zero_step_concept, picture, params, CPU))
     monkeypatch.setattr("dreamartist_pipeline.pipelines.evaluation.drawing.generate", pytest.fail)
+    given = {"params": params, "ingestion": INGESTION, "device": CPU, "tracker": RecordingTracker()}
     with pytest.raises(InputError, check=says(expected="clip", got="/no/such/folder")):
-        _evaluate(tiny_base_model, zero_step_concept, _params(evaluators=("clip:/no/such/folder",)))
+        evaluate_concept(str(tiny_base_model), zero_step_concept, picture, of_base, {}, **given)
 
 
 def test_the_pipeline_reads_and_writes_the_named_data() -> None:

@@ -13,7 +13,8 @@ from dreamartist_pipeline.backbones import base_model as base_model_module
 from dreamartist_pipeline.backbones import concepts
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.core import processes
-from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
+from dreamartist_pipeline.core.image_set import describe_images
+from dreamartist_pipeline.datasets.image_set import ImageSetDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import (
     BucketParams,
@@ -24,7 +25,8 @@ from dreamartist_pipeline.params import (
     StrengthParams,
 )
 from dreamartist_pipeline.pipelines.regularization import create_pipeline, nodes
-from dreamartist_pipeline.pipelines.regularization.nodes import describe_set, make_regularization_set
+from dreamartist_pipeline.pipelines.regularization.nodes import make_regularization_set
+from image_sets import set_dataset
 from refusals import says
 
 PROMPTS = ["a red cat", "a blue dog", "a green bird"]
@@ -40,9 +42,9 @@ def make(
     params: RegularizationParams = PARAMS,
     ingestion: IngestionParams = INGESTION,
     device: DeviceParams = CPU,
-) -> RegularizationSetDataset:
+) -> ImageSetDataset:
     """Draw a set as the node and its dataset do."""
-    made = RegularizationSetDataset(filepath=str(folder / "fox.json"), path=str(folder / "sets"))
+    made = set_dataset(folder / "fox.json", folder / "sets")
     made.save(make_regularization_set(base_model.as_posix(), PROMPTS, params, ingestion, device))
     return made
 
@@ -97,9 +99,14 @@ def test_a_whole_set_is_used_again_without_loading_the_base_model(
     assert "3 images" in caplog.text
 
 
+def manifest_of(fingerprint: str) -> dict[str, Any]:
+    """Return the manifest of images of the base model's size."""
+    return describe_images(fingerprint, PROMPTS, "", PARAMS.sampler, PARAMS.seed, CPU)
+
+
 def of_an_earlier_version(folder: Path, fingerprint: str) -> str:
     """Turn the only set into one that is named after another fingerprint, and return its key."""
-    old = describe_set(fingerprint, PROMPTS, PARAMS, CPU)
+    old = manifest_of(fingerprint)
     (file,) = (folder / "sets").glob("*/manifest.json")
     file.write_text(json.dumps(old))
     file.parent.rename(folder / "sets" / old["key"])
@@ -148,7 +155,7 @@ def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
 ) -> None:
     monkeypatch.setattr(base_model_module, "open_base_model", lambda *_: pytest.fail("loaded"))
     made = make_regularization_set(tiny_base_model.as_posix(), [], PARAMS, INGESTION, CPU)
-    dataset = RegularizationSetDataset(filepath=str(tmp_path / "fox.json"), path=str(tmp_path / "sets"))
+    dataset = set_dataset(tmp_path / "fox.json", tmp_path / "sets")
 
     dataset.save(made)
 
@@ -218,7 +225,7 @@ def test_images_are_squares_of_the_configured_side_or_of_the_references(
 def test_only_images_of_another_size_than_the_base_models_get_another_name(
     tiny_base_model: Path, tmp_path: Path
 ) -> None:
-    earlier = describe_set(BaseModelFiles(tiny_base_model).fingerprint(), PROMPTS, PARAMS, CPU)
+    earlier = manifest_of(BaseModelFiles(tiny_base_model).fingerprint())
     assert "side_px" not in earlier  # as in sets of earlier versions
     make(tiny_base_model, tmp_path, ingestion=INGESTION)
     assert key_in_use(tmp_path) == earlier["key"]
@@ -249,8 +256,8 @@ def key_of(
     params: RegularizationParams = PARAMS,
     device: DeviceParams = CPU,
 ) -> str:
-    key: str = describe_set(fingerprint, prompts, params, device)["key"]
-    return key
+    manifest = describe_images(fingerprint, prompts, params.negative_prompt, params.sampler, params.seed, device)
+    return str(manifest["key"])
 
 
 def with_sampler(**changes: Any) -> RegularizationParams:
@@ -262,7 +269,7 @@ def test_equal_ingredients_give_equal_keys() -> None:
 
 
 def test_a_set_of_a_scheduler_without_options_keeps_the_name_of_earlier_versions() -> None:
-    sampler = describe_set("beef", ["a cat"], PARAMS, DeviceParams())["sampler"]
+    sampler = manifest_of("beef")["sampler"]
     assert set(sampler) == {"scheduler", "num_inference_steps", "guidance_scale", "batch_size"}
 
 

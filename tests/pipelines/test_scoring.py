@@ -34,12 +34,12 @@ from dreamartist_pipeline.params import (
     ScoringParams,
     TrainingParams,
 )
-from dreamartist_pipeline.pipelines.evaluation.nodes import evaluate_concept
 from dreamartist_pipeline.pipelines.export.nodes import check_files, write_files
 from dreamartist_pipeline.pipelines.generate.nodes import generate_images
 from dreamartist_pipeline.pipelines.training import scoring
 from dreamartist_pipeline.pipelines.training.nodes import check_training, train_concept
 from dreamartist_pipeline.pipelines.training.scoring import ImageMeasures, Judges
+from image_sets import evaluate
 from refusals import says
 
 MakeParams = Callable[..., TrainingParams]
@@ -293,11 +293,10 @@ def test_evaluation_and_export_take_a_kept_step(train: Train, tiny_base_model: P
     assert report["files"]
     params = EvaluationParams(prompts=["a {pt1}"], prior_prompts=["a cat"], step=4, sampler=SAMPLER)
     with pytest.raises(InputError, check=says(expected="evaluation.step", got="4")):
-        evaluate_concept(
+        evaluate(
             base_model,
             trained.concept,
             Image.new("RGB", (32, 32)),
-            {},
             params=params,
             ingestion=IngestionParams(bucket={"side_px": 32, "multiple_px": 8}),
             device=device,

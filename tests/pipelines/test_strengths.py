@@ -20,6 +20,7 @@ from dreamartist_pipeline.embedded.colors import COLORS
 from dreamartist_pipeline.interop.drawn_pictures import read_pictures
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation import drawing
+from dreamartist_pipeline.pipelines.evaluation.base_images import base_drawings, base_image_set
 from dreamartist_pipeline.pipelines.evaluation.measuring import Drawings
 from dreamartist_pipeline.pipelines.evaluation.nodes import compare_strengths, map_attention
 from dreamartist_pipeline.pipelines.evaluation.strengths import (
@@ -30,6 +31,7 @@ from dreamartist_pipeline.pipelines.evaluation.strengths import (
     shown_steps,
     strength_settings,
 )
+from image_sets import drawn
 
 CPU = DeviceParams(device="cpu")
 SWEEP = {
@@ -206,21 +208,23 @@ def test_the_node_draws_sheets_and_recommends_measured_values(tiny_base_model: P
 
 def test_pictures_of_a_setting_are_those_of_generate_with_it(tiny_base_model: Path, concept: Concept) -> None:
     settings = [None, Setting(0.5, 0.0, 4.0), Setting(1.0, 1.0, 4.0), Setting(1.0, 1.0, 2.0)]
-    drawn = drawing.draw_settings(settings, str(tiny_base_model), concept, params(), CPU)
-    assert [len(drawn[one].flat()) for one in settings] == [2] * 4
-    assert len({drawn[one].flat()[0].tobytes() for one in settings}) == 4
-    usual = drawing.draw_images(str(tiny_base_model), concept, picture("white", "red"), params(), CPU)[0].subject
+    by_setting = drawing.draw_settings(settings, str(tiny_base_model), concept, params(), CPU)
+    assert [len(by_setting[one].flat()) for one in settings] == [2] * 4
+    assert len({by_setting[one].flat()[0].tobytes() for one in settings}) == 4
+    of_base = base_drawings(drawn(base_image_set(str(tiny_base_model), concept, params(), CPU)), concept, params())
+    images, _ = drawing.draw_images(str(tiny_base_model), concept, picture("white", "red"), of_base, params(), CPU)
+    usual = images.subject
     for group, one in (("base", None), ("concept", Setting(1.0, 1.0, 4.0))):
         expected = [row[0].tobytes() for row in usual[group].images[:2]]
-        assert [image.tobytes() for image in drawn[one].flat()] == expected
+        assert [image.tobytes() for image in by_setting[one].flat()] == expected
 
 
 def test_a_step_is_drawn_with_its_kept_concept(tiny_base_model: Path, concept: Concept) -> None:
     other = Concept({name: 2 * tensor for name, tensor in concept.tensors.items()}, concept.metadata)
     own, kept = Setting(1.0, 1.0, 4.0), Setting(1.0, 1.0, 4.0, step=100)
-    drawn = drawing.draw_settings([own, kept], str(tiny_base_model), concept, params(), CPU, {100: lambda: other})
+    ours = drawing.draw_settings([own, kept], str(tiny_base_model), concept, params(), CPU, {100: lambda: other})
     alone = drawing.draw_settings([own], str(tiny_base_model), other, params(), CPU)
-    assert drawn[kept].flat()[0].tobytes() == alone[own].flat()[0].tobytes() != drawn[own].flat()[0].tobytes()
+    assert ours[kept].flat()[0].tobytes() == alone[own].flat()[0].tobytes() != ours[own].flat()[0].tobytes()
 
 
 def test_nothing_is_drawn_without_images(

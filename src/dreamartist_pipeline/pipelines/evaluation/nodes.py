@@ -9,7 +9,7 @@ from PIL import Image
 
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
-from dreamartist_pipeline.core.image_set import images_sha256
+from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw, images_sha256
 from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at, of_its_training
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
@@ -124,6 +124,27 @@ def prepare_views(files: UserFiles, prepared_image: Image.Image, params: Ingesti
     return views
 
 
+def draw_base_images(
+    base_model: ModelLocation,
+    concept: Concept,
+    prepared_image: Image.Image,
+    params: EvaluationParams,
+    device: DeviceParams,
+    concept_steps: KeptSteps | None = None,
+) -> ImagesToDraw:
+    """Return the images of the base model for a concept's evaluation; their dataset draws them if there are none.
+
+    Raises:
+        InputError: another picture than that of the training, a step that is not kept, an incomplete base model, or a
+            concept for another one.
+    """
+    from dreamartist_pipeline.pipelines.evaluation.base_images import base_image_set
+
+    concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
+    check_picture(concept.metadata.picture_sha256, prepared_image, params)
+    return base_image_set(base_model, concept, params, device)
+
+
 @checked_early("device", check_device)
 @checked_early("evaluation", check_evaluation)
 @checked_early("evaluation", check_step, "concept_steps")
@@ -133,6 +154,7 @@ def evaluate_concept(
     base_model: ModelLocation,
     concept: Concept,
     prepared_image: Image.Image,
+    base_images: CaptionedImages,
     evaluation_views: UserFiles,
     *,
     params: EvaluationParams,
@@ -141,7 +163,7 @@ def evaluate_concept(
     tracker: Tracker,
     concept_steps: KeptSteps | None = None,
 ) -> tuple[Image.Image, dict[str, float], dict[str, dict[str, float]], DataFrame, DataFrame, dict[str, bytes]]:
-    """Draw every prompt with the base model and with the concept, from the same seeds, and compare.
+    """Draw every prompt with the concept, from the seeds of the base model's images, and compare.
 
     What is not measured, and why, is logged, is in the table of measures, and is the run's tag `not_measured`.
 
@@ -152,10 +174,11 @@ def evaluate_concept(
 
     Raises:
         InputError: another picture than that of the training, a step that is not kept, an unknown evaluator, an invalid
-            scheduler, an incomplete base model, or a concept for another one.
+            scheduler, an incomplete base model, a concept for another one, or images of another evaluation.
     """
     from pandas import DataFrame
 
+    from dreamartist_pipeline.pipelines.evaluation.base_images import base_drawings
     from dreamartist_pipeline.pipelines.evaluation.drawing import draw_images
     from dreamartist_pipeline.pipelines.evaluation.kept import pictures_of
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
@@ -164,9 +187,10 @@ def evaluate_concept(
     concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
     log.info("Adapter strengths: %s.", params.strength)
+    of_base = base_drawings(base_images, concept, params)
     models = _load_models(base_model, params, device)
     views = prepare_views(evaluation_views, prepared_image, ingestion)
-    images, words = draw_images(base_model, concept, prepared_image, params, device, views)
+    images, words = draw_images(base_model, concept, prepared_image, of_base, params, device, views)
     measured = measure(images, **models)
     _report_not_measured(measured.not_measured(), tracker)
     metrics, evaluators = measured.metrics, models["embedders"]

@@ -5,7 +5,12 @@ from __future__ import annotations
 from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.core.tracking import Tracker, tracked
-from dreamartist_pipeline.pipelines.evaluation.nodes import compare_strengths, evaluate_concept, map_attention
+from dreamartist_pipeline.pipelines.evaluation.nodes import (
+    compare_strengths,
+    draw_base_images,
+    evaluate_concept,
+    map_attention,
+)
 
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
@@ -13,11 +18,26 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
     return Pipeline(
         [
             node(
+                draw_base_images,
+                inputs={
+                    "base_model": "base_model",
+                    "concept": "concept",
+                    "prepared_image": "prepared_image",
+                    "params": "params:evaluation",
+                    "device": "params:device",
+                    "concept_steps": "concept_steps",
+                },
+                outputs="base_images",
+                name="draw_base_images",
+                tags="evaluation",
+            ),
+            node(
                 tracked(evaluate_concept, tracker),
                 inputs={
                     "base_model": "base_model",
                     "concept": "concept",
                     "prepared_image": "prepared_image",
+                    "base_images": "base_images",
                     "evaluation_views": "evaluation_views",
                     "params": "params:evaluation",
                     "ingestion": "params:ingestion",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import re
 import time
@@ -13,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.core.devices import check_device
-from dreamartist_pipeline.core.image_set import ImagesToDraw
+from dreamartist_pipeline.core.image_set import ImagesToDraw, batches_of, describe_images
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.disk_space import PNG_PIXEL_BYTES
 from dreamartist_pipeline.early_checks import PlannedConcept, checked_early
@@ -63,52 +61,26 @@ def make_regularization_set(
     files = files_for(base_model, device)
     files.check()
     side_px = params.side_px or ingestion.bucket.side_px
-    other_side_px = None if side_px == load_outline(files).image_px else side_px
-    manifest = describe_set(files.fingerprint(), regularization_prompts, params, device, other_side_px)
+    manifest = describe_images(
+        files.fingerprint(),
+        regularization_prompts,
+        params.negative_prompt,
+        params.sampler,
+        params.seed,
+        device,
+        side_px=None
+        if side_px == load_outline(files).image_px
+        else side_px,  # None: as in all sets of earlier versions
+    )
     return ImagesToDraw(
-        key=manifest["key"],
         captions=regularization_prompts,
-        batch_size=params.sampler.batch_size,
+        batches=batches_of(len(regularization_prompts), params.sampler.batch_size),
         manifest=manifest,
         draw=functools.partial(_draw, base_model, regularization_prompts, params, device, side_px),
         image_bytes=PNG_PIXEL_BYTES * side_px**2,
+        to_draw_fewer="lower prompts.num_prompts",
         is_in=functools.partial(_is_same_set, files, manifest),
     )
-
-
-def describe_set(
-    fingerprint: str,
-    prompts: Sequence[str],
-    params: RegularizationParams,
-    device: DeviceParams,
-    other_side_px: int | None = None,
-) -> dict[str, Any]:
-    """Return the manifest of a regularization set.
-
-    It contains everything that determines the images. Its `key` is the SHA-256 of the other entries.
-
-    Args:
-        fingerprint: of the base model.
-        prompts: one per image.
-        params: of the set, except for its size.
-        device: the images depend on its dtype and quantization.
-        other_side_px: side of the images; None for the size of the base model, as in all sets of earlier versions.
-    """
-    sampler = params.sampler.model_dump(mode="json")  # empty options are left out: keys stay those of earlier versions
-    manifest = {
-        "base_model_fingerprint": fingerprint,
-        "num_images": len(prompts),
-        "prompts_sha256": _sha256(list(prompts)),
-        "negative_prompt": params.negative_prompt,
-        "sampler": {name: value for name, value in sampler.items() if name != "scheduler_options" or value},
-        "seed": params.seed,
-        "dtype": device.dtype,
-    }
-    if device.quantize != "none":
-        manifest["quantize"] = device.quantize
-    if other_side_px is not None:
-        manifest["side_px"] = other_side_px
-    return {"key": _sha256(manifest)[:16], **manifest}
 
 
 def _is_same_set(files: BaseModelFiles, requested: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
@@ -123,10 +95,6 @@ def _is_same_set(files: BaseModelFiles, requested: Mapping[str, Any], stored: Ma
         and _OLD_FINGERPRINT.fullmatch(fingerprint) is not None
         and fingerprint == files.old_fingerprint()
     )
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""The regularization set: captioned images in a folder named by the hash of their settings, shared by all subjects.
+"""Sets of images that the base model draws: a folder each, named by the hash of their settings, shared by all subjects.
 
 Annotations here are evaluated (no `from __future__ import annotations`): kedro-viz reads the return type of `preview`.
 """
@@ -29,12 +29,11 @@ _CAPTIONS, _MANIFEST = "image_captions.json", "manifest.json"
 _DAMAGE = (OSError, SyntaxError, ValueError)  # what Pillow raises for missing and damaged files
 _WAIT_S = 24 * 60 * 60.0  # for another run that draws the same set
 _MAX_NAMED = 5  # damaged images in a warning
-_DRAW_AGAIN = "draw it again (kedro run --pipelines prompts,regularization --params subject=NAME)"
 
 log = logging.getLogger(__name__)
 
 
-class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
+class ImageSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
     """The set that a subject uses: a save draws the missing images, a load reads the captions, and images on demand.
 
     A set is `<path>/<key>/`: PNGs, image_captions.json (file name -> caption) and manifest.json. Until its last image
@@ -43,10 +42,15 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
     Args:
         filepath: a copy of the manifest of the set that the subject uses.
         path: the folder of all sets.
+        title: what it is, in messages.
+        command: that draws it, in messages.
     """
 
-    def __init__(self, *, filepath: str, path: str, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, *, filepath: str, path: str, title: str, command: str, metadata: dict[str, Any] | None = None
+    ) -> None:
         self._filepath, self._path = Path(filepath), Path(path)
+        self._title, self._command = title, command
         self.metadata = metadata
 
     def load(self) -> CaptionedImages:
@@ -59,11 +63,11 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         captions = _read_json(folder / _CAPTIONS)
         if captions is None or not all((folder / name).is_file() for name in captions):
             raise FileError(
-                expected=f"the regularization set in {folder}, as named in {self._filepath}",
+                expected=f"the {self._title} in {folder}, as named in {self._filepath}",
                 got="no set, or an incomplete one",
-                remedy=_DRAW_AGAIN,
+                remedy=self._draw_again,
             )
-        return [(caption, partial(_read_image, folder / name)) for name, caption in captions.items()]
+        return [(caption, partial(self._read_image, folder / name)) for name, caption in captions.items()]
 
     def save(self, data: ImagesToDraw) -> None:
         """Draw missing and damaged images, each written before the next is drawn, then write the subject's manifest.
@@ -77,10 +81,10 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         self._path.mkdir(parents=True, exist_ok=True)
         data = data if self._folder(data.key).exists() else self._adopted(data)
         folder = self._folder(data.key)
-        lock = LocalLock(folder.with_name(f".{data.key}.lock"), f"the regularization set {data.key}")
+        lock = LocalLock(folder.with_name(f".{data.key}.lock"), f"the {self._title} {data.key}")
         with lock.hold(wait_s=_WAIT_S):
             partial_folder = folder if folder.exists() else folder.with_name(f"{data.key}.partial")
-            _complete(partial_folder, data)
+            self._complete(partial_folder, data)
             if partial_folder != folder:
                 partial_folder.replace(folder)
         _save_json(self._filepath, data.manifest)
@@ -90,7 +94,7 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         for file in sorted(self._path.glob(f"*/{_MANIFEST}")):
             manifest = _read_json(file) or {}
             if manifest.get("key") == file.parent.name and data.is_in(manifest):
-                return replace(data, key=file.parent.name, manifest=manifest)
+                return replace(data, manifest=manifest)
         return data
 
     def preview(self) -> ImagePreview:
@@ -108,6 +112,40 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
             )
         return self._path / key
 
+    def _complete(self, folder: Path, data: ImagesToDraw) -> None:
+        """Draw the missing images of a folder, batch by batch, then write captions and manifest."""
+        files = {folder / f"{index:06d}.png": caption for index, caption in enumerate(data.captions)}
+        whole = [_is_whole(file) for file in files]
+        _warn_damaged([file for file, is_whole in zip(files, whole, strict=True) if file.exists() and not is_whole])
+        missing = [batch for batch in data.batches if not all(whole[index] for index in batch)]
+        if missing:
+            log.info("Drawing the %s %s: %d images, %d already there.", self._title, data.key, len(files), sum(whole))
+            num_missing = sum(map(len, missing))
+            check_free_space(folder, num_missing * data.image_bytes, f"{num_missing} images", data.to_draw_fewer)
+            requested = [list(files)[index] for batch in missing for index in batch]
+            for file, image in zip(requested, data.draw(missing), strict=True):
+                save_image(image, file)
+        else:
+            log.info("The %s %s (%d images) is complete and is reused.", self._title, data.key, len(files))
+        _save_json(folder / _CAPTIONS, {file.name: caption for file, caption in files.items()})
+        _save_json(folder / _MANIFEST, data.manifest)
+
+    def _read_image(self, file: Path) -> "Image":
+        """Read one image of the set as RGB."""
+        from PIL import Image
+
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                return image.convert("RGB")
+        except _DAMAGE as error:
+            raise FileError(
+                expected=f"an image of the {self._title} in {file}", got=f"{error}", remedy=self._draw_again
+            ) from error
+
+    @property
+    def _draw_again(self) -> str:
+        return f"draw it again ({self._command})"
+
     def _exists(self) -> bool:
         try:
             self.load()
@@ -117,27 +155,6 @@ class RegularizationSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix(), "path": self._path.as_posix()}
-
-
-def _complete(folder: Path, data: ImagesToDraw) -> None:
-    """Draw the missing images of a folder, batch by batch, then write captions and manifest."""
-    files = {folder / f"{index:06d}.png": caption for index, caption in enumerate(data.captions)}
-    whole = [_is_whole(file) for file in files]
-    _warn_damaged([file for file, is_whole in zip(files, whole, strict=True) if file.exists() and not is_whole])
-    starts = range(0, len(files), data.batch_size)
-    batches = [range(len(files))[start : start + data.batch_size] for start in starts]
-    missing = [batch for batch in batches if not all(whole[index] for index in batch)]
-    if missing:
-        log.info("Drawing the regularization set %s: %d images, %d already there.", data.key, len(files), sum(whole))
-        num_missing = sum(map(len, missing))
-        check_free_space(folder, num_missing * data.image_bytes, f"{num_missing} images", "lower prompts.num_prompts")
-        requested = [list(files)[index] for batch in missing for index in batch]
-        for file, image in zip(requested, data.draw(missing), strict=True):
-            save_image(image, file)
-    else:
-        log.info("The regularization set %s (%d images) is complete and is reused.", data.key, len(files))
-    _save_json(folder / _CAPTIONS, {file.name: caption for file, caption in files.items()})
-    _save_json(folder / _MANIFEST, data.manifest)
 
 
 def _warn_damaged(files: Sequence[Path]) -> None:
@@ -156,19 +173,6 @@ def _is_whole(file: Path) -> bool:
     except _DAMAGE:
         return False
     return True
-
-
-def _read_image(file: Path) -> "Image":
-    """Read one image of the set as RGB."""
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            return image.convert("RGB")
-    except _DAMAGE as error:
-        raise FileError(
-            expected=f"an image of the regularization set in {file}", got=f"{error}", remedy=_DRAW_AGAIN
-        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The regularization set: drawn while it is saved, resumable, published atomically, shared, and read on demand."""
+"""A set of images: drawn while it is saved, resumable, published atomically, shared, and read on demand."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import pytest
 from kedro.io import DatasetError
 from PIL import Image
 
-from dreamartist_pipeline.core.image_set import ImagesToDraw
+from dreamartist_pipeline.core.image_set import ImagesToDraw, batches_of
+from dreamartist_pipeline.datasets.image_set import ImageSetDataset
 from dreamartist_pipeline.datasets.inputs import FileError
-from dreamartist_pipeline.datasets.regularization_set import RegularizationSetDataset
 from dreamartist_pipeline.errors import input_error_in
+from image_sets import set_dataset
 from refusals import says
 from small_disks import mount_small
 
@@ -43,18 +44,16 @@ class Artist:
                 yield Image.new("RGB", (8, 8), (10 * index,) * 3)
 
 
-def dataset_in(folder: Path, subject: str = "fox") -> RegularizationSetDataset:
-    return RegularizationSetDataset(
-        filepath=str(folder / subject / "regularization_set.json"), path=str(folder / "sets")
-    )
+def dataset_in(folder: Path, subject: str = "fox") -> ImageSetDataset:
+    return set_dataset(folder / subject / "regularization_set.json", folder / "sets")
 
 
 def requested(artist: Artist, captions: Sequence[str] = CAPTIONS) -> ImagesToDraw:
-    return ImagesToDraw(KEY, captions, 2, {"key": KEY, "seed": 7}, artist)
+    return ImagesToDraw(captions, batches_of(len(captions), 2), {"key": KEY, "seed": 7}, artist)
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> RegularizationSetDataset:
+def dataset(tmp_path: Path) -> ImageSetDataset:
     return dataset_in(tmp_path)
 
 
@@ -63,11 +62,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "sets" / KEY
 
 
-def greys(dataset: RegularizationSetDataset) -> list[int]:
+def greys(dataset: ImageSetDataset) -> list[int]:
     return [read().getpixel((0, 0))[0] for _, read in dataset.load()]
 
 
-def test_a_set_is_drawn_in_batches_and_read_back_in_order(dataset: RegularizationSetDataset) -> None:
+def test_a_set_is_drawn_in_batches_and_read_back_in_order(dataset: ImageSetDataset) -> None:
     artist = Artist()
     assert not dataset.exists()
     dataset.save(requested(artist))
@@ -77,9 +76,7 @@ def test_a_set_is_drawn_in_batches_and_read_back_in_order(dataset: Regularizatio
     assert greys(dataset) == [0, 10, 20, 30, 40]
 
 
-def test_the_folder_holds_images_captions_and_manifest_and_nothing_else(
-    dataset: RegularizationSetDataset, folder: Path
-) -> None:
+def test_the_folder_holds_images_captions_and_manifest_and_nothing_else(dataset: ImageSetDataset, folder: Path) -> None:
     dataset.save(requested(Artist()))
     assert {path.name for path in folder.parent.iterdir()} == {KEY, f".{KEY}.lock"}
     assert sorted(path.name for path in folder.iterdir()) == [*NAMES, "image_captions.json", "manifest.json"]
@@ -87,7 +84,7 @@ def test_the_folder_holds_images_captions_and_manifest_and_nothing_else(
     assert json.loads((folder / "manifest.json").read_text()) == {"key": KEY, "seed": 7}
 
 
-def test_each_image_is_on_disk_before_the_next_is_drawn(dataset: RegularizationSetDataset, folder: Path) -> None:
+def test_each_image_is_on_disk_before_the_next_is_drawn(dataset: ImageSetDataset, folder: Path) -> None:
     present = []
 
     def watching(batches: Sequence[Sequence[int]]) -> Iterator[Image.Image]:
@@ -95,12 +92,12 @@ def test_each_image_is_on_disk_before_the_next_is_drawn(dataset: RegularizationS
             present.append(len(list(folder.with_name(f"{KEY}.partial").glob("*.png"))))
             yield Image.new("RGB", (8, 8))
 
-    dataset.save(ImagesToDraw(KEY, CAPTIONS, 5, {"key": KEY}, watching))
+    dataset.save(ImagesToDraw(CAPTIONS, [range(5)], {"key": KEY}, watching))
     assert present == [0, 1, 2, 3, 4]
 
 
 def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on_at_its_unfinished_batch(
-    dataset: RegularizationSetDataset, folder: Path
+    dataset: ImageSetDataset, folder: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         dataset.save(requested(Artist(fails_at=3)))
@@ -113,7 +110,7 @@ def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on_at_its_unfi
 
 
 def test_a_whole_set_is_shared_by_subjects_and_not_drawn_again(
-    dataset: RegularizationSetDataset, tmp_path: Path, folder: Path
+    dataset: ImageSetDataset, tmp_path: Path, folder: Path
 ) -> None:
     dataset.save(requested(Artist()))
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.png")}
@@ -136,7 +133,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flip, lambda file: file.write_bytes(b"")])
 def test_a_missing_or_damaged_image_is_drawn_again(
-    dataset: RegularizationSetDataset, folder: Path, damage: object, caplog: pytest.LogCaptureFixture
+    dataset: ImageSetDataset, folder: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset.save(requested(Artist()))
     damage(folder / NAMES[4])  # type: ignore[operator]
@@ -148,9 +145,7 @@ def test_a_missing_or_damaged_image_is_drawn_again(
 
 
 @pytest.mark.parametrize("name", ["image_captions.json", "manifest.json"])
-def test_damaged_texts_are_written_again_without_drawing(
-    dataset: RegularizationSetDataset, folder: Path, name: str
-) -> None:
+def test_damaged_texts_are_written_again_without_drawing(dataset: ImageSetDataset, folder: Path, name: str) -> None:
     dataset.save(requested(Artist()))
     before = (folder / name).read_bytes()
     (folder / name).write_text("{")
@@ -160,7 +155,7 @@ def test_damaged_texts_are_written_again_without_drawing(
     assert artist.asked == []
 
 
-def test_a_set_that_is_no_longer_whole_is_not_read(dataset: RegularizationSetDataset, folder: Path) -> None:
+def test_a_set_that_is_no_longer_whole_is_not_read(dataset: ImageSetDataset, folder: Path) -> None:
     with pytest.raises(FileError, check=says(expected="/sets/none")):
         dataset.load()
     dataset.save(requested(Artist()))
@@ -175,7 +170,7 @@ def test_a_set_that_is_no_longer_whole_is_not_read(dataset: RegularizationSetDat
         dataset.load()
 
 
-def test_an_empty_set_is_whole(dataset: RegularizationSetDataset) -> None:
+def test_an_empty_set_is_whole(dataset: ImageSetDataset) -> None:
     artist = Artist()
     dataset.save(requested(artist, captions=()))
     assert dataset.exists()
@@ -184,8 +179,8 @@ def test_an_empty_set_is_whole(dataset: RegularizationSetDataset) -> None:
     assert artist.asked == []
 
 
-def test_too_few_images_are_an_error_and_publish_nothing(dataset: RegularizationSetDataset, folder: Path) -> None:
-    few = ImagesToDraw(KEY, CAPTIONS, 2, {"key": KEY}, lambda batches: iter([Image.new("RGB", (8, 8))]))
+def test_too_few_images_are_an_error_and_publish_nothing(dataset: ImageSetDataset, folder: Path) -> None:
+    few = ImagesToDraw(CAPTIONS, [range(5)], {"key": KEY}, lambda batches: iter([Image.new("RGB", (8, 8))]))
     with pytest.raises(DatasetError) as raised:
         dataset.save(few)
     assert isinstance(raised.value.__cause__, ValueError)
@@ -193,12 +188,12 @@ def test_too_few_images_are_an_error_and_publish_nothing(dataset: Regularization
     assert not dataset.exists()
 
 
-def test_a_key_cannot_leave_the_folder(dataset: RegularizationSetDataset) -> None:
+def test_a_key_cannot_leave_the_folder(dataset: ImageSetDataset) -> None:
     with pytest.raises(FileError, check=says(expected="a key", got="'../x'")):
-        dataset.save(ImagesToDraw("../x", CAPTIONS, 2, {"key": "../x"}, Artist()))
+        dataset.save(ImagesToDraw(CAPTIONS, [range(5)], {"key": "../x"}, Artist()))
 
 
-def test_the_first_pictures_are_previewed_with_their_captions(dataset: RegularizationSetDataset) -> None:
+def test_the_first_pictures_are_previewed_with_their_captions(dataset: ImageSetDataset) -> None:
     dataset.save(requested(Artist(), captions=CAPTIONS * 2))
     preview = Image.open(io.BytesIO(base64.b64decode(dataset.preview())))
     assert preview.width == 4 * 124 + 4
@@ -216,7 +211,7 @@ def test_of_two_runs_that_want_the_same_set_one_draws_it_and_the_other_waits(tmp
             drawn.append(index)
             yield Image.new("RGB", (8, 8))
 
-    both = ImagesToDraw(KEY, ("a", "b"), 2, {"key": KEY}, slow)
+    both = ImagesToDraw(("a", "b"), [range(2)], {"key": KEY}, slow)
     first = threading.Thread(target=dataset_in(tmp_path).save, args=(both,))
     first.start()
     started.wait()
@@ -245,9 +240,7 @@ def rename_set(folder: Path, key: str) -> None:
     folder.rename(folder.with_name(key))
 
 
-def test_the_same_set_under_another_name_is_used_in_place_of_a_new_one(
-    dataset: RegularizationSetDataset, folder: Path
-) -> None:
+def test_the_same_set_under_another_name_is_used_in_place_of_a_new_one(dataset: ImageSetDataset, folder: Path) -> None:
     dataset.save(requested(Artist()))
     rename_set(folder, "older")
     (folder.with_name("older") / NAMES[3]).unlink()
@@ -258,9 +251,7 @@ def test_the_same_set_under_another_name_is_used_in_place_of_a_new_one(
     assert greys(dataset) == [0, 10, 20, 30, 40]
 
 
-def test_a_set_under_another_name_that_is_no_such_set_is_left_alone(
-    dataset: RegularizationSetDataset, folder: Path
-) -> None:
+def test_a_set_under_another_name_that_is_no_such_set_is_left_alone(dataset: ImageSetDataset, folder: Path) -> None:
     dataset.save(requested(Artist()))
     rename_set(folder, "older")
     artist = Artist()
