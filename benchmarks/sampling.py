@@ -4,16 +4,24 @@
     python benchmarks/sampling.py --env sd15 --base-model FOLDER --device cuda --dtype bfloat16 --batch-size 4
 
 The concept has the layers and ranks of the method, with random values; both draw the same number of words from the same
-seeds: 20 guided steps and the decoder.
+seeds: 20 guided steps and the decoder. The branches of a concept have weights of their own. What that costs without any
+adapter is measured, too: the base model draws with a copy of its denoiser for the negative rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from dreamartist_pipeline.backbones.concepts import attach, concept_metadata, generate, start_concept
+from dreamartist_pipeline.backbones.families import Backbone
 from dreamartist_pipeline.core.concept import Concept
+from dreamartist_pipeline.core.prompt_tokens import Conditioning
 from dreamartist_pipeline.core.training_step import lr_factor
 from dreamartist_pipeline.params import SamplerParams, StrengthParams
 from speed.designs import randomize_updates
@@ -21,7 +29,7 @@ from speed.report import Report, Row
 from speed.settings import Settings, add_options, read_settings
 from speed.timing import Spread, alternate, clock_for, describe_machine, timed
 
-BASE, CONCEPT = "base model", "concept"
+BASE, TWO, CONCEPT = "base model", "base model, twice", "concept"
 _PROMPT = "two birds on a green hill"
 
 
@@ -32,11 +40,38 @@ def random_concept(settings: Settings) -> Concept:
     return new.snapshot(concept_metadata(settings.backbone, settings.params, lr_factor(settings.params)))
 
 
+class TwoDenoisers:
+    """A base model whose negative rows have a denoiser of their own, with equal weights in other memory."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._positive = backbone
+        networks = {
+            name: module if name in backbone.tokenizers else copy.deepcopy(module)
+            for name, module in backbone.networks.items()
+        }
+        self._negative = dataclasses.replace(backbone, networks=networks)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._positive, name)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Return the predictions for stacked rows, each half by its denoiser."""
+        halves = torch.arange(len(latents), device=latents.device).chunk(2)
+        return torch.cat(
+            [
+                denoiser.denoise(latents[rows], timesteps[rows], conditioning[rows])
+                for denoiser, rows in zip((self._negative, self._positive), halves, strict=True)
+            ]
+        )
+
+
 def measure(settings: Settings, sampler: SamplerParams, num_rounds: int) -> dict[str, list[float]]:
     """Return the seconds of one picture, of every round."""
     backbone, side_px = settings.backbone, settings.side_px
+    base = attach(backbone, None, StrengthParams())
     loaded = {
-        BASE: attach(backbone, None, StrengthParams()),
+        BASE: base,
+        TWO: dataclasses.replace(base, backbone=TwoDenoisers(backbone)),
         CONCEPT: attach(backbone, random_concept(settings), StrengthParams()),
     }
     prompts, seeds = [_PROMPT] * sampler.batch_size, range(sampler.batch_size)
