@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import sampling
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
-from dreamartist_pipeline.params import DeviceParams
+from dreamartist_pipeline.backbones.concepts import attach, generate
+from dreamartist_pipeline.params import DeviceParams, SamplerParams, StrengthParams
 from speed.settings import Settings, read_training
 
 
@@ -28,9 +31,20 @@ def test_the_concept_has_no_zeros(tiny_base_model: Path) -> None:
     assert all(torch.count_nonzero(up) == up.numel() for up in ups)
 
 
+def test_two_copies_of_the_base_model_draw_its_pictures(tiny_base_model: Path) -> None:
+    backbone = load_backbone(BaseModelFiles(tiny_base_model), DeviceParams(device="cpu"))
+    base = attach(backbone, None, StrengthParams())
+    twice = dataclasses.replace(base, backbone=sampling.TwoDenoisers(backbone))
+    sampler = SamplerParams(num_inference_steps=2, batch_size=3)
+    drawn = [generate(backbone, one, ["a cat"] * 3, "blurry", (1, 2, 3), sampler) for one in (base, twice)]
+    for one, other in zip(*drawn, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1  # batches of another size
+
+
 def test_the_benchmark_runs(tiny_base_model: Path, tmp_path: Path) -> None:
     size = ("--rounds", "1", "--steps", "2", "--threads", "1")
 
     sampling.main((*size, "--base-model", str(tiny_base_model), "--output", str(tmp_path)))
 
-    assert sampling.CONCEPT in (tmp_path / "sampling_tiny.md").read_text()
+    report = (tmp_path / "sampling_tiny.md").read_text()
+    assert sampling.CONCEPT in report and sampling.TWO in report
