@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image, ImageDraw
 
 PROJECT = Path(__file__).resolve().parents[1]
 _FOLDERS, _FILES = ("conf", "src", "notebooks"), ("pyproject.toml", ".telemetry")
 
 
 def copy_project(folder: Path, base_model: Path) -> Path:
-    """Copy code, configuration and notebooks; add a base model (`tiny`) and prompts (`prompts.parquet`).
+    """Copy code, configuration and notebooks, and add inputs, see `add_inputs`.
 
     The local configuration is left out, and so are the project's own data.
     """
@@ -23,6 +24,14 @@ def copy_project(folder: Path, base_model: Path) -> Path:
     for name in _FILES:
         shutil.copy(PROJECT / name, folder)
     (folder / "data" / "09_tracking").mkdir(parents=True)
+    add_inputs(folder, base_model)
+    return folder
+
+
+def add_inputs(folder: Path, base_model: Path) -> None:
+    """Add a base model (`tiny`), prompts (`prompts.parquet`) and the picture of a red button (`button.png`)."""
     shutil.copytree(base_model, folder / "tiny")
     pd.DataFrame({"prompt": ["a red cat", "a blue dog", "a green bird"]}).to_parquet(folder / "prompts.parquet")
-    return folder
+    picture = Image.new("RGB", (48, 40), "white")
+    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
+    picture.save(folder / "button.png")

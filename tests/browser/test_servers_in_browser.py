@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 import mlflow
 import pytest
-from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent))
 from headless import BROWSER, visited
@@ -34,9 +33,6 @@ _GIVEN = "image=button.png,base_model=tiny,prompt_database=prompts.parquet,inges
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
     """Return a project with a concept of each of two methods, both registered in MLflow."""
     folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
-    picture = Image.new("RGB", (48, 40), "white")
-    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
-    picture.save(folder / "button.png")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
     for method in ("lora", "dreamartist-plus-plus"):
         given = f"subject=button,method={method},training.num_steps=30,training.choose=best,{_GIVEN}"

@@ -104,13 +104,7 @@ def last_run(project: Path) -> Any:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
     """Return a copy of the project with a picture, prompts and a tiny base model of its own."""
-    from PIL import Image, ImageDraw
-
-    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
-    picture = Image.new("RGB", (48, 40), "white")
-    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
-    picture.save(folder / "button.png")
-    return folder
+    return copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
 
 
 @pytest.fixture(scope="module")

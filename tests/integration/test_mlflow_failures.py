@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from mlflow_servers import Gate, free_port, mlflow_server
 from project_copy import copy_project
@@ -21,9 +20,7 @@ _TIMEOUT_S = 600  # a run takes seconds; the machine may be shared
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
-    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
-    Image.new("RGB", (48, 40), "red").save(folder / "button.png")
-    return folder
+    return copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
 
 
 @pytest.fixture(scope="module")

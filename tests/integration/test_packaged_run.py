@@ -11,10 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from PIL import Image, ImageDraw
 
+from project_copy import add_inputs
 from warm_processes import run_warm
 
 _PACKAGE = """
@@ -51,11 +50,7 @@ def packaged_run(package: Path, folder: Path, *arguments: str, **variables: str)
 def test_a_packaged_project_trains_and_prints_commands_that_work(
     package: Path, tmp_path: Path, tiny_base_model: Path
 ) -> None:
-    picture = Image.new("RGB", (48, 40), "white")
-    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill="red")
-    picture.save(tmp_path / "button.png")
-    pd.DataFrame({"prompt": ["a red cat", "a blue dog"]}).to_parquet(tmp_path / "prompts.parquet")
-    shutil.copytree(tiny_base_model, tmp_path / "tiny")
+    add_inputs(tmp_path, tiny_base_model)
     shutil.copy(package / "conf.tar.gz", tmp_path)
     given = (
         "subject=button,image=button.png,base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32"
