@@ -3,7 +3,7 @@
     python benchmarks/sampling.py
     python benchmarks/sampling.py --env sd15 --base-model FOLDER --device cuda --dtype bfloat16 --batch-size 4
 
-The concept has the layers and ranks of the method, with random values; both draw the same number of words from the same
+The concept has the layers and ranks of the method, with random values; all draw the same number of words from the same
 seeds: 20 guided steps and the decoder. The branches of a concept have weights of their own. What that costs without any
 adapter is measured, too: the base model draws with a copy of its denoiser for the negative rows.
 """
@@ -49,7 +49,7 @@ class TwoDenoisers:
             name: module if name in backbone.tokenizers else copy.deepcopy(module)
             for name, module in backbone.networks.items()
         }
-        self._negative = dataclasses.replace(backbone, networks=networks)
+        self.negative = dataclasses.replace(backbone, networks=networks)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._positive, name)
@@ -60,7 +60,7 @@ class TwoDenoisers:
         return torch.cat(
             [
                 denoiser.denoise(latents[rows], timesteps[rows], conditioning[rows])
-                for denoiser, rows in zip((self._negative, self._positive), halves, strict=True)
+                for denoiser, rows in zip((self.negative, self._positive), halves, strict=True)
             ]
         )
 
@@ -98,7 +98,7 @@ def make_rows(seconds: dict[str, list[float]]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time both, print and write the table."""
+    """Time them, print and write the table."""
     options = _parse(arguments)
     settings = read_settings(options)
     sampler = SamplerParams(num_inference_steps=options.steps, batch_size=options.batch_size)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw
-from dreamartist_pipeline.core.kept_steps import KeptSteps
+from dreamartist_pipeline.core.image_set import ImageSet, ImagesToDraw
 from dreamartist_pipeline.datasets.image_set import ImageSetDataset
 from dreamartist_pipeline.params import DeviceParams, EvaluationParams
 from dreamartist_pipeline.pipelines.evaluation.nodes import draw_base_images, evaluate_concept
@@ -19,12 +18,10 @@ def set_dataset(manifest: Path, folder: Path) -> ImageSetDataset:
     return ImageSetDataset(filepath=str(manifest), path=str(folder), title="set of images", command="kedro run")
 
 
-def drawn(images: ImagesToDraw) -> CaptionedImages:
+def drawn(images: ImagesToDraw) -> ImageSet:
     """Return a set as it is loaded, without files."""
-    return [
-        (caption, partial(lambda one: one, image))
-        for caption, image in zip(images.captions, images.draw(images.batches), strict=True)
-    ]
+    pairs = zip(images.captions, images.draw(images.batches), strict=True)
+    return ImageSet([(caption, partial(lambda one: one, image)) for caption, image in pairs], images.manifest)
 
 
 def evaluate(
@@ -35,10 +32,8 @@ def evaluate(
     *,
     params: EvaluationParams,
     device: DeviceParams,
-    concept_steps: KeptSteps | None = None,
     **others: Any,
 ) -> Any:
     """Return the results of `evaluate_concept`, after the images of the base model have been drawn."""
-    of_base = drawn(draw_base_images(base_model, concept, picture, params, device, concept_steps))
-    given = {"params": params, "device": device, "concept_steps": concept_steps, **others}
-    return evaluate_concept(base_model, concept, picture, of_base, dict(views), **given)
+    of_base = drawn(draw_base_images(base_model, concept, picture, params, device))
+    return evaluate_concept(base_model, concept, picture, of_base, dict(views), params=params, device=device, **others)

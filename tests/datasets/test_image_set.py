@@ -49,7 +49,7 @@ def dataset_in(folder: Path, subject: str = "fox") -> ImageSetDataset:
 
 
 def requested(artist: Artist, captions: Sequence[str] = CAPTIONS) -> ImagesToDraw:
-    return ImagesToDraw(captions, batches_of(len(captions), 2), {"key": KEY, "seed": 7}, artist)
+    return ImagesToDraw(captions, batches_of(len(captions), 2), {"key": KEY, "seed": 7}, artist, 0, "draw fewer")
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_each_image_is_on_disk_before_the_next_is_drawn(dataset: ImageSetDataset
             present.append(len(list(folder.with_name(f"{KEY}.partial").glob("*.png"))))
             yield Image.new("RGB", (8, 8))
 
-    dataset.save(ImagesToDraw(CAPTIONS, [range(5)], {"key": KEY}, watching))
+    dataset.save(ImagesToDraw(CAPTIONS, [range(5)], {"key": KEY}, watching, 0, ""))
     assert present == [0, 1, 2, 3, 4]
 
 
@@ -174,13 +174,13 @@ def test_an_empty_set_is_whole(dataset: ImageSetDataset) -> None:
     artist = Artist()
     dataset.save(requested(artist, captions=()))
     assert dataset.exists()
-    assert dataset.load() == []
+    assert len(dataset.load()) == 0
     assert dataset.preview() == ""
     assert artist.asked == []
 
 
 def test_too_few_images_are_an_error_and_publish_nothing(dataset: ImageSetDataset, folder: Path) -> None:
-    few = ImagesToDraw(CAPTIONS, [range(5)], {"key": KEY}, lambda batches: iter([Image.new("RGB", (8, 8))]))
+    few = ImagesToDraw(CAPTIONS, [range(5)], {"key": KEY}, lambda batches: iter([Image.new("RGB", (8, 8))]), 0, "")
     with pytest.raises(DatasetError) as raised:
         dataset.save(few)
     assert isinstance(raised.value.__cause__, ValueError)
@@ -190,7 +190,7 @@ def test_too_few_images_are_an_error_and_publish_nothing(dataset: ImageSetDatase
 
 def test_a_key_cannot_leave_the_folder(dataset: ImageSetDataset) -> None:
     with pytest.raises(FileError, check=says(expected="a key", got="'../x'")):
-        dataset.save(ImagesToDraw(CAPTIONS, [range(5)], {"key": "../x"}, Artist()))
+        dataset.save(ImagesToDraw(CAPTIONS, [range(5)], {"key": "../x"}, Artist(), 0, ""))
 
 
 def test_the_first_pictures_are_previewed_with_their_captions(dataset: ImageSetDataset) -> None:
@@ -211,7 +211,7 @@ def test_of_two_runs_that_want_the_same_set_one_draws_it_and_the_other_waits(tmp
             drawn.append(index)
             yield Image.new("RGB", (8, 8))
 
-    both = ImagesToDraw(("a", "b"), [range(2)], {"key": KEY}, slow)
+    both = ImagesToDraw(("a", "b"), [range(2)], {"key": KEY}, slow, 0, "")
     first = threading.Thread(target=dataset_in(tmp_path).save, args=(both,))
     first.start()
     started.wait()

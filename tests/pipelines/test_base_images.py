@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from PIL import Image
 from dreamartist_pipeline.backbones.base_model import BaseModelFiles, load_backbone
 from dreamartist_pipeline.backbones.concepts import concept_metadata, start_concept
 from dreamartist_pipeline.core.concept import Concept
-from dreamartist_pipeline.core.image_set import CaptionedImages
+from dreamartist_pipeline.core.image_set import ImageSet
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, TrainingParams
+from dreamartist_pipeline.params import DeviceParams, EvaluationParams, SamplerParams, StrengthParams, TrainingParams
 from dreamartist_pipeline.pipelines.evaluation.base_images import base_drawings, base_image_set
-from dreamartist_pipeline.pipelines.evaluation.measuring import Drawings
 from dreamartist_pipeline.pipelines.evaluation.nodes import draw_base_images
 from dreamartist_pipeline.pipelines.evaluation.planning import PRIOR, SUBJECT
 from image_sets import drawn, set_dataset
@@ -55,7 +54,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], list[int], s
 
     def record(backbone: Any, loaded: Any, prompts: Any, negative_prompt: str, seeds: Any, sampler: Any) -> Any:
         found.append((list(prompts), list(seeds), negative_prompt))
-        return [Image.new("RGB", (32, 32), (seed, 0, 0)) for seed in seeds]
+        return [
+            Image.new("RGB", (32, 32), (seed, PROMPTS.index(prompt), 0))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
 
     monkeypatch.setattr("dreamartist_pipeline.pipelines.evaluation.drawing.generate", record)
     return found
@@ -79,13 +81,14 @@ def test_no_batch_has_prompts_with_and_without_the_subject(
 def test_they_come_back_by_prompt_and_seed(
     tiny_base_model: Path, concept: Concept, asked: list[tuple[list[str], list[int], str]]
 ) -> None:
-    found = base_drawings(drawn(base_image_set(str(tiny_base_model), concept, PARAMS, CPU)), concept, PARAMS)
-    for kind, prompts in ((SUBJECT, PROMPTS[:2]), (PRIOR, PROMPTS[2:])):
-        drawings: Drawings = found[kind]
-        assert (drawings.prompts, drawings.seeds) == (list(prompts), [40, 41, 42])
+    requested = base_image_set(str(tiny_base_model), concept, PARAMS, CPU)
+    found = base_drawings(drawn(requested), requested, concept, PARAMS)
+    for kind, numbers in ((SUBJECT, (0, 1)), (PRIOR, (2, 3))):
+        drawings = found[kind]
+        assert (drawings.prompts, drawings.seeds) == ([PROMPTS[number] for number in numbers], [40, 41, 42])
         assert [[image.getpixel((0, 0)) for image in row] for row in drawings.images] == [
-            [(seed, 0, 0) for seed in (40, 41, 42)]
-        ] * 2
+            [(seed, number, 0) for seed in (40, 41, 42)] for number in numbers
+        ]
 
 
 def test_another_concept_of_the_class_has_the_same_set_and_draws_nothing(
@@ -107,55 +110,73 @@ def changed(**values: Any) -> Change:
     return lambda concept, params: (concept, params.model_copy(update=values))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        changed(class_word="cat"),
-        changed(prompts=("a {pt1}", "two {pt1}")),
-        changed(prompts=(*PARAMS.prompts, "a cat"), prior_prompts=("a dog",)),  # the same prompts in other batches
-        changed(images_per_prompt=2),
-        changed(seed=41),
-        changed(negative_prompt=""),
-        changed(sampler=SamplerParams(num_inference_steps=2, batch_size=4)),
-        lambda concept, params: (with_metadata(concept, clip_skip=1), params),
-        lambda concept, params: (with_metadata(concept, zero_terminal_snr=True), params),
-    ],
-)
-def test_what_changes_the_images_is_another_set(tiny_base_model: Path, concept: Concept, change: Change) -> None:
-    usual, other = (
-        base_image_set(str(tiny_base_model), *one, CPU).key for one in ((concept, PARAMS), change(concept, PARAMS))
-    )
-    assert usual != other
+OTHER: dict[str, Change] = {
+    "another class word": changed(class_word="cat"),
+    "other prompts": changed(prompts=("a {pt1}", "two {pt1}")),
+    "the same prompts in other batches": changed(prompts=(*PARAMS.prompts, "a cat"), prior_prompts=("a dog",)),
+    "fewer seeds": changed(images_per_prompt=2),
+    "another seed": changed(seed=41),
+    "no negative prompt": changed(negative_prompt=""),
+    "more steps": changed(sampler=SamplerParams(num_inference_steps=2, batch_size=4)),
+    "other batches": changed(sampler=SamplerParams(num_inference_steps=1, batch_size=3)),
+    "clip_skip of the concept": lambda concept, params: (with_metadata(concept, clip_skip=1), params),
+    "noise schedule of the concept": lambda concept, params: (with_metadata(concept, zero_terminal_snr=True), params),
+}
 
 
-def test_the_strength_of_the_concept_is_no_part_of_it(tiny_base_model: Path, concept: Concept) -> None:
-    weak = PARAMS.model_copy(update={"strength": {"positive": 0.5, "negative": 0.0}, "branch_images": 0})
-    assert len({base_image_set(str(tiny_base_model), concept, one, CPU).key for one in (PARAMS, weak)}) == 1
-
-
-def grey_images(concept: Concept, params: EvaluationParams, base_model: Path) -> CaptionedImages:
-    captions = base_image_set(str(base_model), concept, params, CPU).captions
-    return [(caption, lambda: Image.new("RGB", (32, 32))) for caption in captions]
-
-
-@pytest.mark.parametrize("value", [{"seed": 41}, {"class_word": "cat"}, {"images_per_prompt": 2}])
-def test_images_of_another_evaluation_are_refused(
-    tiny_base_model: Path, concept: Concept, value: dict[str, Any]
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
+def test_what_changes_the_images_is_another_set_and_is_not_taken_for_it(
+    tiny_base_model: Path, concept: Concept, change: Change
 ) -> None:
-    images = grey_images(concept, PARAMS.model_copy(update=value), tiny_base_model)
-    with pytest.raises(InputError, check=says(expected="the 12 prompts and seeds", remedy="draw_base_images")):
-        base_drawings(images, concept, PARAMS)
+    usual = base_image_set(str(tiny_base_model), concept, PARAMS, CPU)
+    other = base_image_set(str(tiny_base_model), *change(concept, PARAMS), CPU)
+    assert usual.key != other.key
+    stored = ImageSet([(caption, lambda: Image.new("RGB", (32, 32))) for caption in other.captions], other.manifest)
+    with pytest.raises(InputError, check=says(got="images with another", remedy="--pipeline evaluation")):
+        base_drawings(stored, usual, concept, PARAMS)
 
 
-def test_nothing_is_drawn_for_another_picture_or_base_model(
-    tiny_base_model: Path, concept: Concept, asked: list[tuple[list[str], list[int], str]]
+def test_one_prompt_twice_is_not_two_seeds(tiny_base_model: Path, concept: Concept) -> None:
+    twice = {"prompts": ("a {pt1}", "a {pt1}"), "prior_prompts": ("a cat", "a cat"), "images_per_prompt": 1}
+    seeds = {"prompts": ("a {pt1}",), "prior_prompts": ("a cat",), "images_per_prompt": 2}
+    both = [PARAMS.model_copy(update=one) for one in (twice, seeds)]
+    assert len({base_image_set(str(tiny_base_model), concept, one, CPU).key for one in both}) == 2
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"dtype": "float16"}])
+def test_the_dtype_of_the_base_model_is_part_of_it(
+    tiny_base_model: Path, concept: Concept, change: dict[str, Any]
 ) -> None:
+    devices = (CPU, CPU.model_copy(update=change))
+    assert len({base_image_set(str(tiny_base_model), concept, PARAMS, device).key for device in devices}) == 2
+
+
+def test_the_configuration_of_the_base_model_is_part_of_it(
+    tiny_base_model: Path, concept: Concept, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_base_model, tmp_path / "other")
+    file = other / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
+    keys = {base_image_set(str(model), concept, PARAMS, CPU).key for model in (tiny_base_model, other)}
+    assert len(keys) == 2
+
+
+def test_words_and_strength_of_the_concept_are_no_part_of_it(tiny_base_model: Path, concept: Concept) -> None:
+    weak = {"strength": StrengthParams(positive=0.5, negative=0.0), "branch_images": 0}
+    with_slot = PARAMS.model_copy(update={"negative_prompt": "blurry, {pt1}"})
+    other = with_metadata(concept, words={"pt1": ("her-fox", "her-fox-neg")})
+    for pair in (
+        [(concept, PARAMS), (concept, PARAMS.model_copy(update=weak))],
+        [(concept, with_slot), (other, with_slot)],
+    ):
+        assert len({base_image_set(str(tiny_base_model), *one, CPU).key for one in pair}) == 1
+
+
+def test_another_picture_or_base_model_is_refused(tiny_base_model: Path, concept: Concept) -> None:
+    picture = Image.new("RGB", (32, 32))
     trained_on_another = with_metadata(concept, picture_sha256="0" * 64)
     with pytest.raises(InputError, check=says(expected="the prepared image of its training")):
-        draw_base_images(str(tiny_base_model), trained_on_another, Image.new("RGB", (32, 32)), PARAMS, CPU)
-    wider = {name: tensor.repeat_interleave(2, -1) for name, tensor in concept.tensors.items()}
-    with pytest.raises(InputError):
-        draw_base_images(
-            str(tiny_base_model), dataclasses.replace(concept, tensors=wider), Image.new("RGB", (32, 32)), PARAMS, CPU
-        )
-    assert asked == []
+        draw_base_images(str(tiny_base_model), trained_on_another, picture, PARAMS, CPU)
+    of_another = with_metadata(concept, base_model_family="sdxl")
+    with pytest.raises(InputError, check=says(got="family")):
+        draw_base_images(str(tiny_base_model), of_another, picture, PARAMS, CPU)

@@ -567,7 +567,7 @@ def test_strengths_by_name_are_logged_and_written_on_the_sheet(
     assert _sampling_line(params).endswith("adapter strength 0.8 positive, 0.65 negative")
 
 
-def test_a_missing_evaluator_is_refused_before_anything_is_drawn(
+def test_a_missing_evaluator_is_refused_before_the_concept_is_drawn(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, picture = _params(evaluators=("clip:/no/such/folder",)), _picture("white", "red")

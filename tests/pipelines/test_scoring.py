@@ -291,7 +291,8 @@ def test_evaluation_and_export_take_a_kept_step(train: Train, tiny_base_model: P
     assert files == write_files(base_model, trained.kept[3], plain) != write_files(base_model, trained.concept, plain)
     _, report = check_files(base_model, trained.concept, files, export, kept)
     assert report["files"]
-    params = EvaluationParams(prompts=["a {pt1}"], prior_prompts=["a cat"], step=4, sampler=SAMPLER)
+    shown = {"prompts": ["a {pt1}"], "prior_prompts": ["a cat"], "sampler": SAMPLER}
+    params = EvaluationParams(**shown, step=4, other_picture=True)
     with pytest.raises(InputError, check=says(expected="evaluation.step", got="4")):
         evaluate(
             base_model,

@@ -211,7 +211,8 @@ def test_pictures_of_a_setting_are_those_of_generate_with_it(tiny_base_model: Pa
     by_setting = drawing.draw_settings(settings, str(tiny_base_model), concept, params(), CPU)
     assert [len(by_setting[one].flat()) for one in settings] == [2] * 4
     assert len({by_setting[one].flat()[0].tobytes() for one in settings}) == 4
-    of_base = base_drawings(drawn(base_image_set(str(tiny_base_model), concept, params(), CPU)), concept, params())
+    base_set = base_image_set(str(tiny_base_model), concept, params(), CPU)
+    of_base = base_drawings(drawn(base_set), base_set, concept, params())
     images, _ = drawing.draw_images(str(tiny_base_model), concept, picture("white", "red"), of_base, params(), CPU)
     usual = images.subject
     for group, one in (("base", None), ("concept", Setting(1.0, 1.0, 4.0))):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from PIL.Image import Image
 
@@ -14,6 +14,30 @@ from dreamartist_pipeline.params import DeviceParams, SamplerParams
 
 CaptionedImages = Sequence[tuple[str, Callable[[], Image]]]
 """(caption, function that loads the RGB image) pairs."""
+
+
+@dataclass(frozen=True)
+class ImageSet(Sequence[tuple[str, Callable[[], Image]]]):
+    """A stored set: `CaptionedImages`, and what determines them.
+
+    Attributes:
+        images: (caption, function that loads the RGB image) pairs.
+        manifest: see `describe_images`.
+    """
+
+    images: CaptionedImages
+    manifest: Mapping[str, Any]
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, Callable[[], Image]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> CaptionedImages: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, Callable[[], Image]] | CaptionedImages:
+        return self.images[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
 
 DrawBatches = Callable[[Sequence[Sequence[int]]], Iterator[Image]]
 """Batches of indices -> iterator over the images of all these indices."""
@@ -38,8 +62,8 @@ class ImagesToDraw:
     batches: Sequence[range]
     manifest: dict[str, Any]
     draw: DrawBatches = field(repr=False)
-    image_bytes: int = 0
-    to_draw_fewer: str = ""
+    image_bytes: int
+    to_draw_fewer: str
     is_in: Callable[[Mapping[str, Any]], bool] = field(default=lambda manifest: False, repr=False)
 
     @property
@@ -62,9 +86,10 @@ def describe_images(
     device: DeviceParams,
     **further: Any,
 ) -> dict[str, Any]:
-    """Return the manifest of images that the base model draws.
+    """Return the manifest of images that the base model draws, as JSON types.
 
-    It contains everything that determines the images, as JSON types. Its `key` is the SHA-256 of the other entries.
+    Its `key` is the SHA-256 of the other entries. They determine the images up to rounding, which differs between
+    devices and versions of libraries.
 
     Args:
         fingerprint: of the base model.
@@ -79,7 +104,7 @@ def describe_images(
     manifest = {
         "base_model_fingerprint": fingerprint,
         "num_images": len(prompts),
-        "prompts_sha256": _sha256(list(prompts)),
+        "prompts_sha256": json_sha256(list(prompts)),
         "negative_prompt": negative_prompt,
         "sampler": {name: value for name, value in options.items() if name != "scheduler_options" or value},
         "seed": seed,
@@ -88,10 +113,11 @@ def describe_images(
     if device.quantize != "none":
         manifest["quantize"] = device.quantize
     manifest |= {name: value for name, value in further.items() if value is not None}
-    return {"key": _sha256(manifest)[:16], **manifest}
+    return {"key": json_sha256(manifest)[:16], **manifest}
 
 
-def _sha256(content: Any) -> str:
+def json_sha256(content: Any) -> str:
+    """Return the SHA-256 of JSON types, as hex digits; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

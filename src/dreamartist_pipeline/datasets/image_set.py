@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
 
-from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw
+from dreamartist_pipeline.core.image_set import ImageSet, ImagesToDraw
 from dreamartist_pipeline.datasets.image import grid_preview, save_image
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.disk_space import check_free_space
@@ -33,7 +33,7 @@ _MAX_NAMED = 5  # damaged images in a warning
 log = logging.getLogger(__name__)
 
 
-class ImageSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
+class ImageSetDataset(AbstractDataset[ImagesToDraw, ImageSet]):
     """The set that a subject uses: a save draws the missing images, a load reads the captions, and images on demand.
 
     A set is `<path>/<key>/`: PNGs, image_captions.json (file name -> caption) and manifest.json. Until its last image
@@ -53,21 +53,22 @@ class ImageSetDataset(AbstractDataset[ImagesToDraw, CaptionedImages]):
         self._title, self._command = title, command
         self.metadata = metadata
 
-    def load(self) -> CaptionedImages:
-        """Return each caption with a function that reads its image, in the order of the prompts.
+    def load(self) -> ImageSet:
+        """Return each caption with a function that reads its image, in the order of the prompts, and the manifest.
 
         Raises:
             FileError: no set, or an incomplete one. A damaged image raises it when it is read.
         """
         folder = self.stored_at()
-        captions = _read_json(folder / _CAPTIONS)
-        if captions is None or not all((folder / name).is_file() for name in captions):
+        captions, manifest = _read_json(folder / _CAPTIONS), _read_json(folder / _MANIFEST)
+        if captions is None or manifest is None or not all((folder / name).is_file() for name in captions):
             raise FileError(
                 expected=f"the {self._title} in {folder}, as named in {self._filepath}",
                 got="no set, or an incomplete one",
                 remedy=self._draw_again,
             )
-        return [(caption, partial(self._read_image, folder / name)) for name, caption in captions.items()]
+        images = [(caption, partial(self._read_image, folder / name)) for name, caption in captions.items()]
+        return ImageSet(images, manifest)
 
     def save(self, data: ImagesToDraw) -> None:
         """Draw missing and damaged images, each written before the next is drawn, then write the subject's manifest.

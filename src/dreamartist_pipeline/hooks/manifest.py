@@ -166,6 +166,8 @@ class ManifestHooks:
         elif (earlier := manifest_of(concept)) is None:
             return  # the concept was made elsewhere, or before there were manifests
         else:
+            if name == next(iter(earlier.runs)):  # some nodes of the pipelines that made it, which does not change
+                name = f"{name} ({', '.join(sorted(node.name for node in pipeline.nodes))})"
             manifest = earlier.model_copy(update={"runs": earlier.runs | {name: run}})
         with written_whole(file) as temporary:
             temporary.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")

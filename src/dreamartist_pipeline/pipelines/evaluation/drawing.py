@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -65,7 +65,7 @@ class _Models:
         return self._of(model.step, None if model.name == BASE else model.strength)
 
     def with_strength(self, strength: StrengthParams) -> LoadedConcept:
-        """Return the concept itself."""
+        """Return the concept, not that of a kept step, at a strength."""
         return self._of(None, strength)
 
     def _of(self, step: int | None, strength: StrengthParams | None) -> LoadedConcept:
@@ -166,16 +166,16 @@ def _draw_parts(
     device: DeviceParams,
     steps: KeptSteps = NO_STEPS,
 ) -> dict[tuple[str, str], Drawings]:
-    batches = [batch for part in parts.values() for batch in batches_of_part(part, params)]
-    images = draw_batches(batches, base_model, concept, params, device, steps)
+    images = draw_batches(batches_of_parts(parts.values(), params), base_model, concept, params, device, steps)
     return {key: drawings(part, images) for key, part in parts.items()}
 
 
-def batches_of_part(part: Part, params: EvaluationParams) -> list[Batch]:
-    """Return the images of a part, in batches that depend on no number of processes."""
-    rows = part.rows()
+def batches_of_parts(parts: Iterable[Part], params: EvaluationParams) -> list[Batch]:
+    """Return the images of parts, in batches that depend on no number of processes; none has images of two parts."""
+    rows_of_parts = [(part, part.rows()) for part in parts]
     return [
         Batch(part.model, [rows[index] for index in batch])
+        for part, rows in rows_of_parts
         for batch in batches_of(len(rows), params.sampler.batch_size)
     ]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dreamartist_pipeline.core.captions import check_slots
 from dreamartist_pipeline.core.devices import check_device
-from dreamartist_pipeline.core.image_set import CaptionedImages, ImagesToDraw, images_sha256
+from dreamartist_pipeline.core.image_set import ImageSet, ImagesToDraw, images_sha256
 from dreamartist_pipeline.core.kept_steps import KeptSteps, check_step, concept_at, of_its_training
 from dreamartist_pipeline.core.model_location import ModelLocation
 from dreamartist_pipeline.core.tracking import Tracker
@@ -57,9 +57,9 @@ def check_picture(trained_on: str | None, prepared_image: Image.Image, params: E
     Raises:
         InputError: another picture, without `params.other_picture`.
     """
-    if trained_on is None:
-        log.info("The concept does not name the picture of its training: that it is the prepared one is not checked.")
-    elif not params.other_picture and (found := images_sha256([("", prepared_image)])) != trained_on:
+    if trained_on is None or params.other_picture:
+        return
+    if (found := images_sha256([("", prepared_image)])) != trained_on:
         raise InputError(
             expected=f"the concept with the prepared image of its training, {trained_on[:_DIGITS]}",
             got=f"another prepared image, {found[:_DIGITS]}",
@@ -124,23 +124,22 @@ def prepare_views(files: UserFiles, prepared_image: Image.Image, params: Ingesti
     return views
 
 
+@checked_early("device", check_device)
+@checked_early("evaluation", check_evaluation)
 def draw_base_images(
     base_model: ModelLocation,
     concept: Concept,
     prepared_image: Image.Image,
     params: EvaluationParams,
     device: DeviceParams,
-    concept_steps: KeptSteps | None = None,
 ) -> ImagesToDraw:
     """Return the images of the base model for a concept's evaluation; their dataset draws them if there are none.
 
     Raises:
-        InputError: another picture than that of the training, a step that is not kept, an incomplete base model, or a
-            concept for another one.
+        InputError: another picture than that of the training, an incomplete base model, or a concept for another one.
     """
     from dreamartist_pipeline.pipelines.evaluation.base_images import base_image_set
 
-    concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
     return base_image_set(base_model, concept, params, device)
 
@@ -154,7 +153,7 @@ def evaluate_concept(
     base_model: ModelLocation,
     concept: Concept,
     prepared_image: Image.Image,
-    base_images: CaptionedImages,
+    base_images: ImageSet,
     evaluation_views: UserFiles,
     *,
     params: EvaluationParams,
@@ -178,7 +177,7 @@ def evaluate_concept(
     """
     from pandas import DataFrame
 
-    from dreamartist_pipeline.pipelines.evaluation.base_images import base_drawings
+    from dreamartist_pipeline.pipelines.evaluation.base_images import base_drawings, base_image_set
     from dreamartist_pipeline.pipelines.evaluation.drawing import draw_images
     from dreamartist_pipeline.pipelines.evaluation.kept import pictures_of
     from dreamartist_pipeline.pipelines.evaluation.measuring import measure
@@ -186,8 +185,11 @@ def evaluate_concept(
 
     concept = concept_at(concept, concept_steps or {}, params.step, "evaluation.step")
     check_picture(concept.metadata.picture_sha256, prepared_image, params)
+    if concept.metadata.picture_sha256 is None:
+        log.info("The concept does not name the picture of its training: that it is the prepared one is not checked.")
     log.info("Adapter strengths: %s.", params.strength)
-    of_base = base_drawings(base_images, concept, params)
+    requested = base_image_set(base_model, concept, params, device)
+    of_base = base_drawings(base_images, requested, concept, params)
     models = _load_models(base_model, params, device)
     views = prepare_views(evaluation_views, prepared_image, ingestion)
     images, words = draw_images(base_model, concept, prepared_image, of_base, params, device, views)

@@ -25,7 +25,6 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
                     "prepared_image": "prepared_image",
                     "params": "params:evaluation",
                     "device": "params:device",
-                    "concept_steps": "concept_steps",
                 },
                 outputs="base_images",
                 name="draw_base_images",

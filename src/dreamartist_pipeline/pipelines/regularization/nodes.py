@@ -61,6 +61,7 @@ def make_regularization_set(
     files = files_for(base_model, device)
     files.check()
     side_px = params.side_px or ingestion.bucket.side_px
+    is_usual = side_px == load_outline(files).image_px  # the size of all sets of earlier versions, which do not name it
     manifest = describe_images(
         files.fingerprint(),
         regularization_prompts,
@@ -68,9 +69,7 @@ def make_regularization_set(
         params.sampler,
         params.seed,
         device,
-        side_px=None
-        if side_px == load_outline(files).image_px
-        else side_px,  # None: as in all sets of earlier versions
+        side_px=None if is_usual else side_px,
     )
     return ImagesToDraw(
         captions=regularization_prompts,
