@@ -271,6 +271,14 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "test_hooks.py": {
         "test_an_existing_concept_is_replaced_only_on_request": ("import.replace",),
     },
+    "datasets/test_subject_list.py": {
+        "test_pictures_in_a_folder_are_subjects_by_their_names": ("personalize.subjects",),
+    },
+    "pipelines/test_personalize.py": {
+        "test_the_export_can_be_left_out": ("personalize.export",),
+        "test_columns_are_parameters_and_take_precedence_over_those_of_all_runs": ("personalize.params",),
+        "test_workers_and_threads_reach_the_starter": ("personalize.workers", "personalize.threads"),
+    },
     "pipelines/test_compare.py": {
         "test_every_method_runs_on_every_subject_with_every_seed": (
             "compare.methods.method",

@@ -18,7 +18,18 @@ PROJECT = Path(__file__).resolve().parents[1]
 def test_every_stage_and_every_chain_has_its_name() -> None:
     assert set(register_pipelines()) == {
         *("ingestion", "prompts", "regularization", "training", "train", "evaluation", "evaluate", "report"),
-        *("export", "register", "generate", "import", "pretrain", "judge", "compare", "tune", "__default__"),
+        *(
+            "export",
+            "register",
+            "generate",
+            "import",
+            "pretrain",
+            "judge",
+            "compare",
+            "tune",
+            "personalize",
+            "__default__",
+        ),
     }
 
 
@@ -41,7 +52,7 @@ def test_everything_a_user_gives_is_checked_before_images_are_drawn(check: str) 
     "name",
     [
         *("train", "evaluate", "report", "export", "register", "generate", "import", "pretrain", "judge"),
-        *("compare", "tune"),
+        *("compare", "tune", "personalize"),
     ],
 )
 def test_every_dataset_of_a_pipeline_is_in_the_catalog(name: str) -> None:

@@ -902,8 +902,26 @@ class ComparedMeasures(Params):
 SubjectNames = Annotated[Texts, Field(min_length=1, max_length=10_000)]
 
 
-class CompareParams(Params):
-    """A comparison: every method on every subject with every seed, each in a run of its own."""
+class StartedRuns(Params):
+    """Runs that another run starts, each in a process of its own."""
+
+    params: dict[str, Any] = Field(default_factory=dict)  # of all runs, nested
+    workers: Annotated[int, Field(ge=1, le=1000)] = 1  # runs at a time
+    threads: Annotated[int, Field(ge=1, le=1000)] | None = None  # of each run (OMP_NUM_THREADS); None: its own choice
+
+
+class PersonalizeParams(StartedRuns):
+    """Many subjects, each in a run of its own."""
+
+    subjects: Annotated[str | None, PATH] = None  # a table (.csv, .parquet), or a folder of pictures
+    export: bool = True  # write the files for other tools, too
+
+
+class CompareParams(StartedRuns):
+    """A comparison: every method on every subject with every seed, each in a run of its own.
+
+    Of the parameters of all runs, those of a method take precedence.
+    """
 
     methods: Annotated[dict[str, ComparedMethod], Field(min_length=1)]  # name of the row -> method
     only: Texts = ()  # names of the rows that are compared; () for all
@@ -911,9 +929,6 @@ class CompareParams(Params):
     subjects: SubjectNames  # without reporting subjects, nothing is chosen on them
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)  # of the trainings
     images: Annotated[str, PATH]  # folder with <subject>.png
-    params: dict[str, Any] = Field(default_factory=dict)  # of all runs; those of a method take precedence
-    workers: Annotated[int, Field(ge=1, le=1000)] = 1  # runs at a time
-    threads: Annotated[int, Field(ge=1, le=1000)] | None = None  # of each run (OMP_NUM_THREADS); None: its own choice
     measures: ComparedMeasures
     columns: Annotated[tuple[MetricName, ...], Field(min_length=1)]  # metrics in the table
 
@@ -1074,10 +1089,15 @@ SECTIONS: dict[str, type[Params]] = {
     "import": ImportParams,
     "compare": CompareParams,
     "tune": TuneParams,
+    "personalize": PersonalizeParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,
 }
 """Top-level section of the configuration -> its model; nodes receive it as `params:<section>`."""
+
+
+PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
+"""Last parts of the names of parameters with prompts: one is written as it is, several as a list in YAML."""
 
 
 def takes_several(name: str) -> bool:

@@ -12,6 +12,7 @@ from dreamartist_pipeline.pipelines import (
     importing,
     ingestion,
     judge,
+    personalize,
     pretrain,
     prompts,
     registration,
@@ -49,5 +50,6 @@ def register_pipelines() -> dict[str, Pipeline]:
         "judge": judge.create_pipeline(tracker),
         "compare": compare.create_pipeline(),
         "tune": compare.create_tuning_pipeline(),
+        "personalize": personalize.create_pipeline(),
         "__default__": train + evaluate + exporting + register,
     }

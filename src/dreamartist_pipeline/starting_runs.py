@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dreamartist_pipeline.errors import InputError
+
 RUN_KEY = "DREAMARTIST_RUN_KEY"
 """Environment variable of a started run: what its results depend on, as a hash. The manifest stores it."""
 PARENT_RUN = "DREAMARTIST_PARENT_RUN"
@@ -75,11 +77,33 @@ class RunResult:
         outcome: how it has ended.
         metrics: of its evaluation.
         step_seconds: duration of each training step.
+        picture: reads the picture that shows its results, such as the contact sheet; None if it is not asked for.
     """
 
     outcome: RunOutcome
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     step_seconds: tuple[float, ...] = ()
+    picture: Callable[[], Any] | None = field(default=None, hash=False, compare=False)
+
+
+def failure(failed: Sequence[RunOutcome], num_runs: int) -> InputError:
+    """Return the error that lists the runs that failed."""
+    listed = "".join(f"\n  {one.subject}: {one.message}" for one in failed)
+    return InputError(
+        expected=f"all {num_runs} runs to finish",
+        got=f"{len(failed)} that failed:{listed}",
+        remedy="correct what they say, and run the same command again: finished runs are not repeated",
+    )
+
+
+def report_failures(results: Sequence[RunResult], _report: object) -> None:
+    """End the run with an error if one of its runs has failed, after the others are in the report; a node.
+
+    Raises:
+        InputError: the message lists them.
+    """
+    if failed := [one.outcome for one in results if one.outcome.message is not None]:
+        raise failure(failed, len(results))
 
 
 class RunStarter(Protocol):

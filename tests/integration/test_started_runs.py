@@ -100,3 +100,21 @@ def test_a_method_on_two_subjects_of_which_one_fails(project: Path, parent: str)
 
     names, _ = start(project, subjects=["dot"])
     assert names == []
+
+
+def test_subjects_of_a_table_are_personalized_and_one_that_cannot_be_read_is_listed(project: Path) -> None:
+    Image.new("RGB", (32, 32), "navy").save(project / "pictures/ink.png")
+    (project / "pictures/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    table = "subject,image,training.num_steps\nink,ink.png,1\ntorn,torn.png,1\n"
+    (project / "pictures/all.csv").write_text(table)
+    given = "base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32,personalize.export=false"
+    arguments = ("-m", "kedro", "personalize", "pictures/all.csv", "--env", "test", "--threads", "1", "--params", given)
+    environment = {**os.environ, "KEDRO_ENV": ""}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    for num_started in (2, 1):
+        result = run_warm(arguments, project, environment, _TIMEOUT_S)
+        assert result.returncode == 1
+        assert "torn" in result.stderr and "1 that failed" in result.stderr
+        assert f"0/{num_started}" in result.stderr  # runs, of which the finished one is not started again
+        page = (project / "data/08_reporting/personalize/subjects.html").read_text()
+        assert 'id="ink"' in page and "Failed: 1" in page and "data:image/jpeg" in page

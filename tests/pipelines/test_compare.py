@@ -20,16 +20,16 @@ from dreamartist_pipeline.pipelines.compare.nodes import (
     CONTROLLABILITY,
     DRIFT,
     choose_settings,
-    report_failures,
     run_methods,
     run_settings,
     tabulate_methods,
     tabulate_settings,
 )
 from dreamartist_pipeline.pipelines.compare.tabulating import Row, front, measure_of, title_of
-from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult
+from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, report_failures
 from markdown_tables import cells
 from refusals import says
+from run_starters import Starter
 
 FIDELITY, AGREEMENT, PRIOR = "similarity/concept.net", "prompt/clip_score.concept", "prior_drift/net"
 PROJECT = Path(__file__).resolve().parents[2]
@@ -45,18 +45,6 @@ def params(**changes: Any) -> CompareParams:
         "columns": [FIDELITY, PRIOR],
     }
     return CompareParams.model_validate(values | changes)
-
-
-class Starter:
-    """Notes what it is asked to start."""
-
-    def __init__(self) -> None:
-        self.requests: Sequence[RunRequest] = ()
-        self.workers, self.threads = 0, None
-
-    def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
-        self.requests, self.workers, self.threads = requests, workers, threads
-        return tuple(RunOutcome(one.subject, one.labels) for one in requests)
 
 
 def requested(**changes: Any) -> dict[str, RunRequest]:

@@ -15,12 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline.hooks.configuration import as_list, nearest, yaml_list
 from dreamartist_pipeline.hooks.run import RUN_SETTINGS, literal, plain, with_paths_in
-from dreamartist_pipeline.params import SECTIONS, takes_several
+from dreamartist_pipeline.params import PROMPT_KEYS, SECTIONS, takes_several
 from dreamartist_pipeline.yaml_texts import check_events
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
-_PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
-_TEXT_KEYS = (*_PROMPT_KEYS, "caption", "class_word")  # texts in which a user may write `, name=`
+_TEXT_KEYS = (*PROMPT_KEYS, "caption", "class_word")  # texts in which a user may write `, name=`
 _MAX_SHOWN = 300  # characters of a value in a message
 _CLOSING = {"[": "]", "{": "}", "'": "'", '"': '"'}
 
@@ -127,7 +126,7 @@ def _value(name: str, text: str) -> Any:
         ValueError: a list or another value that is not YAML, the message has the form that is; or one that is nested
             too deeply.
     """
-    is_setting, is_prompt = name in RUN_SETTINGS, name.rpartition(".")[2] in _PROMPT_KEYS
+    is_setting, is_prompt = name in RUN_SETTINGS, name.rpartition(".")[2] in PROMPT_KEYS
     if text == "null":
         return None
     if is_setting:

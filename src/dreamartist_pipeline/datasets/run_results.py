@@ -5,8 +5,9 @@ Annotations here are evaluated (no `from __future__ import annotations`): kedro-
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import TablePreview
@@ -14,6 +15,9 @@ from kedro_datasets._typing import TablePreview
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.starting_runs import RunOutcome, RunResult
 from dreamartist_pipeline.whole_files import written_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class RunResultsDataset(AbstractDataset[Sequence[RunOutcome], tuple[RunResult, ...]]):
@@ -24,6 +28,7 @@ class RunResultsDataset(AbstractDataset[Sequence[RunOutcome], tuple[RunResult, .
         path: folder of reports, in which each run has a folder named by its subject.
         metrics: file of the metrics in that folder.
         history: file of the training steps, with a column `seconds`.
+        picture: file of a picture that is read, too; None for none.
     """
 
     def __init__(
@@ -33,10 +38,11 @@ class RunResultsDataset(AbstractDataset[Sequence[RunOutcome], tuple[RunResult, .
         path: str,
         metrics: str = "evaluation_metrics.json",
         history: str = "training_history.csv",
+        picture: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         self._filepath, self._reports = Path(filepath), Path(path)
-        self._metrics, self._history = metrics, history
+        self._metrics, self._history, self._picture = metrics, history, picture
         self.metadata = metadata
 
     def save(self, data: Sequence[RunOutcome]) -> None:
@@ -80,10 +86,25 @@ class RunResultsDataset(AbstractDataset[Sequence[RunOutcome], tuple[RunResult, .
                 got=f"{type(error).__name__}: {error}",
                 remedy=f"delete {folder}, and run the same command again",
             ) from error
-        return RunResult(outcome, metrics, tuple(seconds))
+        picture = None if self._picture is None else partial(_read_picture, folder / self._picture)
+        return RunResult(outcome, metrics, tuple(seconds), picture)
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._filepath.as_posix(), "path": self._reports.as_posix()}
+
+
+def _read_picture(file: Path) -> "Image":
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FileError(
+            expected=f"the picture of a finished run in {file}",
+            got=f"{type(error).__name__}: {error}",
+            remedy=f"delete {file.parent}, and run the same command again",
+        ) from error

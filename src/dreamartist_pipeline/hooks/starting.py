@@ -63,7 +63,7 @@ from dreamartist_pipeline.yaml_texts import merge_mappings
 STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
 _CONCEPT = "concept"
-_OWN = ("compare", "tune")  # sections of pipelines that start runs
+_OWN = ("compare", "tune", "personalize")  # sections of pipelines that start runs
 _PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them

@@ -11,8 +11,8 @@ from typing import Any
 
 from dreamartist_pipeline.params import TuneParams
 from dreamartist_pipeline.pipelines.compare.planning import METHOD, SETTING
-from dreamartist_pipeline.pipelines.compare.tabulating import check_metrics, failure
-from dreamartist_pipeline.starting_runs import RunResult
+from dreamartist_pipeline.pipelines.compare.tabulating import check_metrics
+from dreamartist_pipeline.starting_runs import RunResult, failure
 
 
 @dataclass(frozen=True)

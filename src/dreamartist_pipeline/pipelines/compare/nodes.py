@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.params import CompareParams, TuneParams
-from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, RunStarter
+from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, RunStarter, report_failures
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -58,18 +58,6 @@ def tabulate_methods(
     drift = plot_tradeoff(rows, of.drift, of.fidelity, fronts[DRIFT], "lower")
     report = to_markdown(comparison, rows, fronts)
     return DataFrame(as_records(rows, fronts)), report, controllability, controllability, drift, drift
-
-
-def report_failures(results: tuple[RunResult, ...], _report: object) -> None:
-    """End the run with an error if one of its runs has failed, after the others are in the report.
-
-    Raises:
-        InputError: the message lists them.
-    """
-    from dreamartist_pipeline.pipelines.compare.tabulating import failure
-
-    if failed := [one.outcome for one in results if one.outcome.message is not None]:
-        raise failure(failed, len(results))
 
 
 def run_settings(run_starter: RunStarter, params: CompareParams, tuning: TuneParams) -> tuple[RunOutcome, ...]:

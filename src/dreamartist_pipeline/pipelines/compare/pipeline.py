@@ -6,12 +6,12 @@ from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.pipelines.compare.nodes import (
     choose_settings,
-    report_failures,
     run_methods,
     run_settings,
     tabulate_methods,
     tabulate_settings,
 )
+from dreamartist_pipeline.starting_runs import report_failures
 
 
 def create_pipeline() -> Pipeline:

@@ -16,7 +16,7 @@ from dreamartist_pipeline.core.measures import MEASURES, Measure
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import CompareParams
 from dreamartist_pipeline.pipelines.compare.planning import METHOD, SEED, SUBJECT
-from dreamartist_pipeline.starting_runs import RunOutcome, RunResult
+from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, failure
 
 CONCEPT, BASE, CEILING = "concept", "base", "ceiling"  # groups of an evaluation
 TITLES = {BASE: "base model, class word", CEILING: "autoencoder's reconstruction (ceiling)"}
@@ -163,16 +163,6 @@ def check_metrics(metrics: Iterable[str], results: Sequence[RunResult], option: 
             got=", ".join(missing),
             remedy="correct it",
         )
-
-
-def failure(failed: Sequence[RunOutcome], num_runs: int) -> InputError:
-    """Return the error that lists the runs that failed."""
-    listed = "".join(f"\n  {one.subject}: {one.message}" for one in failed)
-    return InputError(
-        expected=f"all {num_runs} runs to finish",
-        got=f"{len(failed)} that failed:{listed}",
-        remedy="correct what they say, and run the same command again: finished runs are not repeated",
-    )
 
 
 # ------------------------------------------------------------------------------------------------- the table

@@ -1,0 +1,36 @@
+"""`kedro personalize`: the pipeline of that name, with its main parameters as an argument and options."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from dreamartist_pipeline.cli.params import with_params
+
+
+def personalize_command(run: click.Command) -> click.Command:
+    """Return the command, which calls `kedro run`."""
+
+    @click.command("personalize")
+    @click.argument("subjects")
+    @click.option("--env", "-e", default=None, help="Environment of the configuration; default: local.")
+    @click.option("--workers", type=click.IntRange(1), help="Runs at a time.")
+    @click.option("--threads", type=click.IntRange(1), help="Threads of each run.")
+    @click.option("--params", default="", help="Parameters of every run: KEY=VALUE,KEY=VALUE.")
+    @click.option("--traceback", is_flag=True, help="On an error, show where it was raised.")
+    def personalize(subjects: str, env: str | None, params: str, traceback: bool, **options: Any) -> None:
+        """Train, evaluate and export every subject in SUBJECTS, each in a run of its own.
+
+        SUBJECTS is a table (.csv or .parquet) with the columns subject and image, and any run settings (class_word,
+        caption, mask) and parameters (training.seed); or a folder of pictures. The same command goes on where it was
+        stopped, and does what is missing or has changed.
+        """
+        given = {"subjects": subjects} | {name: value for name, value in options.items() if value is not None}
+        own = ",".join(f"personalize.{name}={json.dumps(value)}" for name, value in given.items())
+        arguments = ["--pipelines", "personalize", "--params", with_params(params, own)]
+        arguments += [] if env is None else ["--env", env]
+        run.main([*arguments, *(["--traceback"] if traceback else [])], prog_name="kedro run")
+
+    return personalize

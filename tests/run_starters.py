@@ -1,0 +1,19 @@
+"""A starter of runs that starts none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest
+
+
+class Starter:
+    """Notes what it is asked to start."""
+
+    def __init__(self) -> None:
+        self.requests: Sequence[RunRequest] = ()
+        self.workers, self.threads = 0, None
+
+    def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
+        self.requests, self.workers, self.threads = requests, workers, threads
+        return tuple(RunOutcome(one.subject, one.labels) for one in requests)
