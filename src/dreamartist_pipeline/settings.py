@@ -37,7 +37,7 @@ from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_d
 
 _SUFFIXES = (".yml", ".yaml", ".json")
 _MAX_VALUES = 100_000  # of one key such as `parameters`; conf/ has a few thousand
-_APART = frozenset({"compare", "judge", "personalize", "tune"})  # sections that nothing else refers to
+_APART = frozenset({"compare", "judge", "tune"})  # sections that nothing else refers to
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
