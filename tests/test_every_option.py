@@ -153,7 +153,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "test_further_pictures_reach_the_measures": ("evaluation.views",),
         "test_recognition_without_a_judge_is_refused_if_it_is_asked_for": ("evaluation.recognition",),
-        "test_a_missing_evaluator_is_refused_before_anything_is_drawn": ("evaluation.evaluators",),
+        "test_a_missing_evaluator_is_refused_before_the_concept_is_drawn": ("evaluation.evaluators",),
     },
     "pipelines/test_registration.py": {
         "test_nothing_is_registered_if_it_is_off": ("registration.enabled",),

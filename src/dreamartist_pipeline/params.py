@@ -1096,8 +1096,30 @@ SECTIONS: dict[str, type[Params]] = {
 """Top-level section of the configuration -> its model; nodes receive it as `params:<section>`."""
 
 
+RUN_SETTINGS = (
+    "subject",
+    "image",
+    "mask",
+    "init_image",
+    "init_mask",
+    "base_model",
+    "vae",
+    "base_model_config",
+    "class_word",
+    "caption",
+    "method",
+    "recipe",
+    "prompt_database",
+)
+"""Settings of a run beside the sections, each a text, such as `--params subject=cat`."""
+
 PROMPT_KEYS = ("prompt", "prompts", "prior_prompts", "negative_prompt", "templates")
 """Last parts of the names of parameters with prompts: one is written as it is, several as a list in YAML."""
+
+
+def is_prompt_text(name: str, text: str) -> bool:
+    """Return whether the value of a parameter is a prompt that is written as it is, and no YAML."""
+    return name.rpartition(".")[2] in PROMPT_KEYS and text != "null" and not text.startswith(("[", "'", '"'))
 
 
 def takes_several(name: str) -> bool:

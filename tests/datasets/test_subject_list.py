@@ -66,19 +66,31 @@ def written(text: str | bytes) -> Callable[[Path], None]:
     [
         (no_file, says(expected="a table of subjects", got="no such file or folder")),
         (written("subject,picture\na,b.png\n"), says(got="no column image among subject, picture")),
-        (written("subject,image,image \na,b.png,c.png\n"), says(expected="every column once", got="image")),
-        (written("subject,image\na,b.png\n,c.png\n"), says(got="no subject in row 2")),
+        (written("subject,image,image\na,b.png,c.png\n"), says(expected="every column once", got="image")),
+        (written("subject,image\na,b.png,c,d\n"), says(got="4 cells in row 1 under 2 names")),
+        (written("subject,image\na,b.png\n,c.png\n"), says(got="subject without a value in row 2")),
         (written("subject,image\n"), says(expected="subjects in in/all.csv", got="none")),
         (written("subject,image\na,b.png\na,c.png\n"), says(expected="once", got="a")),
         (written('subject,image\n"a,b.png\n'), says(expected="in/all.csv as a table")),
         (written("subject,image\nä,b.png\n".encode("latin-1")), says(expected="UTF-8")),
-        (written(b""), says(expected="in/all.csv as a table")),
+        (written(b""), says(got="no column subject and no column image")),
     ],
 )
 def test_what_is_no_table_of_subjects_is_refused(folder: Path, make: Callable[[Path], None], message: Any) -> None:
     make(folder)
     with pytest.raises(FileError, check=message):
         listed("in/all.csv")
+
+
+def test_paths_are_those_of_the_base_folder_wherever_the_command_is_called(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "all.csv").write_text("subject,image,mask\nfox,fox.png,~/mask.png\n")
+    monkeypatch.setenv("HOME", "/far")
+    monkeypatch.chdir(folder)
+    for source in (str(folder / "all.csv"), "in/all.csv"):
+        (row,) = SubjectListDataset(path=str(folder.parent), source=source).load()
+        assert (row["image"], row["mask"]) == ("in/fox.png", "/far/mask.png")
 
 
 def test_two_pictures_of_one_name_are_refused(folder: Path) -> None:
@@ -88,10 +100,17 @@ def test_two_pictures_of_one_name_are_refused(folder: Path) -> None:
         listed("in")
 
 
+def test_cells_of_other_types_are_refused(folder: Path) -> None:
+    table = {"subject": ["a"], "image": ["a.png"], "made": [pd.Timestamp("2026-01-02")]}
+    pd.DataFrame(table).to_parquet(folder / "all.parquet")
+    with pytest.raises(FileError, check=says(got="in the column made")):
+        listed("in/all.parquet")
+
+
 def test_other_kinds_of_files_empty_folders_and_nothing_are_refused(folder: Path) -> None:
     (folder / "all.parquet").write_bytes(b"no parquet")
     (folder / "all.txt").write_text("a")
-    for source, part in (("in/all.txt", "another kind of file"), ("in/all.parquet", "")):
+    for source, part in (("in/all.txt", "another kind of file"), ("in/all.parquet", "Parquet")):
         with pytest.raises(FileError, check=says(got=part)):
             listed(source)
     (folder / "empty").mkdir()

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreamartist_pipeline.hooks.configuration import as_list, nearest, yaml_list
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, literal, plain, with_paths_in
-from dreamartist_pipeline.params import PROMPT_KEYS, SECTIONS, takes_several
+from dreamartist_pipeline.hooks.run import literal, plain, with_paths_in
+from dreamartist_pipeline.params import PROMPT_KEYS, RUN_SETTINGS, SECTIONS, is_prompt_text, takes_several
 from dreamartist_pipeline.yaml_texts import check_events
 
 _NEXT_PARAMETER = re.compile(r",(?=\s*[\w.\-]+\s*=)")
@@ -53,6 +53,11 @@ def with_params(text: str, params: str) -> str:
     names = [_name(item) for item in added]
     kept = [item for item in _split(text) if not any(f"{name}.".startswith(f"{_name(item)}.") for name in names)]
     return ",".join([*(item.strip() for item in kept), *added])
+
+
+def sets_all_of(text: str, section: str) -> bool:
+    """Return whether a value of `--params` has a whole section, as `section={…}`."""
+    return any(_name(item) == section for item in _split(text))
 
 
 def _items(text: str) -> Iterator[tuple[str, Any]]:
@@ -131,7 +136,7 @@ def _value(name: str, text: str) -> Any:
         return None
     if is_setting:
         return literal(_home(_unquoted(text)))
-    if is_prompt and not text.startswith(("[", "'", '"')):
+    if is_prompt_text(name, text):
         return literal(text)
     try:
         check_events(text, f"the value of {name}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
-from dreamartist_pipeline.cli.params import with_params
+from dreamartist_pipeline.cli.params import sets_all_of, with_params
+from dreamartist_pipeline.hooks.starting import as_params
 
 
 def personalize_command(run: click.Command) -> click.Command:
@@ -28,7 +28,11 @@ def personalize_command(run: click.Command) -> click.Command:
         stopped, and does what is missing or has changed.
         """
         given = {"subjects": subjects} | {name: value for name, value in options.items() if value is not None}
-        own = ",".join(f"personalize.{name}={json.dumps(value)}" for name, value in given.items())
+        if sets_all_of(params, "personalize"):
+            raise click.BadParameter(
+                "give its parameters one by one, such as personalize.export=false", param_hint="--params"
+            )
+        own = as_params({"personalize": given})
         arguments = ["--pipelines", "personalize", "--params", with_params(params, own)]
         arguments += [] if env is None else ["--env", env]
         run.main([*arguments, *(["--traceback"] if traceback else [])], prog_name="kedro run")

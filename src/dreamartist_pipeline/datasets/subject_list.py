@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ _TABLES = (".csv", ".parquet")
 _MAX_BYTES = 100_000_000
 _COLUMNS = "the columns subject and image, and any run settings (class_word, caption) and parameters (training.seed)"
 
+_CELLS = (str, bool, int, float, list, dict, type(None))
 SubjectRow = dict[str, Any]
 """Run setting, or dotted parameter -> value; of a CSV file all are texts. Empty cells are left out."""
 
@@ -25,7 +27,7 @@ SubjectRow = dict[str, Any]
 class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
     """Subjects in a table (CSV or Parquet), or one for each picture in a folder, named by its file.
 
-    Relative paths in a table begin in the table's folder.
+    Relative paths of pictures and masks in a table begin in the table's folder.
 
     Args:
         path: base folder of a relative path.
@@ -33,6 +35,7 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
     """
 
     def __init__(self, *, path: str, source: str | None, metadata: dict[str, Any] | None = None) -> None:
+        self._root = Path(path).absolute()
         self._source = None if source is None else resolved(source, Path(path))
         self.metadata = metadata
 
@@ -49,9 +52,22 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
                 got="none",
                 remedy="name it: kedro personalize SUBJECTS",
             )
-        rows = _of_pictures(self._source) if self._source.is_dir() else _of_table(self._source)
+        rows = self._of_pictures(self._source) if self._source.is_dir() else _of_table(self._source)
         _check_names(rows, self._source)
+        folder = self._source if self._source.is_dir() else self._source.parent
+        for row in rows:
+            row |= {name: self._shown(resolved(str(row[name]), folder)) for name in _FILES if name in row}
         return rows
+
+    @staticmethod
+    def _of_pictures(folder: Path) -> list[SubjectRow]:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
+        return [{SUBJECT: file.stem, IMAGE: file.name} for file in files]
+
+    def _shown(self, file: Path) -> str:
+        """Return a path from the base folder, where the runs find it, if it is inside; else an absolute one."""
+        absolute = file.absolute()
+        return (absolute.relative_to(self._root) if absolute.is_relative_to(self._root) else absolute).as_posix()
 
     def _exists(self) -> bool:
         return self._source is not None and self._source.exists()
@@ -60,14 +76,8 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
         return {"source": self._source and self._source.as_posix()}
 
 
-def _of_pictures(folder: Path) -> list[SubjectRow]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
-    return [{SUBJECT: file.stem, IMAGE: _shown(file)} for file in files]
-
-
 def _of_table(file: Path) -> list[SubjectRow]:
-    table = _read(file)
-    names = [str(name).strip() for name in table.columns]
+    names, cells = _read(file)
     if missing := [name for name in (SUBJECT, IMAGE) if name not in names]:
         raise FileError(
             expected=f"{file} with {_COLUMNS}",
@@ -76,24 +86,21 @@ def _of_table(file: Path) -> list[SubjectRow]:
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise FileError(expected=f"{file} with every column once", got=", ".join(twice), remedy="leave out the others")
-    rows = []
-    for number, values in enumerate(table.itertuples(index=False, name=None), start=1):
-        row = {name: value for name, value in zip(names, map(_plain, values), strict=True) if value is not None}
-        if empty := [name for name in (SUBJECT, IMAGE) if name not in row]:
+    rows = [dict(zip(names, values, strict=False)) for values in cells]
+    for number, row in enumerate(rows, start=1):
+        for name in [name for name, value in row.items() if value is None]:
+            del row[name]
+        if wrong := [name for name in (SUBJECT, IMAGE) if not isinstance(row.get(name), str)]:
             raise FileError(
-                expected=f"a subject and an image in every row of {file}",
-                got=f"no {' and no '.join(empty)} in row {number}",
-                remedy="fill them in, or delete the row",
+                expected=f"texts as {' and '.join((SUBJECT, IMAGE))} in every row of {file}",
+                got=f"{wrong[0]} {row.get(wrong[0], 'without a value')} in row {number}",
+                remedy="correct it, or delete the row",
             )
-        row[SUBJECT] = str(row[SUBJECT])
-        rows.append(row | {name: _shown(file.parent / str(row[name])) for name in _FILES if name in row})
     return rows
 
 
-def _read(file: Path) -> Any:
-    """Return a table as a DataFrame; of a CSV file, all cells are texts."""
-    import pandas as pd
-
+def _read(file: Path) -> tuple[list[str], list[list[Any]]]:
+    """Return the names of the columns, and the rows; None for an empty cell."""
     if file.suffix.lower() not in _TABLES or not file.is_file():
         raise FileError(
             expected=f"a table of subjects ({', '.join(_TABLES)}) or a folder of pictures at {file}",
@@ -105,30 +112,39 @@ def _read(file: Path) -> Any:
             expected=f"a table of at most {_MAX_BYTES:,} bytes", got=f"{size:,} in {file}", remedy="give it in parts"
         )
     try:
-        if file.suffix.lower() == ".parquet":
-            return pd.read_parquet(file)
-        text = io.StringIO(file.read_text(encoding="utf-8-sig"))
-        return pd.read_csv(text, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (OSError, ValueError) as error:  # of pyarrow and pandas, among them damaged files and other encodings
+        return _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
+    except (OSError, ValueError, csv.Error, NotImplementedError) as error:  # pyarrow's are among them
         raise FileError(
-            expected=f"{file} as a table in UTF-8 with {_COLUMNS}", got=str(error).splitlines()[0], remedy="correct it"
+            expected=f"{file} as a table, in UTF-8, with {_COLUMNS}",
+            got=str(error).splitlines()[0],
+            remedy="correct it",
         ) from error
 
 
-def _plain(value: Any) -> Any:
-    """Return a cell as a type of Python; None for an empty one."""
-    import pandas as pd
+def _read_csv(file: Path) -> tuple[list[str], list[list[Any]]]:
+    lines = csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig")), skipinitialspace=True, strict=True)
+    names, *rows = [[cell.strip() for cell in line] for line in lines if any(line)] or [[]]
+    for number, row in enumerate(rows, start=1):
+        if len(row) > len(names):
+            raise ValueError(
+                f"{len(row)} cells in row {number} under {len(names)} names; write texts with commas in double quotes"
+            )
+    return names, [[cell or None for cell in row] for row in rows]
 
-    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy, single values too
-    if isinstance(value, str):
-        return value.strip() or None
-    return None if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)) else value
 
+def _read_parquet(file: Path) -> tuple[list[str], list[list[Any]]]:
+    from pyarrow import parquet
 
-def _shown(file: Path) -> str:
-    """Return a path relative to the working directory if it is inside, else absolute."""
-    absolute = file.expanduser().absolute()
-    return absolute.relative_to(Path.cwd()).as_posix() if absolute.is_relative_to(Path.cwd()) else absolute.as_posix()
+    table = parquet.read_table(file)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        wrong = next((value for value in column.to_pylist() if not isinstance(value, _CELLS)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"a {type(wrong).__name__} in the column {name}; write it as a text, or leave the column out"
+            )
+    names = [str(name).strip() for name in table.column_names]
+    rows = [[row[name] for name in table.column_names] for row in table.to_pylist()]
+    return names, [[(cell.strip() or None) if isinstance(cell, str) else cell for cell in row] for row in rows]
 
 
 def _check_names(rows: Sequence[SubjectRow], source: Path) -> None:

@@ -19,8 +19,9 @@ from dreamartist_pipeline.hooks.outputs import OutputHooks
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists
 from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tags, run_name
 from dreamartist_pipeline.hooks.report import ReportHooks
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, settings_of
+from dreamartist_pipeline.hooks.run import settings_of
 from dreamartist_pipeline.hooks.starting import ProjectRuns, StartingHooks
+from dreamartist_pipeline.params import RUN_SETTINGS
 
 __all__ = [
     "RUN_SETTINGS",

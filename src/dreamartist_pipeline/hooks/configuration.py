@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from dreamartist_pipeline.core.choosing import scored_steps
 from dreamartist_pipeline.early_checks import EarlyCheck, PlannedConcept, early_checks_of
 from dreamartist_pipeline.errors import InputError, input_error_in
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of, with_paths_in
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.hooks.run import path_of, settings_of, with_paths_in
+from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

@@ -28,13 +28,13 @@ from kedro.utils import find_kedro_project
 from dreamartist_pipeline.hooks.parameters import flatten
 from dreamartist_pipeline.hooks.run import (
     MODEL_SETTINGS,
-    RUN_SETTINGS,
     is_absolute,
     literal,
     path_of,
     settings_of,
     shown,
 )
+from dreamartist_pipeline.params import RUN_SETTINGS
 from dreamartist_pipeline.redaction import redact, without_credentials
 
 LOGGER = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from dreamartist_pipeline.hooks.parameters import (
     recorded_parameters,
     repeated_parameters,
 )
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, pipelines_of, plain, settings_of
+from dreamartist_pipeline.hooks.run import path_of, pipelines_of, plain, settings_of
 from dreamartist_pipeline.hooks.story import (
     CONCEPT_TAG,
     file_sha256,
@@ -39,7 +39,7 @@ from dreamartist_pipeline.hooks.story import (
     used_concept,
     with_sections,
 )
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 from dreamartist_pipeline.redaction import redacted
 from dreamartist_pipeline.starting_runs import PARENT_RUN
 from dreamartist_pipeline.tracking.delivery import optional

@@ -28,9 +28,9 @@ from dreamartist_pipeline.hooks.manifest import (
 )
 from dreamartist_pipeline.hooks.parameters import flatten, number_lists, plain_sections
 from dreamartist_pipeline.hooks.record import Presets, flush
-from dreamartist_pipeline.hooks.run import RUN_SETTINGS, path_of, settings_of
+from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.hooks.story import PREVIEWS, file_sha256, run_that_made
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 from dreamartist_pipeline.redaction import redact
 from dreamartist_pipeline.run_facts import RUN_FACTS, RunFacts
 from dreamartist_pipeline.tracking.delivery import optional

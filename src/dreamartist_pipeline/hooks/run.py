@@ -15,23 +15,8 @@ from kedro.io import DataCatalog
 from pydantic import BaseModel
 
 from dreamartist_pipeline.core.model_location import HUB
-from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, SECTIONS
+from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, RUN_SETTINGS, SECTIONS
 
-RUN_SETTINGS = (
-    "subject",
-    "image",
-    "mask",
-    "init_image",
-    "init_mask",
-    "base_model",
-    "vae",
-    "base_model_config",
-    "class_word",
-    "caption",
-    "method",
-    "recipe",
-    "prompt_database",
-)
 MODEL_SETTINGS = ("base_model", "vae", "base_model_config")
 PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", *MODEL_SETTINGS, "prompt_database")
 _INTERPOLATION = re.compile(r"(?<!\\)\$\{")

@@ -40,13 +40,12 @@ from dreamartist_pipeline.hooks.record import PARENT_TAG
 from dreamartist_pipeline.hooks.run import (
     MODEL_SETTINGS,
     PATH_SETTINGS,
-    RUN_SETTINGS,
     literal,
     path_of,
     plain,
     settings_in,
 )
-from dreamartist_pipeline.params import SECTIONS
+from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 from dreamartist_pipeline.starting_runs import (
     PARENT_RUN,
     RUN_KEY,
@@ -295,7 +294,7 @@ def _all_with_given(requests: Sequence[RunRequest], given: Mapping[str, Any]) ->
         raise InputError(
             expected="parameters of the command that leave different runs different",
             got=", ".join(f"{name}={value}" for name, value in flatten(given).items() if name in own),
-            remedy="leave out what the runs differ in, such as training.seed, and change the comparison or the tuning",
+            remedy="leave out what the runs differ in, such as training.seed",
         )
     return changed
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.early_checks import checked_early
 from dreamartist_pipeline.params import PersonalizeParams
-from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, RunStarter, failure
+from dreamartist_pipeline.pipelines.personalize.planning import check_rows, subject_runs
+from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, RunStarter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -14,6 +16,7 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
     DataFrame = Any
 
 
+@checked_early("personalize", check_rows, "subject_list")
 def run_subjects(
     run_starter: RunStarter, subject_list: Sequence[Mapping[str, Any]], params: PersonalizeParams
 ) -> tuple[RunOutcome, ...]:
@@ -22,24 +25,15 @@ def run_subjects(
     Raises:
         InputError: invalid parameters of a subject; nothing is started.
     """
-    from dreamartist_pipeline.pipelines.personalize.planning import subject_runs
-
     return run_starter.start(subject_runs(subject_list, params), params.workers, params.threads)
 
 
 def tabulate_subjects(results: tuple[RunResult, ...]) -> tuple[DataFrame, str]:
-    """Return a table with a row per subject, and a page with the contact sheets.
-
-    Raises:
-        InputError: all runs failed.
-    """
+    """Return a table with a row per subject, and a page with the contact sheets."""
     from pandas import DataFrame
 
     from dreamartist_pipeline.pipelines.personalize.page import render
 
-    failed = [one.outcome for one in results if one.outcome.message is not None]
-    if len(failed) == len(results):
-        raise failure(failed, len(results))
     rows = [
         {
             "subject": one.outcome.subject,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
-from PIL.Image import Image
 
 from dreamartist_pipeline.core import measures
 from dreamartist_pipeline.core.measures import Measure, metric_key
+from dreamartist_pipeline.interop.drawn_pictures import as_webp
 from dreamartist_pipeline.starting_runs import RunResult
 
 _TEMPLATE = "subjects.html.jinja"
@@ -20,13 +18,13 @@ _SHOWN = (
     *(measures.SIMILARITY, measures.RECOGNITION, measures.CLIP_SCORE, measures.BACKGROUND),
     *(measures.CROP_DISTANCE, measures.PRIOR_DRIFT),
 )
-_WIDTH_PX = 640
-_QUALITY = 85  # of JPEG
+_SIDES = ((50, 1200), (500, 480))
+"""(most subjects, longer side of their contact sheets in pixels): a page of some 10 MB at most."""
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A finished run on the page; values has one text per column."""
+    """A finished run on the page: one text per column, and the address of its contact sheet."""
 
     name: str
     values: tuple[str, ...]
@@ -34,7 +32,10 @@ class _Subject:
 
 
 def render(results: Sequence[RunResult]) -> str:
-    """Return the page as HTML that needs no other file; it links to the reports beside it."""
+    """Return the page as HTML, with links to the reports beside it.
+
+    It needs no other file, except that more than 500 contact sheets are links, too.
+    """
     finished = [one for one in results if one.outcome.message is None]
     columns = {one: key for one in _SHOWN if (key := _metric_of(one, finished)) is not None}
     environment = jinja2.Environment(
@@ -45,8 +46,8 @@ def render(results: Sequence[RunResult]) -> str:
         lstrip_blocks=True,
     )
     page: str = environment.get_template(_TEMPLATE).render(
-        columns=[one.title for one in columns],
-        subjects=[_subject(one, list(columns.values())) for one in finished],
+        columns=list(columns),
+        subjects=[_subject(one, list(columns.values()), _side_px(len(finished))) for one in finished],
         failed=[one.outcome for one in results if one.outcome.message is not None],
     )
     return page
@@ -60,16 +61,15 @@ def _metric_of(measure: Measure, results: Sequence[RunResult]) -> str | None:
     return next((name for name in names if name == beginning or name.startswith(ways)), None)
 
 
-def _subject(result: RunResult, metrics: Sequence[str]) -> _Subject:
+def _subject(result: RunResult, metrics: Sequence[str], side_px: int | None) -> _Subject:
     values = (result.metrics.get(name) for name in metrics)
     texts = tuple("–" if value is None else f"{value:.3f}" for value in values)
-    return _Subject(result.outcome.subject, texts, "" if result.picture is None else _embedded(result.picture()))
+    name = result.outcome.subject
+    if side_px is None or result.picture is None:
+        return _Subject(name, texts, f"../{name}/contact_sheet.png")
+    return _Subject(name, texts, f"data:image/webp;base64,{b64encode(as_webp(result.picture(), side_px)).decode()}")
 
 
-def _embedded(image: Image) -> str:
-    """Return a picture, at most 640 px wide, as a data URI."""
-    reduced: Any = image.copy()
-    reduced.thumbnail((_WIDTH_PX, 10 * _WIDTH_PX))
-    data = io.BytesIO()
-    reduced.save(data, "JPEG", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+def _side_px(num_subjects: int) -> int | None:
+    """Return the longer side of embedded contact sheets; None where the page would be too large for them."""
+    return next((side_px for most, side_px in _SIDES if num_subjects <= most), None)
