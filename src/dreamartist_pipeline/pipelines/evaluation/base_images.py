@@ -42,7 +42,7 @@ def base_image_set(
     parts = base_parts(concept, params).values()
     batches = batches_of_parts(parts, params)
     rows = [row for batch in batches for row in batch.rows]
-    ends = accumulate((len(batch.rows) for batch in batches), initial=0)
+    ends = accumulate([len(batch.rows) for batch in batches], initial=0)
     schedule = dict(with_schedule_of(concept, backbone).scheduler_config)
     manifest = describe_images(
         backbone.fingerprint,
@@ -99,7 +99,7 @@ def _draw(
 ) -> Iterator[Image]:
     """Yield the images of batches of indices."""
     batches = batches_of_parts(base_parts(concept, params).values(), params)
-    starts = accumulate((len(batch.rows) for batch in batches), initial=0)
+    starts = accumulate([len(batch.rows) for batch in batches], initial=0)
     by_start = dict(zip(starts, batches, strict=False))
     asked = [by_start[indices[0]] for indices in chosen]
     yield from draw_batches(asked, base_model, concept, params, device, title="base model's images")
