@@ -17,6 +17,7 @@ SUBJECT, IMAGE = "subject", "image"
 _FILES = (IMAGE, "mask")  # columns with paths
 _TABLES = (".csv", ".parquet")
 _MAX_BYTES = 100_000_000
+_BATCH_ROWS = 16
 _COLUMNS = "the columns subject and image, and any run settings (class_word, caption) and parameters (training.seed)"
 
 _CELLS = (str, bool, int, float, list, dict, type(None))
@@ -113,7 +114,7 @@ def _read(file: Path) -> tuple[list[str], list[list[Any]]]:
         )
     try:
         return _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
-    except (OSError, ValueError, csv.Error, NotImplementedError) as error:  # pyarrow's are among them
+    except (OSError, ValueError, csv.Error) as error:
         raise FileError(
             expected=f"{file} as a table, in UTF-8, with {_COLUMNS}",
             got=str(error).splitlines()[0],
@@ -133,17 +134,25 @@ def _read_csv(file: Path) -> tuple[list[str], list[list[Any]]]:
 
 
 def _read_parquet(file: Path) -> tuple[list[str], list[list[Any]]]:
+    import pyarrow as pa
     from pyarrow import parquet
 
-    table = parquet.read_table(file)
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        wrong = next((value for value in column.to_pylist() if not isinstance(value, _CELLS)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"a {type(wrong).__name__} in the column {name}; write it as a text, or leave the column out"
-            )
-    names = [str(name).strip() for name in table.column_names]
-    rows = [[row[name] for name in table.column_names] for row in table.to_pylist()]
+    rows: list[list[Any]] = []
+    num_bytes = 0
+    try:
+        table = parquet.ParquetFile(file)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS):  # one stored value may be in all rows
+            num_bytes += batch.nbytes
+            if num_bytes > _MAX_BYTES:
+                raise ValueError(f"a table of more than {_MAX_BYTES:,} bytes")
+            rows += [list(row) for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)]
+        names = [name.strip() for name in table.schema_arrow.names]
+    except (pa.ArrowException, RecursionError) as error:
+        raise ValueError(f"a damaged Parquet file: {' '.join(str(error).split())}") from error
+    for row in rows:
+        for name, value in zip(names, row, strict=True):
+            if not isinstance(value, _CELLS):
+                raise ValueError(f"a {type(value).__name__} in the column {name}; write it as a text, or leave it out")
     return names, [[(cell.strip() or None) if isinstance(cell, str) else cell for cell in row] for row in rows]
 
 

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 from dreamartist_pipeline.core.captions import check_slots, fill_negative_prompt, fill_template, without_weights
 from dreamartist_pipeline.core.embeddings import Vocabulary
 from dreamartist_pipeline.datasets.prompts import PromptDatabaseDataset
+from dreamartist_pipeline.datasets.subject_list import SubjectListDataset
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import PromptsParams
+from dreamartist_pipeline.params import PersonalizeParams, PromptsParams
+from dreamartist_pipeline.pipelines.personalize.planning import subject_runs
 from dreamartist_pipeline.pipelines.prompts.nodes import check_prompts, draw_regularization_prompts
 from dreamartist_pipeline.prompt_weights import parse_weights
 from fuzz.fuzzing import Target
@@ -61,7 +63,20 @@ def _database(file: Path) -> object:
     return draw_regularization_prompts(database, params)
 
 
+def _subject_tables() -> dict[str, bytes]:
+    table = pa.table({"subject": ["fox", "owl"], "image": ["fox.png", "owl.png"], "training.seed": [7, None]})
+    parquet = io.BytesIO()
+    pq.write_table(table, parquet)
+    text = 'subject,image,"training.seed"\nfox,"fox, red.png",7\nowl,owl.png,\n'
+    return {"subjects.csv": text.encode(), "subjects.parquet": parquet.getvalue()}
+
+
+def _subjects(file: Path) -> object:
+    return subject_runs(SubjectListDataset(path=str(file.parent), source=str(file)).load(), PersonalizeParams())
+
+
 TARGETS = [
     Target("prompt", lambda: {f"{number}.txt": prompt.encode() for number, prompt in enumerate(_PROMPTS)}, _prompt),
     Target("prompt database", _tables, _database),
+    Target("table of subjects", _subject_tables, _subjects),
 ]
