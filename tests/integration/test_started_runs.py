@@ -118,4 +118,4 @@ def test_subjects_of_a_table_are_personalized_and_one_that_cannot_be_read_is_lis
         assert "torn" in result.stderr and "1 that failed" in result.stderr
         assert re.search(rf"runs: [^\n]* 0/{num_started} ", result.stderr)  # the finished one is not started again
         page = (project / "data/08_reporting/personalize/subjects.html").read_text()
-        assert 'id="ink"' in page and "Failed: 1" in page and "data:image/jpeg" in page
+        assert 'id="ink"' in page and "Failed: 1" in page and "data:image/webp" in page
