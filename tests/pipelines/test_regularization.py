@@ -159,7 +159,7 @@ def test_no_prompts_make_an_empty_set_without_loading_the_base_model(
 
     dataset.save(made)
 
-    assert dataset.load() == []
+    assert len(dataset.load()) == 0
 
 
 def test_an_interrupted_set_is_continued_to_the_same_bytes(
