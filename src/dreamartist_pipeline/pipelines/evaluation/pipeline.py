@@ -12,6 +12,14 @@ from dreamartist_pipeline.pipelines.evaluation.nodes import (
     map_attention,
 )
 
+_DRAWN_WITH = {
+    "base_model": "base_model",
+    "concept": "concept",
+    "params": "params:evaluation",
+    "device": "params:device",
+}
+"""Inputs of every node."""
+
 
 def create_pipeline(tracker: Tracker) -> Pipeline:
     """Measure images with and without the concept, compare strengths and guidance scales, and map attention."""
@@ -19,13 +27,7 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
         [
             node(
                 draw_base_images,
-                inputs={
-                    "base_model": "base_model",
-                    "concept": "concept",
-                    "prepared_image": "prepared_image",
-                    "params": "params:evaluation",
-                    "device": "params:device",
-                },
+                inputs={**_DRAWN_WITH, "prepared_image": "prepared_image"},
                 outputs="base_images",
                 name="draw_base_images",
                 tags="evaluation",
@@ -33,14 +35,11 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
             node(
                 tracked(evaluate_concept, tracker),
                 inputs={
-                    "base_model": "base_model",
-                    "concept": "concept",
+                    **_DRAWN_WITH,
                     "prepared_image": "prepared_image",
                     "base_images": "base_images",
                     "evaluation_views": "evaluation_views",
-                    "params": "params:evaluation",
                     "ingestion": "params:ingestion",
-                    "device": "params:device",
                     "concept_steps": "concept_steps",
                 },
                 outputs=[
@@ -56,27 +55,14 @@ def create_pipeline(tracker: Tracker) -> Pipeline:
             ),
             node(
                 compare_strengths,
-                inputs={
-                    "base_model": "base_model",
-                    "concept": "concept",
-                    "prepared_image": "prepared_image",
-                    "params": "params:evaluation",
-                    "device": "params:device",
-                    "concept_steps": "concept_steps",
-                },
+                inputs={**_DRAWN_WITH, "prepared_image": "prepared_image", "concept_steps": "concept_steps"},
                 outputs=["strengths_sheet", "guidance_sheet", "strengths_table", "recommended_settings"],
                 name="compare_strengths",
                 tags="evaluation",
             ),
             node(
                 map_attention,
-                inputs={
-                    "base_model": "base_model",
-                    "concept": "concept",
-                    "params": "params:evaluation",
-                    "device": "params:device",
-                    "concept_steps": "concept_steps",
-                },
+                inputs={**_DRAWN_WITH, "concept_steps": "concept_steps"},
                 outputs=["attention_sheet", "attention_pictures"],
                 name="map_attention",
                 tags="evaluation",
