@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest
+from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, Workers
 
 
 class Starter:
@@ -12,8 +12,8 @@ class Starter:
 
     def __init__(self) -> None:
         self.requests: Sequence[RunRequest] = ()
-        self.workers, self.threads = 0, None
+        self.workers = Workers()
 
-    def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
-        self.requests, self.workers, self.threads = requests, workers, threads
+    def start(self, requests: Sequence[RunRequest], workers: Workers) -> tuple[RunOutcome, ...]:
+        self.requests, self.workers = requests, workers
         return tuple(RunOutcome(one.subject, one.labels) for one in requests)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import signal
@@ -36,7 +35,6 @@ from dreamartist_pipeline.errors import InputError, StoppedEarly
 from dreamartist_pipeline.hooks.parameters import flatten
 from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
-from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT
 from refusals import says
 from tracking_stores import tracking_uri
 
@@ -431,28 +429,6 @@ def test_nothing_is_raised_again_after_a_run_that_ended(monkeypatch: pytest.Monk
     with pytest.raises(click.exceptions.Exit):
         _report(terminated)(traceback=False)
     time.sleep(0.2)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a signal does not end a call of the system")
-def test_a_started_run_stops_when_the_process_that_has_started_it_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reading, writing = os.pipe()
-    before = os.dup(0)
-    os.dup2(reading, 0)
-    monkeypatch.setenv(ENDS_WITH_INPUT, "1")
-
-    def abandoned() -> None:
-        assert ENDS_WITH_INPUT not in os.environ  # for processes that the run starts
-        os.close(writing)
-        time.sleep(60)
-
-    try:
-        with pytest.raises(click.exceptions.Exit, match="130"):
-            _report(abandoned)(traceback=False)
-    finally:
-        os.dup2(before, 0)
-    assert "Stopped by SIGTERM" in capsys.readouterr().err
 
 
 def test_a_training_that_was_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,7 +277,11 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "pipelines/test_personalize.py": {
         "test_the_export_can_be_left_out": ("personalize.export",),
         "test_columns_are_parameters_and_take_precedence_over_those_of_all_runs": ("personalize.params",),
-        "test_workers_and_threads_reach_the_starter": ("personalize.workers", "personalize.threads"),
+        "test_what_executes_the_runs_reaches_the_starter": (
+            "personalize.workers",
+            "personalize.threads",
+            "personalize.ray",
+        ),
     },
     "pipelines/test_compare.py": {
         "test_every_method_runs_on_every_subject_with_every_seed": (
@@ -291,7 +295,7 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "compare.params",
         ),
         "test_rows_can_be_left_out": ("compare.only",),
-        "test_workers_and_threads_reach_the_starter": ("compare.workers", "compare.threads"),
+        "test_what_executes_the_runs_reaches_the_starter": ("compare.workers", "compare.threads", "compare.ray"),
         "test_the_table_has_means_over_subjects_and_seeds_and_paired_differences": ("compare.reference",),
         "test_the_table_has_the_columns_that_are_asked_for": ("compare.columns",),
         "test_plots_mark_the_front_and_show_intervals": (

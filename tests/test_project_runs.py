@@ -24,7 +24,7 @@ from dreamartist_pipeline.hooks import ProjectRuns, StartingHooks, register_proj
 from dreamartist_pipeline.hooks.manifest import Manifest, RunManifest, StoredFile
 from dreamartist_pipeline.hooks.starting import as_params
 from dreamartist_pipeline.pipeline_registry import register_pipelines
-from dreamartist_pipeline.starting_runs import PARENT_RUN, RUN_KEY, RunCommand, RunOutcome, RunRequest
+from dreamartist_pipeline.starting_runs import PARENT_RUN, RUN_KEY, RunCommand, RunOutcome, RunRequest, Workers
 from project_copy import copy_project
 from refusals import says
 
@@ -34,6 +34,7 @@ class Trainings:
 
     def __init__(self, project: Path, failing: tuple[str, ...] = ()) -> None:
         self.project, self.failing = project, failing
+        self.num_workers = 1
         self.commands: list[RunCommand] = []
 
     def run(self, command: RunCommand) -> str | None:
@@ -58,8 +59,8 @@ class Trainings:
         (folder / "manifest.json").write_text(manifest.model_dump_json())
         return None
 
-    def stop(self) -> None:
-        raise AssertionError("nothing was interrupted")
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,8 @@ def start(
     """Start runs; return their outcomes, and the commands that were executed."""
     executor = Trainings(project, failing)
     loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
-    runs = ProjectRuns(project, loader, ("--env", "test"), given, lambda: executor)
-    return runs.start(requests, workers=1, threads=1), executor.commands
+    runs = ProjectRuns(project, loader, ("--env", "test"), given, lambda _: executor)
+    return runs.start(requests, Workers(threads=1)), executor.commands
 
 
 def started(project: Path, *requests: RunRequest, **options: Any) -> set[str]:
@@ -172,7 +173,7 @@ def test_a_signal_stops_what_runs_and_the_same_command_continues(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped = threading.Event()
-    monkeypatch.setattr(Trainings, "stop", lambda _: stopped.set())
+    monkeypatch.setattr(Trainings, "close", lambda _: stopped.set())
     run = Trainings.run
 
     def interrupted(executor: Trainings, command: RunCommand) -> str | None:
@@ -210,12 +211,12 @@ def test_results_can_be_copied_to_another_machine(project: Path, tmp_path: Path)
 def test_invalid_parameters_are_refused_before_anything_is_started(project: Path) -> None:
     executor = Trainings(project)
     loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
-    runs = ProjectRuns(project, loader, executor=lambda: executor)
+    runs = ProjectRuns(project, loader, executor=lambda _: executor)
     for wrong, text in ({"training": {"num_stepz": 1}}, "num_stepz"), ({"method": "nosuch"}, "nosuch"):
         with pytest.raises(InputError, check=says(where="fox-b", got=text)):
-            runs.start([request("fox-a"), request("fox-b", **wrong)], 1, None)
+            runs.start([request("fox-a"), request("fox-b", **wrong)], Workers())
     with pytest.raises(InputError, check=says(where="a fox/b", got="a fox/b")):
-        runs.start([request("fox-a"), request("a fox/b")], 1, None)
+        runs.start([request("fox-a"), request("a fox/b")], Workers())
     assert not executor.commands
 
 

@@ -25,6 +25,7 @@ from pydantic_core import PydanticKnownError
 from dreamartist_pipeline.layer_selectors import parse_selector
 from dreamartist_pipeline.prompt_weights import parse_weights
 from dreamartist_pipeline.schedulers import SCHEDULERS, UNFIT_SCHEDULERS
+from dreamartist_pipeline.starting_runs import Workers
 
 MAX_COUNT = 1_000_000_000  # of anything; below the limits of 32 bits
 MAX_RANK = 4096
@@ -906,8 +907,14 @@ class StartedRuns(Params):
     """Runs that another run starts, each in a process of its own."""
 
     params: dict[str, Any] = Field(default_factory=dict)  # of all runs, nested
-    workers: Annotated[int, Field(ge=1, le=1000)] = 1  # runs at a time
+    workers: Annotated[int, Field(ge=1, le=1000)] | None = None  # runs at a time; None: 1, with Ray one per GPU
     threads: Annotated[int, Field(ge=1, le=1000)] | None = None  # of each run (OMP_NUM_THREADS); None: its own choice
+    ray: Annotated[str, Field(min_length=1)] | None = None  # address of a Ray cluster, or `local`; None: without Ray
+
+    @property
+    def executed_by(self) -> Workers:
+        """What executes the runs."""
+        return Workers(self.workers, self.threads, self.ray)
 
 
 class PersonalizeParams(StartedRuns):

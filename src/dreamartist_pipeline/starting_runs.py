@@ -1,16 +1,13 @@
-"""Start runs of the project, several at a time, each in a process of its own.
+"""Start runs of the project, several at a time.
 
-`run_all` hands commands to an `Executor`; processes of this machine are one, and a cluster's workers can be another.
-What a run is, and whether it has been finished before, is known to a `RunStarter` (hooks/starting.py).
+`run_all` hands commands to an `Executor` (executors/): processes of this machine, or those of a Ray cluster. What a run
+is, and whether it has been finished before, is known to a `RunStarter` (hooks/starting.py).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -23,13 +20,10 @@ RUN_KEY = "DREAMARTIST_RUN_KEY"
 """Environment variable of a started run: what its results depend on, as a hash. The manifest stores it."""
 PARENT_RUN = "DREAMARTIST_PARENT_RUN"
 """Environment variable of a started run: the id of its parent in MLflow."""
-ENDS_WITH_INPUT = "DREAMARTIST_ENDS_WITH_INPUT"
-"""Environment variable of a started run: its standard input ends when the process that has started it does."""
 
 _POLL_S = 0.5
-_STOPPING_S = 120.0  # a training ends after its step, and saves its state
-_END_OF_LOG = 20_000  # characters
-_ERROR = re.compile(r"^Error: (.*?)(?=^\(--traceback|\Z)", re.DOTALL | re.MULTILINE)
+_END_OF_LOG = 4_000  # bytes
+_BAR = re.compile(rb"([A-Za-z][A-Za-z ]*): +(\d{1,3})%\|")  # of tqdm
 
 
 # ------------------------------------------------------------------------------------------------- what is run
@@ -106,16 +100,30 @@ def report_failures(results: Sequence[RunResult], _report: object) -> None:
         raise failure(failed, len(results))
 
 
+@dataclass(frozen=True)
+class Workers:
+    """What executes runs.
+
+    Attributes:
+        count: how many run at a time; None for one, or on a cluster with GPUs, for one per GPU.
+        threads: of each run; None for as many as it takes by itself.
+        ray: address of a Ray cluster, or `local` for one on this machine; None for processes without Ray.
+    """
+
+    count: int | None = None
+    threads: int | None = None
+    ray: str | None = None
+
+
 class RunStarter(Protocol):
     """Starts runs of this project."""
 
-    def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
+    def start(self, requests: Sequence[RunRequest], workers: Workers) -> tuple[RunOutcome, ...]:
         """Run what has not been finished before, and return the outcome of every request, in their order.
 
         Args:
             requests: runs with different subjects.
-            workers: how many run at a time.
-            threads: of each run; None for as many as it takes by itself.
+            workers: what executes them.
 
         Raises:
             InputError: invalid parameters of a run; nothing is started.
@@ -128,12 +136,12 @@ class RunStarter(Protocol):
 
 @dataclass(frozen=True)
 class RunCommand:
-    """A run as a program.
+    """A run as a command of the project.
 
     Attributes:
         name: of the run.
-        arguments: the program and its arguments.
-        folder: its working directory.
+        arguments: of `kedro run`.
+        folder: of the project.
         environment: variables that differ from those of this process; None for one that it has not.
         log: file for all that it prints.
     """
@@ -148,100 +156,48 @@ class RunCommand:
 class Executor(Protocol):
     """Where commands are executed."""
 
+    @property
+    def num_workers(self) -> int:
+        """How many commands it executes at a time."""
+
     def run(self, command: RunCommand) -> str | None:
         """Execute one command, wait for its end, and return the message of its error, or None.
 
         It is called by as many threads as commands run at a time.
         """
 
-    def stop(self) -> None:
-        """Let all commands keep what they have done, and end them; later ones are not started."""
+    def close(self) -> None:
+        """Let commands that still run keep what they have done, and end them; later ones are not started."""
 
 
-class LocalProcesses:
-    """Executes commands in processes of this machine, which end with this one.
-
-    They stay in its process group: Ctrl-C in a terminal, and a signal to the group, reach them as well. When this
-    process ends in any other way, their standard input does, too; see `cli.stopping`.
-
-    Args:
-        stopping_s: how long commands that are stopped may take before they are killed.
-    """
-
-    def __init__(self, stopping_s: float = _STOPPING_S) -> None:
-        self._stopping_s = stopping_s
-        self._lock = threading.Lock()
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._is_stopped = False
-
-    def run(self, command: RunCommand) -> str | None:
-        """Execute one command; see `Executor.run`."""
-        command.log.parent.mkdir(parents=True, exist_ok=True)
-        variables = {**os.environ, **command.environment, ENDS_WITH_INPUT: "1"}
-        with command.log.open("wb") as output:
-            with self._lock:
-                if self._is_stopped:
-                    return "not started"
-                process = self._running[command.name] = subprocess.Popen(
-                    command.arguments,
-                    cwd=command.folder,
-                    env={name: value for name, value in variables.items() if value is not None},
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            status = process.wait()
-        with self._lock:
-            del self._running[command.name]
-        _close_input(process)
-        return None if status == 0 else f"{_message_in(command.log, status)} ({command.log})"
-
-    def stop(self) -> None:
-        """Send SIGTERM to all processes, which background jobs do not ignore, and kill those that do not end."""
-        with self._lock:
-            self._is_stopped = True
-            running = list(self._running.values())
-        for process in running:
-            process.terminate()
-        end_s = time.monotonic() + self._stopping_s
-        for process in running:
-            try:
-                process.wait(max(0.0, end_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _close_input(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin is not None:
-        process.stdin.close()
-
-
-def _message_in(file: Path, status: int) -> str:
-    """Return the message of the error that ended a run, from what it has printed."""
-    text = file.read_text(encoding="utf-8", errors="replace")[-_END_OF_LOG:]
-    if errors := _ERROR.findall(text):
-        return str(errors[-1]).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"exit status {status}" + (f": {lines[-1]}" if lines else "")
+def progress_in(log: Path) -> str:
+    """Return what a run does, and how much of it is done, by the last progress bar that it has printed; or nothing."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_OF_LOG))
+            bars = _BAR.findall(file.read())
+    except OSError:
+        return ""
+    return "" if not bars else f"{bars[-1][0].decode()} {int(bars[-1][1])} %"
 
 
 def run_all(
     commands: Sequence[RunCommand],
     executor: Executor,
-    workers: int,
     ended: Callable[[RunCommand, str | None], None],
     stop_requested: Callable[[], bool],
+    watch: Callable[[Sequence[RunCommand]], None] = lambda _: None,
 ) -> None:
-    """Execute commands, `workers` at a time, in their order; one that fails does not end the others.
+    """Execute commands, several at a time, in their order; one that fails does not end the others.
 
     Args:
         commands: with different names.
-        executor: executes them.
-        workers: at least 1.
+        executor: executes them; it is closed.
         ended: called in this thread with each command and its error, as it ends by itself.
         stop_requested: asked twice a second; if so, the running commands are stopped, and no other one is started.
+        watch: called twice a second with the commands that run.
     """
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(executor.num_workers)
     waiting: dict[Future[str | None], RunCommand] = {pool.submit(executor.run, one): one for one in commands}
     try:
         while waiting and not stop_requested():
@@ -250,8 +206,8 @@ def run_all(
                 error = future.result()
                 if error is None or not stop_requested():  # otherwise, the same signal may have ended it
                     ended(waiting.pop(future), error)
+            watch([*waiting.values()][: executor.num_workers])
     finally:
-        if waiting:
-            pool.shutdown(wait=False, cancel_futures=True)
-            executor.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        executor.close()
         pool.shutdown()

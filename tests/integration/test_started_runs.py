@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 from PIL import Image
 
 from dreamartist_pipeline import settings
+from dreamartist_pipeline.executors.local import LocalWorkers
 from dreamartist_pipeline.hooks import ProjectRuns, register_project_root, starting
 from dreamartist_pipeline.hooks.manifest import read_manifest
 from dreamartist_pipeline.params import CompareParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from dreamartist_pipeline.pipelines.compare.planning import compared_runs
-from dreamartist_pipeline.starting_runs import RUN_KEY, RunCommand, RunOutcome
+from dreamartist_pipeline.starting_runs import RUN_KEY, RunCommand, RunOutcome, Workers
 from project_copy import copy_project
 from warm_processes import run_warm
 
@@ -40,22 +42,17 @@ COMPARED = {
 }
 
 
-class WarmProcesses:
-    """An executor that does not import the large libraries anew for every run."""
+class CountedWorkers(LocalWorkers):
+    """Notes the names of what is executed."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.names: list[str] = []
 
     def run(self, command: RunCommand) -> str | None:
         self.names.append(command.name)
-        variables: dict[str, Any] = {**os.environ, "KEDRO_ENV": "", **command.environment}
-        variables.pop("MLFLOW_TRACKING_URI", None)
-        environment = {name: value for name, value in variables.items() if value is not None}
-        result = run_warm(command.arguments[1:], command.folder, environment, _TIMEOUT_S)
-        return result.stderr.splitlines()[-2] if result.returncode else None
-
-    def stop(self) -> None:
-        raise AssertionError("nothing was interrupted")
+        environment = {"KEDRO_ENV": "", "MLFLOW_TRACKING_URI": None, **command.environment}
+        return super().run(replace(command, environment=environment))
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +75,10 @@ def parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def start(project: Path, **changes: Any) -> tuple[list[str], dict[str, RunOutcome]]:
     """Start a comparison; return the names of the runs that were executed, and all outcomes."""
     loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
-    executor = WarmProcesses()
-    runs = ProjectRuns(project, loader, ("--env", "test"), executor=lambda: executor)
+    executor = CountedWorkers()
+    runs = ProjectRuns(project, loader, ("--env", "test"), executor=lambda _: executor)
     params = CompareParams.model_validate(COMPARED | changes)
-    outcomes = runs.start(compared_runs(params), params.workers, 1)
+    outcomes = runs.start(compared_runs(params), Workers(threads=1))
     return executor.names, {one.subject: one for one in outcomes}
 
 

@@ -26,7 +26,7 @@ from dreamartist_pipeline.pipelines.compare.nodes import (
     tabulate_settings,
 )
 from dreamartist_pipeline.pipelines.compare.tabulating import Row, front, measure_of, title_of
-from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, report_failures
+from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, Workers, report_failures
 from markdown_tables import cells
 from refusals import says
 from run_starters import Starter
@@ -85,10 +85,10 @@ def test_rows_can_be_left_out() -> None:
     assert set(requested(only=["pair"], subjects="owl")) == {"owl-pair-0"}
 
 
-def test_workers_and_threads_reach_the_starter() -> None:
+def test_what_executes_the_runs_reaches_the_starter() -> None:
     starter = Starter()
-    run_methods(starter, params(workers=3, threads=2))
-    assert (starter.workers, starter.threads) == (3, 2)
+    run_methods(starter, params(workers=3, threads=2, ray="local"))
+    assert starter.workers == Workers(3, 2, "local")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dreamartist_pipeline.early_checks import early_checks_of
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import PersonalizeParams
 from dreamartist_pipeline.pipelines.personalize.nodes import run_subjects, tabulate_subjects
-from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, report_failures
+from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, Workers, report_failures
 from refusals import says
 from run_starters import Starter
 
@@ -73,10 +73,10 @@ def test_wrong_columns_and_cells_are_refused_before_the_run(column: str, cell: s
         check.check(PersonalizeParams(), None, [ROWS[0] | {column: cell}])
 
 
-def test_workers_and_threads_reach_the_starter() -> None:
+def test_what_executes_the_runs_reaches_the_starter() -> None:
     starter = Starter()
-    run_subjects(starter, ROWS, PersonalizeParams(workers=3, threads=2))
-    assert (starter.workers, starter.threads) == (3, 2)
+    run_subjects(starter, ROWS, PersonalizeParams(workers=3, threads=2, ray="local"))
+    assert starter.workers == Workers(3, 2, "local")
 
 
 # --------------------------------------------------------------------------------------------- table and page

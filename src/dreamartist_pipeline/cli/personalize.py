@@ -18,6 +18,7 @@ def personalize_command(run: click.Command) -> click.Command:
     @click.option("--env", "-e", default=None, help="Environment of the configuration; default: local.")
     @click.option("--workers", type=click.IntRange(1), help="Runs at a time.")
     @click.option("--threads", type=click.IntRange(1), help="Threads of each run.")
+    @click.option("--ray", metavar="ADDRESS", help="Ray cluster that executes the runs; local for this machine's GPUs.")
     @click.option("--params", default="", help="Parameters of every run: KEY=VALUE,KEY=VALUE.")
     @click.option("--traceback", is_flag=True, help="On an error, show where it was raised.")
     def personalize(subjects: str, env: str | None, params: str, traceback: bool, **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -12,8 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 import click
-
-from dreamartist_pipeline.starting_runs import ENDS_WITH_INPUT
 
 _KEPT = "What has been finished is kept; the same command goes on from there."
 _UNWINDING_S = 5.0
@@ -56,7 +53,7 @@ class Stop:
 
     def _raise_again(self, number: int, after_s: float) -> None:
         self._again.cancel()
-        self._again = threading.Timer(after_s, _signal_main_thread, [number])
+        self._again = threading.Timer(after_s, signal_main_thread, [number])
         self._again.daemon = True
         self._again.start()
 
@@ -79,18 +76,12 @@ class Stop:
         self._again.cancel()
 
 
-def _signal_main_thread(number: int) -> None:
+def signal_main_thread(number: int) -> None:
     """Send a signal to the main thread, which ends a call of the system there."""
     if sys.platform == "win32":
         signal.raise_signal(number)
     else:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
-
-
-def _signal_at_end_of_input() -> None:
-    """Send SIGTERM to the main thread once standard input ends: the process that has started this one has ended."""
-    os.read(0, 1)  # not by sys.stdin, whose lock would be held when the interpreter ends
-    _signal_main_thread(signal.SIGTERM)
 
 
 @contextmanager
@@ -107,8 +98,6 @@ def stopped_by_signals() -> Iterator[Stop]:
     previous = {number: signal.signal(number, stop.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     report_ignored = sys.unraisablehook
     sys.unraisablehook = lambda ignored: None if stop.lost(ignored) else report_ignored(ignored)
-    if os.environ.pop(ENDS_WITH_INPUT, None) is not None:
-        threading.Thread(target=_signal_at_end_of_input, daemon=True).start()
     try:
         yield stop
     finally:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +18,12 @@ from kedro.framework.hooks import hook_impl
 from kedro.framework.project import pipelines
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
-from kedro.utils import find_kedro_project
 from tqdm.auto import tqdm
 
 from dreamartist_pipeline.catalog import ProjectCatalog
 from dreamartist_pipeline.core.checkpoints import stop_requests
 from dreamartist_pipeline.errors import STOPPED_BY_SIGNAL, InputError, StoppedEarly, input_error_in
+from dreamartist_pipeline.executors import executor_for
 from dreamartist_pipeline.hooks.configuration import build_parameters, check_subject
 from dreamartist_pipeline.hooks.manifest import (
     MANIFEST,
@@ -50,10 +49,11 @@ from dreamartist_pipeline.starting_runs import (
     PARENT_RUN,
     RUN_KEY,
     Executor,
-    LocalProcesses,
     RunCommand,
     RunOutcome,
     RunRequest,
+    Workers,
+    progress_in,
     run_all,
 )
 from dreamartist_pipeline.tracking.delivery import optional
@@ -67,6 +67,7 @@ _PLACE = ("device.device", "device.processes")  # where a run is executed, which
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
 _LOGS = "data/09_tracking/run_logs"
+_SHOWN = 4  # running subjects beside the progress bar
 
 log = logging.getLogger(__name__)
 
@@ -128,12 +129,12 @@ class ProjectRuns:
         loader: Configurations,
         options: Sequence[str] = (),
         given: Mapping[str, Any] | None = None,
-        executor: Callable[[], Executor] = LocalProcesses,
+        executor: Callable[[Workers], Executor] = executor_for,
     ) -> None:
         self._project, self._loader, self._options, self._executor = project, loader, tuple(options), executor
         self._given = {name: value for name, value in plain(given or {}).items() if name not in _OWN}
 
-    def start(self, requests: Sequence[RunRequest], workers: int, threads: int | None) -> tuple[RunOutcome, ...]:
+    def start(self, requests: Sequence[RunRequest], workers: Workers) -> tuple[RunOutcome, ...]:
         """Run what has not been finished before; see `starting_runs.RunStarter`."""
         parent, digests = active_run_id(), functools.cache(digest_of)
         requests = _all_with_given(requests, self._given)
@@ -143,7 +144,7 @@ class ProjectRuns:
             key, manifest_file = self._identify(request, digests)
             finished = self._finished(manifest_file, key, request.results, digests)
             if finished is None:
-                commands[request.subject] = self._command(request, key, parent, threads)
+                commands[request.subject] = self._command(request, key, parent, workers.threads)
             elif finished.mlflow_run is not None:
                 recorded.append(finished.mlflow_run)
         if count := len(requests) - len(commands):
@@ -154,26 +155,32 @@ class ProjectRuns:
         errors = self._run(list(commands.values()), workers)
         return tuple(RunOutcome(one.subject, one.labels, errors.get(one.subject)) for one in requests)
 
-    def _run(self, commands: Sequence[RunCommand], workers: int) -> dict[str, str]:
+    def _run(self, commands: Sequence[RunCommand], workers: Workers) -> dict[str, str]:
         """Execute commands, and return the messages of those that failed.
 
         Raises:
             StoppedEarly: a signal.
         """
         errors: dict[str, str] = {}
+        if not commands:
+            return errors
         with (
             stop_requests() as stop_requested,
-            tqdm(total=len(commands), desc="runs", unit="run", disable=not commands) as bar,
+            tqdm(total=len(commands), desc="runs", unit="run") as bar,
         ):
 
             def ended(command: RunCommand, error: str | None) -> None:
                 bar.update()
                 if error is not None:
                     errors[command.name] = error
-                    bar.set_postfix(failed=len(errors))
                     log.warning("%s failed: %s", command.name, error)
 
-            run_all(commands, self._executor(), workers, ended, stop_requested)
+            def watch(running: Sequence[RunCommand]) -> None:
+                states = [f"{one.name} {progress_in(one.log)}".rstrip() for one in running]
+                failed = [f"{len(errors)} failed"] if errors else []
+                bar.set_postfix_str(", ".join([*failed, *states[:_SHOWN], *(["…"] if len(states) > _SHOWN else [])]))
+
+            run_all(commands, self._executor(workers), ended, stop_requested, watch)
             if stop_requested():
                 raise StoppedEarly(
                     f"Stopped after {bar.n} of {len(commands)} runs, of which finished ones are kept; the same command "
@@ -266,11 +273,11 @@ class ProjectRuns:
         return path.exists() and digests(path) == file.sha256
 
     def _command(self, request: RunRequest, key: str, parent: str | None, threads: int | None) -> RunCommand:
-        program = ("kedro", "run") if find_kedro_project(self._project) else ("dreamartist_pipeline",)
-        arguments = ("--pipelines", ",".join(request.pipelines), *self._options, "--params", as_params(request.params))
         return RunCommand(
             name=request.subject,
-            arguments=(sys.executable, "-m", *program, *arguments),
+            arguments=(
+                *("--pipelines", ",".join(request.pipelines), *self._options, "--params", as_params(request.params)),
+            ),
             folder=self._project,
             environment={
                 RUN_KEY: key,

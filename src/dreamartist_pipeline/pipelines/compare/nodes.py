@@ -27,7 +27,7 @@ def run_methods(run_starter: RunStarter, params: CompareParams) -> tuple[RunOutc
     """
     from dreamartist_pipeline.pipelines.compare.planning import compared_runs
 
-    return run_starter.start(compared_runs(params), params.workers, params.threads)
+    return run_starter.start(compared_runs(params), params.executed_by)
 
 
 def tabulate_methods(
@@ -69,7 +69,7 @@ def run_settings(run_starter: RunStarter, params: CompareParams, tuning: TunePar
     """
     from dreamartist_pipeline.pipelines.compare.planning import tuning_runs
 
-    return run_starter.start(tuning_runs(params, tuning), params.workers, params.threads)
+    return run_starter.start(tuning_runs(params, tuning), params.executed_by)
 
 
 def tabulate_settings(results: tuple[RunResult, ...], tuning: TuneParams) -> DataFrame:

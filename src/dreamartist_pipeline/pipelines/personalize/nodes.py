@@ -25,7 +25,7 @@ def run_subjects(
     Raises:
         InputError: invalid parameters of a subject; nothing is started.
     """
-    return run_starter.start(subject_runs(subject_list, params), params.workers, params.threads)
+    return run_starter.start(subject_runs(subject_list, params), params.executed_by)
 
 
 def tabulate_subjects(results: tuple[RunResult, ...]) -> tuple[DataFrame, str]:

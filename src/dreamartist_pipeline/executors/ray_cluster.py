@@ -1,0 +1,166 @@
+"""Workers on the machines of a Ray cluster, or of one that is started on this machine (https://docs.ray.io)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from dataclasses import replace
+from typing import Any
+
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.executors.local import ATTEMPTS, LocalWorkers
+from dreamartist_pipeline.starting_runs import RunCommand
+
+LOCAL = "local"
+"""In place of an address: a cluster on this machine, which ends with this process."""
+_CARRIED = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "HF_", "FSSPEC_", "DREAMARTIST_")  # variables, by their beginnings
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
+_AGAIN_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class RayWorkers:
+    """Executes commands in Ray actors: one per GPU, or as many as asked for.
+
+    Each actor has a worker process. A lost actor (its process or machine) is started again by Ray, on another machine
+    if necessary; its command is executed again by whichever actor is free first, as the one that is lost may find no
+    place any more. All machines need the project at the same path, such as on a shared file system.
+
+    Args:
+        address: of the cluster (`HEAD:6379`, `ray://HEAD:10001`), or `local`.
+        count: how many actors; None for one per GPU of the cluster, or one.
+        threads: of each run; None for as many as it takes by itself.
+
+    Raises:
+        InputError: Ray is not installed, or there is no cluster at that address.
+    """
+
+    def __init__(self, address: str, count: int | None = None, threads: int | None = None) -> None:
+        self._ray = _connect(address)
+        num_gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        self.num_workers = count or num_gpus or 1
+        options = {
+            "num_cpus": 0 if num_gpus else min(threads or 1, _most_cpus(self._ray)),
+            "num_gpus": min(num_gpus, 1),
+        }
+        actor = self._ray.remote(_Host).options(
+            max_restarts=-1, max_task_retries=0, max_concurrency=3, scheduling_strategy="SPREAD", **options
+        )
+        self._actors = [actor.remote() for _ in range(self.num_workers)]
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._is_closed = threading.Event()
+        for one in self._actors:
+            self._free_when_alive(one)
+
+    def run(self, command: RunCommand) -> str | None:
+        """Execute one command; see `Executor.run`."""
+        carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
+        carried_too = replace(command, environment=carried | dict(command.environment))
+        for _ in range(ATTEMPTS):
+            actor = self._take()
+            if actor is None:
+                return "not started"
+            try:
+                message: str | None = self._ray.get(actor.run.remote(carried_too))
+            except self._ray.exceptions.RayError as error:
+                log.warning("The worker of %s is lost (%s); it is executed again.", command.name, _first_line(error))
+                self._free_when_alive(actor)
+            else:
+                self._free.put(actor)
+                return message
+        return f"its worker was lost {ATTEMPTS} times ({command.log})"
+
+    def close(self) -> None:
+        """End all actors; runs stop as they do at SIGTERM."""
+        self._is_closed.set()
+        closing = [actor.close.remote() for actor in self._actors]
+        self._ray.wait(closing, num_returns=len(closing), timeout=180)
+        for actor in self._actors:
+            self._ray.kill(actor)
+        for _ in self._actors:
+            self._free.put(None)
+        self._ray.shutdown()
+
+    def _take(self) -> Any:
+        return None if self._is_closed.is_set() else self._free.get()
+
+    def _free_when_alive(self, actor: Any) -> None:
+        threading.Thread(target=self._await, args=[actor], daemon=True).start()
+
+    def _await(self, actor: Any) -> None:
+        """Let an actor have commands once it has started."""
+        while not self._is_closed.is_set():
+            try:
+                self._ray.get(actor.is_ready.remote())
+                self._free.put(actor)
+                return
+            except self._ray.exceptions.RayError:
+                self._is_closed.wait(_AGAIN_S)
+
+
+class _Host:
+    """The actor: a worker process on the machine that Ray has chosen."""
+
+    def __init__(self) -> None:
+        self._workers = LocalWorkers()
+
+    def is_ready(self) -> bool:
+        """Answer once it is started."""
+        return True
+
+    def run(self, command: RunCommand) -> str | None:
+        """Execute one command; see `Executor.run`."""
+        if not command.folder.is_dir():
+            return f"{_node()} has no folder {command.folder}: it needs the project at the same path"
+        return self._workers.run(command)
+
+    def close(self) -> None:
+        """Stop what it executes."""
+        self._workers.close()
+
+
+def _connect(address: str) -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(
+            expected="Ray, for runs on its workers",
+            got=str(error),
+            remedy="pip install 'dreamartist-pipeline[ray]', or leave --ray out",
+        ) from error
+    is_local = address == LOCAL
+    try:
+        ray.init(
+            address=None if is_local else address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({"include_dashboard": False} if is_local else {}),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            expected=f"a Ray cluster at {address}",
+            got=_first_line(error),
+            remedy="give the address of its head, such as HEAD:6379 on one of its machines or ray://HEAD:10001 "
+            f"elsewhere, or '{LOCAL}' for this machine alone",
+        ) from error
+    return ray
+
+
+def _most_cpus(ray: Any) -> int:
+    """Return the CPUs of the largest machine."""
+    return max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+
+
+def _node() -> str:
+    import ray
+
+    return f"the machine {ray.util.get_node_ip_address()}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
