@@ -9,62 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from code_workers import CODE_WORKER, code_command, ends_of, waiting
 from dreamartist_pipeline.executors.local import LocalWorkers
 from dreamartist_pipeline.starting_runs import RunCommand, run_all
 
-# A worker whose requests are Python code instead of arguments of `kedro run`; it is otherwise like worker.py.
-WORKER = """
-import json, os, signal, sys, threading, queue
-requests, busy, memory_bytes = queue.Queue(), [], 100
 
-def read():
-    for line in iter(sys.stdin.buffer.raw.readline, b""):
-        requests.put(json.loads(line))
-    requests.put(None)
-    if busy:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-threading.Thread(target=read, daemon=True).start()
-while (request := requests.get()) is not None:
-    busy.append(1)
-    status = 0
-    for name, value in request["environment"].items():
-        os.environ.update({name: value} if value is not None else {})
-    with open(request["log"], "a") as log:
-        try:
-            exec(request["arguments"][0], {"log": log, "worker": sys.modules["__main__"]})
-        except SystemExit as error:
-            status = error.code
-    busy.clear()
-    print(json.dumps({"status": status, "memory_bytes": memory_bytes}), flush=True)
-"""
-PROGRAM = (sys.executable, "-c", WORKER)
-
-
-def command(folder: Path, name: str, code: str, **environment: str | None) -> RunCommand:
-    return RunCommand(name, (code,), folder, environment, folder / "logs" / f"{name}.log")
-
-
-def ends(commands: list[RunCommand], count: int = 1) -> dict[str, str | None]:
-    """Run commands, and return the message of each."""
-    found: dict[str, str | None] = {}
-
-    def ended(command: RunCommand, message: str | None) -> None:
-        found[command.name] = message
-
-    run_all(commands, LocalWorkers(count, PROGRAM), ended, lambda: False)
-    return found
+def local(stopping_s: float = 60.0) -> LocalWorkers:
+    return LocalWorkers(1, CODE_WORKER, stopping_s)
 
 
 def test_a_failed_command_is_reported_by_its_message_and_the_others_finish(tmp_path: Path) -> None:
     error = "print('Error: expected a picture;\\ngot none\\n(--traceback shows where)', file=log); raise SystemExit(1)"
-    found = ends(
+    found = ends_of(
         [
-            command(tmp_path, "wrong", error),
-            command(tmp_path, "crash", "import os; print('last words', file=log, flush=True); os._exit(7)"),
-            command(tmp_path, "silent", "raise SystemExit(3)"),
-            command(tmp_path, "right", "open('made', 'w').write('x')"),
-        ]
+            code_command(tmp_path, "wrong", error),
+            code_command(tmp_path, "crash", "import os; print('last words', file=log, flush=True); os._exit(7)"),
+            code_command(tmp_path, "silent", "raise SystemExit(3)"),
+            code_command(tmp_path, "right", "open('made', 'w').write('x')"),
+        ],
+        local(),
     )
     log = tmp_path / "logs"
     assert found == {
@@ -84,7 +47,7 @@ def pids(folder: Path) -> list[str]:
 
 
 def test_a_worker_executes_one_command_after_another(tmp_path: Path) -> None:
-    assert ends([command(tmp_path, name, _WRITES_PID) for name in "abc"]) == dict.fromkeys("abc")
+    assert ends_of([code_command(tmp_path, name, _WRITES_PID) for name in "abc"], local()) == dict.fromkeys("abc")
     assert len(pids(tmp_path)) == 3
     assert len({*pids(tmp_path)}) == 1
 
@@ -92,9 +55,9 @@ def test_a_worker_executes_one_command_after_another(tmp_path: Path) -> None:
 def test_a_worker_whose_memory_has_grown_by_a_fifth_is_replaced(tmp_path: Path) -> None:
     codes = {"a": 100, "b": 120, "c": 121, "d": 100}
     commands = [
-        command(tmp_path, name, f"{_WRITES_PID}; worker.memory_bytes = {memory}") for name, memory in codes.items()
+        code_command(tmp_path, name, f"{_WRITES_PID}; worker.memory_bytes = {memory}") for name, memory in codes.items()
     ]
-    ends(commands)
+    ends_of(commands, local())
     first, second, third, fourth = pids(tmp_path)
     assert first == second == third != fourth
 
@@ -103,9 +66,9 @@ def test_a_worker_whose_memory_has_grown_by_a_fifth_is_replaced(tmp_path: Path) 
 def test_a_command_whose_worker_is_killed_is_executed_again_by_another(tmp_path: Path) -> None:
     dies = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     once = f"{_WRITES_PID}\nif len(open('pids').readlines()) == 1: {dies}"
-    assert ends([command(tmp_path, "once", once)]) == {"once": None}
+    assert ends_of([code_command(tmp_path, "once", once)], local()) == {"once": None}
     assert len({*pids(tmp_path)}) == 2
-    message = ends([command(tmp_path, "always", dies)])["always"]
+    message = ends_of([code_command(tmp_path, "always", dies)], local())["always"]
     assert message is not None
     assert "killed 3 times by signal 9" in message
 
@@ -113,21 +76,8 @@ def test_a_command_whose_worker_is_killed_is_executed_again_by_another(tmp_path:
 def test_a_command_has_its_own_environment_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GONE", "1")
     code = "import os; print(os.environ['ADDED'], os.environ.get('GONE'), os.getcwd(), file=log)"
-    assert ends([command(tmp_path, "one", code, ADDED="yes", GONE=None)]) == {"one": None}
+    assert ends_of([code_command(tmp_path, "one", code, ADDED="yes", GONE=None)], local()) == {"one": None}
     assert (tmp_path / "logs/one.log").read_text().strip() == f"yes None {tmp_path}"
-
-
-_WAITS = """
-import signal, sys, time
-from pathlib import Path
-signal.signal(signal.SIGTERM, lambda *_: (Path({name!r} + '.kept').touch(), {then}))
-Path({name!r}).touch()
-for _ in range(6000): time.sleep(0.01)
-"""
-
-
-def waiting(folder: Path, name: str, then: str = "sys.exit(130)") -> RunCommand:
-    return command(folder, name, _WAITS.format(name=name, then=then))
 
 
 def stopped(commands: list[RunCommand], executor: LocalWorkers) -> list[str]:
@@ -140,7 +90,7 @@ def stopped(commands: list[RunCommand], executor: LocalWorkers) -> list[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process of Windows at once")
 def test_commands_that_are_stopped_keep_their_work_and_no_other_is_started(tmp_path: Path) -> None:
-    assert stopped([waiting(tmp_path, "a"), waiting(tmp_path, "b")], LocalWorkers(1, PROGRAM)) == []
+    assert stopped([waiting(tmp_path, "a"), waiting(tmp_path, "b")], local()) == []
     assert (tmp_path / "a.kept").exists()
     assert not (tmp_path / "b").exists()
 
@@ -148,7 +98,7 @@ def test_commands_that_are_stopped_keep_their_work_and_no_other_is_started(tmp_p
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process of Windows at once")
 def test_a_command_that_does_not_end_is_killed(tmp_path: Path) -> None:
     start_s = time.monotonic()
-    assert stopped([waiting(tmp_path, "a", "None")], LocalWorkers(1, PROGRAM, stopping_s=0.5)) == []
+    assert stopped([waiting(tmp_path, "a", "None")], local(0.5)) == []
     assert time.monotonic() - start_s < 30
     assert (tmp_path / "a.kept").exists()
 
@@ -169,7 +119,7 @@ os._exit(0)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process of Windows at once")
 def test_a_worker_stops_with_the_process_that_has_started_it(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", _STARTS, str(tmp_path), waiting(tmp_path, "a").arguments[0], *PROGRAM]
+    arguments = [sys.executable, "-c", _STARTS, str(tmp_path), waiting(tmp_path, "a").arguments[0], *CODE_WORKER]
     subprocess.run(arguments, check=True, timeout=60)
     end_s = time.monotonic() + 60
     while not (tmp_path / "a.kept").exists() and time.monotonic() < end_s:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
+import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.executors.local import ATTEMPTS, LocalWorkers
+from dreamartist_pipeline.executors.local import ATTEMPTS, PROGRAM, LocalWorkers
 from dreamartist_pipeline.starting_runs import RunCommand
 
 LOCAL = "local"
 """In place of an address: a cluster on this machine, which ends with this process."""
 _CARRIED = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "HF_", "FSSPEC_", "DREAMARTIST_")  # variables, by their beginnings
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
-_AGAIN_S = 1.0
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_POLL_S = 1.0
+_LONG_S = 60
+_CLOSING_S = 180.0
+_CONNECTING_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +42,19 @@ class RayWorkers:
         address: of the cluster (`HEAD:6379`, `ray://HEAD:10001`), or `local`.
         count: how many actors; None for one per GPU of the cluster, or one.
         threads: of each run; None for as many as it takes by itself.
+        program: of a worker process.
 
     Raises:
         InputError: Ray is not installed, or there is no cluster at that address.
     """
 
-    def __init__(self, address: str, count: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        count: int | None = None,
+        threads: int | None = None,
+        program: tuple[str, ...] = PROGRAM,
+    ) -> None:
         self._ray = _connect(address)
         num_gpus = int(self._ray.cluster_resources().get("GPU", 0))
         self.num_workers = count or num_gpus or 1
@@ -49,9 +65,10 @@ class RayWorkers:
         actor = self._ray.remote(_Host).options(
             max_restarts=-1, max_task_retries=0, max_concurrency=3, scheduling_strategy="SPREAD", **options
         )
-        self._actors = [actor.remote() for _ in range(self.num_workers)]
-        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._free: queue.Queue[Any] = queue.Queue()
+        self._alive: set[Any] = set()
         self._is_closed = threading.Event()
+        self._actors = [actor.remote(program) for _ in range(self.num_workers)]
         for one in self._actors:
             self._free_when_alive(one)
 
@@ -65,27 +82,40 @@ class RayWorkers:
                 return "not started"
             try:
                 message: str | None = self._ray.get(actor.run.remote(carried_too))
+            except self._ray.exceptions.RayTaskError as error:  # its program could not be started
+                message = _last_line(error)
             except self._ray.exceptions.RayError as error:
-                log.warning("The worker of %s is lost (%s); it is executed again.", command.name, _first_line(error))
+                self._alive.discard(actor)
                 self._free_when_alive(actor)
-            else:
-                self._free.put(actor)
-                return message
+                if not self._is_closed.is_set():
+                    log.warning("The worker of %s is lost: %s", command.name, type(error).__name__)
+                continue
+            self._free.put(actor)
+            return message
         return f"its worker was lost {ATTEMPTS} times ({command.log})"
 
     def close(self) -> None:
         """End all actors; runs stop as they do at SIGTERM."""
         self._is_closed.set()
-        closing = [actor.close.remote() for actor in self._actors]
-        self._ray.wait(closing, num_returns=len(closing), timeout=180)
+        closing = [actor.close.remote() for actor in self._alive]
+        if closing:
+            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSING_S)
         for actor in self._actors:
             self._ray.kill(actor)
-        for _ in self._actors:
-            self._free.put(None)
         self._ray.shutdown()
 
     def _take(self) -> Any:
-        return None if self._is_closed.is_set() else self._free.get()
+        """Wait for an actor that is free; None once this is closed."""
+        warned = False
+        started_s = time.monotonic()
+        while not self._is_closed.is_set():
+            try:
+                return self._free.get(timeout=_POLL_S)
+            except queue.Empty:
+                if not self._alive and not warned and time.monotonic() - started_s > _LONG_S:
+                    log.warning("No machine of the cluster has had room for a worker for %d s; waiting.", _LONG_S)
+                    warned = True
+        return None
 
     def _free_when_alive(self, actor: Any) -> None:
         threading.Thread(target=self._await, args=[actor], daemon=True).start()
@@ -95,17 +125,19 @@ class RayWorkers:
         while not self._is_closed.is_set():
             try:
                 self._ray.get(actor.is_ready.remote())
+            except self._ray.exceptions.RayError:
+                self._is_closed.wait(_POLL_S)
+            else:
+                self._alive.add(actor)
                 self._free.put(actor)
                 return
-            except self._ray.exceptions.RayError:
-                self._is_closed.wait(_AGAIN_S)
 
 
 class _Host:
     """The actor: a worker process on the machine that Ray has chosen."""
 
-    def __init__(self) -> None:
-        self._workers = LocalWorkers()
+    def __init__(self, program: tuple[str, ...]) -> None:
+        self._workers = LocalWorkers(program=program)
 
     def is_ready(self) -> bool:
         """Answer once it is started."""
@@ -135,13 +167,16 @@ def _connect(address: str) -> Any:
         ) from error
     is_local = address == LOCAL
     try:
-        ray.init(
-            address=None if is_local else address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({"include_dashboard": False} if is_local else {}),
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        if not is_local:
+            _check_reached(address)
+        with _signals_kept():
+            ray.init(
+                address=None if is_local else address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({"include_dashboard": False} if is_local else {}),
+            )
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             expected=f"a Ray cluster at {address}",
             got=_first_line(error),
@@ -149,6 +184,31 @@ def _connect(address: str) -> Any:
             f"elsewhere, or '{LOCAL}' for this machine alone",
         ) from error
     return ray
+
+
+def _check_reached(address: str) -> None:
+    """Connect to a head once, because Ray tries for minutes.
+
+    Raises:
+        OSError: nothing answers.
+        ValueError: no HOST:PORT.
+    """
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if url.hostname is None or url.port is None:
+        raise ValueError(f"{address} is no HOST:PORT")
+    with socket.create_connection((url.hostname, url.port), _CONNECTING_S):
+        pass
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Undo that Ray handles SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _most_cpus(ray: Any) -> int:
@@ -160,6 +220,10 @@ def _node() -> str:
     import ray
 
     return f"the machine {ray.util.get_node_ip_address()}"
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _first_line(error: BaseException) -> str:
