@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import warnings
@@ -39,6 +40,8 @@ _SUFFIXES = (".yml", ".yaml", ".json")
 _MAX_VALUES = 100_000  # of one key such as `parameters`; conf/ has a few thousand
 _APART = frozenset({"compare", "judge", "tune"})  # sections that nothing else refers to
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
+_MOST_READ = 20
+_read_configs: dict[tuple[Any, ...], Any] = {}  # what the configurations' files contain -> Kedro's objects of them
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
@@ -150,6 +153,27 @@ class ProjectConfigLoader(OmegaConfigLoader):
         except InputError as error:
             raise InputError(error.expected, f"{error.got} in {key}", f"correct {self.conf_source}") from error
         self._checked.add(key)
+
+    def _read_raw_config(self, key: str) -> Any:
+        """Return what Kedro reads; files that have not changed are read once in a process.
+
+        Building OmegaConf's objects takes longer than copying them, and a process may have hundreds of loaders: see
+        `of_run`.
+        """
+        patterns = tuple(self.config_patterns[key])
+        envs = tuple(dict.fromkeys((self.base_env, self.env or self.default_run_env)))
+        contents = tuple(self._fs.cat_file(file) for env in envs for file in self._files(key, env))
+        known = (str(self.conf_source), envs, key, patterns, contents)
+        if known not in _read_configs:
+            if len(_read_configs) >= _MOST_READ:
+                _read_configs.clear()
+            _read_configs[known] = super()._read_raw_config(key)
+        return copy.deepcopy(_read_configs[known])  # merging changes them
+
+    @staticmethod
+    def _soft_merge(config: dict[str, Any], env_config: dict[str, Any], env_path: str | None = None) -> dict[str, Any]:
+        """Merge an environment over the base, as Kedro does by OmegaConf, which takes longer than all else here."""
+        return merge_mappings(config, env_config)
 
     def _files(self, key: str, env: str | None) -> list[str]:
         """Return the files of a key in an environment, as Kedro finds them."""
