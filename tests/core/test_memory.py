@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.test_training import make_model
+from dreamartist_pipeline.core import memory
 from dreamartist_pipeline.core.memory import StepShape, count_step, measure_step
 from dreamartist_pipeline.core.parameter_groups import ParameterGroup
 from dreamartist_pipeline.core.training_step import TrainableModel
@@ -81,6 +82,14 @@ def test_attention_does_not_keep_its_weights() -> None:
     assert counted.kept_bytes < 10 * 5 * 256 * FLOAT
     assert counted.flops > 0
     assert F.scaled_dot_product_attention is before
+
+
+def test_a_step_is_counted_again_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trainable(Convolutions(is_checkpointed=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "call_on_meta", lambda operator, args, kwargs: operator(*args, **kwargs))
+        expected = count_step(model, SHAPE)
+    assert count_step(model, SHAPE) == count_step(model, SHAPE) == expected
 
 
 def test_a_measured_step_changes_nothing() -> None:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dreamartist_pipeline.core.branches import combine, repeat, rows_of
+from dreamartist_pipeline.core.meta_operators import call_on_meta, storages_in
 from dreamartist_pipeline.core.prompt_tokens import PromptTokens, detached_leaves
 from dreamartist_pipeline.core.training_step import TrainableModel, encode_prompts
 
@@ -176,11 +177,11 @@ class _Counter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = call_on_meta(func, args, kwargs or {})
         if func.overloadpacket in _FLOPS:
             self.flops += _FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        given = {storage._cdata for storage in _storages(args)}  # of views, and of tensors from outside the context
-        for storage in _storages(result):
+        given = {storage._cdata for storage in storages_in(args)}  # of views, and of tensors from outside the context
+        for storage in storages_in(result):
             if storage._cdata not in given and storage._cdata not in self._sizes:
                 self._note(storage)
         return result
@@ -193,15 +194,6 @@ class _Counter(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes_alive -= self._sizes.pop(key)
-
-
-def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor, or of all tensors in nested tuples and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value.untyped_storage()
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _storages(item)
 
 
 @contextmanager
