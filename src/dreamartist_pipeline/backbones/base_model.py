@@ -181,15 +181,26 @@ def load_backbone(files: BaseModelFiles, device: DeviceParams) -> Backbone:
             the model is not supported.
     """
     chosen = pick_device(device)
-    return _load(files, chosen, pick_dtype(device, chosen), quantize=device.quantize == "int8")
+    model = _load(files, chosen, pick_dtype(device, chosen), quantize=device.quantize == "int8")
+    return _warned_of_few_steps(files, model)
 
 
 def load_outline(files: BaseModelFiles, dtype: torch.dtype = torch.float32, quantize: bool = False) -> Backbone:
     """Return the base model on the meta device, without weights, to check parameters and files against.
 
+    The process shares it, as that of `open_base_model`: put adapters into its `share_weights()` only.
+
     Raises:
         InputError: see `load_backbone`.
     """
+    files.check()
+    return _warned_of_few_steps(files, _outline(files, files.state(), dtype, quantize))
+
+
+@functools.lru_cache(maxsize=2)
+def _outline(
+    files: BaseModelFiles, _state: tuple[tuple[str, int, int], ...], dtype: torch.dtype, quantize: bool
+) -> Backbone:
     return _load(files, torch.device("meta"), dtype, quantize)
 
 
@@ -199,16 +210,16 @@ def _load(files: BaseModelFiles, device: torch.device, dtype: torch.dtype, quant
     model = files.family().load(source, device, dtype)
     for network in model.networks.values() if quantize else ():
         quantize_linears(network)
-    _warn_of_few_steps(files, model)
     return model
 
 
-def _warn_of_few_steps(files: BaseModelFiles, model: Backbone) -> None:
+def _warned_of_few_steps(files: BaseModelFiles, model: Backbone) -> Backbone:
     configs = [getattr(network, "config", None) for network in model.networks.values()]
     takes_guidance = any(getattr(config, "time_cond_proj_dim", None) is not None for config in configs)
     parts = files.parts()
     if kind := few_step_kind(parts.index(), parts.config("scheduler"), files.names(), takes_guidance):
         _warn_once(few_step_hint(kind, files.name, takes_guidance))
+    return model
 
 
 @functools.cache
