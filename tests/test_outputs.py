@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.outputs import OutputHooks, check_folders, check_images_fit
 from dreamartist_pipeline.locks import LocalLock, LockHeldError
 from dreamartist_pipeline.params import GenerateParams
+from dreamartist_pipeline.starting_runs import RUN_KEY
 from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish
 from refusals import says
 from small_disks import mount_read_only, mount_small
@@ -192,6 +194,15 @@ def test_a_second_run_of_the_subject_is_refused_at_once_and_named(tmp_path: Path
             small_run.run(tmp_path, "b", nodes=("evaluate",))
         process.kill()
     small_run.run(tmp_path, "b")
+    assert texts(tmp_path) == dict.fromkeys(FILES, "b")
+
+
+def test_a_started_run_waits_for_the_lost_one_that_it_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_KEY, "0")
+    with start(tmp_path, "a", "train") as process:
+        wait_for_node(process)
+        threading.Timer(0.5, process.kill).start()
+        small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.run import path_of, settings_of
 from dreamartist_pipeline.locks import LocalLock
 from dreamartist_pipeline.params import GenerateParams
+from dreamartist_pipeline.starting_runs import RUN_KEY
 from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish, remove_leftovers
 
 _CONCEPT = "concept"
@@ -28,6 +30,7 @@ _LOCK, _JOURNAL = ".lock", ".publishing.json"
 _OF_ALL_SUBJECTS = {"judge": "the training of the judge", "pretrain": "the pretraining of the base model"}
 _OTHER_FOLDERS = "choose other folders in the catalog"
 _FREE_BYTES = 16 * 2**20  # the reports of a run, without its images and adapters
+_LOST_WORKER_S = 300  # a started run waits for the one it replaces, which may save its state, or not know yet
 _GENERATED = "generated_images"
 _NUM_COPIES = 3  # of each generated image: itself, in the sheet, and in the tracking store's copy of that
 _USUAL_SIDE_PX = 512  # where no size is given, which the base model decides
@@ -71,7 +74,8 @@ class OutputHooks:
         if concept is None or not any(self._subject in folder.parts for folder in folders):
             return
         place = folders[0] if write_error(concept.parent) else concept.parent  # a concept may be read-only
-        self._run.enter_context(LocalLock(place / _LOCK, f"the subject {self._subject}").hold())
+        wait_s = _LOST_WORKER_S if RUN_KEY in os.environ else 0
+        self._run.enter_context(LocalLock(place / _LOCK, f"the subject {self._subject}").hold(wait_s))
         self._journal = place / _JOURNAL
         self._final.clear()
         self._unsaved.clear()
