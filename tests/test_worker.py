@@ -50,7 +50,7 @@ def test_each_run_has_an_exit_status_and_a_log_of_its_own(tmp_path: Path) -> Non
 
 # The worker with another command than `kedro run`: its arguments are code.
 _ANOTHER = """
-import os, time
+import os, signal, time
 from dreamartist_pipeline import __main__, worker
 from dreamartist_pipeline.cli.stopping import stopped_by_signals
 
@@ -64,6 +64,7 @@ def run(arguments, prog_name):
     raise SystemExit(0)
 
 __main__.main = run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 worker.main()
 """
 CODE_WORKER = (sys.executable, "-c", _ANOTHER)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ pytestmark = [
     ),
 ]
 
+_TOKEN = secrets.token_hex(32)
 _HEAD, _OTHER, _PORT = "10.77.0.1", "10.77.0.2", 6379
 _PARAMS = (
     "base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32,training.num_steps=30,"
@@ -61,7 +64,9 @@ def machines(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 def start(command: tuple[str, ...], folder: Path, log: Path) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment = {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
     environment |= {"OMP_NUM_THREADS": "1", "KEDRO_ENV": "", "RAY_health_check_period_ms": "1000"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
     with log.open("wb") as output:
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -84,10 +89,11 @@ def test_a_machine_that_is_lost_in_mid_run_is_survived(
     for name, color in zip(names, ("red", "green", "blue", "orange"), strict=True):
         Image.new("RGB", (32, 32), color).save(project / f"pictures/{name}.png")
     head, other = machines
+    short = tempfile.mkdtemp(prefix="ray")  # names of sockets have 107 characters at most
     started: list[subprocess.Popen[bytes]] = []
     try:
         ray_head = (*_RAY, "--head", f"--node-ip-address={_HEAD}", f"--port={_PORT}", "--include-dashboard=false")
-        started.append(start(inside(head, *ray_head, f"--temp-dir={tmp_path / 'a'}"), project, tmp_path / "head.log"))
+        started.append(start(inside(head, *ray_head, f"--temp-dir={short}"), project, tmp_path / "head.log"))
         wait_until(lambda: b"Ray runtime started" in (tmp_path / "head.log").read_bytes(), 60, started[0])
         ray_other = (*_RAY, f"--address={_HEAD}:{_PORT}", f"--node-ip-address={_OTHER}")
         started.append(start(inside(other, *ray_other), project, tmp_path / "other.log"))
@@ -114,6 +120,7 @@ def test_a_machine_that_is_lost_in_mid_run_is_survived(
     finally:
         for process in reversed(started):
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        shutil.rmtree(short, ignore_errors=True)
     text = (tmp_path / "command.log").read_text(errors="replace")
     assert "is lost" in text
     assert all((project / f"data/06_models/{name}/concept.safetensors").exists() for name in names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,8 @@ def test_subjects_of_a_table_are_personalized_and_one_that_cannot_be_read_is_lis
     arguments = ("-m", "kedro", "personalize", "pictures/all.csv", "--env", "test", "--threads", "1", "--params", given)
     environment = {**os.environ, "KEDRO_ENV": ""}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    for num_started in (2, 1):
-        result = run_warm(arguments, project, environment, _TIMEOUT_S)
-        assert result.returncode == 1
-        assert "torn" in result.stderr and "1 that failed" in result.stderr
-        assert re.search(rf"runs: [^\n]* 0/{num_started} ", result.stderr)  # the finished one is not started again
-        page = (project / "data/08_reporting/personalize/subjects.html").read_text()
-        assert 'id="ink"' in page and "Failed: 1" in page and "data:image/webp" in page
+    result = run_warm(arguments, project, environment, _TIMEOUT_S)
+    assert result.returncode == 1
+    assert "torn" in result.stderr and "1 that failed" in result.stderr
+    page = (project / "data/08_reporting/personalize/subjects.html").read_text()
+    assert 'id="ink"' in page and "Failed: 1" in page and "data:image/webp" in page

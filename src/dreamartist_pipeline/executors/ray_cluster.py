@@ -21,6 +21,7 @@ from dreamartist_pipeline.starting_runs import RunCommand
 
 LOCAL = "local"
 """In place of an address: a cluster on this machine, which ends with this process."""
+_AUTO = "auto"  # in place of an address, by Ray: the cluster that this machine belongs to
 _CARRIED = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "HF_", "FSSPEC_", "DREAMARTIST_")  # variables, by their beginnings
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _POLL_S = 1.0
@@ -39,7 +40,7 @@ class RayWorkers:
     place any more. All machines need the project at the same path, such as on a shared file system.
 
     Args:
-        address: of the cluster (`HEAD:6379`, `ray://HEAD:10001`), or `local`.
+        address: of the cluster (`HEAD:6379`, `ray://HEAD:10001`), `auto` on one of its machines, or `local`.
         count: how many actors; None for one per GPU of the cluster, or one.
         threads: of each run; None for as many as it takes by itself.
         program: of a worker process.
@@ -167,7 +168,7 @@ def _connect(address: str) -> Any:
         ) from error
     is_local = address == LOCAL
     try:
-        if not is_local:
+        if address not in (LOCAL, _AUTO):
             _check_reached(address)
         with _signals_kept():
             ray.init(
@@ -180,7 +181,7 @@ def _connect(address: str) -> Any:
         raise InputError(
             expected=f"a Ray cluster at {address}",
             got=_first_line(error),
-            remedy="give the address of its head, such as HEAD:6379 on one of its machines or ray://HEAD:10001 "
+            remedy=f"give the address of its head, such as HEAD:6379 ('{_AUTO}' on its machines) or ray://HEAD:10001 "
             f"elsewhere, or '{LOCAL}' for this machine alone",
         ) from error
     return ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -280,13 +281,18 @@ def memory_plan(training_plan: Mapping[str, Any], params: TrainingParams) -> Mem
 
 def expected_seconds(flops: int, dtype: torch.dtype) -> float:
     """Return the expected seconds of a step on the CPU, from the speed of a matrix product."""
+    return flops / (_flops_per_second(dtype, torch.get_num_threads()) * _USABLE_SHARE)
+
+
+@functools.cache
+def _flops_per_second(dtype: torch.dtype, _num_threads: int) -> float:
     matrix = torch.ones(_MATRIX_SIDE, _MATRIX_SIDE, dtype=dtype)
     times = []
     for _ in range(3):
         started = time.perf_counter()
         matrix @ matrix
         times.append(time.perf_counter() - started)
-    return flops / (2 * _MATRIX_SIDE**3 / min(times) * _USABLE_SHARE)
+    return 2 * _MATRIX_SIDE**3 / min(times)
 
 
 def _log_duration(seconds: float, num_steps: int, is_measured: bool) -> None:
