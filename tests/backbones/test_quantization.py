@@ -85,7 +85,8 @@ def test_the_estimate_counts_int8_weights(tiny_base_model: Path, make_training_p
     estimates = []
     for quantize in (False, True):
         outline = load_outline(BaseModelFiles(tiny_base_model), torch.bfloat16, quantize)
-        shape = step_shape(start_concept(outline, params, 1, 0), params, CAPTION, None)
-        estimates.append(estimate_memory(outline, params, shape, plan))
+        planned = start_concept(outline, params, 1, 0)
+        shape = step_shape(planned, params, CAPTION, None)
+        estimates.append(estimate_memory(planned, params, shape, plan))
     plain, quantized = estimates
     assert 0.5 * plain.weights < quantized.weights < 0.9 * plain.weights

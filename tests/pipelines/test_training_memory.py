@@ -176,11 +176,12 @@ def test_each_plan_needs_less_memory_than_the_one_before(
 ) -> None:
     params = make_training_params(batch_size=4)
     outline = load_outline(BaseModelFiles(tiny_base_model))
-    shape = step_shape(start_concept(outline, params, 1, 0), params, CAPTION, side_px=256)
+    planned = start_concept(outline, params, 1, 0)
+    shape = step_shape(planned, params, CAPTION, side_px=256)
     assert shape.latents == (4, 64, 64)
     assert (shape.num_rows, shape.num_prompts, shape.num_tokens) == (5, 3, 24)
     plans = possible_plans(MemoryParams(), shape.num_rows)
-    estimates = [estimate_memory(outline, params, shape, plan) for plan in plans]
+    estimates = [estimate_memory(planned, params, shape, plan) for plan in plans]
     activations = [estimate.activations for estimate in estimates]
     assert activations[:3] == sorted(activations[:3], reverse=True)
     assert activations[3:] == sorted(activations[3:], reverse=True)
@@ -188,7 +189,7 @@ def test_each_plan_needs_less_memory_than_the_one_before(
     networks = outline.networks.values()
     assert estimates[0].weights == 4 * sum(p.numel() for module in networks for p in module.parameters())
     with_decoder = params.model_copy(update={"loss": params.loss.model_copy(update={"reconstruction_weight": 1.0})})
-    assert estimate_memory(outline, with_decoder, shape, plans[0]).weights > estimates[0].weights
+    assert estimate_memory(planned, with_decoder, shape, plans[0]).weights > estimates[0].weights
 
 
 def test_the_estimate_is_what_the_step_takes(tiny_base_model: Path, make_training_params: MakeParams) -> None:
@@ -197,8 +198,9 @@ def test_the_estimate_is_what_the_step_takes(tiny_base_model: Path, make_trainin
 
     params = make_training_params(regularization_batch_size=0, templates=("a {pt1}",))
     outline = load_outline(BaseModelFiles(tiny_base_model))
-    shape = step_shape(start_concept(outline, params, 1, 0), params, CAPTION, None)
-    estimated = estimate_memory(outline, params, shape, MemoryPlan()).activations
+    planned = start_concept(outline, params, 1, 0)
+    shape = step_shape(planned, params, CAPTION, None)
+    estimated = estimate_memory(planned, params, shape, MemoryPlan()).activations
     steps = new_steps(tiny_base_model, params, MemoryPlan())
     steps.gradients(0)
     with _Counter() as counter:
@@ -419,9 +421,9 @@ def test_the_check_plans_for_the_size_of_the_reference_image(
 
     sizes: list[tuple[int, int, int]] = []
 
-    def recorded(outline: Any, params: Any, shape: Any, plan: Any) -> Any:
+    def recorded(planned: Any, params: Any, shape: Any, plan: Any) -> Any:
         sizes.append(shape.latents)
-        return estimate_memory(outline, params, shape, plan)
+        return estimate_memory(planned, params, shape, plan)
 
     monkeypatch.setattr(memory, "estimate_memory", recorded)
     ingestion = IngestionParams.model_validate({"bucket": {"side_px": 64, "multiple_px": 8}})

@@ -140,7 +140,7 @@ def step_shape(
 
 def plan_memory(
     files: BaseModelFiles,
-    outline: Backbone,
+    planned: NewConcept,
     params: TrainingParams,
     device: DeviceParams,
     shape: StepShape,
@@ -152,7 +152,7 @@ def plan_memory(
 
     Args:
         files: of the base model; on a GPU, it is loaded.
-        outline: the base model on the meta device, in the dtype of the training.
+        planned: on the meta device, in the dtype of the training; see `estimate_memory`.
         params: of the training.
         device: of the training.
         shape: of a step.
@@ -170,12 +170,12 @@ def plan_memory(
     plans = possible_plans(params.memory, shape.num_rows)
     estimates = []
     for plan in plans:
-        estimates.append(estimate_memory(outline, params, shape, plan))
+        estimates.append(estimate_memory(planned, params, shape, plan))
         if estimates[-1].total <= limit:
             break
     estimate = estimates[-1]
     if chosen.type == "cpu":
-        seconds = expected_seconds(estimate.flops * per_device, outline.dtype)
+        seconds = expected_seconds(estimate.flops * per_device, planned.backbone.dtype)
     else:
         backbone = open_base_model(files.path, device)
         plan, seconds = first_that_fits(plans[plans.index(plan) :], backbone, params, shape, limit)
@@ -226,22 +226,22 @@ def _run_step(
     return seconds, peak_memory_bytes(backbone.device)
 
 
-def estimate_memory(outline: Backbone, params: TrainingParams, shape: StepShape, plan: MemoryPlan) -> MemoryEstimate:
+def estimate_memory(planned: NewConcept, params: TrainingParams, shape: StepShape, plan: MemoryPlan) -> MemoryEstimate:
     """Return the memory of a training, counted on the meta device.
 
     Args:
-        outline: the base model on the meta device, in the dtype of the training.
+        planned: on the meta device, in the dtype of the training; a plan with checkpointing turns it on there.
         params: of the training.
         shape: of a step.
         plan: how steps are computed.
     """
-    new = start_concept(outline, params, lr_factor(params), seed=0)
     if plan.checkpointing:
-        new.backbone.checkpoint_gradients()
-    groups = parameter_groups(new.stacks, new.words, params.words.lr)
-    counted = count_step(trainable_model(new, groups), shape, plan.micro_batch)
-    idle = {id(module) for module in idle_modules(new, params)}
-    used = [module for module in (*new.backbone.networks.values(), new.backbone.autoencoder) if id(module) not in idle]
+        planned.backbone.checkpoint_gradients()
+    groups = parameter_groups(planned.stacks, planned.words, params.words.lr)
+    counted = count_step(trainable_model(planned, groups), shape, plan.micro_batch)
+    idle = {id(module) for module in idle_modules(planned, params)}
+    networks = (*planned.backbone.networks.values(), planned.backbone.autoencoder)
+    used = [module for module in networks if id(module) not in idle]
     return MemoryEstimate(
         weights=sum(_frozen_bytes(module) for module in used),
         activations=counted.peak_bytes,

@@ -86,7 +86,7 @@ def make_plan(
         "lr_factor": lr_factor(params),
         "groups": _describe(groups),
         **start_entry,
-        **plan_memory(files, base_model, params, device, shape, num_processes),
+        **plan_memory(files, planned, params, device, shape, num_processes),
     }
     check_disk(plan, params, base_model.image_px)
     return plan
