@@ -50,7 +50,7 @@ def test_as_many_commands_run_at_a_time_as_there_are_workers(workers: int) -> No
     assert executor.closed == 1
 
 
-def test_those_that_run_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_run_are_watched() -> None:
     watched: list[list[str]] = []
     run_all(
         [command(name) for name in "abc"],
@@ -59,6 +59,7 @@ def test_those_that_run_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: False,
         lambda running: watched.append([one.name for one in running]),
     )
+    assert watched[0][-1] == "c"  # which begins when one of the others has ended
     assert watched[-1] == []
     assert max(map(len, watched)) <= 2
 

@@ -27,10 +27,11 @@ import psutil
 def main() -> None:
     """Answer requests until the input ends."""
     requests, replies = _own_channels()  # before imports, which may print
+    import dreamartist_pipeline.__main__  # noqa: F401 - Kedro without what it logs when it is imported
+
+    # isort: split
     from kedro.framework.startup import bootstrap_project
     from kedro.utils import find_kedro_project
-
-    import dreamartist_pipeline.__main__  # noqa: F401 - Kedro without what it logs when it is imported
 
     if project := find_kedro_project(Path.cwd()):
         bootstrap_project(project)

@@ -73,6 +73,12 @@ def test_a_command_whose_worker_is_killed_is_executed_again_by_another(tmp_path:
     assert "killed 3 times by signal 9" in message
 
 
+def test_a_worker_that_ends_without_an_answer_has_not_finished_its_command(tmp_path: Path) -> None:
+    message = ends_of([code_command(tmp_path, "a", "import os; os._exit(0)")], local())["a"]
+    assert message is not None
+    assert "3 times without an answer" in message
+
+
 def test_a_command_has_its_own_environment_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GONE", "1")
     code = "import os; print(os.environ['ADDED'], os.environ.get('GONE'), os.getcwd(), file=log)"

@@ -58,7 +58,7 @@ class LocalWorkers:
             self._give_back(worker)
             if not end.is_lost:
                 break
-        return None if end.status == 0 else f"{_message(command, end.status)} ({command.log})"
+        return None if end.status == 0 and not end.is_lost else f"{_message(command, end)} ({command.log})"
 
     def close(self) -> None:
         """End all workers; runs stop as they do at SIGTERM, and those that do not are killed."""
@@ -96,8 +96,8 @@ class _End:
     """How a command has ended.
 
     Attributes:
-        status: of its program; negative for the signal that has killed its worker.
-        memory_bytes: of the worker after it; None if the worker has ended, too.
+        status: of its program, or of the worker if that has ended; negative for the signal that has killed it.
+        memory_bytes: of the worker after it; None if the worker has ended.
     """
 
     status: int
@@ -105,8 +105,8 @@ class _End:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the worker was killed."""
-        return self.status < 0
+        """Whether the worker has ended without an answer, by a signal or between two runs."""
+        return self.memory_bytes is None and self.status <= 0
 
 
 class _Worker:
@@ -166,12 +166,13 @@ class _Worker:
             self._process.kill()
 
 
-def _message(command: RunCommand, status: int) -> str:
+def _message(command: RunCommand, end: _End) -> str:
     """Return the message of the error that ended a run, from what it has printed."""
     text = command.log.read_text(encoding="utf-8", errors="replace")[-_END_OF_LOG:]
     if errors := _ERROR.findall(text):
         return str(errors[-1]).strip()
-    if status < 0:
-        return f"its process was killed {ATTEMPTS} times by signal {-status}; the memory may be too small"
+    if end.is_lost:
+        by = f"was killed {ATTEMPTS} times by signal {-end.status}; the memory may be too small"
+        return f"its process {by if end.status else f'has ended {ATTEMPTS} times without an answer'}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"exit status {status}" + (f": {lines[-1]}" if lines else "")
+    return f"exit status {end.status}" + (f": {lines[-1]}" if lines else "")

@@ -22,7 +22,7 @@ from dreamartist_pipeline.starting_runs import RunCommand
 LOCAL = "local"
 """In place of an address: a cluster on this machine, which ends with this process."""
 _AUTO = "auto"  # in place of an address, by Ray: the cluster that this machine belongs to
-_CARRIED = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "HF_", "FSSPEC_", "DREAMARTIST_")  # variables, by their beginnings
+_FORWARDED = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "HF_", "FSSPEC_", "DREAMARTIST_")  # prefixes of variables
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _POLL_S = 1.0
 _LONG_S = 60
@@ -75,14 +75,14 @@ class RayWorkers:
 
     def run(self, command: RunCommand) -> str | None:
         """Execute one command; see `Executor.run`."""
-        carried = {name: value for name, value in os.environ.items() if name.startswith(_CARRIED)}
-        carried_too = replace(command, environment=carried | dict(command.environment))
+        forwarded = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
+        command = replace(command, environment=forwarded | dict(command.environment))
         for _ in range(ATTEMPTS):
             actor = self._take()
             if actor is None:
                 return "not started"
             try:
-                message: str | None = self._ray.get(actor.run.remote(carried_too))
+                message: str | None = self._ray.get(actor.run.remote(command))
             except self._ray.exceptions.RayTaskError as error:  # its program could not be started
                 message = _last_line(error)
             except self._ray.exceptions.RayError as error:
