@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dreamartist_pipeline.core.memory import StepCount
 from dreamartist_pipeline.params import EmbeddedModelSize, TrainingParams
+from warm_processes import warm_context
 
 TINY_SIZE = EmbeddedModelSize(
     image_px=32,
@@ -50,6 +52,23 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def steps_are_counted() -> Iterator[bool]:
+    """Let trainings be planned without counting the memory of a step, which takes longer than tiny steps do.
+
+    A module that tests the plans replaces this fixture.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dreamartist_pipeline.pipelines.training.memory.count_step", lambda *_: StepCount(1, 1, 1))
+        yield False
+
+
+@pytest.fixture
+def warm_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks of a process group start without importing the large libraries; how ranks start is tested apart."""
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: warm_context())
 
 
 @pytest.fixture(scope="session")

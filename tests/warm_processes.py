@@ -85,14 +85,14 @@ def _text_of(file: Path) -> str:
 def start_warm(arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], outputs: Path) -> WarmProgram:
     """Start `python ARGUMENTS` as `run_warm` does; `outputs` is a folder for what it writes."""
     files = outputs / "stdout", outputs / "stderr"
-    process = _context().Process(target=_run, args=(arguments, folder, dict(environment), files))
+    process = warm_context().Process(target=_run, args=(arguments, folder, dict(environment), files))
     process.start()
     return WarmProgram(arguments, process, files)
 
 
 @functools.cache
-def _context() -> ForkServerContext:
-    """Start the process to fork from; it ends with this one."""
+def warm_context() -> ForkServerContext:
+    """Return the context of processes that are forked from the one with the libraries, which ends with this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with pytest.MonkeyPatch.context() as patch:

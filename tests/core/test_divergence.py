@@ -375,6 +375,7 @@ def _train_on_ranks(params: TrainingParams) -> tuple[list[torch.Tensor], list[Ha
     return trained_values(model), halvings, [row["step"] for row in history], stopped.value
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_go_back_or_stop_after_the_same_step(
     make_training_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def _save_learned_matrices(folder: Path) -> int:
     return dist.get_world_size()
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_that_share_muons_work_get_the_same_matrices_as_one(tmp_path):
     assert run_on_processes(_save_learned_matrices, 2, tmp_path) == 2
     alone = _learned_matrices()
@@ -50,6 +51,7 @@ def _fail() -> None:
     raise ValueError("no such sprite")
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_an_error_on_the_processes_is_raised_and_leaves_no_group():
     with pytest.raises(ValueError, match="no such sprite"):
         run_on_processes(_fail, 2)
@@ -86,6 +88,7 @@ def _name_parts(rank: int, parts: Sequence[int], failing: int | None) -> Iterato
         yield f"{part} on {rank} of {rows_of_rank(4)}"  # without a group
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_parts_are_spread_and_results_arrive_in_order_until_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -550,6 +550,7 @@ def _gradients_on_ranks(params: TrainingParams) -> list[Any]:
     return [gradients(with_decoder(make_model(dropout=0.5)), data, params, Execution(size)) for size in (None, 1)]
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_have_loss_and_gradients_of_one(make_training_params: MakeParams) -> None:
     loss = LossParams(regularization_weight=0.5, reconstruction_weight=0.1)
     params = make_training_params(batch_size=3, regularization_batch_size=2, guidance_scale="1.5-3.0", loss=loss)
@@ -775,5 +776,6 @@ def _stopped_by_the_first_rank(params: TrainingParams) -> int:
     return len(fit(make_model(), make_data(), params, scoring=scoring))
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_all_ranks_stop_after_the_same_step(make_training_params: MakeParams) -> None:
     assert run_on_processes(_stopped_by_the_first_rank, 2, make_training_params(num_steps=4)) == 2

@@ -280,6 +280,7 @@ def zero_step_concept(tiny_base_model: Path) -> Concept:
     return start_concept(backbone, params, 1, seed=0).snapshot(concept_metadata(backbone, params, 1))
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_draw_the_images_of_one(
     tiny_base_model: Path, zero_step_concept: Concept, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_image_i_is_the_base_models_image_of_prompt_i_and_seed_i(tiny_base_model
     assert [read().tobytes() for _, read in made] == [image.tobytes() for image in expected]
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_draw_the_set_of_one(
     tiny_base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,6 +281,7 @@ def test_every_optimizer_continues_to_the_same_bytes(train: Train, tmp_path: Pat
     assert concept_bytes(continued) == concept_bytes(concept)
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_stop_after_the_same_step_and_continue_to_the_same_bytes(train: Train, tmp_path: Path) -> None:
     shared = {"device": CPU.model_copy(update={"processes": 2})}
     concept, _ = train(None, **shared)

@@ -233,6 +233,7 @@ def test_equal_trainings_have_equal_scores_also_when_interrupted(train: Train, t
     same(whole, train(checkpoints=str(tmp_path)))
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_score_and_choose_once(train: Train) -> None:
     trained = train(device=CPU.model_copy(update={"processes": 2}))
     assert trained.tracker.scores.keys() == {2, 4, 6} == trained.kept.keys()

@@ -94,6 +94,7 @@ def train(
 # --------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_two_processes_train_the_concept_of_one_and_only_the_first_reports(
     tiny_base_model: Path, make_training_params: MakeParams, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,12 @@ DEMANDING = {  # dropout, ranks by timestep and convolutions
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def steps_are_counted() -> bool:
+    """Count steps, as trainings do."""
+    return True
+
+
 class Tracker:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
 
