@@ -18,7 +18,7 @@ def copy_project(folder: Path, base_model: Path) -> Path:
     The local configuration is left out, and so are the project's own data.
     """
     for name in _FOLDERS:
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
     shutil.rmtree(folder / "conf" / "local")
     (folder / "conf" / "local").mkdir()
     for name in _FILES:

@@ -1,8 +1,7 @@
 """Python programs in processes of their own that need not import the large libraries anew.
 
-A short `kedro run` spends most of its time on imports. Here it is forked from a process that has imported the
-libraries, but neither Kedro, which reads the logging configuration of the current folder when it is imported, nor
-anything of this project.
+A short `kedro run` spends most of its time on imports. Here it is forked from a process that has imported
+warm_libraries.py.
 """
 
 from __future__ import annotations
@@ -24,12 +23,6 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = [
-    *("torch", "torch._dynamo", "torch.distributed.nn", "PIL.Image", "pandas", "pyarrow.parquet"),
-    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "plotly.express"),
-    *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
-    *("IPython", "flask", "git", "omegaconf", "rich.console"),  # which Kedro and its plugins import
-]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}  # read by imports; no thread may exist yet
 
 
@@ -94,7 +87,7 @@ def start_warm(arguments: tuple[str, ...], folder: Path, environment: Mapping[st
 def warm_context() -> ForkServerContext:
     """Return the context of processes that are forked from the one with the libraries, which ends with this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
+    context.set_forkserver_preload(["warm_libraries"])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _ENVIRONMENT.items():
             patch.setenv(name, value)

@@ -15,7 +15,7 @@ def bare_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder; it has an empty sub-folder `notebooks`."""
     folder = tmp_path_factory.mktemp("bare")
     for name in ("conf", "src"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", ".telemetry"):
         shutil.copy(PROJECT / name, folder)
     (folder / "conf" / "local").mkdir(exist_ok=True)
