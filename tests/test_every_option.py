@@ -283,6 +283,36 @@ PROVEN_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
             "personalize.ray",
         ),
     },
+    "core/test_halving.py": {
+        "test_the_first_one_goes_on_and_then_the_best_third": (
+            "training.scoring.halving.folder",
+            "training.scoring.halving.run",
+            "training.scoring.halving.first",
+            "training.scoring.halving.factor",
+        ),
+    },
+    "pipelines/test_sweep.py": {
+        "test_values_are_within_the_space_and_the_same_at_every_call": ("sweep.space", "sweep.search", "sweep.seed"),
+        "test_a_grid_has_every_combination_once": ("sweep.trials",),
+        "test_a_trial_has_a_run_for_each_subject_and_seed_and_the_mean_is_its_score": (
+            "sweep.subjects",
+            "sweep.seeds",
+            "sweep.images",
+            "sweep.objective",
+            "sweep.params",
+        ),
+        "test_trials_that_were_stopped_early_are_neither_chosen_nor_forgotten": (
+            "sweep.halving.first",
+            "sweep.halving.factor",
+            "sweep.folder",
+        ),
+        "test_what_executes_the_runs_reaches_the_starter": (
+            "sweep.name",
+            "sweep.workers",
+            "sweep.threads",
+            "sweep.ray",
+        ),
+    },
     "pipelines/test_compare.py": {
         "test_every_method_runs_on_every_subject_with_every_seed": (
             "compare.methods.method",

@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,7 +24,15 @@ from dreamartist_pipeline.hooks import ProjectRuns, StartingHooks, register_proj
 from dreamartist_pipeline.hooks.manifest import Manifest, RunManifest, StoredFile
 from dreamartist_pipeline.hooks.starting import as_params
 from dreamartist_pipeline.pipeline_registry import register_pipelines
-from dreamartist_pipeline.starting_runs import PARENT_RUN, RUN_KEY, RunCommand, RunOutcome, RunRequest, Workers
+from dreamartist_pipeline.starting_runs import (
+    PARENT_RUN,
+    RUN_KEY,
+    RunCommand,
+    RunOutcome,
+    RunRequest,
+    RunResult,
+    Workers,
+)
 from project_copy import copy_project
 from refusals import says
 
@@ -251,16 +259,70 @@ def test_parameters_of_the_starting_command_must_not_make_different_runs_equal(p
         start(project, *wanted, given={"training": {"seed": 3}})
 
 
+def test_an_environment_for_such_runs_has_the_values_of_all_sources_but_none_of_a_subject(project: Path) -> None:
+    (project / "conf/own").mkdir()
+    (project / "conf/own/parameters.yml").write_text("training: {num_steps: 5, words: {lr: '${_rate}'}}\n_rate: 0.1\n")
+    (project / "conf/own/globals.yml").write_text("method: lora\nvae: v\n")
+    loader = settings.ProjectConfigLoader(str(project / "conf"), env="own", **settings.CONFIG_LOADER_ARGS)
+    given = {"training": {"seed": 3}, "base_model": "b", "subject": "x", "sweep": {"trials": 2}}
+    runs = ProjectRuns(project, loader, given=given)
+    parameters, run_settings = runs.environment_of(dict(request(training={"num_steps": 7}, method="t-lora").params))
+    assert parameters == {"training": {"num_steps": 7, "words": {"lr": "${_rate}"}, "seed": 3}, "_rate": 0.1}
+    assert run_settings == {
+        **{"method": "t-lora", "vae": "v", "base_model": "tiny", "prompt_database": "prompts.parquet"}
+    }
+
+
+class TwoRuns:
+    """A source of two runs, of which the second depends on what the first has measured."""
+
+    def __init__(self) -> None:
+        self.results: list[RunResult] = []
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[RunRequest]:
+        yield request("fox-0")
+        yield request("fox-1", training={"seed": len(self.results)})
+
+    def examples(self) -> Sequence[RunRequest]:
+        return [request("fox-0")]
+
+    def ended(self, result: RunResult) -> None:
+        self.results.append(result)
+
+
+def test_a_source_is_told_of_every_run_also_of_those_that_had_finished(project: Path) -> None:
+    for executed in ({"fox-0", "fox-1"}, set()):
+        executor, source = Trainings(project), TwoRuns()
+        loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
+        outcomes = ProjectRuns(project, loader, executor=lambda _, it=executor: it).start(source, Workers())
+        assert {command.name for command in executor.commands} == executed
+        names = [one.subject for one in outcomes]
+        assert names == [one.outcome.subject for one in source.results] == ["fox-0", "fox-1"]
+
+
+def test_examples_of_a_source_are_checked_before_anything_is_started(project: Path) -> None:
+    source = TwoRuns()
+    source.examples = lambda: [request("fox-0", training={"num_stepz": 1})]  # type: ignore[method-assign]
+    executor = Trainings(project)
+    loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
+    with pytest.raises(InputError, check=says(where="fox-0", got="num_stepz")):
+        ProjectRuns(project, loader, executor=lambda _: executor).start(source, Workers())
+    assert not executor.commands
+
+
 def test_a_finished_run_becomes_a_child_of_the_new_parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(project, request())
     file = project / "data/06_models/fox-a/manifest.json"
     manifest = json.loads(file.read_text())
     manifest["runs"]["train"]["mlflow_run"] = "child"
     file.write_text(json.dumps(manifest))
-    adopted: list[tuple[Sequence[str], str]] = []
+    adopted: list[tuple[str, str]] = []
     monkeypatch.setattr(starting, "_adopt", lambda *ids: adopted.append(ids))
     start(project, request())
-    assert adopted == [(["child"], "parent")]
+    assert adopted == [("child", "parent")]
 
 
 @pytest.mark.parametrize(

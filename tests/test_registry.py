@@ -28,6 +28,7 @@ def test_every_stage_and_every_chain_has_its_name() -> None:
             "compare",
             "tune",
             "personalize",
+            "sweep",
             "__default__",
         ),
     }
@@ -52,7 +53,7 @@ def test_everything_a_user_gives_is_checked_before_images_are_drawn(check: str) 
     "name",
     [
         *("train", "evaluate", "report", "export", "register", "generate", "import", "pretrain", "judge"),
-        *("compare", "tune", "personalize"),
+        *("compare", "tune", "personalize", "sweep"),
     ],
 )
 def test_every_dataset_of_a_pipeline_is_in_the_catalog(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,22 @@ def test_those_that_run_are_watched() -> None:
         lambda: False,
         lambda running: watched.append([one.name for one in running]),
     )
-    assert watched[0][-1] == "c"  # which begins when one of the others has ended
+    assert watched[0] == ["a", "b"]
+    assert "c" in watched[1]  # which begins when one of the others has ended
     assert watched[-1] == []
     assert max(map(len, watched)) <= 2
+
+
+def test_a_command_is_asked_for_when_a_worker_is_free() -> None:
+    ended: list[str] = []
+
+    def commands() -> Iterator[RunCommand]:
+        for index in range(4):
+            assert len(ended) >= index - 1
+            yield command(str(index))
+
+    run_all(commands(), Counting(2), lambda one, message: ended.append(one.name), lambda: False)
+    assert sorted(ended) == ["0", "1", "2", "3"]
 
 
 def test_the_last_progress_bar_of_a_log_is_the_state_of_a_run(tmp_path: Path) -> None:

@@ -455,6 +455,22 @@ class PreviewParams(Params):
     seed: Seed = 0
 
 
+class HalvingParams(Params):
+    """A training that ends early if others are better: asynchronous successive halving; see `core.halving`.
+
+    Attributes:
+        folder: in which the trainings that are compared note how good they are.
+        run: the name of this one among them.
+        first: step of the first rung; that of each further one is `factor` times as late.
+        factor: of the trainings that have reached a rung, the best `1 / factor` go on.
+    """
+
+    folder: Annotated[str, NODE_PATH]
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    first: Annotated[int, Field(ge=1, le=1_000_000)]
+    factor: Annotated[int, Field(ge=2, le=100)] = 3
+
+
 class ScoringParams(Params):
     """How a training is scored at intervals, so that a step can be chosen; without prompts it is not scored.
 
@@ -475,6 +491,7 @@ class ScoringParams(Params):
         max_drift: of a chosen step; 1: prior images are as far from the base model's as those are from each other.
         max_copying: of a chosen step; 0: as little as the base model's images, 1: images are copies of the reference.
         patience: scorings in a row without a better one, after which the training stops; None: it does not.
+        halving: stops a training that is worse than others; `kedro sweep` sets it.
     """
 
     every: NonNegativeInt | Literal["auto"] = "auto"
@@ -490,6 +507,7 @@ class ScoringParams(Params):
     max_drift: PositiveFloat = 0.5
     max_copying: PositiveFloat = 0.5
     patience: PositiveInt | None = None
+    halving: HalvingParams | None = None
 
     @model_validator(mode="after")
     def _check_prompts(self) -> ScoringParams:
@@ -616,7 +634,8 @@ class TrainingParams(Params):
     @property
     def needs_scores(self) -> bool:
         """Whether the concept depends on scores."""
-        return self.choose == "best" or self.scoring.patience is not None
+        scoring = self.scoring
+        return self.choose == "best" or scoring.patience is not None or scoring.halving is not None
 
     @property
     def num_branches(self) -> int:
@@ -655,7 +674,10 @@ class TrainingParams(Params):
     @model_validator(mode="after")
     def _check_scoring(self) -> TrainingParams:
         if self.needs_scores and not (self.scoring.prompts and self.scoring.every):
-            raise ValueError("choose=best and scoring.patience require scoring.prompts, and scoring.every other than 0")
+            raise ValueError(
+                "choose=best, scoring.patience and scoring.halving require scoring.prompts, and scoring.every other "
+                "than 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -976,6 +998,63 @@ class TuneParams(Params):
         return self
 
 
+class SweptRange(Params):
+    """The values between two bounds, both included."""
+
+    low: float
+    high: float
+    log: bool = False  # whether factors are equally likely, in place of differences
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> SweptRange:
+        if not self.low < self.high:
+            raise ValueError(f"expected low below high, got low {self.low:g} and high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"expected a low above 0 for log: true, got {self.low:g}")
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError(f"expected whole bounds for integer: true, got {self.low:g} and {self.high:g}")
+        return self
+
+
+class SweepHalving(Params):
+    """See `HalvingParams`, whose other values follow from the sweep."""
+
+    first: Annotated[int, Field(ge=1, le=1_000_000)]
+    factor: Annotated[int, Field(ge=2, le=100)] = 3
+
+
+class ParameterSearchParams(StartedRuns):
+    """A search for the best values of some parameters: every trial trains and evaluates all subjects with some of them.
+
+    Attributes:
+        name: of its runs and their folder; the environment with the best values is `best-<name>`.
+        space: parameters, nested as in the configuration; in place of a value, a list of values or a `SweptRange`.
+        search: how values are chosen. grid: all combinations of lists; random; tpe: by a model of the trials so far
+            (tree-structured Parzen estimators, Bergstra et al. 2011).
+        trials: their number; of `grid`, at most.
+        seed: of the search.
+        subjects: pictures in `images`, named by their subjects.
+        seeds: of the trainings; each trial has a run per subject and seed.
+        images: folder with <subject>.png.
+        folder: of the results, in a folder with the name of the sweep.
+        objective: metric of evaluation_metrics.json -> weight; the highest weighted sum of the means is the best.
+        halving: stops trainings that are worse than others by the scores of `training.scoring`; None: none.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)] = "sweep"
+    space: dict[str, Any] = Field(default_factory=dict)
+    search: Literal["grid", "random", "tpe"] = "tpe"
+    trials: Annotated[int, Field(ge=1, le=100_000)] = 20
+    seed: Seed = 0
+    subjects: SubjectNames
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
+    images: Annotated[str, PATH]
+    folder: Annotated[str, NODE_PATH]
+    objective: Annotated[dict[MetricName, float], Field(min_length=1)] = {"similarity/concept.efficientnet-lite0": 1.0}
+    halving: SweepHalving | None = None
+
+
 # ------------------------------------------------------------------------------------------------- pretraining
 
 
@@ -1097,6 +1176,7 @@ SECTIONS: dict[str, type[Params]] = {
     "compare": CompareParams,
     "tune": TuneParams,
     "personalize": PersonalizeParams,
+    "sweep": ParameterSearchParams,
     "pretrain": PretrainParams,
     "judge": JudgeParams,
 }

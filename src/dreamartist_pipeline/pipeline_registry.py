@@ -51,5 +51,6 @@ def register_pipelines() -> dict[str, Pipeline]:
         "compare": compare.create_pipeline(),
         "tune": compare.create_tuning_pipeline(),
         "personalize": personalize.create_pipeline(),
+        "sweep": compare.create_sweep_pipeline(),
         "__default__": train + evaluate + exporting + register,
     }

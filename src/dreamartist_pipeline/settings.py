@@ -202,6 +202,12 @@ class ProjectConfigLoader(OmegaConfigLoader):
         finally:
             self._register_globals_resolver()  # the other loader has replaced it
 
+    def of_environment(self, key: str) -> dict[str, Any]:
+        """Return what the files of this environment say, without those of the base, and with unresolved references."""
+        env = self.env or self.default_run_env
+        files = [] if env == self.base_env else self._files(key, env)
+        return functools.reduce(merge_mappings, (_parsed(self._fs.cat_file(file), file) for file in files), {})
+
     def _files_with(self, sections: Collection[str]) -> list[str]:
         """Return the files of parameters, without those of other sections that stand apart, which saves time."""
         apart = _APART - set(sections)

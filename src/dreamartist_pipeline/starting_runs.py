@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,19 +116,45 @@ class Workers:
     ray: str | None = None
 
 
+class RunSource(Protocol):
+    """Runs that follow from what earlier ones have measured; its length is their number, if all are run."""
+
+    def __len__(self) -> int:
+        """Return how many runs there are at most."""
+
+    def __iter__(self) -> Iterator[RunRequest]:
+        """Yield the next run when a worker is free; runs have different subjects."""
+
+    def examples(self) -> Sequence[RunRequest]:
+        """Return runs with all values that may occur, which are checked before the first one is started."""
+
+    def ended(self, result: RunResult) -> None:
+        """Take the result of a run that has ended now, or had finished before."""
+
+
 class RunStarter(Protocol):
     """Starts runs of this project."""
 
-    def start(self, requests: Sequence[RunRequest], workers: Workers) -> tuple[RunOutcome, ...]:
+    def start(self, requests: Sequence[RunRequest] | RunSource, workers: Workers) -> tuple[RunOutcome, ...]:
         """Run what has not been finished before, and return the outcome of every request, in their order.
 
         Args:
-            requests: runs with different subjects.
+            requests: runs with different subjects, or what yields them one by one.
             workers: what executes them.
 
         Raises:
             InputError: invalid parameters of a run; nothing is started.
             StoppedEarly: a signal; runs that have finished are kept.
+        """
+
+    def environment_of(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the parameters and the run settings of an environment for runs like one that was started.
+
+        It has the values of the present environment, over these the parameters of such a run, and over these those of
+        the command that starts it; nothing that names a subject.
+
+        Args:
+            params: of the run, nested.
         """
 
 
@@ -182,7 +209,7 @@ def progress_in(log: Path) -> str:
 
 
 def run_all(
-    commands: Sequence[RunCommand],
+    commands: Iterable[RunCommand],
     executor: Executor,
     ended: Callable[[RunCommand, str | None], None],
     stop_requested: Callable[[], bool],
@@ -191,22 +218,26 @@ def run_all(
     """Execute commands, several at a time, in their order; one that fails does not end the others.
 
     Args:
-        commands: with different names.
+        commands: with different names; the next one is asked for when a worker is free.
         executor: executes them; it is closed.
         ended: called in this thread with each command and its error, as it ends by itself.
         stop_requested: asked twice a second; if so, the running commands are stopped, and no other one is started.
         watch: called twice a second with the commands that run.
     """
-    pool = ThreadPoolExecutor(executor.num_workers)
-    waiting: dict[Future[str | None], RunCommand] = {pool.submit(executor.run, one): one for one in commands}
+    pool, source = ThreadPoolExecutor(executor.num_workers), iter(commands)
+    running: dict[Future[str | None], RunCommand] = {}
     try:
-        while waiting and not stop_requested():
-            done, _ = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+        while not stop_requested():
+            for command in islice(source, executor.num_workers - len(running)):
+                running[pool.submit(executor.run, command)] = command
+            watch([*running.values()])
+            if not running:
+                break
+            done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             for future in done:
                 error = future.result()
                 if error is None or not stop_requested():  # otherwise, the same signal may have ended it
-                    ended(waiting.pop(future), error)
-            watch([*waiting.values()][: executor.num_workers])
+                    ended(running.pop(future), error)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         executor.close()

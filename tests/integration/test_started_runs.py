@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -39,6 +41,24 @@ COMPARED = {
         "evaluation": {"branch_images": 0, "guidance_images": 0, "attention_images": 0, "sweep": {"images": 0}},
     },
 }
+
+
+SWEEP = """
+name: rates
+space:
+  training:
+    words: {lr: {low: 1.0e-3, high: 3.0e-2, log: true}}
+    guidance_scale: ["2.0", "3.0"]
+trials: 3
+subjects: [dot]
+images: pictures
+halving: {first: 2, factor: 2}
+params:
+  base_model: tiny
+  prompt_database: prompts.parquet
+  ingestion: {bucket: {side_px: 32, multiple_px: 8}}
+  training: {num_steps: 4, scoring: {every: 2}}
+"""
 
 
 class CountedWorkers(LocalWorkers):
@@ -113,3 +133,26 @@ def test_subjects_of_a_table_are_personalized_and_one_that_cannot_be_read_is_lis
     assert "torn" in result.stderr and "1 that failed" in result.stderr
     page = (project / "data/08_reporting/personalize/subjects.html").read_text()
     assert 'id="ink"' in page and "Failed: 1" in page and "data:image/webp" in page
+
+
+@pytest.mark.slow
+def test_the_environment_of_a_sweep_repeats_its_best_score_and_a_second_call_runs_nothing(project: Path) -> None:
+    (project / "rates.yml").write_text(SWEEP)
+    environment = {**os.environ, "KEDRO_ENV": ""}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+
+    def kedro(*arguments: str) -> str:
+        result = run_warm(("-m", "kedro", *arguments), project, environment, _TIMEOUT_S)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stderr + result.stdout
+
+    sweep = ("sweep", "rates.yml", "--env", "test", "--threads", "1")
+    kedro(*sweep)
+    table = pd.read_csv(project / "data/08_reporting/sweeps/rates/trials.csv")
+    assert len(table) == 3 and table["state"][0] == "finished"
+    parameters = "subject=again,class_word=dot,image=pictures/dot.png"
+    kedro("run", "--pipelines", "train,evaluate", "--env", "best-rates", "--params", parameters)
+    metrics = json.loads((project / "data/08_reporting/again/evaluation_metrics.json").read_text())
+    assert metrics["similarity/concept.efficientnet-lite0"] == table["score"][0]
+    assert "3 of" not in (said := kedro(*sweep)) and "runs:" not in said
+    assert pd.read_csv(project / "data/08_reporting/sweeps/rates/trials.csv").equals(table)

@@ -213,6 +213,24 @@ def test_patience_stops_a_training(train: Train, monkeypatch: pytest.MonkeyPatch
     assert len(again.history) == 4
 
 
+def test_a_training_that_is_worse_than_another_at_a_rung_ends_there(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def halved(run: str, fidelities: tuple[float, ...], **options: Any) -> Trained:
+        halving = {"folder": str(tmp_path / "rungs"), "run": run, "first": 2, "factor": 2}
+        with monkeypatch.context() as patch:
+            fidelity_of(patch, **{str(index): value for index, value in enumerate(fidelities)})
+            return train(choose="last", scoring={"halving": halving}, checkpoints=str(tmp_path / run), **options)
+
+    best = halved("best", (0.75, 0.5, 0.5))
+    worse = halved("worse", (0.5, 0.9, 0.9))
+    assert len(worse.history) == 2 and len(best.history) == 6
+    again = halved("worse", ())  # nothing has removed its checkpoints
+    assert len(again.history) == 2
+    assert concept_bytes(again.concept) == concept_bytes(worse.concept)
+    assert len(halved("worse", (0.8, 0.9, 0.9), resume="never").history) == 6
+
+
 # --------------------------------------------------------------------------------------------- the same every time
 
 

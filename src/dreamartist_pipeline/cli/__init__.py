@@ -1,8 +1,8 @@
 """The project's commands.
 
 `kedro run`, extended by values with commas and by short error messages; `kedro import-config`, which converts the
-reference toolkit's configurations; `kedro personalize`, which starts a run for each of many subjects; and `kedro
-verify`, which compares a concept with its manifest.
+reference toolkit's configurations; `kedro personalize`, which starts a run for each of many subjects; `kedro
+sweep`, which searches the best parameters; and `kedro verify`, which compares a concept with its manifest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dreamartist_pipeline.cli.params import parse_params, with_params
 from dreamartist_pipeline.cli.personalize import personalize_command
 from dreamartist_pipeline.cli.selection import check_selection, check_words
 from dreamartist_pipeline.cli.stopping import Stop, stopped_by_signals
+from dreamartist_pipeline.cli.sweep import sweep_command
 from dreamartist_pipeline.cli.verify import verify
 from dreamartist_pipeline.errors import (
     STOPPED_BY_SIGNAL,
@@ -176,5 +177,6 @@ def cli() -> None:
 run = _build_run_command()
 cli.add_command(run)
 cli.add_command(personalize_command(run))
+cli.add_command(sweep_command(run))
 cli.add_command(import_config)
 cli.add_command(verify)

@@ -187,6 +187,15 @@ def choose_step(scores: Sequence[Score], bounds: Bounds) -> Choice:
     return Choice(best.step, f"it has the highest fidelity, {best.fidelity:.3f}{compared}; {among}")
 
 
+def standing(scores: Sequence[Score], bounds: Bounds) -> float:
+    """Return how good a training is so far: the highest fidelity within the bounds.
+
+    Without a step within them, it is the last fidelity less 2, which is below that of any such step.
+    """
+    within = [score.fidelity for score in scores if not bounds.passed(score)]
+    return max(within) if within else scores[-1].fidelity - 2
+
+
 def has_stalled(scores: Sequence[Score], choice: Choice, patience: int | None) -> bool:
     """Return whether the last `patience` scorings gave no better step; False without patience, or without any good."""
     if patience is None or not choice.is_within_bounds:

@@ -93,6 +93,8 @@ class MLflowHooks:
         file = database_file(uri)
         with ExitStack() as stack:
             if file is not None:
+                import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 # takes seconds: not while others wait
+
                 lock = LocalLock(file.with_name(f"{file.name}.lock"), f"the set-up of MLflow's database {file}")
                 stack.enter_context(lock.hold(_SETUP_S))
                 open_database(file, uri)

@@ -7,8 +7,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -52,6 +53,8 @@ from dreamartist_pipeline.starting_runs import (
     RunCommand,
     RunOutcome,
     RunRequest,
+    RunResult,
+    RunSource,
     Workers,
     progress_in,
     run_all,
@@ -61,15 +64,39 @@ from dreamartist_pipeline.yaml_texts import merge_mappings
 
 STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
-_CONCEPT = "concept"
-_OWN = ("compare", "tune", "personalize")  # sections of pipelines that start runs
+_CONCEPT, _METRICS = "concept", "evaluation_metrics"
+_OWN = ("compare", "tune", "personalize", "sweep")  # sections of pipelines that start runs
 _PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
+_OF_A_SUBJECT = ("subject", "class_word", "image", "mask", "caption")  # run settings
 _LOGS = "data/09_tracking/run_logs"
 _SHOWN = 4  # running subjects beside the progress bar
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _PlannedRun:
+    """A run, with what is known before it is executed.
+
+    Attributes:
+        request: for it, with the parameters of the command that starts it.
+        key: of its results.
+        manifest_file: beside its concept.
+        command: that executes it.
+        finished: the earlier run with this key, if there is one.
+    """
+
+    request: RunRequest
+    key: str
+    manifest_file: Path
+    command: RunCommand
+    finished: RunManifest | None
+
+    def outcome(self, errors: Mapping[str, str]) -> RunOutcome:
+        """Return how it has ended."""
+        return RunOutcome(self.request.subject, self.request.labels, errors.get(self.request.subject))
 
 
 class Configurations(Protocol):
@@ -77,6 +104,9 @@ class Configurations(Protocol):
 
     def of_run(self, params: Mapping[str, Any], sections: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return `globals`, `parameters` and `catalog` of another run of this environment, which reads sections."""
+
+    def of_environment(self, key: str) -> dict[str, Any]:
+        """Return what the files of this environment say, without those of the base, and with unresolved references."""
 
 
 class StartingHooks:
@@ -134,60 +164,90 @@ class ProjectRuns:
         self._project, self._loader, self._options, self._executor = project, loader, tuple(options), executor
         self._given = {name: value for name, value in plain(given or {}).items() if name not in _OWN}
 
-    def start(self, requests: Sequence[RunRequest], workers: Workers) -> tuple[RunOutcome, ...]:
+    def start(self, requests: Sequence[RunRequest] | RunSource, workers: Workers) -> tuple[RunOutcome, ...]:
         """Run what has not been finished before; see `starting_runs.RunStarter`."""
         parent, digests = active_run_id(), functools.cache(digest_of)
-        requests = _all_with_given(requests, self._given)
-        commands: dict[str, RunCommand] = {}
-        recorded: list[str] = []  # finished runs in MLflow
-        for request in tqdm(requests, "checking earlier runs", unit="run", leave=False):
-            key, manifest_file = self._identify(request, digests)
-            finished = self._finished(manifest_file, key, request.results, digests)
-            if finished is None:
-                commands[request.subject] = self._command(request, key, parent, workers.threads)
-            elif finished.mlflow_run is not None:
-                recorded.append(finished.mlflow_run)
-        if count := len(requests) - len(commands):
-            log.info("%d of %d runs are finished already, with the same parameters and files.", count, len(requests))
-        if parent is not None:
-            with optional("finished runs among the children"):
-                _adopt(recorded, parent)
-        errors = self._run(list(commands.values()), workers)
-        return tuple(RunOutcome(one.subject, one.labels, errors.get(one.subject)) for one in requests)
+        plan = functools.partial(self._plan, parent=parent, threads=workers.threads, digests=digests)
+        if isinstance(requests, Sequence):
+            given = _all_with_given(requests, self._given)
+            planned = [plan(one) for one in tqdm(given, "checking earlier runs", unit="run", leave=False)]
+            if count := sum(one.finished is not None for one in planned):
+                log.info("%d of %d runs are finished already, with the same parameters and files.", count, len(planned))
+            return self._run(planned, len(planned) - count, parent, workers)
+        for one in requests.examples():
+            self._identify(self._with_given(one), digests)
+        lazily = (plan(self._with_given(one)) for one in requests)
+        return self._run(lazily, len(requests), parent, workers, requests.ended)
 
-    def _run(self, commands: Sequence[RunCommand], workers: Workers) -> dict[str, str]:
-        """Execute commands, and return the messages of those that failed.
+    def environment_of(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return parameters and run settings of an environment; see `starting_runs.RunStarter`."""
+        values = {name: value for name, value in with_given(params, self._given).items() if name not in _OF_A_SUBJECT}
+        settings = {name: value for name, value in values.items() if name in RUN_SETTINGS}
+        sections = {name: value for name, value in values.items() if name not in RUN_SETTINGS}
+        own = self._loader.of_environment
+        return merge_mappings(own("parameters"), sections), merge_mappings(own("globals"), settings)
+
+    def _with_given(self, request: RunRequest) -> RunRequest:
+        return replace(request, params=with_given(request.params, self._given))
+
+    def _plan(
+        self, request: RunRequest, parent: str | None, threads: int | None, digests: Callable[[Path], str]
+    ) -> _PlannedRun:
+        key, manifest_file = self._identify(request, digests)
+        finished = self._finished(manifest_file, key, request.results, digests)
+        return _PlannedRun(request, key, manifest_file, self._command(request, key, parent, threads), finished)
+
+    def _run(
+        self,
+        planned: Iterable[_PlannedRun],
+        num_runs: int,
+        parent: str | None,
+        workers: Workers,
+        noted: Callable[[RunResult], None] | None = None,
+    ) -> tuple[RunOutcome, ...]:
+        """Execute the runs that are not finished, and return the outcomes of all.
+
+        Args:
+            planned: all runs; the next one is asked for when a worker is free.
+            num_runs: that are executed, at most.
+            parent: of all runs, in MLflow.
+            workers: what executes them.
+            noted: called with the result of each run.
 
         Raises:
             StoppedEarly: a signal.
         """
-        errors: dict[str, str] = {}
-        if not commands:
-            return errors
-        with (
-            stop_requests() as stop_requested,
-            tqdm(total=len(commands), desc="runs", unit="run") as bar,
-        ):
+        course = _Course(planned, parent, noted, self._metrics)
+        waiting = course.commands()
+        if (first := next(waiting, None)) is None:
+            return course.outcomes()
+        with stop_requests() as stop_requested, tqdm(total=num_runs, desc="runs", unit="run") as bar:
 
             def ended(command: RunCommand, error: str | None) -> None:
                 bar.update()
-                if error is not None:
-                    errors[command.name] = error
-                    log.warning("%s failed: %s", command.name, error)
+                course.end(command, error)
 
             def watch(running: Sequence[RunCommand]) -> None:
-                states = [f"{one.name} {progress_in(one.log)}".rstrip() for one in running]
-                failed = [f"{len(errors)} failed"] if errors else []
-                bar.set_postfix_str(", ".join([*failed, *states[:_SHOWN], *(["…"] if len(states) > _SHOWN else [])]))
+                bar.set_postfix_str(_states(running, len(course.errors)))
 
-            run_all(commands, self._executor(workers), ended, stop_requested, watch)
+            run_all(chain([first], waiting), self._executor(workers), ended, stop_requested, watch)
             if stop_requested():
                 raise StoppedEarly(
-                    f"Stopped after {bar.n} of {len(commands)} runs, of which finished ones are kept; the same command "
+                    f"Stopped after {bar.n} of {num_runs} runs, of which finished ones are kept; the same command "
                     "continues.",
                     STOPPED_BY_SIGNAL,
                 )
-        return errors
+        return course.outcomes()
+
+    def _metrics(self, planned: _PlannedRun) -> dict[str, float]:
+        """Return what a finished run has measured; nothing without an evaluation."""
+        manifest = read_manifest(planned.manifest_file)
+        runs = () if manifest is None else manifest.runs.values()
+        files = [run.outputs[_METRICS] for run in runs if run.key == planned.key and _METRICS in run.outputs]
+        if not files:
+            return {}
+        metrics: dict[str, float] = json.loads((self._project / files[-1].path).read_text(encoding="utf-8"))
+        return metrics
 
     def _identify(self, request: RunRequest, digests: Callable[[Path], str]) -> tuple[str, Path]:
         """Return the key of a run, and the file of its manifest.
@@ -289,6 +349,71 @@ class ProjectRuns:
         )
 
 
+class _Course:
+    """Runs on their way: those that are planned, executed and ended.
+
+    Args:
+        planned: all runs; the next one is asked for when its command is.
+        parent: of all runs, in MLflow.
+        noted: called with the result of each run that is finished before, or ends.
+        metrics: reads those of a finished run.
+
+    Attributes:
+        errors: name of a run -> message.
+    """
+
+    def __init__(
+        self,
+        planned: Iterable[_PlannedRun],
+        parent: str | None,
+        noted: Callable[[RunResult], None] | None,
+        metrics: Callable[[_PlannedRun], dict[str, float]],
+    ) -> None:
+        self._planned, self._parent, self._noted, self._metrics = planned, parent, noted, metrics
+        self._known: dict[str, _PlannedRun] = {}
+        self.errors: dict[str, str] = {}
+
+    def commands(self) -> Iterator[RunCommand]:
+        """Yield the command of each run that is not finished."""
+        for run in self._planned:
+            self._known[run.command.name] = run
+            if run.finished is None:
+                yield run.command
+            else:
+                _adopt_finished(run.finished, self._parent)
+                self._note(run)
+
+    def end(self, command: RunCommand, error: str | None) -> None:
+        """Note how a command has ended."""
+        if error is not None:
+            self.errors[command.name] = error
+            log.warning("%s failed: %s", command.name, error)
+        self._note(self._known[command.name])
+
+    def outcomes(self) -> tuple[RunOutcome, ...]:
+        """Return the outcomes of all runs in their order."""
+        return tuple(run.outcome(self.errors) for run in self._known.values())
+
+    def _note(self, run: _PlannedRun) -> None:
+        if self._noted is not None:
+            outcome = run.outcome(self.errors)
+            self._noted(RunResult(outcome, self._metrics(run) if outcome.message is None else {}))
+
+
+def _states(running: Sequence[RunCommand], num_failed: int) -> str:
+    """Return what is shown beside the progress bar."""
+    states = [f"{one.name} {progress_in(one.log)}".rstrip() for one in running]
+    failed = [f"{num_failed} failed"] if num_failed else []
+    return ", ".join([*failed, *states[:_SHOWN], *(["…"] if len(states) > _SHOWN else [])])
+
+
+def _adopt_finished(run: RunManifest, parent: str | None) -> None:
+    """Make a finished run a child of the one that asks for it now, if both are in MLflow."""
+    if parent is not None and run.mlflow_run is not None:
+        with optional("a finished run among the children"):
+            _adopt(run.mlflow_run, parent)
+
+
 def _all_with_given(requests: Sequence[RunRequest], given: Mapping[str, Any]) -> list[RunRequest]:
     """Return runs with the parameters of the command that starts them; see `with_given`.
 
@@ -321,10 +446,11 @@ def with_given(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 
 def as_params(params: Mapping[str, Any]) -> str:
     """Return nested parameters as the value of `--params`: run settings as texts in quotes, all others as JSON."""
-    return ",".join(f"{name}={_as_text(name, value)}" for name, value in flatten(params).items())
+    return ",".join(f"{name}={as_text(name, value)}" for name, value in flatten(params).items())
 
 
-def _as_text(name: str, value: Any) -> str:
+def as_text(name: str, value: Any) -> str:
+    """Return one value for `--params`."""
     if name in RUN_SETTINGS and value is not None:
         return f"'{value}'"
     return _QUOTE.sub(r"\1\\u0022", json.dumps(value, ensure_ascii=False))
@@ -337,15 +463,13 @@ def literal_values(value: Any) -> Any:
     return literal(value)
 
 
-def _adopt(run_ids: Sequence[str], parent: str) -> None:
-    """Make finished runs children of `parent`; those of another machine may not be in this store."""
+def _adopt(run_id: str, parent: str) -> None:
+    """Make a finished run a child of `parent`; one of another machine may not be in this store."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient()
-    for run_id in run_ids:
-        try:
-            client.set_tag(run_id, PARENT_TAG, parent)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+    try:
+        mlflow.MlflowClient().set_tag(run_id, PARENT_TAG, parent)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise

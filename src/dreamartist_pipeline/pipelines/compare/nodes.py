@@ -1,11 +1,13 @@
-"""Start the runs of a comparison or of a tuning, and read them as tables and plots."""
+"""Start the runs of a comparison, a tuning or a sweep, and read them as tables and plots."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dreamartist_pipeline.params import CompareParams, TuneParams
+from dreamartist_pipeline.early_checks import checked_early
+from dreamartist_pipeline.params import CompareParams, ParameterSearchParams, TuneParams
+from dreamartist_pipeline.pipelines.compare.space import check_space
 from dreamartist_pipeline.starting_runs import RunOutcome, RunResult, RunStarter, report_failures
 
 if TYPE_CHECKING:
@@ -108,3 +110,49 @@ def choose_settings(results: tuple[RunResult, ...], tuning: TuneParams, table: o
     for method, index in chosen.items():
         log.info("%s: setting %d, %s", method, index, tuning.settings[method][index] or "its own values")
     return overlay(chosen, tuning)
+
+
+@checked_early("sweep", check_space)
+def run_trials(run_starter: RunStarter, params: ParameterSearchParams) -> tuple[RunOutcome, ...]:
+    """Train and evaluate all subjects with the values of every trial.
+
+    Raises:
+        InputError: nothing to search, values that are invalid, or no Optuna; nothing is started.
+    """
+    from dreamartist_pipeline.pipelines.compare.sweeping import SweepRuns
+
+    return run_starter.start(SweepRuns(params), params.executed_by)
+
+
+def tabulate_trials(results: tuple[RunResult, ...], params: ParameterSearchParams) -> tuple[DataFrame, Figure, Figure]:
+    """Return a table with one row per trial, the best first, and a plot of their values, for kedro-viz and as a page.
+
+    Raises:
+        InputError: all runs failed.
+    """
+    from pandas import DataFrame
+
+    from dreamartist_pipeline.pipelines.compare.plotting import plot_trials
+    from dreamartist_pipeline.pipelines.compare.trials import as_records, judged_trials
+
+    trials = judged_trials(results, params)
+    plot = plot_trials(trials)
+    return DataFrame(as_records(trials, results, params)), plot, plot
+
+
+def choose_trial(
+    run_starter: RunStarter, results: tuple[RunResult, ...], params: ParameterSearchParams, _table: object
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters and the run settings of the best trial, for an environment with the name of the sweep.
+
+    Raises:
+        InputError: no trial has finished.
+    """
+    from dreamartist_pipeline.pipelines.compare.trials import best, judged_trials, params_of_runs
+
+    chosen = best(judged_trials(results, params), results)
+    log.info("Trial %d is the best: %s, score %.4f.", chosen.number, chosen.described(), chosen.score)
+    parameters, settings = run_starter.environment_of(params_of_runs(chosen, params))
+    environment = f"best-{params.name}"
+    log.info("With its values: kedro run --pipelines train --env %s --params subject=NAME,image=FILE", environment)
+    return parameters, settings

@@ -1,4 +1,4 @@
-"""Wiring of the comparison of methods, and of the tuning before it."""
+"""Wiring of the comparison of methods, of the tuning before it, and of sweeps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from kedro.pipeline import Pipeline, node
 
 from dreamartist_pipeline.pipelines.compare.nodes import (
     choose_settings,
+    choose_trial,
     run_methods,
     run_settings,
+    run_trials,
     tabulate_methods,
     tabulate_settings,
+    tabulate_trials,
 )
 from dreamartist_pipeline.starting_runs import report_failures
 
@@ -52,4 +55,26 @@ def create_tuning_pipeline() -> Pipeline:
             ),
         ],
         tags="tune",
+    )
+
+
+def create_sweep_pipeline() -> Pipeline:
+    """Trials × subjects × seeds → runs → a table, a plot and the best values as an environment."""
+    return Pipeline(
+        [
+            node(run_trials, ["run_starter", "params:sweep"], "sweep_runs", name="run_trials"),
+            node(
+                tabulate_trials,
+                ["sweep_runs", "params:sweep"],
+                ["sweep_table", "sweep_plot", "sweep_page"],
+                name="tabulate_trials",
+            ),
+            node(
+                choose_trial,
+                ["run_starter", "sweep_runs", "params:sweep", "sweep_table"],
+                ["swept_parameters", "swept_settings"],
+                name="choose_trial",
+            ),
+        ],
+        tags="sweep",
     )

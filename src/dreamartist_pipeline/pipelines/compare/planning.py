@@ -1,16 +1,19 @@
-"""The runs of a comparison, and of the tuning before it."""
+"""The runs of a comparison, of the tuning before it, and of a sweep."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dreamartist_pipeline.errors import InputError
-from dreamartist_pipeline.params import CompareParams, TuneParams
+from dreamartist_pipeline.params import CompareParams, ParameterSearchParams, TuneParams
+from dreamartist_pipeline.pipelines.compare.space import nested
 from dreamartist_pipeline.starting_runs import RunRequest
 from dreamartist_pipeline.yaml_texts import merge_mappings
 
 METHOD, SUBJECT, SEED, SETTING = "method", "subject", "seed", "setting"
+TRIAL, VALUES = "trial", "values"
 """Labels of the runs."""
 _PIPELINES = ("train", "evaluate")
 _RESULTS = ("evaluation_metrics", "training_history")  # which are in the tables
@@ -69,6 +72,33 @@ def _tuning_runs(params: CompareParams, tuning: TuneParams) -> Iterator[RunReque
                 for seed in tuning.seeds:
                     labels = {METHOD: row, SUBJECT: subject, SEED: seed, SETTING: index}
                     yield _request(params, f"tune-{subject}-{row}-{index}-{seed}", labels, setting)
+
+
+def trial_run(params: ParameterSearchParams, labels: Mapping[str, Any]) -> RunRequest:
+    """Return a run of a sweep.
+
+    Args:
+        params: of the sweep.
+        labels: trial, subject, seed, and the values of the trial by their dotted names.
+    """
+    subject, seed = labels[SUBJECT], labels[SEED]
+    name = f"{params.name}-{labels[TRIAL]}-{subject}-{seed}"
+    own: dict[str, Any] = {
+        "subject": name,
+        "class_word": subject,
+        "image": f"{params.images}/{subject}.png",
+        "training": {"seed": seed},
+    }
+    if params.halving is not None:
+        halving = {"folder": f"{rungs_of(params)}/{subject}-{seed}", "run": name, **params.halving.model_dump()}
+        own["training"]["scoring"] = {"halving": halving}
+    values = merge_mappings(params.params, nested(labels[VALUES]))
+    return RunRequest(name, _PIPELINES, merge_mappings(values, own), labels, _RESULTS)
+
+
+def rungs_of(params: ParameterSearchParams) -> Path:
+    """Return the folder in which runs note how good they are, for each subject and seed apart."""
+    return Path(params.folder) / params.name / "rungs"
 
 
 def _request(

@@ -1,15 +1,18 @@
-"""The plots of a comparison: fidelity against controllability, and against prior drift.
+"""The plots of a comparison, fidelity against controllability and against prior drift, and of a sweep.
 
 They can be read without colours, in print: methods are numbered, those on the Pareto front are filled.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dreamartist_pipeline.pipelines.compare.space import dotted
 from dreamartist_pipeline.pipelines.compare.tabulating import BASE, Row, title_of
+from dreamartist_pipeline.pipelines.compare.trials import FINISHED, STOPPED, Trial
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -101,4 +104,41 @@ def _add_point(figure: Figure, row: Row, metrics: tuple[str, str], label: str, c
         name=f"{label}  {row.title}",
         hovertemplate=f"{row.title}<br>%{{x:.3f}}, %{{y:.3f}}<extra></extra>",
         **bars,
+    )
+
+
+def plot_trials(trials: Sequence[Trial]) -> Figure:
+    """Plot the score over the values of each parameter, one panel per parameter; trials stopped early are open."""
+    from plotly.subplots import make_subplots
+
+    paths = [*trials[0].values]
+    figure = make_subplots(rows=1, cols=len(paths), shared_yaxes=True, horizontal_spacing=0.03)
+    best = max((one for one in trials if one.state == FINISHED), key=lambda one: one.score, default=None)
+    kinds = (
+        ("finished", [one for one in trials if one.state == FINISHED and one is not best], _DOMINATED, "circle"),
+        ("stopped early", [one for one in trials if one.state == STOPPED], _DOMINATED, "circle-open"),
+        ("best", [] if best is None else [best], _FRONT, "star"),
+    )
+    for column, path in enumerate(paths, start=1):
+        numbers = all(isinstance(one.values[path], int | float) for one in trials)
+        for name, some, color, symbol in kinds:
+            values = [one.values[path] for one in some]
+            figure.add_scatter(
+                x=values if numbers else [json.dumps(value) for value in values],
+                y=[one.score for one in some],
+                mode="markers",
+                marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                text=[f"trial {one.number}: {one.described()}" for one in some],
+                hovertemplate="%{text}<br>score %{y:.4f}<extra></extra>",
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(title_text=dotted(path), row=1, col=column, **_AXIS)
+    figure.update_yaxes(**_AXIS)
+    figure.update_yaxes(title_text="score; higher is better", col=1)
+    return figure.update_layout(
+        paper_bgcolor=_GROUND, plot_bgcolor=_GROUND, font={"family": _FONT, "size": 14}, margin={"t": 40}
     )

@@ -36,10 +36,12 @@ from dreamartist_pipeline.core.choosing import (
     has_stalled,
     most_kept,
     rows_of_scores,
+    standing,
     thinned,
 )
 from dreamartist_pipeline.core.concept import Concept
 from dreamartist_pipeline.core.course import Checkpointing
+from dreamartist_pipeline.core.halving import Halving
 from dreamartist_pipeline.core.measures import (
     SIMILARITY,
     PictureEmbeddings,
@@ -248,6 +250,7 @@ class Scorer:
         self._new, self._params, self._tracker = new, params, tracker
         self._measures, self._validation, self._size_px = measures, validation, size_px
         self._bounds = Bounds.of(params.scoring, measures.floor.get("agreement"))
+        self._halving = Halving(params.scoring.halving) if params.scoring.halving else None
         self._scores: list[Score] = []
         self._kept: dict[int, Tensors] = {}
         self.seconds = 0.0  # also of the base model's images, and before an interruption
@@ -255,7 +258,10 @@ class Scorer:
     @property
     def is_over(self) -> bool:
         """Whether the training stops before its last step."""
-        return bool(self._scores) and has_stalled(self._scores, self._best, self._params.scoring.patience)
+        if not self._scores:
+            return False
+        has_lost = self._halving is not None and self._halving.is_stopped
+        return has_lost or has_stalled(self._scores, self._best, self._params.scoring.patience)
 
     def __call__(self, step: int) -> bool:
         """Score the current values after a step, and return `is_over`.
@@ -271,6 +277,8 @@ class Scorer:
         score = self._measures(step, images, losses)
         self._scores.append(score)
         self._keep(step, new.tensors())
+        if self._halving is not None:
+            self._halving.note(step, standing(self._scores, self._bounds))
         self._tracker.log_metrics({f"scoring/{name}": value for name, value in score.values().items()}, step=step)
         self.seconds += time.perf_counter() - started
         return self.is_over
@@ -331,7 +339,7 @@ class Scorer:
         }
 
     def _settings(self) -> dict[str, Any]:
-        return self._params.scoring.model_dump(mode="json", exclude={"patience"})
+        return self._params.scoring.model_dump(mode="json", exclude={"patience", "halving"})
 
 
 def make_scorer(

@@ -1,0 +1,66 @@
+"""`kedro sweep`: the pipeline of that name, with the section of its parameters from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dreamartist_pipeline.cli.params import sets_all_of, with_params
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.hooks.starting import as_text
+from dreamartist_pipeline.yaml_texts import parse_mapping
+
+_SECTION = "sweep"
+
+
+def sweep_command(run: click.Command) -> click.Command:
+    """Return the command, which calls `kedro run`."""
+
+    @click.command("sweep")
+    @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+    @click.option("--env", "-e", default=None, help="Environment of the configuration; default: local.")
+    @click.option("--trials", type=click.IntRange(1), help="Number of trials.")
+    @click.option("--workers", type=click.IntRange(1), help="Runs at a time.")
+    @click.option("--threads", type=click.IntRange(1), help="Threads of each run.")
+    @click.option("--ray", metavar="ADDRESS", help="Ray cluster that executes the runs; local for this machine's GPUs.")
+    @click.option("--params", default="", help="Parameters of every run: KEY=VALUE,KEY=VALUE.")
+    @click.option("--traceback", is_flag=True, help="On an error, show where it was raised.")
+    def sweep(file: Path, env: str | None, params: str, traceback: bool, **options: Any) -> None:
+        r"""Search the best values of some parameters, each trial in runs of its own.
+
+        FILE (.yml) has the values of the section `sweep` of the parameters (conf/base/parameters_sweep.yml), such as
+
+        \b
+          space: {training: {guidance_scale: ["2.0", "3.0"], words: {lr: {low: 1.0e-3, high: 2.0e-2, log: true}}}}
+          trials: 12
+
+        The best values become the environment best-<name>. The same command goes on where it was stopped.
+        """
+        values = _read(file)
+        if values.keys() == {_SECTION} and isinstance(values[_SECTION], dict):
+            values = values[_SECTION]
+        given = values | {name: value for name, value in options.items() if value is not None}
+        if sets_all_of(params, _SECTION):
+            raise click.BadParameter("give its parameters one by one, such as sweep.trials=9", param_hint="--params")
+        own = ",".join(f"{_SECTION}.{name}={as_text(name, value)}" for name, value in given.items())
+        arguments = ["--pipelines", _SECTION, "--params", with_params(own, params)]
+        arguments += [] if env is None else ["--env", env]
+        run.main([*arguments, *(["--traceback"] if traceback else [])], prog_name="kedro run")
+
+    return sweep
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the values of a file.
+
+    Raises:
+        InputError: no YAML mapping.
+    """
+    try:
+        return parse_mapping(file.read_text(encoding="utf-8-sig"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            expected=f"UTF-8 text in {file}", got=str(error), remedy="give a file with the section `sweep`"
+        ) from error
