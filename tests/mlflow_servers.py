@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,12 +27,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path, store: str | None = None) -> Iterator[int]:
-    """Run `mlflow server` with files and, unless a store is named, a database in a folder, and yield its port."""
+def mlflow_server(
+    folder: Path, store: str | None = None, files: str | None = None, variables: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """Run `mlflow server`, and yield its port.
+
+    Args:
+        folder: for its log and, unless they are named, its database and its files.
+        store: URI of its database.
+        files: URI of a folder for the files of runs.
+        variables: of its environment, for access to these.
+    """
     port, store = free_port(), store or f"sqlite:///{folder}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "files")]
+    stores = ["--backend-store-uri", store, "--artifacts-destination", files or str(folder / "files")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= variables or {}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nine more processes, for evaluations by the server
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(

@@ -50,9 +50,7 @@ def test_an_error_is_recorded_without_values_of_the_environment() -> None:
 def test_settings_and_lists_are_recorded_without_them() -> None:
     values = {"a": [resolved("${env:SECRET}")], "b": (1, resolved("x ${env:SECRET}"))}
     assert redacted(values) == {"a": ["${env:SECRET}"], "b": (1, "x ${env:SECRET}")}
-    assert SECRET not in run_name(
-        redacted({"subject": resolved("${env:SECRET}"), "method": None}), ["train"], {"runtime_params": {}}
-    )
+    assert SECRET not in run_name(redacted({"subject": resolved("${env:SECRET}"), "method": None}), ["train"], {})
 
 
 @pytest.mark.parametrize("text", ["${env:SHORT}", "${env:UNSET,default}"])

@@ -501,15 +501,15 @@ def test_a_sampler_that_suits_the_run_is_accepted(names: str, changes: dict[str,
 
 
 def test_a_run_is_named_after_subject_pipeline_method_and_what_differs() -> None:
-    run_params = {"runtime_params": {"subject": "cat", "training": {"num_steps": 10, "loss": {"snr_gamma": 3}}}}
-    assert run_name({"subject": "cat", "method": "lora"}, ["train"], run_params) == (
+    given = {"subject": "cat", "training": {"num_steps": 10, "loss": {"snr_gamma": 3}}}
+    assert run_name({"subject": "cat", "method": "lora"}, ["train"], given) == (
         "cat · train · num_steps=10 · loss.snr_gamma=3 · lora"
     )
 
 
 def test_long_values_and_groups_are_short_in_the_name_of_a_run() -> None:
     given = {"training": {"lora_unet": [{"lr": 1}, {"lr": 2}]}, "generate": {"prompts": "a ${x} " + "cat " * 40}}
-    name = run_name({"subject": "cat", "method": None}, ["train"], {"runtime_params": literal_texts(given)})
+    name = run_name({"subject": "cat", "method": None}, ["train"], literal_texts(given))
     assert "lora_unet=[2 groups]" in name
     assert "a ${x} cat" in name and len(name) < 120
 
@@ -520,9 +520,13 @@ def literal_texts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_of_the_default_pipeline_without_parameters_has_a_short_name() -> None:
-    assert run_name({"subject": "cat", "method": "lora"}, ["__default__"], {"runtime_params": {}}) == (
-        "cat · default · lora"
-    )
+    assert run_name({"subject": "cat", "method": "lora"}, ["__default__"], {}) == "cat · default · lora"
+
+
+@pytest.mark.parametrize("pipeline", ["compare", "tune", "personalize", "sweep"])
+def test_a_run_that_starts_others_is_not_named_after_the_default_subject(pipeline: str) -> None:
+    given = {pipeline: {"workers": 2}}
+    assert run_name({"subject": "fox", "method": None}, [pipeline], given) == f"{pipeline} · {pipeline}.workers=2"
 
 
 def test_lists_of_groups_are_recorded_one_row_a_value() -> None:

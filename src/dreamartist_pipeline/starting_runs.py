@@ -22,6 +22,9 @@ RUN_KEY = "DREAMARTIST_RUN_KEY"
 PARENT_RUN = "DREAMARTIST_PARENT_RUN"
 """Environment variable of a started run: the id of its parent in MLflow."""
 
+STARTING = frozenset({"compare", "tune", "personalize", "sweep"})
+"""The pipelines that start runs, and the sections of their parameters."""
+
 _POLL_S = 0.5
 _END_OF_LOG = 4_000  # bytes
 _BAR = re.compile(rb"([A-Za-z][A-Za-z ]*): +(\d{1,3})%\|")  # of tqdm

@@ -41,7 +41,7 @@ from dreamartist_pipeline.hooks.story import (
 )
 from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 from dreamartist_pipeline.redaction import redacted
-from dreamartist_pipeline.starting_runs import PARENT_RUN
+from dreamartist_pipeline.starting_runs import PARENT_RUN, STARTING
 from dreamartist_pipeline.tracking.delivery import optional
 from dreamartist_pipeline.tracking.stores import delivery_of
 
@@ -134,7 +134,8 @@ class RunRecordHooks:
 
         run_id = mlflow.active_run().info.run_id
         settings = redacted(self._settings) | {"method": method}
-        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, pipelines_of(run_params), run_params))
+        given = {} if PARENT_RUN in os.environ else run_params["runtime_params"] or {}  # a started run has a name
+        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, pipelines_of(run_params), given))
         mlflow.set_tags({name: settings[name] for name in _TAGGED if settings.get(name) is not None})
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow logs all of them; the node still gets them
@@ -286,14 +287,17 @@ def close_run(status: str, reason: str) -> None:
         mlflow.end_run(status)
 
 
-def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], run_params: Mapping[str, Any]) -> str:
-    """Return 'subject · pipeline · parameters of the command line · method'; MLflow cuts long names at their end."""
+def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], given: Mapping[str, Any]) -> str:
+    """Return 'subject · pipeline · parameters of the command line · method'; MLflow cuts long names at their end.
+
+    Runs that start others have no subject.
+    """
     pipeline = "+".join("default" if name == "__default__" else name for name in pipeline_names)
-    given = plain(run_params["runtime_params"] or {})
-    values = flatten({name: value for name, value in given.items() if name not in RUN_SETTINGS})
+    values = flatten({name: value for name, value in plain(given).items() if name not in RUN_SETTINGS})
     differing = [f"{name.removeprefix('training.')}={_short(value)}" for name, value in values.items()]
     method = [] if settings["method"] is None else [str(settings["method"])]
-    return " · ".join([str(settings["subject"]), pipeline, *differing, *method])[:250]
+    subject = [] if STARTING.intersection(pipeline_names) else [str(settings["subject"])]
+    return " · ".join([*subject, pipeline, *differing, *method])[:250]
 
 
 def _short(value: Any) -> str:

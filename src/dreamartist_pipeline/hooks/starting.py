@@ -49,6 +49,7 @@ from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 from dreamartist_pipeline.starting_runs import (
     PARENT_RUN,
     RUN_KEY,
+    STARTING,
     Executor,
     RunCommand,
     RunOutcome,
@@ -65,7 +66,6 @@ from dreamartist_pipeline.yaml_texts import merge_mappings
 STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
 _CONCEPT, _METRICS = "concept", "evaluation_metrics"
-_OWN = ("compare", "tune", "personalize", "sweep")  # sections of pipelines that start runs
 _PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
@@ -162,7 +162,7 @@ class ProjectRuns:
         executor: Callable[[Workers], Executor] = executor_for,
     ) -> None:
         self._project, self._loader, self._options, self._executor = project, loader, tuple(options), executor
-        self._given = {name: value for name, value in plain(given or {}).items() if name not in _OWN}
+        self._given = {name: value for name, value in plain(given or {}).items() if name not in STARTING}
 
     def start(self, requests: Sequence[RunRequest] | RunSource, workers: Workers) -> tuple[RunOutcome, ...]:
         """Run what has not been finished before; see `starting_runs.RunStarter`."""

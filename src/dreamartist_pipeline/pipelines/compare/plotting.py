@@ -22,6 +22,7 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
 _FRONT, _DOMINATED, _GROUND, _BASE = "#0072b2", "#5f5f5f", "#ffffff", "#d55e00"  # Okabe and Ito; grey
 _FONT = "Inter, Helvetica, Arial, sans-serif"
 _MARKER_PX = 21
+_LOG_FROM = 8  # times the smallest value, from which an axis is logarithmic
 _AXIS: dict[str, Any] = {
     **{"showline": True, "linecolor": "#1c1c22", "ticks": "outside"},
     **{"gridcolor": "#e6e6ea", "zeroline": False},
@@ -120,11 +121,13 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
         ("best", [] if best is None else [best], _FRONT, "star"),
     )
     for column, path in enumerate(paths, start=1):
-        numbers = all(isinstance(one.values[path], int | float) for one in trials)
+        all_values = [one.values[path] for one in trials]
+        numbers = all(isinstance(value, int | float) for value in all_values)
+        is_log = numbers and min(all_values) > 0 and max(all_values) >= _LOG_FROM * min(all_values)
         for name, some, color, symbol in kinds:
             values = [one.values[path] for one in some]
             figure.add_scatter(
-                x=values if numbers else [json.dumps(value) for value in values],
+                x=values if numbers else [value if isinstance(value, str) else json.dumps(value) for value in values],
                 y=[one.score for one in some],
                 mode="markers",
                 marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
@@ -136,7 +139,8 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
                 row=1,
                 col=column,
             )
-        figure.update_xaxes(title_text=dotted(path), row=1, col=column, **_AXIS)
+        kind = "log" if is_log else "linear" if numbers else "category"
+        figure.update_xaxes(title_text=dotted(path), type=kind, row=1, col=column, **_AXIS)
     figure.update_yaxes(**_AXIS)
     figure.update_yaxes(title_text="score; higher is better", col=1)
     return figure.update_layout(
