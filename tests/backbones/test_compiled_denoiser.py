@@ -16,6 +16,7 @@ from dreamartist_pipeline.core.adapters import inject
 from dreamartist_pipeline.params import ResolvedGroup
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_network_with_adapters_has_the_same_outputs_and_gradients() -> None:
     torch.manual_seed(0)

@@ -54,6 +54,7 @@ def test_a_server_that_is_away_ends_the_run_before_any_work(project: Path, tmp_p
     assert not (project / "data/02_intermediate").exists()
 
 
+@pytest.mark.slow
 def test_a_training_outlives_its_server_and_the_next_run_delivers_the_rest(
     project: Path, gate: Gate, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def start(project: Path, **changes: Any) -> tuple[list[str], dict[str, RunOutcom
     return executor.names, {one.subject: one for one in outcomes}
 
 
+@pytest.mark.slow
 def test_a_method_on_two_subjects_of_which_one_fails(project: Path, parent: str) -> None:
     names, outcomes = start(project)
     assert sorted(names) == ["dot-lora-0", "gone-lora-0"]

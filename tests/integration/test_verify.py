@@ -148,6 +148,7 @@ def test_nothing_is_trained_again_whose_outputs_are_outside_the_project(tmp_path
         check_inside(run, concept, tmp_path)
 
 
+@pytest.mark.slow
 def test_training_again_with_another_configuration_names_what_differs(project: Path) -> None:
     file = project / "conf/test/parameters.yml"
     (project / "conf/local/parameters.yml").write_text("")
