@@ -679,3 +679,18 @@ def test_a_configuration_that_is_no_text_is_refused(toolkit_file: Path) -> None:
 
     assert result.exit_code == 1
     assert "UTF-8" in result.output and toolkit_file.name in result.output
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [\n", b"\xff\xfe", b"2026-11-27\n"])
+def test_a_file_of_a_sweep_that_is_no_mapping_is_one_message(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yml"
+    file.write_bytes(content)
+    result = CliRunner().invoke(cli, ["sweep", str(file)])
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit)
+    assert str(file) in result.output or "sweep.space" in result.output
+
+
+def test_parameters_of_a_sweep_belong_into_its_file(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yml").write_text("trials: 2\n")
+    result = CliRunner().invoke(cli, ["sweep", str(tmp_path / "sweep.yml"), "--params", "sweep.halving.first=5"])
+    assert result.exit_code == 2 and "sweep.yml" in result.output

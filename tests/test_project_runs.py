@@ -303,6 +303,20 @@ def test_a_source_is_told_of_every_run_also_of_those_that_had_finished(project: 
         assert names == [one.outcome.subject for one in source.results] == ["fox-0", "fox-1"]
 
 
+def test_a_run_of_a_source_that_is_invalid_has_failed_and_the_others_go_on(project: Path) -> None:
+    class OneInvalid(TwoRuns):
+        def __iter__(self) -> Iterator[RunRequest]:
+            yield request("fox-0", training={"num_stepz": 1})
+            yield request("fox-1")
+
+    executor, source = Trainings(project), OneInvalid()
+    loader = settings.ProjectConfigLoader(str(project / "conf"), env="test", **settings.CONFIG_LOADER_ARGS)
+    refused, finished = ProjectRuns(project, loader, executor=lambda _: executor).start(source, Workers())
+    assert "num_stepz" in str(refused.message) and finished.message is None
+    assert [command.name for command in executor.commands] == ["fox-1"]
+    assert [one.outcome for one in source.results] == [refused, finished]
+
+
 def test_examples_of_a_source_are_checked_before_anything_is_started(project: Path) -> None:
     source = TwoRuns()
     source.examples = lambda: [request("fox-0", training={"num_stepz": 1})]  # type: ignore[method-assign]

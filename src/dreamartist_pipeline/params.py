@@ -455,20 +455,28 @@ class PreviewParams(Params):
     seed: Seed = 0
 
 
-class HalvingParams(Params):
+class Rungs(Params):
+    """Steps at which trainings are compared; see `core.halving`.
+
+    Attributes:
+        first: step of the first rung; that of each further one is `factor` times as late.
+        factor: of the trainings that have reached a rung, the best `1 / factor` go on.
+    """
+
+    first: Annotated[int, Field(ge=1, le=1_000_000)]
+    factor: Annotated[int, Field(ge=2, le=100)] = 3
+
+
+class HalvingParams(Rungs):
     """A training that ends early if others are better: asynchronous successive halving; see `core.halving`.
 
     Attributes:
         folder: in which the trainings that are compared note how good they are.
         run: the name of this one among them.
-        first: step of the first rung; that of each further one is `factor` times as late.
-        factor: of the trainings that have reached a rung, the best `1 / factor` go on.
     """
 
     folder: Annotated[str, NODE_PATH]
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    first: Annotated[int, Field(ge=1, le=1_000_000)]
-    factor: Annotated[int, Field(ge=2, le=100)] = 3
 
 
 class ScoringParams(Params):
@@ -629,7 +637,9 @@ class TrainingParams(Params):
         run_only = {name for name, field in type(self).model_fields.items() if RUN_ONLY in field.metadata}
         if not self.needs_scores:
             run_only.add("scoring")
-        return self.model_dump(mode="json", exclude=run_only)
+        values = self.model_dump(mode="json", exclude=run_only)
+        values.get("scoring", {}).pop("halving", None)  # decides how far a training gets, not what it learns on the way
+        return values
 
     @property
     def needs_scores(self) -> bool:
@@ -1017,13 +1027,6 @@ class SweptRange(Params):
         return self
 
 
-class SweepHalving(Params):
-    """See `HalvingParams`, whose other values follow from the sweep."""
-
-    first: Annotated[int, Field(ge=1, le=1_000_000)]
-    factor: Annotated[int, Field(ge=2, le=100)] = 3
-
-
 class ParameterSearchParams(StartedRuns):
     """A search for the best values of some parameters: every trial trains and evaluates all subjects with some of them.
 
@@ -1049,10 +1052,17 @@ class ParameterSearchParams(StartedRuns):
     seed: Seed = 0
     subjects: SubjectNames
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
-    images: Annotated[str, PATH]
+    images: Annotated[str, NODE_PATH]
     folder: Annotated[str, NODE_PATH]
     objective: Annotated[dict[MetricName, float], Field(min_length=1)] = {"similarity/concept.efficientnet-lite0": 1.0}
-    halving: SweepHalving | None = None
+    halving: Rungs | None = None
+
+    @model_validator(mode="after")
+    def _check_names(self) -> ParameterSearchParams:
+        for key, values in {"subjects": self.subjects, "seeds": self.seeds}.items():
+            if len({*values}) < len(values):
+                raise ValueError(f"{key}: expected each one once, got {', '.join(map(str, values))}")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------- pretraining

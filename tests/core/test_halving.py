@@ -17,7 +17,7 @@ def halving(folder: Path, run: str, first: int = 10, factor: int = 3) -> Halving
 def goes_on(folder: Path, run: str, step: int, standing: float) -> bool:
     one = halving(folder, run)
     one.note(step, standing)
-    return not one.is_stopped
+    return not one.is_stopped(step)
 
 
 def test_the_first_one_goes_on_and_then_the_best_third(tmp_path: Path) -> None:
@@ -37,6 +37,21 @@ def test_a_rung_is_passed_once_and_nothing_happens_before_the_first(tmp_path: Pa
     assert goes_on(tmp_path, "equal", 29, 0.1)  # between two rungs
     assert goes_on(tmp_path, "best", 30, 0.9)
     assert not goes_on(tmp_path, "equal", 35, 0.1)
+
+
+def test_notes_that_are_being_written_or_damaged_count_for_nothing(tmp_path: Path) -> None:
+    goes_on(tmp_path, "best", 10, 0.9)
+    (tmp_path / "10/.x.0123456789ab.partial.json").touch()
+    (tmp_path / "10/.y.0123456789ab.partial.json").write_text('{"step": 10, "standing": 9, "is_stopped": true}')
+    (tmp_path / "10/damaged.json").write_text("{")
+    assert goes_on(tmp_path, "better", 10, 0.95)
+    assert stopped_runs(tmp_path) == set()
+
+
+def test_a_training_that_was_killed_after_its_note_is_stopped_when_it_gets_there_again(tmp_path: Path) -> None:
+    goes_on(tmp_path, "best", 10, 0.9)
+    assert not goes_on(tmp_path, "killed", 10, 0.1)
+    assert not halving(tmp_path, "killed").is_stopped(9)
 
 
 def test_a_training_that_goes_back_forgets_what_it_noted_later(tmp_path: Path) -> None:

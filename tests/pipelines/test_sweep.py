@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dreamartist_pipeline.early_checks import early_checks_of
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import HalvingParams, ParameterSearchParams
 from dreamartist_pipeline.pipelines.compare.nodes import choose_trial, run_trials, tabulate_trials
-from dreamartist_pipeline.pipelines.compare.planning import VALUES
+from dreamartist_pipeline.pipelines.compare.planning import SEARCH, VALUES
 from dreamartist_pipeline.pipelines.compare.sweeping import SweepRuns
 from dreamartist_pipeline.pipelines.compare.trials import FAILED, FINISHED, STOPPED, judged_trials
 from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, Workers
@@ -60,7 +61,7 @@ def test_values_are_within_the_space_and_the_same_at_every_call(search: str, tmp
 
 
 def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
-    space = {"training": {"guidance_scale": ["2.0", "3.0"], "seed": [1, 2, 3]}}
+    space = {"training": {"guidance_scale": ["2.0", "3.0"], "num_steps": [1, 2, 3]}}
     runs = SweepRuns(sweep(tmp_path, space=space, search="grid", trials=20))
     assert len(runs) == 6
     values = [tuple(request.labels[VALUES].values()) for request in runs]
@@ -106,7 +107,7 @@ def test_a_trial_has_a_run_for_each_subject_and_seed_and_the_mean_is_its_score(t
     assert (first.state, round(first.score, 6)) == (FINISHED, 0.5)
     assert second.state == FAILED and second.score != second.score
     assert [one.outcome.subject for one in results[:4]] == [
-        f"sweep-0-{subject}-{seed}" for subject in ("owl", "fox") for seed in (0, 1)
+        f"sweep-{results[0].outcome.labels[SEARCH]}-0-{subject}-{seed}" for subject in ("owl", "fox") for seed in (0, 1)
     ]
     one = next(iter(SweepRuns(params)))
     assert one.params["image"] == "pictures/owl.png" and one.params["class_word"] == "owl"
@@ -118,7 +119,8 @@ def test_what_executes_the_runs_reaches_the_starter(tmp_path: Path) -> None:
     starter = Starter()
     run_trials(starter, sweep(tmp_path, name="rates", workers=2, threads=1, ray="local"))
     assert starter.workers == Workers(2, 1, "local")
-    assert {one.subject for one in starter.requests} == {f"rates-{number}-owl-0" for number in range(6)}
+    names = [one.subject for one in starter.requests]
+    assert len({*names}) == 6 and all(re.fullmatch(r"rates-[0-9a-f]{6}-[0-5]-owl-0", name) for name in names)
 
 
 def test_every_value_is_checked_before_the_first_run(tmp_path: Path) -> None:
@@ -160,6 +162,33 @@ def test_without_a_finished_trial_the_runs_that_failed_are_listed(tmp_path: Path
         choose_trial(Starter(), tuple(results), params, table)
 
 
+def test_if_all_trials_were_stopped_the_rungs_are_to_be_changed(tmp_path: Path) -> None:
+    params = sweep(tmp_path, subjects=["owl", "fox"], trials=2, halving={"first": 1})
+    standings = iter([0.9, 0.1, 0.1, 0.9])  # each trial is the better one of one subject
+
+    def train(request: RunRequest) -> float:
+        own = HalvingParams.model_validate(request.params["training"]["scoring"]["halving"])
+        if own.run.endswith("-0-fox-0"):
+            Halving(own.model_copy(update={"run": "another"})).note(1, 0.5)
+        Halving(own).note(1, next(standings))
+        return 1.0
+
+    results = run_all(params, train)
+    with pytest.raises(InputError, check=says(got="stopped early", remedy="sweep.halving.first")):
+        choose_trial(Starter(), tuple(results), params, None)
+
+
+def test_equal_subjects_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="subjects: expected each one once"):
+        sweep(tmp_path, subjects=["owl", "owl"])
+
+
+def test_other_parameters_of_the_command_begin_another_search(tmp_path: Path) -> None:
+    names = {SweepRuns(sweep(tmp_path), other).search.name for other in ({}, {"training": {"num_steps": 9}})}
+    moved = SweepRuns(sweep(tmp_path / "elsewhere", images="/other", workers=3, trials=9), {}).search.name
+    assert len(names) == 2 and moved in names
+
+
 def test_an_unknown_metric_is_named_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, check=says(expected=METRIC, got="nosuch")):
         run_all(sweep(tmp_path, objective={"nosuch": 1.0}), rate)
@@ -175,12 +204,19 @@ def test_an_unknown_metric_is_named_with_those_that_there_are(tmp_path: Path) ->
         ({"space": {"training": {"num_steps": {"low": 5, "high": 2}}}}, "training.num_steps", "low below high"),
         ({"space": {"training": {"words": {"lr": {"low": 0, "high": 2, "log": True}}}}}, "lr", "above 0"),
         ({"space": {"training": {"words": {"lr": RATES}}}, "search": "grid"}, "list", "training.words.lr"),
+        ({"space": {"training": {"seed": [1, 2]}}}, "sweep.seeds", "training.seed"),
+        ({"space": {"image": ["a.png", "b.png"]}}, "sweep.subjects", "image"),
+        ({"space": {"training": {"scoring": {"halving": {"first": [1, 2]}}}}}, "sweep.halving", "halving.first"),
+        ({"subjects": ["owl", "gone"]}, "picture", "gone.png"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused_early(
     changes: dict[str, Any], expected: str, got: str, tmp_path: Path
 ) -> None:
     (check,) = early_checks_of(run_trials)
+    (tmp_path / "owl.png").touch()
+    changes = {"images": str(tmp_path)} | changes
+    check.check(sweep(tmp_path, images=str(tmp_path)), None)
     with pytest.raises(InputError, check=says(expected=expected, got=got)):
         check.check(sweep(tmp_path, **changes), None)
 

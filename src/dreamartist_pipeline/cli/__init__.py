@@ -2,7 +2,7 @@
 
 `kedro run`, extended by values with commas and by short error messages; `kedro import-config`, which converts the
 reference toolkit's configurations; `kedro personalize`, which starts a run for each of many subjects; `kedro
-sweep`, which searches the best parameters; and `kedro verify`, which compares a concept with its manifest.
+sweep`, which searches for the best parameters; and `kedro verify`, which compares a concept with its manifest.
 """
 
 from __future__ import annotations

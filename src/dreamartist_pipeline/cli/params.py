@@ -55,6 +55,11 @@ def with_params(text: str, params: str) -> str:
     return ",".join([*(item.strip() for item in kept), *added])
 
 
+def sets_any_of(text: str, section: str) -> bool:
+    """Return whether a value of `--params` has a parameter of a section."""
+    return any(f"{_name(item)}.".startswith(f"{section}.") for item in _split(text))
+
+
 def sets_all_of(text: str, section: str) -> bool:
     """Return whether a value of `--params` has a whole section, as `section={…}`."""
     return any(_name(item) == section for item in _split(text))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dreamartist_pipeline.cli.params import sets_all_of, with_params
+from dreamartist_pipeline.cli.params import sets_any_of, with_params
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.starting import as_text
 from dreamartist_pipeline.yaml_texts import parse_mapping
@@ -28,7 +28,7 @@ def sweep_command(run: click.Command) -> click.Command:
     @click.option("--params", default="", help="Parameters of every run: KEY=VALUE,KEY=VALUE.")
     @click.option("--traceback", is_flag=True, help="On an error, show where it was raised.")
     def sweep(file: Path, env: str | None, params: str, traceback: bool, **options: Any) -> None:
-        r"""Search the best values of some parameters, each trial in runs of its own.
+        r"""Search for the best values of some parameters, each trial in runs of its own.
 
         FILE (.yml) has the values of the section `sweep` of the parameters (conf/base/parameters_sweep.yml), such as
 
@@ -38,12 +38,16 @@ def sweep_command(run: click.Command) -> click.Command:
 
         The best values become the environment best-<name>. The same command goes on where it was stopped.
         """
-        values = _read(file)
+        try:
+            values = _read(file)
+        except InputError as error:
+            click.secho(f"Error: {error}", fg="red", err=True)
+            raise click.exceptions.Exit(1) from error
         if values.keys() == {_SECTION} and isinstance(values[_SECTION], dict):
             values = values[_SECTION]
         given = values | {name: value for name, value in options.items() if value is not None}
-        if sets_all_of(params, _SECTION):
-            raise click.BadParameter("give its parameters one by one, such as sweep.trials=9", param_hint="--params")
+        if sets_any_of(params, _SECTION):
+            raise click.BadParameter(f"give what belongs to the sweep in {file}", param_hint="--params")
         own = ",".join(f"{_SECTION}.{name}={as_text(name, value)}" for name, value in given.items())
         arguments = ["--pipelines", _SECTION, "--params", with_params(own, params)]
         arguments += [] if env is None else ["--env", env]

@@ -2,7 +2,7 @@
 
 Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", in the form that stops trainings instead of
 pausing them. Trainings note how good they are at rungs, steps that lie ever further apart. One goes on if it is among
-the best of those that have reached the same rung so far, so that none waits for another, and the first ones go on in
+the best of those that have reached the same rung so far, so that none waits for another, and the first one goes on in
 any case. Processes, also of several machines, share nothing but a folder.
 """
 
@@ -29,10 +29,10 @@ class Halving:
 
     params: HalvingParams
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether this training was stopped at a rung."""
-        return self.params.run in stopped_runs(Path(self.params.folder))
+    def is_stopped(self, step: int) -> bool:
+        """Return whether this training was stopped at a rung up to a step."""
+        own = (_read(rung / f"{self.params.run}.json") for rung in Path(self.params.folder).glob("*"))
+        return any(record["is_stopped"] and record["step"] <= step for record in own if record is not None)
 
     def note(self, step: int, standing: float) -> None:
         """Note how good the training is after a step, if it has reached a rung there.
@@ -53,8 +53,8 @@ class Halving:
         rung = folder / str(self._rung(step))
         if step < self.params.first or (rung / own).exists():
             return
-        others = [_read(file) for file in rung.glob("*.json")]
-        better = sum(other["standing"] > standing for other in others if other is not None)
+        others = [record for file in _notes(rung, "*.json") if (record := _read(file)) is not None]
+        better = sum(other["standing"] > standing for other in others)
         allowed = max(1, (len(others) + 1) // self.params.factor)
         is_stopped = better >= allowed
         rung.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,19 @@ class Halving:
 
 def stopped_runs(folder: Path) -> frozenset[str]:
     """Return the names of the trainings that were stopped."""
-    noted = {file: _read(file) for file in folder.glob("*/*.json")}
+    noted = {file: _read(file) for file in _notes(folder, "*/*.json")}
     return frozenset(file.stem for file, record in noted.items() if record is not None and record["is_stopped"])
 
 
+def _notes(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of notes, without those that are being written."""
+    return [file for file in folder.glob(pattern) if not file.name.startswith(".")]
+
+
 def _read(file: Path) -> dict[str, float] | None:
-    """Return what is noted in a file; None if it does not exist, or does not any more."""
+    """Return what is noted in a file; None if it does not exist, or is damaged."""
     try:
         record: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return record

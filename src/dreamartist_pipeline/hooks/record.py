@@ -135,7 +135,7 @@ class RunRecordHooks:
         run_id = mlflow.active_run().info.run_id
         settings = redacted(self._settings) | {"method": method}
         given = {} if PARENT_RUN in os.environ else run_params["runtime_params"] or {}  # a started run has a name
-        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, pipelines_of(run_params), given))
+        mlflow.MlflowClient().update_run(run_id, name=run_name(settings, pipelines_of(run_params), redacted(given)))
         mlflow.set_tags({name: settings[name] for name in _TAGGED if settings.get(name) is not None})
 
     @hook_impl(tryfirst=True)  # before kedro-mlflow logs all of them; the node still gets them

@@ -46,6 +46,7 @@ from dreamartist_pipeline.hooks.run import (
     settings_in,
 )
 from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
+from dreamartist_pipeline.redaction import redacted
 from dreamartist_pipeline.starting_runs import (
     PARENT_RUN,
     RUN_KEY,
@@ -66,7 +67,7 @@ from dreamartist_pipeline.yaml_texts import merge_mappings
 STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
 _CONCEPT, _METRICS = "concept", "evaluation_metrics"
-_PLACE = ("device.device", "device.processes")  # where a run is executed, which changes the last bits at most
+_PLACE = ("device.device", "device.processes", "training.scoring.halving.folder")  # which change the last bits at most
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
 _OF_A_SUBJECT = ("subject", "class_word", "image", "mask", "caption")  # run settings
@@ -84,19 +85,22 @@ class _PlannedRun:
         request: for it, with the parameters of the command that starts it.
         key: of its results.
         manifest_file: beside its concept.
-        command: that executes it.
+        command: that executes it; None for one that is refused.
         finished: the earlier run with this key, if there is one.
+        message: why it is refused.
     """
 
     request: RunRequest
     key: str
     manifest_file: Path
-    command: RunCommand
+    command: RunCommand | None
     finished: RunManifest | None
+    message: str | None = None
 
     def outcome(self, errors: Mapping[str, str]) -> RunOutcome:
         """Return how it has ended."""
-        return RunOutcome(self.request.subject, self.request.labels, errors.get(self.request.subject))
+        message = self.message or errors.get(self.request.subject)
+        return RunOutcome(self.request.subject, self.request.labels, message)
 
 
 class Configurations(Protocol):
@@ -173,19 +177,21 @@ class ProjectRuns:
             planned = [plan(one) for one in tqdm(given, "checking earlier runs", unit="run", leave=False)]
             if count := sum(one.finished is not None for one in planned):
                 log.info("%d of %d runs are finished already, with the same parameters and files.", count, len(planned))
-            return self._run(planned, len(planned) - count, parent, workers)
-        for one in requests.examples():
-            self._identify(self._with_given(one), digests)
-        lazily = (plan(self._with_given(one)) for one in requests)
+            return self._run(planned, len(planned), parent, workers)
+        for one in _all_with_given(requests.examples(), self._given):
+            self._identify(one, digests)
+        lazily = (_planned_or_refused(self._with_given(one), plan) for one in requests)
         return self._run(lazily, len(requests), parent, workers, requests.ended)
 
     def environment_of(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return parameters and run settings of an environment; see `starting_runs.RunStarter`."""
-        values = {name: value for name, value in with_given(params, self._given).items() if name not in _OF_A_SUBJECT}
+        values = with_given(params, self._given)
         settings = {name: value for name, value in values.items() if name in RUN_SETTINGS}
         sections = {name: value for name, value in values.items() if name not in RUN_SETTINGS}
         own = self._loader.of_environment
-        return merge_mappings(own("parameters"), sections), merge_mappings(own("globals"), settings)
+        settings = merge_mappings(own("globals"), settings)
+        settings = {name: value for name, value in settings.items() if name not in _OF_A_SUBJECT}
+        return redacted(merge_mappings(own("parameters"), sections)), redacted(settings)
 
     def _with_given(self, request: RunRequest) -> RunRequest:
         return replace(request, params=with_given(request.params, self._given))
@@ -209,7 +215,7 @@ class ProjectRuns:
 
         Args:
             planned: all runs; the next one is asked for when a worker is free.
-            num_runs: that are executed, at most.
+            num_runs: at most.
             parent: of all runs, in MLflow.
             workers: what executes them.
             noted: called with the result of each run.
@@ -223,17 +229,21 @@ class ProjectRuns:
             return course.outcomes()
         with stop_requests() as stop_requested, tqdm(total=num_runs, desc="runs", unit="run") as bar:
 
+            def num_left() -> int:
+                return num_runs - course.num_finished
+
             def ended(command: RunCommand, error: str | None) -> None:
                 bar.update()
                 course.end(command, error)
 
             def watch(running: Sequence[RunCommand]) -> None:
+                bar.total = num_left()
                 bar.set_postfix_str(_states(running, len(course.errors)))
 
             run_all(chain([first], waiting), self._executor(workers), ended, stop_requested, watch)
             if stop_requested():
                 raise StoppedEarly(
-                    f"Stopped after {bar.n} of {num_runs} runs, of which finished ones are kept; the same command "
+                    f"Stopped after {bar.n} of {num_left()} runs, of which finished ones are kept; the same command "
                     "continues.",
                     STOPPED_BY_SIGNAL,
                 )
@@ -359,7 +369,8 @@ class _Course:
         metrics: reads those of a finished run.
 
     Attributes:
-        errors: name of a run -> message.
+        errors: name of a run that was executed -> message.
+        num_finished: runs that had been finished before.
     """
 
     def __init__(
@@ -372,16 +383,21 @@ class _Course:
         self._planned, self._parent, self._noted, self._metrics = planned, parent, noted, metrics
         self._known: dict[str, _PlannedRun] = {}
         self.errors: dict[str, str] = {}
+        self.num_finished = 0
 
     def commands(self) -> Iterator[RunCommand]:
         """Yield the command of each run that is not finished."""
         for run in self._planned:
-            self._known[run.command.name] = run
-            if run.finished is None:
+            self._known[run.request.subject] = run
+            if run.command is not None and run.finished is None:
                 yield run.command
-            else:
+                continue
+            if run.finished is not None:
                 _adopt_finished(run.finished, self._parent)
-                self._note(run)
+                self.num_finished += 1
+            else:
+                log.warning("%s failed: %s", run.request.subject, run.message)
+            self._note(run)
 
     def end(self, command: RunCommand, error: str | None) -> None:
         """Note how a command has ended."""
@@ -398,6 +414,14 @@ class _Course:
         if self._noted is not None:
             outcome = run.outcome(self.errors)
             self._noted(RunResult(outcome, self._metrics(run) if outcome.message is None else {}))
+
+
+def _planned_or_refused(request: RunRequest, plan: Callable[[RunRequest], _PlannedRun]) -> _PlannedRun:
+    """Plan a run whose parameters follow from others: if they are invalid, it has failed, and the others go on."""
+    try:
+        return plan(request)
+    except InputError as error:
+        return _PlannedRun(request, "", Path(), None, None, f"{error}")
 
 
 def _states(running: Sequence[RunCommand], num_failed: int) -> str:

@@ -121,7 +121,9 @@ def run_trials(run_starter: RunStarter, params: ParameterSearchParams) -> tuple[
     """
     from dreamartist_pipeline.pipelines.compare.sweeping import SweepRuns
 
-    return run_starter.start(SweepRuns(params), params.executed_by)
+    parameters, settings = run_starter.environment_of({})
+    others = {name: section for name, section in parameters.items() if name not in ("device", "sweep")}
+    return run_starter.start(SweepRuns(params, (others, settings)), params.executed_by)
 
 
 def tabulate_trials(results: tuple[RunResult, ...], params: ParameterSearchParams) -> tuple[DataFrame, Figure, Figure]:
@@ -153,6 +155,6 @@ def choose_trial(
     chosen = best(judged_trials(results, params), results)
     log.info("Trial %d is the best: %s, score %.4f.", chosen.number, chosen.described(), chosen.score)
     parameters, settings = run_starter.environment_of(params_of_runs(chosen, params))
-    environment = f"best-{params.name}"
-    log.info("With its values: kedro run --pipelines train --env %s --params subject=NAME,image=FILE", environment)
+    command = f"kedro run --pipelines train --env best-{params.name}"
+    log.info("With its values: %s --params subject=NAME,class_word=WORD,image=FILE", command)
     return parameters, settings

@@ -13,7 +13,7 @@ from dreamartist_pipeline.starting_runs import RunRequest
 from dreamartist_pipeline.yaml_texts import merge_mappings
 
 METHOD, SUBJECT, SEED, SETTING = "method", "subject", "seed", "setting"
-TRIAL, VALUES = "trial", "values"
+SEARCH, TRIAL, VALUES = "search", "trial", "values"
 """Labels of the runs."""
 _PIPELINES = ("train", "evaluate")
 _RESULTS = ("evaluation_metrics", "training_history")  # which are in the tables
@@ -79,10 +79,10 @@ def trial_run(params: ParameterSearchParams, labels: Mapping[str, Any]) -> RunRe
 
     Args:
         params: of the sweep.
-        labels: trial, subject, seed, and the values of the trial by their dotted names.
+        labels: search, trial, subject, seed, and the values of the trial by their dotted names.
     """
     subject, seed = labels[SUBJECT], labels[SEED]
-    name = f"{params.name}-{labels[TRIAL]}-{subject}-{seed}"
+    name = f"{params.name}-{labels[SEARCH]}-{labels[TRIAL]}-{subject}-{seed}"
     own: dict[str, Any] = {
         "subject": name,
         "class_word": subject,
@@ -90,15 +90,16 @@ def trial_run(params: ParameterSearchParams, labels: Mapping[str, Any]) -> RunRe
         "training": {"seed": seed},
     }
     if params.halving is not None:
-        halving = {"folder": f"{rungs_of(params)}/{subject}-{seed}", "run": name, **params.halving.model_dump()}
+        folder = rungs_of(params, labels[SEARCH]) / f"{subject}-{seed}"
+        halving = params.halving.model_dump() | {"folder": str(folder), "run": name}
         own["training"]["scoring"] = {"halving": halving}
     values = merge_mappings(params.params, nested(labels[VALUES]))
     return RunRequest(name, _PIPELINES, merge_mappings(values, own), labels, _RESULTS)
 
 
-def rungs_of(params: ParameterSearchParams) -> Path:
-    """Return the folder in which runs note how good they are, for each subject and seed apart."""
-    return Path(params.folder) / params.name / "rungs"
+def rungs_of(params: ParameterSearchParams, search: str) -> Path:
+    """Return the folder in which the runs of a search note how good they are, for each subject and seed apart."""
+    return Path(params.folder) / params.name / "rungs" / search
 
 
 def _request(

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ParameterSearchParams, SweptRange
 
+_OF_THE_SWEEP = {
+    "subject": "sweep.subjects",
+    "class_word": "sweep.subjects",
+    "image": "sweep.subjects",
+    "training.seed": "sweep.seeds",
+    "training.scoring.halving": "sweep.halving",
+}
 ParameterPath = tuple[str, ...]
 Choices = tuple[Any, ...]
 
@@ -54,9 +62,16 @@ def check_space(params: ParameterSearchParams, _concept: object = None) -> None:
     """Check a sweep before anything is started.
 
     Raises:
-        InputError: there is nothing to search, or no grid of ranges.
+        InputError: there is nothing to search, a parameter that the sweep itself sets, a grid of ranges, or a subject
+            without a picture.
     """
     space = dimensions(params.space)
+    for path in space:
+        for name, option in _OF_THE_SWEEP.items():
+            if f"{dotted(path)}.".startswith(f"{name}."):
+                raise InputError(
+                    expected=f"{name} by {option}", got=f"{dotted(path)} in sweep.space", remedy=f"set {option}"
+                )
     if not space:
         raise InputError(
             expected="parameters with several values in sweep.space",
@@ -69,6 +84,13 @@ def check_space(params: ParameterSearchParams, _concept: object = None) -> None:
             expected="a list of values of each parameter for sweep.search=grid",
             got=f"a range for {', '.join(ranges)}",
             remedy="list its values, or choose sweep.search=random or tpe",
+        )
+    pictures = [Path(params.images) / f"{subject}.png" for subject in params.subjects]
+    if missing := [str(picture) for picture in pictures if not picture.is_file()]:
+        raise InputError(
+            expected="a picture <subject>.png of each of sweep.subjects in sweep.images",
+            got=f"none at {', '.join(missing)}",
+            remedy="correct sweep.subjects or sweep.images",
         )
 
 

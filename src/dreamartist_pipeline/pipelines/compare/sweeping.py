@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ParameterSearchParams, SweptRange
-from dreamartist_pipeline.pipelines.compare.planning import SEED, SUBJECT, TRIAL, VALUES, trial_run
+from dreamartist_pipeline.pipelines.compare.planning import SEARCH, SEED, SUBJECT, TRIAL, VALUES, trial_run
 from dreamartist_pipeline.pipelines.compare.space import ParameterPath, dimensions, dotted
 from dreamartist_pipeline.pipelines.compare.trials import FINISHED, STOPPED, Trial, judged_trials
 from dreamartist_pipeline.starting_runs import RunRequest, RunResult
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-_SEED_DIGITS = 8
+_SEED_DIGITS, _NAME_DIGITS = 8, 6
+_OF_A_CALL = {"trials", "workers", "threads", "ray", "name", "images", "folder"}  # on which values do not depend
 _STEP = 1  # Optuna compares trials that were stopped early at equal steps
 
 
@@ -32,17 +35,25 @@ class Search:
 
     Args:
         params: of the sweep.
-        journal: Optuna's file. A sweep with another space, search, seed or other runs begins anew in it.
+        environment: other parameters and run settings of its runs.
+        journal: Optuna's file. Another search begins anew in it.
+
+    Attributes:
+        name: a hash of all that the trials depend on, except pictures and models.
+        num_trials: at most.
 
     Raises:
         InputError: Optuna is not installed, or the file is damaged.
     """
 
-    def __init__(self, params: ParameterSearchParams, journal: Path) -> None:
+    def __init__(self, params: ParameterSearchParams, environment: Any, journal: Path) -> None:
         self._params, self._space = params, dimensions(params.space)
-        self._grid = [*itertools.product(*(self._indices(path) for path in self._space))]
-        self.num_trials = min(params.trials, len(self._grid)) if params.search == "grid" else params.trials
-        self._study = _open_study(journal, self._name())
+        size = math.prod(len(self._indices(path)) for path in self._space)
+        self.num_trials = min(params.trials, size) if params.search == "grid" else params.trials
+        content = params.model_dump(mode="json", exclude=_OF_A_CALL)
+        text = json.dumps([content, environment], sort_keys=True, default=str)
+        self.name = hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]
+        self._study = _open_study(journal, self.name)
 
     def __iter__(self) -> Iterator[Trial]:
         """Yield the trials of earlier calls, then new ones; each is chosen when it is asked for."""
@@ -81,7 +92,9 @@ class Search:
         else:
             self._study.sampler = RandomSampler(seed=seed)
         if self._params.search == "grid":
-            self._study.enqueue_trial(dict(zip(distributions, self._grid[number], strict=True)))
+            combinations = itertools.product(*(self._indices(path) for path in self._space))
+            chosen = next(itertools.islice(combinations, number, None))
+            self._study.enqueue_trial(dict(zip(distributions, chosen, strict=True)))
         self._study.ask(distributions)
         return self.trials[number]
 
@@ -105,11 +118,6 @@ class Search:
     def _value(self, path: ParameterPath, suggested: Any) -> Any:
         values = self._space[path]
         return suggested if isinstance(values, SweptRange) else values[suggested]
-
-    def _name(self) -> str:
-        """Return a name of all that the trials depend on."""
-        content = self._params.model_dump_json(exclude={"trials", "workers", "threads", "ray", "name"})
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _open_study(journal: Path, name: str) -> Study:
@@ -142,11 +150,12 @@ class SweepRuns:
 
     Args:
         params: of the sweep.
+        environment: other parameters and run settings of its runs.
     """
 
-    def __init__(self, params: ParameterSearchParams) -> None:
+    def __init__(self, params: ParameterSearchParams, environment: Any = None) -> None:
         self._params = params
-        self.search = Search(params, Path(params.folder) / params.name / "trials.journal")
+        self.search = Search(params, environment, Path(params.folder) / params.name / "trials.journal")
         self._results: dict[int, list[RunResult]] = {}
 
     def __len__(self) -> int:
@@ -160,12 +169,9 @@ class SweepRuns:
             yield from self._runs_of(trial)
 
     def examples(self) -> Sequence[RunRequest]:
-        """Return a run with the first values, and one with each of the others."""
+        """Return a run with the first values, and one with each of the others beside the first ones."""
         space = dimensions(self._params.space)
-        ends = {
-            path: (values.low, values.high) if isinstance(values, SweptRange) else values
-            for path, values in space.items()
-        }
+        ends = {path: _ends_of(values) if isinstance(values, SweptRange) else values for path, values in space.items()}
         first = {path: values[0] for path, values in ends.items()}
         others = [first | {path: value} for path, values in ends.items() for value in values[1:]]
         return [self._runs_of(Trial(0, values))[0] for values in (first, *others)]
@@ -185,7 +191,12 @@ class SweepRuns:
 
     def _runs_of(self, trial: Trial) -> list[RunRequest]:
         values = {dotted(path): value for path, value in trial.values.items()}
+        labels = {SEARCH: self.search.name, TRIAL: trial.number, VALUES: values}
         return [
-            trial_run(self._params, {TRIAL: trial.number, SUBJECT: subject, SEED: seed, VALUES: values})
+            trial_run(self._params, {**labels, SUBJECT: subject, SEED: seed})
             for subject, seed in itertools.product(self._params.subjects, self._params.seeds)
         ]
+
+
+def _ends_of(values: SweptRange) -> tuple[float, float]:
+    return (int(values.low), int(values.high)) if values.integer else (values.low, values.high)

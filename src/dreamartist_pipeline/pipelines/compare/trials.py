@@ -12,7 +12,7 @@ from typing import Any
 from dreamartist_pipeline.core.halving import stopped_runs
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import ParameterSearchParams
-from dreamartist_pipeline.pipelines.compare.planning import SEED, SUBJECT, TRIAL, VALUES, rungs_of, trial_run
+from dreamartist_pipeline.pipelines.compare.planning import SEARCH, SEED, SUBJECT, TRIAL, VALUES, rungs_of, trial_run
 from dreamartist_pipeline.pipelines.compare.space import ParameterPath, dotted
 from dreamartist_pipeline.starting_runs import RunResult, failure
 
@@ -46,11 +46,16 @@ def judged_trials(results: Sequence[RunResult], params: ParameterSearchParams) -
     Raises:
         InputError: a finished run does not have a metric of the objective.
     """
+    folders = {rungs_of(params, one.outcome.labels[SEARCH]) for one in results}
+    stopped = {run for rungs in folders for folder in rungs.glob("*") for run in stopped_runs(folder)}
+    return [_judged(number, of_trial, params, stopped) for number, of_trial in sorted(_by_trial(results).items())]
+
+
+def _by_trial(results: Sequence[RunResult]) -> dict[int, list[RunResult]]:
     runs: dict[int, list[RunResult]] = {}
     for one in results:
         runs.setdefault(one.outcome.labels[TRIAL], []).append(one)
-    stopped = {run for folder in rungs_of(params).glob("*") for run in stopped_runs(folder)}
-    return [_judged(number, of_trial, params, stopped) for number, of_trial in sorted(runs.items())]
+    return runs
 
 
 def _judged(number: int, runs: Sequence[RunResult], params: ParameterSearchParams, stopped: set[str]) -> Trial:
@@ -86,7 +91,13 @@ def best(trials: Sequence[Trial], results: Sequence[RunResult]) -> Trial:
     """
     finished = [one for one in trials if one.state == FINISHED]
     if not finished:
-        raise failure([one.outcome for one in results if one.outcome.message is not None], len(results))
+        if failed := [one.outcome for one in results if one.outcome.message is not None]:
+            raise failure(failed, len(results))
+        raise InputError(
+            expected="a trial of which all trainings get to their end",
+            got=f"{len(trials)} trials of which one was stopped early",
+            remedy="raise sweep.halving.first, or lower sweep.halving.factor",
+        )
     return max(finished, key=lambda one: one.score)
 
 
@@ -94,9 +105,7 @@ def as_records(
     trials: Sequence[Trial], results: Sequence[RunResult], params: ParameterSearchParams
 ) -> list[dict[str, Any]]:
     """Return one record per trial: finished ones from the best to the worst, then the others."""
-    runs: dict[int, list[RunResult]] = {}
-    for one in results:
-        runs.setdefault(one.outcome.labels[TRIAL], []).append(one)
+    runs = _by_trial(results)
 
     def means(number: int) -> dict[str, float]:
         measured = [one.metrics for one in runs[number] if one.outcome.message is None]
@@ -125,7 +134,7 @@ def _as_cell(value: Any) -> Any:
 
 def params_of_runs(trial: Trial, params: ParameterSearchParams) -> dict[str, Any]:
     """Return the parameters of the runs of a trial, without what stops them early, nested; the first seed is theirs."""
-    labels = {TRIAL: trial.number, SUBJECT: params.subjects[0], SEED: params.seeds[0]}
+    labels = {SEARCH: "", TRIAL: trial.number, SUBJECT: params.subjects[0], SEED: params.seeds[0]}
     values = {dotted(path): value for path, value in trial.values.items()}
     whole = params.model_copy(update={"halving": None})
     return dict(trial_run(whole, {**labels, VALUES: values}).params)

@@ -260,7 +260,7 @@ class Scorer:
         """Whether the training stops before its last step."""
         if not self._scores:
             return False
-        has_lost = self._halving is not None and self._halving.is_stopped
+        has_lost = self._halving is not None and self._halving.is_stopped(self._scores[-1].step)
         return has_lost or has_stalled(self._scores, self._best, self._params.scoring.patience)
 
     def __call__(self, step: int) -> bool:
