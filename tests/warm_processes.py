@@ -91,6 +91,7 @@ def warm_context() -> ForkServerContext:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _ENVIRONMENT.items():
             patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # it ignores what it cannot import
         forkserver.ensure_running()
     return context
 
@@ -104,6 +105,7 @@ def _run(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], 
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [str(folder), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    assert "warm_libraries" in sys.modules, "not imported before the run"
     assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
     if arguments[0] == "-m":
         sys.argv[1:] = arguments[2:]
