@@ -694,3 +694,8 @@ def test_parameters_of_a_sweep_belong_into_its_file(tmp_path: Path) -> None:
     (tmp_path / "sweep.yml").write_text("trials: 2\n")
     result = CliRunner().invoke(cli, ["sweep", str(tmp_path / "sweep.yml"), "--params", "sweep.halving.first=5"])
     assert result.exit_code == 2 and "sweep.yml" in result.output
+
+
+def test_the_help_of_a_sweep_shows_its_example_line_by_line() -> None:
+    shown = CliRunner().invoke(cli, ["sweep", "--help"]).output
+    assert "\n    trials: 12\n" in shown and "\\b" not in shown

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from dreamartist_pipeline.cli.params import sets_all_of, with_params
+from dreamartist_pipeline.cli.started_runs import options_of_started_runs
 from dreamartist_pipeline.hooks.starting import as_params
 
 
@@ -15,12 +16,7 @@ def personalize_command(run: click.Command) -> click.Command:
 
     @click.command("personalize")
     @click.argument("subjects")
-    @click.option("--env", "-e", default=None, help="Environment of the configuration; default: local.")
-    @click.option("--workers", type=click.IntRange(1), help="Runs at a time.")
-    @click.option("--threads", type=click.IntRange(1), help="Threads of each run.")
-    @click.option("--ray", metavar="ADDRESS", help="Ray cluster that executes the runs; local for this machine's GPUs.")
-    @click.option("--params", default="", help="Parameters of every run: KEY=VALUE,KEY=VALUE.")
-    @click.option("--traceback", is_flag=True, help="On an error, show where it was raised.")
+    @options_of_started_runs
     def personalize(subjects: str, env: str | None, params: str, traceback: bool, **options: Any) -> None:
         """Train, evaluate and export every subject in SUBJECTS, each in a run of its own.
 

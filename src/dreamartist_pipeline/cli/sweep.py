@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dreamartist_pipeline.cli.params import sets_any_of, with_params
+from dreamartist_pipeline.cli.started_runs import options_of_started_runs
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks.starting import as_text
 from dreamartist_pipeline.yaml_texts import parse_mapping
@@ -20,15 +21,10 @@ def sweep_command(run: click.Command) -> click.Command:
 
     @click.command("sweep")
     @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-    @click.option("--env", "-e", default=None, help="Environment of the configuration; default: local.")
     @click.option("--trials", type=click.IntRange(1), help="Number of trials.")
-    @click.option("--workers", type=click.IntRange(1), help="Runs at a time.")
-    @click.option("--threads", type=click.IntRange(1), help="Threads of each run.")
-    @click.option("--ray", metavar="ADDRESS", help="Ray cluster that executes the runs; local for this machine's GPUs.")
-    @click.option("--params", default="", help="Parameters of every run: KEY=VALUE,KEY=VALUE.")
-    @click.option("--traceback", is_flag=True, help="On an error, show where it was raised.")
+    @options_of_started_runs
     def sweep(file: Path, env: str | None, params: str, traceback: bool, **options: Any) -> None:
-        r"""Search for the best values of some parameters, each trial in runs of its own.
+        """Search for the best values of some parameters, each trial in runs of its own.
 
         FILE (.yml) has the values of the section `sweep` of the parameters (conf/base/parameters_sweep.yml), such as
 
@@ -37,7 +33,7 @@ def sweep_command(run: click.Command) -> click.Command:
           trials: 12
 
         The best values become the environment best-<name>. The same command goes on where it was stopped.
-        """
+        """  # noqa: D301 # \b keeps the lines of the example
         try:
             values = _read(file)
         except InputError as error:

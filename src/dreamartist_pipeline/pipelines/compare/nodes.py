@@ -130,7 +130,7 @@ def tabulate_trials(results: tuple[RunResult, ...], params: ParameterSearchParam
     """Return a table with one row per trial, the best first, and a plot of their values, for kedro-viz and as a page.
 
     Raises:
-        InputError: all runs failed.
+        InputError: a finished run does not have a metric of the objective.
     """
     from pandas import DataFrame
 
