@@ -12,6 +12,7 @@ import many_subjects
 pytest.importorskip("ray")
 
 
+@pytest.mark.slow
 def test_two_processes_that_only_compute_are_compared_with_one() -> None:
     assert 0.3 < many_subjects.gain_of_machine() < 4
 

@@ -91,6 +91,7 @@ def runs(project: Path, subject: str) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], query, order_by=["attributes.start_time ASC"]))
 
 
+@pytest.mark.slow
 def test_a_training_stopped_by_sigterm_is_continued_by_the_same_command_to_the_same_bytes(project: Path) -> None:
     whole = run(project, "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]

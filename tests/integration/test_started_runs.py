@@ -120,6 +120,7 @@ def test_a_method_on_two_subjects_of_which_one_fails(project: Path, parent: str)
     assert names == []
 
 
+@pytest.mark.slow
 def test_subjects_of_a_table_are_personalized_and_one_that_cannot_be_read_is_listed(project: Path) -> None:
     Image.new("RGB", (32, 32), "navy").save(project / "pictures/ink.png")
     (project / "pictures/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -122,6 +122,7 @@ def test_a_difference_is_named_with_what_it_means(
     assert any(reason in line for line in lines if not line.startswith("  "))
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_bytes_and_touches_nothing(project: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in (project / "data").rglob("*") if file.is_file()}
     result = verify(project, "--retrain")
