@@ -199,6 +199,21 @@ def test_a_signal_stops_what_runs_and_the_same_command_continues(
     assert started(project, *wanted) == {"fox-b", "fox-c"}
 
 
+def test_progress_is_told_of_what_was_left_at_the_start(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(project, request("fox-b"))
+    stopped = threading.Event()
+    monkeypatch.setattr(Trainings, "close", lambda _: stopped.set())
+
+    def interrupted(_: Trainings, __: RunCommand) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        stopped.wait()
+        return "exit status -15"
+
+    monkeypatch.setattr(Trainings, "run", interrupted)
+    with pytest.raises(StoppedEarly, match="after 0 of 1 runs"):
+        start(project, request("fox-a"), request("fox-b"))
+
+
 def test_where_a_run_is_executed_does_not_matter_and_its_precision_does(project: Path) -> None:
     start(project, request(device={"device": "cuda"}))
     assert started(project, request(device={"device": "cpu"})) == set()

@@ -227,10 +227,11 @@ class ProjectRuns:
         waiting = course.commands()
         if (first := next(waiting, None)) is None:
             return course.outcomes()
-        with stop_requests() as stop_requested, tqdm(total=num_runs, desc="runs", unit="run") as bar:
 
-            def num_left() -> int:
-                return num_runs - course.num_finished
+        def num_left() -> int:
+            return num_runs - course.num_finished
+
+        with stop_requests() as stop_requested, tqdm(total=num_left(), desc="runs", unit="run") as bar:
 
             def ended(command: RunCommand, error: str | None) -> None:
                 bar.update()
@@ -370,7 +371,6 @@ class _Course:
 
     Attributes:
         errors: name of a run that was executed -> message.
-        num_finished: runs that had been finished before.
     """
 
     def __init__(
@@ -383,7 +383,12 @@ class _Course:
         self._planned, self._parent, self._noted, self._metrics = planned, parent, noted, metrics
         self._known: dict[str, _PlannedRun] = {}
         self.errors: dict[str, str] = {}
-        self.num_finished = 0
+
+    @property
+    def num_finished(self) -> int:
+        """Runs that had been finished before: of all runs, or of those asked for if they are planned one by one."""
+        planned = self._planned if isinstance(self._planned, Sequence) else self._known.values()
+        return sum(run.finished is not None for run in planned)
 
     def commands(self) -> Iterator[RunCommand]:
         """Yield the command of each run that is not finished."""
@@ -394,7 +399,6 @@ class _Course:
                 continue
             if run.finished is not None:
                 _adopt_finished(run.finished, self._parent)
-                self.num_finished += 1
             else:
                 log.warning("%s failed: %s", run.request.subject, run.message)
             self._note(run)
