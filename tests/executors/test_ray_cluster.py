@@ -15,11 +15,11 @@ import pytest
 from code_workers import CODE_WORKER, code_command, ends_of, waiting
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.executors import executor_for
-from dreamartist_pipeline.executors.ray_cluster import RayWorkers
+from dreamartist_pipeline.executors.ray_cluster import WAITING, RayWorkers
 from dreamartist_pipeline.starting_runs import Workers, run_all
 from refusals import says
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 
@@ -102,6 +102,24 @@ def test_what_runs_is_stopped_and_keeps_its_work(cluster: Any, tmp_path: Path) -
     assert ended == []
     wait_until((tmp_path / "a.kept").exists)
     assert not (tmp_path / "b").exists()
+
+
+def test_ray_is_shut_down_after_all_threads_have_left_it(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill, shutdown, inside = ray.kill, ray.shutdown, []
+
+    def noted_shutdown() -> None:
+        inside.append([thread for thread in threading.enumerate() if thread.name == WAITING])
+        if not inside[-1]:
+            shutdown()
+
+    executor = workers(cluster, 2)  # the second one waits for a place
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "kill", lambda actor: threading.Timer(0.5, kill, [actor]).start())  # a slow one
+        patch.setattr(ray, "shutdown", noted_shutdown)
+        assert ends_of([code_command(tmp_path, "a", "")], executor) == {"a": None}  # closes the executor
+    assert inside == [[]]
 
 
 def test_a_cluster_that_is_not_there_is_refused() -> None:

@@ -21,12 +21,14 @@ from dreamartist_pipeline.starting_runs import RunCommand
 
 LOCAL = "local"
 """In place of an address: a cluster on this machine, which ends with this process."""
+WAITING = "waiting for a worker"
+"""Name of threads."""
 _AUTO = "auto"  # in place of an address, by Ray: the cluster that this machine belongs to
 _FORWARDED = ("MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "HF_", "FSSPEC_", "DREAMARTIST_")  # prefixes of variables
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _POLL_S = 1.0
 _LONG_S = 60
-_CLOSING_S = 180.0
+_CLOSING_S, _ENDING_S = 180.0, 30.0
 _CONNECTING_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -69,12 +71,20 @@ class RayWorkers:
         self._free: queue.Queue[Any] = queue.Queue()
         self._alive: set[Any] = set()
         self._is_closed = threading.Event()
+        self._calls = _Calls()
         self._actors = [actor.remote(program) for _ in range(self.num_workers)]
         for one in self._actors:
             self._free_when_alive(one)
 
     def run(self, command: RunCommand) -> str | None:
         """Execute one command; see `Executor.run`."""
+        self._calls.begin()
+        try:
+            return self._run(command)
+        finally:
+            self._calls.end()
+
+    def _run(self, command: RunCommand) -> str | None:
         forwarded = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
         command = replace(command, environment=forwarded | dict(command.environment))
         for _ in range(ATTEMPTS):
@@ -102,8 +112,9 @@ class RayWorkers:
         if closing:
             self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSING_S)
         for actor in self._actors:
-            self._ray.kill(actor)
-        self._ray.shutdown()
+            self._ray.kill(actor)  # calls of it fail
+        if self._calls.all_ended(_ENDING_S):
+            self._ray.shutdown()  # otherwise, Ray does so at the end of the process
 
     def _take(self) -> Any:
         """Wait for an actor that is free; None once this is closed."""
@@ -119,19 +130,47 @@ class RayWorkers:
         return None
 
     def _free_when_alive(self, actor: Any) -> None:
-        threading.Thread(target=self._await, args=[actor], daemon=True).start()
+        self._calls.begin()
+        threading.Thread(target=self._await, args=[actor], name=WAITING, daemon=True).start()
 
     def _await(self, actor: Any) -> None:
         """Let an actor have commands once it has started."""
-        while not self._is_closed.is_set():
-            try:
-                self._ray.get(actor.is_ready.remote())
-            except self._ray.exceptions.RayError:
-                self._is_closed.wait(_POLL_S)
-            else:
-                self._alive.add(actor)
-                self._free.put(actor)
-                return
+        try:
+            while not self._is_closed.is_set():
+                try:
+                    self._ray.get(actor.is_ready.remote())
+                except self._ray.exceptions.RayError:
+                    self._is_closed.wait(_POLL_S)
+                else:
+                    self._alive.add(actor)
+                    self._free.put(actor)
+                    return
+        finally:
+            self._calls.end()
+
+
+class _Calls:
+    """Counts the threads that call Ray, because a shutdown during a call ends the process by SIGSEGV."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._number = 0
+
+    def begin(self) -> None:
+        """Count one more."""
+        with self._changed:
+            self._number += 1
+
+    def end(self) -> None:
+        """Count one less."""
+        with self._changed:
+            self._number -= 1
+            self._changed.notify_all()
+
+    def all_ended(self, timeout_s: float) -> bool:
+        """Wait until there is none, and return whether there is none."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._number == 0, timeout_s)
 
 
 class _Host:
