@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from mlflow_servers import free_port
 
 _NOBODY = 65534  # PostgreSQL refuses root
@@ -64,3 +66,17 @@ def object_store() -> Iterator[Mapping[str, str]]:
         }
     finally:
         server.stop()
+
+
+@contextmanager
+def bucket(name: str) -> Iterator[str]:
+    """Run an S3-like server with an empty bucket, which clients in this process reach, and yield its URL."""
+    import boto3
+    import fsspec
+
+    with object_store() as variables, pytest.MonkeyPatch.context() as patch:
+        for variable, value in variables.items():
+            patch.setenv(variable, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # connected to earlier servers
+        boto3.client("s3").create_bucket(Bucket=name)
+        yield f"s3://{name}"

@@ -1207,6 +1207,7 @@ RUN_SETTINGS = (
     "method",
     "recipe",
     "prompt_database",
+    "store",
 )
 """Settings of a run beside the sections, each a text, such as `--params subject=cat`."""
 

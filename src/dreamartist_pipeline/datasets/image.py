@@ -249,6 +249,10 @@ KEPT_TEXTS = ("parameters", "dreamartist")
 """Keys of `image.info` that are written to a PNG: generation settings, but no metadata of a user's own file."""
 
 
+PNG_DAMAGE = (OSError, SyntaxError, ValueError)
+"""What Pillow raises for missing and damaged files."""
+
+
 def save_image(image: "Image", file: Path, **save_args: Any) -> None:
     """Write an image atomically, a PNG with the texts of `KEPT_TEXTS`."""
     texts = _kept_texts(image)
@@ -256,6 +260,18 @@ def save_image(image: "Image", file: Path, **save_args: Any) -> None:
         save_args = {"pnginfo": texts, **save_args}
     with written_whole(file) as temporary:
         image.save(temporary, **save_args)
+
+
+def is_whole_png(file: Path) -> bool:
+    """Return whether a PNG exists and its checksums are right."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            image.verify()
+    except PNG_DAMAGE:
+        return False
+    return True
 
 
 def png_bytes(image: "Image") -> bytes:

@@ -16,17 +16,18 @@ from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import ImagePreview
 
 from dreamartist_pipeline.core.image_set import ImageSet, ImagesToDraw
-from dreamartist_pipeline.datasets.image import grid_preview, save_image
+from dreamartist_pipeline.datasets.image import PNG_DAMAGE, grid_preview, is_whole_png, save_image
 from dreamartist_pipeline.datasets.inputs import FileError
+from dreamartist_pipeline.datasets.shared_set import SharedSet
 from dreamartist_pipeline.disk_space import check_free_space
 from dreamartist_pipeline.locks import LocalLock
+from dreamartist_pipeline.object_stores import ObjectStore
 from dreamartist_pipeline.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CAPTIONS, _MANIFEST = "image_captions.json", "manifest.json"
-_DAMAGE = (OSError, SyntaxError, ValueError)  # what Pillow raises for missing and damaged files
 _WAIT_S = 24 * 60 * 60.0  # for another run that draws the same set
 _MAX_NAMED = 5  # damaged images in a warning
 
@@ -37,20 +38,29 @@ class ImageSetDataset(AbstractDataset[ImagesToDraw, ImageSet]):
     """The set that a subject uses: a save draws the missing images, a load reads the captions, and images on demand.
 
     A set is `<path>/<key>/`: PNGs, image_captions.json (file name -> caption) and manifest.json. Until its last image
-    is drawn it is `<path>/<key>.partial/`. A lock file makes concurrent runs draw a set only once.
+    is drawn it is `<path>/<key>.partial/`. A lock file makes concurrent runs draw a set only once. With a store, what
+    is missing here is drawn together with other machines, see `SharedSet`.
 
     Args:
         filepath: a copy of the manifest of the set that the subject uses.
         path: the folder of all sets.
         title: what it is, in messages.
         command: that draws it, in messages.
+        store: URL of a folder with sets of all machines.
     """
 
     def __init__(
-        self, *, filepath: str, path: str, title: str, command: str, metadata: dict[str, Any] | None = None
+        self,
+        *,
+        filepath: str,
+        path: str,
+        title: str,
+        command: str,
+        store: str | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         self._filepath, self._path = Path(filepath), Path(path)
-        self._title, self._command = title, command
+        self._title, self._command, self._store = title, command, store
         self.metadata = metadata
 
     def load(self) -> ImageSet:
@@ -75,7 +85,7 @@ class ImageSetDataset(AbstractDataset[ImagesToDraw, ImageSet]):
 
         Raises:
             FileError: a key that cannot be a folder's name.
-            InputError: too little space on the disk.
+            InputError: too little space on the disk, or the store cannot be reached.
             LockHeldError: another run has been drawing the same set for a day.
             DatasetError: another number of images than requested, or an error while drawing.
         """
@@ -116,20 +126,32 @@ class ImageSetDataset(AbstractDataset[ImagesToDraw, ImageSet]):
     def _complete(self, folder: Path, data: ImagesToDraw) -> None:
         """Draw the missing images of a folder, batch by batch, then write captions and manifest."""
         files = {folder / f"{index:06d}.png": caption for index, caption in enumerate(data.captions)}
-        whole = [_is_whole(file) for file in files]
+        whole = [is_whole_png(file) for file in files]
         _warn_damaged([file for file, is_whole in zip(files, whole, strict=True) if file.exists() and not is_whole])
         missing = [batch for batch in data.batches if not all(whole[index] for index in batch)]
-        if missing:
+        shared = self._shared(data.key) if missing else None
+        if not missing:
+            log.info("The %s %s (%d images) is complete and is reused.", self._title, data.key, len(files))
+        else:
             log.info("Drawing the %s %s: %d images, %d already there.", self._title, data.key, len(files), sum(whole))
             num_missing = sum(map(len, missing))
             check_free_space(folder, num_missing * data.image_bytes, f"{num_missing} images", data.to_draw_fewer)
-            requested = [list(files)[index] for batch in missing for index in batch]
-            for file, image in zip(requested, data.draw(missing), strict=True):
-                save_image(image, file)
-        else:
-            log.info("The %s %s (%d images) is complete and is reused.", self._title, data.key, len(files))
-        _save_json(folder / _CAPTIONS, {file.name: caption for file, caption in files.items()})
-        _save_json(folder / _MANIFEST, data.manifest)
+            if shared is not None:
+                shared.complete([*files], data.batches, data.draw)
+            else:
+                requested = [[*files][index] for batch in missing for index in batch]
+                for file, image in zip(requested, data.draw(missing), strict=True):
+                    save_image(image, file)
+        texts = {_CAPTIONS: {file.name: caption for file, caption in files.items()}, _MANIFEST: data.manifest}
+        for name, content in texts.items():
+            _save_json(folder / name, content)
+        if shared is not None:
+            shared.publish({name: (folder / name).read_bytes() for name in texts})
+
+    def _shared(self, key: str) -> SharedSet | None:
+        if self._store is None:
+            return None
+        return SharedSet(ObjectStore(self._store).folder(self._path.name, key), self._title)
 
     def _read_image(self, file: Path) -> "Image":
         """Read one image of the set as RGB."""
@@ -138,7 +160,7 @@ class ImageSetDataset(AbstractDataset[ImagesToDraw, ImageSet]):
         try:
             with Image.open(file, formats=["PNG"]) as image:
                 return image.convert("RGB")
-        except _DAMAGE as error:
+        except PNG_DAMAGE as error:
             raise FileError(
                 expected=f"an image of the {self._title} in {file}", got=f"{error}", remedy=self._draw_again
             ) from error
@@ -162,18 +184,6 @@ def _warn_damaged(files: Sequence[Path]) -> None:
     if files:
         named = ", ".join(file.name for file in files[:_MAX_NAMED]) + (", …" if len(files) > _MAX_NAMED else "")
         log.warning("Damaged images in %s are drawn again: %s.", files[0].parent, named)
-
-
-def _is_whole(file: Path) -> bool:
-    """Return whether a PNG exists and its checksums are right."""
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            image.verify()
-    except _DAMAGE:
-        return False
-    return True
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

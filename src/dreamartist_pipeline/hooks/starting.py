@@ -68,6 +68,7 @@ STARTER = "run_starter"
 """Dataset with a `starting_runs.RunStarter`, for nodes that start runs."""
 _CONCEPT, _METRICS = "concept", "evaluation_metrics"
 _PLACE = ("device.device", "device.processes", "training.scoring.halving.folder")  # which change the last bits at most
+_PLACE_SETTINGS = ("store",)
 _QUOTE = re.compile(r'((?<!\\)(?:\\\\)*)\\"')  # an escaped one, which the command line takes for the end
 _BESIDE_BASE_MODEL = ("towers", "judge")  # folders; evaluations of the embedded base model measure with them
 _OF_A_SUBJECT = ("subject", "class_word", "image", "mask", "caption")  # run settings
@@ -282,7 +283,9 @@ class ProjectRuns:
         names = {name for name in pipeline.inputs() if not name.startswith("params:") and name in catalog}
         content = {
             "pipelines": request.pipelines,
-            "settings": {name: value for name, value in settings.items() if name not in PATH_SETTINGS},
+            "settings": {
+                name: value for name, value in settings.items() if name not in (*PATH_SETTINGS, *_PLACE_SETTINGS)
+            },
             "parameters": {
                 name: value
                 for name, value in flatten(plain_sections(used, exclude_defaults=True)).items()

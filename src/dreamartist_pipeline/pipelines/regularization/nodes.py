@@ -115,10 +115,8 @@ def _draw(
 
     count = min(num_processes(device), len(batches))
     drawn = spread(_draw_batches, batches, count, base_model, prompts, params, device, side_px)
-    present = len(prompts) - sum(map(len, batches))  # from an interrupted run
-    with tqdm(
-        total=len(prompts), initial=present, desc="regularization set", unit="image", delay=_PROGRESS_DELAY_S
-    ) as bar:
+    num_images = sum(map(len, batches))
+    with tqdm(total=num_images, desc="regularization set", unit="image", delay=_PROGRESS_DELAY_S) as bar:
         for index, (images, seconds) in enumerate(drawn):
             if index == 0:
                 _log_cost(sum(map(len, batches[1:])), seconds / len(images) / count, side_px)

@@ -1,0 +1,203 @@
+"""Folders in object stores, such as s3://BUCKET/FOLDER, and locks of what several machines do there.
+
+fsspec reaches them (https://filesystem-spec.readthedocs.io); its packages for each kind of store, such as s3fs and
+gcsfs, say how credentials are given.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.locks import Holder, LockHeldError
+from dreamartist_pipeline.redaction import redact, without_credentials
+
+SILENT_S = 60.0
+"""After how long a holder of a lock that does not write it again is taken for dead."""
+_BEATS = 6  # in that time
+_POLL_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+def is_remote(location: str) -> bool:
+    """Return whether a text is a URL, and neither a path nor an id of the Hugging Face hub."""
+    return "://" in location
+
+
+class ObjectStore:
+    """A folder of which the objects appear whole or not at all.
+
+    Args:
+        url: of the folder; it need not exist.
+
+    Raises:
+        InputError: no kind of store that fsspec knows, or its package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        with self._explained():
+            if not is_remote(url):
+                raise ValueError("no address of a store")
+            self._files, self._root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+
+    def folder(self, *names: str) -> ObjectStore:
+        """Return a folder in this one."""
+        inner = object.__new__(ObjectStore)
+        inner.url, inner._files = "/".join([self.url, *names]), self._files
+        inner._root = "/".join([self._root, *names])
+        return inner
+
+    def names(self) -> set[str]:
+        """Return the names of the objects in the folder, without those of folders in it; none if there is no folder."""
+        with self._explained():
+            try:
+                entries = self._files.ls(self._root, detail=True, refresh=True)
+            except FileNotFoundError:
+                return set()
+        return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object, or None if there is none."""
+        with self._explained():
+            try:
+                content: bytes = self._files.cat_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object, in place of the one that may be there."""
+        with self._explained():
+            self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write an object if there is none, and return whether there was none: of several writers, one succeeds."""
+        with self._explained():
+            try:
+                self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if there is one."""
+        with self._explained():
+            try:
+                self._files.rm_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Name the store in every error; the packages for stores raise errors of their own."""
+        try:
+            yield
+        except Exception as error:
+            missing = isinstance(error, ImportError)
+            raise InputError(
+                expected=f"the store {without_credentials(self.url)}",
+                got=redact(f"{type(error).__name__}: {error}".partition("\n")[0]),
+                remedy="install its package, such as pip install 'dreamartist-pipeline[s3]' for s3://"
+                if missing
+                else "check address, credentials and network",
+            ) from error
+
+
+class StoreLock:
+    """A `locks.Lock` between machines: an object that its holder writes again every few seconds.
+
+    A holder that is silent is taken for dead, and the next one takes the lock. Two may hold it for a moment then: what
+    it protects may be done twice, but must come to the same.
+
+    Args:
+        store: the folder of the object.
+        name: of the object.
+        protects: what is locked, in messages.
+        silent_s: see SILENT_S.
+    """
+
+    def __init__(self, store: ObjectStore, name: str, protects: str, silent_s: float = SILENT_S) -> None:
+        self._store, self._name, self._protects, self._silent_s = store, name, protects, silent_s
+        self._token = secrets.token_hex(8)
+        self._seen: tuple[bytes | None, float] = None, 0.0  # what the last look found, and since when
+
+    @contextmanager
+    def hold(self, wait_s: float = 0) -> Iterator[None]:
+        """See `locks.Lock.hold`.
+
+        Raises:
+            LockHeldError: another one holds it after `wait_s`.
+            InputError: the store cannot be reached.
+        """
+        end_s = time.monotonic() + wait_s
+        while not self._taken():
+            if time.monotonic() >= end_s:
+                raise LockHeldError(
+                    expected=f"{self._protects}, unused by other machines",
+                    got=f"in use by {self._holder()}",
+                    remedy="wait until it has finished, or end it",
+                )
+            time.sleep(_POLL_S)
+        ended = threading.Event()
+        beating = threading.Thread(target=self._beat, args=[ended], daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beating.join()
+            if self._is_mine():
+                self._store.remove(self._name)
+
+    def _taken(self) -> bool:
+        if self._store.create(self._name, self._text()):
+            return True
+        content, now_s = self._store.read(self._name), time.monotonic()
+        if content is None or content != self._seen[0]:
+            self._seen = content, now_s
+            return False
+        if now_s - self._seen[1] < self._silent_s:
+            return False
+        log.warning("%s: %s is silent, and its work is taken over.", self._protects, self._holder())
+        self._store.remove(self._name)
+        return self._store.create(self._name, self._text())
+
+    def _beat(self, ended: threading.Event) -> None:
+        """Write the object again and again, unless another one has taken it."""
+        while not ended.wait(self._silent_s / _BEATS):
+            try:
+                if not self._is_mine():
+                    return
+                self._store.write(self._name, self._text())
+            except InputError as error:
+                log.warning("%s", error)
+
+    def _is_mine(self) -> bool:
+        return self._read().get("token") == self._token
+
+    def _text(self) -> bytes:
+        holder = asdict(Holder.this_process())
+        return json.dumps(holder | {"token": self._token, "beat": secrets.token_hex(4)}).encode()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            values = json.loads(self._store.read(self._name) or b"{}")
+        except ValueError:
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def _holder(self) -> str:
+        values = self._read()
+        return f"process {values.get('process', '?')} on {values.get('host', '?')} ({values.get('command', '?')})"
