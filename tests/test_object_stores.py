@@ -6,12 +6,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dreamartist_pipeline.errors import InputError
+from dreamartist_pipeline.hooks.run import with_local_copies, with_paths_in
 from dreamartist_pipeline.locks import LockHeldError
-from dreamartist_pipeline.object_stores import ObjectStore, StoreLock
+from dreamartist_pipeline.object_stores import ObjectStore, StoreLock, local_copy
 from mlflow_servers import free_port
 from refusals import says
 from remote_servers import bucket
@@ -135,3 +137,57 @@ def test_a_store_that_does_not_answer_is_named_with_what_it_said(monkeypatch: py
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(InputError, check=says(got="127.0.0.1", remedy="check address, credentials and network")):
         ObjectStore("s3://studio/sets").names()
+
+
+# --------------------------------------------------------------------------------------------- copies on this machine
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DREAMARTIST_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_file_is_copied_once_and_again_when_it_has_changed(store: ObjectStore, cache: Path) -> None:
+    store.write("fox.png", b"first")
+    copies = [local_copy(f"{store.url}/fox.png") for _ in range(2)]
+    assert copies[0] == copies[1] and Path(copies[0]).is_relative_to(cache)
+    assert (Path(copies[0]).name, Path(copies[0]).read_bytes()) == ("fox.png", b"first")
+    store.write("fox.png", b"another picture")
+    assert Path(local_copy(f"{store.url}/fox.png")).read_bytes() == b"another picture"
+    assert Path(copies[0]).read_bytes() == b"first"
+
+
+def test_a_folder_is_copied_with_those_in_it(store: ObjectStore, cache: Path) -> None:
+    store.folder("model").write("model_index.json", b"{}")
+    store.folder("model", "unet").write("config.json", b"[]")
+    folder = Path(local_copy(f"{store.url}/model/"))
+    assert (folder.name, (folder / "unet/config.json").read_bytes()) == ("model", b"[]")
+    assert {file.name for file in folder.iterdir()} == {"model_index.json", "unet"}
+    assert local_copy(f"{store.url}/model") == str(folder)
+
+
+def test_what_is_not_there_is_not_copied(store: ObjectStore, cache: Path) -> None:
+    with pytest.raises(InputError, check=says(got="fox.png: no such object or folder")):
+        local_copy(f"{store.url}/fox.png")
+    assert list(cache.iterdir()) == []
+
+
+def test_parameters_with_addresses_get_the_paths_of_copies(cache: Path) -> None:
+    for name in ("a.png", "b.safetensors"):
+        ObjectStore("memory://given").write(name, b"")
+    values = {
+        "image": "memory://given/a.png",
+        "base_model": "hub:owner/name",
+        "caption": "memory://given/a.png",
+        "training": {"start_from": "memory://given/b.safetensors", "num_steps": 2},
+        "evaluation": {"views": ["memory://given/a.png", "b.png"]},
+    }
+    given = with_local_copies(values)
+    a, b = (local_copy(f"memory://given/{name}") for name in ("a.png", "b.safetensors"))
+    assert given == values | {
+        "image": a,
+        "training": {"start_from": b, "num_steps": 2},
+        "evaluation": {"views": [a, "b.png"]},
+    }
+    assert with_paths_in(values, Path("/elsewhere"), None)["image"] == "memory://given/a.png"

@@ -6,19 +6,23 @@ gcsfs, say how credentials are given.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import secrets
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.locks import Holder, LockHeldError
 from dreamartist_pipeline.redaction import redact, without_credentials
+from dreamartist_pipeline.whole_files import restored, written_whole, written_whole_folder
 
 SILENT_S = 60.0
 """After how long a holder of a lock that does not write it again is taken for dead."""
@@ -68,6 +72,11 @@ class ObjectStore:
                 return set()
         return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
 
+    def find(self, name: str) -> list[str]:
+        """Return the name of an object, or those of all objects in a folder and below it; none if it is not there."""
+        with self._explained():
+            return [path.removeprefix(f"{self._root}/") for path in self._files.find(f"{self._root}/{name}")]
+
     def read(self, name: str) -> bytes | None:
         """Return an object, or None if there is none."""
         with self._explained():
@@ -76,6 +85,20 @@ class ObjectStore:
             except FileNotFoundError:
                 return None
         return content
+
+    def copy_from(self, name: str, file: Path) -> None:
+        """Copy an object to a file of this machine.
+
+        Raises:
+            InputError: there is none, or the store cannot be reached.
+        """
+        with written_whole(file) as temporary, self._explained():
+            self._files.get_file(f"{self._root}/{name}", str(temporary))
+
+    def copy_to(self, name: str, file: Path) -> None:
+        """Copy a file of this machine to an object."""
+        with self._explained():
+            self._files.put_file(str(file), f"{self._root}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object, in place of the one that may be there."""
@@ -99,6 +122,27 @@ class ObjectStore:
             except FileNotFoundError:
                 return
 
+    def local_copy(self, name: str) -> str:
+        """Return the path of a copy of an object or a folder; see the function `local_copy`."""
+        found = self.find(name)
+        is_folder = found != [name]
+        with self._explained():
+            if not found:
+                raise FileNotFoundError(f"{name}: no such object or folder")
+            marks = [self._files.ukey(f"{self._root}/{one}") for one in found]
+        version, place = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in ("".join(marks), self.url))
+        copy = _cache() / f"{place}-{version}" / name
+        if (restored(copy) if is_folder else copy).exists():
+            return str(copy)
+        log.info("%s/%s is copied to %s.", without_credentials(self.url), name, copy)
+        if not is_folder:
+            self.copy_from(name, copy)
+        else:
+            with written_whole_folder(copy) as folder:
+                for one in found:
+                    self.copy_from(one, folder / one.removeprefix(f"{name}/"))
+        return str(copy)
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Name the store in every error; the packages for stores raise errors of their own."""
@@ -113,6 +157,10 @@ class ObjectStore:
                 if missing
                 else "check address, credentials and network",
             ) from error
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("DREAMARTIST_CACHE") or "~/.cache/dreamartist_pipeline").expanduser()
 
 
 class StoreLock:
@@ -201,3 +249,15 @@ class StoreLock:
     def _holder(self) -> str:
         values = self._read()
         return f"process {values.get('process', '?')} on {values.get('host', '?')} ({values.get('command', '?')})"
+
+
+def local_copy(url: str) -> str:
+    """Return the path of a copy of a remote file or folder, which is made once for each version of it.
+
+    Copies are in DREAMARTIST_CACHE, by default ~/.cache/dreamartist_pipeline. Nobody needs them after a run.
+
+    Raises:
+        InputError: nothing is there, or the store cannot be reached.
+    """
+    place, _, name = url.rstrip("/").rpartition("/")
+    return ObjectStore(place).local_copy(name)

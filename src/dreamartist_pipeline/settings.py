@@ -26,10 +26,11 @@ from dreamartist_pipeline.hooks import (
     ReportHooks,
     RunRecordHooks,
     StartingHooks,
+    StoreHooks,
     nearest,
 )
 from dreamartist_pipeline.hooks.logs import configure_logs
-from dreamartist_pipeline.hooks.run import literal
+from dreamartist_pipeline.hooks.run import literal, with_local_copies
 from dreamartist_pipeline.params import SECTIONS
 from dreamartist_pipeline.redaction import redact_outgoing_text, remember_secret
 from dreamartist_pipeline.references import resolved
@@ -39,6 +40,7 @@ from dreamartist_pipeline.yaml_texts import merge_mappings, parse_mapping, too_d
 _SUFFIXES = (".yml", ".yaml", ".json")
 _MAX_VALUES = 100_000  # of one key such as `parameters`; conf/ has a few thousand
 _APART = frozenset({"compare", "judge", "tune"})  # sections that nothing else refers to
+_WITH_PATHS = ("globals", "parameters")
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 _MOST_READ = 20
 _read_configs: dict[tuple[Any, ...], Any] = {}  # what the configurations' files contain -> Kedro's objects of them
@@ -101,6 +103,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
             )
         self._checked: set[str] = set()  # keys whose files are checked
         super().__init__(conf_source, *args, **kwargs)
+        self.runtime_params = with_local_copies(self.runtime_params)
         self._check_environment()
 
     def _check_environment(self) -> None:
@@ -131,8 +134,9 @@ class ProjectConfigLoader(OmegaConfigLoader):
         if key == "catalog":
             resolver = functools.partial(parameter, self["parameters"])
             OmegaConf.register_new_resolver("parameter", resolver, replace=True)
+        is_read = key not in self  # and not one that was set
         configuration: dict[str, Any] = super().__getitem__(key)
-        return configuration
+        return with_local_copies(configuration) if is_read and key in _WITH_PATHS else configuration
 
     def _check_files(self, key: str) -> None:
         """Check the files of a key before OmegaConf resolves them, which may take hours for a few lines.
@@ -268,6 +272,7 @@ HOOKS = (
     CheckpointHooks(),
     _MANIFESTS,
     StartingHooks(),
+    StoreHooks(),
 )
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-telemetry", "kedro-mlflow", "kedro_mlflow")  # MLflowHooks; its name has two forms
 CONFIG_LOADER_ARGS: dict[str, Any] = {

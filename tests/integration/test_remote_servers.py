@@ -1,17 +1,19 @@
-"""`kedro personalize` with an MLflow server whose database is PostgreSQL and whose files are in an S3-like store."""
+"""`kedro personalize` with PostgreSQL and an S3-like store: of an MLflow server, and of the project's own files."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from dreamartist_pipeline.object_stores import ObjectStore
 from mlflow_servers import mlflow_server
 from project_copy import copy_project
-from remote_servers import object_store, postgres, postgres_program
+from remote_servers import bucket, object_store, postgres, postgres_program
 from warm_processes import run_warm
 
 _TIMEOUT_S = 900
@@ -63,6 +65,45 @@ def test_subjects_are_personalized_with_postgresql_and_an_object_store(tmp_path:
             assert cursor.fetchone() == (3,)
     assert not (project / "data/09_tracking/mlflow.db").exists() and not (project / "mlruns").exists()
     assert not [*(project / "data/09_tracking").glob("outbox/*")]
+
+
+@pytest.mark.slow
+def test_machines_share_pictures_models_and_results_in_an_object_store(tmp_path: Path, tiny_base_model: Path) -> None:
+    """Two machines without a common disk: what one has made, the other finds done, and draws with."""
+    pytest.importorskip("s3fs")
+    with bucket("studio") as url:
+        pictures = ObjectStore(f"{url}/pictures")
+        for name, color in {"dot": "orange", "ink": "navy"}.items():
+            Image.new("RGB", (32, 32), color).save(tmp_path / f"{name}.png")
+            pictures.copy_to(f"{name}.png", tmp_path / f"{name}.png")
+        for file in (file for file in tiny_base_model.rglob("*") if file.is_file()):
+            place = file.relative_to(tiny_base_model)
+            ObjectStore(f"{url}/tiny").folder(*place.parent.parts).copy_to(place.name, file)
+        remote = f"base_model={url}/tiny,store={url}/studio"
+        given = ("--params", _PARAMS.replace("base_model=tiny", remote))
+        machines = [copy_project(tmp_path / name, tiny_base_model) for name in ("first", "second")]
+        for machine in machines:
+            shutil.rmtree(machine / "tiny")
+
+        def kedro(machine: Path, *arguments: str) -> str:
+            environment = {**os.environ, "KEDRO_ENV": "", "DREAMARTIST_CACHE": str(machine / "cache")}
+            result = run_warm(("-m", "kedro", *arguments, "--env", "test", *given), machine, environment, _TIMEOUT_S)
+            assert result.returncode == 0, result.stderr[-4000:]
+            return result.stdout + result.stderr
+
+        command = ("personalize", f"{url}/pictures", "--threads", "1")
+        assert "come from" not in kedro(machines[0], *command)
+        said = kedro(machines[1], *command)
+        assert "2 of 2 runs are finished already" in said
+        concepts = [machine / "data/06_models/dot/concept.safetensors" for machine in machines]
+        assert concepts[0].read_bytes() == concepts[1].read_bytes()
+        assert (machines[1] / "data/08_reporting/personalize/subjects.html").exists()
+
+        shutil.rmtree(machines[1] / "data/06_models/ink")
+        given = ("--params", f"subject=ink,{remote}")
+        assert f"The results of ink come from {url}/studio" in kedro(machines[1], "run", "--pipeline", "generate")
+        assert [*(machines[1] / "data/07_model_output/ink").rglob("000_0.png")]
+        assert len(ObjectStore(f"{url}/studio/regularization").find("")) > 2
 
 
 def _files(client: MlflowClient, run_id: str, folder: str = "") -> list[str]:

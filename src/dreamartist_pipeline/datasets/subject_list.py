@@ -11,6 +11,7 @@ from typing import Any
 
 from dreamartist_pipeline.datasets.inputs import PICTURE_SUFFIXES, FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.datasets.user_files import resolved
+from dreamartist_pipeline.object_stores import is_remote
 
 SUBJECT, IMAGE = "subject", "image"
 """Columns that every table has."""
@@ -57,7 +58,8 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
         _check_names(rows, self._source)
         folder = self._source if self._source.is_dir() else self._source.parent
         for row in rows:
-            row |= {name: self._shown(resolved(str(row[name]), folder)) for name in _FILES if name in row}
+            files = {name: str(row[name]) for name in _FILES if name in row}
+            row |= {name: self._shown(resolved(file, folder)) for name, file in files.items() if not is_remote(file)}
         return rows
 
     @staticmethod

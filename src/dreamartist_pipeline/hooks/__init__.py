@@ -21,6 +21,7 @@ from dreamartist_pipeline.hooks.record import RunRecordHooks, close_run, git_tag
 from dreamartist_pipeline.hooks.report import ReportHooks
 from dreamartist_pipeline.hooks.run import settings_of
 from dreamartist_pipeline.hooks.starting import ProjectRuns, StartingHooks
+from dreamartist_pipeline.hooks.store import StoreHooks
 from dreamartist_pipeline.params import RUN_SETTINGS
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ReportHooks",
     "RunRecordHooks",
     "StartingHooks",
+    "StoreHooks",
     "build_parameters",
     "check_image_has_subject",
     "check_names",

@@ -114,9 +114,17 @@ def read_manifest(file: Path) -> Manifest | None:
         InputError: it is damaged, or of a later format.
     """
     try:
-        text = file.read_bytes()
+        return parsed_manifest(file.read_bytes(), str(file))
     except FileNotFoundError:
         return None
+
+
+def parsed_manifest(text: bytes, file: str) -> Manifest:
+    """Return the manifest in the contents of a file.
+
+    Raises:
+        InputError: it is damaged, or of a later format.
+    """
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from kedro.io import DataCatalog
 from pydantic import BaseModel
 
 from dreamartist_pipeline.core.model_location import HUB
+from dreamartist_pipeline.object_stores import is_remote, local_copy
 from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, RUN_SETTINGS, SECTIONS
 
 MODEL_SETTINGS = ("base_model", "vae", "base_model_config")
@@ -77,45 +78,68 @@ def with_paths_in(
         folder: absolute.
         project: absolute; None for absolute paths only.
     """
-    move = functools.partial(_moved, folder=folder, project=project)
-    changed = {name: move(value, {PATH}) if name in PATH_SETTINGS else value for name, value in values.items()}
+    return _changed(values, functools.partial(_moved, folder=folder, project=project))
+
+
+def with_local_copies(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of a run with the paths of copies in place of URLs, such as s3://BUCKET/cat.jpg.
+
+    Args:
+        values: run settings and sections.
+
+    Raises:
+        InputError: nothing is there, or the store cannot be reached.
+    """
+    return _changed(values, lambda path, kinds: local_copy(path) if PATH in kinds and is_remote(path) else path)
+
+
+def _changed(values: Mapping[str, Any], change: Callable[[str, Set[Any]], str]) -> dict[str, Any]:
+    """Return parameters of a run with texts changed, which is told which kinds of paths each is."""
+    changed = {name: _each(value, {PATH}, change) if name in PATH_SETTINGS else value for name, value in values.items()}
     for section in SECTIONS.keys() & values.keys():
         if isinstance(values[section], Mapping):
-            changed[section] = _moved_in(values[section], SECTIONS[section], move)
+            changed[section] = _changed_in(values[section], SECTIONS[section], change)
     return changed
 
 
-def _moved_in(
-    values: Mapping[str, Any], model: type[BaseModel], move: Callable[[Any, Set[Any]], Any]
+def _changed_in(
+    values: Mapping[str, Any], model: type[BaseModel], change: Callable[[str, Set[Any]], str]
 ) -> dict[str, Any]:
-    """Return the values of a model, and of models in it, with their paths moved."""
+    """Return the values of a model, and of models in it, with texts changed."""
     changed = dict(values)
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(values.get(name), Mapping):
-            changed[name] = _moved_in(values[name], inner, move)
+            changed[name] = _changed_in(values[name], inner, change)
         elif name in values:
-            changed[name] = move(values[name], {*field.metadata})
+            changed[name] = _each(values[name], {*field.metadata}, change)
     return changed
 
 
-def _moved(value: Any, kinds: Set[Any], *, folder: Path, project: Path | None) -> Any:
-    """Return a value, possibly nested, with its relative paths taken from a folder, if it is of a kind with paths."""
+def _each(value: Any, kinds: Set[Any], change: Callable[[str, Set[Any]], str]) -> Any:
+    """Return a value, possibly nested, with its texts changed."""
     if isinstance(value, Mapping):
-        return {name: _moved(item, kinds, folder=folder, project=project) for name, item in value.items()}
+        return {name: _each(item, kinds, change) for name, item in value.items()}
     if isinstance(value, list):
-        return [_moved(item, kinds, folder=folder, project=project) for item in value]
-    if isinstance(value, str) and {PATH, NODE_PATH} & kinds and not is_absolute(value):
+        return [_each(item, kinds, change) for item in value]
+    return change(value, kinds) if isinstance(value, str) else value
+
+
+def _moved(value: str, kinds: Set[Any], *, folder: Path, project: Path | None) -> str:
+    """Return a text with its relative path taken from a folder, if it is of a kind with paths."""
+    if {PATH, NODE_PATH} & kinds and not is_absolute(value):
         return _in_project(folder / value, project)
-    if isinstance(value, str) and KIND_AND_PATH in kinds:
+    if KIND_AND_PATH in kinds:
         kind, _, path = value.partition(":")
         return f"{kind}:{_in_project(folder / path, project)}" if path and (folder / path).is_dir() else value
     return value
 
 
 def is_absolute(path: str) -> bool:
-    """Return whether a path or `hub:` id does not depend on a folder; absolute paths of Windows count everywhere."""
-    return path.startswith((HUB, "~")) or Path(path).is_absolute() or bool(PureWindowsPath(path).drive)
+    """Return whether a path, URL or `hub:` id depends on no folder; absolute paths of Windows count everywhere."""
+    if path.startswith((HUB, "~")) or is_remote(path):
+        return True
+    return Path(path).is_absolute() or bool(PureWindowsPath(path).drive)
 
 
 def _in_project(path: Path, project: Path | None) -> str:

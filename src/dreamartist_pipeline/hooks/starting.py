@@ -45,6 +45,7 @@ from dreamartist_pipeline.hooks.run import (
     plain,
     settings_in,
 )
+from dreamartist_pipeline.hooks.store import ResultStore
 from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
 from dreamartist_pipeline.redaction import redacted
 from dreamartist_pipeline.starting_runs import (
@@ -202,6 +203,9 @@ class ProjectRuns:
     ) -> _PlannedRun:
         key, manifest_file = self._identify(request, digests)
         finished = self._finished(manifest_file, key, request.results, digests)
+        if finished is None and (store := self._store_of(request)) is not None:
+            store.fetch(manifest_file, key)
+            finished = self._finished(manifest_file, key, request.results, digest_of)
         return _PlannedRun(request, key, manifest_file, self._command(request, key, parent, threads), finished)
 
     def _run(
@@ -224,7 +228,7 @@ class ProjectRuns:
         Raises:
             StoppedEarly: a signal.
         """
-        course = _Course(planned, parent, noted, self._metrics)
+        course = _Course(planned, parent, noted, self._fetch, self._metrics)
         waiting = course.commands()
         if (first := next(waiting, None)) is None:
             return course.outcomes()
@@ -250,6 +254,27 @@ class ProjectRuns:
                     STOPPED_BY_SIGNAL,
                 )
         return course.outcomes()
+
+    def _store_of(self, request: RunRequest) -> ResultStore | None:
+        url = request.params.get("store") or self._usual_store
+        return None if url is None else ResultStore(self._project, str(url))
+
+    @functools.cached_property
+    def _usual_store(self) -> str | None:
+        store: str | None = self._loader.of_run(self._given, ())["globals"].get("store")
+        return store
+
+    def _fetch(self, planned: _PlannedRun) -> str | None:
+        """Copy the results of a run of another machine to this one; return why that was not possible."""
+        store = self._store_of(planned.request)
+        manifest = read_manifest(planned.manifest_file)
+        if store is None or (manifest and planned.key in {run.key for run in manifest.runs.values()}):
+            return None
+        try:
+            store.fetch(planned.manifest_file, planned.key)
+        except InputError as error:
+            return str(error)
+        return None
 
     def _metrics(self, planned: _PlannedRun) -> dict[str, float]:
         """Return what a finished run has measured; nothing without an evaluation."""
@@ -370,6 +395,7 @@ class _Course:
         planned: all runs; the next one is asked for when its command is.
         parent: of all runs, in MLflow.
         noted: called with the result of each run that is finished before, or ends.
+        fetch: brings the results of a run that has ended to this machine, or returns why it cannot.
         metrics: reads those of a finished run.
 
     Attributes:
@@ -381,9 +407,10 @@ class _Course:
         planned: Iterable[_PlannedRun],
         parent: str | None,
         noted: Callable[[RunResult], None] | None,
+        fetch: Callable[[_PlannedRun], str | None],
         metrics: Callable[[_PlannedRun], dict[str, float]],
     ) -> None:
-        self._planned, self._parent, self._noted, self._metrics = planned, parent, noted, metrics
+        self._planned, self._parent, self._noted, self._fetch, self._metrics = planned, parent, noted, fetch, metrics
         self._known: dict[str, _PlannedRun] = {}
         self.errors: dict[str, str] = {}
 
@@ -408,6 +435,7 @@ class _Course:
 
     def end(self, command: RunCommand, error: str | None) -> None:
         """Note how a command has ended."""
+        error = error or self._fetch(self._known[command.name])
         if error is not None:
             self.errors[command.name] = error
             log.warning("%s failed: %s", command.name, error)
