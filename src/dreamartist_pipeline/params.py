@@ -77,6 +77,7 @@ Prompts = Annotated[tuple[Prompt, ...], _ONE_OR_SEVERAL]
 """Prompts, or a single prompt."""
 PATH = "a path"
 NODE_PATH = "a path that a node opens"
+ADDRESS = "a path, or an address in a store that its dataset opens"
 KIND_AND_PATH = "a kind and a path, or an id of the Hugging Face hub"
 """Mark parameters with paths, also in lists and mappings, or with `clip:PATH`: see `hooks.run.with_paths_in`."""
 
@@ -952,7 +953,7 @@ class StartedRuns(Params):
 class PersonalizeParams(StartedRuns):
     """Many subjects, each in a run of its own."""
 
-    subjects: Annotated[str | None, PATH] = None  # a table (.csv, .parquet), or a folder of pictures
+    subjects: Annotated[str | None, ADDRESS] = None  # a table (.csv, .parquet), or a folder of pictures
     export: bool = True  # write the files for other tools, too
 
 

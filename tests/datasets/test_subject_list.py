@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreamartist_pipeline.datasets.inputs import FileError
 from dreamartist_pipeline.datasets.subject_list import SubjectListDataset
+from dreamartist_pipeline.object_stores import ObjectStore
 from refusals import says
 
 
@@ -118,3 +119,16 @@ def test_other_kinds_of_files_empty_folders_and_nothing_are_refused(folder: Path
         listed("in/empty")
     with pytest.raises(FileError, check=says(got="none", remedy="kedro personalize SUBJECTS")):
         listed(None)
+
+
+def test_pictures_of_a_source_in_a_store_are_found_there_by_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DREAMARTIST_CACHE", str(tmp_path))
+    store = ObjectStore("memory://subjects")
+    store.folder("pictures").write("fox.png", b"")
+    store.write("table.csv", b"subject,image,mask\nowl,pictures/owl.png,s3://other/mask.png\n")
+    assert listed("memory://subjects/pictures/") == [{"subject": "fox", "image": "memory://subjects/pictures/fox.png"}]
+    assert listed("memory://subjects/table.csv") == [
+        {"subject": "owl", "image": "memory://subjects/pictures/owl.png", "mask": "s3://other/mask.png"}
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dreamartist_pipeline.datasets.inputs import PICTURE_SUFFIXES, FileError, ReadOnlyDataset, place_of
 from dreamartist_pipeline.datasets.user_files import resolved
-from dreamartist_pipeline.object_stores import is_remote
+from dreamartist_pipeline.object_stores import is_remote, local_copy
 
 SUBJECT, IMAGE = "subject", "image"
 """Columns that every table has."""
@@ -29,16 +29,17 @@ SubjectRow = dict[str, Any]
 class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
     """Subjects in a table (CSV or Parquet), or one for each picture in a folder, named by its file.
 
-    Relative paths of pictures and masks in a table begin in the table's folder.
+    Relative paths of pictures and masks in a table begin in the table's folder, also of one in a store.
 
     Args:
         path: base folder of a relative path.
-        source: path of the table or folder; None for no subjects.
+        source: path of the table or folder, or its address in a store; None for no subjects.
     """
 
     def __init__(self, *, path: str, source: str | None, metadata: dict[str, Any] | None = None) -> None:
         self._root = Path(path).absolute()
-        self._source = None if source is None else resolved(source, Path(path))
+        self._address = source.rstrip("/") if source is not None and is_remote(source) else None
+        self._source = None if source is None or self._address else resolved(source, Path(path))
         self.metadata = metadata
 
     def load(self) -> Sequence[SubjectRow]:
@@ -48,19 +49,26 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
             FileError: no such table or folder, none that can be read, missing columns or cells, no subject, or one
                 twice.
         """
-        if self._source is None:
+        source = Path(local_copy(self._address)) if self._address else self._source
+        if source is None:
             raise FileError(
                 expected=f"a table of subjects ({', '.join(_TABLES)}) or a folder of pictures",
                 got="none",
                 remedy="name it: kedro personalize SUBJECTS",
             )
-        rows = self._of_pictures(self._source) if self._source.is_dir() else _of_table(self._source)
-        _check_names(rows, self._source)
-        folder = self._source if self._source.is_dir() else self._source.parent
+        rows = self._of_pictures(source) if source.is_dir() else _of_table(source)
+        _check_names(rows, source)
         for row in rows:
             files = {name: str(row[name]) for name in _FILES if name in row}
-            row |= {name: self._shown(resolved(file, folder)) for name, file in files.items() if not is_remote(file)}
+            row |= {name: self._found(file, source) for name, file in files.items() if not is_remote(file)}
         return rows
+
+    def _found(self, file: str, source: Path) -> str:
+        """Return a path in the source as the runs find it, which may be executed by other machines."""
+        folder = source if source.is_dir() else source.parent
+        if self._address is None:
+            return self._shown(resolved(file, folder))
+        return f"{self._address if source.is_dir() else self._address.rpartition('/')[0]}/{file}"
 
     @staticmethod
     def _of_pictures(folder: Path) -> list[SubjectRow]:
@@ -73,10 +81,10 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
         return (absolute.relative_to(self._root) if absolute.is_relative_to(self._root) else absolute).as_posix()
 
     def _exists(self) -> bool:
-        return self._source is not None and self._source.exists()
+        return self._address is not None or (self._source is not None and self._source.exists())
 
     def _describe(self) -> dict[str, Any]:
-        return {"source": self._source and self._source.as_posix()}
+        return {"source": self._address or (self._source and self._source.as_posix())}
 
 
 def _of_table(file: Path) -> list[SubjectRow]:

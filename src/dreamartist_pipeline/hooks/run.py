@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from dreamartist_pipeline.core.model_location import HUB
 from dreamartist_pipeline.object_stores import is_remote, local_copy
-from dreamartist_pipeline.params import KIND_AND_PATH, NODE_PATH, PATH, RUN_SETTINGS, SECTIONS
+from dreamartist_pipeline.params import ADDRESS, KIND_AND_PATH, NODE_PATH, PATH, RUN_SETTINGS, SECTIONS
 
 MODEL_SETTINGS = ("base_model", "vae", "base_model_config")
 PATH_SETTINGS = ("image", "mask", "init_image", "init_mask", *MODEL_SETTINGS, "prompt_database")
@@ -127,7 +127,7 @@ def _each(value: Any, kinds: Set[Any], change: Callable[[str, Set[Any]], str]) -
 
 def _moved(value: str, kinds: Set[Any], *, folder: Path, project: Path | None) -> str:
     """Return a text with its relative path taken from a folder, if it is of a kind with paths."""
-    if {PATH, NODE_PATH} & kinds and not is_absolute(value):
+    if {PATH, NODE_PATH, ADDRESS} & kinds and not is_absolute(value):
         return _in_project(folder / value, project)
     if KIND_AND_PATH in kinds:
         kind, _, path = value.partition(":")
