@@ -24,7 +24,7 @@ _TIMEOUT_S = 600  # a run takes seconds; the machine may be shared
 
 
 _WATCHED_RUN = """
-import json, sys, threading
+import json, os, sys, threading
 from pathlib import Path
 from kedro.framework.cli.utils import find_run_command
 from kedro.framework.startup import bootstrap_project
@@ -57,20 +57,21 @@ def counted_hash(parts):
     return fingerprint_of(parts)
 
 StableDiffusion.load, base_model.fingerprint_of = classmethod(counted_load), counted_hash
-threading.settrace(note)  # of calls alone, because it returns nothing
-sys.settrace(note)
+if os.environ.get("NOTE_CALLS"):
+    threading.settrace(note)  # of calls alone, because it returns nothing
+    sys.settrace(note)
 run(sys.argv[1:], standalone_mode=False)
 sys.settrace(None)
 Path("calls.json").write_text(json.dumps(sorted(calls)))
 Path("counts.json").write_text(json.dumps(counts))
 """
-"""Runs `kedro run` and writes calls.json, [calling module, called module:function] between the project's files, and
-counts.json: how often the base model's weights were loaded, and how often they were hashed."""
+"""Runs `kedro run` and writes counts.json: how often the base model's weights were loaded, and how often they were
+hashed; and with NOTE_CALLS, calls.json: [calling module, called module:function] between the project's files."""
 
 
-def run_python(project: Path, *arguments: str, warm: bool = True) -> subprocess.CompletedProcess[str]:
+def run_python(project: Path, *arguments: str, warm: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in the project, on one thread; `warm`, without importing the large libraries anew."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": ""} | variables
     environment.pop("MLFLOW_TRACKING_URI", None)
     if warm:
         return run_warm(arguments, project, environment, timeout_s=_TIMEOUT_S)
@@ -109,10 +110,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> 
 
 @pytest.fixture(scope="module")
 def trained(project: Path) -> subprocess.CompletedProcess[str]:
-    """Train, evaluate and export once (the default pipeline), for all tests that look at the results and the calls."""
+    """Train, evaluate and export once (the default pipeline), for all tests that look at the results."""
+    return watched_run(project)
+
+
+def watched_run(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the default pipeline, see `_WATCHED_RUN`."""
     (project / "watched_run.py").write_text(_WATCHED_RUN)
-    every_step = {"training.scoring.every": "1"}
-    result = run_python(project, "watched_run.py", "--env", "test", "--params", settings(project, **every_step))
+    arguments = ("--env", "test", "--params", settings(project, **{"training.scoring.every": "1"}))
+    result = run_python(project, "watched_run.py", *arguments, **variables)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -356,6 +362,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_leaves_earlier_results_alone
 
 LAYERS = (  # from the lowest; each calls those below it
     ("errors", "redaction", "whole_files", "checkpoint_files", "locks", "disk_space", "starting_runs", "decoding"),
+    ("object_stores",),
     ("prompt_weights", "schedulers", "layer_selectors", "references", "yaml_texts", "run_facts"),
     ("params",),
     ("early_checks",),
@@ -400,8 +407,10 @@ def layer_of(module: str) -> int:
     return next(height for height, names in enumerate(LAYERS) if package in names)
 
 
-@pytest.mark.usefixtures("trained")
-def test_calls_go_down_the_layers_but_for_named_callbacks(project: Path) -> None:
+@pytest.mark.slow  # every call of a function is noted
+def test_calls_go_down_the_layers_but_for_named_callbacks(tmp_path: Path, tiny_base_model: Path) -> None:
+    project = copy_project(tmp_path / "project", tiny_base_model)
+    watched_run(project, NOTE_CALLS="1")
     upward: dict[str, list[str]] = {}
     calls = json.loads((project / "calls.json").read_text())
     for calling, called in calls:
