@@ -471,6 +471,17 @@ def test_kedro_viz_shows_nothing_but_data(viz_nodes: dict[str, dict[str, Any]]) 
     assert {name: kind for name, kind in kinds.items() if kind not in DATA} == {}
 
 
+@pytest.mark.usefixtures("viz_nodes")
+def test_kedro_viz_shows_the_layers_of_every_pipeline(project: Path) -> None:
+    """It leaves out those of a pipeline in which data goes back to an earlier one."""
+    files = [*(project / "viz/api/pipelines").iterdir()]
+    layers = {file.name: json.loads(file.read_text())["layers"] for file in files}
+    assert all(layers.values()) and len(layers) > 15
+    assert layers["__default__"] == [
+        *("raw", "intermediate", "primary", "model_input", "models", "model_output", "reporting")
+    ]
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_kedro_viz_shows_pictures(viz_nodes: dict[str, dict[str, Any]], name: str) -> None:
     from PIL import Image
