@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -119,6 +120,7 @@ def test_waiting_ends_when_the_holder_releases_the_lock(store: ObjectStore) -> N
     ("url", "got"),
     [
         ("data/sets", "no address of a store"),
+        ("file:///data/sets", "folders of this machine are given as paths"),
         ("nosuch://studio/sets", "nosuch"),
     ],
 )
@@ -165,6 +167,49 @@ def test_a_folder_is_copied_with_those_in_it(store: ObjectStore, cache: Path) ->
     assert (folder.name, (folder / "unet/config.json").read_bytes()) == ("model", b"[]")
     assert {file.name for file in folder.iterdir()} == {"model_index.json", "unet"}
     assert local_copy(f"{store.url}/model") == str(folder)
+
+
+def test_the_caption_beside_a_picture_is_copied_with_it(store: ObjectStore, cache: Path) -> None:
+    store.write("fox.png", b"picture")
+    store.write("fox.txt", b"white background")
+    copy = Path(local_copy(f"{store.url}/fox.png"))
+    assert copy.with_suffix(".txt").read_text() == "white background"
+    store.write("fox.txt", b"snow, white background")
+    copy = Path(local_copy(f"{store.url}/fox.png"))
+    assert (copy.read_bytes(), copy.with_suffix(".txt").read_text()) == (b"picture", "snow, white background")
+
+
+def test_a_folder_that_was_made_in_a_console_is_copied(store: ObjectStore, cache: Path) -> None:
+    if store.url.startswith("memory"):
+        pytest.skip("has folders of its own")
+    store.write("pictures/", b"")
+    store.folder("pictures").write("fox.png", b"")
+    assert [file.name for file in Path(local_copy(f"{store.url}/pictures")).iterdir()] == ["fox.png"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside"])
+def test_an_object_cannot_be_copied_to_elsewhere(
+    store: ObjectStore, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {f"{store._root}/folder/{name}": {"size": 1}}
+    monkeypatch.setattr(store._files, "find", lambda *_, **__: found)
+    with pytest.raises(InputError, check=says(got="outside")):
+        local_copy(f"{store.url}/folder")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict"])
+def test_answers_of_other_stores_to_a_conditional_write_are_understood(
+    store: ObjectStore, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answer(Exception):
+        response: ClassVar = {"Error": {"Code": code}}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(22, "of the condition") from Answer()
+
+    monkeypatch.setattr(store._files, "pipe_file", refuse)
+    assert not store.create("a", b"")
 
 
 def test_what_is_not_there_is_not_copied(store: ObjectStore, cache: Path) -> None:

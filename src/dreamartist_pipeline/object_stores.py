@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,19 @@ SILENT_S = 60.0
 """After how long a holder of a lock that does not write it again is taken for dead."""
 _BEATS = 6  # in that time
 _POLL_S = 0.5
+_EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # of a conditional write
+_MARKS = (
+    "ETag",
+    "etag",
+    "content_md5",
+    "md5Hash",
+    "generation",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "created",
+    "size",
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +65,8 @@ class ObjectStore:
 
         self.url = url.rstrip("/")
         with self._explained():
-            if not is_remote(url):
-                raise ValueError("no address of a store")
+            if not is_remote(url) or url.startswith(("file:", "local:")):
+                raise ValueError("no address of a store; folders of this machine are given as paths")
             self._files, self._root = fsspec.url_to_fs(self.url, use_listings_cache=False)
 
     def folder(self, *names: str) -> ObjectStore:
@@ -70,12 +83,24 @@ class ObjectStore:
                 entries = self._files.ls(self._root, detail=True, refresh=True)
             except FileNotFoundError:
                 return set()
-        return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
+        return {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"} - {""}
 
-    def find(self, name: str) -> list[str]:
-        """Return the name of an object, or those of all objects in a folder and below it; none if it is not there."""
+    def find(self, name: str) -> dict[str, str]:
+        """Return the objects of that name, or in the folder of that name and below it; none if it is not there.
+
+        Returns:
+            Name in this folder -> a text that changes with the object.
+
+        Raises:
+            InputError: a name that would be a file elsewhere on a disk.
+        """
         with self._explained():
-            return [path.removeprefix(f"{self._root}/") for path in self._files.find(f"{self._root}/{name}")]
+            found = self._files.find(f"{self._root}/{name}", detail=True)
+            objects = {path.removeprefix(f"{self._root}/"): _mark(entry) for path, entry in found.items()}
+            for one in objects:
+                if {"..", "."} & set(one.split("/")) or one.startswith("/") or "\\" in one:
+                    raise ValueError(f"an object named {one!r}")
+        return {one: mark for one, mark in objects.items() if not one.endswith("/")}  # of a folder made in a console
 
     def read(self, name: str) -> bytes | None:
         """Return an object, or None if there is none."""
@@ -112,6 +137,10 @@ class ObjectStore:
                 self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
             except FileExistsError:
                 return False
+            except OSError as error:
+                if _code_of(error) in _EXISTS:
+                    return False
+                raise
         return True
 
     def remove(self, name: str) -> None:
@@ -125,23 +154,20 @@ class ObjectStore:
     def local_copy(self, name: str) -> str:
         """Return the path of a copy of an object or a folder; see the function `local_copy`."""
         found = self.find(name)
-        is_folder = found != [name]
-        with self._explained():
-            if not found:
+        if not found:
+            with self._explained():
                 raise FileNotFoundError(f"{name}: no such object or folder")
-            marks = [self._files.ukey(f"{self._root}/{one}") for one in found]
-        version, place = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in ("".join(marks), self.url))
-        copy = _cache() / f"{place}-{version}" / name
-        if (restored(copy) if is_folder else copy).exists():
-            return str(copy)
-        log.info("%s/%s is copied to %s.", without_credentials(self.url), name, copy)
+        is_folder = name not in found
         if not is_folder:
-            self.copy_from(name, copy)
-        else:
-            with written_whole_folder(copy) as folder:
+            found |= self.find(f"{name.rpartition('.')[0]}.txt")  # the caption of a picture
+        version, place = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (repr(found), self.url))
+        folder = _cache() / f"{place}-{version}"
+        if not restored(folder).exists():
+            log.info("%s/%s is copied to %s.", without_credentials(self.url), name, folder)
+            with written_whole_folder(folder) as new:
                 for one in found:
-                    self.copy_from(one, folder / one.removeprefix(f"{name}/"))
-        return str(copy)
+                    self.copy_from(one, new / one)
+        return str(folder / name)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -157,6 +183,17 @@ class ObjectStore:
                 if missing
                 else "check address, credentials and network",
             ) from error
+
+
+def _mark(entry: Mapping[str, Any]) -> str:
+    """Return what changes with an object, as far as its store says so."""
+    return " ".join(f"{name}={entry[name]}" for name in _MARKS if entry.get(name) is not None)
+
+
+def _code_of(error: BaseException) -> str:
+    """Return the code by which a store has answered, of S3-like ones."""
+    answer = getattr(error.__cause__ or error, "response", None)
+    return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
 
 
 def _cache() -> Path:
@@ -254,7 +291,8 @@ class StoreLock:
 def local_copy(url: str) -> str:
     """Return the path of a copy of a remote file or folder, which is made once for each version of it.
 
-    Copies are in DREAMARTIST_CACHE, by default ~/.cache/dreamartist_pipeline. Nobody needs them after a run.
+    A text file beside a picture, its caption, is copied, too. Copies are in DREAMARTIST_CACHE, by default
+    ~/.cache/dreamartist_pipeline. Nobody needs them after a run.
 
     Raises:
         InputError: nothing is there, or the store cannot be reached.

@@ -103,7 +103,9 @@ class ProjectConfigLoader(OmegaConfigLoader):
             )
         self._checked: set[str] = set()  # keys whose files are checked
         super().__init__(conf_source, *args, **kwargs)
-        self.runtime_params = with_local_copies(self.runtime_params)
+        self.given_params = self.runtime_params or {}
+        """Those of the command, with addresses in place of the copies on this machine."""
+        self.runtime_params = with_local_copies(self.given_params)
         self._check_environment()
 
     def _check_environment(self) -> None:
@@ -136,7 +138,10 @@ class ProjectConfigLoader(OmegaConfigLoader):
             OmegaConf.register_new_resolver("parameter", resolver, replace=True)
         is_read = key not in self  # and not one that was set
         configuration: dict[str, Any] = super().__getitem__(key)
-        return with_local_copies(configuration) if is_read and key in _WITH_PATHS else configuration
+        if not is_read or key not in _WITH_PATHS:
+            return configuration
+        unused = self.given_params.keys() & configuration if key == "globals" else set()
+        return configuration | with_local_copies({name: configuration[name] for name in configuration.keys() - unused})
 
     def _check_files(self, key: str) -> None:
         """Check the files of a key before OmegaConf resolves them, which may take hours for a few lines.

@@ -125,6 +125,14 @@ def test_what_is_on_the_disk_already_is_copied_to_the_store(tmp_path: Path, url:
     assert in_store(url).names() >= NAMES
 
 
+def test_a_set_that_was_whole_before_there_was_a_store_is_copied_there(tmp_path: Path, url: str) -> None:
+    Machine(tmp_path, None).save()
+    machine = Machine(tmp_path, url)
+    machine.save()
+    assert machine.drawn == []
+    assert in_store(url).names() == {*NAMES, "image_captions.json", "manifest.json"}
+
+
 def test_an_interrupted_share_goes_on_where_it_was(tmp_path: Path, url: str) -> None:
     first, second = Machine(tmp_path / "1", url), Machine(tmp_path / "2", url)
 

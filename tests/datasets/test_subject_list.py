@@ -127,8 +127,9 @@ def test_pictures_of_a_source_in_a_store_are_found_there_by_every_machine(
     monkeypatch.setenv("DREAMARTIST_CACHE", str(tmp_path))
     store = ObjectStore("memory://subjects")
     store.folder("pictures").write("fox.png", b"")
-    store.write("table.csv", b"subject,image,mask\nowl,pictures/owl.png,s3://other/mask.png\n")
+    store.folder("in").write("table.csv", b"subject,image,mask\nowl,../all/owl.png,s3://other/mask.png\nfox,/a.png,\n")
     assert listed("memory://subjects/pictures/") == [{"subject": "fox", "image": "memory://subjects/pictures/fox.png"}]
-    assert listed("memory://subjects/table.csv") == [
-        {"subject": "owl", "image": "memory://subjects/pictures/owl.png", "mask": "s3://other/mask.png"}
+    assert listed("memory://subjects/in/table.csv") == [
+        {"subject": "owl", "image": "memory://subjects/all/owl.png", "mask": "s3://other/mask.png"},
+        {"subject": "fox", "image": "/a.png"},
     ]

@@ -129,8 +129,9 @@ class ImageSetDataset(AbstractDataset[ImagesToDraw, ImageSet]):
         whole = [is_whole_png(file) for file in files]
         _warn_damaged([file for file, is_whole in zip(files, whole, strict=True) if file.exists() and not is_whole])
         missing = [batch for batch in data.batches if not all(whole[index] for index in batch)]
-        shared = self._shared(data.key) if missing else None
-        if not missing:
+        shared = self._shared(data.key)
+        if not missing and (shared is None or shared.has([*files])):
+            shared = None
             log.info("The %s %s (%d images) is complete and is reused.", self._title, data.key, len(files))
         else:
             log.info("Drawing the %s %s: %d images, %d already there.", self._title, data.key, len(files), sum(whole))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,10 @@ class SharedSet:
                     waiting = True
                     time.sleep(_POLL_S)
 
+    def has(self, files: Sequence[Path]) -> bool:
+        """Return whether the store has all images."""
+        return {file.name for file in files} <= self._store.names()
+
     def publish(self, texts: Mapping[str, bytes]) -> None:
         """Write the set's other files."""
         for name in texts.keys() - self._store.names():
@@ -108,20 +112,17 @@ class SharedSet:
         try:
             with lock.hold():
                 names = self._store.names()
-                missing = [batch for batch in share if not self._has(batch, files, names)]
-                here = [batch for batch in missing if all(is_whole_png(files[one]) for one in batch)]
-                drawn = [batch for batch in missing if batch not in here]
-                self._add(here, files, lambda _: None)
-                images = draw(drawn) if drawn else iter(())
-                self._add(drawn, files, lambda file: save_image(next(images), file))
+                missing = [batch for batch in share if not all(files[one].name in names for one in batch)]
+                drawn = [batch for batch in missing if not all(is_whole_png(files[one]) for one in batch)]
+                new = [files[one] for batch in drawn for one in batch]
+                for file, image in zip(new, draw(drawn) if drawn else (), strict=True):
+                    save_image(image, file)
+                    self._copy(file)
+                for file in (files[one] for batch in missing if batch not in drawn for one in batch):
+                    self._copy(file)
         except LockHeldError:
             return False
         return True
 
-    def _add(self, batches: Sequence[Sequence[int]], files: Sequence[Path], make: Callable[[Path], None]) -> None:
-        for file in (files[one] for batch in batches for one in batch):
-            make(file)
-            self._store.write(file.name, file.read_bytes())
-
-    def _has(self, batch: Sequence[int], files: Sequence[Path], names: Collection[str]) -> bool:
-        return all(files[one].name in names for one in batch)
+    def _copy(self, file: Path) -> None:
+        self._store.write(file.name, file.read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,15 +61,17 @@ class SubjectListDataset(ReadOnlyDataset[Sequence[SubjectRow]]):
         _check_names(rows, source)
         for row in rows:
             files = {name: str(row[name]) for name in _FILES if name in row}
-            row |= {name: self._found(file, source) for name, file in files.items() if not is_remote(file)}
+            row |= {name: self._found(file, source) for name, file in files.items()}
         return rows
 
     def _found(self, file: str, source: Path) -> str:
         """Return a path in the source as the runs find it, which may be executed by other machines."""
-        folder = source if source.is_dir() else source.parent
-        if self._address is None:
-            return self._shown(resolved(file, folder))
-        return f"{self._address if source.is_dir() else self._address.rpartition('/')[0]}/{file}"
+        if is_remote(file):
+            return file
+        if self._address is None or Path(file).expanduser().is_absolute():
+            return self._shown(resolved(file, source if source.is_dir() else source.parent))
+        scheme, _, place = (self._address if source.is_dir() else self._address.rpartition("/")[0]).partition("://")
+        return f"{scheme}://{posixpath.normpath(f'{place}/{file}')}"
 
     @staticmethod
     def _of_pictures(folder: Path) -> list[SubjectRow]:

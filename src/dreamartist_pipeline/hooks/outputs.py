@@ -26,7 +26,9 @@ from dreamartist_pipeline.starting_runs import RUN_KEY
 from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish, remove_leftovers
 
 _CONCEPT = "concept"
-_LOCK, _JOURNAL = ".lock", ".publishing.json"
+JOURNAL = ".publishing.json"
+"""Name of the file, beside a concept, that says which results are being put in their places."""
+_LOCK = ".lock"
 _OF_ALL_SUBJECTS = {"judge": "the training of the judge", "pretrain": "the pretraining of the base model"}
 _OTHER_FOLDERS = "choose other folders in the catalog"
 _FREE_BYTES = 16 * 2**20  # the reports of a run, without its images and adapters
@@ -34,6 +36,11 @@ _LOST_WORKER_S = 300  # a started run waits for the one it replaces, which may s
 _GENERATED = "generated_images"
 _NUM_COPIES = 3  # of each generated image: itself, in the sheet, and in the tracking store's copy of that
 _USUAL_SIDE_PX = 512  # where no size is given, which the base model decides
+
+
+def lock_of(folder: Path, subject: str) -> LocalLock:
+    """Return the lock of a subject, which is in the folder of its concept."""
+    return LocalLock(folder / _LOCK, f"the subject {subject}")
 
 
 class OutputHooks:
@@ -75,8 +82,8 @@ class OutputHooks:
             return
         place = folders[0] if write_error(concept.parent) else concept.parent  # a concept may be read-only
         wait_s = _LOST_WORKER_S if RUN_KEY in os.environ else 0
-        self._run.enter_context(LocalLock(place / _LOCK, f"the subject {self._subject}").hold(wait_s))
-        self._journal = place / _JOURNAL
+        self._run.enter_context(lock_of(place, self._subject).hold(wait_s))
+        self._journal = place / JOURNAL
         self._final.clear()
         self._unsaved.clear()
         finish_publishing(self._journal)

@@ -90,7 +90,10 @@ def with_local_copies(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: nothing is there, or the store cannot be reached.
     """
-    return _changed(values, lambda path, kinds: local_copy(path) if PATH in kinds and is_remote(path) else path)
+    return _changed(values, lambda path, kinds: _local_copy(path) if PATH in kinds and is_remote(path) else path)
+
+
+_local_copy = functools.cache(local_copy)  # one version in a process, which reads its configuration many times
 
 
 def _changed(values: Mapping[str, Any], change: Callable[[str, Set[Any]], str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from dreamartist_pipeline.hooks.run import (
     path_of,
     plain,
     settings_in,
+    with_local_copies,
 )
 from dreamartist_pipeline.hooks.store import ResultStore
 from dreamartist_pipeline.params import RUN_SETTINGS, SECTIONS
@@ -90,6 +91,7 @@ class _PlannedRun:
         command: that executes it; None for one that is refused.
         finished: the earlier run with this key, if there is one.
         message: why it is refused.
+        store: URL of its store.
     """
 
     request: RunRequest
@@ -98,6 +100,7 @@ class _PlannedRun:
     command: RunCommand | None
     finished: RunManifest | None
     message: str | None = None
+    store: str | None = None
 
     def outcome(self, errors: Mapping[str, str]) -> RunOutcome:
         """Return how it has ended."""
@@ -125,7 +128,7 @@ class StartingHooks:
             project=Path(context.project_path),
             loader=cast("Configurations", context.config_loader),
             options=_options(context),
-            given=context.config_loader.runtime_params or {},
+            given=context.config_loader.given_params,
         )
 
     @hook_impl
@@ -201,12 +204,19 @@ class ProjectRuns:
     def _plan(
         self, request: RunRequest, parent: str | None, threads: int | None, digests: Callable[[Path], str]
     ) -> _PlannedRun:
-        key, manifest_file = self._identify(request, digests)
+        key, manifest_file, url = self._identify(request, digests)
         finished = self._finished(manifest_file, key, request.results, digests)
-        if finished is None and (store := self._store_of(request)) is not None:
-            store.fetch(manifest_file, key)
-            finished = self._finished(manifest_file, key, request.results, digest_of)
-        return _PlannedRun(request, key, manifest_file, self._command(request, key, parent, threads), finished)
+        if (store := self._store_at(url)) is not None:
+            try:
+                if finished is not None:
+                    store.publish(manifest_file)  # of a run before there was a store, or whose copying has failed
+                else:
+                    store.fetch(manifest_file, key)
+                    finished = self._finished(manifest_file, key, request.results, digest_of)
+            except InputError as error:
+                log.warning("%s: %s", request.subject, error)
+        command = self._command(request, key, parent, threads)
+        return _PlannedRun(request, key, manifest_file, command, finished, store=url)
 
     def _run(
         self,
@@ -255,23 +265,17 @@ class ProjectRuns:
                 )
         return course.outcomes()
 
-    def _store_of(self, request: RunRequest) -> ResultStore | None:
-        url = request.params.get("store") or self._usual_store
-        return None if url is None else ResultStore(self._project, str(url))
-
-    @functools.cached_property
-    def _usual_store(self) -> str | None:
-        store: str | None = self._loader.of_run(self._given, ())["globals"].get("store")
-        return store
+    def _store_at(self, url: str | None) -> ResultStore | None:
+        return None if url is None else ResultStore(self._project, url)
 
     def _fetch(self, planned: _PlannedRun) -> str | None:
         """Copy the results of a run of another machine to this one; return why that was not possible."""
-        store = self._store_of(planned.request)
-        manifest = read_manifest(planned.manifest_file)
-        if store is None or (manifest and planned.key in {run.key for run in manifest.runs.values()}):
+        if (store := self._store_at(planned.store)) is None:
             return None
         try:
-            store.fetch(planned.manifest_file, planned.key)
+            manifest = read_manifest(planned.manifest_file)
+            if manifest is None or planned.key not in {run.key for run in manifest.runs.values()}:
+                store.fetch(planned.manifest_file, planned.key)
         except InputError as error:
             return str(error)
         return None
@@ -286,13 +290,13 @@ class ProjectRuns:
         metrics: dict[str, float] = json.loads((self._project / files[-1].path).read_text(encoding="utf-8"))
         return metrics
 
-    def _identify(self, request: RunRequest, digests: Callable[[Path], str]) -> tuple[str, Path]:
-        """Return the key of a run, and the file of its manifest.
+    def _identify(self, request: RunRequest, digests: Callable[[Path], str]) -> tuple[str, Path, str | None]:
+        """Return the key of a run, the file of its manifest, and the URL of its store.
 
         Raises:
             InputError: invalid parameters.
         """
-        params = literal_values(request.params)
+        params = with_local_copies(literal_values(request.params))
         pipeline = sum((pipelines[name] for name in request.pipelines), Pipeline([]))
         read = [name for name in SECTIONS if f"params:{name}" in pipeline.inputs()]
         try:
@@ -322,7 +326,7 @@ class ProjectRuns:
         concept = path_of(catalog, _CONCEPT)
         assert concept is not None
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest(), concept.with_name(MANIFEST)
+        return hashlib.sha256(text.encode()).hexdigest(), concept.with_name(MANIFEST), settings["store"]
 
     def _catalog(self, configuration: dict[str, Any], names: set[str]) -> DataCatalog:
         """Return the catalog of a run with these datasets only."""
