@@ -370,7 +370,7 @@ def test_parameters_are_written_as_the_command_line_reads_them(params: dict[str,
 
 @pytest.mark.parametrize(("env", "options"), [(None, ()), ("test", ("--env", "test"))])
 def test_the_hook_hands_the_starter_to_nodes(tmp_path: Path, env: str | None, options: tuple[str, ...]) -> None:
-    loader = SimpleNamespace(conf_source=str(tmp_path / "conf"), runtime_params=None)
+    loader = SimpleNamespace(conf_source=str(tmp_path / "conf"), given_params={})
     hooks = StartingHooks()
     hooks.after_context_created(
         cast(KedroContext, SimpleNamespace(project_path=tmp_path, env=env, config_loader=loader))

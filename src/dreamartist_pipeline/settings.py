@@ -94,7 +94,9 @@ def choose(options: str, name: str, *, _root_: Any) -> Any:
 class ProjectConfigLoader(OmegaConfigLoader):
     """Kedro's loader with a resolver for the catalog, `${parameter:training.start_from}`, and a check of `--env`."""
 
-    def __init__(self, conf_source: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, conf_source: Any, env: str | None = None, runtime_params: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if "://" not in str(conf_source) and not Path(conf_source).exists():
             raise InputError(
                 expected=f"the configuration at {conf_source}",
@@ -102,10 +104,9 @@ class ProjectConfigLoader(OmegaConfigLoader):
                 remedy="give it as --conf-source PATH, such as conf-dreamartist_pipeline.tar.gz of kedro package",
             )
         self._checked: set[str] = set()  # keys whose files are checked
-        super().__init__(conf_source, *args, **kwargs)
-        self.given_params = self.runtime_params or {}
+        self.given_params = runtime_params or {}
         """Those of the command, with addresses in place of the copies on this machine."""
-        self.runtime_params = with_local_copies(self.given_params)
+        super().__init__(conf_source, env, with_local_copies(self.given_params), **kwargs)
         self._check_environment()
 
     def _check_environment(self) -> None:

@@ -109,7 +109,13 @@ class _PlannedRun:
 
 
 class Configurations(Protocol):
-    """The project's configuration loader."""
+    """The project's configuration loader.
+
+    Attributes:
+        given_params: parameters of the command, with addresses of remote files.
+    """
+
+    given_params: dict[str, Any]
 
     def of_run(self, params: Mapping[str, Any], sections: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return `globals`, `parameters` and `catalog` of another run of this environment, which reads sections."""
@@ -124,12 +130,8 @@ class StartingHooks:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Store the project and its configuration."""
-        self._starter = ProjectRuns(
-            project=Path(context.project_path),
-            loader=cast("Configurations", context.config_loader),
-            options=_options(context),
-            given=context.config_loader.given_params,
-        )
+        loader = cast("Configurations", context.config_loader)
+        self._starter = ProjectRuns(Path(context.project_path), loader, _options(context), loader.given_params)
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog) -> None:
