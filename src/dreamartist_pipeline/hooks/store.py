@@ -106,12 +106,12 @@ class ResultStore:
             finish_publishing(journal)
             files = {self._project / path: sha256 for path, sha256 in _files(manifest).items()}
             try:
-                wanted = [path for path, sha256 in files.items() if not path.exists() or digest_of(path) != sha256]
-                for path in wanted:
+                differing = [path for path, sha256 in files.items() if not path.exists() or digest_of(path) != sha256]
+                for path in differing:
                     self._download(path, files[path])
                 folder, name = self._place(manifest_file)
                 folder.copy_from(name, manifest_file.parent / STAGED / name)
-                publish([*wanted, manifest_file], journal)
+                publish([*differing, manifest_file], journal)
             finally:
                 for parent in {path.parent for path in (*files, manifest_file)}:
                     shutil.rmtree(parent / STAGED, ignore_errors=True)
