@@ -162,7 +162,8 @@ def _open_clip(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _weights(folder: Path) -> Tensors:
-    return load_file(next(folder.glob("*.safetensors")))
+    """Return the weights of a part, in full precision where there are two."""
+    return load_file(min(folder.glob("*.safetensors"), key=lambda file: len(file.suffixes)))
 
 
 def _config(folder: Path) -> dict[str, Any]:
