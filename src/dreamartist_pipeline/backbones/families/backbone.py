@@ -304,6 +304,11 @@ def _recompute(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Copy the modules, but not their parameters and buffers."""
+    """Copy the modules, but not their parameters and buffers; the empty containers of torch, four in five, at once."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
+    copies = {each: each.__new__(type(each)) for each in module.modules()}
+    shared |= {id(each): made for each, made in copies.items()}
+    for each, made in copies.items():
+        for name, value in each.__getstate__().items():
+            vars(made)[name] = value.copy() if value == {} else copy.deepcopy(value, shared)
+    return copies[module]
