@@ -39,7 +39,7 @@ from dreamartist_pipeline.pipelines.training.trainable import idle_modules, trai
 _GIB = 2**30
 _OPTIMIZER_VALUES = 4  # float32 per trained value: itself, its gradient, two moments
 _ALLOCATOR_SHARE = 0.1  # of the counted memory: fragments and work space of kernels
-_MATRIX_SIDE, _USABLE_SHARE = 1024, 0.4  # of a matrix product's speed: reached by whole steps, seen on a CPU
+_MATRIX_SIDE, _USABLE_SHARE = 512, 0.4  # of a matrix product's speed: reached by whole steps, seen on a CPU
 
 log = logging.getLogger(__name__)
 
