@@ -3,6 +3,8 @@
 Not Kedro, which reads the logging configuration of the current folder when it is imported, and nothing of this project.
 """
 
+import gc
+
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F401
 import dynaconf  # noqa: F401
 import flask  # noqa: F401
@@ -26,3 +28,4 @@ import transformers.models.clip.modeling_clip  # noqa: F401
 PIL.Image.init()
 plotly.express.line(pandas.DataFrame({"x": [0, 1], "y": [0, 1]}), x="x", y="y").add_hline(1).to_html()
 matplotlib.backends.backend_svg.FigureCanvasSVG(matplotlib.figure.Figure())
+gc.freeze()  # programs need not look for garbage here

@@ -106,6 +106,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
         self._checked: set[str] = set()  # keys whose files are checked
         self.given_params = runtime_params or {}
         """Those of the command, with addresses in place of the copies on this machine."""
+        self._left_out: frozenset[str] = frozenset()  # files of parameters that are not read, to save time
         super().__init__(conf_source, env, with_local_copies(self.given_params), **kwargs)
         self._check_environment()
 
@@ -164,21 +165,30 @@ class ProjectConfigLoader(OmegaConfigLoader):
             raise InputError(error.expected, f"{error.got} in {key}", f"correct {self.conf_source}") from error
         self._checked.add(key)
 
-    def _read_raw_config(self, key: str) -> Any:
-        """Return what Kedro reads; files that have not changed are read once in a process.
+    def _read_dir_configs(
+        self,
+        conf_path: str,
+        patterns: Any,
+        key: str,
+        processed_files: set[Path],
+        read_environment_variables: bool | None = False,
+    ) -> Any:
+        """Return what Kedro reads in a folder; files that have not changed are read once in a process.
 
-        A process may have hundreds of loaders: see `of_run`. The objects are copied faster than built, and by pickle
-        seven times as fast as by `copy.deepcopy`.
+        A process may have hundreds of loaders: see `of_run`. Objects of OmegaConf are copied faster than built, and by
+        pickle seven times as fast as by `copy.deepcopy`.
         """
-        patterns = tuple(self.config_patterns[key])
-        envs = tuple(dict.fromkeys((self.base_env, self.env or self.default_run_env)))
-        contents = tuple(self._fs.cat_file(file) for env in envs for file in self._files(key, env))
-        known = (str(self.conf_source), envs, key, patterns, contents)
+        if read_environment_variables:
+            return super()._read_dir_configs(conf_path, patterns, key, processed_files, read_environment_variables)
+        known = (conf_path, key, *map(self._fs.cat_file, self._files_in(conf_path, key)))
         if known not in _read_configs:
             if len(_read_configs) >= _MOST_READ:
                 _read_configs.clear()
-            _read_configs[known] = pickle.dumps(super()._read_raw_config(key))
-        return pickle.loads(_read_configs[known])  # merging changes them
+            _read_configs[known] = pickle.dumps(super()._read_dir_configs(conf_path, patterns, key, set()))
+        configs = pickle.loads(_read_configs[known])  # merging changes them
+        read = {file: config for file, config in configs.items() if not self._is_left_out(file, conf_path)}
+        processed_files.update(read)
+        return read
 
     @staticmethod
     def _soft_merge(config: dict[str, Any], env_config: dict[str, Any], env_path: str | None = None) -> dict[str, Any]:
@@ -189,9 +199,16 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """Return the files of a key in an environment, as Kedro finds them."""
         if not env:
             return []
-        folder = Path(self._get_conf_env_path(env)).as_posix()
-        found = {file for pattern in self.config_patterns[key] for file in self._fs.glob(f"{folder}/{pattern}")}
+        folder = self._get_conf_env_path(env)
+        return [file for file in self._files_in(folder, key) if not self._is_left_out(Path(file), folder)]
+
+    def _files_in(self, folder: str, key: str) -> list[str]:
+        patterns = [f"{Path(folder).as_posix()}/{pattern}" for pattern in self.config_patterns[key]]
+        found = {file for pattern in patterns for file in self._fs.glob(pattern)}
         return sorted(file for file in found if Path(file).suffix in _SUFFIXES and not self._is_hidden(file))
+
+    def _is_left_out(self, file: Path, folder: str) -> bool:
+        return file.as_posix().removeprefix(f"{Path(folder).as_posix()}/") in self._left_out
 
     def of_run(self, params: Mapping[str, Any], sections: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return `globals`, `parameters` and `catalog` of another run of this environment.
@@ -202,7 +219,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """
         other = type(self)(self.conf_source, self.env, dict(params), **CONFIG_LOADER_ARGS)
         other._checked = self._checked | {"globals", "parameters", "catalog"}  # the same files
-        other.config_patterns["parameters"] = self._files_with(sections)
+        other._left_out = self._files_without(sections)
         try:
             configuration = {key: other[key] for key in ("globals", "parameters")}
             for name in _APART - set(sections):  # which an overlay may have in a file with others
@@ -218,10 +235,10 @@ class ProjectConfigLoader(OmegaConfigLoader):
         files = [] if env == self.base_env else self._files(key, env)
         return functools.reduce(merge_mappings, (_parsed(self._fs.cat_file(file), file) for file in files), {})
 
-    def _files_with(self, sections: Collection[str]) -> list[str]:
-        """Return the files of parameters, without those of other sections that stand apart, which saves time."""
+    def _files_without(self, sections: Collection[str]) -> frozenset[str]:
+        """Return the files of parameters that have only sections which stand apart and are none of these."""
         apart = _APART - set(sections)
-        return [file for file, own in self._sections_in_files.items() if not own or own - apart]
+        return frozenset(file for file, own in self._sections_in_files.items() if own and not own - apart)
 
     @functools.cached_property
     def _sections_in_files(self) -> dict[str, set[str]]:
@@ -238,7 +255,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """Return sections of the base environment's parameters for these run settings, without any other changes."""
         given = {name: literal(value) for name, value in settings.items()}
         base = type(self)(self.conf_source, self.base_env, given, **CONFIG_LOADER_ARGS)
-        base.config_patterns["parameters"] = self._files_with(sections)
+        base._left_out = self._files_without(sections)
         parameters = base["parameters"]
         self._register_globals_resolver()  # the other loader has replaced it
         return {name: parameters[name] for name in sections}

@@ -79,8 +79,10 @@ with KedroSession.create(sys.argv[1]) as session:
 
 
 def test_checkpoints_are_the_projects_in_a_session_from_outside(bare_project: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _SESSION, str(bare_project)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+    (tmp_path / "session.py").write_text(_SESSION)
+    environment = os.environ | {"PYTHONPATH": str(bare_project / "src"), "KEDRO_ENV": ""}
+    result = run_warm(("session.py", str(bare_project)), tmp_path, environment, timeout_s=240)
+    assert result.returncode == 0, result.stderr[-3000:]
     models = bare_project / "data/06_models"
     lines = result.stdout.splitlines()
     assert {f"{name} {models / name / 'checkpoints'}" for name in ("pretrain", "judge")} <= set(lines)

@@ -194,15 +194,11 @@ def test_mlflow_models_predict_draws_with_the_registered_concept(project: Path) 
     version = mlflow.MlflowClient(store).get_model_version_by_alias(SUBJECT, "last")
     assert version.run_id == last_run(project).info.run_id
     example = f"data/07_model_output/{SUBJECT}/mlflow/last/serving_input_example.json"
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
+    command = ("-m", "mlflow", "models", "predict", "--env-manager", "local")
     variables = {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(project / "src")}
-    subprocess.run(
-        [*command, "-m", f"models:/{SUBJECT}@last", "-i", example, "-o", "images.json"],
-        cwd=project,
-        env=os.environ | variables,
-        check=True,
-        timeout=_TIMEOUT_S,
-    )
+    files = ("-m", f"models:/{SUBJECT}@last", "-i", example, "-o", "images.json")
+    result = run_warm((*command, *files), project, os.environ | variables, timeout_s=_TIMEOUT_S)
+    assert result.returncode == 0, result.stderr[-3000:]
     (row,) = json.loads((project / "images.json").read_text())["predictions"]
     assert row["prompt"] == f"a my-{SUBJECT}, blue background"
     image = Image.open(io.BytesIO(base64.b64decode(row["image"])))
