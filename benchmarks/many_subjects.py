@@ -219,10 +219,9 @@ def check_losses(project: Project, num_alone: int) -> tuple[list[Row], list[str]
     _, printed_again = again.communicate()
     started_again = int(re.findall(r"runs: +\d+%\|[^|]*\| \d+/(\d+)", printed_again)[-1])
     project.clear()
-    same = 0
-    for one in tqdm(expected, "single runs"):
-        project.run_alone(one)
-        same += project.files_of(one) == expected[one]
+    with ThreadPoolExecutor(2) as pool:
+        list(tqdm(pool.map(project.run_alone, expected), "single runs", len(expected)))
+    same = sum(project.files_of(one) == files for one, files in expected.items())
     values = {
         "subjects": len(subjects) + 1,
         "finished": len(finished),

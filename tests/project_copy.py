@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,7 @@ _FOLDERS, _FILES = ("conf", "src", "notebooks"), ("pyproject.toml", ".telemetry"
 def copy_project(folder: Path, base_model: Path) -> Path:
     """Copy code, configuration and notebooks, and add inputs, see `add_inputs`.
 
-    The local configuration is left out, and so are the project's own data.
+    The local configuration is left out, and so are the project's own data; its MLflow database is a new one.
     """
     for name in _FOLDERS:
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
@@ -24,8 +26,19 @@ def copy_project(folder: Path, base_model: Path) -> Path:
     for name in _FILES:
         shutil.copy(PROJECT / name, folder)
     (folder / "data" / "09_tracking").mkdir(parents=True)
+    (folder / "data" / "09_tracking" / "mlflow.db").write_bytes(empty_database())
     add_inputs(folder, base_model)
     return folder
+
+
+@functools.cache
+def empty_database() -> bytes:
+    """Return a new database of MLflow, which takes seconds to make."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        return Path(folder, "mlflow.db").read_bytes()
 
 
 def add_inputs(folder: Path, base_model: Path) -> None:

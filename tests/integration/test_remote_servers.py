@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreamartist_pipeline.object_stores import ObjectStore
 from mlflow_servers import mlflow_server
-from project_copy import copy_project
+from project_copy import copy_project, empty_database
 from remote_servers import bucket, object_store, postgres, postgres_program
 from warm_processes import run_warm
 
@@ -63,7 +63,8 @@ def test_subjects_are_personalized_with_postgresql_and_an_object_store(tmp_path:
         with psycopg.connect(database) as connection, connection.cursor() as cursor:
             cursor.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'")
             assert cursor.fetchone() == (3,)
-    assert not (project / "data/09_tracking/mlflow.db").exists() and not (project / "mlruns").exists()
+    assert (project / "data/09_tracking/mlflow.db").read_bytes() == empty_database()
+    assert not (project / "mlruns").exists()
     assert not [*(project / "data/09_tracking").glob("outbox/*")]
 
 

@@ -1,0 +1,97 @@
+"""`kedro personalize` as a job that is submitted to a Ray cluster, with the file in deploy."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from project_copy import PROJECT, copy_project, empty_database
+
+pytest.importorskip("ray")
+pytest.importorskip("aiohttp_cors", reason="needs ray[default]")
+pytestmark = pytest.mark.slow
+
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+_PARAMS = (
+    "base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32,training.num_steps=3,"
+    "training.preview.every=0,evaluation.branch_images=0,evaluation.guidance_images=0,evaluation.attention_images=0,"
+    "evaluation.sweep.images=0,personalize.export=false"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def ray(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*_RAY, *arguments], env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Variables of the cluster and of who submits jobs to it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))}
+    kept = {name: value for name, value in kept.items() if not name.lower().endswith("_proxy")}
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return kept | secret | {"OMP_NUM_THREADS": "1", "KEDRO_ENV": "", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture
+def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """The address that takes jobs, of a cluster of this machine."""
+    port, log = free_port(), tmp_path / "head.log"
+    short = tempfile.mkdtemp(prefix="ray")  # names of sockets have 107 characters at most
+    options = (f"--port={free_port()}", f"--dashboard-port={port}", "--include-dashboard=true", f"--temp-dir={short}")
+    command = (*_RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", *options)
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        end_s = time.monotonic() + 120
+        while b"Ray runtime started" not in log.read_bytes():
+            assert head.poll() is None and time.monotonic() < end_s, log.read_text(errors="replace")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:  # not `ray stop`, which stops all clusters of the machine
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def test_subjects_are_personalized_by_a_submitted_job(
+    dashboard: str, environment: dict[str, str], tiny_base_model: Path, tmp_path: Path
+) -> None:
+    project = copy_project(tmp_path / "project", tiny_base_model)
+    (project / "pictures").mkdir()
+    for name in ("ant", "bee"):
+        Image.new("RGB", (32, 32), "red").save(project / f"pictures/{name}.png")
+    runtime_env = yaml.safe_load((PROJECT / "deploy/ray_job.yml").read_text())
+    runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/runs.db"
+    (tmp_path / "ray_job.yml").write_text(yaml.safe_dump(runtime_env))
+    command = f"cd {project} && {sys.executable} -m kedro personalize pictures --env test --ray auto --params {_PARAMS}"
+    options = ("--address", dashboard, "--runtime-env", str(tmp_path / "ray_job.yml"))
+    submitted = ray(environment, "job", "submit", *options, "--", "bash", "-c", command)
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    assert "succeeded" in submitted.stdout
+    assert all((project / f"data/06_models/{name}/concept.safetensors").exists() for name in ("ant", "bee"))
+    assert (tmp_path / "runs.db").exists()
+    assert (project / "data/09_tracking/mlflow.db").read_bytes() == empty_database()
