@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 from kedro.config import OmegaConfigLoader
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +20,8 @@ from dreamartist_pipeline.cli import parse_params, run
 from dreamartist_pipeline.datasets.user_files import UserFilesDataset
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.hooks import build_parameters, input_error_in, load_parameters, register_project_root
-from dreamartist_pipeline.params import SECTIONS, TrainingParams
+from dreamartist_pipeline.params import SECTIONS, ParameterSearchParams, TrainingParams
+from dreamartist_pipeline.pipelines.compare.sweeping import SweepRuns
 from refusals import says
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,16 @@ def training(env: str = "base", **runtime_params: Any) -> TrainingParams:
 def test_every_method_is_valid_in_every_environment(method: str, env: str) -> None:
     parameters = build_parameters(load("parameters", env, method=method))
     assert {name for name, value in parameters.items() if isinstance(value, SECTIONS.get(name, str))} >= set(SECTIONS)
+
+
+def test_the_documented_sweep_passes_the_check_before_its_first_run(tmp_path: Path) -> None:
+    (text,) = re.findall(
+        r"```yaml\n(name: .*?)```", (PROJECT / "docs/sweeps.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    sweep = ParameterSearchParams.model_validate(yaml.safe_load(text) | {"images": "pictures", "folder": str(tmp_path)})
+    examples = [request.params for request in SweepRuns(sweep).examples()]
+    methods = [build_parameters(load("parameters", "base", **given))["training"] for given in examples]
+    assert len(methods) == 4 and len({str(method.lora_unet) for method in methods}) == 2
 
 
 @pytest.mark.parametrize(
