@@ -523,10 +523,20 @@ def test_a_run_of_the_default_pipeline_without_parameters_has_a_short_name() -> 
     assert run_name({"subject": "cat", "method": "lora"}, ["__default__"], {}) == "cat · default · lora"
 
 
-@pytest.mark.parametrize("pipeline", ["compare", "tune", "personalize", "sweep"])
-def test_a_run_that_starts_others_is_not_named_after_the_default_subject(pipeline: str) -> None:
-    given = {pipeline: {"workers": 2}}
-    assert run_name({"subject": "fox", "method": None}, [pipeline], given) == f"{pipeline} · {pipeline}.workers=2"
+@pytest.mark.parametrize(
+    ("pipeline", "section", "name"),
+    [
+        ("compare", {"workers": 2, "subjects": ["owl"]}, "compare"),
+        ("tune", {"params": {"training": {"seed": 1}}}, "tune"),
+        ("personalize", {"subjects": "characters.csv"}, "personalize · characters.csv"),
+        ("sweep", {"name": "rates", "space": {"method": ["lora"]}}, "sweep · rates"),
+    ],
+)
+def test_a_run_that_starts_others_is_named_after_what_it_is_about(
+    pipeline: str, section: dict[str, Any], name: str
+) -> None:
+    given = {pipeline: section, "training": {"num_steps": 5}}
+    assert run_name({"subject": "fox", "method": None}, [pipeline], given) == f"{name} · num_steps=5"
 
 
 def test_lists_of_groups_are_recorded_one_row_a_value() -> None:

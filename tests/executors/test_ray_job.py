@@ -24,9 +24,10 @@ pytest.importorskip("ray")
 pytest.importorskip("aiohttp_cors", reason="needs ray[default]")
 pytestmark = pytest.mark.slow
 
+_TIMEOUT_S = 400
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _PARAMS = (
-    "base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32,training.num_steps=3,"
+    "base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32,training.num_steps=200,"
     "training.preview.every=0,evaluation.branch_images=0,evaluation.guidance_images=0,evaluation.attention_images=0,"
     "evaluation.sweep.images=0,personalize.export=false"
 )
@@ -41,7 +42,7 @@ def free_port() -> int:
 
 def ray(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*_RAY, *arguments], env=environment, capture_output=True, text=True, timeout=400, check=False
+        [*_RAY, *arguments], env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )
 
 
@@ -77,7 +78,7 @@ def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
         shutil.rmtree(short, ignore_errors=True)
 
 
-def test_subjects_are_personalized_by_a_submitted_job(
+def test_subjects_are_personalized_by_a_submitted_job_also_after_a_stop(
     dashboard: str, environment: dict[str, str], tiny_base_model: Path, tmp_path: Path
 ) -> None:
     project = copy_project(tmp_path / "project", tiny_base_model)
@@ -88,10 +89,24 @@ def test_subjects_are_personalized_by_a_submitted_job(
     runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/runs.db"
     (tmp_path / "ray_job.yml").write_text(yaml.safe_dump(runtime_env))
     command = f"cd {project} && {sys.executable} -m kedro personalize pictures --env test --ray auto --params {_PARAMS}"
-    options = ("--address", dashboard, "--runtime-env", str(tmp_path / "ray_job.yml"))
-    submitted = ray(environment, "job", "submit", *options, "--", "bash", "-c", command)
-    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
-    assert "succeeded" in submitted.stdout
+    address = ("--address", dashboard)
+    submit = ("job", "submit", *address, "--runtime-env", str(tmp_path / "ray_job.yml"))
+
+    begun = ray(environment, *submit, "--submission-id", "first", "--no-wait", "--", "bash", "-c", command)
+    assert begun.returncode == 0, begun.stdout[-3000:] + begun.stderr[-3000:]
+    logs = project / "data/09_tracking/run_logs"
+    end_s = time.monotonic() + _TIMEOUT_S
+    while not any("train_concept" in file.read_text(errors="replace") for file in logs.glob("*.log")):
+        assert time.monotonic() < end_s
+        time.sleep(0.2)
+    stopped = ray(environment, "job", "stop", *address, "first")
+    assert "was stopped" in stopped.stdout, stopped.stdout[-3000:] + stopped.stderr[-3000:]
+    assert not list(project.glob("data/06_models/*/concept.safetensors"))
+
+    done = ray(environment, *submit, "--", "bash", "-c", command)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "succeeded" in done.stdout
     assert all((project / f"data/06_models/{name}/concept.safetensors").exists() for name in ("ant", "bee"))
+    assert any("Continuing the interrupted training" in file.read_text(errors="replace") for file in logs.glob("*.log"))
     assert (tmp_path / "runs.db").exists()
     assert (project / "data/09_tracking/mlflow.db").read_bytes() == empty_database()

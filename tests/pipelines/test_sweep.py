@@ -16,8 +16,9 @@ from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import HalvingParams, ParameterSearchParams
 from dreamartist_pipeline.pipelines.compare.nodes import choose_trial, run_trials, tabulate_trials
 from dreamartist_pipeline.pipelines.compare.planning import SEARCH, VALUES
+from dreamartist_pipeline.pipelines.compare.plotting import plot_trials
 from dreamartist_pipeline.pipelines.compare.sweeping import SweepRuns
-from dreamartist_pipeline.pipelines.compare.trials import FAILED, FINISHED, STOPPED, judged_trials
+from dreamartist_pipeline.pipelines.compare.trials import FAILED, FINISHED, STOPPED, Trial, judged_trials
 from dreamartist_pipeline.starting_runs import RunOutcome, RunRequest, RunResult, Workers
 from refusals import says
 from run_starters import Starter
@@ -226,3 +227,12 @@ def test_a_damaged_file_of_trials_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "sweep/trials.journal").write_text("{no json\n{}\n")
     with pytest.raises(InputError, check=says(expected="trials.journal", remedy="move")):
         SweepRuns(sweep(tmp_path))
+
+
+def test_values_of_a_category_are_in_one_order_and_long_ones_have_several_lines() -> None:
+    methods = ("method",), ["t-lora", "dreamartist-plus-plus-t-lora", "lora"]
+    trials = [Trial(number, {methods[0]: value}, FINISHED, 0.1 * number) for number, value in enumerate(methods[1])]
+    (axis,) = plot_trials(trials).select_xaxes()
+    first, *others = axis.categoryarray
+    assert first.replace("<br>", "") == "dreamartist-plus-plus-t-lora" and max(map(len, first.split("<br>"))) <= 16
+    assert others == ["lora", "t-lora"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
 
 _FRONT, _DOMINATED, _GROUND, _BASE = "#0072b2", "#5f5f5f", "#ffffff", "#d55e00"  # Okabe and Ito; grey
 _FONT = "Inter, Helvetica, Arial, sans-serif"
-_MARKER_PX = 21
+_MARKER_PX, _LABEL_LENGTH = 21, 16
 _LOG_FROM = 8  # times the smallest value, from which an axis is logarithmic
 _AXIS: dict[str, Any] = {
     **{"showline": True, "linecolor": "#1c1c22", "ticks": "outside"},
@@ -127,7 +128,7 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
         for name, some, color, symbol in kinds:
             values = [one.values[path] for one in some]
             figure.add_scatter(
-                x=values if numbers else [value if isinstance(value, str) else json.dumps(value) for value in values],
+                x=values if numbers else [_label(value) for value in values],
                 y=[one.score for one in some],
                 mode="markers",
                 marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
@@ -140,9 +141,16 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
                 col=column,
             )
         kind = "log" if is_log else "linear" if numbers else "category"
-        figure.update_xaxes(title_text=dotted(path), type=kind, row=1, col=column, **_AXIS)
+        order = {} if numbers else {"categoryorder": "array", "categoryarray": sorted({*map(_label, all_values)})}
+        figure.update_xaxes(title_text=dotted(path), type=kind, row=1, col=column, **order, **_AXIS)
     figure.update_yaxes(**_AXIS)
     figure.update_yaxes(title_text="score; higher is better", col=1)
     return figure.update_layout(
         paper_bgcolor=_GROUND, plot_bgcolor=_GROUND, font={"family": _FONT, "size": 14}, margin={"t": 40}
     )
+
+
+def _label(value: Any) -> str:
+    """Return a value of a category axis; long ones go on in further lines between their words."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "<br>".join(textwrap.wrap(text, _LABEL_LENGTH))
