@@ -141,8 +141,11 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
                 col=column,
             )
         kind = "log" if is_log else "linear" if numbers else "category"
-        order = {} if numbers else {"categoryorder": "array", "categoryarray": sorted({*map(_label, all_values)})}
-        figure.update_xaxes(title_text=dotted(path), type=kind, row=1, col=column, **order, **_AXIS)
+        categories = [] if numbers else sorted({*map(_label, all_values)})
+        order = {"categoryorder": "array", "categoryarray": categories, "range": [-0.5, len(categories) - 0.5]}
+        figure.update_xaxes(
+            title_text=dotted(path), type=kind, row=1, col=column, **(order if categories else {}), **_AXIS
+        )
     figure.update_yaxes(**_AXIS)
     figure.update_yaxes(title_text="score; higher is better", col=1)
     return figure.update_layout(
