@@ -526,16 +526,17 @@ def test_a_run_of_the_default_pipeline_without_parameters_has_a_short_name() -> 
 @pytest.mark.parametrize(
     ("pipeline", "section", "name"),
     [
-        ("compare", {"workers": 2, "subjects": ["owl"]}, "compare"),
+        ("compare", {"workers": 2, "only": ["lora"]}, "compare · compare.only=['lora']"),
         ("tune", {"params": {"training": {"seed": 1}}}, "tune"),
-        ("personalize", {"subjects": "characters.csv"}, "personalize · characters.csv"),
+        ("personalize", {"subjects": f"/mnt/{'studio/' * 20}characters.csv"}, "personalize · characters.csv"),
         ("sweep", {"name": "rates", "space": {"method": ["lora"]}}, "sweep · rates"),
     ],
 )
 def test_a_run_that_starts_others_is_named_after_what_it_is_about(
     pipeline: str, section: dict[str, Any], name: str
 ) -> None:
-    given = {pipeline: section, "training": {"num_steps": 5}}
+    given = {pipeline: section, "compare": section if pipeline == "compare" else {"threads": 1}}
+    given["training"] = {"num_steps": 5}
     assert run_name({"subject": "fox", "method": None}, [pipeline], given) == f"{name} · num_steps=5"
 
 

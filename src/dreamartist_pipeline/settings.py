@@ -180,13 +180,14 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """
         if read_environment_variables:
             return super()._read_dir_configs(conf_path, patterns, key, processed_files, read_environment_variables)
-        known = (conf_path, key, *map(self._fs.cat_file, self._files_in(conf_path, key)))
+        files = {file: self._fs.cat_file(file) for file in self._files_in(conf_path, key)}
+        known = (str(self.conf_source), conf_path, key, *files.items())
         if known not in _read_configs:
             if len(_read_configs) >= _MOST_READ:
                 _read_configs.clear()
             _read_configs[known] = pickle.dumps(super()._read_dir_configs(conf_path, patterns, key, set()))
         configs = pickle.loads(_read_configs[known])  # merging changes them
-        read = {file: config for file, config in configs.items() if not self._is_left_out(file, conf_path)}
+        read = {file: config for file, config in configs.items() if file.as_posix() not in self._left_out}
         processed_files.update(read)
         return read
 
@@ -199,16 +200,12 @@ class ProjectConfigLoader(OmegaConfigLoader):
         """Return the files of a key in an environment, as Kedro finds them."""
         if not env:
             return []
-        folder = self._get_conf_env_path(env)
-        return [file for file in self._files_in(folder, key) if not self._is_left_out(Path(file), folder)]
+        return [file for file in self._files_in(self._get_conf_env_path(env), key) if file not in self._left_out]
 
     def _files_in(self, folder: str, key: str) -> list[str]:
         patterns = [f"{Path(folder).as_posix()}/{pattern}" for pattern in self.config_patterns[key]]
         found = {file for pattern in patterns for file in self._fs.glob(pattern)}
         return sorted(file for file in found if Path(file).suffix in _SUFFIXES and not self._is_hidden(file))
-
-    def _is_left_out(self, file: Path, folder: str) -> bool:
-        return file.as_posix().removeprefix(f"{Path(folder).as_posix()}/") in self._left_out
 
     def of_run(self, params: Mapping[str, Any], sections: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return `globals`, `parameters` and `catalog` of another run of this environment.
@@ -236,20 +233,18 @@ class ProjectConfigLoader(OmegaConfigLoader):
         return functools.reduce(merge_mappings, (_parsed(self._fs.cat_file(file), file) for file in files), {})
 
     def _files_without(self, sections: Collection[str]) -> frozenset[str]:
-        """Return the files of parameters that have only sections which stand apart and are none of these."""
+        """Return the files of the base environment that have only sections which stand apart and are none of these.
+
+        Files of another environment may define what the rest of it refers to.
+        """
         apart = _APART - set(sections)
-        return frozenset(file for file, own in self._sections_in_files.items() if own and not own - apart)
+        return frozenset(file for file, own in self._sections_in_files.items() if own and own <= apart)
 
     @functools.cached_property
     def _sections_in_files(self) -> dict[str, set[str]]:
-        """The files of parameters in both environments -> the sections that they define; none for other values."""
-        found: dict[str, set[str]] = {}
-        for env in (self.base_env, self.env or self.default_run_env):
-            folder = Path(self._get_conf_env_path(env)).as_posix()
-            for file in self._files("parameters", env):
-                sections = SECTIONS.keys() & _parsed(self._fs.cat_file(file), file).keys()
-                found.setdefault(file.removeprefix(f"{folder}/"), set()).update(sections)
-        return found
+        """The files of the base environment's parameters -> the sections that they define; none for other values."""
+        files = self._files("parameters", self.base_env)
+        return {file: SECTIONS.keys() & _parsed(self._fs.cat_file(file), file).keys() for file in files}
 
     def presets(self, settings: Mapping[str, Any], sections: Collection[str]) -> dict[str, Any]:
         """Return sections of the base environment's parameters for these run settings, without any other changes."""

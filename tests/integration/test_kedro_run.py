@@ -105,7 +105,9 @@ def last_run(project: Path) -> Any:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_model: Path) -> Path:
     """Return a copy of the project with a picture, prompts and a tiny base model of its own."""
-    return copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
+    folder = copy_project(tmp_path_factory.mktemp("project"), tiny_base_model)
+    (folder / "data" / "09_tracking" / "mlflow.db").unlink()  # the first run makes one
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -229,10 +229,17 @@ def test_a_damaged_file_of_trials_is_refused_by_name(tmp_path: Path) -> None:
         SweepRuns(sweep(tmp_path))
 
 
-def test_values_of_a_category_are_in_one_order_and_long_ones_have_several_lines() -> None:
-    methods = ("method",), ["t-lora", "dreamartist-plus-plus-t-lora", "lora"]
-    trials = [Trial(number, {methods[0]: value}, FINISHED, 0.1 * number) for number, value in enumerate(methods[1])]
-    (axis,) = plot_trials(trials).select_xaxes()
-    first, *others = axis.categoryarray
-    assert first.replace("<br>", "") == "dreamartist-plus-plus-t-lora" and max(map(len, first.split("<br>"))) <= 16
-    assert others == ["lora", "t-lora"]
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["t-lora", "dreamartist-plus-plus-t-lora"], ["dreamartist-<br>plus-plus-t-lora", "t-lora"]),
+        (["10.0", "2.0", "3.0"], ["2.0", "3.0", "10.0"]),
+        ([[{"lr": 2, "layers": "x" * 60}], None], ['[{"lr": 2, "laye… #1', "null"]),
+    ],
+)
+def test_categories_are_in_one_order_and_their_labels_short(values: list[Any], expected: list[str]) -> None:
+    trials = [Trial(number, {("value",): value}, FINISHED, 0.1 * number) for number, value in enumerate(values)]
+    figure = plot_trials(trials)
+    (axis,) = figure.select_xaxes()
+    assert list(axis.categoryarray) == expected
+    assert {label for trace in figure.data for label in trace.x} == set(expected)

@@ -54,6 +54,7 @@ _TAGGED = ("subject", "method", "base_model", "vae")  # settings of a run
 _PARAMS_PER_REQUEST = 100  # MLflow's limit
 _VALUE_LENGTH = 60  # of a value in the name of a run, which MLflow cuts at 250 characters
 _TITLES = ("name", "subjects")  # of the section of a run that starts others
+_NOT_NAMED = {*_TITLES, "workers", "threads", "ray", "space", "params", "methods"}
 _CAPTION_LENGTH = 6000  # MLflow's limit for the value of a parameter
 _DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
 _OBJECT = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>")  # repr of an object, with its address
@@ -291,14 +292,18 @@ def close_run(status: str, reason: str) -> None:
 def run_name(settings: Mapping[str, Any], pipeline_names: Collection[str], given: Mapping[str, Any]) -> str:
     """Return 'subject · pipeline · parameters of the command line · method'; MLflow cuts long names at their end.
 
-    Runs that start others have no subject, and of their own section a name or a table of subjects.
+    Runs that start others have no subject, but the name of a sweep or of a table of subjects.
     """
     pipeline = "+".join("default" if name == "__default__" else name for name in pipeline_names)
     starting = STARTING.intersection(pipeline_names)
     given = plain(given)
-    sections = [given[name] for name in starting if isinstance(given.get(name), Mapping)]
-    titles = [_short(section[key]) for section in sections for key in _TITLES if isinstance(section.get(key), str)]
-    values = flatten({name: value for name, value in given.items() if name not in {*RUN_SETTINGS, *starting}})
+    sections = {name: given[name] for name in STARTING if isinstance(given.get(name), Mapping)}
+    own = [sections[name] for name in starting if name in sections]
+    titles = [
+        _short(Path(section[key]).name) for section in own for key in _TITLES if isinstance(section.get(key), str)
+    ]
+    named = {name: {k: v for k, v in each.items() if k not in _NOT_NAMED} for name, each in sections.items()}
+    values = flatten({name: value for name, value in {**given, **named}.items() if name not in RUN_SETTINGS})
     differing = [f"{name.removeprefix('training.')}={_short(value)}" for name, value in values.items()]
     method = [] if settings["method"] is None else [str(settings["method"])]
     subject = [] if starting else [str(settings["subject"])]

@@ -309,6 +309,8 @@ def _copy(module: nn.Module) -> nn.Module:
     copies = {each: each.__new__(type(each)) for each in module.modules()}
     shared |= {id(each): made for each, made in copies.items()}
     for each, made in copies.items():
-        for name, value in each.__getstate__().items():
-            vars(made)[name] = value.copy() if value == {} else copy.deepcopy(value, shared)
+        for name, value in vars(each).items():
+            is_empty = isinstance(value, dict) and not value
+            if name != "_compiled_call_impl":  # a compiled copy is compiled anew, as after a deep copy
+                vars(made)[name] = value.copy() if is_empty else copy.deepcopy(value, shared)
     return copies[module]

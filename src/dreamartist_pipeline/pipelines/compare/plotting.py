@@ -22,7 +22,8 @@ else:  # Kedro evaluates a node's annotations when it registers the pipelines; t
 
 _FRONT, _DOMINATED, _GROUND, _BASE = "#0072b2", "#5f5f5f", "#ffffff", "#d55e00"  # Okabe and Ito; grey
 _FONT = "Inter, Helvetica, Arial, sans-serif"
-_MARKER_PX, _LABEL_LENGTH = 21, 16
+_MARKER_PX = 21
+_LABEL_LENGTH, _LABEL_LINES = 16, 3
 _LOG_FROM = 8  # times the smallest value, from which an axis is logarithmic
 _AXIS: dict[str, Any] = {
     **{"showline": True, "linecolor": "#1c1c22", "ticks": "outside"},
@@ -124,11 +125,12 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
     for column, path in enumerate(paths, start=1):
         all_values = [one.values[path] for one in trials]
         numbers = all(isinstance(value, int | float) for value in all_values)
+        labels = {} if numbers else _labels(all_values)
         is_log = numbers and min(all_values) > 0 and max(all_values) >= _LOG_FROM * min(all_values)
         for name, some, color, symbol in kinds:
             values = [one.values[path] for one in some]
             figure.add_scatter(
-                x=values if numbers else [_label(value) for value in values],
+                x=values if numbers else [labels[_text(value)] for value in values],
                 y=[one.score for one in some],
                 mode="markers",
                 marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
@@ -141,10 +143,10 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
                 col=column,
             )
         kind = "log" if is_log else "linear" if numbers else "category"
-        categories = [] if numbers else sorted({*map(_label, all_values)})
+        categories = [*labels.values()]
         order = {"categoryorder": "array", "categoryarray": categories, "range": [-0.5, len(categories) - 0.5]}
         figure.update_xaxes(
-            title_text=dotted(path), type=kind, row=1, col=column, **(order if categories else {}), **_AXIS
+            title_text=dotted(path), type=kind, row=1, col=column, **({} if numbers else order), **_AXIS
         )
     figure.update_yaxes(**_AXIS)
     figure.update_yaxes(title_text="score; higher is better", col=1)
@@ -153,7 +155,24 @@ def plot_trials(trials: Sequence[Trial]) -> Figure:
     )
 
 
-def _label(value: Any) -> str:
-    """Return a value of a category axis; long ones go on in further lines between their words."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return "<br>".join(textwrap.wrap(text, _LABEL_LENGTH))
+def _labels(values: Sequence[Any]) -> dict[str, str]:
+    """Return text -> label of the distinct values of a category axis, in their order.
+
+    Long texts go on in further lines; very long ones, such as groups of adapters, are cut and numbered.
+    """
+    texts = sorted({*map(_text, values)}, key=_place)
+    cut = {text: f"{text[:_LABEL_LENGTH]}… #{number}" for number, text in enumerate(texts, start=1)}
+    lines = {text: textwrap.wrap(text, _LABEL_LENGTH) for text in texts}
+    return {text: "<br>".join(some) if len(some) <= _LABEL_LINES else cut[text] for text, some in lines.items()}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _place(text: str) -> tuple[float, str]:
+    """Return where a value stands: numbers first."""
+    try:
+        return float(text), text
+    except ValueError:
+        return math.inf, text
