@@ -61,6 +61,19 @@ def test_every_method_is_valid_in_every_environment(method: str, env: str) -> No
     assert {name for name, value in parameters.items() if isinstance(value, SECTIONS.get(name, str))} >= set(SECTIONS)
 
 
+def test_another_run_reads_what_the_files_of_an_environment_say_whatever_their_names(tmp_path: Path) -> None:
+    shutil.copytree(PROJECT / "conf" / "base", tmp_path / "base")
+    texts = ("_steps: 7\ncompare: {workers: 2}\n", 'training: {num_steps: "${_steps}"}\n')
+    for names in (("parameters_mine.yml", "parameters_z.yml"), ("parameters_a.yml", "parameters_mine.yml")):
+        shutil.rmtree(tmp_path / "mine", ignore_errors=True)
+        (tmp_path / "mine").mkdir()
+        for name, text in zip(names, texts, strict=True):
+            (tmp_path / "mine" / name).write_text(text)
+        loader = settings.ProjectConfigLoader(str(tmp_path), env="mine", **settings.CONFIG_LOADER_ARGS)
+        assert loader["parameters"]["training"]["num_steps"] == 7
+        assert loader.of_run({}, ["training"])["parameters"]["training"]["num_steps"] == 7
+
+
 def test_the_documented_sweep_passes_the_check_before_its_first_run(tmp_path: Path) -> None:
     (text,) = re.findall(
         r"```yaml\n(name: .*?)```", (PROJECT / "docs/sweeps.md").read_text(encoding="utf-8"), re.DOTALL

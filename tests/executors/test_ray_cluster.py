@@ -74,6 +74,7 @@ def test_a_command_whose_actor_is_killed_is_executed_again(cluster: Any, tmp_pat
     assert len({*(tmp_path / "begun").read_text().split()}) == 2
 
 
+@pytest.mark.slow
 def test_a_command_whose_machine_is_lost_is_executed_by_another(cluster: Any, tmp_path: Path) -> None:
     executor = workers(cluster, 2)  # before there is a second machine, so that this process belongs to the first
     second = cluster.add_node(num_cpus=1)

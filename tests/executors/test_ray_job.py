@@ -97,7 +97,7 @@ def test_subjects_are_personalized_by_a_submitted_job_also_after_a_stop(
     assert begun.returncode == 0, begun.stdout[-3000:] + begun.stderr[-3000:]
     logs = project / "data/09_tracking/run_logs"
     end_s = time.monotonic() + _TIMEOUT_S
-    while not list(project.glob("data/06_models/*/checkpoints/*.safetensors")):
+    while not list(project.glob("data/06_models/*/checkpoints/*.pt")):
         assert time.monotonic() < end_s, ray(environment, "job", "logs", *address, "first").stdout[-3000:]
         time.sleep(0.2)
     stopped = ray(environment, "job", "stop", *address, "first")

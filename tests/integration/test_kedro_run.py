@@ -277,6 +277,7 @@ def test_the_printed_command_draws_new_images(trained: subprocess.CompletedProce
     assert last_run(project).data.params["generate.prompts"] == "['a {pt1}, blue background']"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_a_kept_step_is_drawn_and_another_one_is_refused_with_those_that_are_kept(project: Path) -> None:
     result = kedro_run(project, "--pipeline", "generate", "--params", settings(project, **{"generate.step": "1"}))
@@ -286,6 +287,7 @@ def test_a_kept_step_is_drawn_and_another_one_is_refused_with_those_that_are_kep
     assert "1, 2" in result.stderr and "step" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) -> None:
     from PIL import Image
@@ -311,6 +313,7 @@ def test_a_part_of_a_picture_is_drawn_anew_from_the_command_line(project: Path) 
     assert info["sampler"]["scheduler_options"] == {"use_karras_sigmas": True}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_exported_files_are_imported_drawn_and_trained_from(project: Path) -> None:
     export = f"data/07_model_output/{SUBJECT}/export"
@@ -489,6 +492,7 @@ def test_kedro_viz_shows_pictures(viz_nodes: dict[str, dict[str, Any]], name: st
     assert min(shown.size) >= 32
 
 
+@pytest.mark.slow
 def test_the_sample_recipe_pretrains_a_whole_base_model(project: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPModel

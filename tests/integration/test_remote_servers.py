@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from remote_servers import bucket, object_store, postgres, postgres_program
 from warm_processes import run_warm
 
 _TIMEOUT_S = 900
+_OWN = ("pytest-", "popen-")  # folders of pytest and of its workers around a temporary one
 _PARAMS = (
     "base_model=tiny,prompt_database=prompts.parquet,ingestion.bucket.side_px=32,training.num_steps=2,"
     "personalize.export=false,evaluation.branch_images=0,evaluation.guidance_images=0,evaluation.attention_images=0,"
@@ -29,7 +31,7 @@ _PARAMS = (
 def test_subjects_are_personalized_with_postgresql_and_an_object_store(tmp_path: Path, tiny_base_model: Path) -> None:
     boto3, psycopg = pytest.importorskip("boto3"), pytest.importorskip("psycopg")
     tmp_path.chmod(0o755)
-    for folder in tmp_path.parents[:2]:  # pytest's own
+    for folder in itertools.takewhile(lambda each: each.name.startswith(_OWN), tmp_path.parents):
         folder.chmod(0o755)  # for the user of PostgreSQL
     project = copy_project(tmp_path / "project", tiny_base_model)
     (project / "pictures").mkdir()

@@ -161,6 +161,7 @@ def test_training_again_with_another_configuration_names_what_differs(project: P
     assert "configuration.training.weight_decay: 0.001 → 0.5" in result.stdout
 
 
+@pytest.mark.slow
 def test_runs_that_use_the_concept_are_added_and_a_damaged_manifest_is_refused(project: Path) -> None:
     used = kedro(project, "run", "--env", "test", "--pipeline", "export", "--params", "subject=x,base_model=tiny")
     assert used.returncode == 0, used.stderr[-3000:]
