@@ -166,7 +166,7 @@ class Stopped:
     program: subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["first rank", "second rank"])
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)], ids=["first rank", "second rank"])
 def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     """Run this file, which ends with the names of its threads, and stop one of its processes.
 

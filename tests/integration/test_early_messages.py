@@ -40,8 +40,18 @@ def kedro_run(folder: Path, *arguments: str, **variables: str) -> subprocess.Com
     ("folder", "arguments", "named"),
     [
         ("notebooks", ("--pipeline", "train", "--params", "subject=cat,image=a.png"), "{project}/notebooks/a.png"),
-        ("notebooks", ("--pipeline", "generate", "--params", "subject=nosuch"), "{project}/data/06_models/nosuch/"),
-        ("notebooks", ("--pipeline", "train", "--params", "vae=v.ckpt"), "{project}/notebooks/v.ckpt for vae"),
+        pytest.param(
+            *(
+                "notebooks",
+                ("--pipeline", "generate", "--params", "subject=nosuch"),
+                "{project}/data/06_models/nosuch/",
+            ),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("notebooks", ("--pipeline", "train", "--params", "vae=v.ckpt"), "{project}/notebooks/v.ckpt for vae"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_missing_picture_concept_or_autoencoder_is_reported_before_torch_is_imported(
