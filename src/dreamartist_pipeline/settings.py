@@ -43,7 +43,7 @@ _APART = frozenset({"compare", "judge", "tune"})  # sections that nothing else r
 _WITH_PATHS = ("globals", "parameters")
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 _MOST_READ = 20
-_read_configs: dict[tuple[Any, ...], bytes] = {}  # what the configurations' files contain -> Kedro's objects of them
+_read_configs: dict[tuple[Any, ...], bytes] = {}  # what configurations' files contain -> Kedro's objects, pickled here
 
 # omegaconf 2.4 deprecates a function that Kedro 1.7 calls.
 warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
@@ -186,7 +186,7 @@ class ProjectConfigLoader(OmegaConfigLoader):
             if len(_read_configs) >= _MOST_READ:
                 _read_configs.clear()
             _read_configs[known] = pickle.dumps(super()._read_dir_configs(conf_path, patterns, key, set()))
-        configs = pickle.loads(_read_configs[known])  # merging changes them
+        configs = pickle.loads(_read_configs[known])  # a copy of this process's own objects: merging changes them
         read = {file: config for file, config in configs.items() if file.as_posix() not in self._left_out}
         processed_files.update(read)
         return read

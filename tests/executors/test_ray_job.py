@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from mlflow_servers import free_port
 from project_copy import PROJECT, copy_project, empty_database
 
 pytest.importorskip("ray")
@@ -31,13 +31,6 @@ _PARAMS = (
     "training.preview.every=0,evaluation.branch_images=0,evaluation.guidance_images=0,evaluation.attention_images=0,"
     "evaluation.sweep.images=0,personalize.export=false"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def ray(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -44,7 +44,7 @@ OWN = "auto"
 """Name of the towers that the embedded base model was trained with."""
 _KNOWN = "efficientnet-lite0, clip:FOLDER_OR_HUB_ID, siglip:FOLDER_OR_HUB_ID, dinov2:FOLDER_OR_HUB_ID, auto"
 _INPUT_PX = 224
-_BATCH_SIZE, _BATCH_SIZE_ON_CPU = 16, 4  # whose caches hold the activations of few images
+_BATCH_SIZE, _BATCH_SIZE_ON_CPU = 16, 4  # a CPU's caches hold the activations of few images
 
 
 @dataclass(frozen=True)
