@@ -243,11 +243,9 @@ def problems_of(project: Project, again: subprocess.CompletedProcess[str], expec
 
 def interrupt(program: WarmProgram, signals: Sequence[signal.Signals], after_s: float) -> bool:
     """Send signals to a program after some time; return whether it was still running."""
-    program.process.join(after_s)
-    was_running = program.process.exitcode is None
+    was_running = not program.ends_within(after_s)
     for number in signals:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(program.process.pid or 0, number)
+        program.send(number)
         time.sleep(0.05)
     return was_running
 

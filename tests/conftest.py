@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import multiprocessing.spawn
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 
 from dreamartist_pipeline.core.memory import StepCount
 from dreamartist_pipeline.params import EmbeddedModelSize, TrainingParams
-from warm_processes import warm_context
+from warm_processes import warm_python
 
 TINY_SIZE = EmbeddedModelSize(
     image_px=32,
@@ -50,6 +51,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Let the processes of pytest start without importing the large libraries."""
+    for spec in specs:
+        spec.python = warm_python()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the folders with long tests first, so that no process of several is left with one of them at the end."""
     items.sort(key=lambda item: item.path.parent.name not in _SLOW_FOLDERS)  # stable
@@ -81,9 +88,12 @@ def steps_are_counted() -> Iterator[bool]:
 
 
 @pytest.fixture
-def warm_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the ranks of a process group start without importing the large libraries; how ranks start is tested apart."""
-    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: warm_context())
+def warm_ranks() -> Iterator[None]:
+    """Let the ranks of a process group start without importing the large libraries."""
+    before = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(warm_python())
+    yield
+    multiprocessing.set_executable(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -15,6 +14,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
+
+from warm_processes import warm_children, warm_python
 
 State = Literal["open", "silent", "closed"]
 
@@ -39,10 +40,10 @@ def mlflow_server(
         variables: of its environment, for access to these.
     """
     port, store = free_port(), store or f"sqlite:///{folder}/server.db"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [warm_python(), "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", store, "--artifacts-destination", files or str(folder / "files")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= variables or {}
+    environment |= warm_children() | (variables or {})
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nine more processes, for evaluations by the server
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(

@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from dreamartist_pipeline.params import DeviceParams
 from dreamartist_pipeline.pipeline_registry import register_pipelines
 from refusals import says
 from tracking_stores import tracking_uri
+from warm_processes import warm_python
 
 PYPROJECT = '[tool.kedro]\npackage_name = "x"\nproject_name = "x"\nkedro_init_version = "1.7.0"\n'
 CONTEXT = click.Context(run)
@@ -480,7 +480,7 @@ held = []
 run = _report(lambda: [held.append(torch.ones(2**24)) for _ in range(32)])
 click.Command("run", callback=lambda: run(traceback=False))()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([warm_python(), "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "expected a run that fits into the memory; got" in done.stderr
     assert "device.dtype=bfloat16" in done.stderr

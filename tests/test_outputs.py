@@ -7,10 +7,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,16 +30,21 @@ from dreamartist_pipeline.whole_files import STAGED, finish_publishing, publish
 from refusals import says
 from small_disks import mount_read_only, mount_small
 from small_run import CONCEPT_SET, FILES
+from warm_processes import WarmProgram, start_warm
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    program = [sys.executable, small_run.__file__, str(folder), *arguments]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+@contextmanager
+def started(folder: Path, *arguments: str) -> Iterator[WarmProgram]:
+    """Start the small run as a program, and wait for its end."""
+    with tempfile.TemporaryDirectory() as outputs:
+        program = start_warm((small_run.__file__, str(folder), *arguments), folder, os.environ, Path(outputs))
+        yield program
+        program.wait(timeout_s=60)
 
 
-def wait_for_node(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    assert "waiting\n" in iter(process.stdout.readline, "")
+def wait_for_node(program: WarmProgram) -> None:
+    while "waiting\n" not in program.read():
+        assert not program.ends_within(0.01)
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -96,9 +102,9 @@ def test_the_first_training_of_a_subject_shows_its_files_at_once(tmp_path: Path)
 
 def test_a_killed_training_leaves_the_earlier_set_and_the_next_one_nothing_of_it(tmp_path: Path) -> None:
     small_run.run(tmp_path, "a")
-    with start(tmp_path, "b", "train") as process:
-        wait_for_node(process)
-        process.kill()
+    with started(tmp_path, "b", "train") as program:
+        wait_for_node(program)
+        program.send(signal.SIGKILL)
     assert texts(tmp_path) == dict.fromkeys(FILES, "a")
     small_run.run(tmp_path, "a", nodes=("evaluate",))
     small_run.run(tmp_path, "c")
@@ -108,14 +114,13 @@ def test_a_killed_training_leaves_the_earlier_set_and_the_next_one_nothing_of_it
 
 def test_runs_killed_at_random_moments_never_mix_sets(tmp_path: Path) -> None:
     chance, started_s = random.Random(0), time.monotonic()
-    small_run.run(tmp_path, "0")
-    with start(tmp_path, "0") as process:
-        process.wait()
+    with started(tmp_path, "0"):
+        pass
     duration_s = time.monotonic() - started_s
     for number in range(1, 7):
-        with start(tmp_path, f"{number}") as process:
+        with started(tmp_path, f"{number}") as program:
             time.sleep(chance.uniform(0.5, 1) * duration_s)
-            process.send_signal(signal.SIGKILL)
+            program.send(signal.SIGKILL)
         finish_publishing(tmp_path / "06/fox/.publishing.json")  # so that the next line knows the text
         small_run.run(tmp_path, texts(tmp_path)["concept"], nodes=("evaluate",))  # fails for the picture of another run
         assert len({texts(tmp_path)[name] for name in CONCEPT_SET}) == 1
@@ -188,20 +193,20 @@ def test_a_journal_of_files_in_a_removed_folder_is_finished(tmp_path: Path) -> N
 
 
 def test_a_second_run_of_the_subject_is_refused_at_once_and_named(tmp_path: Path) -> None:
-    with start(tmp_path, "a", "train") as process:
-        wait_for_node(process)
-        with pytest.raises(LockHeldError, check=says(expected="the subject fox", got=f"{process.pid}")):
+    with started(tmp_path, "a", "train") as program:
+        wait_for_node(program)
+        with pytest.raises(LockHeldError, check=says(expected="the subject fox", got=f"{program.process}")):
             small_run.run(tmp_path, "b", nodes=("evaluate",))
-        process.kill()
+        program.send(signal.SIGKILL)
     small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
 
 
 def test_a_started_run_waits_for_the_lost_one_that_it_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUN_KEY, "0")
-    with start(tmp_path, "a", "train") as process:
-        wait_for_node(process)
-        threading.Timer(0.5, process.kill).start()
+    with started(tmp_path, "a", "train") as program:
+        wait_for_node(program)
+        threading.Timer(0.5, program.send, [signal.SIGKILL]).start()
         small_run.run(tmp_path, "b")
     assert texts(tmp_path) == dict.fromkeys(FILES, "b")
 

@@ -12,6 +12,7 @@ import pytest
 
 from dreamartist_pipeline import redaction
 from dreamartist_pipeline.redaction import redact, redacted, remember_secret, without_credentials
+from warm_processes import warm_python
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ from dreamartist_pipeline.redaction import redact_outgoing_text
 redact_outgoing_text()
 raise OSError("http://user:pa55word@host is away")
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    result = subprocess.run([warm_python(), "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "pa55word" not in result.stderr.replace(program, "")
     assert "OSError: http://***@host is away" in result.stderr

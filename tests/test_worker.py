@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-WORKER = (sys.executable, "-m", "dreamartist_pipeline.worker")
+from warm_processes import warm_python
+
+WORKER = (warm_python(), "-m", "dreamartist_pipeline.worker")
 
 
 def start(folder: Path, program: tuple[str, ...] = WORKER) -> subprocess.Popen[str]:
@@ -67,7 +69,7 @@ __main__.main = run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 worker.main()
 """
-CODE_WORKER = (sys.executable, "-c", _ANOTHER)
+CODE_WORKER = (warm_python(), "-c", _ANOTHER)
 
 
 def test_the_environment_of_a_run_is_that_of_no_other(tmp_path: Path) -> None:

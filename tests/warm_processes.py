@@ -1,35 +1,72 @@
 """Python programs in processes of their own that need not import the large libraries anew.
 
 A short `kedro run` spends most of its time on imports. Here it is forked from a process that has imported
-warm_libraries.py.
+warm_libraries.py: one for all processes of pytest, which ends with the first of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import multiprocessing
 import os
-import runpy
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pytest
+import warm_client
 
+_SERVER = "WARM_PYTHON_SERVER"  # the variable with the folder of the server, for the processes of pytest
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}  # read by imports; no thread may exist yet
+_HERE = Path(__file__).parent
+
+
+@functools.cache
+def _server() -> Path:
+    """Return the folder of the server, which has its `socket` and `python`; the first call starts it."""
+    if folder := os.environ.get(_SERVER):
+        return Path(folder)
+    folder = tempfile.mkdtemp(prefix="warm-")  # the server removes it
+    client = shlex.join([sys.executable, "-I", "-S", str(_HERE / "warm_client.py"), f"{folder}/socket"])
+    python = Path(folder, "python")
+    python.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = subprocess.Popen(
+        [sys.executable, _HERE / "warm_server.py", f"{folder}/socket"],
+        stdin=subprocess.PIPE,  # which ends with this process, and with it the server
+        env=environment | _ENVIRONMENT,
+    )
+    while not Path(folder, "socket").exists() and server.poll() is None:
+        time.sleep(0.01)
+    _servers.append(server)
+    os.environ[_SERVER] = folder
+    return Path(folder)
+
+
+_servers: list[subprocess.Popen[bytes]] = []  # an object that is forgotten closes its end of the pipe
+
+
+def warm_python() -> str:
+    """Return the path of a program that runs `-m MODULE …`, `-c CODE …` and `FILE …` as Python does, but warm."""
+    return str(_server() / "python")
+
+
+def warm_children() -> dict[str, str]:
+    """Return the variables of a warm program whose `sys.executable` is warm, too."""
+    return {"WARM_PYTHON": warm_python()}
 
 
 def run_warm(
     arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` (`-m MODULE …` or `FILE …`) in a folder, with these environment variables alone.
+    """Run `python ARGUMENTS` (`-m MODULE …`, `-c CODE …` or `FILE …`) in a folder, with these environment variables.
 
     Raises:
         subprocess.TimeoutExpired: the program took longer, and was killed.
@@ -39,19 +76,35 @@ def run_warm(
         return program.wait(timeout_s)
 
 
-@dataclass(frozen=True)
+@dataclass
 class WarmProgram:
-    """A running program.
+    """A program that was started; it is killed when this object is forgotten.
 
     Attributes:
         arguments: of Python.
-        process: it runs in.
+        process: the id of its process.
+        connection: to what has started it.
         outputs: files with what it has written so far: stdout, stderr.
     """
 
     arguments: tuple[str, ...]
-    process: BaseProcess
+    process: int
+    connection: socket.socket
     outputs: tuple[Path, Path]
+    _exit_code: int | None = None
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for its end; return whether it came."""
+        if self._exit_code is None:
+            self.connection.settimeout(seconds)
+            with contextlib.suppress(TimeoutError, BlockingIOError):
+                self._exit_code = warm_client.exit_code(self.connection)
+        return self._exit_code is not None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; if it has ended, nothing happens."""
+        if not self.ends_within(0):
+            os.kill(self.process, number)
 
     def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Wait for its end.
@@ -59,12 +112,11 @@ class WarmProgram:
         Raises:
             subprocess.TimeoutExpired: the program took longer, and was killed.
         """
-        self.process.join(timeout_s)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
+        if not self.ends_within(timeout_s):
+            self.send(signal.SIGKILL)
             raise subprocess.TimeoutExpired(self.arguments, timeout_s)
-        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *map(_text_of, self.outputs))
+        assert self._exit_code is not None
+        return subprocess.CompletedProcess(self.arguments, self._exit_code, *map(_text_of, self.outputs))
 
     def read(self) -> str:
         """Return all that it has written so far, first to stdout, then to stderr."""
@@ -78,38 +130,7 @@ def _text_of(file: Path) -> str:
 def start_warm(arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], outputs: Path) -> WarmProgram:
     """Start `python ARGUMENTS` as `run_warm` does; `outputs` is a folder for what it writes."""
     files = outputs / "stdout", outputs / "stderr"
-    process = warm_context().Process(target=_run, args=(arguments, folder, dict(environment), files))
-    process.start()
-    return WarmProgram(arguments, process, files)
-
-
-@functools.cache
-def warm_context() -> ForkServerContext:
-    """Return the context of processes that are forked from the one with the libraries, which ends with this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm_libraries"])
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in _ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # it ignores what it cannot import
-        forkserver.ensure_running()
-    return context
-
-
-def _run(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
-    """Run a program in the forked process."""
-    for descriptor, file in enumerate(outputs, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.path[:0] = [str(folder), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    assert "warm_libraries" in sys.modules, "not imported before the run"
-    assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
-    if arguments[0] == "-m":
-        sys.argv[1:] = arguments[2:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv[:] = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+    with Path(os.devnull).open("rb") as nothing, files[0].open("wb") as out, files[1].open("wb") as errors:
+        streams = {number: file.fileno() for number, file in enumerate((nothing, out, errors))}
+        process, connection = warm_client.start(str(_server() / "socket"), arguments, str(folder), environment, streams)
+    return WarmProgram(arguments, process, connection, files)

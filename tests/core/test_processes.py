@@ -21,6 +21,7 @@ from dreamartist_pipeline.embedded.pretraining import Muon, run_stage
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import StageParams
 from refusals import says
+from warm_processes import warm_children, warm_python
 
 
 def _learned_matrices() -> list[torch.Tensor]:
@@ -132,7 +133,7 @@ def test_a_script_without_a_guarded_main_part_is_told_how_to_start_processes(tmp
         "print('starts')\n"
         "run_on_processes(print, 2, 'done')\n"
     )
-    program = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=300)
+    program = subprocess.run([warm_python(), script], check=False, capture_output=True, text=True, timeout=300)
     assert program.returncode == 1
     assert "__name__ == '__main__'" in program.stderr.splitlines()[-1]
 
@@ -173,8 +174,8 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     In a process of its own: only an optimizer's first step makes the imports that would keep the group.
     """
     folder = tmp_path_factory.mktemp("stopped")
-    command = [sys.executable, __file__, str(folder), str(request.param)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [warm_python(), __file__, str(folder), str(request.param)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | warm_children()
     program = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     return Stopped(folder, program)
 

@@ -61,11 +61,10 @@ def stop(project: Path, subject: str, number: signal.Signals) -> subprocess.Comp
     with tempfile.TemporaryDirectory() as outputs:
         program = start_warm(command(subject), project, environment(), Path(outputs))
         end_s = time.monotonic() + TIMEOUT_S
-        while program.process.is_alive() and time.monotonic() < end_s:
+        while not program.ends_within(0.02) and time.monotonic() < end_s:
             if (checkpoints(project, subject) / "concept.pt").exists():
-                os.kill(program.process.pid or 0, number)
+                program.send(number)
                 break
-            time.sleep(0.02)
         return program.wait(TIMEOUT_S)
 
 

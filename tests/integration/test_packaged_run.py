@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -32,7 +31,8 @@ main()
 @pytest.fixture(scope="module")
 def package(bare_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the contents of the wheel in `installed`, and the archive of the configuration."""
-    subprocess.run([sys.executable, "-c", _PACKAGE], cwd=bare_project, check=True, capture_output=True, timeout=240)
+    packaged = run_warm(("-c", _PACKAGE), bare_project, os.environ, timeout_s=240)
+    assert packaged.returncode == 0, packaged.stderr
     folder = tmp_path_factory.mktemp("package")
     (wheel,) = (bare_project / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "installed")

@@ -22,6 +22,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from project_copy import PROJECT, copy_project
+from warm_processes import warm_children, warm_python
 
 FIRST, SECOND, THIRD = "01_first_concept.ipynb", "02_compare_runs.ipynb", "03_inside_the_branches.ipynb"
 PNG, PLOTLY, HTML, MARKDOWN = "image/png", "application/vnd.plotly.v1+json", "text/html", "text/markdown"
@@ -60,13 +61,14 @@ def run(project: Path, notebook: NotebookNode) -> None:
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # no kernel of another Python
+    kernel.kernel_spec.argv = [warm_python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     client = NotebookClient(
         notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}}
     )
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "src"), "IPYTHONDIR": str(project / "ipython")}
     not_ours = ("KEDRO_ENV", "MLFLOW_TRACKING_URI")  # the copy has its own
     given = {name: value for name, value in os.environ.items() if name not in not_ours}
-    client.execute(cleanup_kc=True, env=given | ours)  # without it, a kernel that is given stays
+    client.execute(cleanup_kc=True, env=given | ours | warm_children())  # without it, a kernel that is given stays
 
 
 def execute(project: Path, name: str, result: str = "None", **settings: Any) -> NotebookNode:
