@@ -25,7 +25,7 @@ TINY_SIZE = EmbeddedModelSize(
     autoencoder_channels=(8, 8, 8),  # two halvings: latents are 8 × 8
     autoencoder_norm_groups=8,
     unet_channels=(16, 32),
-    unet_attention=(True, True),
+    unet_attention=(False, True),
     unet_norm_groups=8,
     text_width=32,
     text_layers=2,
@@ -105,17 +105,17 @@ def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "tiny", seed=0)
 
 
-def build_tiny_base_model(folder: Path, seed: int) -> Path:
+def build_tiny_base_model(folder: Path, seed: int, size: EmbeddedModelSize = TINY_SIZE) -> Path:
     """Write a tiny base model to `folder` and return it; another seed gives other weights."""
     from diffusers import DDIMScheduler
 
     from dreamartist_pipeline.embedded import model as embedded
 
-    tokenizer = embedded.build_tokenizer(_CORPUS * 2, folder / "tokenizer", TINY_SIZE.max_tokens)
+    tokenizer = embedded.build_tokenizer(_CORPUS * 2, folder / "tokenizer", size.max_tokens)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet, autoencoder = embedded.build_unet(TINY_SIZE), embedded.build_autoencoder(TINY_SIZE)
-        text_encoder = embedded.build_text_encoder(TINY_SIZE, tokenizer)
+        unet, autoencoder = embedded.build_unet(size), embedded.build_autoencoder(size)
+        text_encoder = embedded.build_text_encoder(size, tokenizer)
         torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # an untrained UNet predicts zero: nothing to learn from
         for module in (*autoencoder.modules(), *text_encoder.modules()):
             if type(module).__name__ == "ResnetBlock2D":
@@ -158,6 +158,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def other_tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a base model of the same shape with other weights."""
     return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def base_model_of_earlier_concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a base model of the shape that the files in tests/core/concepts are for."""
+    size = TINY_SIZE.model_copy(update={"unet_attention": (True, True)})
+    return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "tiny", seed=0, size=size)
 
 
 @pytest.fixture(scope="session")

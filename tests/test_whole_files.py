@@ -149,6 +149,7 @@ def test_the_file_of_a_writer_that_only_waits_is_kept(tmp_path: Path) -> None:
         remove_leftovers(tmp_path)
         kept = bool(partial) and list(tmp_path.glob(".*.partial.txt")) == partial
         process.send_signal(signal.SIGCONT)
+        time.sleep(0.003)
         return kept
 
     with start_writer(tmp_path / "a.txt", "file") as process:

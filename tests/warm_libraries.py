@@ -23,9 +23,10 @@ import re2  # noqa: F401
 import rich.console  # noqa: F401
 import torch._dynamo
 import torch.distributed.nn  # noqa: F401
-import transformers.models.clip.modeling_clip  # noqa: F401
+import transformers.models.clip.modeling_clip
 
 PIL.Image.init()
 plotly.express.line(pandas.DataFrame({"x": [0, 1], "y": [0, 1]}), x="x", y="y").add_hline(1).to_html()
 matplotlib.backends.backend_svg.FigureCanvasSVG(matplotlib.figure.Figure())
+transformers.logging.set_verbosity_warning()
 gc.freeze()  # programs need not look for garbage here

@@ -23,7 +23,11 @@ from pathlib import Path
 import warm_client
 
 _SERVER = "WARM_PYTHON_SERVER"  # the variable with the folder of the server, for the processes of pytest
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}  # read by imports; no thread may exist yet
+_ENVIRONMENT = {  # read by imports
+    "OMP_NUM_THREADS": "1",  # before a fork, no thread may exist
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TRANSFORMERS_VERBOSITY": "error",  # of remarks on what is not installed
+}
 _HERE = Path(__file__).parent
 
 

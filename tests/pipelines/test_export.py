@@ -246,7 +246,7 @@ def test_what_is_read_back_is_the_concept_to_the_dtypes_precision(
         entry = report["files"][name]
         assert entry["update"]["relative_difference"] <= at_most
         assert entry["diffusers"]["max_difference"] <= entry["diffusers"]["limit"]
-        assert entry["diffusers"]["effect"] > 100 * entry["diffusers"]["max_difference"] > 0
+        assert entry["diffusers"]["effect"] > 50 * entry["diffusers"]["max_difference"] > 0
     dtypes = {tensor.dtype for tensor in load(kept["lora/fox.safetensors"]).values()}
     assert dtypes == {getattr(torch, dtype)}
     assert report["files"]["toolkit/my-fox.pt"]["num_vectors"] == 2
@@ -418,7 +418,7 @@ def test_a_concept_that_started_by_svd_exports_as_any_other(
     groups = [group | start for group in MIXED[:3]]
     kept, report = export(tiny_base_model, make_concept(backbone, make_training_params(lora_unet=groups)))
     assert report["files"]["lora/fox.safetensors"]["diffusers"]["takes_all_layers"]
-    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q.lora_down.weight"
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q.lora_down.weight"
     assert len(load(kept["lora/fox-neg.safetensors"])[name]) == 2 * 3
 
 

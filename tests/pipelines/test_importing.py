@@ -319,7 +319,7 @@ def test_a_wrong_file_is_refused(run: Run, values: dict[str, Any], parts: dict[s
 
 
 def test_a_lora_of_another_base_model_is_refused_by_layer(run: Run, folder: Path) -> None:
-    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     wide = {f"unet.{layer}.lora_A.weight": torch.ones(2, 768), f"unet.{layer}.lora_B.weight": torch.ones(320, 2)}
     (folder / "wide.safetensors").write_bytes(write_tensors(wide, {}))
     with pytest.raises(InputError, check=says(got=f"unet.{layer} is (2, 768) and (320, 2)", remedy="base_model")):

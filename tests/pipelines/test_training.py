@@ -107,7 +107,7 @@ def test_two_processes_train_the_concept_of_one_and_only_the_first_reports(
     )
     assert one.metadata == two.metadata
     for name, tensor in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1e-6)  # Adam amplifies small gradients
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1e-4)  # Adam amplifies small gradients
     for column in alone.columns.drop("seconds"):
         assert shared[column].tolist() == pytest.approx(alone[column].tolist(), rel=1e-3)
     assert trackers[0].images.keys() == trackers[1].images.keys() == {0, 2, 3}

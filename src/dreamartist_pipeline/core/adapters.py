@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,12 +49,12 @@ def select_layers(model: nn.Module, selectors: Sequence[str]) -> list[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     selected: set[str] = set()
     for selector in selectors:
-        matched = _matching_modules(modules, selector)
+        parsed = parse_selector(selector)
+        matched = {name for name, module in modules.items() if parsed.matches(name, type(module).__name__)}
         layers = {
             name
-            for parent in matched
             for name, module in modules.items()
-            if isinstance(module, nn.Linear | nn.Conv2d) and f"{name}.".startswith(f"{parent}.")
+            if isinstance(module, nn.Linear | nn.Conv2d) and not matched.isdisjoint(_with_parents(name))
         }
         if not layers:
             raise _nothing_selected(modules, selector, matched)
@@ -61,17 +62,17 @@ def select_layers(model: nn.Module, selectors: Sequence[str]) -> list[str]:
     return sorted(selected)
 
 
-def _matching_modules(modules: Mapping[str, nn.Module], selector: str) -> list[str]:
-    parsed = parse_selector(selector)
-    return [name for name, module in modules.items() if parsed.matches(name, type(module).__name__)]
+def _with_parents(name: str) -> Iterator[str]:
+    """Return the names of the modules that hold a module, the outermost first, and then its own."""
+    return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
-def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: Sequence[str]) -> InputError:
+def _nothing_selected(modules: Mapping[str, nn.Module], selector: str, matched: Set[str]) -> InputError:
     """Return the error for a selector that matches no module, or only modules without a Linear or Conv2d."""
     if matched:
         return InputError(
             expected="a selector that matches Linear or Conv2d layers",
-            got=f"{selector!r}, which matches only {', '.join(matched[:3])}",
+            got=f"{selector!r}, which matches only {', '.join(sorted(matched)[:3])}",
             remedy="select another module",
         )
     parts = {part for name in modules for part in name.split(".") if not part.isdigit()}
@@ -453,7 +454,8 @@ class BranchLoRALayer(nn.Module):
             [self.updates[i].scale * strength if i in row else 0.0 for i in biased]
             for row, strength in zip(self.branch_updates, strengths, strict=True)
         ]
-        scale = self._per_rank(lambda branch, u: [u.scale * strengths[branch]] * u.num_ranks)
+        new_tensor = self.updates[0].up.new_tensor
+        scale = new_tensor(self._per_rank(lambda branch, u: [u.scale * strengths[branch]] * u.num_ranks))
         scales = [
             self.updates[i].scale * strength
             for row, strength in zip(self.branch_updates, strengths, strict=True)
@@ -468,7 +470,7 @@ class BranchLoRALayer(nn.Module):
             geometry=geometry,
             biases=biased,
             scale=None if set(scales) == {1.0} else scale[:, None],
-            bias_scale=scale.new_tensor(bias_scale),
+            bias_scale=new_tensor(bias_scale),
         )
 
     def _register_ranks(self) -> None:
@@ -478,16 +480,17 @@ class BranchLoRALayer(nn.Module):
         index = self._per_rank(lambda branch, u: [rank % u.num_gated for rank in range(u.num_ranks)])
         lowest = self._per_rank(lambda branch, u: [min_rank(u.group, out_features, u.num_gated)] * u.num_ranks)
         full = self._per_rank(lambda branch, u: [u.num_gated] * u.num_ranks)
-        self.keep = nn.Buffer(keep[:, None, :], persistent=False)
-        self.rank_ranges = nn.Buffer(torch.stack([index, lowest, full])[:, :, None], persistent=False)
+        new_tensor = self.updates[0].up.new_tensor
+        self.keep = nn.Buffer(new_tensor(keep).unsqueeze(1), persistent=False)
+        self.rank_ranges = nn.Buffer(new_tensor([index, lowest, full]).unsqueeze(2), persistent=False)
 
-    def _per_rank(self, values_of: Callable[[int, LowRankUpdate], Sequence[float]]) -> torch.Tensor:
-        """Lay out the values that `values_of(branch, update)` returns per rank: `[num_branches, R]`, padded with 1."""
-        values = [
-            [value for i in row for value in values_of(branch, self.updates[i])] + [1.0] * missing
+    def _per_rank(self, values_of: Callable[[int, LowRankUpdate], Sequence[float]]) -> list[list[float]]:
+        """Lay out the values that `values_of(branch, update)` returns per rank: `[num_branches][R]`, padded with 1."""
+        updates = list(self.updates)  # torch's list looks up each item by its name
+        return [
+            [value for i in row for value in values_of(branch, updates[i])] + [1.0] * missing
             for branch, (row, missing) in enumerate(zip(self.branch_updates, self.missing_ranks, strict=True))
         ]
-        return self.updates[0].up.new_tensor(values)
 
     @property
     def group_of_each_branch(self) -> tuple[int, ...]:
@@ -908,11 +911,12 @@ def inject(
         InputError: a selector matches no layer, a convolution is grouped, or the rank with svd_init or orthogonal_init
             exceeds that of the weight.
     """
+    modules = dict(model.named_modules())
     planned: dict[str, list[LowRankUpdate]] = {}
     principal = functools.cache(principal_factors)  # shared by the groups of both branches
     for index, group in enumerate(groups):
         for name in select_layers(model, group.layers):
-            layer = _plain_layer(model, name)
+            layer = _plain_layer(modules, name)
             planned.setdefault(name, []).append(_new_update(layer, index, group, generator, principal))
     return _install(model, planned, groups, num_branches, (1.0, 1.0))
 
@@ -936,10 +940,11 @@ def load_adapters(
     Raises:
         InputError: a key, shape or group does not match the model and the groups.
     """
+    modules = dict(model.named_modules())
     planned: dict[str, list[LowRankUpdate]] = {}
     for learned in learned_updates(tensors, groups):
         factors = learned.factors
-        _check_shapes(learned.layer, _plain_layer(model, learned.layer), factors)
+        _check_shapes(learned.layer, _plain_layer(modules, learned.layer), factors)
         _check_halves(learned)
         down, up = factors.down.detach().clone(), factors.up.detach().clone()
         bias = None if factors.bias is None else factors.bias.detach().clone()
@@ -954,9 +959,10 @@ def _install(
     num_branches: int,
     strengths: tuple[float, float],
 ) -> AdapterStack:
+    modules = dict(model.named_modules())
     layers: dict[str, BranchLoRALayer] = {}
     for name in sorted(planned):
-        base = _plain_layer(model, name)
+        base = _plain_layer(modules, name)
         if isinstance(base, nn.Linear):
             layers[name] = BranchLoRALinear(base, planned[name], num_branches, strengths)
         else:
@@ -966,16 +972,13 @@ def _install(
     return AdapterStack(layers, tuple(groups))
 
 
-def _plain_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+def _plain_layer(modules: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
     """Return the layer with this name.
 
     Raises:
         InputError: it does not exist, has adapters already, or is a grouped convolution.
     """
-    try:
-        layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        layer, parent = None, None
+    layer, parent = modules.get(name), modules.get(name.rpartition(".")[0])
     adapted = isinstance(layer, BranchLoRALayer) or isinstance(parent, BranchLoRALayer)
     if adapted or not isinstance(layer, nn.Linear | nn.Conv2d):
         got = "a layer with adapters" if adapted else "no such layer"
