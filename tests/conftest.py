@@ -24,7 +24,7 @@ TINY_SIZE = EmbeddedModelSize(
     latent_channels=4,
     autoencoder_channels=(8, 8, 8),  # two halvings: latents are 8 × 8
     autoencoder_norm_groups=8,
-    unet_channels=(16, 32),
+    unet_channels=(16, 24),
     unet_attention=(False, True),
     unet_norm_groups=8,
     text_width=32,
@@ -52,9 +52,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """Let the processes of pytest start without importing the large libraries."""
+    """Let the processes of pytest start without importing the large libraries; with a GPU, they are no forks."""
+    python = warm_python()  # the same for all of them
     for spec in specs:
-        spec.python = warm_python()
+        if spec.popen and not torch.cuda.is_available():
+            spec.python = python
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -163,7 +165,7 @@ def other_tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_model_of_earlier_concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a base model of the shape that the files in tests/core/concepts are for."""
-    size = TINY_SIZE.model_copy(update={"unet_attention": (True, True)})
+    size = TINY_SIZE.model_copy(update={"unet_channels": (16, 32), "unet_attention": (True, True)})
     return build_tiny_base_model(tmp_path_factory.mktemp("base_model") / "tiny", seed=0, size=size)
 
 

@@ -589,15 +589,15 @@ def test_a_groups_rate_is_the_length_of_its_first_step(train: Train, network: st
 
 
 @proves("LoRAGroup.rank")
-@pytest.mark.parametrize(("rank", "in_16", "in_32"), [(3, 3, 3), (0.25, 4, 8)])
+@pytest.mark.parametrize(("rank", "in_16", "in_24", "in_32"), [(3, 3, 3, 3), (0.25, 4, 6, 8)])
 @each_network
 def test_a_groups_rank_is_that_of_its_tensors(
-    train: Train, network: str, rank: int | float, in_16: int, in_32: int
+    train: Train, network: str, rank: int | float, in_16: int, in_24: int, in_32: int
 ) -> None:
     layers = {"unet": [r"re:.*\.attn.?$", "down_blocks.0.resnets.0"], "text_encoder": ["re:.*self_attn$"]}
     run = train(**only(network, rank=rank, layers=layers[network]))
     ranks = {len(up): len(down) for down, up in zip(run.of("0.positive.down"), run.of("0.positive.up"), strict=True)}
-    assert ranks == {"unet": {16: in_16, 32: in_32}, "text_encoder": {32: in_32}}[network]
+    assert ranks == {"unet": {16: in_16, 24: in_24}, "text_encoder": {32: in_32}}[network]
     assert {len(down) for down in run.of("1.negative.down")} == {2}
 
 

@@ -38,8 +38,10 @@ def started(folder: Path, *arguments: str) -> Iterator[WarmProgram]:
     """Start the small run as a program, and wait for its end."""
     with tempfile.TemporaryDirectory() as outputs:
         program = start_warm((small_run.__file__, str(folder), *arguments), folder, os.environ, Path(outputs))
-        yield program
-        program.wait(timeout_s=60)
+        try:
+            yield program
+        finally:
+            program.wait(timeout_s=60)
 
 
 def wait_for_node(program: WarmProgram) -> None:
@@ -113,17 +115,19 @@ def test_a_killed_training_leaves_the_earlier_set_and_the_next_one_nothing_of_it
 
 
 def test_runs_killed_at_random_moments_never_mix_sets(tmp_path: Path) -> None:
-    chance, started_s = random.Random(0), time.monotonic()
+    chance, killed = random.Random(0), []
     with started(tmp_path, "0"):
-        pass
+        started_s = time.monotonic()
     duration_s = time.monotonic() - started_s
     for number in range(1, 7):
         with started(tmp_path, f"{number}") as program:
             time.sleep(chance.uniform(0.5, 1) * duration_s)
             program.send(signal.SIGKILL)
+        killed.append(program.wait(timeout_s=60).returncode == -signal.SIGKILL)
         finish_publishing(tmp_path / "06/fox/.publishing.json")  # so that the next line knows the text
         small_run.run(tmp_path, texts(tmp_path)["concept"], nodes=("evaluate",))  # fails for the picture of another run
         assert len({texts(tmp_path)[name] for name in CONCEPT_SET}) == 1
+    assert any(killed)
     small_run.run(tmp_path, "last")
     assert not strays(tmp_path)
 

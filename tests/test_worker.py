@@ -15,11 +15,13 @@ import pytest
 
 from warm_processes import warm_python
 
-WORKER = (warm_python(), "-m", "dreamartist_pipeline.worker")
+WORKER = ("-m", "dreamartist_pipeline.worker")
 
 
 def start(folder: Path, program: tuple[str, ...] = WORKER) -> subprocess.Popen[str]:
-    return subprocess.Popen(program, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        (warm_python(), *program), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def ask(worker: subprocess.Popen[str], log: Path, *arguments: str, **environment: str | None) -> None:
@@ -69,7 +71,7 @@ __main__.main = run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 worker.main()
 """
-CODE_WORKER = (warm_python(), "-c", _ANOTHER)
+CODE_WORKER = ("-c", _ANOTHER)
 
 
 def test_the_environment_of_a_run_is_that_of_no_other(tmp_path: Path) -> None:
@@ -110,7 +112,12 @@ def test_the_end_of_its_input_ends_it(tmp_path: Path, is_busy: bool) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a process of its own")
 def test_ctrl_c_between_two_runs_ends_it_without_a_traceback(tmp_path: Path) -> None:
     worker = subprocess.Popen(
-        CODE_WORKER, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        (warm_python(), *CODE_WORKER),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     ask(worker, tmp_path / "log", "pass")
     answer(worker)

@@ -1,7 +1,7 @@
 """Runs a Python program in a process that warm_server.py forks: `python -I -S warm_client.py SOCKET ARGUMENTS`.
 
-The program has the arguments, folder, environment and open files of this process. Signals are passed on to it, and this
-process ends as it does. Needs the standard library alone, so that it starts in milliseconds.
+The program has the arguments, folder, environment and open files of this process. Signals that ask it to end are passed
+on to it, and this process ends as it does. Needs the standard library alone, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ def start(
     socket.send_fds(server, [struct.pack("!Q", len(message))], list(files.values()))
     server.sendall(message)
     return _receive(server), server
+
+
+def send(process: int, number: int) -> None:
+    """Send a program a signal; if it has ended, nothing happens."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
 
 
 def exit_code(server: socket.socket) -> int:
@@ -93,7 +99,7 @@ def main() -> None:
     folder = os.getcwd()  # noqa: PTH109 - pathlib takes as long as all else
     process, server = start(address, arguments, folder, os.environ, dict(zip(files, files, strict=True)))
     for number in _PASSED_ON:
-        signal.signal(number, lambda number, _: os.kill(process, number))
+        signal.signal(number, lambda number, _: send(process, number))
     _leave_files(files)
     code = exit_code(server)
     if code < 0:

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import warm_client
 _SERVER = "WARM_PYTHON_SERVER"  # the variable with the folder of the server, for the processes of pytest
 _ENVIRONMENT = {  # read by imports
     "OMP_NUM_THREADS": "1",  # before a fork, no thread may exist
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # nor may CUDA be initialized
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TRANSFORMERS_VERBOSITY": "error",  # of remarks on what is not installed
 }
@@ -42,13 +42,15 @@ def _server() -> Path:
     python.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
     python.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    server = subprocess.Popen(
-        [sys.executable, _HERE / "warm_server.py", f"{folder}/socket"],
-        stdin=subprocess.PIPE,  # which ends with this process, and with it the server
-        env=environment | _ENVIRONMENT,
-    )
-    while not Path(folder, "socket").exists() and server.poll() is None:
-        time.sleep(0.01)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen(64)  # clients wait until the libraries are imported
+        server = subprocess.Popen(
+            [sys.executable, _HERE / "warm_server.py", str(listener.fileno()), folder],
+            stdin=subprocess.PIPE,  # which ends with this process, and with it the server
+            pass_fds=[listener.fileno()],
+            env=environment | _ENVIRONMENT,
+        )
     _servers.append(server)
     os.environ[_SERVER] = folder
     return Path(folder)
@@ -108,7 +110,7 @@ class WarmProgram:
     def send(self, number: signal.Signals) -> None:
         """Send it a signal; if it has ended, nothing happens."""
         if not self.ends_within(0):
-            os.kill(self.process, number)
+            warm_client.send(self.process, number)
 
     def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Wait for its end.

@@ -1,6 +1,8 @@
 """Forks the programs of warm_client.py from a process that has imported warm_libraries.py.
 
-`python warm_server.py SOCKET` serves until its standard input ends.
+`python warm_server.py LISTENER FOLDER` serves until its standard input ends, and then removes the folder; LISTENER is
+the number of the open socket. Programs differ from those of a new Python: all have the same hashes of texts, and the
+encoding, limits and umask of the server.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import io
 import json
 import os
 import runpy
@@ -20,9 +23,10 @@ import sys
 import threading
 import types
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
+
+import numpy
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class _Request:
 
     @classmethod
     def read(cls, client: socket.socket) -> _Request:
+        """Read it.
+
+        Raises:
+            OSError, struct.error, ValueError: the client has ended before it has sent all.
+        """
         header, descriptors, *_ = socket.recv_fds(client, 8, 253)
         (length,) = struct.unpack("!Q", header)
         return cls(**json.loads(client.recv(length, socket.MSG_WAITALL)), descriptors=descriptors)
@@ -76,13 +85,13 @@ class _Server:
         while True:
             ready = {key.fileobj: key.data for key, _ in self.selector.select()}
             if sys.stdin in ready:
-                signal.set_wakeup_fd(-1)
-                self._kill(*self.programs)
                 return None
             if ended in ready:
                 ended.recv(4096)
                 self._report_ends()
-            self._kill(*(process for process in ready.values() if process in self.programs))
+            for process in [process for process in ready.values() if process in self.programs]:
+                self.selector.unregister(self.programs[process])
+                self.kill(process)
             if self.listener in ready and (request := self._fork()):
                 ended.close()
                 wakes.close()
@@ -91,14 +100,19 @@ class _Server:
     def _fork(self) -> _Request | None:
         """Fork the process of a new client; return in it what it has to run."""
         client, _ = self.listener.accept()
-        request = _Request.read(client)
+        try:
+            request = _Request.read(client)
+        except (OSError, struct.error, ValueError):
+            client.close()
+            return None
         process = os.fork()
         if process:
             for descriptor in request.descriptors:
                 os.close(descriptor)
             self.programs[process] = client
             self.selector.register(client, selectors.EVENT_READ, data=process)  # clients send nothing more, but end
-            client.sendall(struct.pack("!i", process))
+            with contextlib.suppress(OSError):  # it is gone
+                client.sendall(struct.pack("!i", process))
             return None
         signal.set_wakeup_fd(-1)
         self.selector.close()
@@ -106,13 +120,12 @@ class _Server:
             connection.close()
         return request
 
-    def _kill(self, *processes: int) -> None:
-        """Kill programs whose clients are gone, and what they have started."""
-        for process in processes:
+    def kill(self, *processes: int) -> None:
+        """Kill programs and what they have started."""
+        for process in processes:  # its id is not used anew before its end is reported
             with contextlib.suppress(ProcessLookupError):  # it has no session yet
-                os.killpg(process, signal.SIGKILL)  # its id is not used anew before its end is reported
+                os.killpg(process, signal.SIGKILL)
             os.kill(process, signal.SIGKILL)
-            self.selector.unregister(self.programs[process])
 
     def _report_ends(self) -> None:
         """Tell clients how their programs have ended."""
@@ -141,6 +154,7 @@ def _become(request: _Request) -> None:
     for descriptor, number in zip(moved, request.files, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    numpy.random.seed()  # noqa: NPY002 - the generators of Python and torch start as in a new process by themselves
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
@@ -152,7 +166,8 @@ def _run(arguments: list[str]) -> None:
     """Run a program as `python ARGUMENTS` does."""
     kind, *others = arguments
     while kind in ("-u", "-B"):
-        cast(TextIOWrapper, sys.stdout).reconfigure(write_through=kind == "-u")
+        if kind == "-u":
+            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
         sys.dont_write_bytecode |= kind == "-B"
         kind, *others = others
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -164,7 +179,7 @@ def _run(arguments: list[str]) -> None:
     elif kind == "-c":
         sys.argv[:] = ["-c", *others[1:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(others[0], "<string>", "exec"), main.__dict__)
+        exec(compile(others[0], "<string>", "exec", dont_inherit=True), main.__dict__)
     elif kind.startswith("-"):
         raise SystemExit(f"a warm Python takes -m, -c or a file, and was given {kind}")
     else:
@@ -181,38 +196,35 @@ def _run_to_the_end(arguments: list[str]) -> NoReturn:
         code = error.code
     except BaseException as error:  # noqa: BLE001
         sys.excepthook(type(error), error, error.__traceback__)
-        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    if code is not None and not isinstance(code, int):
-        sys.stderr.write(f"{code}\n")
-        code = 1
+        code = error if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed
             stream.flush()
-    if code == -signal.SIGINT:
+    if isinstance(code, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    os._exit((code or 0) & 0xFF)
+        signal.raise_signal(signal.SIGINT)
+    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
 
 
 def main() -> None:
     """Serve; in a forked process, run a program."""
-    (address,) = sys.argv[1:]
+    listener, folder = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)  # clients wait until the libraries are imported
     import warm_libraries  # noqa: F401
 
     sys.path.remove(str(Path(__file__).parent))
-    request = _Server(listener).serve()
-    if request is None:
-        shutil.rmtree(Path(address).parent)
-        return
-    assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
-    _become(request)
-    _run_to_the_end(request.arguments)
+    server = _Server(socket.socket(fileno=int(listener)))
+    if request := server.serve():
+        assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
+        _become(request)
+        _run_to_the_end(request.arguments)
+    signal.set_wakeup_fd(-1)
+    server.kill(*server.programs)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dreamartist_pipeline.embedded.pretraining import Muon, run_stage
 from dreamartist_pipeline.errors import InputError
 from dreamartist_pipeline.params import StageParams
 from refusals import says
-from warm_processes import warm_children, warm_python
+from warm_processes import warm_python
 
 
 def _learned_matrices() -> list[torch.Tensor]:
@@ -174,8 +174,8 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     In a process of its own: only an optimizer's first step makes the imports that would keep the group.
     """
     folder = tmp_path_factory.mktemp("stopped")
-    command = [warm_python(), __file__, str(folder), str(request.param)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | warm_children()
+    command = [sys.executable, __file__, str(folder), str(request.param)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     return Stopped(folder, program)
 

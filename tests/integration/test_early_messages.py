@@ -67,8 +67,7 @@ def test_a_missing_picture_concept_or_autoencoder_is_reported_before_torch_is_im
 
 @pytest.mark.parametrize("arguments", [("--pipeline", "trian"), ("--runner", "ParallelRunner")])
 def test_a_mistaken_selection_is_one_message(arguments: tuple[str, ...], bare_project: Path) -> None:
-    environment = os.environ | {"KEDRO_ENV": ""}
-    result = run_warm(("-m", "kedro", "run", *arguments), bare_project, environment, timeout_s=240)
+    result = kedro_run(bare_project, *arguments)
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line]
     assert [line.split()[0] for line in lines] == ["Error:", "(--traceback"]

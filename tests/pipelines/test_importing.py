@@ -390,7 +390,7 @@ def test_what_is_noted_of_a_lora_stands_in_the_report_and_the_log(
     run: Run, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    factors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 24), f"{name}.lora_up.weight": torch.ones(24, 2)}
     file = write_tensors(factors | {f"{name}.alpha": torch.tensor(0.5)}, {})
     (folder / "converted.safetensors").write_bytes(file)
     with caplog.at_level(logging.INFO):

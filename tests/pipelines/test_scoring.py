@@ -301,7 +301,7 @@ def test_images_are_drawn_from_a_kept_step(train: Train, tiny_base_model: Path) 
 
 
 def test_evaluation_and_export_take_a_kept_step(train: Train, tiny_base_model: Path) -> None:
-    trained = train(scoring={"every": 3})
+    trained = train(scoring={"every": 3}, choose="last")
     kept = {3: lambda: trained.kept[3]}
     base_model, device, tracker = ModelLocation(str(tiny_base_model)), CPU, NoTracker()
     export = ExportParams(title="fox", step=3)

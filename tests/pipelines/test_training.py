@@ -106,8 +106,9 @@ def test_two_processes_train_the_concept_of_one_and_only_the_first_reports(
         for count, tracker in zip((1, 2), trackers, strict=True)
     )
     assert one.metadata == two.metadata
-    for name, tensor in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1e-4)  # Adam amplifies small gradients
+    length = 3 * 4e-4  # of the shortest way, in three steps with the lowest rate
+    for name, tensor in one.tensors.items():  # Adam amplifies small gradients of single values
+        assert (two.tensors[name] - tensor).square().mean().sqrt() < 1e-2 * length, name
     for column in alone.columns.drop("seconds"):
         assert shared[column].tolist() == pytest.approx(alone[column].tolist(), rel=1e-3)
     assert trackers[0].images.keys() == trackers[1].images.keys() == {0, 2, 3}

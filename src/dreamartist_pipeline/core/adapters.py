@@ -911,14 +911,14 @@ def inject(
         InputError: a selector matches no layer, a convolution is grouped, or the rank with svd_init or orthogonal_init
             exceeds that of the weight.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     planned: dict[str, list[LowRankUpdate]] = {}
     principal = functools.cache(principal_factors)  # shared by the groups of both branches
     for index, group in enumerate(groups):
         for name in select_layers(model, group.layers):
             layer = _plain_layer(modules, name)
             planned.setdefault(name, []).append(_new_update(layer, index, group, generator, principal))
-    return _install(model, planned, groups, num_branches, (1.0, 1.0))
+    return _install(model, modules, planned, groups, num_branches, (1.0, 1.0))
 
 
 def load_adapters(
@@ -940,7 +940,7 @@ def load_adapters(
     Raises:
         InputError: a key, shape or group does not match the model and the groups.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     planned: dict[str, list[LowRankUpdate]] = {}
     for learned in learned_updates(tensors, groups):
         factors = learned.factors
@@ -949,17 +949,17 @@ def load_adapters(
         down, up = factors.down.detach().clone(), factors.up.detach().clone()
         bias = None if factors.bias is None else factors.bias.detach().clone()
         planned.setdefault(learned.layer, []).append(LowRankUpdate(learned.index, learned.group, down, up, bias))
-    return _install(model, planned, groups, num_branches, strengths)
+    return _install(model, modules, planned, groups, num_branches, strengths)
 
 
 def _install(
     model: nn.Module,
+    modules: Mapping[str, nn.Module],
     planned: Mapping[str, Sequence[LowRankUpdate]],
     groups: Sequence[ResolvedGroup],
     num_branches: int,
     strengths: tuple[float, float],
 ) -> AdapterStack:
-    modules = dict(model.named_modules())
     layers: dict[str, BranchLoRALayer] = {}
     for name in sorted(planned):
         base = _plain_layer(modules, name)
