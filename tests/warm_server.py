@@ -85,6 +85,7 @@ class _Server:
         while True:
             ready = {key.fileobj: key.data for key, _ in self.selector.select()}
             if sys.stdin in ready:
+                signal.set_wakeup_fd(-1)
                 return None
             if ended in ready:
                 ended.recv(4096)
@@ -222,7 +223,6 @@ def main() -> None:
         assert not {"kedro", "dreamartist_pipeline"} & sys.modules.keys(), "imported before the run"
         _become(request)
         _run_to_the_end(request.arguments)
-    signal.set_wakeup_fd(-1)
     server.kill(*server.programs)
     shutil.rmtree(folder)
 

@@ -207,7 +207,7 @@ def test_mlflow_models_predict_draws_with_the_registered_concept(project: Path) 
     assert (image.format, image.size) == ("PNG", (32, 32))
 
 
-@pytest.mark.parametrize(("overlay", "name"), [("sdxl", "sdxl"), ("sd21", "sd2-v")])
+@pytest.mark.parametrize(("overlay", "name"), [("sdxl", "sdxl"), pytest.param("sd21", "sd2-v", marks=pytest.mark.slow)])
 def test_an_overlay_trains_on_a_folder_of_its_family(
     project: Path, tiny_model: Callable[[str], Path], overlay: str, name: str
 ) -> None:
