@@ -20,11 +20,14 @@ from warm_processes import warm_children, warm_python
 State = Literal["open", "silent", "closed"]
 
 
-def free_port() -> int:
-    """Return a port of this machine that nobody uses now."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+def free_port(highest: int = 65535) -> int:
+    """Return a port of this machine that nobody uses now, at most `highest`."""
+    while True:
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            port = int(opened.getsockname()[1])
+        if port <= highest:
+            return port
 
 
 @contextmanager

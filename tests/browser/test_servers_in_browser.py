@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,17 +106,21 @@ def test_mlflow_shows_a_version_of_the_model_with_its_aliases(ui: str, shots: Pa
 @pytest.fixture(scope="module")
 def viz(project: Path) -> Iterator[str]:
     """Return the address of kedro-viz."""
-    port = free_port()
+    port = free_port(highest=49151)  # of those that kedro-viz accepts
     command = [sys.executable, "-m", "kedro", "viz", "run", "--no-browser", "--env", "test", "--port", str(port)]
     with (project / "viz.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--params", "subject=button,image=button.png"], cwd=project, stdout=log, stderr=log
+            [*command, "--params", "subject=button,image=button.png"],
+            cwd=project,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         wait_for(f"http://127.0.0.1:{port}/api/main", process)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # it serves in a process that it has started
         process.wait()
 
 
