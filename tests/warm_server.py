@@ -39,6 +39,7 @@ class _Request:
         environment: all its variables.
         files: the numbers of its open files.
         descriptors: those files, as they are open here.
+        client: who waits for the id of the process.
     """
 
     arguments: list[str]
@@ -46,6 +47,7 @@ class _Request:
     environment: dict[str, str]
     files: list[int]
     descriptors: list[int]
+    client: socket.socket
 
     @classmethod
     def read(cls, client: socket.socket) -> _Request:
@@ -56,7 +58,7 @@ class _Request:
         """
         header, descriptors, *_ = socket.recv_fds(client, 8, 253)
         (length,) = struct.unpack("!Q", header)
-        return cls(**json.loads(client.recv(length, socket.MSG_WAITALL)), descriptors=descriptors)
+        return cls(**json.loads(client.recv(length, socket.MSG_WAITALL)), descriptors=descriptors, client=client)
 
 
 @dataclass
@@ -112,12 +114,10 @@ class _Server:
                 os.close(descriptor)
             self.programs[process] = client
             self.selector.register(client, selectors.EVENT_READ, data=process)  # clients send nothing more, but end
-            with contextlib.suppress(OSError):  # it is gone
-                client.sendall(struct.pack("!i", process))
             return None
         signal.set_wakeup_fd(-1)
         self.selector.close()
-        for connection in (self.listener, client, *self.programs.values()):
+        for connection in (self.listener, *self.programs.values()):
             connection.close()
         return request
 
@@ -148,6 +148,8 @@ def _become(request: _Request) -> None:
     os.setsid()  # what a terminal sends goes to the client, who passes it on
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
+    with request.client, contextlib.suppress(OSError):  # it is gone, and this process will be killed
+        request.client.sendall(struct.pack("!i", os.getpid()))  # from now on, signals are answered
     above = max(request.files) + 1
     moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for descriptor in request.descriptors]
     for descriptor in request.descriptors:

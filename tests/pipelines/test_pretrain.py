@@ -163,7 +163,6 @@ def test_sprites_are_rendered_with_their_colour_and_transparency(packages, param
     assert apple[3, 0, 0] == 0
 
 
-@pytest.mark.slow
 def test_the_pipeline_saves_a_model_that_stable_diffusion_loads_and_resumes_to_the_same_weights(
     packages, params, tmp_path
 ):
